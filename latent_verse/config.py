@@ -24,6 +24,76 @@ def setting(default, help: str, choices: tuple | None = None):
     return field(default=default, metadata=metadata)
 
 
+# ------------------------------------------------------------------------------------------------------------ AugVAE
+
+
+@dataclass(frozen=True)
+class AugVAEConfig:
+    """Shape of AugVAE, multi-level (-ML) or, with `single_level`, its one-level fine-tune (-SL); paper section 3.1."""
+
+    in_channels: int = setting(3, "channels of the input picture")
+    out_channels: int = setting(3, "channels of the reconstruction")
+    hidden_dim: int = setting(128, "width of the first convolution; a multiple of 32")
+    ch_mult: Tuple[int, ...] = setting((1, 2, 4), "width multipliers of the outer encoder and decoder, one a stage")
+    num_res_blocks: int = setting(2, "residual blocks a stage")
+    resolution: int = setting(256, "side of the picture in pixels")
+    attn_resolutions: Tuple[int, ...] = setting((64, 32, 16, 8), "sides of the code grids (levels), largest first")
+    use_attn: bool = setting(False, "self-attention at the levels and in the middle of each network")
+    dropout: float = setting(0.0, "dropout in the residual blocks")
+    double_z: bool = setting(False, "original's flag for KL models; only false can work with a codebook")
+    z_channels: int = setting(256, "channels of the feature maps between the networks")
+    codebook_dim: int = setting(256, "length of a code vector")
+    num_tokens: int = setting(8192, "codes in the codebook")
+    quant_beta: float = setting(0.25, "weight of the commitment loss")
+    quant_ema_decay: float = setting(0.99, "decay of the codebook's moving averages")
+    quant_ema_eps: float = setting(1e-5, "Laplace smoothing of the cluster sizes")
+    restart_threshold: float = setting(
+        0.0, "restart codes whose average use a batch falls below this, from encoder outputs; 0 never does (release)"
+    )
+    single_level: Optional[int] = setting(None, "keep only this level's codes (AugVAE-SL); null keeps all (AugVAE-ML)")
+
+    def __post_init__(self):
+        for name in ("ch_mult", "attn_resolutions"):  # lists from YAML become hashable
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        self._check_ranges()
+        if self.double_z:
+            raise ConfigError("double_z: true cannot work: a codebook has no variance to encode. Set double_z: false.")
+        if self.hidden_dim % 32:
+            raise ConfigError(f"hidden_dim {self.hidden_dim} is not a multiple of 32, the group count of GroupNorm.")
+        first = self.resolution / 2 ** (len(self.ch_mult) - 1)
+        levels = self.attn_resolutions
+        if not levels or levels[0] != first:
+            raise ConfigError(
+                f"ch_mult {list(self.ch_mult)} halves resolution {self.resolution} {len(self.ch_mult) - 1} times, to "
+                f"{first:g}, but attn_resolutions {list(levels)} begins with {levels[0] if levels else 'nothing'}. "
+                f"Make the first level {first:g}, or change ch_mult or resolution."
+            )
+        for above, level in zip(levels, levels[1:]):  # noqa: B905 (pairs: the last level has no successor)
+            if level * 2 != above:
+                raise ConfigError(
+                    f"attn_resolutions {list(levels)}: each level must be half the one before; {level} follows {above}."
+                )
+        if self.single_level is not None and self.single_level not in levels:
+            raise ConfigError(f"single_level {self.single_level} is not one of the levels {list(levels)}.")
+
+    def _check_ranges(self):
+        at_least_one = "in_channels out_channels hidden_dim num_res_blocks resolution z_channels codebook_dim num_tokens"
+        for name in at_least_one.split():
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if any(m < 1 for m in self.ch_mult) or not self.ch_mult:
+            raise ConfigError(f"ch_mult is {list(self.ch_mult)}; it needs one multiplier >= 1 a stage.")
+        for name, low, high in (
+            ("dropout", 0, 1),
+            ("quant_beta", 0, float("inf")),
+            ("quant_ema_decay", 0, 1),
+            ("quant_ema_eps", 0, 1),
+            ("restart_threshold", 0, float("inf")),
+        ):
+            if not low <= getattr(self, name) <= high:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must lie between {low} and {high}.")
+
+
 # ------------------------------------------------------------------------------------------------------------- BiART
 
 
@@ -48,3 +118,232 @@ class BiARTConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1.")
         if self.n_embd % self.n_head:
             raise ConfigError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}.")
+
+
+# ----------------------------------------------------------------------------------------------- runs: shared sections
+
+
+@dataclass
+class ImageDataConfig:
+    """Pictures, and how they reach the model."""
+
+    train_dir: Optional[str] = setting(None, "training pictures: a folder; for webdataset a folder, pattern or URL")
+    val_dir: Optional[str] = setting(None, "validation pictures, as train_dir")
+    test_dir: Optional[str] = setting(None, "pictures that evaluation reads; val_dir where it is not given")
+    dataset: Optional[str] = setting(
+        None,
+        "layout: class folders, any folder, tar shards, or generated; default imagefolder",
+        ("imagefolder", "flat", "webdataset", "fake"),
+    )
+    fake_data: bool = setting(False, "original's name for --dataset fake: a bounded smoke test without pictures")
+    web_dataset: bool = setting(False, "original's name for --dataset webdataset")
+    dataset_size: Optional[int] = setting(None, "samples an epoch of webdataset or fake; counted where not given")
+    img_size: Optional[int] = setting(None, "original's second name of resolution; must equal it")
+    resize_ratio: float = setting(0.75, "smallest share of a picture's area that a training crop takes, up to 1")
+    batch_size: int = setting(8, "pictures a step and process")
+    num_workers: Optional[int] = setting(None, "loader processes for each training process; default what the machine has")
+    prefetch_factor: int = setting(2, "batches each loader process keeps ready")
+    shuffle_buffer: int = setting(1000, "samples that webdataset's shuffle draws from")
+
+
+@dataclass
+class TrainerConfig:
+    """The run: machine, length, logs and checkpoints."""
+
+    name: Optional[str] = setting(None, "name of the run's folder in log_dir; default the config file's name")
+    log_dir: str = setting("results", "folder that holds the run folders")
+    seed: int = setting(42, "seed of weights, data order and augmentation")
+    gpus: int = setting(1, "GPUs on each node; 0 is the CPU")
+    nodes: int = setting(1, "machines that train together")
+    gpu_dist: Optional[bool] = setting(None, "original's flag for training on several GPUs; follows from gpus")
+    accelerator: str = setting("auto", "Lightning's accelerator: auto, cpu, gpu, ...")
+    strategy: str = setting("auto", "auto and ddp copy the model to each process, fsdp shards it", ("auto", "ddp", "fsdp"))
+    precision: str = setting("32", "32, 16, bf16, or one of Lightning's names such as bf16-mixed, 16-true")
+    epochs: int = setting(100, "passes over the training data")
+    max_steps: int = setting(-1, "stop after this many optimiser steps; -1 is no limit")
+    limit_train_batches: Optional[float] = setting(None, "batches of a training epoch: a count, or a share below 1")
+    limit_val_batches: Optional[float] = setting(None, "batches of a validation: a count, or a share below 1")
+    val_percent_check: float = setting(100.0, "original's name: percentage of the validation data to use, 0 to 100")
+    num_sanity_val_steps: int = setting(0, "validation batches tried before training")
+    accumulate_grad_batches: int = setting(1, "batches whose gradients are added up for one step")
+    gradient_clip_val: Optional[float] = setting(None, "largest norm of the gradient")
+    compile: bool = setting(False, "compile the networks (torch.compile): slow first step, faster ones after")
+    logger: str = setting("tensorboard", "where figures go", ("tensorboard", "wandb", "csv"))
+    log_every_n_steps: int = setting(10, "steps between logged training figures")
+    log_images: bool = setting(False, "log grids of pictures, also as PNG files in the run folder")
+    image_log_steps: int = setting(1000, "steps between logged grids")
+    refresh_rate: int = setting(1, "steps between updates of the progress bar; 0 hides it")
+    backup: bool = setting(False, "save the whole state regularly; the same command then continues where it was")
+    backup_steps: int = setting(1000, "steps between backups")
+    backup_dir: Optional[str] = setting(None, "folder for backups, a sub-folder a run; default inside the run folder")
+    resume: bool = setting(False, "continue from ckpt_path")
+    ckpt_path: Optional[str] = setting(None, "checkpoint to resume from or to evaluate")
+    debug: bool = setting(False, "short run: 100 batches an epoch, backups and grids every 10 steps, anomaly detection")
+
+
+# ------------------------------------------------------------------------------------------------------ runs: AugVAE
+
+
+@dataclass
+class VAEOptimConfig:
+    """Optimiser of AugVAE, and how its codebook starts."""
+
+    learning_rate: float = setting(4.5e-6, "base rate; the rate used is this x processes x batch_size")
+    lr_decay: bool = setting(False, "original's schedule: halve the rate when the training loss stops falling")
+    lr_cosine: bool = setting(False, "warm up, then fall to zero along a cosine over the whole run")
+    warmup_steps: int = setting(0, "steps over which lr_cosine rises linearly to the full rate")
+    weight_decay: float = setting(1e-5, "AdamW's weight decay")
+    betas: Tuple[float, float] = setting((0.9, 0.999), "AdamW's decay rates")
+    codebook_init: str = setting(
+        "normal", "codes start as normal noise (release) or as encoder outputs of the first batch", ("normal", "data")
+    )
+    pretrained_path: Optional[str] = setting(None, "AugVAE to start from: checkpoint, folder or hub id")
+    finetune: bool = setting(False, "train AugVAE-SL at the one level in attn_resolutions, from pretrained_path")
+
+
+@dataclass
+class VAELossConfig:
+    """Loss of AugVAE: reconstruction + codebook_weight x commitment."""
+
+    loss_type: str = setting(
+        "mse", "reconstruction loss; lpips_* add p_loss_weight x LPIPS", ("mse", "l1", "smooth_l1", "lpips_l1", "lpips_l2")
+    )
+    p_loss_weight: float = setting(0.1, "weight of LPIPS in lpips_l1 and lpips_l2")
+    codebook_weight: float = setting(1.0, "weight of the commitment loss (quant_beta is inside it)")
+
+
+@dataclass
+class TrainVAEConfig:
+    """Everything train_vae.py can be told."""
+
+    model: AugVAEConfig = field(default_factory=AugVAEConfig)
+    data: ImageDataConfig = field(default_factory=ImageDataConfig)
+    optim: VAEOptimConfig = field(default_factory=VAEOptimConfig)
+    loss: VAELossConfig = field(default_factory=VAELossConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+
+
+@dataclass
+class ReconstructionEvalConfig:
+    """What eval_vae.py measures and writes."""
+
+    eval_images: Optional[int] = setting(None, "pictures to evaluate; default all")
+    save_images: int = setting(64, "pictures written to original_images/ and generated_images/")
+
+
+@dataclass
+class EvalVAEConfig(TrainVAEConfig):
+    """Everything eval_vae.py can be told: train_vae.py's settings, so that its YAML files serve, and `eval`."""
+
+    eval: ReconstructionEvalConfig = field(default_factory=ReconstructionEvalConfig)
+
+
+# -------------------------------------------------------------------------------------------------- rules across fields
+
+PRECISIONS = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true"}
+
+
+def check_trainer(t: TrainerConfig) -> None:
+    """Refuse trainer settings that are out of range or contradict each other; put the original's names into ours."""
+    positive = ("nodes", "epochs", "accumulate_grad_batches", "log_every_n_steps", "image_log_steps", "backup_steps")
+    for name in positive:
+        if getattr(t, name) < 1:
+            raise ConfigError(f"{name} is {getattr(t, name)}; it must be at least 1.")
+    for name in ("gpus", "num_sanity_val_steps", "refresh_rate"):
+        if getattr(t, name) < 0:
+            raise ConfigError(f"{name} is {getattr(t, name)}; it must be at least 0.")
+    if t.max_steps < 1 and t.max_steps != -1:
+        raise ConfigError(f"max_steps is {t.max_steps}; give at least 1, or -1 for no limit.")
+    if not 0 <= t.val_percent_check <= 100:
+        raise ConfigError(f"val_percent_check is {t.val_percent_check}; it is a percentage, 0 to 100.")
+    if t.val_percent_check < 100 and t.limit_val_batches is not None:
+        raise ConfigError("val_percent_check and limit_val_batches both limit validation; give one of them.")
+    if t.gpu_dist is False and t.gpus * t.nodes > 1:
+        raise ConfigError(f"gpu_dist: false contradicts gpus {t.gpus} on {t.nodes} node(s). Drop it, or set gpus: 1.")
+    if t.gpu_dist and t.strategy == "auto":
+        t.strategy = "ddp"
+    if t.resume and not t.ckpt_path:
+        raise ConfigError("resume needs ckpt_path: the checkpoint to continue from (a rerun with --backup needs neither).")
+    t.precision = PRECISIONS.get(t.precision, t.precision)
+    t.limit_train_batches = batch_limit("limit_train_batches", t.limit_train_batches)
+    t.limit_val_batches = batch_limit("limit_val_batches", t.limit_val_batches)
+    if t.val_percent_check < 100:
+        t.limit_val_batches = t.val_percent_check / 100
+    if t.debug:
+        t.limit_train_batches = 100 if t.limit_train_batches is None else t.limit_train_batches
+        t.limit_val_batches = 100 if t.limit_val_batches is None else t.limit_val_batches
+        t.backup_steps = min(t.backup_steps, 10)
+        t.image_log_steps = min(t.image_log_steps, 10)
+
+
+def batch_limit(name: str, value: float | None) -> float | int | None:
+    """A count (1 or more) as int, a share (below 1) as float: what Lightning tells apart by type."""
+    if value is None or 0 <= value < 1:
+        return value
+    if value < 0 or value != int(value):
+        raise ConfigError(f"{name} is {value}; give a count of batches (1, 2, ...) or a share between 0 and 1.")
+    return int(value)
+
+
+def check_data(d: ImageDataConfig, resolution: int) -> None:
+    """Resolve the original's names for the layout and refuse contradictions."""
+    named = {layout for flag, layout in ((d.fake_data, "fake"), (d.web_dataset, "webdataset")) if flag}
+    if d.fake_data:
+        named.discard("webdataset")  # the original's smoke test of a WebDataset recipe
+    if d.dataset and d.dataset not in (named or {d.dataset}):
+        if not d.fake_data:
+            raise ConfigError(f"dataset: {d.dataset} contradicts web_dataset: true. Give one of them.")
+        named = {"fake"}
+    d.dataset = named.pop() if named else d.dataset or "imagefolder"
+    d.fake_data, d.web_dataset = d.dataset == "fake", d.dataset == "webdataset"
+    if d.img_size not in (None, resolution):
+        raise ConfigError(f"img_size {d.img_size} contradicts resolution {resolution}; they must be equal: give one.")
+    d.img_size = resolution
+    if not 0 < d.resize_ratio <= 1:
+        raise ConfigError(f"resize_ratio is {d.resize_ratio}; it must lie above 0 and not above 1.")
+    for name in ("batch_size", "prefetch_factor", "shuffle_buffer", "dataset_size"):
+        if getattr(d, name) is not None and getattr(d, name) < 1:
+            raise ConfigError(f"{name} is {getattr(d, name)}; it must be at least 1.")
+    if d.num_workers is not None and d.num_workers < 0:
+        raise ConfigError(f"num_workers is {d.num_workers}; it must be at least 0.")
+
+
+FAKE_LIMITS = {"epochs": 1, "limit_train_batches": 4, "limit_val_batches": 2}
+
+
+def limit_fake_data(t: TrainerConfig, given: set[str]) -> None:
+    """Bound a run on generated pictures to a few batches, unless the command line asks for a length of its own."""
+    if given & {"epochs", "max_steps", "limit_train_batches", "limit_val_batches", "val_percent_check", "debug"}:
+        return
+    for name, value in FAKE_LIMITS.items():
+        setattr(t, name, value)
+
+
+def check_vae(config: TrainVAEConfig) -> None:
+    """Refuse a train_vae or eval_vae configuration that could never work, before anything is built or written."""
+    check_trainer(config.trainer)
+    o = config.optim
+    if o.learning_rate <= 0:
+        raise ConfigError(f"learning_rate is {o.learning_rate}; it must be above 0.")
+    if o.lr_decay and o.lr_cosine:
+        raise ConfigError("lr_decay and lr_cosine are two schedules; give one of them.")
+    if o.warmup_steps and not o.lr_cosine:
+        raise ConfigError(f"warmup_steps {o.warmup_steps} has no effect without lr_cosine: true.")
+    if o.finetune and not o.pretrained_path:
+        raise ConfigError("finetune trains AugVAE-SL from an AugVAE-ML: name its checkpoint with pretrained_path.")
+    if o.finetune and len(config.model.attn_resolutions) != 1:
+        raise ConfigError(
+            f"finetune keeps one level, but attn_resolutions is {list(config.model.attn_resolutions)}. "
+            "Give the level to keep, for instance attn_resolutions: [32]."
+        )
+    check_data(config.data, config.model.resolution)
+
+
+def as_plain(config) -> dict:
+    """Any of these dataclasses as plain dicts, lists and scalars: what checkpoints and YAML files hold."""
+    def plain(value):
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+    return plain(dataclasses.asdict(config))

@@ -1,0 +1,178 @@
+"""The vector quantiser with an exponential-moving-average codebook (van den Oord et al. 2017, appendix A.1).
+
+No one-hot matrix is ever made, and of the N x K distance matrix only a slice at a time: counts come from bincount,
+sums from index_add. Distances and statistics are float32 (float64 for float64 input) under any autocast.
+
+Shapes: N vectors, K codes, D code dimension; B batch, H height, W width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+DISTANCES_AT_ONCE = 2**22  # floats of the distance matrix held at a time: 16 MiB in float32
+LOW_PRECISION = (torch.float16, torch.bfloat16)
+
+
+@contextlib.contextmanager
+def full_precision_matmul(device_type: str):
+    """No autocast and no TF32 inside: either picks wrong codes (1.3 % of vectors in bf16 at K = 8192)."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device_type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def world_size() -> int:
+    """Processes that train together; 1 outside torch.distributed."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def perplexity(counts: torch.Tensor) -> torch.Tensor:
+    """exp(entropy) of how often codes were used; `counts` is (..., K), of any dtype. Original formula (eps 1e-10)."""
+    p = counts.to(torch.float64) / counts.sum(-1, keepdim=True).clamp(min=1)
+    return torch.exp(-(p * torch.log(p + 1e-10)).sum(-1))
+
+
+class Codebook(nn.Module):
+    """K code vectors of length D with the moving averages they are the ratio of.
+
+    State-dict names are the release's: `weight` (K, D), `cluster_size` (K,), `embed_avg` (K, D). All stay float32 when
+    the model is cast to half precision, where averages of small increments would stand still.
+    """
+
+    def __init__(self, num_tokens: int, dim: int, decay: float, eps: float, restart_threshold: float):
+        super().__init__()
+        self.decay = decay
+        self.eps = eps
+        self.restart_threshold = restart_threshold
+        weight_KD = torch.randn(num_tokens, dim)
+        self.register_buffer("weight", weight_KD)
+        self.register_buffer("cluster_size", torch.zeros(num_tokens))
+        self.register_buffer("embed_avg", weight_KD.clone())
+
+    def _apply(self, fn, recurse=True):
+        def keep_float32(t):
+            out = fn(t)
+            return t.to(device=out.device) if out.dtype in LOW_PRECISION else out
+
+        return super()._apply(keep_float32, recurse)
+
+    @torch.no_grad()
+    def nearest(self, z_ND: torch.Tensor) -> torch.Tensor:
+        """Index of the nearest code by Euclidean distance, (N,) int64. |z|^2 is the same for all codes: left out."""
+        N, K = len(z_ND), len(self.weight)
+        out_N = torch.empty(N, dtype=torch.int64, device=z_ND.device)
+        with full_precision_matmul(z_ND.device.type):
+            norm_K = self.weight.square().sum(1)
+            rows = max(1, DISTANCES_AT_ONCE // K)
+            for start in range(0, N, rows):
+                distance_NK = torch.addmm(norm_K, z_ND[start : start + rows], self.weight.t(), alpha=-2)
+                out_N[start : start + rows] = distance_NK.min(dim=1).indices
+        return out_N
+
+    @torch.no_grad()
+    def update(self, z_ND: torch.Tensor, indices_N: torch.Tensor) -> None:
+        """One step of the moving averages, from the vectors of all processes; every process ends with the same book.
+
+        Under torch.distributed this is a collective: every process must call it, in the same order.
+        """
+        K, D = self.weight.shape
+        # one tensor for both statistics, so that processes need one all-reduce
+        stats_KD1 = z_ND.new_zeros(K, D + 1)
+        stats_KD1[:, :D].index_add_(0, indices_N, z_ND)
+        stats_KD1[:, D] = torch.bincount(indices_N, minlength=K)
+        if world_size() > 1:
+            dist.all_reduce(stats_KD1)
+        self.cluster_size.lerp_(stats_KD1[:, D].to(self.cluster_size.dtype), 1 - self.decay)
+        self.embed_avg.lerp_(stats_KD1[:, :D].to(self.embed_avg.dtype), 1 - self.decay)
+        total = self.cluster_size.sum()
+        smoothed_K = (self.cluster_size + self.eps) / (total + K * self.eps) * total
+        self.weight.copy_(self.embed_avg / smoothed_K[:, None])
+        if self.restart_threshold > 0:
+            self._restart(z_ND)
+
+    @torch.no_grad()
+    def initialise(self, z_ND: torch.Tensor) -> None:
+        """Set every code to a random encoder output, the same on all processes; codes beyond the vectors repeat them.
+
+        A collective under torch.distributed, as `update`.
+        """
+        candidates_MD = self._candidates(z_ND, len(self.weight))
+        order_K = torch.arange(len(self.weight), device=z_ND.device) % len(candidates_MD)
+        self.weight.copy_(candidates_MD[order_K])
+        self.cluster_size.fill_(1.0)
+        self.embed_avg.copy_(self.weight)
+
+    @property
+    def is_fresh(self) -> bool:
+        """True until the first update or initialisation (a release's book starts with cluster sizes of zero)."""
+        return not bool(self.cluster_size.any())
+
+    def _candidates(self, z_ND: torch.Tensor, at_most: int) -> torch.Tensor:
+        """Random vectors of all processes, (M, D): identical everywhere, since all gather the same draws."""
+        processes = world_size()
+        n = min(len(z_ND), -(-at_most // processes))
+        picked = z_ND[torch.randperm(len(z_ND), device=z_ND.device)[:n]].to(self.weight.dtype).contiguous()
+        if processes == 1:
+            return picked
+        gathered = picked.new_empty(processes * n, picked.shape[1])
+        dist.all_gather_into_tensor(gathered, picked)
+        return gathered
+
+    def _restart(self, z_ND: torch.Tensor) -> None:
+        """Move codes that have fallen out of use onto encoder outputs, with averages to match (Jukebox, section 3.2).
+
+        Written without a data-dependent size: code number i that is dead takes the candidate of its rank among the dead.
+        """
+        dead_K = self.cluster_size < self.restart_threshold
+        candidates_MD = self._candidates(z_ND, 256)
+        rank_K = dead_K.cumsum(0) - 1
+        dead_K &= rank_K < len(candidates_MD)  # the others wait for the next batch
+        fresh_KD = candidates_MD[rank_K.clamp(0, len(candidates_MD) - 1)]
+        # start with the average use a code would have, or it would be dead again at the next batch
+        use = self.cluster_size.mean().clamp(min=self.restart_threshold)
+        self.weight.copy_(torch.where(dead_K[:, None], fresh_KD, self.weight))
+        self.cluster_size.copy_(torch.where(dead_K, use, self.cluster_size))
+        self.embed_avg.copy_(torch.where(dead_K[:, None], fresh_KD * use, self.embed_avg))
+
+
+class Quantizer(nn.Module):
+    """Nearest code, straight-through gradient, commitment loss; in training mode the codebook learns.
+
+    `embedding` is the codebook; the name is the release's.
+    """
+
+    def __init__(self, embedding: Codebook, beta: float):
+        super().__init__()
+        self.embedding = embedding
+        self.beta = beta
+
+    @torch.compiler.disable  # collectives and in-place statistics; the convolutions around it are what compiles
+    def forward(self, z_BDHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """z (B, D, H, W) -> (quantised z of the same shape and dtype, codes (B, H, W) int64, commitment loss)."""
+        B, D, H, W = z_BDHW.shape
+        dtype = z_BDHW.dtype
+        z_BHWD = z_BDHW.permute(0, 2, 3, 1)
+        if dtype in LOW_PRECISION:
+            z_BHWD = z_BHWD.float()
+        flat_ND = z_BHWD.detach().reshape(-1, D)
+        indices_N = self.embedding.nearest(flat_ND)
+        quantised_BHWD = self.lookup(indices_N).view(B, H, W, D)  # before the update, as the original
+        if self.training:
+            self.embedding.update(flat_ND, indices_N)
+        loss = self.beta * F.mse_loss(z_BHWD, quantised_BHWD)
+        quantised_BHWD = z_BHWD + (quantised_BHWD - z_BHWD).detach()
+        return quantised_BHWD.permute(0, 3, 1, 2).to(dtype), indices_N.view(B, H, W), loss
+
+    def lookup(self, indices: torch.Tensor) -> torch.Tensor:
+        """Codes (...) int64 -> code vectors (..., D)."""
+        return F.embedding(indices, self.embedding.weight)

@@ -1,0 +1,197 @@
+"""Convolutional blocks of AugVAE (paper appendix A; the VQGAN family of Esser et al. 2021).
+
+Module names are those of the released checkpoints: they are a contract, held by tests/test_release_layout.py.
+
+Shapes: B batch, C channels, H height, W width, T = H * W positions.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """GroupNorm with the 32 groups and eps of the release."""
+    return nn.GroupNorm(32, channels, eps=1e-6)
+
+
+class ResnetBlock(nn.Module):
+    """norm -> swish -> conv, twice, plus the input (through a 1x1 convolution where the width changes)."""
+
+    def __init__(self, in_channels: int, out_channels: int, dropout: float):
+        super().__init__()
+        self.norm1 = group_norm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = group_norm(out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        if in_channels != out_channels:
+            self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        h_BCHW = self.conv1(F.silu(self.norm1(x_BCHW)))
+        h_BCHW = self.conv2(self.dropout(F.silu(self.norm2(h_BCHW))))
+        if hasattr(self, "nin_shortcut"):
+            x_BCHW = self.nin_shortcut(x_BCHW)
+        return x_BCHW + h_BCHW
+
+
+class AttnBlock(nn.Module):
+    """Single-head self-attention over the positions of a feature map, plus the input."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = group_norm(channels)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        B, C, H, W = x_BCHW.shape
+        h_BCHW = self.norm(x_BCHW)
+        # one head: (B, 1, T, C); scale 1/sqrt(C) is scaled_dot_product_attention's own
+        q, k, v = (f(h_BCHW).flatten(2).transpose(1, 2).unsqueeze(1) for f in (self.q, self.k, self.v))
+        h_BTC = F.scaled_dot_product_attention(q, k, v).squeeze(1)
+        return x_BCHW + self.proj_out(h_BTC.transpose(1, 2).reshape(B, C, H, W))
+
+
+class Downsample(nn.Module):
+    """Halve height and width by a strided convolution, padded by one on the right and the bottom only."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        return self.conv(F.pad(x_BCHW, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Double height and width by nearest neighbour, then convolve."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        return self.conv(F.interpolate(x_BCHW, scale_factor=2.0, mode="nearest"))
+
+
+class Middle(nn.Module):
+    """Two residual blocks at the narrowest point, with attention between them where asked for."""
+
+    def __init__(self, channels: int, dropout: float, use_attn: bool):
+        super().__init__()
+        self.block_1 = ResnetBlock(channels, channels, dropout)
+        if use_attn:
+            self.attn_1 = AttnBlock(channels)
+        self.block_2 = ResnetBlock(channels, channels, dropout)
+
+    def forward(self, h_BCHW: torch.Tensor) -> torch.Tensor:
+        h_BCHW = self.block_1(h_BCHW)
+        if hasattr(self, "attn_1"):
+            h_BCHW = self.attn_1(h_BCHW)
+        return self.block_2(h_BCHW)
+
+
+class Stage(nn.Module):
+    """The blocks at one resolution, each followed by attention where asked for; then a change of resolution."""
+
+    def __init__(self, widths: list[int], dropout: float, attend: bool, resample: dict[str, nn.Module]):
+        super().__init__()
+        pairs = list(zip(widths[:-1], widths[1:], strict=True))
+        self.block = nn.ModuleList(ResnetBlock(i, o, dropout) for i, o in pairs)
+        self.attn = nn.ModuleList(AttnBlock(o) for _, o in pairs if attend)
+        for name, module in resample.items():  # "downsample" or "upsample": the released names
+            self.add_module(name, module)
+
+    def forward(self, h_BCHW: torch.Tensor) -> torch.Tensor:
+        for i, block in enumerate(self.block):
+            h_BCHW = block(h_BCHW)
+            if self.attn:
+                h_BCHW = self.attn[i](h_BCHW)
+        for name in ("downsample", "upsample"):
+            if hasattr(self, name):
+                h_BCHW = getattr(self, name)(h_BCHW)
+        return h_BCHW
+
+
+class Encoder(nn.Module):
+    """(B, in_channels, R, R) -> (B, z_channels, R / 2**(len(ch_mult) - 1), same).
+
+    Args:
+        resolution: R, of the input; stages whose resolution is in `attn_resolutions` get attention if `use_attn`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        z_channels: int,
+        hidden_dim: int,
+        ch_mult: tuple[int, ...],
+        num_res_blocks: int,
+        dropout: float,
+        resolution: int,
+        attn_resolutions: tuple[int, ...],
+        use_attn: bool,
+    ):
+        super().__init__()
+        self.conv_in = nn.Conv2d(in_channels, hidden_dim, 3, padding=1)
+        self.down = nn.ModuleList()
+        width = hidden_dim
+        for i, mult in enumerate(ch_mult):
+            widths = [width] + [hidden_dim * mult] * num_res_blocks
+            width = widths[-1]
+            last = i == len(ch_mult) - 1
+            attend = use_attn and resolution in attn_resolutions
+            self.down.append(Stage(widths, dropout, attend, {} if last else {"downsample": Downsample(width)}))
+            if not last:
+                resolution //= 2
+        self.mid = Middle(width, dropout, use_attn)
+        self.norm_out = group_norm(width)
+        self.conv_out = nn.Conv2d(width, z_channels, 3, padding=1)
+
+    def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        h_BCHW = self.conv_in(x_BCHW)
+        for stage in self.down:
+            h_BCHW = stage(h_BCHW)
+        return self.conv_out(F.silu(self.norm_out(self.mid(h_BCHW))))
+
+
+class Decoder(nn.Module):
+    """(B, in_channels, r, r) -> (B, out_channels, R, R), R = `resolution` = r * 2**(len(ch_mult) - 1)."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        hidden_dim: int,
+        ch_mult: tuple[int, ...],
+        num_res_blocks: int,
+        dropout: float,
+        resolution: int,
+        attn_resolutions: tuple[int, ...],
+        use_attn: bool,
+    ):
+        super().__init__()
+        width = hidden_dim * ch_mult[-1]
+        self.conv_in = nn.Conv2d(in_channels, width, 3, padding=1)
+        self.mid = Middle(width, dropout, use_attn)
+        stages = []
+        for i in reversed(range(len(ch_mult))):
+            widths = [width] + [hidden_dim * ch_mult[i]] * (num_res_blocks + 1)
+            width = widths[-1]
+            attend = use_attn and resolution // 2**i in attn_resolutions
+            stages.append(Stage(widths, dropout, attend, {"upsample": Upsample(width)} if i else {}))
+        self.up = nn.ModuleList(reversed(stages))  # released order: up.0 is the last to run
+        self.norm_out = group_norm(width)
+        self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
+
+    def forward(self, z_BCHW: torch.Tensor) -> torch.Tensor:
+        h_BCHW = self.mid(self.conv_in(z_BCHW))
+        for stage in reversed(self.up):
+            h_BCHW = stage(h_BCHW)
+        return self.conv_out(F.silu(self.norm_out(h_BCHW)))

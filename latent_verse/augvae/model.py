@@ -1,0 +1,240 @@
+"""AugVAE: a multi-level VQ-VAE with one shared codebook, and its single-level form (paper section 3.1).
+
+Level 0 is the largest. Encoder 0 reads the picture, each further encoder halves the *unquantised* map of the one
+before. Decoding runs from the smallest level up, every decoder after the first reading (codes of its level, what was
+decoded so far). The single-level form keeps one level's codes; 1x1 `connectors` stand in for the missing others.
+
+Shapes: B batch, C channels, H height, W width, D code dimension, N codes a picture.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from latent_verse.augvae.codebook import Codebook, Quantizer, perplexity
+from latent_verse.augvae.layers import Decoder, Encoder
+from latent_verse.config import AugVAEConfig
+
+INNER_CH_MULT = (2, 4)  # of every encoder and decoder between two levels, as released
+
+
+class Encoded(NamedTuple):
+    """What `AugVAE.encode` gives; the lists hold one entry a level, largest first.
+
+    z_q: quantised maps (B, D, h, h). indices: codes (B, h, h) int64. embed_loss: sum of the levels' commitment losses.
+    perplexity: of the codes of all levels together.
+    """
+
+    z_q: list[torch.Tensor]
+    indices: list[torch.Tensor]
+    embed_loss: torch.Tensor
+    perplexity: torch.Tensor
+
+
+class AugVAE(nn.Module):
+    """AugVAE-ML, or AugVAE-SL where `config.single_level` is set. State-dict names are those of the release."""
+
+    def __init__(self, config: AugVAEConfig):
+        super().__init__()
+        self.config = config
+        levels = config.attn_resolutions
+        outer = {"ch_mult": config.ch_mult, "resolution": config.resolution, "attn_resolutions": levels[:1]}
+        inner = [
+            {"ch_mult": INNER_CH_MULT, "resolution": above, "attn_resolutions": (level,)}
+            for above, level in zip(levels[:-1], levels[1:], strict=True)
+        ]
+        common = {
+            name: getattr(config, name) for name in ("z_channels", "hidden_dim", "num_res_blocks", "dropout", "use_attn")
+        }
+        z = common.pop("z_channels")
+
+        self.encoders = nn.ModuleList([Encoder(config.in_channels, z, **common, **outer)])
+        self.encoders.extend(Encoder(z, z, **common, **stage) for stage in inner)
+        # the original gives an inner decoder attention at the level it reads, an inner encoder at the one it writes:
+        # the same level of the pair
+        self.decoders = nn.ModuleList(Decoder(2 * z, z, **common, **stage) for stage in reversed(inner))
+        self.decoders.append(Decoder(2 * z, config.out_channels, **common, **outer))
+        deepest = self.decoders[0].conv_in  # nothing has been decoded before it: it reads z channels, not 2z
+        self.decoders[0].conv_in = nn.Conv2d(z, deepest.out_channels, 3, padding=1)
+
+        self.pre_quants = nn.ModuleList(nn.Conv2d(z, config.codebook_dim, 1) for _ in levels)
+        self.post_quants = nn.ModuleList(nn.Conv2d(config.codebook_dim, z, 1) for _ in levels)
+        for convs in (self.pre_quants, self.post_quants):  # weights are shared by the levels, biases are not
+            for conv in convs[1:]:
+                conv.weight = convs[0].weight
+        codebook = Codebook(
+            config.num_tokens,
+            config.codebook_dim,
+            config.quant_ema_decay,
+            config.quant_ema_eps,
+            config.restart_threshold,
+        )
+        quantizer = Quantizer(codebook, config.quant_beta)
+        self.quantizers = nn.ModuleList([quantizer] * len(levels))  # one module: shared buffers would come apart
+
+        if config.single_level is not None:
+            self._drop_other_levels(levels.index(config.single_level))
+
+    def _drop_other_levels(self, kept: int) -> None:
+        z = self.config.z_channels
+        self.encoders = self.encoders[: kept + 1]
+        self.decoders = self.decoders[len(self.decoders) - 1 - kept :]
+        self.connectors = nn.ModuleList(
+            nn.Identity() if decoder.conv_in.in_channels == z else nn.Conv2d(z, 2 * z, 1) for decoder in self.decoders
+        )
+        # These stay in the state dict, as in a release, but take no part: DDP must not wait for their gradients.
+        # The original reads every single level through the first post_quant.
+        for conv in [*self.pre_quants[kept + 1 :], *self.post_quants[1:]]:
+            conv.bias.requires_grad_(False)
+
+    # ------------------------------------------------------------------------------------------------------ properties
+
+    @property
+    def codebook(self) -> Codebook:
+        """The codebook that all levels share."""
+        return self.quantizers[0].embedding
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """Resolutions that `encode` quantises at, largest first. For -SL down to its own, which is the last."""
+        return self.config.attn_resolutions[: len(self.encoders)]
+
+    @property
+    def code_levels(self) -> tuple[int, ...]:
+        """Resolutions whose codes a picture is stored as and decoded from, largest first."""
+        return self.config.attn_resolutions if self.config.single_level is None else (self.config.single_level,)
+
+    @property
+    def num_codes(self) -> int:
+        """Codes of one picture, N."""
+        return sum(level * level for level in self.code_levels)
+
+    # ----------------------------------------------------------------------------------------------------- computation
+
+    def features(self, x_BCHW: torch.Tensor) -> list[torch.Tensor]:
+        """Images (B, C, R, R) in [-1, 1] -> unquantised vectors of every level, (B, D, h, h), largest first.
+
+        Raises:
+            ValueError: channels or sides of the images are not the model's.
+        """
+        expected = (self.config.in_channels, self.config.resolution, self.config.resolution)
+        if x_BCHW.dim() != 4 or tuple(x_BCHW.shape[1:]) != expected:
+            raise ValueError(
+                f"images have shape {tuple(x_BCHW.shape)}; this AugVAE takes (B, {', '.join(map(str, expected))}). "
+                "Resize and crop them first (latent_verse.data.transforms.centre_crop)."
+            )
+        out = []
+        h_BCHW = x_BCHW
+        for encoder, pre_quant in zip(self.encoders, self.pre_quants, strict=False):
+            h_BCHW = encoder(h_BCHW)
+            out.append(pre_quant(h_BCHW))
+        return out
+
+    def encode(self, x_BCHW: torch.Tensor) -> Encoded:
+        """Quantise images (B, C, R, R) in [-1, 1] at every level. In training mode the codebook learns, level by level:
+        a later level is already quantised with what the earlier ones changed, as in the original."""
+        quantised = [
+            quantizer(z_BDHW) for quantizer, z_BDHW in zip(self.quantizers, self.features(x_BCHW), strict=False)
+        ]
+        z_q, indices, losses = (list(column) for column in zip(*quantised, strict=True))
+        all_N = torch.cat([level.flatten() for level in indices])
+        counts_K = torch.bincount(all_N, minlength=self.config.num_tokens)
+        embed_loss = torch.stack(losses).sum()
+        return Encoded(z_q, indices, embed_loss, perplexity(counts_K).to(embed_loss.dtype))
+
+    def decode(self, z_q: list[torch.Tensor]) -> torch.Tensor:
+        """Quantised maps as `encode` gives them, or those of `code_levels` alone -> images (B, C, R, R), about [-1, 1]."""
+        if self.config.single_level is not None:
+            h_BCHW = self.post_quants[0](z_q[-1])
+            for connector, decoder in zip(self.connectors, self.decoders, strict=True):
+                h_BCHW = decoder(connector(h_BCHW))
+            return h_BCHW
+        h_BCHW = None
+        # the original pairs the *first* post_quant (its bias: the weight is shared) with the smallest level
+        for post_quant, z_BDHW, decoder in zip(self.post_quants, reversed(z_q), self.decoders, strict=True):
+            q_BCHW = post_quant(z_BDHW)
+            h_BCHW = decoder(q_BCHW if h_BCHW is None else torch.cat((q_BCHW, h_BCHW), dim=1))
+        return h_BCHW
+
+    def forward(self, x_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Images (B, C, R, R) in [-1, 1] -> (reconstruction of the same shape, embed_loss, perplexity)."""
+        encoded = self.encode(x_BCHW)
+        return self.decode(encoded.z_q), encoded.embed_loss, encoded.perplexity
+
+    @torch.no_grad()
+    def codes(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        """Images (B, C, R, R) in [-1, 1] -> codes (B, N) int64 of `code_levels`, largest first, row by row.
+
+        The codebook is not updated, also in training mode.
+        """
+        z = self.features(x_BCHW)[-len(self.code_levels) :]
+        low = [level.permute(0, 2, 3, 1).to(self.codebook.weight.dtype) for level in z]
+        return torch.cat(
+            [self.codebook.nearest(z_BHWD.reshape(-1, z_BHWD.shape[-1])).view(len(z_BHWD), -1) for z_BHWD in low], dim=1
+        )
+
+    @torch.no_grad()
+    def decode_codes(self, codes_BN: torch.Tensor) -> torch.Tensor:
+        """Codes (B, N) int64, as `codes` gives them -> images (B, C, R, R) clamped to [-1, 1].
+
+        Raises:
+            ValueError: a picture has not N codes, or a code is not in the codebook.
+        """
+        if codes_BN.dim() != 2 or codes_BN.shape[1] != self.num_codes:
+            raise ValueError(
+                f"codes have shape {tuple(codes_BN.shape)}; levels {self.code_levels} of this AugVAE take "
+                f"(B, {self.num_codes})."
+            )
+        if codes_BN.numel() and not 0 <= int(codes_BN.min()) <= int(codes_BN.max()) < self.config.num_tokens:
+            raise ValueError(
+                f"codes run from {int(codes_BN.min())} to {int(codes_BN.max())}; this codebook has 0 to "
+                f"{self.config.num_tokens - 1}. Were they made by another AugVAE?"
+            )
+        z_q = []
+        dtype = self.post_quants[0].weight.dtype
+        for part_BN, level in zip(codes_BN.split([r * r for r in self.code_levels], dim=1), self.code_levels, strict=True):
+            z_BND = self.quantizers[0].lookup(part_BN)
+            z_q.append(z_BND.transpose(1, 2).reshape(len(part_BN), -1, level, level).to(dtype))
+        return self.decode(z_q).clamp(-1, 1)
+
+    @torch.no_grad()
+    def initialise_codebook(self, x_BCHW: torch.Tensor) -> None:
+        """Start the codebook from encoder outputs for these images, all levels together. A collective under DDP."""
+        vectors = [z.permute(0, 2, 3, 1).reshape(-1, z.shape[1]) for z in self.features(x_BCHW)]
+        self.codebook.initialise(torch.cat(vectors).to(self.codebook.weight.dtype))
+
+    # -------------------------------------------------------------------------------------------------- other forms
+
+    def to_single_level(self, resolution: int) -> AugVAE:
+        """A new AugVAE-SL that keeps the level of this side; weights are copied, connectors are new. To be fine-tuned.
+
+        Raises:
+            ValueError: this model is single-level already.
+            ConfigError: it has no such level.
+        """
+        if self.config.single_level is not None:
+            raise ValueError(f"this AugVAE has one level ({self.config.single_level}) already; start from an AugVAE-ML.")
+        single = AugVAE(dataclasses.replace(self.config, single_level=resolution))
+        single.to(device=self.pre_quants[0].weight.device, dtype=self.pre_quants[0].weight.dtype)
+        single.encoders.load_state_dict(self.encoders[: len(single.encoders)].state_dict())
+        single.decoders.load_state_dict(self.decoders[-len(single.decoders) :].state_dict())
+        for name in ("pre_quants", "post_quants", "quantizers"):
+            getattr(single, name).load_state_dict(getattr(self, name).state_dict())
+        return single.train(self.training)
+
+    def save_pretrained(self, directory) -> None:
+        """Write config.json and model.safetensors to `directory` (made if absent), to be read by `from_pretrained`."""
+        from latent_verse.checkpoint import save_augvae
+
+        save_augvae(self, directory)
+
+    @classmethod
+    def from_pretrained(cls, directory_or_id) -> AugVAE:
+        """Load what `save_pretrained` wrote, from a folder or a Hugging Face hub id. Evaluation mode, on the CPU."""
+        from latent_verse.checkpoint import load_augvae
+
+        return load_augvae(directory_or_id)
