@@ -1,0 +1,322 @@
+"""Image-text pairs: folders, COCO and Karpathy JSON, tables, and made-up ones for smoke tests.
+
+All yield `(image, caption)`: the image as those in images.py do (float32 (3, R, R) in [-1, 1], or uint8), the caption a
+string. An image may have several captions; which of them, and which crop, index i shows in epoch e is a pure function
+of (seed, e, i). `dataset.captions(i)` gives them all, as references; `dataset.describe()` counts what was found and
+what was left out: images without a caption, captions without an image, empty captions.
+
+    PairFolder(root)                       name.jpg + name.txt, one caption per line
+    CocoCaptions(json, image_dir)          captions_train2017.json + train2017/
+    KarpathyCaptions(json, image_dir)      dataset_coco.json + the folder that holds train2014/ and val2014/
+    TableCaptions(file)                    .csv .tsv .jsonl: an image path and a caption in each row
+    FakePairs(length)                      nothing read from disk
+The procedural `shapes` pairs are in shapes.py; the files are read by caption_files.py.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from torch import Tensor
+
+from latent_verse.data import DataError
+from latent_verse.data.caption_files import (
+    CAPTION_COLUMNS,
+    IMAGE_COLUMNS,
+    Pair,
+    caption_lines,
+    check_file,
+    entries,
+    find_column,
+    read_json,
+    read_json_rows,
+    read_rows,
+    sorted_out,
+)
+from latent_verse.data.images import (
+    EXTENSIONS,
+    FakeDataset,
+    MapImages,
+    PathList,
+    SkipLog,
+    check_folder,
+    describe_files,
+    walk,
+)
+from latent_verse.data.transforms import (
+    UnreadableImage,
+    centre_crop,
+    decode_rgb,
+    mix_seed,
+    random_crop,
+    sample_generator,
+    to_unit_range,
+)
+
+log = logging.getLogger(__name__)
+
+CROP_DRAW, CAPTION_DRAW = 0, 1  # a sample's crop and its caption are drawn apart
+PairSample = tuple[Tensor, str]
+
+
+class CaptionList:
+    """The captions of each image as one block of UTF-8 and its offsets, for the reason that PathList has."""
+
+    def __init__(self, captions: Iterable[Sequence[str]]):
+        blob, ends, starts = bytearray(), [0], [0]
+        for of_one in captions:
+            for caption in of_one:
+                blob += caption.encode("utf-8", "replace")  # a JSON file can hold lone surrogates
+                ends.append(len(blob))
+            starts.append(len(ends) - 1)
+        self._blob = bytes(blob)
+        self._ends, self._starts = np.array(ends, np.int64), np.array(starts, np.int64)
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def __getitem__(self, i: int) -> list[str]:
+        bounds = self._ends[self._starts[i] : self._starts[i + 1] + 1]
+        return [self._blob[a:b].decode() for a, b in itertools.pairwise(bounds)]
+
+    @property
+    def total(self) -> int:
+        return len(self._ends) - 1
+
+
+class PairDataset(MapImages):
+    """What the pair datasets share. A subclass finds the pairs and hands them to `_hold`.
+
+    resolution, train, resize_ratio, seed, as_uint8: as in images.py. `key` is the name of the setting that error
+    messages should mention. Unreadable images are handled as there: in training the next readable pair stands in (with
+    its own caption), in evaluation the item is None.
+    """
+
+    def __init__(
+        self,
+        resolution: int,
+        train: bool = True,
+        resize_ratio: float = 0.75,
+        seed: int = 0,
+        as_uint8: bool = False,
+        key: str = "train_dir",
+    ):
+        super().__init__(resolution, train, resize_ratio, seed, as_uint8)
+        self.key = key
+
+    def _hold(self, source: str, pairs: list[Pair], left_out: dict[str, list[str]], remedy: str) -> None:
+        """Keep the pairs. `left_out`: what was passed over -> its names; DataError with `remedy` if nothing is left."""
+        self.source = source
+        self.left_out = {what: len(names) for what, names in left_out.items()}
+        found = "; ".join(f"{len(n)} {what} (the first: {n[0]})" for what, n in left_out.items() if n)
+        if not pairs:
+            raise DataError(f"{self.key}: no image with a caption in {source}{': ' + found if found else ''}. {remedy}")
+        if found:
+            log.warning("%s: %d pairs; left out: %s", source, len(pairs), found)
+        self.paths = PathList("", [path for path, _ in pairs])
+        self._captions = CaptionList(captions for _, captions in pairs)
+        self.skipped = SkipLog(len(pairs))
+        self._check_first()
+
+    def _check_first(self) -> None:
+        """Stops at the first readable image. DataError if there is none."""
+        reason: object = None
+        for i in range(len(self)):
+            try:
+                self._load(i)
+                return
+            except UnreadableImage as error:
+                reason = reason or error
+        raise DataError(
+            f"{self.key}: not one of the {len(self)} images of {self.source} can be read. The first, {self.paths[0]}: "
+            f"{reason}. Check how the files were copied or unpacked."
+        )
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> PairSample | None:
+        epoch, i = key if isinstance(key, tuple) else (self.epoch, key)
+        if not 0 <= i < len(self):
+            raise IndexError(f"index {i} in a dataset of {len(self)}")
+        image, used = self._load_readable(i)
+        if image is None:
+            return None
+        if self.train:
+            generator = sample_generator(self.seed, epoch, i, CROP_DRAW)
+            image = random_crop(image, self.resolution, self.resize_ratio, generator)
+        else:
+            image = centre_crop(image, self.resolution)
+        captions = self.captions(used)
+        caption = captions[mix_seed(self.seed, epoch, i, CAPTION_DRAW) % len(captions)]
+        return (image if self.as_uint8 else to_unit_range(image)), caption
+
+    def captions(self, i: int) -> list[str]:
+        """All captions of item i, in the order of the file."""
+        return self._captions[i]
+
+    def image_path(self, i: int) -> str | None:
+        """The file of item i."""
+        return self.paths[i]
+
+    def describe(self) -> dict[str, str | int]:
+        """Where the pairs come from, how many there are, and how much was left out, by reason."""
+        return {"source": self.source, "pairs": len(self), "captions": self._captions.total, **self.left_out}
+
+    def _load(self, i: int) -> Tensor:
+        try:
+            with open(self.paths[i], "rb") as file:
+                data = file.read()
+        except OSError as error:
+            raise UnreadableImage(str(error)) from error
+        return decode_rgb(data)
+
+    def _name(self, i: int) -> str:
+        return self.paths[i]
+
+
+class PairFolder(PairDataset):
+    """`name.jpg` (or png, webp, ...) with `name.txt` beside it, at any depth; one caption per line."""
+
+    def __init__(self, root: str | os.PathLike, resolution: int, **options):
+        super().__init__(resolution, **options)
+        root = check_folder(root, self.key)
+        others: Counter = Counter()
+        images, texts = [], {}
+        for name in walk(root, (*EXTENSIONS, ".txt"), others):
+            stem, extension = os.path.splitext(name)
+            if extension.lower() == ".txt":
+                texts[stem] = os.path.join(root, name)
+            else:
+                images.append((stem, os.path.join(root, name)))
+        if not images:
+            others[".txt"] += len(texts)
+            raise DataError(
+                f"{self.key}: no image below {root}: looked for {' '.join(EXTENSIONS)} (any case), "
+                f"{describe_files(others)}. A pair folder holds name.jpg and name.txt side by side."
+            )
+        pairs, bare, empty = [], [], []
+        for stem, path in images:
+            captions = caption_lines(texts[stem]) if stem in texts else None
+            if captions:
+                pairs.append((path, captions))
+            else:
+                (bare if captions is None else empty).append(path)
+        stems = {stem for stem, _ in images}
+        lonely = [path for stem, path in texts.items() if stem not in stems]
+        left_out = {"images without a .txt": bare, "texts without an image": lonely, "empty captions": empty}
+        self._hold(root, pairs, left_out, "Put the captions of name.jpg into name.txt beside it, one per line.")
+
+
+class CocoCaptions(PairDataset):
+    """COCO's captions_*.json: {"images": [{id, file_name}], "annotations": [{image_id, caption}]}, and its images."""
+
+    def __init__(self, path: str | os.PathLike, image_dir: str | os.PathLike, resolution: int, **options):
+        super().__init__(resolution, **options)
+        content, path = read_json(path, self.key)
+        image_dir = check_folder(image_dir, self.key)
+        images = entries(content, "images", ("id", "file_name"), path, self.key)
+        annotations = entries(content, "annotations", ("image_id", "caption"), path, self.key)
+        names = {image["id"]: image["file_name"] for image in images}
+        captions: dict[object, list[str]] = {i: [] for i in names}
+        lonely = []
+        for annotation in annotations:
+            if annotation["image_id"] in captions:
+                captions[annotation["image_id"]].append(annotation["caption"])
+            else:
+                lonely.append(f"image_id {annotation['image_id']}")
+        pairs = ((os.path.join(image_dir, name), captions[i]) for i, name in names.items())
+        self._hold(
+            path, *sorted_out(pairs, path, {"captions without an image": lonely}), f"Are the images below {image_dir}?"
+        )
+
+
+class KarpathyCaptions(PairDataset):
+    """Karpathy's dataset_coco.json: {"images": [{filename, filepath, split, sentences: [{raw}]}]}; image paths are
+    image_dir/filepath/filename. `split` may join several with +, such as train+restval, the usual training set.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        image_dir: str | os.PathLike,
+        resolution: int,
+        split: str = "train+restval",
+        **options,
+    ):
+        super().__init__(resolution, **options)
+        content, path = read_json(path, self.key)
+        image_dir = check_folder(image_dir, self.key)
+        images = entries(content, "images", ("filename", "split", "sentences"), path, self.key)
+        splits = Counter(str(image["split"]) for image in images)
+        for name in split.split("+"):
+            if name not in splits:
+                known = ", ".join(f"{s} ({n})" for s, n in splits.items()) or "none at all"
+                raise DataError(f"{self.key}: {path} has no split {name!r}; its splits are {known}.")
+        chosen = [image for image in images if image["split"] in split.split("+")]
+        pairs = (
+            (
+                os.path.join(image_dir, image.get("filepath", ""), image["filename"]),
+                [sentence.get("raw", "") for sentence in image["sentences"]],
+            )
+            for image in chosen
+        )
+        self._hold(f"{path} ({split})", *sorted_out(pairs, path), f"Are the images below {image_dir}?")
+
+
+class TableCaptions(PairDataset):
+    """.csv, .tsv or .jsonl with an image path (absolute, or relative to the table) and a caption in each row.
+
+    Columns are found by name: image, image_path, filepath, file_name, filename or path; caption, captions, text or
+    title. Rows of the same image are its captions; in .jsonl a caption may also be a list of them.
+    """
+
+    def __init__(self, path: str | os.PathLike, resolution: int, **options):
+        super().__init__(resolution, **options)
+        path = check_file(path, self.key)
+        readers = {".csv": read_rows, ".tsv": read_rows, ".jsonl": read_json_rows}
+        extension = os.path.splitext(path)[1].lower()
+        if extension not in readers:
+            raise DataError(f"{self.key}: {path} is no table of captions; known are {', '.join(readers)}.")
+        by_image: dict[str, list[str]] = {}
+        nameless = []
+        for where, row in readers[extension](path, self.key):
+            image = row[find_column(row, IMAGE_COLUMNS, where, self.key)]
+            caption = row[find_column(row, CAPTION_COLUMNS, where, self.key)]
+            if not image:
+                nameless.append(where)
+                continue
+            image = os.path.join(os.path.dirname(path), str(image))
+            by_image.setdefault(image, []).extend(caption if isinstance(caption, list) else [caption])
+        left_out = {"rows without an image": nameless}
+        remedy = f"Image paths in it are relative to {os.path.dirname(path) or '.'}, or absolute."
+        self._hold(path, *sorted_out(by_image.items(), path, left_out), remedy)
+
+
+class FakePairs(PairDataset):
+    """Made-up pictures (see images.FakeDataset) with one of two made-up captions each. Nothing is read from disk."""
+
+    def __init__(self, length: int, resolution: int, **options):
+        super().__init__(resolution, **options)
+        self.pictures = FakeDataset(length, resolution, self.train, self.seed, as_uint8=True)
+        self.skipped = self.pictures.skipped
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def _load(self, i: int) -> Tensor:
+        return self.pictures._load(i)
+
+    def captions(self, i: int) -> list[str]:
+        return [f"a made-up picture of kind {i % 10}", f"kind {i % 10}, made up"]
+
+    def image_path(self, i: int) -> None:
+        return None
+
+    def describe(self) -> dict[str, str | int]:
+        return {"source": "made up", "pairs": len(self), "captions": 2 * len(self)}

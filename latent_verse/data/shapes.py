@@ -1,0 +1,302 @@
+"""The shapes world: pictures drawn from scenes, captions that are true of them, and exact readers of both.
+
+    world = World.preset("small")
+    scene = world.scene(0, "val")                     # unseen scenes of combinations seen in training
+    image, text = world.render(scene), world.caption(scene, random.Random(0))
+    world.satisfies(world.parse_image(image), world.parse_caption(text))      # True
+
+Everything is drawn from the index it is asked for: the same call gives the same answer on every machine.
+
+Splits are of scenes, and disjoint. `heldout`: a scene with at least one of the world's held-out (colour, shape) pairs,
+no such pair is in any other split, though each colour and each shape is. `val`: every fifth of the rest, by a hash of
+the scene (objects, sizes, cells; not jitter or texture). `train`: the others.
+
+`small` is made for minutes of CPU. Every object covers the same 12 of 16 pixels of a 2 x 2 grid, so a code of a 4 x 4
+or 8 x 8 map sees an object always cut the same way: few distinct patches, no jitter or texture that no text explains.
+3,552 distinct scenes: 2,015 train, 465 val, 1,072 held out (tests/test_data_shapes.py counts them).
+`full` is for GPUs: 64 px, up to three of 60 kinds of objects on a jittered 3 x 3 grid, a soft texture: 18 million
+distinct scenes before jitter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from latent_verse.data import DataError
+from latent_verse.data.shapes_captions import Statement, compare, place_names, read_caption, write_caption
+from latent_verse.data.shapes_drawing import BACKGROUND, PALETTE, SHAPES, Obj, Scene, coverage
+from latent_verse.data.shapes_reader import read_picture
+from latent_verse.data.transforms import to_unit_range
+
+SPLITS = ("train", "val", "heldout")
+VAL_SHARE = 5  # one scene in five
+GAP = 3  # pixels between any two objects, so that they stay two to an encoder and to the reader
+
+
+@dataclass(frozen=True)
+class World:
+    """The settings of a shapes world; `World.preset(name)` gives the two that are used."""
+
+    name: str
+    image_size: int  # pixels per side
+    grid: int  # cells per side, 2 or 3; an object stands in a cell
+    counts: tuple[int, ...]  # how often scenes have one, two, ... objects, in parts of each other
+    shapes: tuple[str, ...]
+    colours: tuple[str, ...]
+    sizes: dict[str, int] = field(hash=False)  # name -> radius in pixels
+    heldout: frozenset[tuple[str, str]]  # (colour, shape) pairs kept out of training
+    jitter: int = 0  # pixels an object may stand off the centre of its cell, in each direction
+    texture: float = 0.0  # amplitude of the background's texture, in grey levels of 255
+    phrasing: str = "short"  # short, or rich: synonyms and longer forms
+
+    @classmethod
+    def preset(cls, name: str) -> World:
+        """`small` (32 px, one or two objects) or `full` (64 px, one to three). ValueError for another name."""
+        if name not in PRESETS:
+            raise ValueError(f"There is no shapes world {name!r}; the presets are {', '.join(PRESETS)}.")
+        return PRESETS[name]
+
+    @property
+    def max_objects(self) -> int:
+        """The most objects a scene has."""
+        return len(self.counts)
+
+    @property
+    def margin(self) -> float:
+        """Pixels between centres from which on one object is left of (above) another: half a cell."""
+        return self.image_size / self.grid / 2
+
+    @property
+    def kinds(self) -> int:
+        """Distinct objects: shapes x colours x sizes."""
+        return len(self.shapes) * len(self.colours) * len(self.sizes)
+
+    def cell(self, obj: Obj) -> tuple[int, int]:
+        """The (column, row) an object's centre lies in."""
+        return tuple(min(max(int(at * self.grid / self.image_size), 0), self.grid - 1) for at in (obj.x, obj.y))
+
+    def place(self, obj: Obj) -> str:
+        """The name of that cell: "top left", "bottom", "centre"."""
+        cell = self.cell(obj)
+        return next(name for name, at in place_names(self.grid).items() if at == cell)
+
+    # ------------------------------------------------------------------------------------------------------- scenes
+
+    def key(self, scene: Scene) -> tuple:
+        """What two scenes share when they show the same: kinds and cells of the objects, in whichever order."""
+        return tuple(sorted((*self.cell(o), o.shape, o.colour, o.size) for o in scene.objects))
+
+    def count_scenes(self) -> int:
+        """Distinct keys, over all splits."""
+        return sum(math.comb(self.grid**2, n) * self.kinds**n for n in range(1, self.max_objects + 1))
+
+    def split_of(self, scene: Scene) -> str:
+        """The split a scene belongs to."""
+        if any((o.colour, o.shape) in self.heldout for o in scene.objects):
+            return "heldout"
+        digest = hashlib.blake2b(repr(self.key(scene)).encode(), digest_size=8).digest()
+        return "val" if int.from_bytes(digest, "big") % VAL_SHARE == 0 else "train"
+
+    def scene(self, index: int | str, split: str = "train") -> Scene:
+        """The scene of an index in a split: the number of objects by `counts`, then cells and attributes evenly."""
+        if split not in SPLITS:
+            raise ValueError(f"There is no split {split!r} in the shapes world; the splits are {', '.join(SPLITS)}.")
+        rng = random.Random(f"{self.name}/{split}/{index}")
+        while True:
+            scene = self._draw(rng)
+            if self._apart(scene) and self.split_of(scene) == split:
+                return scene
+
+    def _draw(self, rng: random.Random) -> Scene:
+        objects = []
+        (count,) = rng.choices(range(1, self.max_objects + 1), self.counts)
+        for cell in rng.sample(range(self.grid**2), count):
+            row, column = divmod(cell, self.grid)
+            x, y = (
+                round((at + 0.5) * self.image_size / self.grid) + rng.randint(-self.jitter, self.jitter)
+                for at in (column, row)
+            )
+            objects.append(Obj(rng.choice(self.shapes), rng.choice(self.colours), rng.choice(list(self.sizes)), x, y))
+        return Scene(tuple(sorted(objects, key=lambda o: (o.y, o.x))), texture=rng.getrandbits(32))
+
+    def _apart(self, scene: Scene) -> bool:
+        for i, a in enumerate(scene.objects):
+            for b in scene.objects[i + 1 :]:
+                reach = self.sizes[a.size] + self.sizes[b.size] + GAP
+                if abs(a.x - b.x) < reach and abs(a.y - b.y) < reach:
+                    return False
+        return True
+
+    # ----------------------------------------------------------------------------------------- pictures and captions
+
+    def render(self, scene: Scene) -> Image.Image:
+        """The picture of a scene: RGB, `image_size` square, edges anti-aliased."""
+        image = Image.fromarray(self._background(scene.texture))
+        for o in scene.objects:
+            cover = coverage(o.shape, self.sizes[o.size])
+            corner = (o.x - len(cover) // 2, o.y - len(cover) // 2)
+            image.paste(PALETTE[o.colour], (*corner, corner[0] + len(cover), corner[1] + len(cover)), _mask(cover))
+        return image
+
+    def _background(self, seed: int) -> np.ndarray:
+        flat = np.full((self.image_size, self.image_size, 3), BACKGROUND, np.uint8)
+        if not self.texture:
+            return flat
+        coarse = np.random.default_rng(seed).uniform(-self.texture, self.texture, (6, 6)).astype(np.float32)
+        soft = Image.fromarray(coarse).resize((self.image_size, self.image_size), Image.Resampling.BICUBIC)
+        return (flat + np.asarray(soft)[..., None]).round().clip(0, 255).astype(np.uint8)
+
+    def caption(self, scene: Scene, rng: random.Random) -> str:
+        """One of the true captions of a scene; the grammar is in shapes_captions.py."""
+        return write_caption(self, scene, rng)
+
+    def parse_image(self, image: Image.Image | np.ndarray) -> Scene:
+        """The scene a picture shows; what is no object of this world has the shape "?". See shapes_reader.py."""
+        return read_picture(self, image)
+
+    def parse_caption(self, text: str) -> Statement | None:
+        """What a caption states; None where it does not follow the grammar."""
+        return read_caption(self, text)
+
+    def satisfies(self, scene: Scene, statement: Statement | None) -> bool:
+        """Whether all that is stated is true of the scene, and it holds no other object. False for None."""
+        return self.compare(scene, statement)["all"]
+
+    def compare(self, scene: Scene, statement: Statement | None) -> dict[str, bool]:
+        """The same by attribute: {count, colour, shape, size, layout, all}; see shapes_captions.compare."""
+        return compare(self, scene, statement)
+
+
+def _mask(cover: np.ndarray) -> Image.Image:
+    return Image.fromarray((cover * 255).round().astype(np.uint8))
+
+
+PRESETS = {
+    "small": World(
+        name="small",
+        image_size=32,
+        grid=2,
+        counts=(1, 2),  # of single objects there are only 96 scenes
+        shapes=("circle", "square", "triangle", "cross"),
+        colours=tuple(PALETTE),
+        sizes={"large": 6},
+        heldout=frozenset({("yellow", "circle"), ("purple", "square"), ("green", "triangle"), ("blue", "cross")}),
+    ),
+    "full": World(
+        name="full",
+        image_size=64,
+        grid=3,
+        counts=(1, 1, 1),
+        shapes=tuple(SHAPES),
+        colours=tuple(PALETTE),
+        sizes={"small": 6, "large": 9},
+        heldout=frozenset(
+            {("yellow", "circle"), ("purple", "square"), ("green", "triangle"), ("blue", "cross"), ("red", "star")}
+        ),
+        jitter=2,
+        texture=8.0,
+        phrasing="rich",
+    ),
+}
+
+
+class ShapesDataset(Dataset):
+    """Pairs of one split of a world: item i of epoch e is (picture, caption), a pure function of (seed, e, i).
+
+    Asked by index, or as the samplers do by (epoch, index); a plain index means `self.epoch`. The caption is drawn
+    anew in each epoch; so is the scene where `fresh` is true, which makes the split as good as endless. The picture is
+    uint8 (3, H, W) with `as_uint8`, else float32 in [-1, 1]; H = W = world.image_size. For the truth behind item i, and
+    the picture as a PIL image: `world.render(dataset.scene(i))`.
+
+    In val and heldout no scene comes twice, so that a share of right answers is one over distinct scenes; DataError
+    where the split has fewer than `size`.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        split: str = "train",
+        size: int = 10_000,
+        seed: int = 0,
+        fresh: bool = False,
+        as_uint8: bool = False,
+    ):
+        if size < 1:
+            raise DataError(f"dataset_size is {size}; give at least one shapes picture.")
+        if split not in SPLITS:
+            raise DataError(f"There is no split {split!r} in the shapes world; the splits are {', '.join(SPLITS)}.")
+        self.world, self.split, self.size, self.seed = world, split, size, seed
+        self.fresh, self.as_uint8 = fresh, as_uint8
+        self.epoch = 0
+        self._draws = range(size) if split == "train" or fresh else self._distinct()
+
+    def _distinct(self) -> list[int]:
+        """The first draws that give `size` scenes, none of them twice."""
+        draws, seen = [], set()
+        for draw in itertools.count():
+            key = self.world.key(self.world.scene(f"{self.seed}/0/{draw}", self.split))
+            if key not in seen:
+                seen.add(key)
+                draws.append(draw)
+            if len(draws) == self.size:
+                return draws
+            if draw > 20 * (len(draws) + 10):
+                raise DataError(
+                    f"dataset_size is {self.size}, and the {self.split} split of the {self.world.name} shapes world "
+                    f"has about {len(draws)} different scenes. Ask for fewer."
+                )
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, str]:
+        epoch, i = key if isinstance(key, tuple) else (self.epoch, key)
+        scene = self.scene((epoch, i))
+        image = torch.from_numpy(np.array(self.world.render(scene))).permute(2, 0, 1).contiguous()
+        caption = self.world.caption(scene, random.Random(f"{self.seed}/{epoch}/{i}"))
+        return (image if self.as_uint8 else to_unit_range(image)), caption
+
+    def scene(self, key: int | tuple[int, int]) -> Scene:
+        """The scene of an item: the truth to judge by."""
+        epoch, i = key if isinstance(key, tuple) else (self.epoch, key)
+        if not 0 <= i < self.size:
+            raise IndexError(f"index {i} in a dataset of {self.size}")
+        return self.world.scene(f"{self.seed}/{epoch if self.fresh else 0}/{self._draws[i]}", self.split)
+
+    def captions(self, i: int, count: int = 5) -> list[str]:
+        """Up to `count` different true captions of item i, as references; the same in every epoch."""
+        scene, rng = self.scene(i), random.Random(f"{self.seed}/references/{i}")
+        drawn = (self.world.caption(scene, rng) for _ in range(4 * count))
+        return list(dict.fromkeys(drawn))[:count]
+
+    def image_path(self, i: int) -> None:
+        """None: the pictures are in no file."""
+
+    def describe(self) -> dict[str, str | int]:
+        """What the dataset holds."""
+        return {"source": f"shapes {self.world.name} {self.split}", "pairs": self.size}
+
+
+def write_pairs(
+    world: World, folder: str | Path, count: int, split: str = "train", seed: int = 0, captions: int = 1
+) -> None:
+    """Write a pair folder: 00000.png with 00000.txt, up to `captions` different true captions in it, one per line."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    dataset = ShapesDataset(world, split, count, seed)
+    digits = max(5, len(str(count - 1)))
+    for i in range(count):
+        world.render(dataset.scene(i)).save(folder / f"{i:0{digits}d}.png")
+        text = "\n".join(dataset.captions(i, captions))
+        (folder / f"{i:0{digits}d}.txt").write_text(text + "\n", encoding="utf-8")

@@ -1,0 +1,176 @@
+"""Tokenizers: round trips, limits, any Unicode, files that are missing or changed."""
+
+import json
+import pickle
+import subprocess
+import sys
+
+import pytest
+
+from latent_verse.text import BPETokenizer, ClipTokenizer, TokenizerError, load_tokenizer
+
+CAPTIONS = ["a red circle left of a blue square", "a green triangle above a red circle", "a blue circle", ""] * 5
+# Decomposed and composed accents, scripts of several bytes a letter, joined emoji, a NUL, right-to-left, CJK.
+UNICODE = ["Cafe\u0301 Élan", "日本語の猫", "👩‍👩‍👧 🏳️‍🌈 naïve", "שלום", "a\x00b", "ǅ ﬁ ß", "  two \n words\t"]
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    return BPETokenizer.train(CAPTIONS, vocab_size=320)
+
+
+@pytest.fixture(scope="module")
+def clip():
+    return ClipTokenizer()
+
+
+@pytest.mark.parametrize("text", CAPTIONS[:4] + UNICODE)
+def test_bpe_round_trip_is_exact_after_normalisation(bpe, text):
+    ids = bpe.encode(text)
+    assert all(0 <= i < bpe.vocab_size for i in ids)
+    assert bpe.decode(ids) == bpe.normalise(text)
+    assert bpe.normalise(bpe.normalise(text)) == bpe.normalise(text)
+
+
+def test_bpe_normalisation_is_what_it_says(bpe):
+    assert bpe.normalise("  A  Red\nCafe\u0301 ") == "a red café"
+    assert bpe.encode("A RED circle") == bpe.encode(" a red   circle ")
+    assert bpe.encode("") == bpe.encode("  \n") == []
+    assert bpe.decode([]) == ""
+
+
+def test_bpe_learns_words(bpe):
+    assert len(bpe.encode("a red circle left of a blue square")) == 8
+    assert bpe.encode("circle") == bpe.encode("red circle")[-1:]  # the same token at the start of a caption
+
+
+def test_bpe_training_is_repeatable_and_bounded(bpe):
+    again = BPETokenizer.train(CAPTIONS, vocab_size=320)
+    assert again.fingerprint == bpe.fingerprint
+    assert bpe.vocab_size <= 320
+    assert BPETokenizer.train(CAPTIONS, vocab_size=270).fingerprint != bpe.fingerprint
+    assert BPETokenizer.train(CAPTIONS, vocab_size=270).vocab_size == 270
+
+
+@pytest.mark.parametrize("captions", [[], ["", "  \n"]])
+def test_bpe_refuses_to_train_on_nothing(captions):
+    with pytest.raises(TokenizerError, match="no caption"):
+        BPETokenizer.train(captions, vocab_size=300)
+
+
+def test_bpe_refuses_a_vocabulary_below_the_bytes():
+    with pytest.raises(TokenizerError, match="256"):
+        BPETokenizer.train(CAPTIONS, vocab_size=100)
+
+
+def test_clip_agrees_with_known_ids(clip):
+    assert clip.vocab_size == 49408
+    assert clip.encode("a photo of a cat") == [320, 1125, 539, 320, 2368]  # CLIP's README
+    assert clip.encode("") == []
+
+
+def test_clip_decodes_cleaned_text(clip):
+    assert clip.decode(clip.encode("  It's &amp; CAFÉ  3.5! ")) == "it 's & café 3 . 5 !"
+    assert clip.normalise("  It's &amp; CAFÉ") == "it's & café"
+
+
+@pytest.mark.parametrize("text", ["日本語", "👩 🏳️‍🌈", "שלום", "naïve"])
+def test_clip_keeps_any_unicode(clip, text):
+    assert clip.decode(clip.encode(text)).replace(" ", "") == text.replace(" ", "")
+
+
+def test_clip_leaves_out_its_own_specials(clip):
+    assert clip.decode([49406, *clip.encode("a cat"), 49407]) == "a cat"
+
+
+def test_clip_does_not_import_open_clip():
+    code = "import sys, latent_verse.text as t; t.ClipTokenizer(); assert 'open_clip' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("which", ["bpe", "clip"])
+def test_length_truncates_or_refuses(which, request):
+    tokenizer = request.getfixturevalue(which)
+    text = "a red circle left of a blue square"
+    full = tokenizer.encode(text)
+    assert tokenizer.encode_batch([text, "", "a"], length=3) == [full[:3], [], tokenizer.encode("a")]
+    assert tokenizer.encode_batch([text], length=len(full), too_long="error") == [full]
+    with pytest.raises(TokenizerError) as error:
+        tokenizer.encode_batch(["a", text], length=3, too_long="error")
+    for part in ("Caption 1", text, f"{len(full)} tokens", "text_len is 3", "truncate"):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize("which", ["bpe", "clip"])
+def test_truncation_never_halves_a_character(which, request):
+    tokenizer = request.getfixturevalue(which)
+    for length in range(1, 12):
+        text = tokenizer.decode(tokenizer.encode_batch(["a 日本語 🦄🦄"], length=length)[0])
+        assert "\ufffd" not in text
+        assert len(tokenizer.encode_batch(["a 日本語 🦄🦄"], length=length)[0]) <= length
+
+
+@pytest.mark.parametrize("which", ["bpe", "clip"])
+def test_bad_input_is_named(which, request):
+    tokenizer = request.getfixturevalue(which)
+    with pytest.raises(TokenizerError, match="Caption 1 is None"):
+        tokenizer.encode_batch(["a", None])
+    with pytest.raises(TokenizerError, match="surrogate at character 2"):
+        tokenizer.encode("a \ud800")
+    with pytest.raises(TokenizerError, match="list of captions"):
+        tokenizer.encode_batch("a red circle")
+    with pytest.raises(TokenizerError, match="at least 1"):
+        tokenizer.encode_batch(["a"], length=0)
+    with pytest.raises(TokenizerError, match="one of truncate, error"):
+        tokenizer.encode_batch(["a"], length=2, too_long="cut")
+    for bad in (tokenizer.vocab_size, -1):
+        with pytest.raises(TokenizerError, match=f"Token id {bad}"):
+            tokenizer.decode([bad])
+
+
+@pytest.mark.parametrize("which", ["bpe", "clip"])
+def test_save_and_load_give_the_same_tokenizer(which, request, tmp_path):
+    tokenizer = request.getfixturevalue(which)
+    tokenizer.save(tmp_path / "run")
+    loaded = load_tokenizer(tmp_path / "run")
+    assert type(loaded) is type(tokenizer)
+    assert (loaded.name, loaded.vocab_size, loaded.fingerprint) == (which, tokenizer.vocab_size, tokenizer.fingerprint)
+    texts = [*CAPTIONS, *UNICODE]
+    assert loaded.encode_batch(texts) == tokenizer.encode_batch(texts)
+    assert loaded.decode_batch(loaded.encode_batch(texts)) == tokenizer.decode_batch(tokenizer.encode_batch(texts))
+
+
+@pytest.mark.parametrize("which", ["bpe", "clip"])
+def test_worker_processes_can_have_it(which, request):
+    tokenizer = request.getfixturevalue(which)
+    assert pickle.loads(pickle.dumps(tokenizer)).encode("a red circle") == tokenizer.encode("a red circle")
+
+
+def test_load_by_name(clip):
+    assert load_tokenizer("clip").fingerprint == clip.fingerprint
+
+
+def test_load_errors_name_the_file(bpe, tmp_path):
+    with pytest.raises(TokenizerError, match="clpi"):
+        load_tokenizer("clpi")
+    with pytest.raises(TokenizerError, match=r"tokenizer_config\.json"):
+        load_tokenizer(tmp_path)
+    bpe.save(tmp_path)
+    vocabulary = tmp_path / "tokenizer.json"
+    whole = vocabulary.read_text()
+    vocabulary.write_text(whole[:100])
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json is not valid JSON"):
+        load_tokenizer(tmp_path)
+    vocabulary.write_text("{}")
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json is not a BPE tokenizer"):
+        load_tokenizer(tmp_path)
+    vocabulary.unlink()
+    with pytest.raises(TokenizerError, match=r"no tokenizer\.json"):
+        load_tokenizer(tmp_path)
+    BPETokenizer.train(["other words other words"], 300).save(tmp_path / "other")
+    vocabulary.write_text((tmp_path / "other" / "tokenizer.json").read_text())
+    with pytest.raises(TokenizerError, match="fingerprint"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"name": "word"}))
+    with pytest.raises(TokenizerError, match="'word'"):
+        load_tokenizer(tmp_path)
