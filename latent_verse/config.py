@@ -55,6 +55,13 @@ class AugVAEConfig:
     def __post_init__(self):
         for name in ("ch_mult", "attn_resolutions"):  # lists from YAML become hashable
             object.__setattr__(self, name, tuple(getattr(self, name)))
+
+    def validate(self) -> None:
+        """Refuse a shape that cannot be built. Called by AugVAE, not on creation: a -SL recipe names only its level.
+
+        Raises:
+            ConfigError: naming the key, its value and the remedy.
+        """
         self._check_ranges()
         if self.double_z:
             raise ConfigError("double_z: true cannot work: a codebook has no variance to encode. Set double_z: false.")
@@ -298,7 +305,6 @@ def check_data(d: ImageDataConfig, resolution: int) -> None:
     d.fake_data, d.web_dataset = d.dataset == "fake", d.dataset == "webdataset"
     if d.img_size not in (None, resolution):
         raise ConfigError(f"img_size {d.img_size} contradicts resolution {resolution}; they must be equal: give one.")
-    d.img_size = resolution
     if not 0 < d.resize_ratio <= 1:
         raise ConfigError(f"resize_ratio is {d.resize_ratio}; it must lie above 0 and not above 1.")
     for name in ("batch_size", "prefetch_factor", "shuffle_buffer", "dataset_size"):
@@ -319,9 +325,14 @@ def limit_fake_data(t: TrainerConfig, given: set[str]) -> None:
         setattr(t, name, value)
 
 
-def check_vae(config: TrainVAEConfig) -> None:
-    """Refuse a train_vae or eval_vae configuration that could never work, before anything is built or written."""
+def check_train_vae(config: TrainVAEConfig, given: set[str]) -> None:
+    """Refuse a train_vae configuration that could never work, before anything is built or written."""
     check_trainer(config.trainer)
+    check_data(config.data, config.model.resolution)
+    if config.data.fake_data:
+        limit_fake_data(config.trainer, given)
+    elif not config.data.train_dir:
+        raise ConfigError("train_dir is not given: name a folder of pictures, or try --fake_data.")
     o = config.optim
     if o.learning_rate <= 0:
         raise ConfigError(f"learning_rate is {o.learning_rate}; it must be above 0.")
@@ -336,7 +347,23 @@ def check_vae(config: TrainVAEConfig) -> None:
             f"finetune keeps one level, but attn_resolutions is {list(config.model.attn_resolutions)}. "
             "Give the level to keep, for instance attn_resolutions: [32]."
         )
+    if not o.finetune:
+        config.model.validate()
+
+
+def check_eval_vae(config: EvalVAEConfig) -> None:
+    """Refuse an eval_vae configuration that could never work. The model section is the checkpoint's own."""
+    check_trainer(config.trainer)
+    if not config.trainer.ckpt_path:
+        raise ConfigError("ckpt_path is not given: name the checkpoint, folder or hub id of the AugVAE to evaluate.")
     check_data(config.data, config.model.resolution)
+    d = config.data
+    if not (d.fake_data or d.test_dir or d.val_dir):
+        raise ConfigError("Neither test_dir nor val_dir is given: name a folder of pictures, or try --fake_data.")
+    for name in ("eval_images", "save_images"):
+        value = getattr(config.eval, name)
+        if value is not None and value < (1 if name == "eval_images" else 0):
+            raise ConfigError(f"{name} is {value}; it must be a count of pictures.")
 
 
 def as_plain(config) -> dict:

@@ -40,6 +40,7 @@ class AugVAE(nn.Module):
 
     def __init__(self, config: AugVAEConfig):
         super().__init__()
+        config.validate()
         self.config = config
         levels = config.attn_resolutions
         outer = {"ch_mult": config.ch_mult, "resolution": config.resolution, "attn_resolutions": levels[:1]}

@@ -1,0 +1,208 @@
+"""LitAugVAE: AugVAE under Lightning. Steps, logging and the optimiser; the maths is the model's.
+
+Shapes: B batch, C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytorch_lightning as pl
+import torch
+from torch import nn
+from torchmetrics import MeanMetric
+
+from latent_verse.augvae.model import AugVAE
+from latent_verse.augvae.perceptual import ReconstructionLoss, fetch_vgg16, vgg16_file
+from latent_verse.config import TrainVAEConfig, as_plain
+from latent_verse.evaluation.codebook import CodebookUsage
+from latent_verse.evaluation.reconstruction import ReconstructionMetrics
+
+
+class LitAugVAE(pl.LightningModule):
+    """Trains an AugVAE (-ML or -SL) on batches (images (B, C, H, W) in [-1, 1], ...).
+
+    A batch may be empty in validation, where a process has run out of pictures before the others.
+    """
+
+    def __init__(self, model: AugVAE, config: TrainVAEConfig):
+        super().__init__()
+        self.model = model
+        self.config = config
+        self.loss: ReconstructionLoss | None = None
+        names = ["total_loss", "rec_loss", "embed_loss", "perplexity"]
+        if config.loss.loss_type.startswith("lpips"):
+            names.append("lpips_loss")
+        self.val_means = nn.ModuleDict({name: MeanMetric() for name in names})
+        self.usage = nn.ModuleDict(
+            {stage: CodebookUsage(model.levels, model.config.num_tokens) for stage in ("train_usage", "val_usage")}
+        )
+        self.test_metrics: ReconstructionMetrics | None = None  # set by eval_vae
+        self.test_limit: int | None = None
+        # sum and number of this epoch's training losses: saved, so that a resumed epoch has the same mean
+        self.epoch_loss = torch.zeros(2, dtype=torch.float64)
+        # Not Lightning's to step: it would do so after the epoch's checkpoint is written, and a resume would miss it.
+        self.plateau: torch.optim.lr_scheduler.ReduceLROnPlateau | None = None
+        self.plateau_state: dict | None = None
+
+    # ----------------------------------------------------------------------------------------------------- preparation
+
+    def prepare_data(self) -> None:
+        """Fetch LPIPS' backbone, in one process a node."""
+        if self.config.loss.loss_type.startswith("lpips") and not (self.config.data.fake_data or vgg16_file().is_file()):
+            fetch_vgg16()
+
+    def configure_model(self) -> None:
+        """Shard the networks under --strategy fsdp, compile them under --compile."""
+        if self.loss is not None:  # Lightning calls this once a fit, validate or test
+            return
+        c = self.config
+        self.loss = ReconstructionLoss(c.loss.loss_type, c.loss.p_loss_weight, untrained=c.data.fake_data)
+        networks = [*self.model.encoders, *self.model.decoders]
+        self.model.to(memory_format=torch.channels_last)  # the same sums, faster on CPUs and on tensor cores
+        if c.trainer.compile:
+            for network in networks:
+                network.compile()
+        if self.device_mesh is not None:
+            from torch.distributed.fsdp import fully_shard
+
+            for network in networks:
+                fully_shard(network, mesh=self.device_mesh["data_parallel"])
+            fully_shard(self.model, mesh=self.device_mesh["data_parallel"])
+
+    def on_fit_start(self) -> None:
+        """Bring the loss to the device: it is no module, so Lightning does not."""
+        self.loss.to(self.device)
+
+    on_validation_start = on_fit_start
+
+    def on_train_batch_start(self, batch, batch_idx: int) -> None:
+        """Start the codebook from the first batch, where codebook_init asks for it."""
+        first = self.global_step == 0 and batch_idx == 0
+        if first and self.config.optim.codebook_init == "data" and self.model.codebook.is_fresh:
+            self.model.initialise_codebook(batch[0])
+
+    # ----------------------------------------------------------------------------------------------------------- steps
+
+    def _losses(self, x_BCHW: torch.Tensor, stage: str):
+        encoded = self.model.encode(x_BCHW.contiguous(memory_format=torch.channels_last))
+        reconstruction_BCHW = self.model.decode(encoded.z_q)
+        parts = self.loss(reconstruction_BCHW, x_BCHW)
+        total = sum(parts.values()) + self.config.loss.codebook_weight * encoded.embed_loss
+        self.usage[f"{stage}_usage"].update(encoded.indices)
+        parts |= {"total_loss": total, "embed_loss": encoded.embed_loss, "perplexity": encoded.perplexity}
+        return parts, reconstruction_BCHW
+
+    def training_step(self, batch, batch_idx: int):
+        """One step; returns the loss and, for the image grids, input and reconstruction."""
+        parts, reconstruction_BCHW = self._losses(batch[0], "train")
+        for name, value in parts.items():
+            self.log(f"train/{name}", value, prog_bar=name in ("total_loss", "rec_loss", "perplexity"))
+        self.epoch_loss = self.epoch_loss.to(self.device if self.device.type != "mps" else "cpu")
+        self.epoch_loss += torch.stack([parts["total_loss"].detach().double(), self.epoch_loss.new_ones(())])
+        out = {"loss": parts["total_loss"]}
+        if self.config.trainer.log_images:
+            out |= {"x": batch[0].detach(), "xrec": reconstruction_BCHW.detach()}
+        return out
+
+    def validation_step(self, batch, batch_idx: int):
+        """Add a batch to the means; an empty one adds nothing."""
+        x_BCHW = batch[0]
+        if len(x_BCHW) == 0:
+            return None
+        parts, reconstruction_BCHW = self._losses(x_BCHW, "val")
+        for name, mean in self.val_means.items():
+            mean.update(parts[name], weight=len(x_BCHW))
+        return {"x": x_BCHW, "xrec": reconstruction_BCHW} if self.config.trainer.log_images else None
+
+    def test_step(self, batch, batch_idx: int):
+        """Add a batch to `test_metrics`; returns input and reconstruction for the pictures on disk."""
+        x_BCHW = batch[0]
+        t = self.trainer
+        if self.test_limit is not None:  # picture j of the batch is number (batch * size + j) * processes + rank
+            first = batch_idx * self.config.data.batch_size
+            x_BCHW = x_BCHW[: max(0, -(-(self.test_limit - t.global_rank) // t.world_size) - first)]
+        if len(x_BCHW) == 0:
+            return None
+        encoded = self.model.encode(x_BCHW.contiguous(memory_format=torch.channels_last))
+        reconstruction_BCHW = self.model.decode(encoded.z_q)
+        self.test_metrics.update(x_BCHW, reconstruction_BCHW, encoded.indices)
+        return {"x": x_BCHW, "xrec": reconstruction_BCHW.float().clamp(-1, 1)}
+
+    def on_train_epoch_end(self) -> None:
+        """Log the epoch's mean loss over all processes, which lr_decay watches (the original watched the last batch's),
+        and how much of the codebook is used."""
+        sums = self.trainer.strategy.reduce(self.epoch_loss.clone(), reduce_op="sum")
+        mean = (sums[0] / sums[1].clamp(min=1)).float()
+        self.log("train/total_loss_epoch", mean)
+        if self.plateau is not None:
+            self.plateau.step(mean.item())
+        self.epoch_loss.zero_()
+        self._log_usage("train")
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the means over all pictures and processes."""
+        for name, mean in self.val_means.items():
+            self.log(f"val/{name}", mean.compute(), prog_bar=name == "total_loss")
+            mean.reset()
+        self._log_usage("val")
+
+    def _log_usage(self, stage: str) -> None:
+        usage = self.usage[f"{stage}_usage"]
+        self.log_dict({f"{stage}/{name}": value for name, value in usage.compute().items()})
+        usage.reset()
+
+    # ------------------------------------------------------------------------------------------------------- optimiser
+
+    def configure_optimizers(self):
+        """AdamW; the rate is base x processes over all nodes x batch size, as the original's, and never 0."""
+        o = self.config.optim
+        rate = o.learning_rate * max(1, self.trainer.world_size) * self.config.data.batch_size
+        trainable = [p for p in self.model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trainable, lr=rate, betas=o.betas, weight_decay=o.weight_decay)
+        if o.lr_decay:
+            self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
+                optimizer, mode="min", factor=0.5, patience=10, cooldown=10, min_lr=min(1e-6, rate)
+            )
+            if self.plateau_state:
+                self.plateau.load_state_dict(self.plateau_state)
+        if o.lr_cosine:
+            total = self.trainer.estimated_stepping_batches
+            if math.isinf(total):
+                raise ValueError("lr_cosine needs to know how long the run is: give epochs or max_steps.")
+
+            def factor(step: int) -> float:
+                if step < o.warmup_steps:
+                    return (step + 1) / (o.warmup_steps + 1)
+                done = (step - o.warmup_steps) / max(1, total - o.warmup_steps)
+                return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+            return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+        return optimizer
+
+    # ----------------------------------------------------------------------------------------------------- checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        """Make the file describe itself, with plain types only."""
+        checkpoint["latent_verse"] = {
+            "kind": "augvae",
+            "model": as_plain(self.model.config),
+            "run": as_plain(self.config),
+            "plateau": None if self.plateau is None else self.plateau.state_dict(),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        """Keep the schedule's state until the optimiser exists."""
+        self.plateau_state = checkpoint["latent_verse"].get("plateau")
+
+    def process_state(self) -> dict:
+        """What differs between processes and is not in the state dict: see callbacks.ProcessState."""
+        return {"epoch_loss": self.epoch_loss.cpu(), "train_counts": self.usage["train_usage"].counts_LK.cpu()}
+
+    def load_process_state(self, state: dict) -> None:
+        """Undo `process_state`."""
+        self.epoch_loss = state["epoch_loss"].to(self.device)
+        usage = self.usage["train_usage"]
+        usage.counts_LK = state["train_counts"].to(usage.counts_LK.device)
+        usage._update_count = 1  # torchmetrics would warn of a metric that was never updated

@@ -1,0 +1,244 @@
+"""Lightning callbacks: the run folder, backups and interruption, per-process state, grids of pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import random
+import signal
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+import torch.distributed as dist
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
+
+from latent_verse import runs
+from latent_verse.runs import Run
+
+
+class Interrupted(Exception):
+    """The run was asked to stop (SIGTERM, Ctrl-C) and has saved; the message says where."""
+
+
+class RunFolder(pl.Callback):
+    """Make the run folder, once all processes have met, and tell them all its id."""
+
+    def __init__(self, run: Run, config: dict, yaml_text: str):
+        self.run = run
+        self.config = config
+        self.yaml_text = yaml_text
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if self.run.id is None:
+            run_id = trainer.strategy.broadcast(runs.new_id())
+            self.run = dataclasses.replace(self.run, id=run_id)
+        if trainer.is_global_zero:
+            runs.start(self.run, self.run.id, self.config, self.yaml_text)
+
+
+class Backup(pl.Callback):
+    """Save the whole state every `every` steps, and when the run is told to stop.
+
+    A backup appears under its name only once it is whole; the one before is removed only then. SIGTERM and Ctrl-C end
+    the step at hand, save, and raise Interrupted; a second Ctrl-C stops at once.
+
+    Args:
+        every: steps between backups; None saves only when told to stop.
+    """
+
+    def __init__(self, folder: RunFolder, every: int | None):
+        self.folder = folder
+        self.every = every
+        self.told_to_stop = False
+        self._handlers: dict[int, object] = {}
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._handlers[number] = signal.signal(number, self._stop)
+
+    def _stop(self, number: int, frame) -> None:
+        if self.told_to_stop and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.told_to_stop = True
+        rank_zero_info(f"{signal.Signals(number).name}: saving after this step (Ctrl-C again stops at once)")
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs, batch, batch_idx) -> None:
+        stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
+        stop = self.told_to_stop
+        if trainer.world_size > 1:  # all processes must leave after the same step; asking costs, so not at every one
+            ask = trainer.global_step % trainer.log_every_n_steps == 0
+            stop = ask and trainer.strategy.reduce_boolean_decision(stop, all=False)
+        if not stepped:
+            return
+        if stop:
+            raise Interrupted(f"stopped at step {trainer.global_step}; saved {self.save(trainer)}")
+        if self.every and trainer.global_step % self.every == 0:
+            self.save(trainer)
+
+    def save(self, trainer: pl.Trainer) -> Path:
+        """Write a backup; called by all processes together. Returns its path."""
+        place = self.folder.run.backups()
+        file = place / f"step={trainer.global_step}.ckpt"
+        unfinished = place / f".{file.name}.tmp"
+        if trainer.is_global_zero:
+            place.mkdir(parents=True, exist_ok=True)
+        trainer.save_checkpoint(unfinished)
+        if trainer.is_global_zero:
+            os.replace(unfinished, file)
+            for other in place.glob("step=*.ckpt"):
+                if other != file:
+                    other.unlink()
+            for leftover in place.glob(".step=*.tmp"):  # of a process killed while it saved
+                leftover.unlink()
+        trainer.strategy.barrier()
+        return file
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers.clear()
+
+
+class ProcessState(pl.Callback):
+    """Save and restore what differs between processes: random number generators, and the module's `process_state`.
+
+    Lightning saves rank 0's view only. Without this a resumed run would draw other dropout masks and code restarts.
+    """
+
+    def __init__(self):
+        self.loaded: list[dict] | None = None
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
+        state = {"rng": random_state(), "module": pl_module.process_state()}
+        states = [state]
+        if trainer.world_size > 1:
+            states = [None] * trainer.world_size
+            dist.all_gather_object(states, state)
+        checkpoint["process_states"] = states
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
+        self.loaded = checkpoint.get("process_states")
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.loaded is None:
+            return
+        if len(self.loaded) != trainer.world_size:
+            rank_zero_warn(
+                f"The checkpoint was saved by {len(self.loaded)} processes and is continued by {trainer.world_size}: "
+                "weights and step are the same, data order and random numbers are not."
+            )
+        else:
+            state = self.loaded[trainer.global_rank]
+            set_random_state(state["rng"])
+            pl_module.load_process_state(state["module"])
+        self.loaded = None
+
+
+def random_state() -> dict:
+    """States of the generators of Python, NumPy, torch and every visible GPU, as plain types and tensors."""
+    version, internal, gauss = random.getstate()
+    name, keys, *rest = np.random.get_state()
+    state = {
+        "python": [version, list(internal), gauss],
+        "numpy": [name, keys.tolist(), *rest],
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: dict) -> None:
+    """Undo `random_state`."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(state["torch"].cpu())
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].cpu())
+
+
+class ImageGrids(pl.Callback):
+    """Log input over reconstruction, values fixed to [-1, 1], and write it as PNG to the run folder.
+
+    Of the training batch every `every` steps, and of the first validation batch. The steps of the module return
+    {"x": (B, C, H, W), "xrec": the same}.
+    """
+
+    def __init__(self, folder: RunFolder, every: int, at_most: int = 8):
+        self.folder = folder
+        self.every = every
+        self.at_most = at_most
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs, batch, batch_idx) -> None:
+        if trainer.global_step % self.every == 0 and trainer.global_step:
+            self._write(trainer, outputs, "train")
+
+    def on_validation_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs, batch, batch_idx, dataloader_idx=0
+    ) -> None:
+        if batch_idx == 0 and outputs is not None and not trainer.sanity_checking:
+            self._write(trainer, outputs, "val")
+
+    def _write(self, trainer: pl.Trainer, outputs: dict, stage: str) -> None:
+        if not trainer.is_global_zero or "x" not in outputs:
+            return
+        from torchvision.utils import make_grid, save_image
+
+        n = min(len(outputs["x"]), self.at_most)
+        rows = torch.cat([outputs["x"][:n], outputs["xrec"][:n]]).float().cpu()
+        grid = make_grid(rows, nrow=n, normalize=True, value_range=(-1, 1))
+        place = self.folder.run.images
+        place.mkdir(parents=True, exist_ok=True)
+        save_image(grid, place / f"{stage}_step={trainer.global_step}.png")
+        for logger in trainer.loggers:
+            if isinstance(logger, pl.loggers.TensorBoardLogger):
+                logger.experiment.add_image(f"{stage}/reconstructions", grid, trainer.global_step)
+            elif isinstance(logger, pl.loggers.WandbLogger):
+                logger.log_image(f"{stage}/reconstructions", [grid], caption=[f"step {trainer.global_step}"])
+
+
+class SavedPictures(pl.Callback):
+    """In a test: write input and reconstruction as PNG files of the same number, and a grid of pairs.
+
+    Args:
+        folder: gets original_images/, generated_images/ and grid.png.
+        at_most: pictures to write, over all processes.
+    """
+
+    def __init__(self, folder: Path, at_most: int, in_grid: int = 32):
+        self.folder = folder
+        self.at_most = at_most
+        self.in_grid = in_grid
+        self._pairs: list[torch.Tensor] = []
+
+    def on_test_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs, batch, batch_idx, dataloader_idx=0
+    ) -> None:
+        from torchvision.utils import save_image
+
+        if outputs is None:
+            return
+        first = batch_idx * pl_module.config.data.batch_size
+        for j, pair in enumerate(zip(outputs["x"], outputs["xrec"], strict=True)):
+            number = (first + j) * trainer.world_size + trainer.global_rank
+            if number >= self.at_most:
+                break
+            pair_CHW = [image_CHW.float().cpu() for image_CHW in pair]
+            for name, image_CHW in zip(("original_images", "generated_images"), pair_CHW, strict=True):
+                (self.folder / name).mkdir(parents=True, exist_ok=True)
+                save_image((image_CHW + 1) / 2, self.folder / name / f"{number:06d}.png")
+            if trainer.is_global_zero and len(self._pairs) < self.in_grid:
+                self._pairs.append(torch.cat(pair_CHW, dim=2))
+
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        from torchvision.utils import make_grid, save_image
+
+        if self._pairs:
+            grid = make_grid(torch.stack(self._pairs), nrow=4, normalize=True, value_range=(-1, 1), pad_value=1)
+            save_image(grid, self.folder / "grid.png")

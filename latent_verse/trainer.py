@@ -1,0 +1,153 @@
+"""Lightning's Trainer from a TrainerConfig: devices, strategy, logger, callbacks. Shared by all scripts."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
+from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from pytorch_lightning.utilities import rank_zero_info
+
+from latent_verse.callbacks import Backup, ImageGrids, ProcessState, RunFolder
+from latent_verse.config import ConfigError, TrainerConfig, as_plain
+from latent_verse.runs import Run
+
+
+def choose_devices(t: TrainerConfig) -> tuple[str, int]:
+    """(Lightning accelerator, processes on this node) for --gpus N; says so where that is not GPUs.
+
+    With an accelerator named, N is the number of its devices (for cpu: of processes).
+
+    Raises:
+        ConfigError: more GPUs are asked for than the machine has.
+    """
+    if t.accelerator not in ("auto", "gpu", "cuda"):
+        return t.accelerator, max(1, t.gpus)
+    if t.gpus == 0:
+        if t.accelerator != "auto":
+            raise ConfigError(f"gpus: 0 asks for the CPU, accelerator: {t.accelerator} does not. Drop one of them.")
+        return "cpu", 1
+    present = torch.cuda.device_count()
+    if present == 0:
+        if t.accelerator != "auto":
+            raise ConfigError(f"accelerator: {t.accelerator}, but torch sees no GPU on this machine.")
+        rank_zero_info(f"No GPU on this machine: using the CPU in place of {t.gpus} GPU{'s'[: t.gpus > 1]}.")
+        return "cpu", 1
+    if t.gpus > present:
+        raise ConfigError(f"gpus: {t.gpus}, but torch sees {present} on this machine. Give --gpus {present} or fewer.")
+    return "gpu", t.gpus
+
+
+def make_trainer(t: TrainerConfig, run: Run, config, yaml_text: str, has_val: bool) -> pl.Trainer:
+    """A Trainer that logs to `run`, keeps its best and last checkpoints, backs up and can be interrupted.
+
+    Args:
+        config: the whole run's configuration, for the run folder.
+        has_val: whether there is validation data, which decides the best checkpoint.
+    """
+    accelerator, devices = choose_devices(t)
+    folder = RunFolder(run, as_plain(config), yaml_text)
+    callbacks = [
+        folder,
+        ProcessState(),
+        LearningRateMonitor("step"),
+        Backup(folder, t.backup_steps if t.backup else None),
+        *([ImageGrids(folder, t.image_log_steps)] if t.log_images else []),
+        *([TQDMProgressBar(refresh_rate=t.refresh_rate)] if t.refresh_rate else []),
+        *checkpoints(run, has_val),
+    ]
+    quiet_known_warnings()
+    return pl.Trainer(
+        accelerator=accelerator,
+        devices=devices,
+        num_nodes=t.nodes,
+        strategy=choose_strategy(t, accelerator, devices),
+        precision=t.precision,
+        max_epochs=t.epochs,
+        max_steps=t.max_steps,
+        limit_train_batches=t.limit_train_batches,
+        limit_val_batches=t.limit_val_batches,
+        num_sanity_val_steps=t.num_sanity_val_steps,
+        accumulate_grad_batches=t.accumulate_grad_batches,
+        gradient_clip_val=t.gradient_clip_val,
+        log_every_n_steps=t.log_every_n_steps,
+        enable_progress_bar=bool(t.refresh_rate),
+        enable_model_summary=False,
+        detect_anomaly=t.debug,
+        use_distributed_sampler=False,  # the data module splits over processes itself, without padding
+        benchmark=True,
+        default_root_dir=run.folder,
+        logger=make_logger(t, run),
+        callbacks=callbacks,
+    )
+
+
+def checkpoints(run: Run, has_val: bool) -> list[ModelCheckpoint]:
+    """Best (by val/total_loss) and last; `last` also without validation data."""
+    last = ModelCheckpoint(
+        run.checkpoints,
+        filename="last-{epoch}-{step}",
+        save_top_k=1,
+        monitor=None,
+        every_n_epochs=1,
+        save_on_train_epoch_end=True,
+    )
+    best = ModelCheckpoint(run.checkpoints, filename="best-{epoch}-{step}", monitor="val/total_loss", save_top_k=1)
+    return [best, last] if has_val else [last]
+
+
+def choose_strategy(t: TrainerConfig, accelerator: str, devices: int) -> str | Strategy:
+    """auto and ddp: a copy on each process; fsdp: parameters, gradients and optimiser sharded over all processes."""
+    processes = devices * t.nodes
+    backend = "gloo" if accelerator == "cpu" else None
+    if t.strategy == "fsdp":
+        return ModelParallelStrategy(
+            data_parallel_size=processes,
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=False,
+            process_group_backend=backend,
+        )
+    if processes == 1:
+        return "auto"
+    # the codebook's buffers are kept equal by all-reduced statistics: broadcasting them each step would be waste
+    return DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True, process_group_backend=backend)
+
+
+def make_logger(t: TrainerConfig, run: Run) -> Logger:
+    """TensorBoard, Weights & Biases (offline with WANDB_MODE=offline) or CSV, into the run folder."""
+    if t.logger == "tensorboard":
+        return TensorBoardLogger(run.folder, name="", version="logs")
+    if t.logger == "csv":
+        return CSVLogger(run.folder, name="", version="logs")
+    return WandbLogger(
+        name=run.folder.name,
+        project="l-verse",
+        save_dir=run.folder,
+        id=run.id,
+        resume="allow" if run.id else None,
+        offline=os.environ.get("WANDB_MODE") == "offline",
+    )
+
+
+def default_name(t: TrainerConfig, config_file: str | None, kind: str, fake: bool) -> str:
+    """The run's name: --name, else the config file's, marked where the data is fake."""
+    stem = Path(config_file).stem if config_file else kind
+    return t.name or (f"fake-{stem}" if fake else stem)
+
+
+def quiet_known_warnings() -> None:
+    """Hide warnings that are about Lightning's own insides or advise against what was asked for."""
+    for message in (
+        ".*does not have many workers.*",
+        ".*GPU available but not used.*",
+        ".*isinstance.treespec, LeafSpec.*",
+        ".*The number of training batches.*",
+        ".*exists and is not empty.*",
+        ".*ModelParallelStrategy.*experimental.*",
+    ):
+        warnings.filterwarnings("ignore", message)
