@@ -1,0 +1,250 @@
+"""BiART: one transformer for text→image and image→text (paper section 3.2), in minGPT's shape.
+
+Shape suffixes: B batch, T positions, C channels (n_embd), H heads, D channels per head, V classes, M tokens, S slots.
+
+minGPT's network with three changes: a segment embedding, attention by `scaled_dot_product_attention`, and a head that
+is computed over the next token's modality only, which the layout (`sequence.py`) gives away.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from latent_verse.biart.sequence import IGNORE, Sequences, Vocabulary, target_modality
+from latent_verse.config import BiARTConfig
+
+PRESETS = {
+    "tiny": {"n_layer": 4, "n_head": 4, "n_embd": 192},  # minutes on a CPU
+    "12x768": {"n_layer": 12, "n_head": 12, "n_embd": 768},  # GPT-2 small
+    "24x1024": {"n_layer": 24, "n_head": 16, "n_embd": 1024},  # the paper's BiART, by its depth and width
+}
+
+
+class KVCache:
+    """Keys and values of all blocks, allocated once (gpt-fast). `bucket` sets how many slots a decoding step reads.
+
+    1 reads just the filled slots, which is the least work: the CPU's choice. A larger bucket rounds that number up and
+    masks the rest, so that steps share static shapes, as compiled code and CUDA graphs need: the GPU's choice.
+    """
+
+    def __init__(self, config: BiARTConfig, batch: int, device, dtype: torch.dtype, bucket: int | None = None):
+        self.bucket = bucket or (128 if torch.device(device).type == "cuda" else 1)
+        slots = math.ceil(Vocabulary.of(config).input_len / self.bucket) * self.bucket
+        shape = (config.n_layer, batch, config.n_head, slots, config.n_embd // config.n_head)
+        self.k_LBHSD = torch.zeros(shape, device=device, dtype=dtype)
+        self.v_LBHSD = torch.zeros(shape, device=device, dtype=dtype)
+
+    def slots(self, position: int) -> int:
+        """How many slots the step at `position` has to read."""
+        return math.ceil((position + 1) / self.bucket) * self.bucket
+
+    def reorder(self, rows_B: Tensor, filled: int) -> None:
+        """Row i becomes what row rows_B[i] was, in the first `filled` slots (beam search)."""
+        for cache in (self.k_LBHSD, self.v_LBHSD):
+            for layer in cache:  # layer by layer, so that the copy needs little memory
+                layer[:, :, :filled] = layer[rows_B, :, :filled]
+
+
+class Past(NamedTuple):
+    """One block's share of the cache, the slots that this step writes, and those it reads."""
+
+    k_BHSD: Tensor
+    v_BHSD: Tensor
+    pos_T: Tensor
+    slots: int
+    mask_TS: Tensor | None
+
+
+class Attention(nn.Module):
+    """Causal self-attention; with `past`, over the cached positions as well."""
+
+    def __init__(self, config: BiARTConfig):
+        super().__init__()
+        self.n_head, self.attn_pdrop = config.n_head, config.attn_pdrop
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.proj = nn.Linear(config.n_embd, config.n_embd)
+        self.resid_drop = nn.Dropout(config.resid_pdrop)
+
+    def forward(self, x_BTC: Tensor, past: Past | None = None) -> Tensor:
+        B, T, C = x_BTC.shape
+        q, k, v = self.qkv(x_BTC).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        mask_TS, causal = None, True
+        if past is not None:
+            past.k_BHSD.index_copy_(2, past.pos_T, k.to(past.k_BHSD.dtype))
+            past.v_BHSD.index_copy_(2, past.pos_T, v.to(past.v_BHSD.dtype))
+            if T == 1:  # decoding; the prefill starts at 0 and needs no more than its own keys
+                k, v = past.k_BHSD[:, :, : past.slots], past.v_BHSD[:, :, : past.slots]
+                mask_TS, causal = past.mask_TS, False
+        dropout = self.attn_pdrop if self.training else 0.0
+        y_BHTD = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_TS, dropout_p=dropout, is_causal=causal)
+        return self.resid_drop(self.proj(y_BHTD.transpose(1, 2).reshape(B, T, C)))
+
+
+class Block(nn.Module):
+    """x + attention(norm x), then x + MLP(norm x)."""
+
+    def __init__(self, config: BiARTConfig):
+        super().__init__()
+        self.ln1 = nn.LayerNorm(config.n_embd)
+        self.attn = Attention(config)
+        self.ln2 = nn.LayerNorm(config.n_embd)
+        self.mlp = nn.Sequential(
+            nn.Linear(config.n_embd, 4 * config.n_embd),
+            nn.GELU(),
+            nn.Linear(4 * config.n_embd, config.n_embd),
+            nn.Dropout(config.resid_pdrop),
+        )
+
+    def forward(self, x_BTC: Tensor, past: Past | None = None) -> Tensor:
+        x_BTC = x_BTC + self.attn(self.ln1(x_BTC), past)
+        return x_BTC + self.mlp(self.ln2(x_BTC))
+
+
+class BiART(nn.Module):
+    """The joint transformer. `vocab` (a `Vocabulary`) says how to pack its input."""
+
+    def __init__(self, config: BiARTConfig):
+        super().__init__()
+        self.config = config
+        self.vocab = Vocabulary.of(config)
+        self.tok_emb = nn.Embedding(self.vocab.size, config.n_embd)
+        self.seg_emb = nn.Embedding(2, config.n_embd)
+        self.pos_emb = nn.Parameter(torch.empty(1, self.vocab.input_len, config.n_embd))
+        self.drop = nn.Dropout(config.embd_pdrop)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd)
+        self.head = nn.Linear(config.n_embd, self.vocab.size, bias=False)
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        """GPT-2's: normal(0, 0.02), the last layer of each residual branch scaled down by sqrt(2 n_layer)."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        nn.init.normal_(self.pos_emb, std=0.02)
+        for block in self.blocks:
+            for last in (block.attn.proj, block.mlp[2]):
+                nn.init.normal_(last.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
+
+    # -------------------------------------------------------------------------------------------------- forward pass
+
+    def features(self, idx_BT: Tensor, seg_BT: Tensor) -> Tensor:
+        """Joint ids and segments -> features_BTC, from which the heads read the next token."""
+        x_BTC = self.tok_emb(idx_BT) + self.seg_emb(seg_BT) + self.pos_emb[:, : idx_BT.shape[1]]
+        x_BTC = self.drop(x_BTC)
+        for block in self.blocks:
+            x_BTC = block(x_BTC)
+        return self.ln_f(x_BTC)
+
+    def forward(self, idx_BT: Tensor, seg_BT: Tensor) -> Tensor:
+        """Joint ids and segments -> logits_BTV of the next token over the whole joint vocabulary."""
+        return self.head(self.features(idx_BT, seg_BT))
+
+    def head_weight(self, modality: str) -> Tensor:
+        """The rows of `head` that `modality` needs, weight_VC: text ids and pad (a copy), or the codes (a view)."""
+        start, pad = self.vocab.image_start, self.vocab.pad
+        if modality == "image":
+            return self.head.weight[start:pad]
+        return torch.cat([self.head.weight[:start], self.head.weight[pad : pad + 1]])
+
+    def modality_logits(self, features_BTC: Tensor, modality: str) -> Tensor:
+        """Logits over one modality's classes: equal to the full softmax with all other tokens masked out."""
+        return F.linear(features_BTC, self.head_weight(modality))
+
+    @staticmethod
+    def token_losses(features_BTC: Tensor, class_BT: Tensor, weight_VC: Tensor, chunk: int | None = None) -> Tensor:
+        """-log p of each class, in nats and float32, (B, T); 0 where the class is IGNORE. weight_VC: `head_weight`'s.
+
+        `chunk` computes the logits of so many tokens at a time, and again in the backward pass, so that no more of
+        them are ever held: about a third more head FLOPs for a fraction of the head's memory.
+        """
+
+        def nll(x_MC: Tensor, class_M: Tensor) -> Tensor:
+            return F.cross_entropy(F.linear(x_MC, weight_VC).float(), class_M, ignore_index=IGNORE, reduction="none")
+
+        x_MC, class_M = features_BTC.flatten(0, 1), class_BT.flatten()
+        if chunk is None or len(x_MC) <= chunk:
+            return nll(x_MC, class_M).view_as(class_BT)
+        pieces = [
+            checkpoint(nll, x, c, use_reentrant=False)
+            for x, c in zip(x_MC.split(chunk), class_M.split(chunk), strict=True)
+        ]
+        return torch.cat(pieces).view_as(class_BT)
+
+    def loss(
+        self, sequences: Sequences, reference_weight: float, chunk: int | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Cross-entropy on the targets plus `reference_weight` times that on the references.
+
+        Each is a mean over its counted tokens, so that a long modality does not outweigh a short one; directions are
+        weighted by their share of the rows. Returns the loss and, detached, the mean of each "direction/modality",
+        in nats per token. With `reference_weight` 0 the references' heads are not computed.
+        """
+        features_BTC = self.features(sequences.idx_BT, sequences.seg_BT)
+        total, means, weight_VC = 0.0, {}, {}  # a head's weight is taken once: each taking costs in the backward pass
+        for direction, rows in sequences.parts():
+            share = (rows.stop - rows.start) / len(features_BTC)
+            for modality, class_BT in (("text", sequences.text_BL), ("image", sequences.codes_BN)):
+                weight = 1.0 if modality == target_modality(direction) else reference_weight
+                if weight == 0:
+                    continue
+                here = features_BTC[rows, self.vocab.positions(direction, modality)]
+                class_BT = class_BT[rows]
+                if modality not in weight_VC:
+                    weight_VC[modality] = self.head_weight(modality)
+                counted = (class_BT != IGNORE).sum().clamp(min=1)  # all references of a batch may be dropped
+                mean = self.token_losses(here, class_BT, weight_VC[modality], chunk).sum() / counted
+                total = total + share * weight * mean
+                means[f"{direction}/{modality}"] = mean.detach()
+        return total, means
+
+    # ----------------------------------------------------------------------------------------------- cached decoding
+
+    def prefill(self, idx_BT: Tensor, seg_BT: Tensor, cache: KVCache) -> Tensor:
+        """Read a whole prompt from position 0 into an empty cache -> features_BTC."""
+        pos_T = torch.arange(idx_BT.shape[1], device=idx_BT.device)
+        return self._cached(idx_BT, seg_BT, cache, pos_T, slots=idx_BT.shape[1], mask_TS=None)
+
+    def decode(self, idx_B1: Tensor, seg_B1: Tensor, cache: KVCache, pos_1: Tensor, slots: int) -> Tensor:
+        """Read one more token at position pos_1, a tensor of one -> features_B1C. `slots` is cache.slots(position).
+
+        Shapes depend on `slots` alone and nothing here waits for the device.
+        """
+        mask_TS = None if cache.bucket == 1 else torch.arange(slots, device=pos_1.device)[None] <= pos_1[:, None]
+        return self._cached(idx_B1, seg_B1, cache, pos_1, slots, mask_TS)
+
+    def _cached(self, idx_BT, seg_BT, cache: KVCache, pos_T: Tensor, slots: int, mask_TS: Tensor | None) -> Tensor:
+        x_BTC = self.tok_emb(idx_BT) + self.seg_emb(seg_BT) + self.pos_emb[:, pos_T]
+        for block, k_BHSD, v_BHSD in zip(self.blocks, cache.k_LBHSD, cache.v_LBHSD, strict=True):
+            x_BTC = block(x_BTC, Past(k_BHSD, v_BHSD, pos_T, slots, mask_TS))
+        return self.ln_f(x_BTC)
+
+    # -------------------------------------------------------------------------------------------------- for training
+
+    def parameter_groups(self, weight_decay: float) -> list[dict]:
+        """Two groups for AdamW: matrices decay; biases, norms and embeddings do not."""
+        decay = [m.weight for m in self.modules() if isinstance(m, nn.Linear) and m.weight.requires_grad]
+        ids = {id(p) for p in decay}
+        rest = [p for p in self.parameters() if p.requires_grad and id(p) not in ids]
+        return [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+
+    def num_parameters(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self) -> float:
+        """FLOPs of forward and backward per input position, by PaLM's convention (appendix B), to hold MFU against.
+
+        6 per weight of a matrix product, the head counted at what a position uses of it on average (its own modality's
+        rows), and 12 n_layer n_embd T for attention, causality not discounted. Embeddings and recomputation are free.
+        """
+        c, T = self.config, self.vocab.input_len
+        head = sum(self.vocab.length(m) * self.vocab.num_classes(m) for m in ("text", "image")) * c.n_embd / T
+        return 6 * (12 * c.n_layer * c.n_embd**2 + head) + 12 * c.n_layer * c.n_embd * T

@@ -1,0 +1,290 @@
+"""Drawing images and texts from BiART, and scoring them.
+
+Shape suffixes: B samples, L text tokens, N image codes, K tokens already known, V classes of one modality, W beams,
+T positions, R rows of a batch: the B samples, and under guidance the same ones again without their reference.
+
+The network runs in whatever precision its weights have; everything after the logits is float32.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from latent_verse.biart.model import BiART, KVCache
+from latent_verse.biart.sequence import IGNORE, IMAGE_TO_TEXT, TEXT_TO_IMAGE, target_modality
+
+
+class Likelihood(NamedTuple):
+    """log p in nats: the sum of each sample, and its terms, 0 after the end of a text."""
+
+    total_B: Tensor
+    tokens_BT: Tensor
+
+
+def check_settings(
+    temperature: float, top_k: int | None, top_p: float | None, guidance: float, num_classes: int, null_trained: bool
+) -> None:
+    """Raises ValueError for sampling settings that make no sense; `num_classes` are those of the target modality."""
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature is {temperature}; it must be 0 (greedy) or above.")
+    if top_k is not None and not 1 <= top_k <= num_classes:
+        raise ValueError(f"top_k is {top_k}; it must be in [1, {num_classes}], the target's vocabulary, or None.")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p}; it must be in (0, 1], or None.")
+    if not 0 <= guidance < math.inf:
+        raise ValueError(f"guidance is {guidance}; it must be 0 or above, 1 meaning none.")
+    if guidance != 1 and not null_trained:
+        raise ValueError(
+            f"guidance is {guidance}, but this model never saw a dropped reference: "
+            "use guidance=1, or train with reference_dropout above 0 (0.1 is usual)."
+        )
+
+
+def choose(
+    logits_BV: Tensor, u_B: Tensor | None, temperature: float, top_k: int | None = None, top_p: float | None = None
+) -> Tensor:
+    """Draw class_B from logits by inverting the distribution at u_B, uniform in [0, 1). Temperature 0: the largest.
+
+    top_k keeps the k likeliest classes; top_p then the smallest set of them whose probability reaches p (Holtzman et
+    al., 2020). One uniform number per token makes a sample's randomness small and independent of its batch.
+    """
+    logits_BV = logits_BV.float()
+    if temperature == 0:
+        return logits_BV.argmax(dim=-1)
+    # Less the maximum first: a tiny temperature then gives a sharp distribution rather than inf - inf.
+    logits_BV = (logits_BV - logits_BV.amax(dim=-1, keepdim=True)) / temperature
+    order_BV = None
+    if top_k is not None or top_p is not None:
+        logits_BV, order_BV = logits_BV.topk(top_k or logits_BV.shape[-1], dim=-1)
+    p_BV = logits_BV.softmax(dim=-1)
+    cdf_BV = p_BV.cumsum(dim=-1)
+    if top_p is None:
+        last_B1 = torch.full_like(cdf_BV[:, :1], cdf_BV.shape[-1] - 1, dtype=torch.long)
+    else:
+        last_B1 = (cdf_BV - p_BV < top_p).sum(dim=-1, keepdim=True) - 1
+        last_B1 = last_B1.clamp(min=0)  # rounding must not leave nothing
+    point_B1 = u_B[:, None] * cdf_BV.gather(1, last_B1)
+    class_B1 = torch.minimum(torch.searchsorted(cdf_BV, point_B1, right=True), last_B1)
+    return (class_B1 if order_BV is None else order_BV.gather(1, class_B1))[:, 0]
+
+
+def uniforms(seeds: Sequence[int], length: int, device=None) -> Tensor:
+    """u_BN in [0, 1): row i depends on seeds[i] alone, whatever the batch and the device."""
+    rows = [torch.rand(length, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return torch.stack(rows).to(device)
+
+
+def _sample_seeds(seed: int | Sequence[int] | None, batch: int) -> list[int]:
+    if seed is None:
+        return torch.randint(2**62, (batch,)).tolist()
+    if isinstance(seed, int):
+        return [seed + i for i in range(batch)]
+    if len(seed) != batch:
+        raise ValueError(f"{len(seed)} seeds for {batch} samples: give one for each, or a single number.")
+    return list(seed)
+
+
+@contextlib.contextmanager
+def _evaluating(model: BiART):
+    """No gradients and no dropout; the model's mode is put back afterwards."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+def _new_cache(model: BiART, rows: int, device: torch.device, bucket: int | None = None) -> KVCache:
+    autocast = torch.is_autocast_enabled(device.type)
+    dtype = torch.get_autocast_dtype(device.type) if autocast else model.head.weight.dtype
+    return KVCache(model.config, rows, device, dtype, bucket)
+
+
+def _check_finite(bad: Tensor) -> None:
+    if bool(bad):
+        raise ValueError(
+            "the model's logits are not finite: its weights are damaged or overflow in this precision. "
+            "Try float32, or an earlier checkpoint."
+        )
+
+
+def guide(logits_RV: Tensor, guidance: float) -> Tensor:
+    """Classifier-free guidance: rows with, then without their reference -> null + guidance * (with - null)."""
+    given_BV, null_BV = logits_RV.chunk(2)
+    return null_BV + guidance * (given_BV - null_BV)
+
+
+def generate(
+    model: BiART,
+    reference: Tensor,
+    direction: str,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    guidance: float = 1.0,
+    seed: int | Sequence[int] | None = None,
+    prefix_BK: Tensor | None = None,
+    reference_dropout_trained: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+    bucket: int | None = None,
+) -> Tensor:
+    """Draw one target for every reference: codes_BN, or text_BL (text ids, padded after the end), int64.
+
+    reference: text_BL as `Vocabulary.pad_text` makes it (direction "text_to_image") or codes_BN ("image_to_text"); rows
+    of `null` (`Vocabulary.null_reference`) draw without one. temperature 0 is greedy. guidance g draws from
+    null + g * (given - null), at twice the work unless g is 1. seed: sample i draws from its own stream, seed + i, or
+    seed[i] of a sequence, so that neither the batch's size nor the other samples change it. prefix_BK: the first K
+    tokens of the target, kept, the rest is drawn. progress(step, total) is called after every token. bucket: see
+    `KVCache`; None chooses by device.
+
+    Raises ValueError for settings out of range (see `check_settings`), ids out of range, and logits that are not
+    finite.
+    """
+    vocab, modality = model.vocab, target_modality(direction)
+    check_settings(temperature, top_k, top_p, guidance, vocab.num_classes(modality), reference_dropout_trained)
+    device, batch, total = model.pos_emb.device, len(reference), vocab.length(modality)
+    reference = reference.to(device)
+    prefix_BK = reference.new_zeros(batch, 0) if prefix_BK is None else prefix_BK.to(device).long()
+    known = prefix_BK.shape[1]
+
+    idx_RT, seg_RT = vocab.prompt(reference, direction, prefix_BK)
+    if guidance != 1:
+        null = vocab.null_reference(batch, direction, device)
+        null_idx_BT, null_seg_BT = vocab.prompt(null, direction, prefix_BK)
+        idx_RT, seg_RT = torch.cat([idx_RT, null_idx_BT]), torch.cat([seg_RT, null_seg_BT])
+    fill = vocab.pad if modality == "text" else 0
+    target_BN = torch.full((batch, total), fill, dtype=torch.long, device=device)
+    target_BN[:, :known] = prefix_BK
+    if known == total or batch == 0:
+        return target_BN
+
+    u_BN = None if temperature == 0 else uniforms(_sample_seeds(seed, batch), total, device)
+    seg_R1 = torch.ones(len(idx_RT), 1, dtype=torch.long, device=device)
+    done_B = torch.zeros(batch, dtype=torch.bool, device=device)
+    position = idx_RT.shape[1]
+    pos_1 = torch.tensor([position], device=device)
+    with _evaluating(model):
+        weight_VC = model.head_weight(modality)
+        cache = _new_cache(model, len(idx_RT), device, bucket)
+        feature_RC = model.prefill(idx_RT, seg_RT, cache)[:, -1]
+        bad = torch.zeros((), dtype=torch.bool, device=device)
+        for step in range(known, total):
+            logits_BV = F.linear(feature_RC, weight_VC).float()
+            if guidance != 1:
+                logits_BV = guide(logits_BV, guidance)
+            bad |= ~logits_BV.isfinite().all()
+            if step == known:
+                _check_finite(bad)  # at once, rather than after all tokens: later ones do not wait for the device
+            class_B = choose(logits_BV, None if u_BN is None else u_BN[:, step], temperature, top_k, top_p)
+            if modality == "text":
+                class_B = class_B.masked_fill(done_B, vocab.text_vocab)
+                done_B |= class_B == vocab.text_vocab
+            id_B = vocab.to_ids(class_B, modality)
+            target_BN[:, step] = id_B if modality == "text" else class_B
+            if progress is not None:
+                progress(step + 1, total)
+            if step + 1 == total or (modality == "text" and bool(done_B.all())):
+                break
+            idx_R1 = (id_B if guidance == 1 else id_B.repeat(2))[:, None]
+            feature_RC = model.decode(idx_R1, seg_R1, cache, pos_1, cache.slots(position))[:, 0]
+            pos_1 += 1
+            position += 1
+        _check_finite(bad)
+    return target_BN
+
+
+def beam_search(
+    model: BiART, codes_BN: Tensor, beam_size: int = 4, length_penalty: float = 0.0, bucket: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """The likeliest caption that `beam_size` beams find: text_BL (padded after the end), and its score_B.
+
+    A caption's score is its log p(text | image) over its number of tokens, the end included, to the power of
+    `length_penalty`: 0 compares sums, 1 means per token (which favours longer captions). Exact once beam_size reaches
+    the number of all unfinished captions. Raises ValueError as `generate` does.
+    """
+    vocab, V, L = model.vocab, model.vocab.text_vocab, model.vocab.text_len
+    if beam_size < 1:
+        raise ValueError(f"beam_size is {beam_size}; it must be at least 1.")
+    if length_penalty < 0:
+        raise ValueError(f"length_penalty is {length_penalty}; it must be 0 or above.")
+    device, batch = model.pos_emb.device, len(codes_BN)
+    idx_BT, seg_BT = vocab.prompt(codes_BN.to(device), IMAGE_TO_TEXT)
+    position = idx_BT.shape[1]
+    with _evaluating(model):
+        weight_VC = model.head_weight("text")
+        first = _new_cache(model, batch, device, bucket)
+        feature_BC = model.prefill(idx_BT, seg_BT, first)[:, -1]
+        # The image is read once; its beams share what was read.
+        cache = _new_cache(model, batch * beam_size, device, bucket)
+        cache.k_LBHSD.copy_(first.k_LBHSD.repeat_interleave(beam_size, dim=1))
+        cache.v_LBHSD.copy_(first.v_LBHSD.repeat_interleave(beam_size, dim=1))
+        del first
+        feature_RC = feature_BC.repeat_interleave(beam_size, dim=0)
+
+        row_B1 = torch.arange(batch, device=device)[:, None] * beam_size
+        seg_R1 = torch.ones(batch * beam_size, 1, dtype=torch.long, device=device)
+        text_BWL = torch.full((batch, beam_size, L), vocab.pad, device=device)
+        best_BL, best_B = text_BWL[:, 0].clone(), torch.full((batch,), -math.inf, device=device)
+        sum_BW = torch.full((batch, beam_size), -math.inf, device=device)
+        sum_BW[:, 0] = 0  # all beams are the same caption yet
+        for step in range(L):
+            log_p_RV = F.linear(feature_RC, weight_VC).float().log_softmax(dim=-1)
+            _check_finite(~log_p_RV.isfinite().all())
+            score_BWV = sum_BW[:, :, None] + log_p_RV.view(batch, beam_size, V + 1)
+            # Captions that end here, in their best beam, against the best that ended before.
+            ended_B, beam_B = (score_BWV[:, :, V] / (step + 1) ** length_penalty).max(dim=1)
+            ended_BL = text_BWL[torch.arange(batch, device=device), beam_B]
+            better_B = ended_B > best_B
+            best_BL, best_B = torch.where(better_B[:, None], ended_BL, best_BL), torch.where(better_B, ended_B, best_B)
+            # The likeliest beams that go on.
+            going_BM = score_BWV[:, :, :V].flatten(1)
+            sum_BM, flat_BM = going_BM.topk(min(beam_size, going_BM.shape[1]), dim=1)
+            sum_BW = F.pad(sum_BM, (0, beam_size - sum_BM.shape[1]), value=-math.inf)
+            flat_BW = F.pad(flat_BM, (0, beam_size - flat_BM.shape[1]))
+            parent_BW, token_BW = flat_BW // V, flat_BW % V
+            text_BWL = text_BWL.gather(1, parent_BW[:, :, None].expand(-1, -1, L))
+            text_BWL[:, :, step] = token_BW
+            # A sum only falls, and divided by the longest length it is the most a beam can still reach.
+            if step + 1 == L or bool((best_B >= sum_BW.amax(dim=1) / L**length_penalty).all()):
+                break
+            cache.reorder((row_B1 + parent_BW).flatten(), filled=position)
+            pos_1 = torch.tensor([position], device=device)
+            feature_RC = model.decode(token_BW.view(-1, 1), seg_R1, cache, pos_1, cache.slots(position))[:, 0]
+            position += 1
+        if step + 1 == L:  # captions that fill text_len have no end
+            full_B, beam_B = (sum_BW / L**length_penalty).max(dim=1)
+            full_BL = text_BWL[torch.arange(batch, device=device), beam_B]
+            better_B = full_B > best_B
+            best_BL, best_B = torch.where(better_B[:, None], full_BL, best_BL), torch.where(better_B, full_B, best_B)
+    return best_BL, best_B
+
+
+def log_likelihood(model: BiART, text_BL: Tensor, codes_BN: Tensor, given: str) -> Likelihood:
+    """log p(codes | text) for given="text", log p(text | codes, its end included) for given="image", in nats.
+
+    With given="image" this is what re-ranks pictures drawn for a text. Raises ValueError for ids out of range.
+    """
+    if given not in ("text", "image"):
+        raise ValueError(f"given is {given!r}; it must be 'text' or 'image'.")
+    direction = TEXT_TO_IMAGE if given == "text" else IMAGE_TO_TEXT
+    device, modality = model.pos_emb.device, target_modality(direction)
+    sequences = model.vocab.pack(text_BL.to(device), codes_BN.to(device), direction)
+    class_BT = sequences.text_BL if modality == "text" else sequences.codes_BN
+    with _evaluating(model):
+        feature_BTC = model.features(sequences.idx_BT, sequences.seg_BT)
+        feature_BTC = feature_BTC[:, model.vocab.positions(direction, modality)]
+        tokens_BT = -model.token_losses(feature_BTC, class_BT, model.head_weight(modality))
+    tokens_BT = tokens_BT.masked_fill(class_BT == IGNORE, 0.0)
+    total_B = tokens_BT.double().sum(dim=1).float()  # 1,024 terms: the differences that rank pictures are small
+    _check_finite(~total_B.isfinite().all())
+    return Likelihood(total_B, tokens_BT)

@@ -1,0 +1,289 @@
+"""The joint vocabulary and the layout [reference ; target] of BiART (paper section 3.2). Integers only, no weights.
+
+Shape suffixes: B samples, L text tokens, N image codes, K codes already known, T = L + N + 1 positions of the network.
+
+    text_to_image   BOT t_1 .. t_L  BOI i_1 .. i_N        segment 0: BOT and the text, segment 1: BOI and the codes
+    image_to_text   BOI i_1 .. i_N  BOT t_1 .. t_L        segment 0: BOI and the codes, segment 1: BOT and the text
+
+The network reads all but the last token and predicts all but the first, so both directions have one static length, and
+causality is the only attention mask. The begin token of the second half follows from the layout: it is never predicted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Sequence
+
+import torch
+from torch import Tensor
+
+from latent_verse.config import BiARTConfig
+
+TEXT_TO_IMAGE = "text_to_image"
+IMAGE_TO_TEXT = "image_to_text"
+DIRECTIONS = (TEXT_TO_IMAGE, IMAGE_TO_TEXT)
+IGNORE = -100  # the class that a cross-entropy leaves out (torch's default ignore_index)
+
+
+def target_modality(direction: str) -> str:
+    """What `direction` generates: "image" or "text". Raises ValueError for an unknown direction."""
+    if direction not in DIRECTIONS:
+        raise ValueError(f"direction is {direction!r}; it must be one of {', '.join(DIRECTIONS)}.")
+    return "image" if direction == TEXT_TO_IMAGE else "text"
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """A packed batch. Its first `num_text_to_image` rows are text_to_image, all others image_to_text.
+
+    The classes are what each modality's head has to name: `text_BL` a text id or `text_vocab` (the end of the text),
+    `codes_BN` a code, either of them IGNORE where nothing is to be learnt.
+    """
+
+    idx_BT: Tensor
+    seg_BT: Tensor
+    text_BL: Tensor
+    codes_BN: Tensor
+    num_text_to_image: int
+
+    def to(self, device, non_blocking: bool = False) -> Sequences:
+        """The same batch on `device`."""
+        tensors = (self.idx_BT, self.seg_BT, self.text_BL, self.codes_BN)
+        return Sequences(*(t.to(device, non_blocking=non_blocking) for t in tensors), self.num_text_to_image)
+
+    def parts(self):
+        """(direction, rows) of each direction that the batch holds."""
+        n, batch = self.num_text_to_image, len(self.idx_BT)
+        if n:
+            yield TEXT_TO_IMAGE, slice(0, n)
+        if n < batch:
+            yield IMAGE_TO_TEXT, slice(n, batch)
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Joint ids: text ids [0, text_vocab), image codes, then the specials pad, begin-of-text, begin-of-image, null.
+
+    `pad` fills a caption up to text_len; the first one is also the end of the text, which sampling stops at.
+    `null` stands in for every token of a dropped reference (classifier-free guidance; Ho & Salimans, 2022).
+    """
+
+    text_vocab: int
+    image_vocab: int
+    text_len: int
+    image_len: int
+
+    @classmethod
+    def of(cls, config: BiARTConfig) -> Vocabulary:
+        return cls(config.text_vocab, config.image_vocab, config.text_len, config.image_len)
+
+    @property
+    def image_start(self) -> int:
+        return self.text_vocab
+
+    @property
+    def pad(self) -> int:
+        return self.text_vocab + self.image_vocab
+
+    @property
+    def begin_text(self) -> int:
+        return self.pad + 1
+
+    @property
+    def begin_image(self) -> int:
+        return self.pad + 2
+
+    @property
+    def null(self) -> int:
+        return self.pad + 3
+
+    @property
+    def size(self) -> int:
+        return self.pad + 4
+
+    @property
+    def input_len(self) -> int:
+        """T: positions the network reads."""
+        return self.text_len + self.image_len + 1
+
+    def length(self, modality: str) -> int:
+        return self.text_len if modality == "text" else self.image_len
+
+    def num_classes(self, modality: str) -> int:
+        """Classes of a modality's head: the text ids and the end of the text, or the codes."""
+        return self.text_vocab + 1 if modality == "text" else self.image_vocab
+
+    def positions(self, direction: str, modality: str) -> slice:
+        """The input positions whose next token belongs to `modality`: L of them, or N."""
+        length = self.length(modality)
+        start = self.input_len - length if modality == target_modality(direction) else 0
+        return slice(start, start + length)
+
+    # ------------------------------------------------------------------------------------------------------ tokens
+
+    def pad_text(self, ids: Sequence[Sequence[int]], truncate: bool = False) -> Tensor:
+        """Lists of text ids -> text_BL, padded with `pad`. Longer than text_len: cut if `truncate`, else ValueError."""
+        text_BL = torch.full((len(ids), self.text_len), self.pad, dtype=torch.long)
+        for row, tokens in enumerate(ids):
+            if len(tokens) > self.text_len and not truncate:
+                raise ValueError(
+                    f"text {row} has {len(tokens)} tokens, but text_len is {self.text_len}: shorten the text, "
+                    "pass truncate=True, or train with a larger text_len."
+                )
+            text_BL[row, : len(tokens)] = torch.as_tensor(list(tokens)[: self.text_len], dtype=torch.long)
+        self.check_text(text_BL)
+        return text_BL
+
+    def unpad_text(self, text_BL: Tensor) -> list[list[int]]:
+        """The inverse of `pad_text`: the ids of each row up to its first pad."""
+        return [row[: row.index(self.pad)] if self.pad in row else row for row in text_BL.tolist()]
+
+    def null_reference(self, batch: int, direction: str, device=None) -> Tensor:
+        """A dropped reference: what to condition on to draw without a text or an image."""
+        length = self.image_len if target_modality(direction) == "text" else self.text_len
+        return torch.full((batch, length), self.null, dtype=torch.long, device=device)
+
+    def check_text(self, text_BL: Tensor, allow_null: bool = False) -> None:
+        """Raises ValueError unless text_BL is (B, text_len), of text ids and then pads only."""
+        if text_BL.dim() != 2 or text_BL.shape[1] != self.text_len:
+            raise ValueError(
+                f"text has shape {tuple(text_BL.shape)}; it must be (batch, text_len={self.text_len}): see pad_text."
+            )
+        is_pad = text_BL == self.pad
+        allowed = (text_BL >= 0) & (text_BL < self.text_vocab) | is_pad
+        if allow_null:
+            allowed |= (text_BL == self.null).all(dim=1, keepdim=True)
+        if not bool(allowed.all()):
+            raise ValueError(
+                f"text holds the id {int(text_BL[~allowed][0])}, outside of [0, {self.text_vocab}) and not pad "
+                f"({self.pad}): encode it with the tokenizer BiART was trained with, and pad it with pad_text."
+            )
+        if bool((is_pad[:, :-1] & ~is_pad[:, 1:]).any()):
+            raise ValueError("text goes on after a pad: only the end of a row may be padded.")
+
+    def check_codes(self, codes_BN: Tensor, length: int | None = None, allow_null: bool = False) -> None:
+        """Raises ValueError unless codes_BN is (B, length) of codes; `length` is image_len unless given."""
+        length = self.image_len if length is None else length
+        if codes_BN.dim() != 2 or codes_BN.shape[1] != length:
+            raise ValueError(
+                f"codes have shape {tuple(codes_BN.shape)}; they must be (batch, {length}): "
+                "check that the AugVAE and the image size are those BiART was built for."
+            )
+        allowed = (codes_BN >= 0) & (codes_BN < self.image_vocab)
+        if allow_null:
+            allowed |= (codes_BN == self.null).all(dim=1, keepdim=True)
+        if not bool(allowed.all()):
+            raise ValueError(
+                f"codes hold {int(codes_BN[~allowed][0])}, outside of [0, {self.image_vocab}): "
+                "encode the images with the AugVAE BiART was trained with."
+            )
+
+    def to_ids(self, classes: Tensor, modality: str) -> Tensor:
+        """Classes of a modality's head -> joint ids."""
+        if modality == "image":
+            return classes + self.image_start
+        return torch.where(classes == self.text_vocab, self.pad, classes)
+
+    def class_ids(self, modality: str, device=None) -> Tensor:
+        """The joint id of every class of a modality's head, in order."""
+        return self.to_ids(torch.arange(self.num_classes(modality), device=device), modality)
+
+    # ------------------------------------------------------------------------------------------------------- layout
+
+    def segments(self, direction: str, device=None) -> Tensor:
+        """seg_T: 0 where the token is given (the reference and its begin token), 1 where it is generated."""
+        seg_T = torch.zeros(self.input_len, dtype=torch.long, device=device)
+        seg_T[self.positions(direction, target_modality(direction))] = 1
+        return seg_T
+
+    def pack(
+        self,
+        text_BL: Tensor,
+        codes_BN: Tensor,
+        direction: str | int,
+        reference_dropout: float = 0.0,
+        generator: torch.Generator | None = None,
+        validate: bool = True,
+    ) -> Sequences:
+        """Pairs of text and codes -> what the network reads and what it has to predict.
+
+        `direction` is one of DIRECTIONS, or how many of the first rows go text_to_image, the rest going the other way
+        (DESIGN: both directions in every batch; a constant number keeps every shape static). With probability
+        `reference_dropout` all tokens of a sample's reference become `null`, its begin token stays, and its loss is
+        left out; `generator` (a CPU one) makes the draw reproducible. `validate=False` skips the range checks, each of
+        which waits for the GPU where the tensors lie on one. Raises ValueError for ids out of range.
+        """
+        text_BL, codes_BN = text_BL.long(), codes_BN.long()
+        if validate:
+            self.check_text(text_BL)
+            self.check_codes(codes_BN)
+        batch, device = len(text_BL), text_BL.device
+        if len(codes_BN) != batch:
+            raise ValueError(f"{batch} texts but codes of {len(codes_BN)} images: they must come in pairs.")
+        if isinstance(direction, str):
+            direction = batch if target_modality(direction) == "image" else 0
+        if not 0 <= direction <= batch:
+            raise ValueError(f"{direction} rows text_to_image in a batch of {batch}.")
+        if not 0 <= reference_dropout <= 1:
+            raise ValueError(f"reference_dropout is {reference_dropout}; it is a probability.")
+        n = direction
+
+        # The first pad is learnt as the end of the text; what follows it is not.
+        is_pad_BL = text_BL == self.pad
+        text_class_BL = text_BL.masked_fill(is_pad_BL, self.text_vocab)
+        text_class_BL = text_class_BL.masked_fill(is_pad_BL.cumsum(dim=1) > 1, IGNORE)
+        image_class_BN, image_BN = codes_BN, codes_BN + self.image_start
+
+        if reference_dropout > 0:
+            dropped_B = (torch.rand(batch, generator=generator) < reference_dropout).to(device)
+            first_B = torch.arange(batch, device=device) < n
+            text_dropped_B1, image_dropped_B1 = (dropped_B & first_B)[:, None], (dropped_B & ~first_B)[:, None]
+            text_BL = text_BL.masked_fill(text_dropped_B1, self.null)
+            text_class_BL = text_class_BL.masked_fill(text_dropped_B1, IGNORE)
+            image_BN = image_BN.masked_fill(image_dropped_B1, self.null)
+            image_class_BN = image_class_BN.masked_fill(image_dropped_B1, IGNORE)
+
+        text = torch.cat([torch.full_like(text_BL[:, :1], self.begin_text), text_BL], dim=1)
+        image = torch.cat([torch.full_like(image_BN[:, :1], self.begin_image), image_BN], dim=1)
+        forth, back = torch.cat([text[:n], image[:n]], dim=1), torch.cat([image[n:], text[n:]], dim=1)
+        idx_BT = torch.cat([forth, back])[:, :-1].contiguous()
+        seg_BT = torch.cat(
+            [
+                self.segments(TEXT_TO_IMAGE, device).expand(n, -1),
+                self.segments(IMAGE_TO_TEXT, device).expand(batch - n, -1),
+            ]
+        )
+        return Sequences(idx_BT, seg_BT, text_class_BL, image_class_BN, n)
+
+    def prompt(self, reference: Tensor, direction: str, prefix_BK: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """What is known before sampling: begin token, reference, begin token, and any first K tokens of the target.
+
+        `reference` is text_BL or codes_BN by `direction`, a row of it either real or all `null`; `prefix_BK` holds
+        codes, or text ids without pads. Returns idx_BT and seg_BT. Raises ValueError for ids out of range.
+        """
+        modality = target_modality(direction)
+        reference = reference.long()
+        if modality == "image":
+            self.check_text(reference, allow_null=True)
+            first, second = self.begin_text, self.begin_image
+        else:
+            self.check_codes(reference, allow_null=True)
+            first, second = self.begin_image, self.begin_text
+            reference = torch.where(reference == self.null, reference, reference + self.image_start)
+        begin_B1 = torch.full_like(reference[:, :1], first)
+        parts = [begin_B1, reference, torch.full_like(begin_B1, second)]
+        if prefix_BK is not None:
+            if len(prefix_BK) != len(reference):
+                raise ValueError(f"{len(prefix_BK)} prefixes for {len(reference)} references.")
+            if prefix_BK.shape[1] > self.length(modality):
+                raise ValueError(f"a prefix of {prefix_BK.shape[1]} for a target of {self.length(modality)} tokens.")
+            classes_BK = prefix_BK.long()
+            limit = self.image_vocab if modality == "image" else self.text_vocab
+            if bool(((classes_BK < 0) | (classes_BK >= limit)).any()):
+                raise ValueError(f"the prefix holds ids outside of [0, {limit}), the {modality} vocabulary.")
+            parts.append(self.to_ids(classes_BK, modality))
+        idx_BT = torch.cat(parts, dim=1)
+        # With a whole target as prefix its last token is no input: nothing comes after it.
+        idx_BT = idx_BT[:, : self.input_len]
+        seg_BT = self.segments(direction, idx_BT.device)[: idx_BT.shape[1]].expand(len(idx_BT), -1)
+        return idx_BT, seg_BT
