@@ -31,7 +31,7 @@ def run(config: EvalVAEConfig, given: dict[str, str]) -> int:
     from latent_verse.data import DataError
     from latent_verse.data.module import ImageDataModule
     from latent_verse.evaluation.reconstruction import ReconstructionMetrics, table
-    from latent_verse.trainer import choose_devices, choose_strategy, quiet_known_warnings
+    from latent_verse.trainer import choose_devices, choose_strategy, quiet_lightning
 
     with errors_to_exit_code(CheckpointError, DataError) as code:
         t = config.trainer
@@ -47,7 +47,7 @@ def run(config: EvalVAEConfig, given: dict[str, str]) -> int:
             model.levels, model.config.num_tokens, model.config.resolution, with_networks=not fake
         )
         lit.test_limit = n = config.eval.eval_images
-        quiet_known_warnings()
+        quiet_lightning()
         bar = [TQDMProgressBar(refresh_rate=t.refresh_rate)] if t.refresh_rate else []
         trainer = pl.Trainer(
             accelerator=accelerator,

@@ -86,7 +86,7 @@ class Backup(pl.Callback):
         unfinished = place / f".{file.name}.tmp"
         if trainer.is_global_zero:
             place.mkdir(parents=True, exist_ok=True)
-        trainer.save_checkpoint(unfinished)
+        trainer.save_checkpoint(unfinished, weights_only=False)  # with the optimiser, for an exact resume
         if trainer.is_global_zero:
             os.replace(unfinished, file)
             for other in place.glob("step=*.ckpt"):

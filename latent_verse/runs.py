@@ -71,7 +71,7 @@ def open_run(log_dir: str, name: str, backup: bool, backup_dir: str | None, conf
     folder = Path(log_dir) / name
     place = None if backup_dir is None else Path(backup_dir)
     if not backup:
-        return Run(_free(folder), backup_dir=place)
+        return Run(free(folder), backup_dir=place)
     if not folder.exists():
         return Run(folder, backup_dir=place)
     try:
@@ -116,7 +116,8 @@ def stem(checkpoint: str) -> str:
     return path.stem if path.suffix == ".ckpt" else path.name
 
 
-def _free(folder: Path) -> Path:
+def free(folder: Path) -> Path:
+    """`folder`, or `<folder>-2`, `<folder>-3`, ... where it exists."""
     candidate, n = folder, 1
     while candidate.exists():
         n += 1

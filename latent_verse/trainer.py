@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import logging
 import os
 import warnings
 from pathlib import Path
@@ -13,6 +15,7 @@ from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, Wand
 from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from pytorch_lightning.utilities import rank_zero_info
 
+from latent_verse import runs
 from latent_verse.callbacks import Backup, ImageGrids, ProcessState, RunFolder
 from latent_verse.config import ConfigError, TrainerConfig, as_plain
 from latent_verse.runs import Run
@@ -61,7 +64,7 @@ def make_trainer(t: TrainerConfig, run: Run, config, yaml_text: str, has_val: bo
         *([TQDMProgressBar(refresh_rate=t.refresh_rate)] if t.refresh_rate else []),
         *checkpoints(run, has_val),
     ]
-    quiet_known_warnings()
+    quiet_lightning()
     return pl.Trainer(
         accelerator=accelerator,
         devices=devices,
@@ -114,8 +117,10 @@ def choose_strategy(t: TrainerConfig, accelerator: str, devices: int) -> str | S
         )
     if processes == 1:
         return "auto"
-    # the codebook's buffers are kept equal by all-reduced statistics: broadcasting them each step would be waste
-    return DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True, process_group_backend=backend)
+    # The codebook's buffers are kept equal by all-reduced statistics: broadcasting them each step would be waste.
+    known = inspect.signature(torch.nn.parallel.DistributedDataParallel).parameters
+    no_sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # torch renamed it
+    return DDPStrategy(gradient_as_bucket_view=True, process_group_backend=backend, **{no_sync: False})
 
 
 def make_logger(t: TrainerConfig, run: Run) -> Logger:
@@ -123,7 +128,8 @@ def make_logger(t: TrainerConfig, run: Run) -> Logger:
     if t.logger == "tensorboard":
         return TensorBoardLogger(run.folder, name="", version="logs")
     if t.logger == "csv":
-        return CSVLogger(run.folder, name="", version="logs")
+        # CSVLogger begins its file anew: a continued run gets a folder of its own
+        return CSVLogger(run.folder, name="", version=runs.free(run.folder / "logs").name)
     return WandbLogger(
         name=run.folder.name,
         project="l-verse",
@@ -140,14 +146,18 @@ def default_name(t: TrainerConfig, config_file: str | None, kind: str, fake: boo
     return t.name or (f"fake-{stem}" if fake else stem)
 
 
-def quiet_known_warnings() -> None:
-    """Hide warnings that are about Lightning's own insides or advise against what was asked for."""
+def quiet_lightning() -> None:
+    """Hide what Lightning says about its own insides, advertises, or advises against though it was asked for."""
     for message in (
         ".*does not have many workers.*",
         ".*GPU available but not used.*",
         ".*isinstance.treespec, LeafSpec.*",
         ".*The number of training batches.*",
-        ".*exists and is not empty.*",
+        ".*Total length of `list` across ranks is zero.*",
         ".*ModelParallelStrategy.*experimental.*",
+        ".*It is recommended to use .*sync_dist=True.*",  # the modules log values that are summed already
     ):
         warnings.filterwarnings("ignore", message)
+    said = ("💡 Tip", "GPU available:", "TPU available:")
+    for name in ("pytorch_lightning.utilities.rank_zero", "lightning_fabric.utilities.rank_zero"):
+        logging.getLogger(name).addFilter(lambda record: not record.getMessage().startswith(said))

@@ -59,16 +59,19 @@ class LitAugVAE(pl.LightningModule):
         c = self.config
         self.loss = ReconstructionLoss(c.loss.loss_type, c.loss.p_loss_weight, untrained=c.data.fake_data)
         networks = [*self.model.encoders, *self.model.decoders]
-        self.model.to(memory_format=torch.channels_last)  # the same sums, faster on CPUs and on tensor cores
         if c.trainer.compile:
             for network in networks:
                 network.compile()
         if self.device_mesh is not None:
-            from torch.distributed.fsdp import fully_shard
+            from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
             for network in networks:
                 fully_shard(network, mesh=self.device_mesh["data_parallel"])
             fully_shard(self.model, mesh=self.device_mesh["data_parallel"])
+            for method in ("encode", "decode", "initialise_codebook"):  # what is called in place of forward
+                register_fsdp_forward_method(self.model, method)
+        else:  # the same sums, faster on CPUs and on tensor cores; fully_shard takes contiguous weights only
+            self.model.to(memory_format=torch.channels_last)
 
     def on_fit_start(self) -> None:
         """Bring the loss to the device: it is no module, so Lightning does not."""

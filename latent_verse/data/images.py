@@ -1,0 +1,334 @@
+"""Map-style datasets: folders of pictures, and made-up ones for smoke tests.
+
+All yield `(image, label)`: image float32 (3, R, R) in [-1, 1], or uint8 with `as_uint8=True`; label an int, -1 where
+the layout has none. What index i shows in epoch e is a pure function of (seed, e, i), so a resumed run sees the same
+crops whatever the number of workers. The samplers therefore ask for `dataset[(epoch, index)]`, and no state has to be
+carried into worker processes; a plain `dataset[index]` is epoch `dataset.epoch` (0 until changed).
+
+Unreadable files are logged once each and counted over all workers (`dataset.skipped.count`). In training the next
+readable sample stands in; in evaluation the item is None, which the loader's collation drops.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from array import array
+from collections import Counter
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from latent_verse.data import DataError
+from latent_verse.data.transforms import (
+    UnreadableImage,
+    centre_crop,
+    decode_rgb,
+    random_crop,
+    sample_generator,
+    to_unit_range,
+)
+
+log = logging.getLogger(__name__)
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+MAX_SKIPS = 1000  # unreadable samples in a row; more means that the storage is broken, not a file
+
+Sample = tuple[Tensor, int]
+
+
+class SkipLog:
+    """Which samples were unreadable: counted once each over all worker processes, and logged once each.
+
+    One byte per sample in shared memory, so that a count made in a worker is seen by the main process.
+    """
+
+    def __init__(self, slots: int):
+        self._flags = torch.zeros(slots, dtype=torch.uint8).share_memory_()
+
+    def add(self, slot: int, name: str, reason: object) -> None:
+        slot %= len(self._flags)
+        if not self._flags[slot]:
+            self._flags[slot] = 1
+            log.warning("skipped unreadable %s (%s)", name, reason)
+
+    @property
+    def count(self) -> int:
+        return int(self._flags.sum())
+
+
+class PathList:
+    """Paths below `root`, as one block of bytes and its offsets.
+
+    A list of a million str would be copied page by page into every worker as reference counts are touched.
+    """
+
+    def __init__(self, root: str, names: Iterator[str] | list[str]):
+        self.root = root
+        blob, ends = bytearray(), array("q", [0])
+        for name in names:
+            blob += os.fsencode(name)
+            ends.append(len(blob))
+        self._blob, self._ends = bytes(blob), np.array(ends, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, i: int) -> str:
+        return os.path.join(self.root, os.fsdecode(self._blob[self._ends[i] : self._ends[i + 1]]))
+
+
+def walk(root: str, extensions: tuple[str, ...], others: Counter) -> Iterator[str]:
+    """Names of the files below `root` with one of `extensions`, relative to it, in sorted order, links followed.
+
+    Hidden names (leading dot) are passed over. Files of another kind are counted by extension in `others`.
+    """
+
+    def descend(folder: str, prefix: str, above: tuple[str, ...]) -> Iterator[str]:
+        real = os.path.realpath(folder)
+        if real in above:  # a link back up would never end
+            return
+        folders = []
+        with os.scandir(folder) as entries:
+            for entry in sorted(entries, key=lambda e: e.name):
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir():
+                    folders.append(entry)
+                elif entry.name.lower().endswith(extensions):
+                    yield prefix + entry.name
+                else:
+                    others[os.path.splitext(entry.name)[1].lower() or "extensionless"] += 1
+        for entry in folders:
+            yield from descend(entry.path, f"{prefix}{entry.name}/", (*above, real))
+
+    yield from descend(root, "", ())
+
+
+def describe_files(others: Counter) -> str:
+    """'found 12 .txt, 3 .md' or 'found no file at all', for error messages."""
+    found = ", ".join(f"{n} {kind}" for kind, n in others.most_common(5))
+    return f"found {found}" if found else "found no file at all"
+
+
+def check_folder(root: str | os.PathLike, key: str) -> str:
+    """`root` as a str with ~ expanded; DataError, naming the setting `key`, where it is no folder."""
+    root = os.path.expanduser(os.fspath(root))
+    if not os.path.isdir(root):
+        kind = "is a file, not a folder" if os.path.exists(root) else "does not exist"
+        raise DataError(f"{key}: {root} {kind}. Give the folder that holds the images.")
+    return root
+
+
+class MapImages(Dataset):
+    """What the folder datasets and the fake one share: epochs, crops and the handling of unreadable samples.
+
+    Subclasses give `__len__`, `_load(index) -> uint8 (3, H, W)` (raising UnreadableImage), `_label` and `_name`.
+    """
+
+    def __init__(self, resolution: int, train: bool, resize_ratio: float, seed: int, as_uint8: bool):
+        if not 0 < resize_ratio <= 1:
+            raise DataError(f"resize_ratio is {resize_ratio}; the smallest crop's share of the area lies in (0, 1].")
+        self.resolution, self.train, self.resize_ratio = resolution, train, resize_ratio
+        self.seed, self.as_uint8 = seed, as_uint8
+        self.epoch = 0
+
+    def __getitem__(self, key: int | tuple[int, int]) -> Sample | None:
+        epoch, index = key if isinstance(key, tuple) else (self.epoch, key)
+        if not 0 <= index < len(self):
+            raise IndexError(f"index {index} in a dataset of {len(self)}")
+        image, used = self._load_readable(index)
+        if image is None:
+            return None
+        if self.train:
+            image = random_crop(image, self.resolution, self.resize_ratio, sample_generator(self.seed, epoch, index))
+        else:
+            image = centre_crop(image, self.resolution)
+        return (image if self.as_uint8 else to_unit_range(image)), self._label(used)
+
+    def _load_readable(self, index: int) -> tuple[Tensor | None, int]:
+        """The sample, or in training the next readable one after it; in evaluation None for an unreadable one."""
+        tries = min(len(self), MAX_SKIPS) if self.train else 1
+        for step in range(tries):
+            used = (index + step) % len(self)
+            try:
+                return self._load(used), used
+            except UnreadableImage as error:
+                self.skipped.add(used, self._name(used), error)
+        if self.train:
+            raise DataError(
+                f"{tries} images in a row cannot be read, from {self._name(index)} on. "
+                "Is the storage still mounted? The log names each file and the reason."
+            )
+        return None, index
+
+    def _load(self, index: int) -> Tensor:
+        raise NotImplementedError
+
+    def _label(self, index: int) -> int:
+        raise NotImplementedError
+
+    def _name(self, index: int) -> str:
+        raise NotImplementedError
+
+
+class _FolderImages(MapImages):
+    """Files of a PathList; `labels` holds a class index for each, or is None."""
+
+    paths: PathList
+    labels: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def _load(self, index: int) -> Tensor:
+        try:
+            with open(self.paths[index], "rb") as file:
+                data = file.read()
+        except OSError as error:
+            raise UnreadableImage(str(error)) from error
+        return decode_rgb(data)
+
+    def _label(self, index: int) -> int:
+        return -1 if self.labels is None else int(self.labels[index])
+
+    def _name(self, index: int) -> str:
+        return self.paths[index]
+
+    def _check_readable(self, root: str, key: str) -> None:
+        """Stops at the first readable file, so it costs one file where all is well. DataError if there is none."""
+        reason: object = None
+        for index in range(len(self)):
+            try:
+                self._load(index)
+                return
+            except UnreadableImage as error:
+                reason = reason or error
+        raise DataError(
+            f"{key}: not one of the {len(self)} images below {root} can be read. "
+            f"The first, {self.paths[0]}: {reason}. Check how the files were copied or unpacked."
+        )
+
+
+class ImageDataset2(_FolderImages):
+    """Every picture below `root`, at any depth, with no meaning in the folder names; labels are -1.
+
+    Raises DataError where the folder is missing, holds no picture, or not one that can be read. `key` is the name of
+    the setting that messages should mention.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike,
+        resolution: int,
+        train: bool = True,
+        resize_ratio: float = 0.75,
+        seed: int = 0,
+        as_uint8: bool = False,
+        key: str = "root",
+    ):
+        super().__init__(resolution, train, resize_ratio, seed, as_uint8)
+        root = check_folder(root, key)
+        others: Counter = Counter()
+        self.paths = PathList(root, walk(root, EXTENSIONS, others))
+        if not len(self.paths):
+            hint = " For tar shards use --dataset webdataset." if others[".tar"] else ""
+            raise DataError(
+                f"{key}: no image below {root}: looked for {' '.join(EXTENSIONS)} (any case), "
+                f"{describe_files(others)}.{hint}"
+            )
+        self.skipped = SkipLog(len(self.paths))
+        self._check_readable(root, key)
+
+
+class ImageDataset(_FolderImages):
+    """ImageFolder layout: `root/<class>/**/<picture>`; the label is the class folder's rank in sorted order.
+
+    `classes` lists the folder names, `class_to_idx` maps them to labels. Raises DataError as ImageDataset2 does, and
+    where the pictures lie in no class folder.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike,
+        resolution: int,
+        train: bool = True,
+        resize_ratio: float = 0.75,
+        seed: int = 0,
+        as_uint8: bool = False,
+        key: str = "root",
+    ):
+        super().__init__(resolution, train, resize_ratio, seed, as_uint8)
+        root = check_folder(root, key)
+        with os.scandir(root) as entries:
+            self.classes = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+        self.class_to_idx = {name: i for i, name in enumerate(self.classes)}
+        others: Counter = Counter()
+        labels = array("i")
+
+        def names() -> Iterator[str]:
+            for label, name in enumerate(self.classes):
+                for path in walk(os.path.join(root, name), EXTENSIONS, others):
+                    labels.append(label)
+                    yield f"{name}/{path}"
+
+        self.paths = PathList(root, names())
+        self.labels = np.array(labels, dtype=np.int32)
+        if not len(self.paths):
+            self._raise_empty(root, key, others)
+        self.skipped = SkipLog(len(self.paths))
+        self._check_readable(root, key)
+
+    def _raise_empty(self, root: str, key: str, others: Counter) -> None:
+        with os.scandir(root) as entries:
+            loose = [entry.name for entry in entries if entry.is_file()]
+        images = sum(name.lower().endswith(EXTENSIONS) for name in loose)
+        others.update(os.path.splitext(name)[1].lower() or "extensionless" for name in loose)
+        if images:
+            hint = f"; {images} images lie in the folder itself. For a folder without classes use --dataset flat"
+        elif others[".tar"]:
+            hint = ". For tar shards use --dataset webdataset"
+        else:
+            hint = f"; looked for {' '.join(EXTENSIONS)} (any case), {describe_files(others)}"
+        raise DataError(f"{key}: no image in the {len(self.classes)} class folders (<class>/<image>) of {root}{hint}.")
+
+
+class FakeDataset(MapImages):
+    """Made-up pictures (a colour gradient, a few shapes, a little noise), the same for the same (seed, index).
+
+    Something a network can learn within seconds, unlike plain noise. Labels are 0 to 9. Nothing is read from disk.
+    """
+
+    def __init__(self, length: int, resolution: int, train: bool = True, seed: int = 0, as_uint8: bool = False):
+        super().__init__(resolution, train, 0.75, seed, as_uint8)
+        if length < 1:
+            raise DataError(f"dataset_size is {length}; give at least one fake image.")
+        self.length = length
+        self.skipped = SkipLog(1)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def _load(self, index: int) -> Tensor:
+        rng = sample_generator(self.seed, int(self.train), index)
+        side = self.resolution
+        y_HW, x_HW = torch.meshgrid(torch.linspace(0, 1, side), torch.linspace(0, 1, side), indexing="ij")
+        one, two = torch.rand(2, 3, 1, 1, generator=rng)
+        tilt = torch.rand((), generator=rng)
+        image = torch.lerp(one, two, (tilt * x_HW + (1 - tilt) * y_HW)[None])
+        for kind in range(4):
+            (cy, cx, size), colour = torch.rand(3, generator=rng), torch.rand(3, 1, generator=rng)
+            dy, dx, radius = (y_HW - cy).abs(), (x_HW - cx).abs(), 0.08 + 0.17 * size
+            inside = torch.maximum(dy, dx) < radius if kind % 2 else dy**2 + dx**2 < radius**2
+            image[:, inside] = colour
+        image = image + 0.01 * torch.randn(image.shape, generator=rng)
+        return (image.clamp(0, 1) * 255).round().to(torch.uint8)
+
+    def _label(self, index: int) -> int:
+        return index % 10
+
+    def _name(self, index: int) -> str:
+        return f"fake image {index}"

@@ -1,0 +1,345 @@
+"""WebDataset shards: tar files on disk or behind http(s), gs, hf and pipe URLs, streamed by the webdataset library.
+
+One path serves local and remote shards, and every shard is read from front to back, which is what the format is for.
+A sample is the run of members that share a name up to its first dot: one of jpg, jpeg, png, webp, and optionally `cls`
+(an integer; the label is -1 without it). Nothing is unpickled. Both datasets yield `(image, label)` as those in
+images.py do.
+
+TrainShards: a slot is one worker of one rank. In each pass a slot takes every slots-th shard of a permutation drawn
+from (seed, epoch, pass), the same on all ranks, so that slots are disjoint (where there are fewer shards than slots,
+each takes all shards in an order of its own), goes on with the next pass when it runs out, and stops after its share
+of the epoch: all ranks make the same number of steps. Samples are shuffled through a buffer, pass by pass, so that
+with even shards none comes twice before all have come once. Everything follows
+from (seed, epoch, slot, position), so a run resumes exactly by skipping positions, which reads but does not decode.
+
+EvalShards: every sample exactly once over ranks x workers, with any number of shards. Workers split by shard, ranks by
+position in the worker's stream; so each rank reads all bytes, but decodes only its share, and every rank knows how many
+batches the others make. That price buys equal steps without knowing the sizes of remote shards.
+
+A shard that cannot be opened, or gives not one member, is an error that names it. A member that cannot be decoded, or
+the rest of a shard that breaks off, is logged, counted and passed over.
+"""
+
+from __future__ import annotations
+
+import glob
+import itertools
+import logging
+import math
+import os
+import random
+import re
+import tarfile
+import zlib
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+
+from latent_verse.data import DataError
+from latent_verse.data.images import EXTENSIONS, MAX_SKIPS, Sample, SkipLog, describe_files, walk
+from latent_verse.data.transforms import (
+    UnreadableImage,
+    centre_crop,
+    decode_rgb,
+    mix_seed,
+    random_crop,
+    sample_generator,
+    to_unit_range,
+)
+
+log = logging.getLogger(__name__)
+
+IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")
+TARS = (".tar", ".tgz", ".tar.gz")
+SKIP_SLOTS = 1 << 16  # broken samples are told apart by a hash of their name: a stream has no index
+
+
+# ---------------------------------------------------------------------------------------------- which shards, how many
+
+
+def is_remote(shard: str) -> bool:
+    return shard.startswith("pipe:") or ("://" in shard and not shard.startswith("file:"))
+
+
+def find_shards(source: str | os.PathLike | Sequence[str], key: str = "train_dir") -> list[str]:
+    """The shards that `source` names: a folder of tars, a brace or * pattern, a comma list, a .txt of them, a URL.
+
+    Raises DataError, naming the setting `key` and the first shard missing, unless every local one is a file.
+    """
+    shards = _expand(source, key)
+    local = [shard for shard in shards if not is_remote(shard)]
+    missing = [shard for shard in local if not os.path.isfile(shard)]
+    if missing:
+        raise DataError(
+            f"{key}: {len(missing)} of {len(shards)} shards do not exist, the first is {missing[0]}. "
+            f"Check the pattern {source!r}: it must name existing tar files, or be a folder that holds them."
+        )
+    return shards
+
+
+def _expand(source: str | os.PathLike | Sequence[str], key: str) -> list[str]:
+    from webdataset.shardlists import expand_urls
+
+    if not isinstance(source, (str, os.PathLike)):
+        return [shard for part in source for shard in _expand(part, key)]
+    source = os.fspath(source).strip()
+    if source.startswith("pipe:"):
+        return expand_urls(source)
+    parts = [part.strip() for part in re.split(r",(?![^{]*\})", source)]  # commas, but not those within braces
+    if len(parts) > 1 and not os.path.exists(source):
+        return [shard for part in parts if part for shard in _expand(part, key)]
+    path = os.path.expanduser(source.removeprefix("file://"))
+    if os.path.isdir(path):
+        others: Counter = Counter()
+        shards = [os.path.join(path, name) for name in walk(path, TARS, others)]
+        if not shards:
+            images = any(others[extension] for extension in EXTENSIONS)
+            hint = " For a folder of images use --dataset imagefolder or flat." if images else ""
+            raise DataError(f"{key}: no shard ({' '.join(TARS)}) below {path}, {describe_files(others)}.{hint}")
+        return shards
+    if path.endswith(".txt") and os.path.isfile(path):
+        with open(path, encoding="utf-8") as file:
+            lines = [line.strip() for line in file if line.strip() and not line.startswith("#")]
+        if not lines:
+            raise DataError(f"{key}: {path} lists no shard. Put one path or URL on each line.")
+        return [shard for line in lines for shard in _expand(line, key)]
+    if is_remote(source):
+        return expand_urls(source)
+    if "*" in path:
+        found = sorted(glob.glob(path))
+        if not found:
+            raise DataError(f"{key}: no file matches {path}. Check the folder and the pattern.")
+        return found
+    return expand_urls(path)
+
+
+_counts: dict[tuple[str, int, int], int] = {}
+
+
+def count_images(shard: str) -> int:
+    """Samples with an image in a local shard, from its headers alone; cached while the file stays the same."""
+    from webdataset.tariterators import group_by_keys
+
+    info = os.stat(shard)
+    known = (shard, info.st_size, info.st_mtime_ns)
+    if known not in _counts:
+
+        def headers() -> Iterator[dict]:
+            try:
+                with tarfile.open(shard) as tar:
+                    for member in tar:
+                        if member.isreg() and not member.name.startswith("__"):
+                            yield {"fname": member.name, "data": b"", "__url__": shard}
+                        tar.members = []  # else tarfile keeps them all
+            except (tarfile.TarError, OSError, EOFError, zlib.error):
+                return  # reading it will say so
+
+        samples = group_by_keys(headers(), handler=lambda error: True)
+        _counts[known] = sum(_image_key(sample) is not None for sample in samples)
+    return _counts[known]
+
+
+# ----------------------------------------------------------------------------------------------------- reading samples
+
+
+def _image_key(raw: dict) -> str | None:
+    return next((key for key in IMAGE_KEYS if key in raw), None)
+
+
+def read_shards(shards: Iterable[str], skipped: SkipLog) -> Iterator[dict]:
+    """Undecoded samples that hold an image: dicts with `__key__`, `__url__` and the bytes of each member."""
+    from webdataset.gopen import gopen
+    from webdataset.tariterators import group_by_keys, tar_file_expander
+
+    for shard in shards:
+        errors: list[Exception] = []
+        seen = 0
+
+        def note(error: Exception, errors: list = errors) -> bool:
+            errors.append(error)
+            return True  # webdataset: carry on
+
+        try:
+            stream = gopen(shard)
+        except Exception as error:
+            raise DataError(f"shard {shard} cannot be opened: {error}") from error
+        try:
+            files = tar_file_expander([{"url": shard, "stream": stream}], handler=note)
+            for raw in group_by_keys(files, handler=note):
+                seen += 1
+                if _image_key(raw):
+                    yield raw
+        finally:
+            try:
+                stream.close()
+            except OSError as error:  # a pipe's exit status. That we closed it first (SIGPIPE, curl's 23) is no error
+                if getattr(stream, "status", None) not in (-13, 141, 23):
+                    errors.append(error)
+        if errors and not seen:
+            raise DataError(f"shard {shard} cannot be read: {errors[-1]}. Is it a complete tar file?") from errors[-1]
+        if errors:
+            skipped.add(zlib.crc32(shard.encode()), f"part of shard {shard}", errors[0])
+
+
+def _decode(raw: dict) -> tuple:
+    """(uint8 (3, H, W), label), or UnreadableImage."""
+    try:
+        label = int(raw.get("cls", b"-1"))
+    except ValueError:
+        label = -1
+    return decode_rgb(raw[_image_key(raw)]), label
+
+
+def _note_unreadable(skipped: SkipLog, raw: dict, error: Exception) -> None:
+    name = f"{raw['__key__']} in {raw['__url__']}"
+    skipped.add(zlib.crc32(name.encode()), name, error)
+
+
+def _worker() -> tuple[int, int]:
+    info = get_worker_info()
+    return (0, 1) if info is None else (info.id, info.num_workers)
+
+
+# ------------------------------------------------------------------------------------------------------------ datasets
+
+
+class TrainShards(IterableDataset):
+    """Shuffled training samples: each rank yields `steps` x `batch_size` of them per epoch, split over its workers.
+
+    To be batched by a DataLoader of this batch size. `start_at(epoch, batch)` says what the next iteration begins with;
+    it reaches persistent workers through shared memory. The order depends on ranks x workers (`slots`).
+    """
+
+    def __init__(
+        self,
+        shards: list[str],
+        resolution: int,
+        steps: int,
+        batch_size: int,
+        resize_ratio: float = 0.75,
+        seed: int = 0,
+        shuffle_buffer: int = 1000,
+        rank: int = 0,
+        world: int = 1,
+        as_uint8: bool = False,
+        skipped: SkipLog | None = None,
+    ):
+        self.shards, self.resolution, self.steps, self.batch_size = shards, resolution, steps, batch_size
+        self.resize_ratio, self.seed, self.shuffle_buffer = resize_ratio, seed, shuffle_buffer
+        self.rank, self.world, self.as_uint8 = rank, world, as_uint8
+        self.skipped = skipped or SkipLog(SKIP_SLOTS)
+        self._start = torch.zeros(2, dtype=torch.int64).share_memory_()  # epoch, batch
+
+    def start_at(self, epoch: int, batch: int) -> None:
+        self._start[0], self._start[1] = epoch, batch
+
+    def __iter__(self) -> Iterator[Sample]:
+        worker, workers = _worker()
+        epoch, first = self._start.tolist()
+        # The loader asks its worker 0 first, so after a resume at batch `first` worker 0 has to play the part of the
+        # worker whose turn that batch was. Part p makes the batches p, p + workers, p + 2 workers, ...
+        part = (worker + first) % workers
+        done = len(range(part, first, workers)) * self.batch_size
+        end = len(range(part, self.steps, workers)) * self.batch_size
+        slot = self.rank * workers + part
+        raws = self._shuffled(epoch, slot, self.world * workers)
+        for _ in range(done):
+            next(raws)
+        ahead: deque[dict] = deque()  # samples looked at, but not yet used
+        for position in range(done, end):
+            image, label = self._readable(raws, ahead)
+            rng = sample_generator(self.seed, epoch, slot, position)
+            image = random_crop(image, self.resolution, self.resize_ratio, rng)
+            yield (image if self.as_uint8 else to_unit_range(image)), label
+
+    def _readable(self, raws: Iterator[dict], ahead: deque[dict]) -> tuple:
+        """The next sample, or for an unreadable one the next readable after it.
+
+        That one stays in line for its own turn, so that what stands at a position does not depend on how many samples
+        before it were unreadable, and a resumed run can count positions without decoding.
+        """
+        for step in range(MAX_SKIPS):
+            if step == len(ahead):
+                ahead.append(next(raws))
+            try:
+                sample = _decode(ahead[step])
+            except UnreadableImage as error:
+                _note_unreadable(self.skipped, ahead[step], error)
+                continue
+            ahead.popleft()
+            return sample
+        raise DataError(
+            f"{MAX_SKIPS} samples in a row cannot be decoded, up to {ahead[-1]['__key__']} in {ahead[-1]['__url__']}. "
+            "Were the shards written with image bytes under jpg, jpeg, png or webp?"
+        )
+
+    def _shuffled(self, epoch: int, slot: int, slots: int) -> Iterator[dict]:
+        """The slot's endless stream of undecoded samples in epoch `epoch`, shuffled within each pass."""
+        import webdataset
+
+        shared = len(self.shards) >= slots
+        barren = 0  # shards read since the last sample
+        for turn in itertools.count():
+            parts = (self.seed, epoch, turn) if shared else (self.seed, epoch, turn, slot)
+            order = random.Random(mix_seed(*parts)).sample(self.shards, len(self.shards))
+            mine = order[slot::slots] if shared else order
+            rng = random.Random(mix_seed(self.seed, epoch, turn, slot, 1))
+            barren += len(mine)
+            for raw in webdataset.shuffle(max(1, self.shuffle_buffer), rng=rng)(read_shards(mine, self.skipped)):
+                barren = 0
+                yield raw
+            if barren >= 4 * len(self.shards):
+                raise DataError(f"no sample with an image ({' '.join(IMAGE_KEYS)}) in {self.shards[0]} and the others.")
+
+
+class EvalShards(IterableDataset):
+    """Each sample once over ranks x workers, in shard order; None for an unreadable one, and where a rank needs an
+    empty batch to make as many steps as the others. To be batched by a DataLoader of the same `batch_size`.
+    """
+
+    def __init__(
+        self,
+        shards: list[str],
+        resolution: int,
+        batch_size: int,
+        rank: int = 0,
+        world: int = 1,
+        as_uint8: bool = False,
+        skipped: SkipLog | None = None,
+    ):
+        self.shards, self.resolution, self.batch_size = shards, resolution, batch_size
+        self.rank, self.world, self.as_uint8 = rank, world, as_uint8
+        self.skipped = skipped or SkipLog(SKIP_SLOTS)
+
+    def _batches(self, samples: int) -> int:
+        """Batches of the rank with most of a worker's `samples`: what every rank makes."""
+        return math.ceil(math.ceil(samples / self.world) / self.batch_size)
+
+    def steps(self, workers: int) -> int | None:
+        """Batches in all, an upper bound where shards are damaged; None with remote shards, whose size is unknown."""
+        if any(map(is_remote, self.shards)):
+            return None
+        workers = max(1, workers)
+        return sum(self._batches(sum(map(count_images, self.shards[w::workers]))) for w in range(workers))
+
+    def __iter__(self) -> Iterator[Sample | None]:
+        worker, workers = _worker()
+        samples = mine = 0
+        for raw in read_shards(self.shards[worker::workers], self.skipped):
+            if samples % self.world == self.rank:
+                mine += 1
+                yield self._sample(raw)
+            samples += 1
+        if math.ceil(mine / self.batch_size) < self._batches(samples):
+            yield None
+
+    def _sample(self, raw: dict) -> Sample | None:
+        try:
+            image, label = _decode(raw)
+        except UnreadableImage as error:
+            _note_unreadable(self.skipped, raw, error)
+            return None
+        image = centre_crop(image, self.resolution)
+        return (image if self.as_uint8 else to_unit_range(image)), label

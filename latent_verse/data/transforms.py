@@ -1,0 +1,170 @@
+"""From a file's bytes to a square picture, and which randomness belongs to which sample.
+
+Two decoders, one picture: ordinary JPEGs (RGB or gray) go through torchvision's, the fastest of those measured in
+`benchmarks/data.py`; everything else, and everything that decoder refuses, through Pillow, which has the last word on
+whether a file is readable. Resizing is bilinear with antialiasing in uint8. The results equal
+torchvision's transforms on PIL images to within 2/255 (a test holds this; usually they are identical).
+
+Shapes: C = 3 colours, H x W the picture's size, R the resolution. uint8 pictures lie in [0, 255], float in [-1, 1].
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import warnings
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.transforms.v2.functional import InterpolationMode, resize_image
+
+from latent_verse.data import DataError
+
+
+class UnreadableImage(DataError):
+    """These bytes are no readable picture (corrupt, truncated, a decompression bomb, an unknown format)."""
+
+
+# EXIF orientation -> what turns a CHW tensor upright. 1 is upright already.
+_UPRIGHT: dict[int, Callable[[Tensor], Tensor]] = {
+    2: lambda x: x.flip(2),
+    3: lambda x: x.flip(1, 2),
+    4: lambda x: x.flip(1),
+    5: lambda x: x.transpose(1, 2),
+    6: lambda x: x.flip(1).transpose(1, 2),
+    7: lambda x: x.flip(1, 2).transpose(1, 2),
+    8: lambda x: x.flip(2).transpose(1, 2),
+}
+
+
+def decode_rgb(data: bytes) -> Tensor:
+    """The picture in `data` as uint8 (3, H, W), upright by its EXIF orientation.
+
+    Transparency is composited over white; 16-bit pictures are scaled to 8 bits, not clipped; of an animation the first
+    frame is taken; colour profiles are not applied.
+    Raises UnreadableImage, with the decoder's reason, for anything that is not a whole, readable picture.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata; what matters to us is raised
+            return _decode(data)
+    except Exception as error:  # decoders raise nearly anything on damaged bytes, from SyntaxError to struct.error
+        raise UnreadableImage(f"{type(error).__name__}: {error}") from error
+
+
+def _decode(data: bytes) -> Tensor:
+    image = Image.open(io.BytesIO(data))  # reads the header only, and refuses decompression bombs
+    if image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L"):
+        orientation = image.getexif().get(0x0112, 1) if "exif" in image.info or "xmp" in image.info else 1
+        try:
+            x_CHW = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
+            return _UPRIGHT.get(orientation, lambda x: x)(x_CHW)
+        except RuntimeError:
+            pass  # this torchvision has no libjpeg, or the file is damaged: Pillow decides
+    image.load()
+    return _pil_to_tensor(_to_rgb(ImageOps.exif_transpose(image)))
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Any Pillow mode to RGB without clipping and without guessing what lies under transparency."""
+    if image.mode.startswith("I"):  # 16-bit gray, stored as I;16, I;16B or I
+        gray = np.asarray(image).astype(np.float64)
+        return Image.fromarray((gray / 257).round().clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        gray = np.asarray(image)
+        if not (np.isfinite(gray).all() and gray.min() >= 0 and gray.max() <= 1):
+            raise ValueError("a floating-point picture with values outside [0, 1], so its white is unknown")
+        return Image.fromarray((gray * 255).round().astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _pil_to_tensor(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def centre_crop(image: Tensor | Image.Image, resolution: int) -> Tensor:
+    """THE resizing and cropping of evaluation: shorter side to `resolution` (bilinear, antialiased), centre square.
+
+    Takes uint8 (3, H, W) or a PIL image, gives uint8 (3, R, R). Whatever is compared with a reconstruction, reference
+    statistics for FID included, has to come from here.
+    """
+    if isinstance(image, Image.Image):
+        image = _pil_to_tensor(_to_rgb(image))
+    _, height, width = image.shape
+    short, long = min(height, width), max(height, width)
+    new_long = int(resolution * long / short)  # torchvision's rounding, as in Resize(resolution)
+    offset = round((new_long - resolution) / 2.0)  # and CenterCrop's
+    if new_long > 4 * resolution:
+        # A very long picture: resizing all of it could take gigabytes. Pillow can resize just the part that is kept.
+        lo, hi = offset * long / new_long, (offset + resolution) * long / new_long
+        box = (0, lo, width, hi) if height > width else (lo, 0, hi, height)
+        pil = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+        return _pil_to_tensor(pil.resize((resolution, resolution), Image.Resampling.BILINEAR, box=box))
+    size = (new_long, resolution) if height > width else (resolution, new_long)
+    image = _resize(image, size)
+    if height > width:
+        return image[:, offset : offset + resolution]
+    return image[:, :, offset : offset + resolution]
+
+
+def random_crop(image: Tensor, resolution: int, resize_ratio: float, generator: torch.Generator) -> Tensor:
+    """The training crop: a random square of `crop_box`, resized. uint8 (3, H, W) -> uint8 (3, R, R)."""
+    top, left, side = crop_box(image.shape[1], image.shape[2], resize_ratio, generator)
+    return _resize(image[:, top : top + side, left : left + side], (resolution, resolution))
+
+
+def crop_box(height: int, width: int, resize_ratio: float, generator: torch.Generator) -> tuple[int, int, int]:
+    """(top, left, side) of a random square whose area is `resize_ratio` to 1 times that of the largest that fits.
+
+    On square pictures this is RandomResizedCrop(scale=(resize_ratio, 1), ratio=(1, 1)). On others that class measures
+    the area against the whole picture, finds at 0.75 and 4:3 no square that fits, and silently falls back to the centre
+    crop: most photographs would see no augmentation at all.
+    """
+    largest = min(height, width)
+    area, down, right = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
+    side = round(largest * math.sqrt(resize_ratio + (1 - resize_ratio) * area))
+    side = min(max(side, 1), largest)
+    return int(down * (height - side + 1)), int(right * (width - side + 1)), side
+
+
+def _resize(image_CHW: Tensor, size: tuple[int, int]) -> Tensor:
+    # a whole decoded picture lies channels-last, as the vectorised uint8 kernel wants it; a crop has to be made so
+    image_CHW = image_CHW[None].contiguous(memory_format=torch.channels_last)[0]
+    return resize_image(image_CHW, list(size), interpolation=InterpolationMode.BILINEAR, antialias=True)
+
+
+def to_unit_range(x: Tensor) -> Tensor:
+    """uint8 [0, 255] -> float32 [-1, 1], contiguous, on the tensor's own device."""
+    return x.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1.0)
+
+
+class Collate:
+    """Samples -> [uint8 (B, 3, R, R), int64 (B,)]; None, an unreadable evaluation sample, is left out. B may be 0."""
+
+    def __init__(self, resolution: int):
+        self.resolution = resolution
+
+    def __call__(self, samples: list[tuple[Tensor, int] | None]) -> list[Tensor]:
+        kept = [sample for sample in samples if sample is not None]
+        labels = torch.tensor([label for _, label in kept], dtype=torch.int64)
+        if not kept:
+            return [torch.empty(0, 3, self.resolution, self.resolution, dtype=torch.uint8), labels]
+        # pictures lie in memory as HWC, as decoders leave them: stacked so, it is one copy each
+        return [torch.stack([image.permute(1, 2, 0) for image, _ in kept]).permute(0, 3, 1, 2), labels]
+
+
+def mix_seed(*parts: int) -> int:
+    """One 63-bit seed from several non-negative integers, the same on every machine; (1, 2) differs from (2, 1)."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
+
+
+def sample_generator(*parts: int) -> torch.Generator:
+    """The randomness that belongs to `parts` (seed, epoch, sample index), whichever worker or rank draws from it."""
+    return torch.Generator().manual_seed(mix_seed(*parts))
