@@ -175,7 +175,7 @@ class AugVAE(nn.Module):
         z = self.features(x_BCHW)[-len(self.code_levels) :]
         low = [level.permute(0, 2, 3, 1).to(self.codebook.weight.dtype) for level in z]
         return torch.cat(
-            [self.codebook.nearest(z_BHWD.reshape(-1, z_BHWD.shape[-1])).view(len(z_BHWD), -1) for z_BHWD in low], dim=1
+            [self.codebook.nearest(z.reshape(-1, z.shape[-1])).view(z.shape[:3]).flatten(1) for z in low], dim=1
         )
 
     @torch.no_grad()
@@ -199,7 +199,7 @@ class AugVAE(nn.Module):
         dtype = self.post_quants[0].weight.dtype
         for part_BN, level in zip(codes_BN.split([r * r for r in self.code_levels], dim=1), self.code_levels, strict=True):
             z_BND = self.quantizers[0].lookup(part_BN)
-            z_q.append(z_BND.transpose(1, 2).reshape(len(part_BN), -1, level, level).to(dtype))
+            z_q.append(z_BND.transpose(1, 2).reshape(len(part_BN), z_BND.shape[-1], level, level).to(dtype))
         return self.decode(z_q).clamp(-1, 1)
 
     @torch.no_grad()

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torchmetrics import MeanMetric
 
-from latent_verse.augvae.model import AugVAE
+from latent_verse.augvae.model import AugVAE, Encoded
 from latent_verse.augvae.perceptual import ReconstructionLoss, fetch_vgg16, vgg16_file
 from latent_verse.config import TrainVAEConfig, as_plain
 from latent_verse.evaluation.codebook import CodebookUsage
@@ -87,9 +87,14 @@ class LitAugVAE(pl.LightningModule):
 
     # ----------------------------------------------------------------------------------------------------------- steps
 
+    def _through(self, x_BCHW: torch.Tensor) -> tuple[Encoded, torch.Tensor]:
+        """Encode and decode, in the dtype of the weights (bf16-true and 64 differ from the images')."""
+        dtype = self.model.pre_quants[0].weight.dtype
+        encoded = self.model.encode(x_BCHW.to(dtype).contiguous(memory_format=torch.channels_last))
+        return encoded, self.model.decode(encoded.z_q)
+
     def _losses(self, x_BCHW: torch.Tensor, stage: str):
-        encoded = self.model.encode(x_BCHW.contiguous(memory_format=torch.channels_last))
-        reconstruction_BCHW = self.model.decode(encoded.z_q)
+        encoded, reconstruction_BCHW = self._through(x_BCHW)
         parts = self.loss(reconstruction_BCHW, x_BCHW)
         total = sum(parts.values()) + self.config.loss.codebook_weight * encoded.embed_loss
         self.usage[f"{stage}_usage"].update(encoded.indices)
@@ -127,8 +132,7 @@ class LitAugVAE(pl.LightningModule):
             x_BCHW = x_BCHW[: max(0, -(-(self.test_limit - t.global_rank) // t.world_size) - first)]
         if len(x_BCHW) == 0:
             return None
-        encoded = self.model.encode(x_BCHW.contiguous(memory_format=torch.channels_last))
-        reconstruction_BCHW = self.model.decode(encoded.z_q)
+        encoded, reconstruction_BCHW = self._through(x_BCHW)
         self.test_metrics.update(x_BCHW, reconstruction_BCHW, encoded.indices)
         return {"x": x_BCHW, "xrec": reconstruction_BCHW.float().clamp(-1, 1)}
 
@@ -170,13 +174,15 @@ class LitAugVAE(pl.LightningModule):
             if self.plateau_state:
                 self.plateau.load_state_dict(self.plateau_state)
         if o.lr_cosine:
-            total = self.trainer.estimated_stepping_batches
-            if math.isinf(total):
-                raise ValueError("lr_cosine needs to know how long the run is: give epochs or max_steps.")
 
             def factor(step: int) -> float:
                 if step < o.warmup_steps:
                     return (step + 1) / (o.warmup_steps + 1)
+                if step == o.warmup_steps:
+                    return 1.0
+                # Asked for only now: before training has begun it would make Lightning build the data loader before it
+                # restores its position, and a resumed run would begin its epoch again.
+                total = self.trainer.estimated_stepping_batches
                 done = (step - o.warmup_steps) / max(1, total - o.warmup_steps)
                 return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
