@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import os
+import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,10 @@ import torch
 from torch import nn
 
 from latent_verse.augvae.model import AugVAE
-from latent_verse.config import AugVAEConfig, ConfigError, TrainVAEConfig, as_plain
-from latent_verse.runs import newest
+from latent_verse.biart.model import BiART
+from latent_verse.config import AugVAEConfig, BiARTConfig, ConfigError, TrainVAEConfig, as_plain
+from latent_verse.runs import newest, write_whole
+from latent_verse.text import Tokenizer, TokenizerError, load_tokenizer
 
 FORMAT = "latent_verse/augvae"
 WEIGHTS = "model.safetensors"
@@ -45,7 +49,7 @@ def load_augvae(path: str | os.PathLike) -> AugVAE:
     local = find_checkpoint(Path(path))
     if local.is_file() and local.name == WEIGHTS:
         local = local.parent
-    if local.is_file():
+    if local.is_file() or (local.suffix == ".ckpt" and not local.is_dir()):  # an absent one: the error names others
         return _augvae_from_ckpt(local)
     if not local.is_dir():
         local = _from_hub(str(path))
@@ -149,7 +153,7 @@ def _augvae_from_folder(directory: Path) -> AugVAE:
             raise CheckpointError(f"{directory}/config.json has format {content.get('format')!r}, not {FORMAT!r}.")
         model = AugVAE(_config(content["config"], directory / "config.json"))
         stored = load_file(directory / WEIGHTS)
-    except (json.JSONDecodeError, SafetensorError, KeyError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{directory} is damaged: {error}") from error
     # shared tensors are stored once
     shared = _shared_keys(model)
@@ -286,7 +290,7 @@ def _shared_keys(model: nn.Module) -> dict[str, list[str]]:
     return {key: keys for keys in by_tensor.values() if len(keys) > 1 for key in keys}
 
 
-def _from_hub(name: str) -> Path:
+def _from_hub(name: str, files: tuple[str, ...] = ("config.json", WEIGHTS)) -> Path:
     """Fetch config and weights of a hub id into Hugging Face's cache.
 
     Raises:
@@ -297,7 +301,7 @@ def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["config.json", WEIGHTS]))
+        return Path(snapshot_download(name, allow_patterns=list(files)))
     except Exception as error:  # huggingface_hub and its HTTP client raise kinds of their own
         raise CheckpointError(
             f"{name} is no file or folder here, and could not be fetched from the hub: {_first_line(error)}"
@@ -306,3 +310,130 @@ def _from_hub(name: str) -> Path:
 
 def _first_line(error: BaseException) -> str:
     return str(error).strip().split("\n")[0]
+
+
+def fingerprint(model: nn.Module) -> str:
+    """16 hexadecimal digits of a model's weights, their names, types and shapes: the same wherever the model lies.
+
+    Settings are left out, or a version of this program with one more setting would not know its own models.
+    """
+    digest = hashlib.sha256()
+    for key, tensor in model.state_dict().items():
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+# ------------------------------------------------------------------------------------------------------------- bundles
+
+BUNDLE = "latent_verse/bundle"
+BIART_WEIGHTS = "biart.safetensors"
+TOKENIZER = "tokenizer/tokenizer_config.json"
+BUNDLE_FILES = ("config.json", f"vae/{WEIGHTS}", "vae/config.json", BIART_WEIGHTS, TOKENIZER)
+
+
+def save_bundle(directory: str | os.PathLike, vae: AugVAE, biart: BiART, tokenizer, info: dict[str, Any]) -> None:
+    """Write config.json, vae/, biart.safetensors and tokenizer/; each file appears whole or not at all.
+
+    config.json comes first and records the fingerprints, so that a folder whose writing was interrupted is found out
+    when it is read, and may be written again.
+
+    Raises:
+        CheckpointError: the folder holds something other than a bundle.
+    """
+    from safetensors.torch import save_file
+
+    directory = Path(directory)
+    if directory.exists() and not _may_become_bundle(directory):
+        raise CheckpointError(f"{directory} exists and is not a bundle; it is left alone. Name a new or empty folder.")
+    directory.mkdir(parents=True, exist_ok=True)
+    content = {
+        "format": BUNDLE,
+        "vae": as_plain(vae.config),
+        "biart": as_plain(biart.config),
+        "info": info,
+        "fingerprints": _fingerprints(vae, biart, tokenizer),
+    }
+    write_whole(directory / "config.json", json.dumps(content, indent=2) + "\n")
+    save_augvae(vae, directory / "vae")
+    unfinished = directory / f".{BIART_WEIGHTS}.tmp"
+    save_file({key: tensor.contiguous() for key, tensor in biart.state_dict().items()}, unfinished)
+    os.replace(unfinished, directory / BIART_WEIGHTS)
+    (directory / "tokenizer").mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".tokenizer-", dir=directory) as folder:
+        tokenizer.save(folder)
+        for file in sorted(Path(folder).iterdir()):
+            os.replace(file, directory / "tokenizer" / file.name)
+
+
+def load_bundle(path: str | os.PathLike) -> tuple[AugVAE, BiART, Tokenizer, dict[str, Any], dict[str, str]]:
+    """(AugVAE, BiART, tokenizer, info, fingerprints) of a bundle folder or hub id. Evaluation mode, on the CPU.
+
+    Raises:
+        CheckpointError: the folder is absent, incomplete, damaged or of another kind; the file is named.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    folder = Path(path)
+    if folder.is_file():
+        raise CheckpointError(f"{path} is a file; a bundle is the folder that LVerse.save_pretrained writes.")
+    if not folder.exists():
+        folder = _from_hub(str(path), ("config.json", "vae/*", BIART_WEIGHTS, "tokenizer/*"))
+    content = _bundle_config(folder)
+    for name in BUNDLE_FILES:
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder} is an incomplete bundle: it holds no {name}. Copy or export it again.")
+    with torch.random.fork_rng(devices=[]):  # the weights that are made first and then replaced are drawn at random
+        vae = load_augvae(folder / "vae")
+    try:
+        tokenizer = load_tokenizer(folder / "tokenizer")
+        with torch.device("meta"):  # which for a large transformer would take a while
+            biart = BiART(BiARTConfig(**content["biart"]))
+        stored = load_file(folder / BIART_WEIGHTS)
+        info, recorded = dict(content["info"]), dict(content["fingerprints"])
+    except (KeyError, TypeError, ConfigError, TokenizerError, SafetensorError) as error:
+        raise CheckpointError(f"{folder} is a damaged bundle: {_first_line(error)}") from error
+    biart.to_empty(device="cpu").to(next(iter(stored.values()), torch.empty(0)).dtype)
+    _fill(biart, stored, folder / BIART_WEIGHTS)
+    found = _fingerprints(vae, biart, tokenizer)
+    changed = [name for name in found if found[name] != recorded.get(name)]
+    if changed:
+        raise CheckpointError(
+            f"{folder} is a mixed or damaged bundle: {' and '.join(changed)} is not what config.json records. "
+            "Was its writing or copying interrupted? Export it again."
+        )
+    return vae, biart.eval(), tokenizer, info, recorded
+
+
+def _fingerprints(vae: AugVAE, biart: BiART, tokenizer) -> dict[str, str]:
+    return {"vae": fingerprint(vae), "biart": fingerprint(biart), "tokenizer": tokenizer.fingerprint}
+
+
+def _may_become_bundle(path: Path) -> bool:
+    """Whether `save_bundle` may write here: an empty folder, or a bundle, whole or not."""
+    if not path.is_dir():
+        return False
+    if not any(path.iterdir()):
+        return True
+    try:
+        return json.loads((path / "config.json").read_text()).get("format") == BUNDLE
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _bundle_config(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    if not file.is_file():
+        inside = sorted(str(c.parent) for c in folder.glob("*/config.json") if _may_become_bundle(c.parent))
+        hint = f" Did you mean {inside[0]}?" if inside else " LVerse.save_pretrained writes one."
+        raise CheckpointError(f"{folder} is no bundle: it holds no config.json.{hint}")
+    try:
+        content = json.loads(file.read_text())
+        found = content.get("format")
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(f"{file} is damaged: {_first_line(error)}") from error
+    if found != BUNDLE:
+        what = "an AugVAE, the first half of a bundle" if found == FORMAT else f"of format {found!r}"
+        raise CheckpointError(f"{folder} is {what}, not a bundle ({BUNDLE}) with AugVAE, BiART and tokenizer.")
+    return content

@@ -83,12 +83,12 @@ def make_parser(cls: type, description: str) -> Parser:
         group = groups.setdefault(section, parser.add_argument_group(section))
         default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
         shown = list(default) if isinstance(default, tuple) else default
-        text = f.metadata["help"].replace("%", "%%") + ("" if shown is None else f" (default: {shown})")
+        text = f.metadata["help"].replace("%", "%%") + ("" if shown in (None, []) else f" (default: {shown})")
         if _is(hint, bool):
             group.add_argument(f"--{f.name}", nargs="?", const="true", metavar="true|false", help=text)
             group.add_argument(f"--no-{f.name}", dest=f.name, action="store_const", const="false", help=argparse.SUPPRESS)
         elif _is_sequence(hint):
-            group.add_argument(f"--{f.name}", nargs="+", metavar="N", help=text)
+            group.add_argument(f"--{f.name}", nargs="+", metavar="TEXT" if _is_texts(hint) else "N", help=text)
         else:
             choices = f.metadata["choices"]
             metavar = "{" + ",".join(choices) + "}" if choices else _type_name(hint).upper()
@@ -162,6 +162,8 @@ def convert(name: str, value: Any, hint: Any, choices: tuple | None, source: str
         return str(value).lower() in TRUE
     if _is(hint, int) and not isinstance(value, bool):
         value = _whole(value[0] if isinstance(value, list) and len(value) == 1 else value)
+    if _is_texts(hint):  # whole, whatever they hold: OmegaConf would read "${x}" and "???" as its own syntax
+        return None if value is None and _optional(hint) else _texts(name, value, source)
     if _is_sequence(hint):
         value = _items(value)
     try:
@@ -220,6 +222,20 @@ def _is(hint: Any, kind: type) -> bool:
 
 def _is_sequence(hint: Any) -> bool:
     return getattr(_inner(hint), "__origin__", None) is tuple
+
+
+def _is_texts(hint: Any) -> bool:
+    """Tuple[str, ...]"""
+    return _is_sequence(hint) and _inner(hint).__args__[0] is str
+
+
+def _texts(name: str, value: Any, source: str) -> tuple[str, ...]:
+    """A text, or a list of texts, with their commas and spaces. A number in YAML is a text of digits."""
+    items = value if isinstance(value, (list, tuple)) else [value]
+    for item in items:
+        if isinstance(item, bool) or not isinstance(item, (str, int, float)):
+            raise ConfigError(f"{name}: {item!r} (from {source}) is not a text. Put it in quotes.")
+    return tuple(str(item) for item in items)
 
 
 def _type_name(hint: Any) -> str:

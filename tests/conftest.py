@@ -1,0 +1,52 @@
+"""Fixtures that several test files share: small AugVAEs and pictures for them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from latent_verse.augvae.model import AugVAE
+from latent_verse.config import AugVAEConfig
+
+# 16 px, levels 8, 4 and 2: milliseconds a pass
+TINY = {
+    "hidden_dim": 32,
+    "ch_mult": (1, 2),
+    "num_res_blocks": 1,
+    "resolution": 16,
+    "attn_resolutions": (8, 4, 2),
+    "z_channels": 16,
+    "codebook_dim": 8,
+    "num_tokens": 24,
+}
+
+
+@pytest.fixture
+def tiny_config():
+    """Makes a tiny AugVAEConfig: tiny_config(single_level=4, ...)."""
+    return lambda **changes: AugVAEConfig(**{**TINY, **changes})
+
+
+@pytest.fixture
+def tiny_augvae(tiny_config):
+    """Makes a tiny AugVAE in evaluation mode whose codebook has seen use; no two weights are equal."""
+
+    def make(seed: int = 0, **changes) -> AugVAE:
+        torch.manual_seed(seed)
+        model = AugVAE(tiny_config(**changes))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.05 * torch.randn_like(parameter))
+            book = model.codebook
+            book.weight.mul_(0.3)
+            book.cluster_size.uniform_(0.5, 2.0)
+            book.embed_avg.copy_(book.weight * book.cluster_size[:, None])
+        return model.eval()
+
+    return make
+
+
+@pytest.fixture
+def tiny_images():
+    """Makes pictures (B, 3, 16, 16) in [-1, 1]."""
+    return lambda batch=2, seed=1: torch.rand(batch, 3, 16, 16, generator=torch.Generator().manual_seed(seed)) * 2 - 1
