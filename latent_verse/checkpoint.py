@@ -100,7 +100,7 @@ def agree_with_checkpoint(config: TrainVAEConfig, model: AugVAEConfig, given: se
     for name, value in (("resolution", config.model.resolution), ("img_size", config.data.img_size)):
         if name in given and value not in (None, model.resolution):
             raise ConfigError(
-                f"{name}: {value}, but {config.trainer.ckpt_path} takes pictures of {model.resolution} px. Leave {name} out."
+                f"{name}: {value}, but {config.trainer.ckpt_path} takes pictures of {model.resolution} px. Drop it."
             )
     config.model = model
 
@@ -146,7 +146,9 @@ def _augvae_from_folder(directory: Path) -> AugVAE:
 
     for name in ("config.json", WEIGHTS):
         if not (directory / name).is_file():
-            raise CheckpointError(f"{directory} holds no {name}; AugVAE.save_pretrained writes config.json and {WEIGHTS}.")
+            raise CheckpointError(
+                f"{directory} holds no {name}; AugVAE.save_pretrained writes config.json and {WEIGHTS}."
+            )
     try:
         content = json.loads((directory / "config.json").read_text())
         if content.get("format") != FORMAT:
@@ -184,7 +186,11 @@ def _released_config(hyper_parameters: dict[str, Any], state: dict[str, torch.Te
     """The configuration of a released file. Levels are counted in the weights: -SL files kept -ML's settings."""
     args = hyper_parameters.get("args", hyper_parameters)
     args = vars(args) if isinstance(args, argparse.Namespace) else dict(args)
-    known = {f.name for f in dataclasses.fields(AugVAEConfig)} - {"attn_resolutions", "single_level", "restart_threshold"}
+    known = {f.name for f in dataclasses.fields(AugVAEConfig)} - {
+        "attn_resolutions",
+        "single_level",
+        "restart_threshold",
+    }
     values = {name: args[name] for name in known if name in args}
     missing = {"resolution", "ch_mult"} - values.keys()
     if missing:
@@ -204,7 +210,9 @@ def _config(values: dict[str, Any], file: Path) -> AugVAEConfig:
         config = AugVAEConfig(**values)
         config.validate()
     except (TypeError, ConfigError) as error:
-        raise CheckpointError(f"{file}: its settings do not describe an AugVAE this version can build: {error}") from error
+        raise CheckpointError(
+            f"{file}: its settings do not describe an AugVAE this version can build: {error}"
+        ) from error
     return config
 
 
@@ -220,7 +228,9 @@ def read_ckpt(file: str | os.PathLike) -> dict[str, Any]:
     file = Path(file)
     if not file.is_file():
         near = sorted(p.name for p in file.parent.glob("*.ckpt")) if file.parent.is_dir() else []
-        raise CheckpointError(f"checkpoint {file} does not exist.{' That folder holds: ' + ', '.join(near) if near else ''}")
+        raise CheckpointError(
+            f"checkpoint {file} does not exist.{' That folder holds: ' + ', '.join(near) if near else ''}"
+        )
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file) or None)

@@ -86,7 +86,9 @@ def make_parser(cls: type, description: str) -> Parser:
         text = f.metadata["help"].replace("%", "%%") + ("" if shown in (None, []) else f" (default: {shown})")
         if _is(hint, bool):
             group.add_argument(f"--{f.name}", nargs="?", const="true", metavar="true|false", help=text)
-            group.add_argument(f"--no-{f.name}", dest=f.name, action="store_const", const="false", help=argparse.SUPPRESS)
+            group.add_argument(
+                f"--no-{f.name}", dest=f.name, action="store_const", const="false", help=argparse.SUPPRESS
+            )
         elif _is_sequence(hint):
             group.add_argument(f"--{f.name}", nargs="+", metavar="TEXT" if _is_texts(hint) else "N", help=text)
         else:

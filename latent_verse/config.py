@@ -8,8 +8,9 @@ This file imports nothing but the standard library: the models can use it withou
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from dataclasses import dataclass, field
-from typing import List, Optional, Tuple  # OmegaConf reads these annotations at run time
+from typing import Optional, Tuple  # OmegaConf reads these annotations at run time
 
 
 class ConfigError(ValueError):
@@ -62,9 +63,7 @@ class AugVAEConfig:
         Raises:
             ConfigError: naming the key, its value and the remedy.
         """
-        self._check_ranges()
-        if self.double_z:
-            raise ConfigError("double_z: true cannot work: a codebook has no variance to encode. Set double_z: false.")
+        self.check_values()
         if self.hidden_dim % 32:
             raise ConfigError(f"hidden_dim {self.hidden_dim} is not a multiple of 32, the group count of GroupNorm.")
         first = self.resolution / 2 ** (len(self.ch_mult) - 1)
@@ -75,7 +74,7 @@ class AugVAEConfig:
                 f"{first:g}, but attn_resolutions {list(levels)} begins with {levels[0] if levels else 'nothing'}. "
                 f"Make the first level {first:g}, or change ch_mult or resolution."
             )
-        for above, level in zip(levels, levels[1:]):  # noqa: B905 (pairs: the last level has no successor)
+        for above, level in itertools.pairwise(levels):
             if level * 2 != above:
                 raise ConfigError(
                     f"attn_resolutions {list(levels)}: each level must be half the one before; {level} follows {above}."
@@ -83,8 +82,17 @@ class AugVAEConfig:
         if self.single_level is not None and self.single_level not in levels:
             raise ConfigError(f"single_level {self.single_level} is not one of the levels {list(levels)}.")
 
-    def _check_ranges(self):
-        at_least_one = "in_channels out_channels hidden_dim num_res_blocks resolution z_channels codebook_dim num_tokens"
+    def check_values(self) -> None:
+        """The part of `validate` that looks at each setting by itself: all there is to check of a -SL recipe.
+
+        Raises:
+            ConfigError: as `validate`.
+        """
+        if self.double_z:
+            raise ConfigError("double_z: true cannot work: a codebook has no variance to encode. Set double_z: false.")
+        at_least_one = (
+            "in_channels out_channels hidden_dim num_res_blocks resolution z_channels codebook_dim num_tokens"
+        )
         for name in at_least_one.split():
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1.")
@@ -148,7 +156,9 @@ class ImageDataConfig:
     img_size: Optional[int] = setting(None, "original's second name of resolution; must equal it")
     resize_ratio: float = setting(0.75, "smallest share of a picture's area that a training crop takes, up to 1")
     batch_size: int = setting(8, "pictures a step and process")
-    num_workers: Optional[int] = setting(None, "loader processes for each training process; default what the machine has")
+    num_workers: Optional[int] = setting(
+        None, "loader processes for each training process; default what the machine has"
+    )
     prefetch_factor: int = setting(2, "batches each loader process keeps ready")
     shuffle_buffer: int = setting(1000, "samples that webdataset's shuffle draws from")
 
@@ -164,7 +174,9 @@ class TrainerConfig:
     nodes: int = setting(1, "machines that train together")
     gpu_dist: Optional[bool] = setting(None, "original's flag for training on several GPUs; follows from gpus")
     accelerator: str = setting("auto", "Lightning's accelerator: auto, cpu, gpu, ...")
-    strategy: str = setting("auto", "auto and ddp copy the model to each process, fsdp shards it", ("auto", "ddp", "fsdp"))
+    strategy: str = setting(
+        "auto", "auto and ddp copy the model to each process, fsdp shards it", ("auto", "ddp", "fsdp")
+    )
     precision: str = setting("32", "32, 16, bf16, or one of Lightning's names such as bf16-mixed, 16-true")
     epochs: int = setting(100, "passes over the training data")
     max_steps: int = setting(-1, "stop after this many optimiser steps; -1 is no limit")
@@ -213,7 +225,9 @@ class VAELossConfig:
     """Loss of AugVAE: reconstruction + codebook_weight x commitment."""
 
     loss_type: str = setting(
-        "mse", "reconstruction loss; lpips_* add p_loss_weight x LPIPS", ("mse", "l1", "smooth_l1", "lpips_l1", "lpips_l2")
+        "mse",
+        "reconstruction loss; lpips_* add p_loss_weight x LPIPS",
+        ("mse", "l1", "smooth_l1", "lpips_l1", "lpips_l2"),
     )
     p_loss_weight: float = setting(0.1, "weight of LPIPS in lpips_l1 and lpips_l2")
     codebook_weight: float = setting(1.0, "weight of the commitment loss (quant_beta is inside it)")
@@ -270,7 +284,9 @@ def check_trainer(t: TrainerConfig) -> None:
     if t.gpu_dist and t.strategy == "auto":
         t.strategy = "ddp"
     if t.resume and not t.ckpt_path:
-        raise ConfigError("resume needs ckpt_path: the checkpoint to continue from (a rerun with --backup needs neither).")
+        raise ConfigError(
+            "resume needs ckpt_path: the checkpoint to continue from (a rerun with --backup needs neither)."
+        )
     t.precision = PRECISIONS.get(t.precision, t.precision)
     t.limit_train_batches = batch_limit("limit_train_batches", t.limit_train_batches)
     t.limit_val_batches = batch_limit("limit_val_batches", t.limit_val_batches)
@@ -317,20 +333,29 @@ def check_data(d: ImageDataConfig, resolution: int) -> None:
 FAKE_LIMITS = {"epochs": 1, "limit_train_batches": 4, "limit_val_batches": 2}
 
 
-def limit_fake_data(t: TrainerConfig, given: set[str]) -> None:
-    """Bound a run on generated pictures to a few batches, unless the command line asks for a length of its own."""
-    if given & {"epochs", "max_steps", "limit_train_batches", "limit_val_batches", "val_percent_check", "debug"}:
+def limit_fake_data(t: TrainerConfig, flags: set[str]) -> None:
+    """Bound a run on generated pictures to a few batches and keep no backups, unless flags ask otherwise.
+
+    A recipe's own length and backups (YAML) are meant for pictures: a second smoke test would find the first finished.
+    """
+    if "backup" not in flags:
+        t.backup = False
+    if flags & {"epochs", "max_steps", "limit_train_batches", "limit_val_batches", "val_percent_check", "debug"}:
         return
     for name, value in FAKE_LIMITS.items():
         setattr(t, name, value)
 
 
-def check_train_vae(config: TrainVAEConfig, given: set[str]) -> None:
-    """Refuse a train_vae configuration that could never work, before anything is built or written."""
+def check_train_vae(config: TrainVAEConfig, given: dict[str, str]) -> None:
+    """Refuse a train_vae configuration that could never work, before anything is built or written.
+
+    Args:
+        given: settings that were given, and where: {leaf: "--leaf" or "file.yaml"}, as `cli.parse` returns.
+    """
     check_trainer(config.trainer)
     check_data(config.data, config.model.resolution)
     if config.data.fake_data:
-        limit_fake_data(config.trainer, given)
+        limit_fake_data(config.trainer, {leaf for leaf, source in given.items() if source.startswith("--")})
     elif not config.data.train_dir:
         raise ConfigError("train_dir is not given: name a folder of pictures, or try --fake_data.")
     o = config.optim
@@ -347,7 +372,9 @@ def check_train_vae(config: TrainVAEConfig, given: set[str]) -> None:
             f"finetune keeps one level, but attn_resolutions is {list(config.model.attn_resolutions)}. "
             "Give the level to keep, for instance attn_resolutions: [32]."
         )
-    if not o.finetune:
+    if o.finetune:
+        config.model.check_values()
+    else:
         config.model.validate()
 
 
@@ -368,6 +395,7 @@ def check_eval_vae(config: EvalVAEConfig) -> None:
 
 def as_plain(config) -> dict:
     """Any of these dataclasses as plain dicts, lists and scalars: what checkpoints and YAML files hold."""
+
     def plain(value):
         if isinstance(value, dict):
             return {k: plain(v) for k, v in value.items()}

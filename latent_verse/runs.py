@@ -77,7 +77,9 @@ def open_run(log_dir: str, name: str, backup: bool, backup_dir: str | None, conf
     try:
         about = json.loads((folder / "run.json").read_text())
     except (OSError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{folder} exists but is not a run of this program ({error}). Give another --name.") from error
+        raise ConfigError(
+            f"{folder} exists but is not a run of this program ({error}). Give another --name."
+        ) from error
     _check_same(folder, about["config"], config)
     run = Run(folder, about["id"], place)
     return dataclasses.replace(run, continue_from=newest([*run.backups().glob("*"), *run.checkpoints.glob("last-*")]))
@@ -85,8 +87,14 @@ def open_run(log_dir: str, name: str, backup: bool, backup_dir: str | None, conf
 
 def newest(files: Iterable[Path], prefix: str = "") -> Path | None:
     """The checkpoint with the highest step in its name (`...step=N.ckpt`), whatever the order of names or times."""
-    found = [(int(m[1]), str(p), p) for p in files if p.name.startswith(prefix) and (m := STEP.search(p.name))]
+    found = [(step_of(p), str(p), p) for p in files if p.name.startswith(prefix) and step_of(p) is not None]
     return max(found)[2] if found else None
+
+
+def step_of(checkpoint: Path) -> int | None:
+    """The step in a checkpoint's name, None where there is none."""
+    match = STEP.search(checkpoint.name)
+    return int(match[1]) if match else None
 
 
 def start(run: Run, run_id: str, config: dict[str, Any], yaml_text: str) -> None:

@@ -15,7 +15,7 @@ import eval_vae
 from tests.runs_on_pictures import write_pictures
 
 REPO = Path(__file__).parent.parent
-FLAGS = "--gpus 0 --num_workers 0 --refresh_rate 0".split()
+FLAGS = ["--gpus", "0", "--num_workers", "0", "--refresh_rate", "0"]
 
 
 @pytest.fixture
@@ -65,7 +65,9 @@ def test_written_pictures_give_the_printed_figures(tmp_path, model):
     results = evaluate(tmp_path, model, "--test_dir", str(pictures), "--batch_size", "2")
 
     def read(name):
-        return np.stack([np.asarray(Image.open(p), dtype=float) for p in sorted((results["run"] / name).iterdir())]) / 255
+        return (
+            np.stack([np.asarray(Image.open(p), dtype=float) for p in sorted((results["run"] / name).iterdir())]) / 255
+        )
 
     a, b = read("original_images"), read("generated_images")
     mse = ((a - b) ** 2).mean(axis=(1, 2, 3))
@@ -88,7 +90,15 @@ def test_fake_data_and_yaml_of_training(tmp_path, model):
     results = evaluate(tmp_path, model, "--fake_data", "--eval_images", "5")
     assert results["images"] == 5 and results["missing"]["lpips"] == "not computed on fake data"
     yaml = REPO / "configs" / "tiny_augvae_sl.yaml"  # finetune, another shape: the checkpoint knows better
-    flags = ["--config", str(yaml), "--no-fake_data", "--resolution", "16", "--val_dir", str(write_pictures(tmp_path / "v", 2))]
+    flags = [
+        "--config",
+        str(yaml),
+        "--no-fake_data",
+        "--resolution",
+        "16",
+        "--val_dir",
+        str(write_pictures(tmp_path / "v", 2)),
+    ]
     assert evaluate(tmp_path, model, *flags)["images"] == 2
 
 

@@ -50,7 +50,9 @@ def figures_of(file: Path, key: str = "train/total_loss") -> dict[int, float]:
 
 
 def test_trains_on_own_pictures_and_writes_a_run_folder(tmp_path, pictures, capsys):
-    assert train_vae.main(small(tmp_path, *on(pictures), "--epochs", "2", "--log_images", "--image_log_steps", "2")) == 0
+    assert (
+        train_vae.main(small(tmp_path, *on(pictures), "--epochs", "2", "--log_images", "--image_log_steps", "2")) == 0
+    )
     run = tmp_path / "runs" / "run"
     said = capsys.readouterr().out
     assert "4.5e-06 x 1 processes x batch 4 = 1.8e-05" in said and str(run) in said
@@ -244,7 +246,10 @@ def test_wrong_checkpoints(tmp_path, pictures, capsys):
     capsys.readouterr()
     cases = [
         (["--finetune", "--attn_resolutions", "2", "--pretrained_path", str(ml)], "[2] is not a level"),
-        (["--finetune", "--attn_resolutions", "4", "--hidden_dim", "64", "--pretrained_path", str(ml)], "hidden_dim: 64"),
+        (
+            ["--finetune", "--attn_resolutions", "4", "--hidden_dim", "64", "--pretrained_path", str(ml)],
+            "hidden_dim: 64",
+        ),
     ]
     cut = tmp_path / "cut.ckpt"
     cut.write_bytes(next((ml / "checkpoints").iterdir()).read_bytes()[:5000])

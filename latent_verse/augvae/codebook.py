@@ -131,7 +131,7 @@ class Codebook(nn.Module):
     def _restart(self, z_ND: torch.Tensor) -> None:
         """Move codes that have fallen out of use onto encoder outputs, with averages to match (Jukebox, section 3.2).
 
-        Written without a data-dependent size: code number i that is dead takes the candidate of its rank among the dead.
+        Written without a data-dependent size: a dead code takes the candidate of its rank among the dead.
         """
         dead_K = self.cluster_size < self.restart_threshold
         candidates_MD = self._candidates(z_ND, 256)

@@ -7,6 +7,8 @@ Shapes: B batch, C channels, H height, W width, T = H * W positions.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -102,7 +104,7 @@ class Stage(nn.Module):
 
     def __init__(self, widths: list[int], dropout: float, attend: bool, resample: dict[str, nn.Module]):
         super().__init__()
-        pairs = list(zip(widths[:-1], widths[1:], strict=True))
+        pairs = list(itertools.pairwise(widths))
         self.block = nn.ModuleList(ResnetBlock(i, o, dropout) for i, o in pairs)
         self.attn = nn.ModuleList(AttnBlock(o) for _, o in pairs if attend)
         for name, module in resample.items():  # "downsample" or "upsample": the released names

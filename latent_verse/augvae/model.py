@@ -10,6 +10,7 @@ Shapes: B batch, C channels, H height, W width, D code dimension, N codes a pict
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -46,10 +47,11 @@ class AugVAE(nn.Module):
         outer = {"ch_mult": config.ch_mult, "resolution": config.resolution, "attn_resolutions": levels[:1]}
         inner = [
             {"ch_mult": INNER_CH_MULT, "resolution": above, "attn_resolutions": (level,)}
-            for above, level in zip(levels[:-1], levels[1:], strict=True)
+            for above, level in itertools.pairwise(levels)
         ]
         common = {
-            name: getattr(config, name) for name in ("z_channels", "hidden_dim", "num_res_blocks", "dropout", "use_attn")
+            name: getattr(config, name)
+            for name in ("z_channels", "hidden_dim", "num_res_blocks", "dropout", "use_attn")
         }
         z = common.pop("z_channels")
 
@@ -148,7 +150,7 @@ class AugVAE(nn.Module):
         return Encoded(z_q, indices, embed_loss, perplexity(counts_K).to(embed_loss.dtype))
 
     def decode(self, z_q: list[torch.Tensor]) -> torch.Tensor:
-        """Quantised maps as `encode` gives them, or those of `code_levels` alone -> images (B, C, R, R), about [-1, 1]."""
+        """Quantised maps as `encode` gives them, or of `code_levels` alone -> images (B, C, R, R), about [-1, 1]."""
         if self.config.single_level is not None:
             h_BCHW = self.post_quants[0](z_q[-1])
             for connector, decoder in zip(self.connectors, self.decoders, strict=True):
@@ -197,7 +199,9 @@ class AugVAE(nn.Module):
             )
         z_q = []
         dtype = self.post_quants[0].weight.dtype
-        for part_BN, level in zip(codes_BN.split([r * r for r in self.code_levels], dim=1), self.code_levels, strict=True):
+        for part_BN, level in zip(
+            codes_BN.split([r * r for r in self.code_levels], dim=1), self.code_levels, strict=True
+        ):
             z_BND = self.quantizers[0].lookup(part_BN)
             z_q.append(z_BND.transpose(1, 2).reshape(len(part_BN), z_BND.shape[-1], level, level).to(dtype))
         return self.decode(z_q).clamp(-1, 1)
@@ -218,7 +222,9 @@ class AugVAE(nn.Module):
             ConfigError: it has no such level.
         """
         if self.config.single_level is not None:
-            raise ValueError(f"this AugVAE has one level ({self.config.single_level}) already; start from an AugVAE-ML.")
+            raise ValueError(
+                f"this AugVAE has one level ({self.config.single_level}) already; start from an AugVAE-ML."
+            )
         single = AugVAE(dataclasses.replace(self.config, single_level=resolution))
         single.to(device=self.pre_quants[0].weight.device, dtype=self.pre_quants[0].weight.dtype)
         single.encoders.load_state_dict(self.encoders[: len(single.encoders)].state_dict())

@@ -49,7 +49,9 @@ class LitAugVAE(pl.LightningModule):
 
     def prepare_data(self) -> None:
         """Fetch LPIPS' backbone, in one process a node."""
-        if self.config.loss.loss_type.startswith("lpips") and not (self.config.data.fake_data or vgg16_file().is_file()):
+        if self.config.loss.loss_type.startswith("lpips") and not (
+            self.config.data.fake_data or vgg16_file().is_file()
+        ):
             fetch_vgg16()
 
     def configure_model(self) -> None:

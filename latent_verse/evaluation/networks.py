@@ -1,4 +1,4 @@
-"""Where the weights of evaluation networks lie. Absent ones are named as missing; nothing is downloaded here unasked."""
+"""Where the weights of evaluation networks lie. Absent ones are named as missing; nothing is downloaded unasked."""
 
 from __future__ import annotations
 

@@ -1,0 +1,89 @@
+"""Every command of README.md and docs/: the scripts' are parsed by the real parser, the quick ones are run."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import eval_vae
+import train_vae
+from latent_verse.cli import parse
+from latent_verse.config import EvalVAEConfig, TrainVAEConfig, check_eval_vae, check_train_vae
+from tests.runs_on_pictures import SMALL, write_pictures
+
+REPO = Path(__file__).parent.parent
+PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
+
+
+def commands(script: str) -> list[str]:
+    """Lines of shell blocks that run `script`, without prompt and launcher."""
+    lines = []
+    for page in PAGES:
+        for block in re.findall(r"```sh\n(.*?)```", page.read_text(), re.S):
+            lines += [line for line in block.replace("\\\n", " ").splitlines() if script in line]
+    return lines
+
+
+def flags(line: str, script: str) -> list[str]:
+    return shlex.split(line.split(script, 1)[1])
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch):
+    monkeypatch.chdir(REPO)
+
+
+@pytest.mark.parametrize("line", commands("train_vae.py"))
+def test_train_commands_parse(line):
+    config, given = parse(TrainVAEConfig, flags(line, "train_vae.py"), "")
+    check_train_vae(config, given)
+
+
+@pytest.mark.parametrize("line", commands("eval_vae.py"))
+def test_eval_commands_parse(line):
+    config, _ = parse(EvalVAEConfig, flags(line, "eval_vae.py"), "")
+    check_eval_vae(config)
+
+
+def test_there_are_commands():
+    assert len(commands("train_vae.py")) >= 8 and commands("eval_vae.py")
+
+
+def test_the_walk_through_runs(tmp_path, monkeypatch):
+    """Train, fine-tune, evaluate: the README's commands in order, with tiny limits added."""
+    write_pictures(tmp_path / "data" / "train", 8)
+    write_pictures(tmp_path / "data" / "val", 3)
+    (tmp_path / "configs").symlink_to(REPO / "configs")
+    monkeypatch.chdir(tmp_path)
+    wanted = [
+        "--fake_data --configs configs/tiny_augvae_ml.yaml",
+        "--config configs/tiny_augvae_ml.yaml --train_dir data/train --val_dir data/val --gpus 0",
+        "--config configs/tiny_augvae_sl.yaml",
+    ]
+    for start, level in zip(wanted, (["8", "4"], ["8", "4"], ["4"]), strict=True):
+        (line,) = [c for c in commands("train_vae.py") if start in c]
+        assert train_vae.main([*flags(line, "train_vae.py"), *SMALL, "--attn_resolutions", *level]) == 0, line
+    (line,) = commands("eval_vae.py")[:1]
+    assert eval_vae.main([*flags(line, "eval_vae.py"), "--num_workers", "0"]) == 0
+    made = {p.name for p in (tmp_path / "results").iterdir()}
+    assert made == {"fake-tiny_augvae_ml", "tiny_augvae_ml", "tiny_augvae_sl", "eval-tiny_augvae_sl"}
+
+
+def test_links_and_pictures_exist():
+    for page in PAGES:
+        for target in re.findall(r"\]\(((?!http)[^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_seed_command_of_the_released_recipe():
+    """The original's smoke test, and the DeepSpark port's command line."""
+    config, given = parse(TrainVAEConfig, ["--fake_data", "--configs", "configs/imagenet_augvae_ml.yaml"], "")
+    check_train_vae(config, given)
+    assert config.trainer.limit_train_batches == 4 and config.trainer.epochs == 1
+    port = "--config ./configs/imagenet_augvae_ml.yaml --train_dir a --val_dir b --gpus 8 --batch_size 4 --epochs 2"
+    config, given = parse(TrainVAEConfig, port.split(), "")
+    check_train_vae(config, given)
+    assert (config.trainer.gpus, config.data.batch_size, config.trainer.epochs) == (8, 4, 2)
