@@ -1,0 +1,351 @@
+"""Rules across settings: the original's names put into ours, contradictions refused; the shipped files."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+import train_vae
+from latent_verse.cli import parse
+from latent_verse.config import (
+    FAKE_LIMITS,
+    AugVAEConfig,
+    ConfigError,
+    EvalVAEConfig,
+    ImageDataConfig,
+    TrainerConfig,
+    TrainVAEConfig,
+    as_plain,
+    batch_limit,
+    check_data,
+    check_eval_vae,
+    check_train_vae,
+    check_trainer,
+)
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = sorted(p for p in (ROOT / "configs").glob("*.yaml") if p.name.startswith(("imagenet_augvae", "tiny_augvae")))
+
+
+def train(*argv: str) -> TrainVAEConfig:
+    """As train_vae.py: parsed and checked. Pictures are named, so that nothing else is wrong."""
+    config, given = parse(TrainVAEConfig, ["--train_dir", "somewhere", *argv], "")
+    check_train_vae(config, given)
+    return config
+
+
+def evaluate(*argv: str) -> EvalVAEConfig:
+    config, _ = parse(EvalVAEConfig, ["--ckpt_path", "a.ckpt", "--val_dir", "somewhere", *argv], "")
+    check_eval_vae(config)
+    return config
+
+
+def trainer(**settings) -> TrainerConfig:
+    t = TrainerConfig(**settings)
+    check_trainer(t)
+    return t
+
+
+def data(resolution=256, **settings) -> ImageDataConfig:
+    d = ImageDataConfig(**settings)
+    check_data(d, resolution)
+    return d
+
+
+# ------------------------------------------------------------------------------------------------------- shipped files
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda p: p.name)
+def test_shipped_configurations_are_runs_that_work(file):
+    config, given = parse(TrainVAEConfig, ["--config", str(file)], "")
+    check_train_vae(config, given)
+    if config.optim.finetune:
+        assert config.optim.pretrained_path
+        (level,) = config.model.attn_resolutions
+        # the AugVAE-ML that it starts from is shipped as well, has that level, and agrees in all else
+        ml, _ = parse(TrainVAEConfig, ["-c", str(file).replace("_sl", "_ml")], "")
+        dataclasses.replace(ml.model, single_level=level).validate()
+        same = dataclasses.replace(config.model, attn_resolutions=ml.model.attn_resolutions)
+        assert same == ml.model
+        assert config.optim.pretrained_path == f"{config.trainer.log_dir}/{file.stem.replace('_sl', '_ml')}"
+
+
+@pytest.mark.parametrize("name", ["imagenet_augvae_ml", "imagenet_augvae_sl", "tiny_augvae_ml", "tiny_augvae_sl"])
+def test_the_files_that_the_readme_names_are_there(name):
+    assert ROOT / "configs" / f"{name}.yaml" in SHIPPED
+
+
+def test_the_released_recipe():
+    config, _ = parse(TrainVAEConfig, ["-c", str(ROOT / "configs" / "imagenet_augvae_ml.yaml")], "")
+    m = config.model
+    assert m == AugVAEConfig()
+    assert (m.num_tokens, m.codebook_dim, m.ch_mult, m.attn_resolutions) == (8192, 256, (1, 2, 4), (64, 32, 16, 8))
+    assert (m.quant_beta, m.quant_ema_decay, m.quant_ema_eps, m.restart_threshold) == (0.25, 0.99, 1e-5, 0)
+    assert (config.loss.loss_type, config.loss.p_loss_weight) == ("lpips_l2", 0.1)
+    assert (config.optim.learning_rate, config.optim.lr_decay, config.optim.codebook_init) == (4.5e-6, True, "normal")
+    assert (config.data.batch_size, config.data.num_workers) == (8, 16)
+    assert (config.trainer.epochs, config.trainer.log_images, config.trainer.backup) == (30, True, True)
+
+
+# --------------------------------------------------------------------------------------------------------- the trainer
+
+
+@pytest.mark.parametrize(("percent", "share"), [(25, 0.25), (100, None), (99.5, 0.995), (0, 0.0), (1, 0.01)])
+def test_val_percent_check_is_a_percentage(percent, share):
+    limit = trainer(val_percent_check=percent).limit_val_batches
+    assert limit == share
+    assert limit is None or isinstance(limit, float)  # Lightning takes an int as a count
+
+
+def test_val_percent_check_out_of_range_or_with_another_limit():
+    for percent in (-1, 101):
+        with pytest.raises(ConfigError, match=r"val_percent_check is .* percentage, 0 to 100"):
+            trainer(val_percent_check=percent)
+    with pytest.raises(ConfigError, match="both limit validation"):
+        trainer(val_percent_check=50.0, limit_val_batches=3)
+
+
+@pytest.mark.parametrize(("value", "limit"), [(None, None), (0.5, 0.5), (1.0, 1), (7.0, 7), (0.0, 0.0)])
+def test_batch_limits_are_counts_or_shares(value, limit):
+    assert batch_limit("limit_train_batches", value) == limit
+    assert type(batch_limit("limit_train_batches", value)) is type(limit)
+
+
+@pytest.mark.parametrize("value", [1.5, -1, -0.5])
+def test_batch_limits_that_are_neither(value):
+    with pytest.raises(ConfigError, match="limit_train_batches"):
+        trainer(limit_train_batches=value)
+
+
+def test_debug_shortens_the_run_but_not_what_is_shorter():
+    t = trainer(debug=True)
+    assert (t.limit_train_batches, t.limit_val_batches, t.backup_steps, t.image_log_steps) == (100, 100, 10, 10)
+    t = trainer(debug=True, limit_train_batches=3, limit_val_batches=2, backup_steps=5, image_log_steps=4)
+    assert (t.limit_train_batches, t.limit_val_batches, t.backup_steps, t.image_log_steps) == (3, 2, 5, 4)
+    assert trainer(debug=True, val_percent_check=50).limit_val_batches == 0.5
+
+
+@pytest.mark.parametrize(
+    ("given", "lightning"),
+    [("16", "16-mixed"), ("bf16", "bf16-mixed"), ("32", "32-true"), ("64", "64-true"), ("bf16-true", "bf16-true")],
+)
+def test_precision_names(given, lightning):
+
+    assert trainer(precision=given).precision == lightning
+
+
+def test_gpu_dist():
+    assert trainer(gpu_dist=True).strategy == "ddp"
+    assert trainer(gpu_dist=True, strategy="fsdp").strategy == "fsdp"
+    assert trainer(gpu_dist=None, gpus=4).strategy == "auto"
+    assert trainer(gpu_dist=False, gpus=1).strategy == "auto"
+    for several in ({"gpus": 2}, {"nodes": 2}):
+        with pytest.raises(ConfigError, match="gpu_dist: false contradicts gpus"):
+            trainer(gpu_dist=False, **several)
+
+
+def test_resume_needs_a_checkpoint():
+    assert trainer(resume=True, ckpt_path="a.ckpt").resume
+    with pytest.raises(ConfigError, match="resume needs ckpt_path"):
+        trainer(resume=True)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({name: 0} for name in ("nodes", "epochs", "accumulate_grad_batches", "backup_steps", "image_log_steps")),
+        *({name: -1} for name in ("gpus", "num_sanity_val_steps", "refresh_rate")),
+        {"max_steps": 0},
+        {"max_steps": -2},
+    ],
+    ids=str,
+)
+def test_trainer_settings_out_of_range(settings):
+    ((name, value),) = settings.items()
+    with pytest.raises(ConfigError, match=f"{name} is {value}"):
+        trainer(**settings)
+
+
+# ------------------------------------------------------------------------------------------------------------ the data
+
+
+@pytest.mark.parametrize(
+    ("settings", "layout"),
+    [
+        ({}, "imagefolder"),
+        *(({"dataset": name}, name) for name in ("imagefolder", "flat", "webdataset", "fake")),
+        ({"fake_data": True}, "fake"),
+        ({"web_dataset": True}, "webdataset"),
+        ({"fake_data": True, "dataset": "fake"}, "fake"),
+        ({"web_dataset": True, "dataset": "webdataset"}, "webdataset"),
+        # the smoke test of any recipe
+        ({"fake_data": True, "web_dataset": True}, "fake"),
+        ({"fake_data": True, "dataset": "imagefolder"}, "fake"),
+        ({"fake_data": True, "dataset": "webdataset"}, "fake"),
+        ({"fake_data": True, "web_dataset": True, "dataset": "webdataset"}, "fake"),
+    ],
+    ids=str,
+)
+def test_layout_by_any_of_its_names(settings, layout):
+    d = data(**settings)
+    assert d.dataset == layout
+    assert (d.fake_data, d.web_dataset) == (layout == "fake", layout == "webdataset")
+
+
+@pytest.mark.parametrize("dataset", ["imagefolder", "flat", "fake"])
+def test_layouts_that_contradict(dataset):
+    with pytest.raises(ConfigError, match=f"dataset: {dataset} contradicts web_dataset: true"):
+        data(dataset=dataset, web_dataset=True)
+
+
+def test_img_size_is_resolution():
+    assert data(img_size=256).img_size == 256
+    with pytest.raises(ConfigError, match="img_size 128 contradicts resolution 256"):
+        data(img_size=128)
+    with pytest.raises(ConfigError, match="img_size 256 contradicts resolution 128"):
+        train("--resolution", "128", "--attn_resolutions", "32", "16", "--img_size", "256")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"resize_ratio": 0}, {"resize_ratio": 1.1}, {"batch_size": 0}, {"dataset_size": 0}, {"num_workers": -1}],
+    ids=str,
+)
+def test_data_settings_out_of_range(settings):
+    ((name, value),) = settings.items()
+    with pytest.raises(ConfigError, match=f"{name} is {value}"):
+        data(**settings)
+
+
+# --------------------------------------------------------------------------------------------------------- train_vae
+
+
+def test_pictures_must_be_named_unless_they_are_fake():
+    for argv in ([], ["--val_dir", "x"]):
+        config, given = parse(TrainVAEConfig, argv, "")
+        with pytest.raises(ConfigError, match=r"train_dir is not given.*--fake_data"):
+            check_train_vae(config, given)
+    config, given = parse(TrainVAEConfig, ["--fake_data"], "")
+    check_train_vae(config, given)
+
+
+def limits(config: TrainVAEConfig) -> dict:
+    return {name: getattr(config.trainer, name) for name in FAKE_LIMITS}
+
+
+def test_fake_data_is_bounded():
+    assert limits(train("--fake_data")) == FAKE_LIMITS == limits(train("--dataset", "fake", "--log_images"))
+    assert limits(train()) == {"epochs": 100, "limit_train_batches": None, "limit_val_batches": None}
+
+
+@pytest.mark.parametrize(
+    ("argv", "changed"),
+    [
+        (["--epochs", "7"], {"epochs": 7}),
+        (["--limit_train_batches", "9"], {"limit_train_batches": 9}),
+        (["--limit_val_batches", "0.5"], {"limit_val_batches": 0.5}),
+        (["--val_percent_check", "50"], {"limit_val_batches": 0.5}),
+        (["--debug"], {"limit_train_batches": 100, "limit_val_batches": 100}),
+        (["--max_steps", "20"], {}),
+    ],
+)
+def test_a_limit_of_ones_own_lifts_them(argv, changed):
+    unbounded = {"epochs": 100, "limit_train_batches": None, "limit_val_batches": None}
+    assert limits(train("--fake_data", *argv)) == unbounded | changed
+
+
+def test_the_seed_command_stays_a_smoke_test(monkeypatch):
+    """Its YAML gives epochs: 30, which is meant for real pictures."""
+    file = str(ROOT / "configs" / "imagenet_augvae_ml.yaml")
+    monkeypatch.setattr(train_vae, "run", lambda config, given: limits(config))
+    assert train_vae.main(["--fake_data", "--configs", file]) == FAKE_LIMITS
+    assert train_vae.main(["--fake_data", "--configs", file, "--epochs", "3"])["epochs"] == 3
+
+
+def test_deepsparks_command_line():
+    file = str(ROOT / "configs" / "imagenet_augvae_ml.yaml")
+    config = train("--config", file, "--val_dir", "v", "--gpus", "8", "--batch_size", "4", "--epochs", "2")
+    assert (config.trainer.gpus, config.data.batch_size, config.trainer.epochs) == (8, 4, 2)
+    assert (config.data.train_dir, config.data.val_dir, config.trainer.gpu_dist) == ("somewhere", "v", None)
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--learning_rate", "0"], "learning_rate is 0"),
+        (["--lr_decay", "--lr_cosine"], "two schedules"),
+        (["--warmup_steps", "5"], "warmup_steps 5 has no effect"),
+        (["--finetune", "--attn_resolutions", "32"], "pretrained_path"),
+        (["--finetune", "--pretrained_path", "x"], "finetune keeps one level"),
+        (["--double_z"], "double_z: true cannot work"),
+        (["--ch_mult", "1", "2"], "ch_mult .* halves resolution 256 1 times, to 128"),
+        (["--resolution", "128"], "Make the first level 32"),
+        (["--hidden_dim", "100"], "hidden_dim 100 is not a multiple of 32"),
+        (["--attn_resolutions", "64", "16"], "16 follows 64"),
+        (["--single_level", "4"], "single_level 4 is not one of the levels"),
+    ],
+)
+def test_settings_that_could_never_work(argv, says):
+    with pytest.raises(ConfigError, match=says):
+        train(*argv)
+
+
+def test_fine_tuning_names_only_its_level():
+    config = train("--finetune", "--pretrained_path", "x", "--attn_resolutions", "32")
+    assert config.model.attn_resolutions == (32,)
+
+
+def test_double_z_cannot_work_in_fine_tuning_either():
+    with pytest.raises(ConfigError, match="double_z"):
+        train("--finetune", "--pretrained_path", "x", "--attn_resolutions", "32", "--double_z")
+
+
+# ---------------------------------------------------------------------------------------------------------- eval_vae
+
+
+def test_evaluation_needs_a_checkpoint_and_pictures():
+    for argv, says in (
+        (["--val_dir", "x"], "ckpt_path is not given"),
+        (["--ckpt_path", "x"], "Neither test_dir nor val_dir"),
+        (["--ckpt_path", "x", "--train_dir", "y"], "Neither test_dir nor val_dir"),
+    ):
+        config, _ = parse(EvalVAEConfig, argv, "")
+        with pytest.raises(ConfigError, match=says):
+            check_eval_vae(config)
+    for argv in (["--fake_data"], ["--test_dir", "t"], ["--val_dir", "v"]):
+        config, _ = parse(EvalVAEConfig, ["--ckpt_path", "x", *argv], "")
+        check_eval_vae(config)
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda p: p.name)
+def test_training_files_serve_evaluation(file):
+    assert evaluate("-c", str(file)).trainer.ckpt_path == "a.ckpt"
+
+
+@pytest.mark.parametrize("argv", [["--eval_images", "0"], ["--save_images", "-1"], ["--img_size", "64"]])
+def test_evaluation_settings_out_of_range(argv):
+    with pytest.raises(ConfigError, match=argv[0].strip("-")):
+        evaluate(*argv)
+
+
+# ------------------------------------------------------------------------------------------------------ the dataclasses
+
+
+def test_as_plain_holds_plain_types_only():
+    def check(value):
+        assert type(value) in (dict, list, str, int, float, bool, type(None))
+        for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+            check(item)
+
+    plain = as_plain(EvalVAEConfig())
+    check(plain)
+    assert plain["model"]["ch_mult"] == [1, 2, 4]
+    assert AugVAEConfig(**plain["model"]) == AugVAEConfig()
+
+
+def test_defaults_are_not_shared_between_configurations():
+    first, second = TrainVAEConfig(), TrainVAEConfig()
+    first.trainer.epochs = 1
+    assert second.trainer.epochs == TrainVAEConfig().trainer.epochs != 1
