@@ -78,7 +78,9 @@ def open_run(log_dir: str, name: str, backup: bool, backup_dir: str | None, conf
         about = json.loads((folder / "run.json").read_text())
         run_id, old = about["id"], about["config"]
     except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ConfigError(f"{folder} exists but is not a run of this program ({error!r}). Give another --name.") from error
+        raise ConfigError(
+            f"{folder} exists but is not a run of this program ({error!r}). Give another --name."
+        ) from error
     _check_same(folder, old, config)
     run = Run(folder, run_id, place)
     return dataclasses.replace(run, continue_from=newest([*run.backups().glob("*"), *run.checkpoints.glob("last-*")]))
