@@ -28,11 +28,12 @@ def run(config: TrainVAEConfig, given: dict[str, str]) -> int:
     from latent_verse.config import as_plain
     from latent_verse.data import DataError
     from latent_verse.data.module import ImageDataModule
-    from latent_verse.trainer import default_name, make_trainer
+    from latent_verse.trainer import default_name, ease_smoke_test, make_trainer
 
     with errors_to_exit_code(CheckpointError, DataError) as code:
         t = config.trainer
         yaml_file = next((s for s in given.values() if not s.startswith("--")), None)
+        ease_smoke_test(config, given)
         name = default_name(t, yaml_file, "augvae", config.data.fake_data)
         run = runs.open_run(t.log_dir, name, t.backup, t.backup_dir, as_plain(config))
         pl.seed_everything(t.seed, verbose=False)

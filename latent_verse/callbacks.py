@@ -242,3 +242,106 @@ class SavedPictures(pl.Callback):
         if self._pairs:
             grid = make_grid(torch.stack(self._pairs), nrow=4, normalize=True, value_range=(-1, 1), pad_value=1)
             save_image(grid, self.folder / "grid.png")
+
+
+class TextImageSamples(pl.Callback):
+    """Draw a picture for each of a few validation captions, and write a caption for each of their pictures.
+
+    After every `sample_every_n_epochs`-th validation, and with --log_images every image_log_steps steps. Pictures go
+    to <run>/images as a grid (the validation pictures above, what was drawn below), captions to a text file beside
+    it, both to the logger. On shapes, whose truth is known, the share that is right in each direction is logged too.
+    Seeds are fixed, so what changes from one time to the next is the model. The tokenizer is saved in the run folder.
+
+    Args:
+        sampling: `config_biart.SamplingConfig`.
+        tokenizer: reads ids back into text.
+    """
+
+    def __init__(self, folder: RunFolder, sampling, tokenizer):
+        self.folder = folder
+        self.sampling = sampling
+        self.tokenizer = tokenizer
+        self._examples = None
+        self._last_step = 0
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        place = self.folder.run.folder / "tokenizer"
+        if trainer.is_global_zero and not place.exists():
+            unfinished = place.with_name(".tokenizer.tmp")
+            self.tokenizer.save(unfinished)
+            os.replace(unfinished, place)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs, batch, batch_idx) -> None:
+        t, step = pl_module.config.trainer, trainer.global_step
+        if t.log_images and step % t.image_log_steps == 0 and step != self._last_step and self._has_data(trainer):
+            self._last_step = step
+            self._sample(trainer, pl_module)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        due = (trainer.current_epoch + 1) % self.sampling.sample_every_n_epochs == 0
+        if due and not trainer.sanity_checking and self._has_data(trainer):
+            for name, share in self._sample(trainer, pl_module).items():
+                pl_module.log(f"val/{name}", share, batch_size=1)
+
+    def _has_data(self, trainer: pl.Trainer) -> bool:
+        """Whether there is anything to draw for; looked up once, and the same on every process."""
+        if self._examples is None and trainer.datamodule.has_val:
+            count = max(self.sampling.num_samples, self.sampling.num_judged if self._judges(trainer) else 0)
+            self._examples = trainer.datamodule.examples(count) if count else None
+        return self._examples is not None and len(self._examples.captions) > 0
+
+    def _judges(self, trainer: pl.Trainer) -> bool:
+        return getattr(trainer.datamodule.dataset("val"), "world", None) is not None
+
+    @torch.no_grad()
+    def _sample(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
+        """Draw and write, on all processes alike (a sharded network needs them all). Returns the shares right."""
+        from latent_verse.biart.sampling import generate
+        from latent_verse.biart.sequence import IMAGE_TO_TEXT, TEXT_TO_IMAGE
+
+        e, s, device = self._examples, self.sampling, pl_module.device
+        network, settings = pl_module.network, ("temperature", "top_k", "top_p", "guidance")
+        settings = {name: getattr(s, name) for name in settings}
+        text_BL = trainer.datamodule.caption_ids(e.captions, network.vocab.pad).to(device)
+        codes_BN = pl_module.codes(e.x.to(device))
+        null_trained = pl_module.config.loss.reference_dropout > 0
+        drawn_BN = generate(network, text_BL, TEXT_TO_IMAGE, seed=0, reference_dropout_trained=null_trained, **settings)
+        written_BL = generate(network, codes_BN, IMAGE_TO_TEXT, temperature=0)
+        written = self.tokenizer.decode_batch(network.vocab.unpad_text(written_BL))
+        drawn_BCHW = pl_module.vae.decode_codes(drawn_BN).float().cpu()
+        marks, shares = [""] * len(written), {}
+        if e.world:
+            pixels = ((drawn_BCHW + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+            statements = [e.world.parse_caption(text) for text in e.captions]
+            scenes = [e.world.parse_image(picture) for picture in pixels]
+            picture_right = [e.world.satisfies(*pair) for pair in zip(scenes, statements, strict=True)]
+            truth = zip(e.scenes, written, strict=True)
+            caption_right = [e.world.satisfies(scene, e.world.parse_caption(text)) for scene, text in truth]
+            marks = [" (right)" if right else " (wrong)" for right in caption_right]
+            shares["text_to_image/right"] = sum(picture_right) / len(picture_right)
+            shares["image_to_text/right"] = sum(caption_right) / len(caption_right)
+        n = s.num_samples
+        if trainer.is_global_zero and n:
+            originals = e.x[:n] if e.x.is_floating_point() else pl_module.vae.decode_codes(codes_BN[:n]).float().cpu()
+            lines = [
+                f"{i}. caption: {given}\n   written: {text}{mark}"
+                for i, (given, text, mark) in enumerate(zip(e.captions, written, marks, strict=True))
+            ]
+            self._write(trainer, torch.cat([originals, drawn_BCHW[:n]]), lines[:n])
+        return shares
+
+    def _write(self, trainer: pl.Trainer, x_BCHW: torch.Tensor, lines: list[str]) -> None:
+        from torchvision.utils import make_grid, save_image
+
+        grid = make_grid(x_BCHW, nrow=len(x_BCHW) // 2, normalize=True, value_range=(-1, 1))
+        place, step = self.folder.run.images, trainer.global_step
+        place.mkdir(parents=True, exist_ok=True)
+        save_image(grid, place / f"samples_step={step}.png")
+        runs.write_whole(place / f"samples_step={step}.txt", "\n".join(lines) + "\n")
+        for logger in trainer.loggers:
+            if isinstance(logger, pl.loggers.TensorBoardLogger):
+                logger.experiment.add_image("val/drawn", grid, step)
+                logger.experiment.add_text("val/written", "\n\n".join(lines), step)
+            elif isinstance(logger, pl.loggers.WandbLogger):
+                logger.log_image("val/drawn", [grid], caption=[f"step {step}"])
+                logger.log_text("val/written", columns=["sample"], data=[[line] for line in lines])

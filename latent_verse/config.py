@@ -330,7 +330,7 @@ def check_data(d: ImageDataConfig, resolution: int) -> None:
         raise ConfigError(f"num_workers is {d.num_workers}; it must be at least 0.")
 
 
-FAKE_LIMITS = {"epochs": 1, "limit_train_batches": 4, "limit_val_batches": 2}
+FAKE_LIMITS = {"epochs": 1, "limit_train_batches": 2, "limit_val_batches": 1}
 
 
 def limit_fake_data(t: TrainerConfig, flags: set[str]) -> None:

@@ -46,6 +46,19 @@ def choose_devices(t: TrainerConfig) -> tuple[str, int]:
     return "gpu", t.gpus
 
 
+def ease_smoke_test(config, given: dict[str, str]) -> None:
+    """Without a GPU, a run on fake data takes one picture at a time, unless a flag says how many; says so.
+
+    A step of the released size on 8 pictures takes minutes and tens of GiB on a CPU, which no smoke test needs.
+    """
+    flagged = given.get("batch_size", "").startswith("--")
+    if config.data.fake_data and config.data.batch_size > 1 and not (flagged or torch.cuda.is_available()):
+        rank_zero_info(
+            f"Smoke test on a CPU: batch_size 1 in place of {config.data.batch_size} (or --batch_size N)."
+        )
+        config.data.batch_size = 1
+
+
 def make_trainer(t: TrainerConfig, run: Run, config, yaml_text: str, has_val: bool) -> pl.Trainer:
     """A Trainer that logs to `run`, keeps its best and last checkpoints, backs up and can be interrupted.
 

@@ -82,7 +82,7 @@ def test_seed_command_of_the_released_recipe():
     """The original's smoke test, and the DeepSpark port's command line."""
     config, given = parse(TrainVAEConfig, ["--fake_data", "--configs", "configs/imagenet_augvae_ml.yaml"], "")
     check_train_vae(config, given)
-    assert config.trainer.limit_train_batches == 4 and config.trainer.epochs == 1
+    assert config.trainer.limit_train_batches == 2 and config.trainer.epochs == 1
     port = "--config ./configs/imagenet_augvae_ml.yaml --train_dir a --val_dir b --gpus 8 --batch_size 4 --epochs 2"
     config, given = parse(TrainVAEConfig, port.split(), "")
     check_train_vae(config, given)

@@ -212,6 +212,8 @@ class TrainShards(IterableDataset):
     it reaches persistent workers through shared memory. The order depends on ranks x workers (`slots`).
     """
 
+    decode = staticmethod(_decode)  # pairs.py reads captions in place of labels
+
     def __init__(
         self,
         shards: list[str],
@@ -264,7 +266,7 @@ class TrainShards(IterableDataset):
             if step == len(ahead):
                 ahead.append(next(raws))
             try:
-                sample = _decode(ahead[step])
+                sample = self.decode(ahead[step])
             except UnreadableImage as error:
                 _note_unreadable(self.skipped, ahead[step], error)
                 continue
@@ -298,6 +300,8 @@ class EvalShards(IterableDataset):
     """Each sample once over ranks x workers, in shard order; None for an unreadable one, and where a rank needs an
     empty batch to make as many steps as the others. To be batched by a DataLoader of the same `batch_size`.
     """
+
+    decode = staticmethod(_decode)
 
     def __init__(
         self,
@@ -337,7 +341,7 @@ class EvalShards(IterableDataset):
 
     def _sample(self, raw: dict) -> Sample | None:
         try:
-            image, label = _decode(raw)
+            image, label = self.decode(raw)
         except UnreadableImage as error:
             _note_unreadable(self.skipped, raw, error)
             return None

@@ -1,0 +1,112 @@
+"""Training BiART from codes against training from pictures: steps a second of both, and their ratio, in one run.
+
+    python benchmarks/codes.py [--device cuda] [--image_size 256] [--preset 12x768] [--batch 8] [--json FILE]
+
+Both run LitBiART's training step, backward pass and AdamW on the same batches of made-up pairs. From pictures each step
+first runs the frozen AugVAE, of the released width, random; its loader is left out (the pictures lie on the device), so
+the ratio is a lower bound: decoding and cropping pictures costs a trainer from pictures more. Extraction's own speed is
+printed too: after so many epochs it has paid for itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from latent_verse.augvae.model import AugVAE
+from latent_verse.biart.model import PRESETS, BiART
+from latent_verse.biart.training import LitBiART
+from latent_verse.config import AugVAEConfig, BiARTConfig
+from latent_verse.config_biart import TrainBiARTConfig
+
+# (codebook, widths) by the side of the picture: the released shape at 256 px, small ones for a CPU
+WIDTHS = {256: (8192, 128, 256, (1, 2, 4)), 64: (512, 32, 64, (1, 2, 4)), 32: (128, 32, 32, (1, 1, 2))}
+
+
+def build(image_size: int, preset: str, device: str) -> tuple[AugVAE, LitBiART]:
+    """A random AugVAE-SL (at 256 px: 32 x 32 codes, as released) and a BiART for its codes."""
+    num_tokens, hidden_dim, z, ch_mult = WIDTHS[image_size]
+    first = image_size // 2 ** (len(ch_mult) - 1)
+    levels, single = ((64, 32), 32) if image_size == 256 else ((first,), first)
+    shape = {"hidden_dim": hidden_dim, "z_channels": z, "codebook_dim": z, "ch_mult": ch_mult, "num_tokens": num_tokens}
+    vae = AugVAE(AugVAEConfig(**shape, resolution=image_size, attn_resolutions=levels, single_level=single))
+    model = BiART(BiARTConfig(image_vocab=num_tokens, image_len=vae.num_codes, text_vocab=4096, **PRESETS[preset]))
+    module = LitBiART(model, vae.to(device), TrainBiARTConfig(), {})
+    return vae, module.to(device)
+
+
+def step_time(module: LitBiART, batch: list[torch.Tensor], device: str, precision: torch.dtype, repeats: int) -> float:
+    """Median seconds of a training step."""
+    optimizer = torch.optim.AdamW(module.model.parameter_groups(0.05), lr=1e-4)
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        with torch.autocast(device, precision, enabled=precision != torch.float32):
+            loss, _ = module.loss(module.model, module.pack(batch, len(batch[1]) // 2, 0.1))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        loss.item()  # waits for the device
+        times.append(time.perf_counter() - start)
+    return sorted(times[1:])[repeats // 2]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--image_size", type=int, choices=tuple(WIDTHS), help="default: 256 on cuda, 32 on the CPU")
+    parser.add_argument("--preset", choices=tuple(PRESETS), help="default: 12x768 on cuda, tiny on the CPU")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    args = parser.parse_args(argv)
+    cuda = args.device == "cuda"
+    size, preset = args.image_size or (256 if cuda else 32), args.preset or ("12x768" if cuda else "tiny")
+    precision = torch.bfloat16 if cuda else torch.float32
+
+    torch.manual_seed(0)
+    vae, module = build(size, preset, args.device)
+    x = (torch.rand(args.batch, 3, size, size) * 2 - 1).to(args.device)
+    text = torch.randint(0, 4096, (args.batch, module.model.vocab.text_len)).to(args.device)
+    text[:, 16:] = -1
+    codes = vae.codes(x)
+    rows = {
+        "pictures": step_time(module, [x, text], args.device, precision, args.repeats),
+        "codes": step_time(module, [codes, text], args.device, precision, args.repeats),
+    }
+    start = time.perf_counter()
+    for _ in range(args.repeats):
+        vae.codes(x).cpu()
+    extraction = args.repeats * args.batch / (time.perf_counter() - start)
+    speedup = rows["pictures"] / rows["codes"]
+    name = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{size} px, {module.model.vocab.image_len} codes, BiART {preset}, batch {args.batch}, {precision} on {name}")
+    for source, seconds in rows.items():
+        print(f"from {source:9s} {1 / seconds:8.2f} steps/s {args.batch / seconds:9.1f} pairs/s")
+    print(f"codes are {speedup:.2f}x as fast; extraction encodes {extraction:.0f} pictures/s")
+    if args.json:
+        figures = {
+            "setup": {
+                "device": name,
+                "image_size": size,
+                "preset": preset,
+                "batch": args.batch,
+                "dtype": str(precision),
+            },
+            "steps_per_second": {source: 1 / seconds for source, seconds in rows.items()},
+            "speedup": speedup,
+            "extraction_pictures_per_second": extraction,
+        }
+        args.json.write_text(json.dumps(figures, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

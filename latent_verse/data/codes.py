@@ -1,0 +1,301 @@
+"""Codes ahead of training: the frozen AugVAE runs over a dataset once, and training reads codes.
+
+A folder of codes holds codes-00000.tar, ... (WebDataset: `<name>.npy`, codes (crops, N) in uint16 or uint32, and
+`<name>.json`, {"captions": [...], "ids": [[...], ...]}), the tokenizer, and codes.json, which is written last: the
+fingerprints of AugVAE and tokenizer, sizes and counts. Until then unfinished.json says what is there, and the same
+command goes on after the last whole shard.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import os
+import tarfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from latent_verse.data import DataError
+from latent_verse.data.captions import CAPTION_DRAW, CROP_DRAW, CaptionList
+from latent_verse.data.images import SkipLog
+from latent_verse.data.shapes import Scene, ShapesDataset, World
+from latent_verse.data.transforms import UnreadableImage, mix_seed, to_unit_range
+
+FORMAT = "latent_verse/codes"
+META, UNFINISHED, TOKENIZER = "codes.json", "unfinished.json", "tokenizer"
+SHAPES_CAPTIONS = 16  # different captions kept of each scene, where it has as many
+
+Work = tuple[str, Callable[[], Tensor | None], list[str]]  # name, what loads its crops (c, 3, R, R) uint8, captions
+
+
+def smallest_type(count: int) -> type:
+    """The unsigned integer that holds 0 to count - 1."""
+    return np.uint16 if count <= 2**16 else np.uint32
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+
+
+def work_of(dataset: Any, crops: int, shard_size: int) -> list[Callable[[], Iterator[Work]]]:
+    """What each shard of codes holds: `shard_size` items of a map-style dataset opened without augmentation.
+
+    Crop 0 is the centre crop, as in evaluation; crop k is the random one that training sees in epoch k.
+    """
+    augmented = copy.copy(dataset)
+    augmented.train = True
+
+    def load(i: int) -> Tensor | None:
+        items = [dataset[(0, i)]]
+        if items[0] is None:
+            return None
+        items += [augmented[(k, i)] for k in range(1, crops)]
+        return torch.stack([picture for picture, _ in items])
+
+    def captions(i: int) -> list[str]:
+        return dataset.captions(i, SHAPES_CAPTIONS) if isinstance(dataset, ShapesDataset) else dataset.captions(i)
+
+    def part(start: int) -> Iterator[Work]:
+        for i in range(start, min(start + shard_size, len(dataset))):
+            yield f"{i:09d}", lambda i=i: load(i), captions(i)
+
+    return [lambda start=start: part(start) for start in range(0, len(dataset), shard_size)]
+
+
+def extract(
+    work: list[Callable[[], Iterator[Work]]],
+    folder: str | os.PathLike,
+    encode: Callable[[Tensor], Tensor],
+    tokenizer: Any,
+    plan: dict[str, Any],
+    *,
+    batch_size: int,
+    threads: int,
+    total: int | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Write the codes of `work`, one shard for each of its parts, or what is missing of them. Returns codes.json.
+
+    Args:
+        encode: float32 (B, 3, R, R) in [-1, 1] -> codes (B, N).
+        plan: what the codes are made of and with (see `plan_of`): a folder made otherwise is refused.
+        total: pictures, for the progress bar.
+
+    Raises:
+        DataError: the folder holds other codes, or something else.
+    """
+    from tqdm import tqdm
+
+    folder = Path(folder)
+    if (folder / META).is_file():
+        _check_same(folder, read_json(folder / META), plan)
+        return read_json(folder / META)
+    state = {**plan, "shards": {}}
+    if (folder / UNFINISHED).is_file():
+        state = read_json(folder / UNFINISHED)
+        _check_same(folder, state, plan)
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise DataError(f"extract_codes: {folder} holds something else; it is left alone. Name a new or empty folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_json(folder / UNFINISHED, state)
+    tokenizer.save(folder / TOKENIZER)
+    bar = tqdm(total=total, unit="picture", desc=f"codes to {folder}", disable=not progress)
+    bar.update(sum(shard["pairs"] + shard["skipped"] for shard in state["shards"].values()))
+    with bar, ThreadPoolExecutor(max(1, threads)) as pool:
+        for number, part in enumerate(work):
+            name = f"codes-{number:05d}.tar"
+            if name not in state["shards"]:
+                write = (encode, tokenizer, plan, batch_size, pool, bar)
+                state["shards"][name] = _write_shard(folder / name, part(), *write)
+                _write_json(folder / UNFINISHED, state)
+    for what in ("pairs", "captions", "skipped"):
+        state[what] = sum(shard[what] for shard in state["shards"].values())
+    if not state["pairs"]:
+        raise DataError(f"extract_codes: none of {state['skipped']} pictures could be read; {folder} stays unfinished.")
+    _write_json(folder / META, state)
+    (folder / UNFINISHED).unlink()
+    return state
+
+
+def _write_shard(path: Path, work: Iterator[Work], encode, tokenizer, plan, batch_size, pool, bar) -> dict[str, int]:
+    """One tar, under its name only when it is whole. Returns its counts."""
+    from webdataset import TarWriter
+
+    counts = {"pairs": 0, "captions": 0, "skipped": 0}
+    unfinished = path.with_name(f".{path.name}.tmp")
+    with TarWriter(str(unfinished), encoder=False, mtime=0) as tar:
+        while batch := list(islice(work, batch_size)):
+            loaded = list(pool.map(lambda item: _load(item[1]), batch))
+            kept = [(name, x, captions) for (name, _, captions), x in zip(batch, loaded, strict=True) if x is not None]
+            counts["skipped"] += len(batch) - len(kept)
+            if kept:
+                x_BCHW = torch.cat([x for _, x, _ in kept])
+                codes = torch.cat([encode(to_unit_range(x)) for x in x_BCHW.split(batch_size)])
+                codes = codes.cpu().numpy().astype(smallest_type(plan["codebook_size"]))
+                codes = codes.reshape(len(kept), -1, codes.shape[-1])
+                for (name, _, captions), of_one in zip(kept, codes, strict=True):
+                    about = {"captions": captions, "ids": tokenizer.encode_batch(captions)}
+                    tar.write({"__key__": name, "npy": _npy(of_one), "json": json.dumps(about).encode()})
+                    counts["pairs"] += 1
+                    counts["captions"] += len(captions)
+            bar.update(len(batch))
+    os.replace(unfinished, path)
+    return counts
+
+
+def _load(load: Callable[[], Tensor | None]) -> Tensor | None:
+    try:
+        return load()
+    except UnreadableImage:
+        return None
+
+
+def _npy(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array, allow_pickle=False)
+    return file.getvalue()
+
+
+def _write_json(path: Path, content: dict) -> None:
+    unfinished = path.with_name(f".{path.name}.tmp")
+    unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def _check_same(folder: Path, found: dict, plan: dict) -> None:
+    names = [name for name in plan if found.get(name) != plan[name]]
+    if names:
+        differences = "\n  ".join(f"{name}: {found.get(name)!r} there, {plan[name]!r} now" for name in names)
+        raise DataError(f"extract_codes: {folder} holds codes made otherwise:\n  {differences}\nName another folder.")
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises DataError for anything else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path} is damaged: {error}. Extract the codes again.") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise DataError(f"{path} does not describe codes of this program.")
+    return content
+
+
+def read_meta(folder: str | os.PathLike, key: str) -> dict[str, Any]:
+    """codes.json of a folder. Raises DataError, naming the setting `key`, where it is absent or unfinished."""
+    folder = Path(os.path.expanduser(folder))
+    if (folder / META).is_file():
+        return read_json(folder / META)
+    if (folder / UNFINISHED).is_file():
+        raise DataError(f"{key}: the codes in {folder} are unfinished: run the command that was extracting them again.")
+    parts = [name for name in ("train", "val") if (folder / name / META).is_file()]
+    hint = f" Did you mean {folder / parts[0]}?" if parts else " Make one with train_biart.py --extract_codes."
+    raise DataError(f"{key}: {folder} is no folder of codes: it holds no {META}.{hint}")
+
+
+def check_codes(meta: dict[str, Any], vae_fingerprint: str, tokenizer_fingerprint: str, key: str) -> None:
+    """Refuse codes of another AugVAE or ids of another tokenizer. Raises DataError with both fingerprints."""
+    if meta["vae"] != vae_fingerprint:
+        raise DataError(
+            f"{key}: these codes were made by the AugVAE {meta['vae']}, but vae_path is {vae_fingerprint}. "
+            "Give the AugVAE they were made with, or extract them again."
+        )
+    if meta["tokenizer"] != tokenizer_fingerprint:
+        raise DataError(
+            f"{key}: these captions were tokenized by {meta['tokenizer']}, but the run's tokenizer is "
+            f"{tokenizer_fingerprint}. Extract train_dir and val_dir by one command, with the tokenizer of the run."
+        )
+
+
+class TokenizedCaption(str):
+    """A caption that knows its `ids`."""
+
+    ids: list[int]
+
+
+class CodesDataset(Dataset):
+    """A folder of codes in memory, as compact arrays: `dataset[(epoch, i)]` is (codes (N,), TokenizedCaption).
+
+    Which of several crops and captions it is follows from (seed, epoch, i), the caption as in captions.py; without
+    `train` the crop is the centre crop. A plain index means epoch 0. Raises DataError, naming the setting `key`.
+    """
+
+    def __init__(self, folder: str | os.PathLike, train: bool = True, seed: int = 0, key: str = "train_dir"):
+        self.meta = read_meta(folder, key)
+        self.folder, self.train, self.seed = Path(os.path.expanduser(folder)), train, seed
+        shape = (self.meta["pairs"], self.meta["crops_per_image"], self.meta["image_len"])
+        self._codes = np.empty(shape, smallest_type(self.meta["codebook_size"]))
+        ids, ends, captions = [], [0], []
+        for i, (codes, about) in enumerate(self._samples(key)):
+            if i >= len(self) or codes.shape != shape[1:] or codes.max() >= self.meta["codebook_size"]:
+                raise DataError(f"{key}: {self.folder} holds other codes than its {META} says. Extract them again.")
+            self._codes[i] = codes
+            captions.append(about["captions"])
+            for of_one in about["ids"]:
+                ids.append(np.array(of_one, dtype=smallest_type(self.meta["text_vocab"])))
+                ends.append(ends[-1] + len(of_one))
+        if len(captions) != len(self):
+            raise DataError(f"{key}: {self.folder} holds {len(captions)} pairs, its {META} says {len(self)}.")
+        self._captions, self._ids, self._ends = CaptionList(captions), np.concatenate(ids), np.array(ends, np.int64)
+        self._first = np.cumsum([0, *(len(of_one) for of_one in captions)])
+        self.skipped = SkipLog(1)
+        self._shapes: ShapesDataset | None = None
+        if self.meta.get("shapes"):
+            about = self.meta["shapes"]
+            self._shapes = ShapesDataset(World.preset(about["world"]), about["split"], len(self), about["seed"])
+
+    def _samples(self, key: str) -> Iterator[tuple[np.ndarray, dict]]:
+        for name in self.meta["shards"]:
+            try:
+                with tarfile.open(self.folder / name) as tar:
+                    about = None
+                    for member in tar:
+                        data = tar.extractfile(member).read()
+                        if member.name.endswith(".json"):  # TarWriter sorts: it comes before its .npy
+                            about = json.loads(data)
+                        else:
+                            yield np.load(io.BytesIO(data), allow_pickle=False), about
+                        tar.members = []  # else tarfile keeps them all
+            except (OSError, tarfile.TarError, ValueError, EOFError) as error:
+                raise DataError(f"{key}: shard {self.folder / name} cannot be read: {error}") from error
+
+    def __len__(self) -> int:
+        return self.meta["pairs"]
+
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[np.ndarray, TokenizedCaption]:
+        epoch, i = key if isinstance(key, tuple) else (0, key)
+        if not 0 <= i < len(self):
+            raise IndexError(f"index {i} in a dataset of {len(self)}")
+        crop = mix_seed(self.seed, epoch, i, CROP_DRAW) % self._codes.shape[1] if self.train else 0
+        number = mix_seed(self.seed, epoch, i, CAPTION_DRAW) % int(self._first[i + 1] - self._first[i])
+        caption = TokenizedCaption(self._captions[i][number])
+        at = self._first[i] + number
+        caption.ids = self._ids[self._ends[at] : self._ends[at + 1]].tolist()
+        return self._codes[i, crop], caption
+
+    def captions(self, i: int) -> list[str]:
+        """All captions of item i."""
+        return self._captions[i]
+
+    @property
+    def world(self) -> World | None:
+        """The shapes world that the pictures come from, if they do."""
+        return self._shapes and self._shapes.world
+
+    def scene(self, i: int) -> Scene:
+        """The scene of item i, where they come from a shapes world: the truth to judge by."""
+        return self._shapes.scene(i)
+
+    def describe(self) -> dict[str, Any]:
+        """Where the codes are and how many."""
+        return {"source": str(self.folder), "pairs": len(self), "captions": self._captions.total}

@@ -1,0 +1,206 @@
+"""Codes ahead of training: what is written, what comes back, interruption, and codes of another AugVAE."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from latent_verse.checkpoint import fingerprint
+from latent_verse.data import DataError
+from latent_verse.data.captions import PairFolder
+from latent_verse.data.codes import CodesDataset, check_codes, extract, smallest_type, work_of
+from latent_verse.data.shapes import ShapesDataset, World
+from latent_verse.data.transforms import to_unit_range
+from latent_verse.text import BPETokenizer
+
+R, PAIRS = 16, 7
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Seven square pictures of 16 px with one to three captions each."""
+    place = tmp_path / "pictures"
+    place.mkdir()
+    for i in range(PAIRS):
+        pixels = np.random.default_rng(i).integers(0, 255, (R, R, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(place / f"{i}.png")
+        (place / f"{i}.txt").write_text("\n".join(f"caption {n} of picture {i} ✓" for n in range(1 + i % 3)))
+    return place
+
+
+@pytest.fixture
+def made(folder, tmp_path, tiny_augvae):
+    """Runs the extraction of `folder`: made(crops=1, shard_size=3, encode=None, out="codes") -> (folder, vae, bpe)."""
+
+    def make(crops=1, shard_size=3, encode=None, out="codes", seed=0, resize_ratio=1.0):
+        vae = tiny_augvae(seed=seed)
+        dataset = PairFolder(folder, R, train=False, as_uint8=True, resize_ratio=resize_ratio)
+        bpe = BPETokenizer.train((t for i in range(PAIRS) for t in dataset.captions(i)), 300)
+        plan = {
+            "format": "latent_verse/codes",
+            "vae": fingerprint(vae),
+            "codebook_size": vae.config.num_tokens,
+            "image_len": vae.num_codes,
+            "tokenizer": bpe.fingerprint,
+            "text_vocab": bpe.vocab_size,
+            "crops_per_image": crops,
+        }
+        work = work_of(dataset, crops, shard_size)
+        encode = encode or vae.codes
+        extract(work, tmp_path / out, encode, bpe, plan, batch_size=2, threads=2, progress=False)
+        return tmp_path / out, vae, bpe
+
+    return make
+
+
+def test_codes_and_captions_come_back(made, folder):
+    out, vae, bpe = made()
+    assert sorted(path.name for path in out.iterdir()) == [
+        *(f"codes-{i:05d}.tar" for i in range(3)),
+        "codes.json",
+        "tokenizer",
+    ]
+    pictures = PairFolder(folder, R, train=False, as_uint8=True)
+    codes = CodesDataset(out, train=False)
+    assert len(codes) == PAIRS
+    for i in range(PAIRS):
+        image, caption = pictures[(0, i)]
+        found, text = codes[(0, i)]
+        assert np.array_equal(found, vae.codes(to_unit_range(image)[None])[0].numpy())
+        assert text == caption and text.ids == bpe.encode(caption)
+        assert codes.captions(i) == pictures.captions(i)
+    assert codes._codes.dtype == np.uint16
+
+
+def test_other_programs_can_read_the_shards(made):
+    import webdataset as wds
+
+    out, vae, _ = made()
+    samples = list(wds.WebDataset(str(out / "codes-00000.tar"), shardshuffle=False).decode())
+    assert len(samples) == 3
+    assert samples[0]["npy"].shape == (1, vae.num_codes) and samples[2]["json"]["captions"][0].endswith("✓")
+
+
+def test_training_draws_captions_as_from_pictures_and_crops_of_its_own(made, folder):
+    out, _, _ = made(crops=3, resize_ratio=0.3)
+    pictures, codes = PairFolder(folder, R, seed=5), CodesDataset(out, seed=5)
+    assert [codes[(e, i)][1] for e in range(4) for i in range(PAIRS)] == [
+        pictures[(e, i)][1] for e in range(4) for i in range(PAIRS)
+    ]
+    drawn = {codes[(e, 0)][0].tobytes() for e in range(20)}
+    assert len(drawn) == 3
+    assert codes[(3, 0)][0].tobytes() == CodesDataset(out, seed=5)[(3, 0)][0].tobytes()
+    assert {CodesDataset(out, train=False)[(e, 0)][0].tobytes() for e in range(5)} == {codes._codes[0, 0].tobytes()}
+
+
+def test_an_interrupted_extraction_goes_on_and_is_not_read_before(made, tiny_augvae, tmp_path):
+    calls = []
+
+    def failing(x):
+        calls.append(len(x))
+        if len(calls) > 3:
+            raise KeyboardInterrupt
+        return tiny_augvae().codes(x)
+
+    with pytest.raises(KeyboardInterrupt):
+        made(encode=failing)
+    with pytest.raises(DataError, match="unfinished: run the command that was extracting them again"):
+        CodesDataset(tmp_path / "codes")
+    first = (tmp_path / "codes" / "codes-00000.tar").stat().st_mtime_ns
+
+    def counting(x):
+        calls.append(len(x))
+        return tiny_augvae().codes(x)
+
+    calls.clear()
+    out, _, _ = made(encode=counting)
+    assert sum(calls) == PAIRS - 3  # the first shard was whole
+    assert (out / "codes-00000.tar").stat().st_mtime_ns == first
+    whole, _, _ = made(out="whole")
+    for name in ("codes-00000.tar", "codes-00002.tar"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes()
+    calls.clear()
+    made(encode=counting)  # complete: nothing to do
+    assert not calls
+
+
+def test_nothing_is_overwritten(made, tmp_path):
+    made()
+    with pytest.raises(DataError, match=r"holds codes made otherwise:\n  vae: '\w{16}' there, '\w{16}' now"):
+        made(seed=1)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("42")
+    with pytest.raises(DataError, match="mine holds something else"):
+        made(out="mine")
+
+
+def test_codes_of_another_augvae_or_tokenizer_are_refused(made, tiny_augvae):
+    out, vae, bpe = made()
+    meta = CodesDataset(out).meta
+    check_codes(meta, fingerprint(vae), bpe.fingerprint, "train_dir")
+    other = fingerprint(tiny_augvae(seed=1))
+    with pytest.raises(DataError, match=f"train_dir: .*{fingerprint(vae)}, but vae_path is {other}"):
+        check_codes(meta, other, bpe.fingerprint, "train_dir")
+    with pytest.raises(DataError, match=f"val_dir: .*{bpe.fingerprint}, but .* 0123456789abcdef"):
+        check_codes(meta, fingerprint(vae), "0123456789abcdef", "val_dir")
+
+
+def test_damaged_folders_are_named(made, tmp_path):
+    with pytest.raises(DataError, match=r"train_dir: .* is no folder of codes: .*--extract_codes"):
+        CodesDataset(tmp_path / "nothing")
+    out, _, _ = made(out="all/train")
+    with pytest.raises(DataError, match=r"Did you mean .*all/train\?"):
+        CodesDataset(tmp_path / "all")
+    meta = json.loads((out / "codes.json").read_text())
+    (out / "codes.json").write_text(json.dumps({**meta, "pairs": PAIRS + 1}))
+    with pytest.raises(DataError, match=r"holds 7 pairs, its codes\.json says 8"):
+        CodesDataset(out)
+    (out / "codes.json").write_text(json.dumps({**meta, "codebook_size": 2}))
+    with pytest.raises(DataError, match=r"holds other codes than its codes\.json says"):
+        CodesDataset(out)
+    (out / "codes.json").write_text(json.dumps(meta))
+    with open(out / "codes-00001.tar", "r+b") as file:
+        file.truncate(700)
+    with pytest.raises(DataError, match=r"shard .*codes-00001.tar"):
+        CodesDataset(out)
+
+
+def test_unreadable_pictures_are_left_out_and_counted(made, folder):
+    (folder / "2.png").write_bytes(b"no picture")
+    out, _, _ = made()
+    codes = CodesDataset(out)
+    assert len(codes) == PAIRS - 1 and codes.meta["skipped"] == 1
+    assert [codes.captions(i)[0][-3] for i in range(len(codes))] == list("013456")
+    with tarfile.open(out / "codes-00000.tar") as tar:
+        assert [name for name in tar.getnames() if name.endswith("npy")] == ["000000000.npy", "000000001.npy"]
+
+
+def test_shapes_keep_their_truth(tmp_path, tiny_augvae):
+    world = World.preset("small")
+    dataset = ShapesDataset(world, "val", 5, seed=3, as_uint8=True)
+    bpe = BPETokenizer.train(dataset.captions(0), 300)
+    plan = {
+        "format": "latent_verse/codes",
+        "vae": "0" * 16,
+        "codebook_size": 70_000,
+        "image_len": 4,
+        "tokenizer": bpe.fingerprint,
+        "text_vocab": bpe.vocab_size,
+        "crops_per_image": 1,
+        "shapes": {"world": "small", "split": "val", "seed": 3},
+    }
+
+    def encode(x):
+        return torch.full((len(x), 4), 69_999)
+
+    extract(work_of(dataset, 1, 10), tmp_path, encode, bpe, plan, batch_size=2, threads=1, progress=False)
+    codes = CodesDataset(tmp_path, train=False)
+    assert smallest_type(70_000) is np.uint32 and codes[0][0].tolist() == [69_999] * 4
+    for i in range(5):
+        assert codes.scene(i) == dataset.scene(i)
+        assert all(codes.world.satisfies(codes.scene(i), world.parse_caption(text)) for text in codes.captions(i))

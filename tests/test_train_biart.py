@@ -1,0 +1,303 @@
+"""train_biart.py from end to end on tiny sizes: smoke test, resume, codes, logging, bundles, mistakes."""
+
+from __future__ import annotations
+
+import csv
+import math
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train_biart
+from latent_verse.biart.model import PRESETS
+from latent_verse.biart.sequence import IMAGE_TO_TEXT, TEXT_TO_IMAGE
+from latent_verse.biart.training import LitBiART
+from latent_verse.checkpoint import read_ckpt
+from latent_verse.config import ConfigError
+from latent_verse.config_biart import PRESETS as PRESET_NAMES
+from latent_verse.config_biart import TrainBiARTConfig, check_train_biart
+from latent_verse.pipeline import LVerse
+from latent_verse.text import load_tokenizer
+
+TINY = shlex.split(
+    "--n_layer 1 --n_head 2 --n_embd 16 --tokenizer bpe --bpe_vocab_size 300 --text_len 8 --batch_size 4 "
+    "--num_workers 0 --gpus 0 --logger csv --log_every_n_steps 1 --refresh_rate 0 --num_samples 2"
+)
+
+
+@pytest.fixture
+def world(tmp_path, tiny_augvae):
+    """Twelve training and three validation pairs, and a 16 px AugVAE of 16 codes. Returns the flags that name them."""
+    for split, numbers in (("train", range(12)), ("val", range(12, 15))):
+        place = tmp_path / split
+        place.mkdir()
+        for i in numbers:
+            pixels = np.random.default_rng(i).integers(0, 255, (16, 16, 3)).astype(np.uint8)
+            Image.fromarray(pixels).save(place / f"{i:02d}.png")
+            (place / f"{i:02d}.txt").write_text(f"picture {i}\nthe number {i}, again")
+    tiny_augvae(single_level=4).save_pretrained(tmp_path / "vae")
+    folders = {"train_dir": "train", "val_dir": "val", "vae_path": "vae", "log_dir": "runs"}
+    return [*TINY, *(word for flag, name in folders.items() for word in (f"--{flag}", str(tmp_path / name)))]
+
+
+def logged(run: Path) -> dict[str, list[float]]:
+    """Every figure of a run's metrics.csv, in order."""
+    with open(run / "logs" / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    return {key: [float(row[key]) for row in rows if row[key]] for key in rows[0]}
+
+
+def record_losses(monkeypatch, stop_at: int | None = None) -> list[float]:
+    """Collect the training losses of the runs that follow; die in step `stop_at`, as by kill -9."""
+    losses = []
+    step = LitBiART.training_step
+
+    def recorded(self, batch, batch_idx):
+        if stop_at is not None and self.global_step == stop_at:
+            raise MemoryError("killed")
+        loss = step(self, batch, batch_idx)
+        losses.append(loss.item())
+        return loss
+
+    monkeypatch.setattr(LitBiART, "training_step", recorded)
+    return losses
+
+
+# ---------------------------------------------------------------------------------------------------------- whole runs
+
+
+def test_fake_data_needs_no_file(tmp_path, capsys):
+    assert train_biart.main([*TINY, "--fake_data", "--log_dir", str(tmp_path)]) == 0
+    (run,) = tmp_path.iterdir()
+    assert run.name == "fake-biart"
+    figures = logged(run)
+    assert len(figures["train/total_loss"]) == 4
+    for stage in ("train", "val"):
+        for direction in (TEXT_TO_IMAGE, IMAGE_TO_TEXT):
+            for modality in ("text", "image"):
+                assert all(math.isfinite(x) for x in figures[f"{stage}/{direction}/{modality}_loss"])
+    assert figures["train/tokens_per_second"][-1] > 0
+    names = {"config.yaml", "run.json", "checkpoints", "images", "logs", "tokenizer", "bundle"}
+    assert names == {path.name for path in run.iterdir()}
+    assert sorted(path.name for path in (run / "images").iterdir()) == ["samples_step=4.png", "samples_step=4.txt"]
+    assert "caption: a made-up picture" in (run / "images" / "samples_step=4.txt").read_text()
+    assert load_tokenizer(run / "tokenizer").name == "bpe"
+    model = LVerse.from_pretrained(run / "bundle")
+    assert model.info == {"reference_dropout": 0.1, "text_too_long": "truncate"}
+    assert len(model.text_to_image(["a made-up picture of kind 1"])[0]) == 1
+    assert "fake-biart/bundle" in capsys.readouterr().out
+
+
+def test_a_checkpoint_describes_itself_and_holds_no_frozen_network(world, tmp_path, capsys):
+    assert train_biart.main([*world, "--max_steps", "2", "--name", "a"]) == 0
+    (file,) = (tmp_path / "runs" / "a" / "checkpoints").glob("best-*")  # validated though stopped within an epoch
+    content = read_ckpt(file)
+    about = content["latent_verse"]
+    assert all(key.startswith("model.") for key in content["state_dict"])
+    assert about["kind"] == "biart" and about["model"]["image_len"] == 16 and about["model"]["n_layer"] == 1
+    assert about["run"]["vae"]["vae_path"] == about["vae"]["path"] == str(tmp_path / "vae")
+    assert set(about["tokenizer"]["files"]) == {"tokenizer.json", "tokenizer_config.json"}
+    # export from it by command; a folder of something else is left alone
+    assert train_biart.main(["--export", str(tmp_path / "out"), "--ckpt_path", str(tmp_path / "runs" / "a")]) == 0
+    exported, first = LVerse.from_pretrained(tmp_path / "out"), LVerse.from_pretrained(tmp_path / "runs/a/bundle")
+    assert exported.fingerprints == first.fingerprints
+    assert train_biart.main(["--export", str(tmp_path / "train"), "--ckpt_path", str(file)]) == 2
+    assert "is left alone" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_killed_run_continues_exactly(world, tmp_path, monkeypatch, optimizer):
+    flags = [
+        *world,
+        "--epochs",
+        "3",
+        "--optimizer",
+        optimizer,
+        "--backup",
+        "--backup_steps",
+        "2",
+        "--warmup_steps",
+        "2",
+    ]
+    flags += ["--resid_pdrop", "0.3", "--embd_pdrop", "0.1", "--reference_dropout", "0.4", "--ema_decay", "0.8"]
+    flags += ["--text_to_image_share", "0.4", "--learning_rate", "0.01", "--num_samples", "1"]
+    with monkeypatch.context() as patch:
+        whole = record_losses(patch)
+        assert train_biart.main([*flags, "--name", "whole"]) == 0
+    assert len(whole) == 9
+    with monkeypatch.context() as patch:
+        before = record_losses(patch, stop_at=5)
+        with pytest.raises(MemoryError):
+            train_biart.main([*flags, "--name", "killed"])
+    with monkeypatch.context() as patch:
+        after = record_losses(patch)
+        assert train_biart.main([*flags, "--name", "killed"]) == 0
+    assert before == whole[:5] and after == whole[4:]
+    ends = []
+    for name in ("whole", "killed"):
+        (file,) = (tmp_path / "runs" / name / "checkpoints").glob("last-*")
+        assert "step=9" in file.name
+        ends.append(read_ckpt(file))
+    a, b = (end["state_dict"] for end in ends)
+    assert a.keys() == b.keys() and any(key.startswith("ema.") for key in a)
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert train_biart.main([*flags, "--name", "killed"]) == 0  # a finished run has nothing left to do
+    bundles = [LVerse.from_pretrained(tmp_path / "runs" / name / "bundle").fingerprints for name in ("whole", "killed")]
+    assert bundles[0] == bundles[1]
+
+
+def test_without_validation_the_last_weights_are_exported(world, tmp_path):
+    at = world.index("--val_dir")
+    assert train_biart.main([*world[:at], *world[at + 2 :], "--max_steps", "2", "--name", "a"]) == 0
+    run = tmp_path / "runs" / "a"
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["last-epoch=0-step=2.ckpt"]
+    assert (run / "bundle").is_dir() and not (run / "images").exists()
+
+
+@pytest.mark.slow
+def test_validation_is_the_same_on_two_processes(tmp_path):
+    """Seven pairs on two processes: one has fewer, and an empty batch. The rate is so small that no weight moves."""
+    script = str(Path(train_biart.__file__))
+    flags = [
+        *TINY,
+        "--fake_data",
+        "--dataset_size",
+        "32",
+        "--val_size",
+        "7",
+        "--epochs",
+        "1",
+        "--learning_rate",
+        "1e-30",
+    ]
+    flags += ["--log_dir", str(tmp_path)]
+    for name, more in (
+        ("one", ["--batch_size", "8"]),
+        ("ddp", ["--batch_size", "3", "--accelerator", "cpu", "--gpus", "2"]),
+        ("fsdp", ["--batch_size", "2", "--accelerator", "cpu", "--gpus", "2", "--strategy", "fsdp"]),
+    ):
+        command = [sys.executable, script, *flags, *more, "--name", name]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+    one, *others = (logged(tmp_path / name) for name in ("one", "ddp", "fsdp"))
+    for figures in others:
+        for key in (key for key in one if key.startswith("val/")):
+            assert figures[key] == pytest.approx(one[key], rel=1e-5)
+
+
+def test_codes_train_as_pictures_do(world, tmp_path, monkeypatch, capsys):
+    flags = [*world, "--epochs", "2", "--resize_ratio", "1"]
+    assert train_biart.main([*flags, "--extract_codes", str(tmp_path / "codes"), "--shard_size", "5"]) == 0
+    assert f"--dataset codes --tokenizer bpe --train_dir {tmp_path / 'codes' / 'train'}" in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        pictures = record_losses(patch)
+        assert train_biart.main([*flags, "--name", "pictures"]) == 0
+    named = [
+        "--train_dir",
+        str(tmp_path / "codes/train"),
+        "--val_dir",
+        str(tmp_path / "codes/val"),
+        "--dataset",
+        "codes",
+    ]
+    with monkeypatch.context() as patch:
+        codes = record_losses(patch)
+        assert train_biart.main([*flags, *named, "--name", "codes"]) == 0
+    assert codes == pictures and len(codes) == 6
+    a, b = (logged(tmp_path / "runs" / name) for name in ("pictures", "codes"))
+    assert a["val/total_loss"] == b["val/total_loss"]
+    texts = [(tmp_path / "runs" / name / "images/samples_step=6.txt").read_text() for name in ("pictures", "codes")]
+    assert texts[0] == texts[1]
+
+
+def test_codes_and_checkpoints_of_another_augvae_are_refused(world, tmp_path, tiny_augvae, capsys):
+    codes = [
+        "--train_dir",
+        str(tmp_path / "codes/train"),
+        "--val_dir",
+        str(tmp_path / "codes/val"),
+        "--dataset",
+        "codes",
+    ]
+    assert train_biart.main([*world, "--extract_codes", str(tmp_path / "codes")]) == 0
+    assert train_biart.main([*world, "--max_steps", "1", "--name", "a"]) == 0
+    tiny_augvae(seed=1, single_level=4).save_pretrained(tmp_path / "other")
+    other = ["--vae_path", str(tmp_path / "other")]
+    capsys.readouterr()
+    assert train_biart.main([*world, *codes, *other]) == 2
+    assert "train_dir: these codes were made by the AugVAE" in capsys.readouterr().err
+    (file,) = (tmp_path / "runs/a/checkpoints").glob("last-*")
+    assert train_biart.main([*world, *other, "--resume", "--ckpt_path", str(file)]) == 2
+    assert "Give that one as vae_path" in capsys.readouterr().err
+    assert train_biart.main(["--export", str(tmp_path / "out"), "--ckpt_path", str(file), *other]) == 2
+    assert "was trained with" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert train_biart.main([*world, *codes, "--tokenizer", "clip"]) == 2
+    assert "tokenizer: clip, but that of" in capsys.readouterr().err
+
+
+def test_loss_falls_on_shapes_and_truth_is_logged(tmp_path):
+    flags = [*TINY, "--dataset", "shapes", "--vae_path", str(tmp_path / "vae"), "--log_dir", str(tmp_path / "runs")]
+    from latent_verse.augvae.model import AugVAE
+    from latent_verse.biart_run import FAKE_VAE
+
+    torch.manual_seed(0)
+    AugVAE(FAKE_VAE).save_pretrained(tmp_path / "vae")
+    flags += ["--dataset_size", "160", "--val_size", "8", "--num_judged", "4", "--epochs", "1", "--text_len", "24"]
+    flags += ["--n_embd", "32", "--optimizer", "muon", "--learning_rate", "0.02"]
+    assert train_biart.main([*flags, "--name", "shapes"]) == 0
+    figures = logged(tmp_path / "runs" / "shapes")
+    losses = figures["train/total_loss"]
+    assert len(losses) == 40 and sum(losses[-5:]) < 0.7 * sum(losses[:5])
+    for direction in (TEXT_TO_IMAGE, IMAGE_TO_TEXT):
+        assert 0 <= figures[f"val/{direction}/right"][0] <= 1
+    text = (tmp_path / "runs/shapes/images/samples_step=40.txt").read_text()
+    assert text.count("(right)") + text.count("(wrong)") == 2
+
+
+def test_mistakes_are_one_line_on_stderr(world, tmp_path, capsys):
+    for flags, message in (
+        (["--lerning_rate", "1"], "Did you mean --learning_rate"),
+        (["--preset", "huge"], "not one of tiny, 12x768, 24x1024"),
+        (["--n_embd", "17"], "n_embd 17 is not a multiple of n_head 2"),
+        (["--vae_path", str(tmp_path / "none")], "does not exist"),
+        (["--vae_path", str(tmp_path / "val")], "config.json"),
+        (["--img_size", "32"], "takes pictures of 16 px"),
+        (["--top_k", "25"], "the codebook has 24 codes"),
+        (["--guidance", "2", "--reference_dropout", "0"], "needs reference_dropout above 0"),
+        (["--text_loss_weight", "0"], "text_to_image_share to 1 or 0"),
+        (["--muon_learning_rate", "1"], "no effect without optimizer: muon"),
+        (["--betas", "0.9"], "betas"),
+        (["--text_len", "2", "--text_too_long", "error"], "the limit text_len is 2"),
+        (["--batch_size", "13"], "fewer than one batch"),
+        (["--dataset", "shapes"], "draws pictures of 32 px, but the AugVAE takes 16"),
+        (["--dataset", "codes"], "Make one with train_biart.py --extract_codes"),
+        (["--export", "x"], "export needs ckpt_path"),
+        (["--crops_per_image", "2"], "no effect without extract_codes"),
+    ):
+        assert train_biart.main([*world, *flags]) == 2, flags
+        assert message in capsys.readouterr().err, flags
+    (tmp_path / "flat.yaml").write_text("lerning_rate: 1\n")
+    assert train_biart.main(["--configs", str(tmp_path / "flat.yaml")]) == 2
+    assert "unknown key lerning_rate. Did you mean learning_rate" in capsys.readouterr().err
+    (tmp_path / "train" / "00.png").write_bytes(b"")
+    for text in (tmp_path / "train").glob("*.txt"):
+        text.write_text("\n")
+    assert train_biart.main(world) == 2
+    assert "empty captions" in capsys.readouterr().err
+
+
+def test_presets_and_shipped_files():
+    assert tuple(PRESETS) == PRESET_NAMES
+    from latent_verse.cli import parse
+
+    for file in sorted((Path(train_biart.__file__).parent / "configs").glob("*_biart.yaml")):
+        config, given = parse(TrainBiARTConfig, ["--configs", str(file)], "")
+        check_train_biart(config, given)
+        with pytest.raises(ConfigError, match="resume needs ckpt_path"):
+            check_train_biart(*parse(TrainBiARTConfig, ["--configs", str(file), "--resume"], ""))
