@@ -5,8 +5,6 @@ Shapes: B batch, C channels, H height, W width.
 
 from __future__ import annotations
 
-import math
-
 import pytorch_lightning as pl
 import torch
 from torch import nn
@@ -17,6 +15,7 @@ from latent_verse.augvae.perceptual import ReconstructionLoss, fetch_vgg16, vgg1
 from latent_verse.config import TrainVAEConfig, as_plain
 from latent_verse.evaluation.codebook import CodebookUsage
 from latent_verse.evaluation.reconstruction import ReconstructionMetrics
+from latent_verse.optimizer import MuonAdamW, warm_up_then_cosine
 
 
 class LitAugVAE(pl.LightningModule):
@@ -115,6 +114,11 @@ class LitAugVAE(pl.LightningModule):
             out |= {"x": batch[0].detach(), "xrec": reconstruction_BCHW.detach()}
         return out
 
+    def on_train_batch_end(self, outputs, batch, batch_idx: int) -> None:
+        """At max_steps, also in the middle of an epoch, ask Lightning to validate before it stops."""
+        if self.global_step == self.trainer.max_steps:
+            self.trainer.should_stop = True
+
     def validation_step(self, batch, batch_idx: int):
         """Add a batch to the means; an empty one adds nothing."""
         x_BCHW = batch[0]
@@ -164,11 +168,16 @@ class LitAugVAE(pl.LightningModule):
     # ------------------------------------------------------------------------------------------------------- optimiser
 
     def configure_optimizers(self):
-        """AdamW; the rate is base x processes over all nodes x batch size, as the original's, and never 0."""
+        """AdamW or Muon; the rate is base x processes over all nodes x batch size, as the original's, and never 0."""
         o = self.config.optim
         rate = o.learning_rate * max(1, self.trainer.world_size) * self.config.data.batch_size
         trainable = [p for p in self.model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trainable, lr=rate, betas=o.betas, weight_decay=o.weight_decay)
+        if o.optimizer == "adamw":
+            optimizer = torch.optim.AdamW(trainable, lr=rate, betas=o.betas, weight_decay=o.weight_decay)
+        else:
+            kernels = [p for p in trainable if p.ndim == 4]
+            rest = {"params": [p for p in trainable if p.ndim != 4], "weight_decay": o.weight_decay}
+            optimizer = MuonAdamW(kernels, [rest], rate, rate, o.weight_decay, betas=o.betas)
         if o.lr_decay:
             self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
                 optimizer, mode="min", factor=0.5, patience=10, cooldown=10, min_lr=min(1e-6, rate)
@@ -176,19 +185,7 @@ class LitAugVAE(pl.LightningModule):
             if self.plateau_state:
                 self.plateau.load_state_dict(self.plateau_state)
         if o.lr_cosine:
-
-            def factor(step: int) -> float:
-                if step < o.warmup_steps:
-                    return (step + 1) / (o.warmup_steps + 1)
-                if step == o.warmup_steps:
-                    return 1.0
-                # Asked for only now: before training has begun it would make Lightning build the data loader before it
-                # restores its position, and a resumed run would begin its epoch again.
-                total = self.trainer.estimated_stepping_batches
-                done = (step - o.warmup_steps) / max(1, total - o.warmup_steps)
-                return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-
-            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+            schedule = warm_up_then_cosine(optimizer, o.warmup_steps, lambda: self.trainer.estimated_stepping_batches)
             return [optimizer], [{"scheduler": schedule, "interval": "step"}]
         return optimizer
 

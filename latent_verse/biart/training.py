@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from latent_verse.biart.model import BiART
-from latent_verse.biart.optimizer import MuonAdamW
 from latent_verse.biart.sequence import DIRECTIONS, IGNORE, TEXT_TO_IMAGE, Sequences, target_modality
 from latent_verse.config import as_plain
 from latent_verse.config_biart import TrainBiARTConfig
+from latent_verse.optimizer import MuonAdamW, warm_up_then_cosine
 
 OTHER = {"text": "image", "image": "text"}
 NO_TOKEN = -1  # fills captions in batches from the loader, which does not know BiART's vocabulary
@@ -202,16 +202,9 @@ class LitBiART(pl.LightningModule):
             muon_rate = o.muon_learning_rate or o.learning_rate
             optimizer = MuonAdamW(matrices, rest, o.learning_rate, muon_rate, o.weight_decay, o.muon_momentum, o.betas)
 
-        def factor(step: int) -> float:
-            if step <= o.warmup_steps:
-                return (step + 1) / (o.warmup_steps + 1)
-            # Asked for as late as here, since Lightning loads the data to answer: done before a checkpoint is restored,
-            # that would leave the loader at the epoch's beginning.
-            total = self.trainer.estimated_stepping_batches
-            done = min(1.0, (step - o.warmup_steps) / max(1, total - o.warmup_steps))
-            return o.min_lr_ratio + (1 - o.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * done))
-
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        schedule = warm_up_then_cosine(
+            optimizer, o.warmup_steps, lambda: self.trainer.estimated_stepping_batches, o.min_lr_ratio
+        )
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
     def optimizer_step(self, *args, **kwargs) -> None:

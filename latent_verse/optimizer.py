@@ -1,4 +1,4 @@
-"""Muon for the blocks' matrices and AdamW for everything else, as one optimiser.
+"""Muon for matrices and convolutions and AdamW for everything else, as one optimiser; the schedule of both stages.
 
 Muon (Jordan et al., 2024) steps along the orthogonalised momentum of a matrix. `torch.optim.Muon` does so in bfloat16,
 which a CPU without bfloat16 units computes 18 times slower than float32 (measured at n_embd 192), and matrix by matrix;
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ class MuonAdamW(torch.optim.Optimizer):
     """Muon with Nesterov momentum on `matrices`, AdamW on the parameter groups `rest`.
 
     Args:
-        matrices: 2-D parameters.
+        matrices: of 2 dimensions or more; a kernel (out, in, k, k) counts as the matrix (out, in * k * k).
         rest: AdamW's parameter groups, each with its weight_decay.
         lr, muon_lr: rates. Muon's update has the root mean square 0.2 x muon_lr whatever a matrix's shape (Liu et al.,
             2025, "Muon is scalable"), which is about AdamW's, so that one rate can serve both.
@@ -92,7 +93,26 @@ class MuonAdamW(torch.optim.Optimizer):
                 if not state:
                     state["momentum"] = torch.zeros_like(p)
                 state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-                directions.append(p.grad.lerp(state["momentum"], group["momentum"]))
-            updates = orthogonalise(torch.stack(directions)).unbind()
+                directions.append(p.grad.lerp(state["momentum"], group["momentum"]).flatten(1))
+            updates = [u.view(shape) for u in orthogonalise(torch.stack(directions)).unbind()]
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(params, updates, alpha=-group["lr"] * 0.2 * math.sqrt(max(shape)))
+            longest = max(shape[0], math.prod(shape[1:]))
+            torch._foreach_add_(params, updates, alpha=-group["lr"] * 0.2 * math.sqrt(longest))
+
+
+def warm_up_then_cosine(
+    optimizer: torch.optim.Optimizer, warmup_steps: int, total_steps: Callable[[], float], floor: float = 0.0
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """Rise linearly over `warmup_steps`, then fall along a cosine to `floor` x the rate at `total_steps()`.
+
+    `total_steps` is asked only after the warm-up: Lightning loads the data to answer, and doing so before a checkpoint
+    is restored would leave the data loader at the beginning of the epoch.
+    """
+
+    def factor(step: int) -> float:
+        if step <= warmup_steps:
+            return (step + 1) / (warmup_steps + 1)
+        done = min(1.0, (step - warmup_steps) / max(1, total_steps() - warmup_steps))
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
