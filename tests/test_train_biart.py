@@ -77,7 +77,7 @@ def test_fake_data_needs_no_file(tmp_path, capsys):
     (run,) = tmp_path.iterdir()
     assert run.name == "fake-biart"
     figures = logged(run)
-    assert len(figures["train/total_loss"]) == 4
+    assert len(figures["train/total_loss"]) == 2
     for stage in ("train", "val"):
         for direction in (TEXT_TO_IMAGE, IMAGE_TO_TEXT):
             for modality in ("text", "image"):
