@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from latent_verse.biart.model import BiART
-from latent_verse.biart.optimizer import MuonAdamW, orthogonalise
+from latent_verse.optimizer import MuonAdamW, orthogonalise
 from latent_verse.biart.sequence import IMAGE_TO_TEXT, TEXT_TO_IMAGE
 from latent_verse.biart.training import LitBiART
 from latent_verse.config import BiARTConfig
