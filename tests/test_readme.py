@@ -12,6 +12,8 @@ import eval_vae
 import train_vae
 from latent_verse.cli import parse
 from latent_verse.config import EvalVAEConfig, TrainVAEConfig, check_eval_vae, check_train_vae
+from latent_verse.config_biart import TrainBiARTConfig, check_train_biart
+from latent_verse.config_generate import GenerateConfig, check_generate
 from tests.runs_on_pictures import SMALL, write_pictures
 
 REPO = Path(__file__).parent.parent
@@ -48,8 +50,21 @@ def test_eval_commands_parse(line):
     check_eval_vae(config)
 
 
+@pytest.mark.parametrize("line", commands("train_biart.py"))
+def test_train_biart_commands_parse(line):
+    config, given = parse(TrainBiARTConfig, flags(line, "train_biart.py"), "")
+    check_train_biart(config, given)
+
+
+@pytest.mark.parametrize("line", commands("generate.py"))
+def test_generate_commands_parse(line):
+    config, given = parse(GenerateConfig, flags(line, "generate.py"), "")
+    check_generate(config, given)
+
+
 def test_there_are_commands():
-    assert len(commands("train_vae.py")) >= 8 and commands("eval_vae.py")
+    counts = [len(commands(script)) for script in ("train_vae.py", "eval_vae.py", "train_biart.py", "generate.py")]
+    assert counts >= [8, 1, 5, 4] and all(counts)
 
 
 def test_the_walk_through_runs(tmp_path, monkeypatch):
