@@ -65,7 +65,7 @@ def run(config: EvalVAEConfig, given: dict[str, str]) -> int:
             callbacks=[SavedPictures(place, config.eval.save_images), *bar],
         )
         trainer.test(lit, datamodule=data, verbose=False)
-        results = lit.test_metrics.compute() | {"checkpoint": str(t.ckpt_path), "skipped": data.describe()["skipped"]}
+        results = lit.test_results | {"checkpoint": str(t.ckpt_path), "skipped": data.skipped}
         if trainer.is_global_zero:
             place.mkdir(parents=True, exist_ok=True)
             runs.write_whole(place / "metrics.json", json.dumps(results, indent=2) + "\n")

@@ -28,10 +28,10 @@ def run(config: TrainBiARTConfig, given: dict[str, str]) -> int:
     from latent_verse import biart_run
     from latent_verse.biart.training import LitBiART
     from latent_verse.callbacks import Interrupted, RunFolder, TextImageSamples
-    from latent_verse.checkpoint import CheckpointError
+    from latent_verse.checkpoint import CheckpointError, starting_point
     from latent_verse.config import as_plain
     from latent_verse.data import DataError
-    from latent_verse.runs import open_run
+    from latent_verse.runs import open_run, states
     from latent_verse.text import TokenizerError
     from latent_verse.trainer import choose_devices, default_name, make_trainer
 
@@ -45,7 +45,7 @@ def run(config: TrainBiARTConfig, given: dict[str, str]) -> int:
         yaml_file = next((s for s in given.values() if not s.startswith("--")), None)
         name = default_name(t, yaml_file, "biart", config.data.fake_data)
         run = open_run(t.log_dir, name, t.backup, t.backup_dir, as_plain(config))
-        start_from = run.continue_from or (t.ckpt_path if t.resume else None)
+        start_from = starting_point(states(run), t.ckpt_path if t.resume else None, "biart")
         pl.seed_everything(t.seed, verbose=False)
         data, tokenizer, about = biart_run.open_data(config, vae, run.folder, start_from)
         model = biart_run.new_biart(config, vae, tokenizer)

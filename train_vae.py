@@ -6,7 +6,7 @@ from __future__ import annotations
 import sys
 
 from latent_verse.cli import errors_to_exit_code, parse, to_yaml
-from latent_verse.config import TrainVAEConfig, check_train_vae
+from latent_verse.config import TrainVAEConfig, as_plain, check_train_vae, without_effect
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -20,48 +20,47 @@ def main(argv: list[str] | None = None) -> int:
 def run(config: TrainVAEConfig, given: dict[str, str]) -> int:
     """Build everything and train."""
     import pytorch_lightning as pl
+    from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
     from latent_verse import runs
     from latent_verse.augvae.training import LitAugVAE
     from latent_verse.callbacks import Interrupted
-    from latent_verse.checkpoint import CheckpointError, check_resumable, load_for_training
-    from latent_verse.config import as_plain
+    from latent_verse.checkpoint import CheckpointError, load_for_training, starting_point
     from latent_verse.data import DataError
     from latent_verse.data.module import ImageDataModule
-    from latent_verse.trainer import default_name, ease_smoke_test, make_trainer
+    from latent_verse.trainer import default_name, ease_smoke_test, make_trainer, say
 
-    with errors_to_exit_code(CheckpointError, DataError) as code:
+    with errors_to_exit_code(CheckpointError, DataError, MisconfigurationException) as code:
         t = config.trainer
-        yaml_file = next((s for s in given.values() if not s.startswith("--")), None)
         ease_smoke_test(config, given)
-        name = default_name(t, yaml_file, "augvae", config.data.fake_data)
-        run = runs.open_run(t.log_dir, name, t.backup, t.backup_dir, as_plain(config))
         pl.seed_everything(t.seed, verbose=False)
         model = load_for_training(config, set(given))
+        yaml_file = next((s for s in given.values() if not s.startswith("--")), None)
+        name = default_name(t, yaml_file, "augvae", config.data.fake_data)
+        run = runs.open_run(t.log_dir, name, t.backup, t.backup_dir, as_plain(config))
+        start_from = starting_point(runs.states(run), t.ckpt_path if t.resume else None, "augvae", model.config)
         data = ImageDataModule(config.data, model.config.resolution, t.seed)
         data.setup("fit")
         trainer = make_trainer(t, run, config, to_yaml(config), data.has_val)
-        start_from = run.continue_from or (t.ckpt_path if t.resume else None)
+        say(f"Run folder: {run.folder}")
+        for line in without_effect(config, given):
+            say(f"No effect: {line}.")
         if start_from:
-            check_resumable(start_from, "augvae")
-            print(f"Continuing from {start_from}")
-        elif t.ckpt_path:
-            print(f"ckpt_path {t.ckpt_path} is not read without --resume: this run starts anew.")
-        print(f"Run folder: {run.folder}")
-        rate = config.optim.learning_rate * trainer.world_size * config.data.batch_size
-        print(
-            f"Learning rate: {config.optim.learning_rate:g} x {trainer.world_size} processes x "
-            f"batch {config.data.batch_size} = {rate:g}"
-        )
+            say(f"Continuing from {start_from}")
+        else:
+            if t.ckpt_path:
+                say(f"ckpt_path {t.ckpt_path} is not read without --resume: this run starts anew.")
+            base, size, processes = config.optim.learning_rate, config.data.batch_size, trainer.world_size
+            say(f"Learning rate: {base:g} x {processes} processes x batch {size} = {base * processes * size:g}")
         try:
             trainer.fit(LitAugVAE(model, config), datamodule=data, ckpt_path=start_from, weights_only=True)
         except Interrupted as stopped:
             again = (
                 "the same command continues there" if t.backup else "continue with --resume --ckpt_path and that file"
             )
-            print(f"{stopped}; {again}.")
-        if run.continue_from and trainer.global_step == runs.step_of(run.continue_from):
-            print(f"{run.folder} was finished already. Raise --epochs to go on, or give another --name.")
+            say(f"{stopped}; {again}.")
+        if start_from and trainer.global_step == runs.step_of(start_from):
+            say(f"{run.folder} was finished already. Raise --epochs to go on, or give another --name.")
     return code[0] if code else 0
 
 

@@ -32,18 +32,19 @@ class RunFolder(pl.Callback):
         self.yaml_text = yaml_text
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if self.run.id is None:
-            run_id = trainer.strategy.broadcast(runs.new_id())
-            self.run = dataclasses.replace(self.run, id=run_id)
+        self.run = dataclasses.replace(self.run, id=trainer.strategy.broadcast(self.run.id))  # rank 0's draw
         if trainer.is_global_zero:
-            runs.start(self.run, self.run.id, self.config, self.yaml_text)
+            runs.start(self.run, self.config, self.yaml_text)
 
 
 class Backup(pl.Callback):
     """Save the whole state every `every` steps, and when the run is told to stop.
 
-    A backup appears under its name only once it is whole; the one before is removed only then. SIGTERM and Ctrl-C end
+    A backup appears under its name only once it is whole; the two newest are kept. SIGTERM and Ctrl-C end
     the step at hand, save, and raise Interrupted; a second Ctrl-C stops at once.
+
+    At the last batch of an epoch nothing is saved: validation and what the epoch adds up are still to come, and a
+    resume would miss them. The run's `last` checkpoint is written a moment later, when the epoch is whole.
 
     Args:
         every: steps between backups; None saves only when told to stop.
@@ -54,6 +55,7 @@ class Backup(pl.Callback):
         self.every = every
         self.told_to_stop = False
         self._handlers: dict[int, object] = {}
+        self._pid = os.getpid()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if threading.current_thread() is threading.main_thread():
@@ -64,6 +66,8 @@ class Backup(pl.Callback):
         if self.told_to_stop and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.told_to_stop = True
+        if os.getpid() != self._pid:  # a loader process, which has inherited this handler
+            return
         rank_zero_info(f"{signal.Signals(number).name}: saving after this step (Ctrl-C again stops at once)")
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs, batch, batch_idx) -> None:
@@ -72,12 +76,20 @@ class Backup(pl.Callback):
         if trainer.world_size > 1:  # all processes must leave after the same step; asking costs, so not at every one
             ask = trainer.global_step % trainer.log_every_n_steps == 0
             stop = ask and trainer.strategy.reduce_boolean_decision(stop, all=False)
-        if not stepped:
+        if not stepped or trainer.is_last_batch:
             return
         if stop:
             raise Interrupted(f"stopped at step {trainer.global_step}; saved {self.save(trainer)}")
         if self.every and trainer.global_step % self.every == 0:
             self.save(trainer)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        stop = self.told_to_stop
+        if trainer.world_size > 1:
+            stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
+        if stop:
+            run = self.folder.run
+            raise Interrupted(f"stopped at step {trainer.global_step}; saved {runs.states(run)[0]}")
 
     def save(self, trainer: pl.Trainer) -> Path:
         """Write a backup; called by all processes together. Returns its path."""
@@ -88,16 +100,22 @@ class Backup(pl.Callback):
             place.mkdir(parents=True, exist_ok=True)
         trainer.save_checkpoint(unfinished, weights_only=False)  # with the optimiser, for an exact resume
         if trainer.is_global_zero:
+            runs.flush(unfinished)
             os.replace(unfinished, file)
-            for other in place.glob("step=*.ckpt"):
-                if other != file:
-                    other.unlink()
+            for old in sorted(place.glob("step=*.ckpt"), key=runs.step_of)[:-2]:  # two, lest a disk damages the newest
+                old.unlink()
             for leftover in place.glob(".step=*.tmp"):  # of a process killed while it saved
                 leftover.unlink()
         trainer.strategy.barrier()
         return file
 
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._restore_handlers()
+
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._restore_handlers()
+
+    def _restore_handlers(self) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers.clear()

@@ -11,7 +11,9 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import tempfile
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -76,6 +78,11 @@ def load_for_training(config: TrainVAEConfig, given: set[str]) -> AugVAE:
             "fine-tune from an AugVAE-ML, or drop finetune to train this one on."
         )
     _check_agrees(config, pretrained.config, given)
+    if config.data.img_size not in (None, pretrained.config.resolution):
+        raise ConfigError(
+            f"img_size: {config.data.img_size}, but {o.pretrained_path} takes pictures of "
+            f"{pretrained.config.resolution} px. Drop it."
+        )
     free = {name: getattr(config.model, name) for name in TRAINING_ONLY & given}
     model = AugVAE(dataclasses.replace(pretrained.config, **free))
     model.load_state_dict(pretrained.state_dict())
@@ -85,7 +92,10 @@ def load_for_training(config: TrainVAEConfig, given: set[str]) -> AugVAE:
             raise ConfigError(
                 f"attn_resolutions: [{level}] is not a level of {o.pretrained_path}, which has {list(model.levels)}."
             )
-        model = model.to_single_level(level)
+        # what the run folder keeps: the recipe, with the shape that the checkpoint gave it
+        config.model = dataclasses.replace(model.config, attn_resolutions=(level,))
+        return model.to_single_level(level).train()
+    config.model = model.config
     return model.train()
 
 
@@ -171,7 +181,7 @@ def _augvae_from_ckpt(file: Path) -> AugVAE:
     if own is not None:
         if own.get("kind") != "augvae":
             raise CheckpointError(f"{file} is a checkpoint of {own.get('kind')}, not of an AugVAE.")
-        model = AugVAE(_config(own["model"], file))
+        model = AugVAE(_config(own.get("model") or {}, file))
         state = {k.removeprefix("model."): v for k, v in content["state_dict"].items() if k.startswith("model.")}
     elif "hyper_parameters" in content and any(k.startswith("quantizers.") for k in content["state_dict"]):
         state = {k: v for k, v in content["state_dict"].items() if not k.startswith("loss.")}  # frozen LPIPS
@@ -234,10 +244,14 @@ def read_ckpt(file: str | os.PathLike) -> dict[str, Any]:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file) or None)
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
     except Exception as error:  # pickle, zipfile and torch raise kinds of their own for a damaged file
-        if "Unsupported" in str(error) or "GLOBAL" in str(error):
+        refused = re.search(r"GLOBAL ([\w.]+)|global ([\w.]+)|class ([\w.]+)", str(error))
+        if "Unsupported" in str(error) or refused:
+            name = next(filter(None, refused.groups())) if refused else "something that is no plain data"
             raise CheckpointError(
-                f"{file} is refused: reading it would run code that it names ({_first_line(error)}). "
+                f"{file} is refused: it names {name}, and reading that would run code. "
                 "Only tensors, plain types and argparse.Namespace are read."
             ) from error
         raise CheckpointError(f"{file} is no whole checkpoint; was it cut off? ({_first_line(error)})") from error
@@ -256,20 +270,60 @@ def find_checkpoint(path: Path) -> Path:
     return path
 
 
-def check_resumable(file: str | os.PathLike, kind: str) -> None:
-    """Refuse a file that training of `kind` cannot continue from.
+def starting_point(states: list[Path], ckpt_path: str | None, kind: str, model=None) -> Path | None:
+    """The checkpoint that training continues from, None to begin anew.
+
+    Args:
+        states: the run's own checkpoints, newest first (runs.states); a damaged one yields to the one before, with a
+            warning.
+        ckpt_path: of --resume; a run folder stands for its newest. The run's own go first where further on.
+        model: configuration of the model to be trained, which the checkpoint's must equal in shape.
 
     Raises:
-        CheckpointError: damaged, of another kind, or without the optimiser's state.
+        CheckpointError: ckpt_path cannot be continued from, or none of the run's own checkpoints can.
+    """
+    given, given_step = None, -1
+    if ckpt_path is not None:
+        place = Path(ckpt_path)
+        folders = [place / "backups", place / "checkpoints", place]
+        given = newest(f for d in folders for f in d.glob("*.ckpt")) if place.is_dir() else place
+        given_step = check_resumable(given or place, kind, model)
+    problem = None
+    for own in states:
+        try:
+            step = check_resumable(own, kind, model)
+        except CheckpointError as error:
+            problem = error
+            warnings.warn(f"{error} Trying the checkpoint before it.", stacklevel=2)
+            continue
+        return own if step >= given_step else given
+    if problem and given is None:
+        raise problem
+    return given
+
+
+def check_resumable(file: str | os.PathLike, kind: str, model=None) -> int:
+    """Refuse a file that training of `kind` cannot continue from. Returns its step.
+
+    Raises:
+        CheckpointError: damaged, of another kind or shape, or without the optimiser's state.
     """
     content = read_ckpt(file)
-    found = content.get("latent_verse", {}).get("kind")
+    own = content.get("latent_verse") or {}
+    found = own.get("kind")
     if found != kind or "optimizer_states" not in content:
         what = f"a checkpoint of {found}" if found else "not one of this project's training checkpoints"
         raise CheckpointError(
             f"{file} is {what}; training of {kind} cannot resume from it. To start from its weights alone, "
             "give it as --pretrained_path."
         )
+    if model is not None:
+        wanted, there = as_plain(model), own.get("model", {})
+        shape = wanted.keys() - TRAINING_ONLY
+        differ = [f"{k}: {there.get(k)} there, {wanted[k]} now" for k in sorted(shape) if there.get(k) != wanted[k]]
+        if differ:
+            raise CheckpointError(f"{file} is of a model with other settings:\n  " + "\n  ".join(differ))
+    return int(content.get("global_step", 0))
 
 
 def _fill(model: nn.Module, state: dict[str, torch.Tensor], file: Path) -> None:

@@ -107,6 +107,8 @@ def read_yaml(cls: type, path: str) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
     file = Path(path)
+    if file.is_dir():
+        raise ConfigError(f"config {path} is a folder; name a YAML file in it.")
     if not file.is_file():
         near = sorted(p.name for p in file.parent.glob("*.y*ml")) if file.parent.is_dir() else []
         there = f" That folder holds: {', '.join(near)}." if near else ""
@@ -131,7 +133,9 @@ def read_yaml(cls: type, path: str) -> dict[str, Any]:
         out[leaf] = value
 
     for key, value in tree.items():
-        if key in sections.values() and (isinstance(value, dict) or value is None):
+        if key in sections.values() and not (isinstance(value, dict) or value is None):
+            raise ConfigError(f"{path}: {key} is a section; write its settings indented under it, not {value!r}.")
+        if key in sections.values():
             for leaf, leaf_value in (value or {}).items():
                 take(leaf, leaf_value, key)
         else:
@@ -166,6 +170,8 @@ def convert(name: str, value: Any, hint: Any, choices: tuple | None, source: str
         value = _whole(value[0] if isinstance(value, list) and len(value) == 1 else value)
     if _is_texts(hint):  # whole, whatever they hold: OmegaConf would read "${x}" and "???" as its own syntax
         return None if value is None and _optional(hint) else _texts(name, value, source)
+    if _is(hint, str) and isinstance(value, list) and value and all(isinstance(v, str) for v in value):
+        value = ",".join(value)  # a YAML list of shards
     if _is_sequence(hint):
         value = _items(value)
     try:

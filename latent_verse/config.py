@@ -173,7 +173,11 @@ class TrainerConfig:
     gpus: int = setting(1, "GPUs on each node; 0 is the CPU")
     nodes: int = setting(1, "machines that train together")
     gpu_dist: Optional[bool] = setting(None, "original's flag for training on several GPUs; follows from gpus")
-    accelerator: str = setting("auto", "Lightning's accelerator: auto, cpu, gpu, ...")
+    accelerator: str = setting(
+        "auto",
+        "auto, cpu (gpus is then the number of processes), gpu, or another of Lightning's",
+        ("auto", "cpu", "gpu", "cuda", "mps", "tpu"),
+    )
     strategy: str = setting(
         "auto", "auto and ddp copy the model to each process, fsdp shards it", ("auto", "ddp", "fsdp")
     )
@@ -264,6 +268,7 @@ class EvalVAEConfig(TrainVAEConfig):
 
 # -------------------------------------------------------------------------------------------------- rules across fields
 
+LIGHTNING_PRECISIONS = ["32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true", "transformer-engine"]
 PRECISIONS = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true"}
 
 
@@ -291,10 +296,20 @@ def check_trainer(t: TrainerConfig) -> None:
             "resume needs ckpt_path: the checkpoint to continue from (a rerun with --backup needs neither)."
         )
     t.precision = PRECISIONS.get(t.precision, t.precision)
+    if t.precision not in LIGHTNING_PRECISIONS:
+        raise ConfigError(
+            f"precision: {t.precision} is not one of 32, 16, bf16, 64, {', '.join(LIGHTNING_PRECISIONS)}."
+        )
+    if t.gradient_clip_val is not None and not t.gradient_clip_val > 0:
+        raise ConfigError(f"gradient_clip_val is {t.gradient_clip_val}; it must be above 0, or left out.")
+    if not 0 <= t.seed < 2**32:
+        raise ConfigError(f"seed is {t.seed}; it must lie between 0 and 2^32 - 1.")
     t.limit_train_batches = batch_limit("limit_train_batches", t.limit_train_batches)
+    if t.limit_train_batches == 0:
+        raise ConfigError("limit_train_batches is 0: nothing would be trained. eval_vae.py evaluates without training.")
     t.limit_val_batches = batch_limit("limit_val_batches", t.limit_val_batches)
-    if t.val_percent_check < 100:
-        t.limit_val_batches = t.val_percent_check / 100
+    if t.val_percent_check < 100:  # from here on under one name, so that the saved file can be read again
+        t.limit_val_batches, t.val_percent_check = t.val_percent_check / 100, 100.0
     if t.debug:
         t.limit_train_batches = 100 if t.limit_train_batches is None else t.limit_train_batches
         t.limit_val_batches = 100 if t.limit_val_batches is None else t.limit_val_batches
@@ -311,8 +326,12 @@ def batch_limit(name: str, value: float | None) -> float | int | None:
     return int(value)
 
 
-def check_data(d: ImageDataConfig, resolution: int) -> None:
-    """Resolve the original's names for the layout and refuse contradictions."""
+def check_data(d: ImageDataConfig, resolution: int | None) -> None:
+    """Resolve the original's names for the layout and refuse contradictions.
+
+    Args:
+        resolution: of the model, None where a checkpoint decides it.
+    """
     named = {layout for flag, layout in ((d.fake_data, "fake"), (d.web_dataset, "webdataset")) if flag}
     if d.fake_data:
         named.discard("webdataset")  # the original's smoke test of a WebDataset recipe
@@ -322,7 +341,7 @@ def check_data(d: ImageDataConfig, resolution: int) -> None:
         named = {"fake"}
     d.dataset = named.pop() if named else d.dataset or "imagefolder"
     d.fake_data, d.web_dataset = d.dataset == "fake", d.dataset == "webdataset"
-    if d.img_size not in (None, resolution):
+    if resolution is not None and d.img_size not in (None, resolution):
         raise ConfigError(f"img_size {d.img_size} contradicts resolution {resolution}; they must be equal: give one.")
     if not 0 < d.resize_ratio <= 1:
         raise ConfigError(f"resize_ratio is {d.resize_ratio}; it must lie above 0 and not above 1.")
@@ -356,14 +375,29 @@ def check_train_vae(config: TrainVAEConfig, given: dict[str, str]) -> None:
         given: settings that were given, and where: {leaf: "--leaf" or "file.yaml"}, as `cli.parse` returns.
     """
     check_trainer(config.trainer)
-    check_data(config.data, config.model.resolution)
+    check_data(config.data, None if config.optim.pretrained_path else config.model.resolution)
     if config.data.fake_data:
         limit_fake_data(config.trainer, {leaf for leaf, source in given.items() if source.startswith("--")})
     elif not config.data.train_dir:
         raise ConfigError("train_dir is not given: name a folder of pictures, or try --fake_data.")
     o = config.optim
-    if o.learning_rate <= 0:
-        raise ConfigError(f"learning_rate is {o.learning_rate}; it must be above 0.")
+    for name, value in (("learning_rate", o.learning_rate), ("p_loss_weight", config.loss.p_loss_weight)):
+        if not 0 < value < float("inf"):
+            raise ConfigError(f"{name} is {value}; it must be above 0.")
+    for name, value in (
+        ("weight_decay", o.weight_decay),
+        ("codebook_weight", config.loss.codebook_weight),
+        ("warmup_steps", o.warmup_steps),
+    ):
+        if not value >= 0:
+            raise ConfigError(f"{name} is {value}; it must be at least 0.")
+    if not all(0 <= b < 1 for b in o.betas):
+        raise ConfigError(f"betas are {list(o.betas)}; both must lie in [0, 1).")
+    for name in ("in_channels", "out_channels"):
+        if getattr(config.model, name) != 3:
+            raise ConfigError(f"{name} is {getattr(config.model, name)}, but pictures are read as RGB: it must be 3.")
+    if o.pretrained_path and o.codebook_init == "data":
+        o.codebook_init = "normal"  # a recipe's way to begin; pretrained weights have begun already
     if o.lr_decay and o.lr_cosine:
         raise ConfigError("lr_decay and lr_cosine are two schedules; give one of them.")
     if o.warmup_steps and not o.lr_cosine:
@@ -377,7 +411,7 @@ def check_train_vae(config: TrainVAEConfig, given: dict[str, str]) -> None:
         )
     if o.optimizer == "muon" and config.trainer.strategy == "fsdp":
         raise ConfigError("optimizer: muon needs whole kernels, which strategy: fsdp shards. Use ddp, or adamw.")
-    if o.finetune:
+    if o.pretrained_path:  # the checkpoint decides the shape
         config.model.check_values()
     else:
         config.model.validate()
@@ -388,7 +422,7 @@ def check_eval_vae(config: EvalVAEConfig) -> None:
     check_trainer(config.trainer)
     if not config.trainer.ckpt_path:
         raise ConfigError("ckpt_path is not given: name the checkpoint, folder or hub id of the AugVAE to evaluate.")
-    check_data(config.data, config.model.resolution)
+    check_data(config.data, None)
     d = config.data
     if not (d.fake_data or d.test_dir or d.val_dir):
         raise ConfigError("Neither test_dir nor val_dir is given: name a folder of pictures, or try --fake_data.")
@@ -396,6 +430,22 @@ def check_eval_vae(config: EvalVAEConfig) -> None:
         value = getattr(config.eval, name)
         if value is not None and value < (1 if name == "eval_images" else 0):
             raise ConfigError(f"{name} is {value}; it must be a count of pictures.")
+
+
+def without_effect(config: TrainVAEConfig, given: dict[str, str]) -> list[str]:
+    """Flags that were given but change nothing, each with the reason: a script says so in one line each."""
+    t, d, lpips = config.trainer, config.data, config.loss.loss_type.startswith("lpips")
+    idle = {
+        "backup_steps": (not t.backup, "backup is off"),
+        "backup_dir": (not t.backup, "backup is off"),
+        "image_log_steps": (not t.log_images, "log_images is off"),
+        "p_loss_weight": (not lpips, f"loss_type {config.loss.loss_type} has no LPIPS"),
+        "shuffle_buffer": (not d.web_dataset, "the data is not webdataset"),
+        "resize_ratio": (d.fake_data, "the data is fake"),
+        "codebook_init": (bool(config.optim.pretrained_path), "the codebook comes from pretrained_path"),
+        "strategy": (t.gpus * t.nodes <= 1 and t.strategy != "fsdp", "one process trains"),
+    }
+    return [f"{n}: {why}" for n, (off, why) in idle.items() if off and given.get(n, "").startswith("--")]
 
 
 def as_plain(config) -> dict:

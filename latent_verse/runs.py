@@ -21,6 +21,7 @@ from latent_verse.config import ConfigError
 STEP = re.compile(r"step=(\d+)\.ckpt$")
 # sections of a configuration that decide what is computed; a rerun with others would be another run
 COMPUTES = ("model", "data", "optim", "loss", "vae", "text")
+TRAINER_COMPUTES = ("seed", "precision", "accumulate_grad_batches", "gradient_clip_val", "limit_train_batches")
 MACHINE_ONLY = ("num_workers", "prefetch_factor", "test_dir")
 
 
@@ -30,15 +31,18 @@ class Run:
 
     Attributes:
         folder: <log_dir>/<name>.
-        id: unique to the run; None for a new one until its first process has drawn it.
+        id: unique to the run. Every process of a new run draws one; the first process's is taken (callbacks.RunFolder).
         backup_dir: the configured folder for backups, None for inside the run folder.
-        continue_from: newest checkpoint of this very run, None for a new one.
     """
 
     folder: Path
-    id: str | None = None
+    id: str
     backup_dir: Path | None = None
-    continue_from: Path | None = None
+
+    @property
+    def continue_from(self) -> Path | None:
+        """Newest checkpoint of this very run, None for a new one."""
+        return next(iter(states(self)), None)
 
     @property
     def checkpoints(self) -> Path:
@@ -66,14 +70,16 @@ def open_run(log_dir: str, name: str, backup: bool, backup_dir: str | None, conf
     Raises:
         ConfigError: the folder's run was configured otherwise, or the name is no folder name.
     """
+    if Path(log_dir).exists() and not Path(log_dir).is_dir():
+        raise ConfigError(f"log_dir: {log_dir} is a file; name a folder.")
     if not name or name in (".", "..") or "/" in name or os.sep in name:
         raise ConfigError(f"name: {name!r} cannot be a folder name. Choose letters, digits, - and _.")
     folder = Path(log_dir) / name
     place = None if backup_dir is None else Path(backup_dir)
     if not backup:
-        return Run(free(folder), backup_dir=place)
+        return Run(free(folder), new_id(), place)
     if not folder.exists():
-        return Run(folder, backup_dir=place)
+        return Run(folder, new_id(), place)
     try:
         about = json.loads((folder / "run.json").read_text())
         run_id, old = about["id"], about["config"]
@@ -81,9 +87,16 @@ def open_run(log_dir: str, name: str, backup: bool, backup_dir: str | None, conf
         raise ConfigError(
             f"{folder} exists but is not a run of this program ({error!r}). Give another --name."
         ) from error
-    _check_same(folder, old, config)
     run = Run(folder, run_id, place)
-    return dataclasses.replace(run, continue_from=newest([*run.backups().glob("*"), *run.checkpoints.glob("last-*")]))
+    if states(run):
+        _check_same(folder, old, config)
+    return run  # without a checkpoint there is nothing to continue: it begins anew, with the settings of now
+
+
+def states(run: Run) -> list[Path]:
+    """What a run can be continued from, newest first by step: its backups and the checkpoints of whole epochs."""
+    files = [*run.backups().glob("step=*.ckpt"), *run.checkpoints.glob("last-*.ckpt")]
+    return sorted(files, key=lambda p: (step_of(p) or 0, str(p)), reverse=True)
 
 
 def newest(files: Iterable[Path], prefix: str = "") -> Path | None:
@@ -98,11 +111,17 @@ def step_of(checkpoint: Path) -> int | None:
     return int(match[1]) if match else None
 
 
-def start(run: Run, run_id: str, config: dict[str, Any], yaml_text: str) -> None:
+def start(run: Run, config: dict[str, Any], yaml_text: str) -> None:
     """Make the folder and write run.json and config.yaml. For one process, after all have called `open_run`."""
     run.folder.mkdir(parents=True, exist_ok=True)
-    write_whole(run.folder / "run.json", json.dumps({"id": run_id, "config": config}, indent=1))
+    write_whole(run.folder / "run.json", json.dumps({"id": run.id, "config": config}, indent=1))
     write_whole(run.folder / "config.yaml", yaml_text)
+
+
+def flush(path: Path) -> None:
+    """Make the system put a file on the disk before it is given its final name."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def new_id() -> str:
@@ -141,8 +160,11 @@ def _check_same(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
         for leaf, value in new.get(section, {}).items()
         if leaf not in MACHINE_ONLY and old.get(section, {}).get(leaf) != value
     ]
-    if old["trainer"]["seed"] != new["trainer"]["seed"]:
-        changed.append(f"seed: {old['trainer']['seed']} then, {new['trainer']['seed']} now")
+    changed += [
+        f"{leaf}: {old['trainer'].get(leaf)!r} then, {new['trainer'][leaf]!r} now"
+        for leaf in TRAINER_COMPUTES
+        if old["trainer"].get(leaf) != new["trainer"][leaf]
+    ]
     if changed:
         raise ConfigError(
             f"{folder} is a run with other settings, so --backup cannot continue it:\n  "

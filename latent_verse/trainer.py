@@ -13,12 +13,14 @@ import torch
 from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy, Strategy
-from pytorch_lightning.utilities import rank_zero_info
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_only
 
 from latent_verse import runs
 from latent_verse.callbacks import Backup, ImageGrids, ProcessState, RunFolder
 from latent_verse.config import ConfigError, TrainerConfig, as_plain
 from latent_verse.runs import Run
+
+say = rank_zero_only(print)  # one process speaks for all
 
 
 def choose_devices(t: TrainerConfig) -> tuple[str, int]:
@@ -29,20 +31,23 @@ def choose_devices(t: TrainerConfig) -> tuple[str, int]:
     Raises:
         ConfigError: more GPUs are asked for than the machine has.
     """
+    started = int(os.environ["LOCAL_WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else None  # by torchrun
     if t.accelerator not in ("auto", "gpu", "cuda"):
-        return t.accelerator, max(1, t.gpus)
+        return t.accelerator, max(1, t.gpus) if started is None else started
     if t.gpus == 0:
         if t.accelerator != "auto":
             raise ConfigError(f"gpus: 0 asks for the CPU, accelerator: {t.accelerator} does not. Drop one of them.")
-        return "cpu", 1
+        return "cpu", started or 1
     present = torch.cuda.device_count()
     if present == 0:
         if t.accelerator != "auto":
             raise ConfigError(f"accelerator: {t.accelerator}, but torch sees no GPU on this machine.")
-        rank_zero_info(f"No GPU on this machine: using the CPU in place of {t.gpus} GPU{'s'[: t.gpus > 1]}.")
-        return "cpu", 1
+        rank_zero_info(f"No GPU on this machine: using the CPU in place of {t.gpus} GPU{'s' if t.gpus > 1 else ''}.")
+        return "cpu", started or 1
     if t.gpus > present:
         raise ConfigError(f"gpus: {t.gpus}, but torch sees {present} on this machine. Give --gpus {present} or fewer.")
+    if started not in (None, t.gpus):
+        raise ConfigError(f"gpus: {t.gpus}, but torchrun started {started} processes on this node. Make them equal.")
     return "gpu", t.gpus
 
 
@@ -53,9 +58,7 @@ def ease_smoke_test(config, given: dict[str, str]) -> None:
     """
     flagged = given.get("batch_size", "").startswith("--")
     if config.data.fake_data and config.data.batch_size > 1 and not (flagged or torch.cuda.is_available()):
-        rank_zero_info(
-            f"Smoke test on a CPU: batch_size 1 in place of {config.data.batch_size} (or --batch_size N)."
-        )
+        rank_zero_info(f"Smoke test on a CPU: batch_size 1 in place of {config.data.batch_size} (or --batch_size N).")
         config.data.batch_size = 1
 
 
@@ -148,7 +151,7 @@ def make_logger(t: TrainerConfig, run: Run) -> Logger:
         project="l-verse",
         save_dir=run.folder,
         id=run.id,
-        resume="allow" if run.id else None,
+        resume="allow",
         offline=os.environ.get("WANDB_MODE") == "offline",
     )
 

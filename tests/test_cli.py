@@ -299,7 +299,7 @@ def test_a_missing_file_names_the_others_in_its_folder(yaml_file, tmp_path):
     message = mistake("-c", str(tmp_path / "three.yaml"))
     assert "three.yaml does not exist" in message and "one.yaml, two.yml" in message
     assert "does not exist" in mistake("-c", str(tmp_path / "absent" / "three.yaml"))
-    assert "does not exist" in mistake("-c", str(tmp_path))
+    assert "is a folder" in mistake("-c", str(tmp_path))
 
 
 @pytest.mark.parametrize(

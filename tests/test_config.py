@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import train_vae
-from latent_verse.cli import parse
+from latent_verse.cli import parse, to_yaml
 from latent_verse.config import (
     FAKE_LIMITS,
     AugVAEConfig,
@@ -23,6 +23,7 @@ from latent_verse.config import (
     check_eval_vae,
     check_train_vae,
     check_trainer,
+    without_effect,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -324,7 +325,7 @@ def test_training_files_serve_evaluation(file):
     assert evaluate("-c", str(file)).trainer.ckpt_path == "a.ckpt"
 
 
-@pytest.mark.parametrize("argv", [["--eval_images", "0"], ["--save_images", "-1"], ["--img_size", "64"]])
+@pytest.mark.parametrize("argv", [["--eval_images", "0"], ["--save_images", "-1"], ["--precision", "foo"]])
 def test_evaluation_settings_out_of_range(argv):
     with pytest.raises(ConfigError, match=argv[0].strip("-")):
         evaluate(*argv)
@@ -349,3 +350,53 @@ def test_defaults_are_not_shared_between_configurations():
     first, second = TrainVAEConfig(), TrainVAEConfig()
     first.trainer.epochs = 1
     assert second.trainer.epochs == TrainVAEConfig().trainer.epochs != 1
+
+
+BAD = [
+    ("--precision foo", "precision: foo is not one of"),
+    ("--accelerator foo", "accelerator: 'foo'"),
+    ("--seed -1", "seed is -1"),
+    ("--betas 0.9 1.5", "betas are"),
+    ("--weight_decay -1", "weight_decay is -1"),
+    ("--learning_rate nan", "learning_rate is nan"),
+    ("--in_channels 1", "it must be 3"),
+    ("--limit_train_batches 0", "nothing would be trained"),
+    ("--gradient_clip_val -1", "gradient_clip_val is -1"),
+    ("--codebook_weight -1", "codebook_weight is -1"),
+    ("--optimizer muon --strategy fsdp", "optimizer: muon needs whole kernels"),
+]
+
+
+@pytest.mark.parametrize(("argv", "message"), BAD, ids=[argv for argv, _ in BAD])
+def test_values_that_could_never_work(argv, message):
+    with pytest.raises(ConfigError, match=message):
+        train(*argv.split())
+
+
+def test_flags_without_effect_are_named():
+    config, given = parse(
+        TrainVAEConfig, ["--fake_data", "--backup_steps", "5", "--p_loss_weight", "2", "--strategy", "ddp"], ""
+    )
+    check_train_vae(config, given)
+    named = without_effect(config, given)
+    assert [line.split(":")[0] for line in named] == ["backup_steps", "p_loss_weight", "strategy"]
+    config, given = parse(
+        TrainVAEConfig, ["--fake_data", "--backup", "--backup_steps", "5", "--loss_type", "lpips_l1"], ""
+    )
+    check_train_vae(config, given)
+    assert without_effect(config, given) == []
+
+
+def test_percentage_survives_the_saved_file(tmp_path):
+    config = train("--val_percent_check", "50", "--train_dir", "t")
+    assert config.trainer.limit_val_batches == 0.5
+    saved = tmp_path / "config.yaml"
+    saved.write_text(to_yaml(config))
+    assert train("-c", str(saved)).trainer.limit_val_batches == 0.5
+
+
+def test_a_yaml_list_of_shards(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("train_dir: [a.tar, b.tar]\n")
+    config, _ = parse(TrainVAEConfig, ["-c", str(file), "--dataset", "webdataset"], "")
+    assert config.data.train_dir == "a.tar,b.tar"

@@ -141,6 +141,26 @@ def test_mistakes(tmp_path, model, capsys, flags, message):
 
 
 @pytest.mark.slow
+def test_more_processes_than_pictures(tmp_path, model):
+    pictures = write_pictures(tmp_path / "pictures", 3)
+    flags = ["--ckpt_path", str(model), "--log_dir", str(tmp_path / "runs"), *FLAGS, "--test_dir", str(pictures)]
+    done = subprocess.run(
+        [sys.executable, "eval_vae.py", *flags, "--eval_images", "1", "--accelerator", "cpu", "--gpus", "2"],
+        cwd=REPO, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    (run,) = (tmp_path / "runs").iterdir()
+    assert json.loads((run / "metrics.json").read_text())["images"] == 1
+
+
+def test_configs_with_lpips_need_no_vgg_to_evaluate(tmp_path, model):
+    recipe = str(REPO / "configs" / "imagenet_augvae_ml.yaml")
+    pictures = write_pictures(tmp_path / "pictures", 2)
+    flags = ["--config", recipe, "--resolution", "16", "--test_dir", str(pictures), "--no-log_images"]
+    assert "lpips" in evaluate(tmp_path, model, *flags)["missing"]
+
+
+@pytest.mark.slow
 def test_two_processes_give_the_figures_of_one(tmp_path, model):
     pictures = write_pictures(tmp_path / "pictures", 11)  # 6 and 5: the last batch of one process is empty
     common = ["--test_dir", str(pictures), "--batch_size", "5", "--save_images", "11"]

@@ -24,8 +24,7 @@ def changed(section: str, leaf: str, value) -> dict:
 def begin(log_dir, name="a", backup_dir=None, config=CONFIG, steps=(), last=(), best=()) -> Run:
     """A run that was interrupted after it had saved at these steps."""
     run = open_run(str(log_dir), name, True, backup_dir, config)
-    run = Run(run.folder, runs.new_id(), run.backup_dir)
-    runs.start(run, run.id, config, "model: {}\n")
+    runs.start(run, config, "model: {}\n")
     for place, pattern, numbers in (
         (run.backups(), "step={}.ckpt", steps),
         (run.checkpoints, "last-epoch=0-step={}.ckpt", last),
@@ -49,7 +48,7 @@ def continued(log_dir, name="a", backup_dir=None, config=CONFIG) -> str | None:
 def test_without_backup_a_taken_name_is_left_alone(tmp_path):
     for expected in ("a", "a-2", "a-3"):
         run = open_run(str(tmp_path), "a", False, None, CONFIG)
-        assert (run.folder, run.id, run.continue_from) == (tmp_path / expected, None, None)
+        assert (run.folder, run.continue_from) == (tmp_path / expected, None)
         assert not run.folder.exists()  # nothing is written yet
         run.folder.mkdir()
     assert open_run(str(tmp_path), "b", False, None, CONFIG).folder.name == "b"
@@ -74,7 +73,7 @@ def test_names_that_are_no_folder_names(tmp_path, name):
 
 def test_with_backup_a_new_name_is_a_new_run(tmp_path):
     run = open_run(str(tmp_path / "deep" / "er"), "a", True, None, CONFIG)
-    assert run == Run(tmp_path / "deep" / "er" / "a")
+    assert run == Run(tmp_path / "deep" / "er" / "a", run.id) and run.id
     assert not (tmp_path / "deep").exists()
 
 
@@ -89,6 +88,17 @@ def test_a_run_that_saved_nothing_starts_anew_in_its_folder(tmp_path):
     first = begin(tmp_path)
     again = open_run(str(tmp_path), "a", True, None, CONFIG)
     assert (again.id, again.continue_from) == (first.id, None)
+
+
+def test_a_run_that_saved_nothing_may_begin_with_other_settings(tmp_path):
+    first = begin(tmp_path)
+    assert open_run(str(tmp_path), "a", True, None, changed("data", "batch_size", 3)).id == first.id
+
+
+def test_log_dir_is_a_file(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="is a file"):
+        open_run(str(tmp_path / "file"), "a", False, None, CONFIG)
 
 
 def test_newest_by_step_not_by_name(tmp_path):
@@ -120,6 +130,8 @@ def test_best_checkpoints_and_unfinished_files_are_not_continued_from(tmp_path):
         ("optim", "learning_rate", 1.0),
         ("loss", "loss_type", "l1"),
         ("trainer", "seed", 1),
+        ("trainer", "precision", "bf16-mixed"),
+        ("trainer", "accumulate_grad_batches", 2),
     ],
 )
 def test_other_settings_are_refused_and_listed(tmp_path, section, leaf, value):
@@ -227,8 +239,8 @@ def test_write_whole_replaces_and_leaves_nothing_behind(tmp_path, monkeypatch):
 
 
 def test_start_writes_what_a_rerun_reads(tmp_path):
-    run = Run(tmp_path / "a" / "b")
-    runs.start(run, "some-id", CONFIG, "trainer: {}\n")
+    run = Run(tmp_path / "a" / "b", "some-id")
+    runs.start(run, CONFIG, "trainer: {}\n")
     assert json.loads((run.folder / "run.json").read_text()) == {"id": "some-id", "config": CONFIG}
     assert (run.folder / "config.yaml").read_text() == "trainer: {}\n"
 

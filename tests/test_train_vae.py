@@ -193,6 +193,94 @@ def steps(backup: Path) -> int:
     return int(backup.stem.split("=")[1])
 
 
+def test_killed_between_the_last_batch_and_the_end_of_an_epoch(tmp_path, pictures, monkeypatch):
+    """What an epoch adds up, its validation and its schedule are not lost, and not counted twice."""
+    settings = ["--epochs", "4", "--backup", "--backup_steps", "1", "--lr_decay", "--learning_rate", "1e-3"]
+    assert train_vae.main(small(tmp_path, *on(pictures), *settings, name="straight")) == 0
+    flags = small(tmp_path, *on(pictures), *settings, name="cut")
+    from latent_verse.augvae.training import LitAugVAE
+
+    def killed(self, batch, batch_idx):
+        if self.global_step == 6:
+            raise KeyboardInterrupt  # in the validation that follows the last batch of the second epoch
+        return original(self, batch, batch_idx)
+
+    original = LitAugVAE.validation_step
+    monkeypatch.setattr(LitAugVAE, "validation_step", killed)
+    with pytest.raises(SystemExit):
+        train_vae.main(flags)
+    monkeypatch.setattr(LitAugVAE, "validation_step", original)
+    assert train_vae.main(flags) == 0
+    straight, cut = tmp_path / "runs" / "straight", tmp_path / "runs" / "cut"
+    for key in ("train/total_loss", "train/total_loss_epoch", "val/total_loss", "train/codes_used_8", "lr-AdamW"):
+        resumed = figures_of(cut / "logs-2" / "metrics.csv", key)
+        assert resumed == {s: v for s, v in figures(straight, key).items() if s >= min(resumed)}, key
+        assert min(resumed) <= 5
+
+
+def test_stop_at_the_end_of_an_epoch(tmp_path, pictures, monkeypatch, capsys):
+    from latent_verse.callbacks import Backup
+
+    original = Backup.on_train_batch_end
+
+    def told(self, trainer, *rest):
+        self.told_to_stop |= trainer.is_last_batch
+        original(self, trainer, *rest)
+
+    monkeypatch.setattr(Backup, "on_train_batch_end", told)
+    flags = small(tmp_path, *on(pictures), "--epochs", "3", "--backup")
+    assert train_vae.main(flags) == 0
+    assert "stopped at step 3; saved" in capsys.readouterr().out
+    monkeypatch.setattr(Backup, "on_train_batch_end", original)
+    assert train_vae.main(flags) == 0
+    assert sorted(figures(tmp_path / "runs" / "run")) == list(range(9))
+
+
+def test_a_damaged_newest_backup_yields_to_the_one_before(tmp_path, pictures, monkeypatch):
+    from latent_verse.callbacks import Backup
+
+    original = Backup.on_train_batch_end
+
+    def told(self, trainer, *rest):
+        self.told_to_stop |= trainer.global_step == 5
+        original(self, trainer, *rest)
+
+    monkeypatch.setattr(Backup, "on_train_batch_end", told)
+    flags = small(tmp_path, *on(pictures), "--epochs", "3", "--backup", "--backup_steps", "1")
+    assert train_vae.main(flags) == 0
+    monkeypatch.setattr(Backup, "on_train_batch_end", original)
+    newest = tmp_path / "runs" / "run" / "backups" / "step=5.ckpt"
+    newest.write_bytes(newest.read_bytes()[:3000])
+    with pytest.warns(UserWarning, match="Trying the checkpoint before it"):
+        assert train_vae.main(flags) == 0
+    assert max(figures(tmp_path / "runs" / "run")) == 8
+
+
+def test_saved_config_of_a_fine_tune_runs_again(tmp_path, pictures):
+    """It holds the shape that the checkpoint gave, though no flag named it."""
+    assert train_vae.main(small(tmp_path, *on(pictures), name="ml")) == 0
+    flags = ["--finetune", "--attn_resolutions", "4", "--pretrained_path", str(tmp_path / "runs" / "ml"), *on(pictures)]
+    rest = [
+        "--batch_size",
+        "4",
+        "--num_workers",
+        "0",
+        "--epochs",
+        "1",
+        "--logger",
+        "csv",
+        "--log_every_n_steps",
+        "1",
+        "--refresh_rate",
+        "0",
+        "--gpus",
+        "0",
+    ]
+    assert train_vae.main([*flags, *rest, "--log_dir", str(tmp_path / "runs"), "--name", "sl"]) == 0
+    assert train_vae.main(["--config", str(tmp_path / "runs" / "sl" / "config.yaml")]) == 0
+    assert figures(tmp_path / "runs" / "sl") == figures(tmp_path / "runs" / "sl-2")
+
+
 MISTAKES = {
     "misspelt flag": (["--batchsize", "4"], "Did you mean --batch_size?"),
     "wrong type": (["--batch_size", "four"], "batch_size: 'four' (from --batch_size) is not int"),
@@ -290,7 +378,7 @@ def test_loggers_work_offline(tmp_path, pictures, logger, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_processes_equal_one_on_the_joined_batch(tmp_path, pictures, strategy):
-    common = [*on(pictures), "--epochs", "2", "--codebook_init", "data", "--num_workers", "0"]
+    common = [*on(pictures), "--epochs", "2", "--learning_rate", "1e-3", "--num_workers", "0"]
     two = ["--accelerator", "cpu", "--gpus", "2", "--batch_size", "2", "--strategy", strategy]
     process = start(small(tmp_path, *common, *two, name="two"))
     said = process.communicate(timeout=300)[0]
@@ -300,8 +388,7 @@ def test_two_processes_equal_one_on_the_joined_batch(tmp_path, pictures, strateg
     for key in ("val/total_loss", "train/total_loss_epoch", "val/codes_used_8"):
         a, b = figures(one, key), figures(other, key)
         assert a.keys() == b.keys() and len(a) == 2
-        # the first batch's random draw of codes is of another order, so the books are not the same: near, not equal
-        assert all(abs(a[s] - b[s]) <= 0.2 * abs(a[s]) + 2 * (key == "val/codes_used_8") for s in a), (key, a, b)
+        assert all(abs(a[s] - b[s]) <= 1e-4 for s in a), (key, a, b)
     assert json.loads((other / "run.json").read_text())["id"]
 
 
@@ -317,7 +404,7 @@ def test_compiled_training_gives_the_same_losses(tmp_path, pictures):
 
 @pytest.mark.parametrize("precision", ["bf16", "bf16-true", "64"])
 def test_precisions(tmp_path, pictures, precision):
-    assert train_vae.main(small(tmp_path, *on(pictures), "--precision", precision)) == 0
+    assert train_vae.main(small(tmp_path, *on(pictures), "--precision", precision, "--codebook_init", "data")) == 0
     losses = figures(tmp_path / "runs" / "run")
     assert len(losses) == 3 and all(0 < v < 10 for v in losses.values())
     assert load_augvae(tmp_path / "runs" / "run").codebook.weight.dtype == torch.float32

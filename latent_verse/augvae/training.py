@@ -11,7 +11,7 @@ from torch import nn
 from torchmetrics import MeanMetric
 
 from latent_verse.augvae.model import AugVAE, Encoded
-from latent_verse.augvae.perceptual import ReconstructionLoss, fetch_vgg16, vgg16_file
+from latent_verse.augvae.perceptual import ReconstructionLoss, fetch_vgg16
 from latent_verse.config import TrainVAEConfig, as_plain
 from latent_verse.evaluation.codebook import CodebookUsage
 from latent_verse.evaluation.reconstruction import ReconstructionMetrics
@@ -28,7 +28,8 @@ class LitAugVAE(pl.LightningModule):
         super().__init__()
         self.model = model
         self.config = config
-        self.loss: ReconstructionLoss | None = None
+        self.loss: ReconstructionLoss | None = None  # made in configure_model; eval_vae needs none
+        self._configured = False
         names = ["total_loss", "rec_loss", "embed_loss", "perplexity"]
         if config.loss.loss_type.startswith("lpips"):
             names.append("lpips_loss")
@@ -38,6 +39,7 @@ class LitAugVAE(pl.LightningModule):
         )
         self.test_metrics: ReconstructionMetrics | None = None  # set by eval_vae
         self.test_limit: int | None = None
+        self.test_results: dict | None = None
         # sum and number of this epoch's training losses: saved, so that a resumed epoch has the same mean
         self.epoch_loss = torch.zeros(2, dtype=torch.float64)
         # Not Lightning's to step: it would do so after the epoch's checkpoint is written, and a resume would miss it.
@@ -48,17 +50,18 @@ class LitAugVAE(pl.LightningModule):
 
     def prepare_data(self) -> None:
         """Fetch LPIPS' backbone, in one process a node."""
-        if self.config.loss.loss_type.startswith("lpips") and not (
-            self.config.data.fake_data or vgg16_file().is_file()
-        ):
+        c = self.config
+        if c.loss.loss_type.startswith("lpips") and self.test_metrics is None and not c.data.fake_data:
             fetch_vgg16()
 
     def configure_model(self) -> None:
         """Shard the networks under --strategy fsdp, compile them under --compile."""
-        if self.loss is not None:  # Lightning calls this once a fit, validate or test
+        if self._configured:  # Lightning calls this once a fit, validate or test
             return
+        self._configured = True
         c = self.config
-        self.loss = ReconstructionLoss(c.loss.loss_type, c.loss.p_loss_weight, untrained=c.data.fake_data)
+        if self.test_metrics is None:
+            self.loss = ReconstructionLoss(c.loss.loss_type, c.loss.p_loss_weight, untrained=c.data.fake_data)
         networks = [*self.model.encoders, *self.model.decoders]
         if c.trainer.compile:
             for network in networks:
@@ -84,14 +87,18 @@ class LitAugVAE(pl.LightningModule):
         """Start the codebook from the first batch, where codebook_init asks for it."""
         first = self.global_step == 0 and batch_idx == 0
         if first and self.config.optim.codebook_init == "data" and self.model.codebook.is_fresh:
-            self.model.initialise_codebook(batch[0])
+            self.model.initialise_codebook(batch[0].to(self._weights_dtype))
 
     # ----------------------------------------------------------------------------------------------------------- steps
 
+    @property
+    def _weights_dtype(self) -> torch.dtype:
+        return self.model.pre_quants[0].weight.dtype
+
     def _through(self, x_BCHW: torch.Tensor) -> tuple[Encoded, torch.Tensor]:
         """Encode and decode, in the dtype of the weights (bf16-true and 64 differ from the images')."""
-        dtype = self.model.pre_quants[0].weight.dtype
-        encoded = self.model.encode(x_BCHW.to(dtype).contiguous(memory_format=torch.channels_last))
+        x_BCHW = x_BCHW.to(self._weights_dtype).contiguous(memory_format=torch.channels_last)
+        encoded = self.model.encode(x_BCHW)
         return encoded, self.model.decode(encoded.z_q)
 
     def _losses(self, x_BCHW: torch.Tensor, stage: str):
@@ -107,7 +114,7 @@ class LitAugVAE(pl.LightningModule):
         parts, reconstruction_BCHW = self._losses(batch[0], "train")
         for name, value in parts.items():
             self.log(f"train/{name}", value, prog_bar=name in ("total_loss", "rec_loss", "perplexity"))
-        self.epoch_loss = self.epoch_loss.to(self.device if self.device.type != "mps" else "cpu")
+        self.epoch_loss = self.epoch_loss.to(self.device)
         self.epoch_loss += torch.stack([parts["total_loss"].detach().double(), self.epoch_loss.new_ones(())])
         out = {"loss": parts["total_loss"]}
         if self.config.trainer.log_images:
@@ -142,12 +149,19 @@ class LitAugVAE(pl.LightningModule):
         self.test_metrics.update(x_BCHW, reconstruction_BCHW, encoded.indices)
         return {"x": x_BCHW, "xrec": reconstruction_BCHW.float().clamp(-1, 1)}
 
+    def on_test_epoch_end(self) -> None:
+        """Compute here, on the device: once the test is over Lightning has moved the metrics to the CPU."""
+        self.test_results = self.test_metrics.compute()
+
     def on_train_epoch_end(self) -> None:
         """Log the epoch's mean loss over all processes, which lr_decay watches (the original watched the last batch's),
         and how much of the codebook is used."""
         sums = self.trainer.strategy.reduce(self.epoch_loss.clone(), reduce_op="sum")
         mean = (sums[0] / sums[1].clamp(min=1)).float()
         self.log("train/total_loss_epoch", mean)
+        if self.trainer.datamodule is not None:
+            skipped = torch.tensor(float(self.trainer.datamodule.skipped), device=self.device)
+            self.log("train/skipped_files", self.trainer.strategy.reduce(skipped, reduce_op="sum"))
         if self.plateau is not None:
             self.plateau.step(mean.item())
         self.epoch_loss.zero_()
@@ -203,6 +217,8 @@ class LitAugVAE(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         """Keep the schedule's state until the optimiser exists."""
         self.plateau_state = checkpoint["latent_verse"].get("plateau")
+        if self.plateau is not None and self.plateau_state:  # sharded strategies restore after the optimiser is made
+            self.plateau.load_state_dict(self.plateau_state)
 
     def process_state(self) -> dict:
         """What differs between processes and is not in the state dict: see callbacks.ProcessState."""

@@ -242,8 +242,12 @@ class ImageDataModule(pl.LightningDataModule):
     def describe(self) -> dict[str, Any]:
         """Counts for the log: samples of each split (None: not known or not used), and files skipped by this rank."""
         counts = {split: self._samples(split) for split in ("train", "val", "test")}
-        skipped = {id(skips): skips.count for skips in self._skipped.values()}
-        return {"dataset": self.data.dataset, **counts, "skipped": sum(skipped.values()), "workers": self._workers()}
+        return {"dataset": self.data.dataset, **counts, "skipped": self.skipped, "workers": self._workers()}
+
+    @property
+    def skipped(self) -> int:
+        """Unreadable files that this rank has passed over so far, each counted once."""
+        return sum({id(skips): skips.count for skips in self._skipped.values()}.values())
 
     def train_dataloader(self) -> TrainLoader:
         self.setup("fit")

@@ -14,7 +14,7 @@ import torch
 import torchmetrics
 from torch import nn
 from torchmetrics import MeanMetric
-from torchmetrics.image import FrechetInceptionDistance, PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
+from torchmetrics.image import FrechetInceptionDistance, StructuralSimilarityIndexMeasure
 
 from latent_verse.augvae.perceptual import LPIPS, vgg16_file
 from latent_verse.evaluation.codebook import CodebookUsage
@@ -43,8 +43,7 @@ class ReconstructionMetrics(nn.Module):
     ):
         super().__init__()
         self.missing: dict[str, str] = {}
-        self.psnr = PeakSignalNoiseRatio(data_range=1.0, dim=(1, 2, 3), reduction="elementwise_mean")
-        self.mse, self.l1 = MeanMetric(), MeanMetric()
+        self.psnr, self.mse, self.l1 = MeanMetric(), MeanMetric(), MeanMetric()
         self.usage = CodebookUsage(levels, num_tokens)
         self.count = torchmetrics.SumMetric()
         self.ssim = self.fid = self.lpips_mean = self.lpips = None
@@ -77,8 +76,9 @@ class ReconstructionMetrics(nn.Module):
         n = len(a_BCHW)
         self.count.update(n)
         self.usage.update(indices)
-        self.psnr.update(b_BCHW, a_BCHW)
-        self.mse.update((a_BCHW - b_BCHW).square().mean(), weight=n)
+        mse_B = (a_BCHW - b_BCHW).square().mean(dim=(1, 2, 3))
+        self.psnr.update(-10 * torch.log10(mse_B.clamp(min=1e-10)))  # 100 dB for equal pictures
+        self.mse.update(mse_B)
         self.l1.update((a_BCHW - b_BCHW).abs().mean(), weight=n)
         if self.ssim is not None:
             self.ssim.update(b_BCHW, a_BCHW)
