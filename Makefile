@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: test test-all lint clean-venv
+.PHONY: test test-all lint demo demo-long clean-venv
 
 $(VENV)/.installed: requirements.txt requirements-dev.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -19,6 +19,12 @@ test-all: $(VENV)/.installed
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+demo: $(VENV)/.installed  # about ten minutes on two cores; continues where it was; writes demo/index.html
+	$(BIN)/python -m latent_verse.demo --world small --out demo
+
+demo-long: $(VENV)/.installed  # the full world, on a GPU where there is one; writes demo/long/index.html
+	$(BIN)/python -m latent_verse.demo --world full --out demo/long
 
 clean-venv:
 	rm -rf $(VENV)

@@ -244,7 +244,7 @@ def read_ckpt(file: str | os.PathLike) -> dict[str, Any]:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file) or None)
-    except OSError as error:
+    except PermissionError as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from error
     except Exception as error:  # pickle, zipfile and torch raise kinds of their own for a damaged file
         refused = re.search(r"GLOBAL ([\w.]+)|global ([\w.]+)|class ([\w.]+)", str(error))

@@ -101,6 +101,12 @@ class LitAugVAE(pl.LightningModule):
         encoded = self.model.encode(x_BCHW)
         return encoded, self.model.decode(encoded.z_q)
 
+    def _nothing_in(self, x_BCHW: torch.Tensor) -> bool:
+        """Whether a batch is empty. A sharded model computes all the same: its gathers wait for every process."""
+        if len(x_BCHW) == 0 and self.device_mesh is not None:
+            self._through(x_BCHW.new_zeros(1, *x_BCHW.shape[1:]))
+        return len(x_BCHW) == 0
+
     def _losses(self, x_BCHW: torch.Tensor, stage: str):
         encoded, reconstruction_BCHW = self._through(x_BCHW)
         parts = self.loss(reconstruction_BCHW, x_BCHW)
@@ -129,7 +135,7 @@ class LitAugVAE(pl.LightningModule):
     def validation_step(self, batch, batch_idx: int):
         """Add a batch to the means; an empty one adds nothing."""
         x_BCHW = batch[0]
-        if len(x_BCHW) == 0:
+        if self._nothing_in(x_BCHW):
             return None
         parts, reconstruction_BCHW = self._losses(x_BCHW, "val")
         for name, mean in self.val_means.items():
@@ -143,7 +149,7 @@ class LitAugVAE(pl.LightningModule):
         if self.test_limit is not None:  # picture j of the batch is number (batch * size + j) * processes + rank
             first = batch_idx * self.config.data.batch_size
             x_BCHW = x_BCHW[: max(0, -(-(self.test_limit - t.global_rank) // t.world_size) - first)]
-        if len(x_BCHW) == 0:
+        if self._nothing_in(x_BCHW):
             return None
         encoded, reconstruction_BCHW = self._through(x_BCHW)
         self.test_metrics.update(x_BCHW, reconstruction_BCHW, encoded.indices)

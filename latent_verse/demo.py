@@ -1,0 +1,287 @@
+"""The demo: AugVAE-ML -> AugVAE-SL -> codes -> BiART on a shapes world, judged both ways, and a page about it.
+
+    python -m latent_verse.demo --world small --out demo        what `make demo` runs
+
+Everything is done by the scripts that a user would call, one process after another; this file only decides the order
+and gathers the results. Interrupted and started again, it goes on where it was: finished stages are known by their
+outputs, and unfinished ones continue by their own means (--backup, shards of codes).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional
+
+from latent_verse import demo_page
+from latent_verse.cli import errors_to_exit_code, parse
+from latent_verse.config import ConfigError, TrainVAEConfig, setting
+from latent_verse.config_biart import TrainBiARTConfig
+from latent_verse.data.shapes import PRESETS
+from latent_verse.runs import write_whole
+
+ROOT = Path(__file__).parents[1]
+PREFIX = {"small": "demo", "full": "demo_full"}  # of the recipes' names
+TRAIN_PAIRS = {"small": 8000, "full": 60_000}
+VAL_PAIRS = 256  # for the curves and the choice among checkpoints
+JUDGED = {"small": 460, "full": 1000}
+SAMPLES = 24  # scenes of each split that the page shows
+
+
+@dataclass
+class DemoSettings:
+    """Which demo, and where."""
+
+    world: str = setting("small", "small: minutes on a CPU; full: hours, or a GPU", tuple(PRESETS))
+    out: str = setting("demo", "folder for everything; the same command continues what is there")
+    recipes: Optional[str] = setting(None, "folder of the three recipes, named as in configs/, the default")
+    train_pairs: Optional[int] = setting(None, "pictures with captions to train on; default 8000, for full 60000")
+    count: Optional[int] = setting(None, "scenes to judge in each split; default 460, for full 1000")
+    rerank: int = setting(8, "pictures among which the model chooses, for the figures with re-ranking")
+    gpus: int = setting(1, "0 is the CPU, 1 the GPU, or the CPU where there is none")
+
+
+@dataclass
+class DemoConfig:
+    """Everything the demo can be told."""
+
+    demo: DemoSettings = field(default_factory=DemoSettings)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One process. It is finished when `output`, a pattern below the demo's folder, is there."""
+
+    name: str
+    title: str
+    command: list[str]  # after the interpreter
+    output: str
+
+    def shown(self) -> str:
+        """The command as a person types it."""
+        return shlex.join(["python", *self.command])
+
+
+class Stopped(Exception):
+    """A stage failed, or the demo was told to stop; the message says what to do. `code` is the exit code."""
+
+    def __init__(self, message: str, code: int):
+        super().__init__(message)
+        self.code = code
+
+
+# ------------------------------------------------------------------------------------------------------------ the plan
+
+
+def plan(s: DemoSettings, out: Path) -> list[Stage]:
+    """The stages, in order. Raises ConfigError for recipes that cannot be read."""
+    folder = Path(s.recipes).resolve() if s.recipes else ROOT / "configs"
+    recipe = {kind: folder / f"{PREFIX[s.world]}_{kind}.yaml" for kind in ("augvae_ml", "augvae_sl", "biart")}
+    pairs, judged = s.train_pairs or TRAIN_PAIRS[s.world], s.count or JUDGED[s.world]
+    at = {name: shown_path(out / name) for name in ("data", "runs", "codes")}
+    runs = ["--log_dir", at["runs"], "--gpus", str(s.gpus)]
+    ml, sl, biart = (f"{at['runs']}/{file.stem}" for file in recipe.values())
+    stages = [Stage("pictures", "pictures and captions", _write_pairs(s.world, at["data"], pairs), "data/finished")]
+
+    folders = ["--train_dir", f"{at['data']}/train", "--val_dir", f"{at['data']}/val"]
+    for kind, title, more in (("augvae_ml", "AugVAE-ML", []), ("augvae_sl", "AugVAE-SL", ["--pretrained_path", ml])):
+        file = recipe[kind]
+        command = ["train_vae.py", "--config", shown_path(file), *folders, *more, *runs]
+        config, _ = parse(TrainVAEConfig, ["--config", str(file)], "")
+        last = f"runs/{file.stem}/checkpoints/last-epoch={config.trainer.epochs - 1}-*.ckpt"
+        stages.append(Stage(kind, title, command, last))
+
+    config, _ = parse(TrainBiARTConfig, ["--config", str(recipe["biart"])], "")
+    start = ["train_biart.py", "--config", shown_path(recipe["biart"]), "--vae_path", sl]
+    extract = [*start, "--dataset", "pairs", *folders, "--extract_codes", at["codes"], "--gpus", str(s.gpus)]
+    stages.append(Stage("codes", "codes", extract, "codes/val/codes.json"))
+    folders = ["--dataset", "codes", "--train_dir", f"{at['codes']}/train", "--val_dir", f"{at['codes']}/val"]
+    stages.append(Stage("biart", "BiART", [*start, *folders, *runs], f"runs/{recipe['biart'].stem}/bundle/config.json"))
+
+    draw = config.sampling
+    sampling = {name: getattr(draw, name) for name in ("temperature", "top_k", "top_p", "guidance")}
+    flags = [word for name, value in sampling.items() if value is not None for word in (f"--{name}", f"{value:g}")]
+    judge = ["-m", "latent_verse.evaluation.shapes", "--model", f"{biart}/bundle", "--world", s.world, *flags]
+    judge += ["--rerank", str(s.rerank), "--count", str(judged), "--samples", str(min(SAMPLES, judged))]
+    for name, split in (("unseen", "val"), ("heldout", "heldout")):
+        file = f"{name}.json"
+        command = [*judge, "--split", split, "--json", shown_path(out / file), "--gpus", str(s.gpus)]
+        stages.append(Stage(name, f"judging {name} scenes", command, file))
+    return stages
+
+
+def _write_pairs(world: str, data: str, pairs: int) -> list[str]:
+    world, data = json.dumps(world), json.dumps(data)  # in double quotes, for the shell's sake
+    lines = (
+        "from pathlib import Path; from latent_verse.data.shapes import World, write_pairs; "
+        f"w = World.preset({world}); data = Path({data}); "
+        f'write_pairs(w, data / "train", {pairs}, "train", captions=6); '
+        f'write_pairs(w, data / "val", {min(VAL_PAIRS, pairs)}, "val", captions=6); (data / "finished").touch()'
+    )
+    return ["-c", lines]
+
+
+def shown_path(path: Path) -> str:
+    """A path as the commands name it: from the repository's root where it lies below that."""
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+
+
+# ------------------------------------------------------------------------------------------------------------- running
+
+
+class Record:
+    """<out>/stages.json: each stage's command, the recipe it named, its seconds so far, and whether it has finished."""
+
+    def __init__(self, file: Path):
+        self.file = file
+        self.stages: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.exists() else {}
+
+    def check_same(self, stages: list[Stage]) -> None:
+        """Raises ConfigError where a stage was begun with another command or recipe than it has now."""
+        for stage in stages:
+            found = self.stages.get(stage.name)
+            if found and (found["command"], found["recipe"]) != (stage.shown(), _recipe(stage)):
+                raise ConfigError(
+                    f"{self.file.parent} holds a demo made otherwise (its stage {stage.title}: {found['command']}). "
+                    "Delete that folder, or give another --out."
+                )
+
+    def add(self, stage: Stage, seconds: float, finished: bool) -> None:
+        """Say that a stage has run for so many seconds more."""
+        known = self.stages.get(stage.name, {"seconds": 0.0})
+        self.stages[stage.name] = {
+            "command": stage.shown(),
+            "recipe": _recipe(stage),
+            "seconds": round(known["seconds"] + seconds, 2),
+            "finished": finished,
+        }
+        write_whole(self.file, json.dumps(self.stages, indent=1))
+
+
+def _recipe(stage: Stage) -> str:
+    """A digest of the recipe a stage names, "" where it names none."""
+    if "--config" not in stage.command:
+        return ""
+    file = ROOT / stage.command[stage.command.index("--config") + 1]
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def only_one(out: Path) -> Iterator[int]:
+    """Hold the folder's lock, an open file that stages inherit: a stage whose demo was killed still holds it.
+
+    Raises:
+        ConfigError: another demo, or a stage of one, is at work there.
+    """
+    with open(out / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(f"out: another demo, or a stage of one, is still at work in {out}. Wait.") from None
+        yield lock.fileno()
+
+
+def run_stage(stage: Stage, record: Record, lock: int) -> None:
+    """Run one stage to its end, its output shown as it comes.
+
+    A signal to stop is passed on once as SIGTERM, at which training saves; a second one kills.
+
+    Raises:
+        Stopped: told to stop, or the stage failed.
+    """
+    told: list[int] = []
+
+    def stop(number: int, frame) -> None:
+        told.append(number)
+        process.send_signal(signal.SIGTERM if len(told) == 1 else signal.SIGKILL)
+
+    # in a session of its own, or Ctrl-C would reach it directly as well, and twice means "at once"
+    process = subprocess.Popen([sys.executable, *stage.command], cwd=ROOT, pass_fds=[lock], start_new_session=True)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        code, since = None, time.perf_counter()
+        while code is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                code = process.wait(timeout=5)
+            now = time.perf_counter()
+            done = code == 0 and is_done(stage, record.file.parent)
+            record.add(stage, now - since, finished=done)
+            since = now
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if told and not done:
+        raise Stopped(f"Stopped in stage {stage.title}. The same command goes on from here.", 128 + told[0])
+    if not done:
+        why = f"failed with exit code {code}" if code else "ended early"
+        raise Stopped(f"Stage {stage.title} {why}; see above. The same command tries it again:\n  {stage.shown()}", 1)
+
+
+def is_done(stage: Stage, out: Path) -> bool:
+    """Whether a stage's output is there."""
+    return any(out.glob(stage.output))
+
+
+def run(s: DemoSettings) -> Path:
+    """Everything, as far as it is not done yet; returns the page's path.
+
+    Raises:
+        ConfigError: recipes that cannot be used, or a folder that holds another demo.
+        Stopped: see `run_stage`.
+    """
+    out = Path(s.out).expanduser().resolve()
+    stages = plan(s, out)
+    out.mkdir(parents=True, exist_ok=True)
+    with only_one(out) as lock:
+        record = Record(out / "stages.json")
+        record.check_same(stages)
+        for number, stage in enumerate(stages, start=1):
+            title = f"[{number}/{len(stages)}] {stage.title}"
+            if record.stages.get(stage.name, {}).get("finished") and is_done(stage, out):
+                print(f"{title}: done before, in {record.stages[stage.name]['seconds']:.0f} s", flush=True)
+                continue
+            print(f"\n{title}\n  {stage.shown()}", flush=True)
+            run_stage(stage, record, lock)
+        seconds = {stage.name: record.stages[stage.name]["seconds"] for stage in stages}
+        return demo_page.write(out, s.world, [(g.name, g.title, g.shown()) for g in stages], seconds)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the demo; 0 when done, 2 for a mistake in the settings, 128 + signal when told to stop, 1 for a failure."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait busily slow each other down on few cores
+    with errors_to_exit_code() as code:
+        config, _ = parse(DemoConfig, argv, __doc__)
+        check(config.demo)
+        try:
+            page = run(config.demo)
+        except Stopped as stopped:
+            print(f"\n{stopped}", file=sys.stderr)
+            return stopped.code
+        print(f"\nThe page: {page}")
+    return code[0] if code else 0
+
+
+def check(s: DemoSettings) -> None:
+    """Raises ConfigError for settings out of range."""
+    for f in dataclasses.fields(s):
+        value = getattr(s, f.name)
+        if f.name in ("train_pairs", "count") and value is not None and value < 1:
+            raise ConfigError(f"{f.name} is {value}; it must be at least 1.")
+    if s.gpus not in (0, 1):
+        raise ConfigError(f"gpus is {s.gpus}; the demo uses one GPU (1) or the CPU (0).")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
