@@ -139,8 +139,15 @@ def test_resume_flag_continues_from_a_file(tmp_path, pictures, capsys):
 
 def start(flags: list[str]) -> subprocess.Popen:
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
-    return subprocess.Popen([sys.executable, str(REPO / "train_vae.py"), *flags], env=env, cwd=REPO,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, str(REPO / "train_vae.py"), *flags],
+        env=env,
+        cwd=REPO,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def wait_for(condition, process: subprocess.Popen, seconds: float = 240) -> None:
@@ -175,7 +182,7 @@ def test_interrupted_run_goes_on_exactly(tmp_path, uninterrupted, number, capsys
     process = start(flags)
     run = tmp_path / "runs" / "run"
     wait_for(lambda: any(steps(p) >= 4 for p in (run / "backups").glob("step=*.ckpt")), process)
-    process.send_signal(number)
+    os.killpg(process.pid, number)  # to the loader processes too, as Slurm and a terminal do
     said = process.communicate(timeout=120)[0]
     if number != signal.SIGKILL:
         assert process.returncode == 0, said

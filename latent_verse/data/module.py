@@ -18,6 +18,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -76,6 +77,14 @@ class EvalBatches:
     def __iter__(self) -> Iterator[list[int]]:
         for step in range(self.steps):
             yield list(self.mine[step * self.batch_size : (step + 1) * self.batch_size])
+
+
+def ignore_sigterm(worker: int) -> None:
+    """For loader processes: Slurm signals them too, and one that dies would end the run before it has saved.
+
+    They end when the training process shuts them down, or is gone.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class _Loader:
@@ -316,6 +325,7 @@ class ImageDataModule(pl.LightningDataModule):
         workers = self._workers()
         if workers:
             batching |= {"prefetch_factor": self.data.prefetch_factor, "persistent_workers": True}
+            batching |= {"worker_init_fn": ignore_sigterm}
         return DataLoader(
             dataset,
             num_workers=workers,
