@@ -85,8 +85,8 @@ def test_fake_data_needs_no_file(tmp_path, capsys):
     assert figures["train/tokens_per_second"][-1] > 0
     names = {"config.yaml", "run.json", "checkpoints", "images", "logs", "tokenizer", "bundle"}
     assert names == {path.name for path in run.iterdir()}
-    assert sorted(path.name for path in (run / "images").iterdir()) == ["samples_step=4.png", "samples_step=4.txt"]
-    assert "caption: a made-up picture" in (run / "images" / "samples_step=4.txt").read_text()
+    assert sorted(path.name for path in (run / "images").iterdir()) == ["samples_step=2.png", "samples_step=2.txt"]
+    assert "caption: a made-up picture" in (run / "images" / "samples_step=2.txt").read_text()
     assert load_tokenizer(run / "tokenizer").name == "bpe"
     model = LVerse.from_pretrained(run / "bundle")
     assert model.info == {"reference_dropout": 0.1, "text_too_long": "truncate"}
