@@ -22,6 +22,15 @@ from tests.runs_on_pictures import SMALL, write_pictures
 REPO = Path(__file__).parent.parent
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """As in the processes that `start` makes: sums over another number of threads round otherwise."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def pictures(tmp_path):
     """Class folders of 12 training and 5 validation pictures."""
