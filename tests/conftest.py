@@ -50,3 +50,12 @@ def tiny_augvae(tiny_config):
 def tiny_images():
     """Makes pictures (B, 3, 16, 16) in [-1, 1]."""
     return lambda batch=2, seed=1: torch.rand(batch, 3, 16, 16, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """One thread in this process, as in those that a test starts: other numbers of threads round sums otherwise."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

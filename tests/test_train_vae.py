@@ -22,13 +22,7 @@ from tests.runs_on_pictures import SMALL, write_pictures
 REPO = Path(__file__).parent.parent
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """As in the processes that `start` makes: sums over another number of threads round otherwise."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
@@ -172,7 +166,7 @@ INTERRUPTED = ["--epochs", "9", "--backup", "--backup_steps", "2", "--dropout", 
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
+def uninterrupted(tmp_path_factory, one_thread):
     """Losses of a run that is left in peace, and its pictures."""
     place = tmp_path_factory.mktemp("peace")
     pictures = write_pictures(place / "train", 12), write_pictures(place / "val", 5)
