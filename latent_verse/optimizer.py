@@ -15,7 +15,23 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+FUSED_ON = ("cpu", "cuda")  # where torch has one kernel for a whole step of AdamW
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic iteration, as in Jordan's post and in torch.optim.Muon
+
+
+def adamw(parameters: list, **settings) -> torch.optim.AdamW:
+    """AdamW in one kernel (`fused`) where torch has it: the same step, 3 times as fast on a CPU, one launch on a GPU.
+
+    Args:
+        parameters: tensors or parameter groups, on the device they train on. Sharded ones take the ordinary step.
+    """
+    tensors = [p for group in parameters for p in (group["params"] if isinstance(group, dict) else [group])]
+    fused = all(p.device.type in FUSED_ON and p.is_floating_point() and not hasattr(p, "device_mesh") for p in tensors)
+    optimizer = torch.optim.AdamW(parameters, fused=True if fused and tensors else None, **settings)
+    # The kernel could undo the scale of fp16 gradients itself. Told so, Lightning refuses gradient_clip_val, in bf16
+    # too (its issue 21435); not told, it undoes the scale before it clips, which is right for every optimiser.
+    optimizer._step_supports_amp_scaling = False
+    return optimizer
 
 
 def orthogonalise(g_NRC: Tensor, iterations: int = 5) -> Tensor:
@@ -54,7 +70,7 @@ class MuonAdamW(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
     ):
         muon = {"params": matrices, "lr": muon_lr, "weight_decay": weight_decay, "momentum": momentum, "muon": True}
-        self._adamw = torch.optim.AdamW(rest, lr=lr, betas=betas)
+        self._adamw = adamw(rest, lr=lr, betas=betas)
         groups = [muon, *({**group, "muon": False} for group in self._adamw.param_groups)]
         super().__init__(groups, {})
         self._share()

@@ -12,7 +12,7 @@ from latent_verse.biart.sequence import IMAGE_TO_TEXT, TEXT_TO_IMAGE
 from latent_verse.biart.training import LitBiART
 from latent_verse.config import BiARTConfig
 from latent_verse.config_biart import TrainBiARTConfig
-from latent_verse.optimizer import MuonAdamW, orthogonalise
+from latent_verse.optimizer import MuonAdamW, adamw, orthogonalise
 
 
 class Codes:
@@ -128,3 +128,25 @@ def test_muon_adamw_comes_back_from_its_state_dict():
     optimizer.load_state_dict(state)
     steps(again, optimizer, range(3, 6))
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_fused_adamw_takes_the_plain_steps_and_lets_gradients_be_clipped(grouped):
+    nets = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        nets.append(torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.GELU(), torch.nn.Linear(16, 4)))
+    settings = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1}
+    mine, plain = ([{"params": list(net.parameters())}] if grouped else list(net.parameters()) for net in nets)
+    one, other = adamw(mine, **settings), torch.optim.AdamW(plain, **settings)
+    assert one.param_groups[0]["fused"] and not other.param_groups[0]["fused"]
+    x = torch.randn(32, 8)
+    for _ in range(20):
+        for net, optimizer in zip(nets, (one, other), strict=True):
+            optimizer.zero_grad()
+            net(x).square().mean().backward()
+            optimizer.step()
+    torch.testing.assert_close(list(nets[0].parameters()), list(nets[1].parameters()), rtol=1e-5, atol=1e-7)
+    # Lightning would refuse gradient_clip_val in mixed precision
+    assert not one._step_supports_amp_scaling
+    other.load_state_dict(one.state_dict())  # checkpoints of one serve the other

@@ -15,7 +15,7 @@ from latent_verse.augvae.perceptual import ReconstructionLoss, fetch_vgg16
 from latent_verse.config import TrainVAEConfig, as_plain
 from latent_verse.evaluation.codebook import CodebookUsage
 from latent_verse.evaluation.reconstruction import ReconstructionMetrics
-from latent_verse.optimizer import MuonAdamW, warm_up_then_cosine
+from latent_verse.optimizer import MuonAdamW, adamw, warm_up_then_cosine
 
 
 class LitAugVAE(pl.LightningModule):
@@ -193,7 +193,7 @@ class LitAugVAE(pl.LightningModule):
         rate = o.learning_rate * max(1, self.trainer.world_size) * self.config.data.batch_size
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         if o.optimizer == "adamw":
-            optimizer = torch.optim.AdamW(trainable, lr=rate, betas=o.betas, weight_decay=o.weight_decay)
+            optimizer = adamw(trainable, lr=rate, betas=o.betas, weight_decay=o.weight_decay)
         else:
             kernels = [p for p in trainable if p.ndim == 4]
             rest = {"params": [p for p in trainable if p.ndim != 4], "weight_decay": o.weight_decay}

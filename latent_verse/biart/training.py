@@ -19,7 +19,7 @@ from latent_verse.biart.model import BiART
 from latent_verse.biart.sequence import DIRECTIONS, IGNORE, TEXT_TO_IMAGE, Sequences, target_modality
 from latent_verse.config import as_plain
 from latent_verse.config_biart import TrainBiARTConfig
-from latent_verse.optimizer import MuonAdamW, warm_up_then_cosine
+from latent_verse.optimizer import MuonAdamW, adamw, warm_up_then_cosine
 
 OTHER = {"text": "image", "image": "text"}
 NO_TOKEN = -1  # fills captions in batches from the loader, which does not know BiART's vocabulary
@@ -194,7 +194,7 @@ class LitBiART(pl.LightningModule):
         o = self.config.optim
         groups = self.model.parameter_groups(o.weight_decay)
         if o.optimizer == "adamw":
-            optimizer = torch.optim.AdamW(groups, lr=o.learning_rate, betas=o.betas)
+            optimizer = adamw(groups, lr=o.learning_rate, betas=o.betas)
         else:
             matrices = [p for p in self.model.blocks.parameters() if p.ndim == 2]
             ids = {id(p) for p in matrices}
