@@ -190,7 +190,9 @@ class TrainerConfig:
     num_sanity_val_steps: int = setting(0, "validation batches tried before training")
     accumulate_grad_batches: int = setting(1, "batches whose gradients are added up for one step")
     gradient_clip_val: Optional[float] = setting(None, "largest norm of the gradient")
-    compile: bool = setting(False, "compile the networks (torch.compile): slow first step, faster ones after")
+    compile: Optional[bool] = setting(
+        None, "compile the networks (torch.compile): slow first step, faster ones after; default on a GPU with Triton"
+    )
     logger: str = setting("tensorboard", "where figures go", ("tensorboard", "wandb", "csv"))
     log_every_n_steps: int = setting(10, "steps between logged training figures")
     log_images: bool = setting(False, "log grids of pictures, also as PNG files in the run folder")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import logging
 import os
+import shutil
 import warnings
 from pathlib import Path
 
@@ -70,6 +72,8 @@ def make_trainer(t: TrainerConfig, run: Run, config, yaml_text: str, has_val: bo
         has_val: whether there is validation data, which decides the best checkpoint.
     """
     accelerator, devices = choose_devices(t)
+    if t.compile is None:
+        t.compile = not config.data.fake_data and compiles_by_default(t, accelerator)
     folder = RunFolder(run, as_plain(config), yaml_text)
     callbacks = [
         folder,
@@ -103,6 +107,22 @@ def make_trainer(t: TrainerConfig, run: Run, config, yaml_text: str, has_val: bo
         default_root_dir=run.folder,
         logger=make_logger(t, run),
         callbacks=callbacks,
+    )
+
+
+def compiles_by_default(t: TrainerConfig, accelerator: str) -> bool:
+    """Where `compile` is not given: on a GPU that Triton serves, with the C compiler that it needs.
+
+    Not for sharded parameters and not under anomaly detection, where it has not been tried.
+    """
+    if accelerator not in ("gpu", "cuda") or t.strategy == "fsdp" or t.debug:
+        return False
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    return (
+        compiler is not None
+        and importlib.util.find_spec("triton") is not None
+        and torch.cuda.is_available()
+        and torch.cuda.get_device_capability() >= (7, 0)
     )
 
 

@@ -1,0 +1,34 @@
+"""What the Trainer is given by default."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from latent_verse import trainer
+from latent_verse.config import TrainerConfig
+from latent_verse.trainer import compiles_by_default
+
+
+def test_networks_are_compiled_on_a_gpu_that_triton_serves(monkeypatch):
+    assert TrainerConfig().compile is None
+    assert not compiles_by_default(TrainerConfig(), "cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(trainer.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(trainer.shutil, "which", lambda name: "/usr/bin/cc")
+    assert compiles_by_default(TrainerConfig(), "gpu")
+    assert not compiles_by_default(TrainerConfig(strategy="fsdp"), "gpu")
+    assert not compiles_by_default(TrainerConfig(debug=True), "gpu")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (6, 1))
+    assert not compiles_by_default(TrainerConfig(), "gpu")
+
+
+@pytest.mark.parametrize("absent", ["triton", "cc"])
+def test_they_are_not_without_triton_or_its_compiler(absent, monkeypatch):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(trainer.importlib.util, "find_spec", lambda name: None if absent == "triton" else object())
+    monkeypatch.setattr(trainer.shutil, "which", lambda name: None if absent == "cc" else "/usr/bin/cc")
+    assert not compiles_by_default(TrainerConfig(), "gpu")
