@@ -281,6 +281,29 @@ def test_loss_and_decoding_trace_without_graph_breaks():
     torch._dynamo.reset()
 
 
+def test_cached_decoding_leaves_compiled_blocks_alone():
+    """They serve training; samples drawn meanwhile would have them compiled again for each number of slots."""
+    model, compiled = lively(), []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    sequences = model.vocab.pack(*pairs(model), 2)
+    idx_BT, seg_BT = sequences.idx_BT, sequences.seg_BT
+    for block in model.blocks:
+        block.compile(backend=backend)
+    with torch.no_grad():
+        cache = KVCache(CONFIG, 4, "cpu", torch.float32)
+        model.prefill(idx_BT[:, :6], seg_BT[:, :6], cache)
+        feature_B1C = model.decode(idx_BT[:, 6:7], seg_BT[:, 6:7], cache, torch.tensor([6]), cache.slots(6))
+        assert not compiled
+        expected = model.features(idx_BT, seg_BT)
+    assert compiled
+    torch.testing.assert_close(feature_B1C[:, 0], expected[:, 6], atol=1e-5, rtol=1e-5)
+    torch._dynamo.reset()
+
+
 def test_dropout_acts_in_training_only():
     config = BiARTConfig(**{**vars(CONFIG), "embd_pdrop": 0.2, "resid_pdrop": 0.2, "attn_pdrop": 0.2})
     model = lively(config)

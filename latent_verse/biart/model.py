@@ -218,13 +218,17 @@ class BiART(nn.Module):
 
         Shapes depend on `slots` alone and nothing here waits for the device.
         """
-        mask_TS = None if cache.bucket == 1 else torch.arange(slots, device=pos_1.device)[None] <= pos_1[:, None]
+        mask_TS = None
+        if cache.bucket > 1:  # to be added: a boolean one is turned into this by every block
+            filled_TS = torch.arange(slots, device=pos_1.device)[None] <= pos_1[:, None]
+            mask_TS = torch.zeros_like(filled_TS, dtype=cache.k_LBHSD.dtype).masked_fill(~filled_TS, -math.inf)
         return self._cached(idx_B1, seg_B1, cache, pos_1, slots, mask_TS)
 
     def _cached(self, idx_BT, seg_BT, cache: KVCache, pos_T: Tensor, slots: int, mask_TS: Tensor | None) -> Tensor:
         x_BTC = self.tok_emb(idx_BT) + self.seg_emb(seg_BT) + self.pos_emb[:, pos_T]
         for block, k_BHSD, v_BHSD in zip(self.blocks, cache.k_LBHSD, cache.v_LBHSD, strict=True):
-            x_BTC = block(x_BTC, Past(k_BHSD, v_BHSD, pos_T, slots, mask_TS))
+            # With its hooks, but not compiled: samples drawn in training would compile each number of slots anew.
+            x_BTC = block._call_impl(x_BTC, Past(k_BHSD, v_BHSD, pos_T, slots, mask_TS))
         return self.ln_f(x_BTC)
 
     # -------------------------------------------------------------------------------------------------- for training

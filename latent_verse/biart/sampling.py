@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from latent_verse.biart.model import BiART, KVCache
+from latent_verse.biart.repeat import Repeat, can_capture
 from latent_verse.biart.sequence import IGNORE, IMAGE_TO_TEXT, TEXT_TO_IMAGE, target_modality
 
 
@@ -171,34 +172,50 @@ def generate(
     u_BN = None if temperature == 0 else uniforms(_sample_seeds(seed, batch), total, device)
     seg_R1 = torch.ones(len(idx_RT), 1, dtype=torch.long, device=device)
     done_B = torch.zeros(batch, dtype=torch.bool, device=device)
+    bad = torch.zeros((), dtype=torch.bool, device=device)
     position = idx_RT.shape[1]
-    pos_1 = torch.tensor([position], device=device)
+    # What changes from token to token lives in tensors, so that a CUDA graph can repeat a step (see `Repeat`).
+    pos_1, step_1 = torch.tensor([position], device=device), torch.tensor([known], device=device)
     with _evaluating(model):
         weight_VC = model.head_weight(modality)
         cache = _new_cache(model, len(idx_RT), device, bucket)
-        feature_RC = model.prefill(idx_RT, seg_RT, cache)[:, -1]
-        bad = torch.zeros((), dtype=torch.bool, device=device)
-        for step in range(known, total):
+        feature_RC = model.prefill(idx_RT, seg_RT, cache)[:, -1].clone()
+        id_B = torch.empty(batch, dtype=torch.long, device=device)
+
+        def draw() -> None:
+            """The token at step_1, from the features before it."""
             logits_BV = F.linear(feature_RC, weight_VC).float()
             if guidance != 1:
                 logits_BV = guide(logits_BV, guidance)
-            bad |= ~logits_BV.isfinite().all()
-            if step == known:
-                _check_finite(bad)  # at once, rather than after all tokens: later ones do not wait for the device
-            class_B = choose(logits_BV, None if u_BN is None else u_BN[:, step], temperature, top_k, top_p)
+            bad.logical_or_(~logits_BV.isfinite().all())
+            u_B = None if u_BN is None else u_BN.index_select(1, step_1)[:, 0]
+            class_B = choose(logits_BV, u_B, temperature, top_k, top_p)
             if modality == "text":
                 class_B = class_B.masked_fill(done_B, vocab.text_vocab)
-                done_B |= class_B == vocab.text_vocab
-            id_B = vocab.to_ids(class_B, modality)
-            target_BN[:, step] = id_B if modality == "text" else class_B
+                done_B.logical_or_(class_B == vocab.text_vocab)
+            id_B.copy_(vocab.to_ids(class_B, modality))
+            target_BN.index_copy_(1, step_1, (id_B if modality == "text" else class_B)[:, None])
+
+        def advance_and_draw(slots: int) -> None:
+            """Read the token just drawn, and draw the next one."""
+            idx_R1 = (id_B if guidance == 1 else id_B.repeat(2))[:, None]
+            feature_RC.copy_(model.decode(idx_R1, seg_R1, cache, pos_1, slots)[:, 0])
+            pos_1.add_(1)
+            step_1.add_(1)
+            draw()
+
+        repeat = Repeat(advance_and_draw, can_capture(model, device))
+        draw()
+        _check_finite(bad)  # at once, rather than after all tokens: later ones do not wait for the device
+        if progress is not None:
+            progress(known + 1, total)
+        for step in range(known + 1, total):
+            if modality == "text" and bool(done_B.all()):
+                break
+            repeat(cache.slots(position))
+            position += 1
             if progress is not None:
                 progress(step + 1, total)
-            if step + 1 == total or (modality == "text" and bool(done_B.all())):
-                break
-            idx_R1 = (id_B if guidance == 1 else id_B.repeat(2))[:, None]
-            feature_RC = model.decode(idx_R1, seg_R1, cache, pos_1, cache.slots(position))[:, 0]
-            pos_1 += 1
-            position += 1
         _check_finite(bad)
     return target_BN
 

@@ -1,0 +1,136 @@
+"""Decoding as a CUDA graph would repeat it: a step recorded operator by operator and run again on the same memory."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from latent_verse.biart import sampling
+from latent_verse.biart.model import BiART
+from latent_verse.biart.repeat import Repeat, can_capture
+from latent_verse.biart.sampling import generate
+from latent_verse.biart.sequence import DIRECTIONS, TEXT_TO_IMAGE
+from latent_verse.config import BiARTConfig
+
+CONFIG = BiARTConfig(
+    text_vocab=11, image_vocab=9, text_len=7, image_len=12, n_layer=2, n_head=2, n_embd=16
+)  # 20 positions: slots of 4, 8, ... 20
+
+
+class Recorder(TorchDispatchMode):
+    """Keeps every operator with its arguments and results, and refuses those that a CUDA graph cannot hold."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func is not torch.ops.aten._local_scalar_dense.default, "a step waits for the device"
+        assert "nonzero" not in str(func) and "masked_select" not in str(func), f"{func}: its size depends on data"
+        out = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, out))
+        return out
+
+    def replay(self) -> None:
+        """Run the same operators on the same memory."""
+        for func, args, kwargs, out in self.calls:
+            again = func(*args, **kwargs)
+            pairs = zip(out, again, strict=True) if isinstance(out, (tuple, list)) else [(out, again)]
+            for kept, new in pairs:
+                if isinstance(kept, torch.Tensor) and kept.data_ptr() != new.data_ptr():
+                    kept.copy_(new)
+
+
+class Recorded(Repeat):
+    """`Repeat` with a Recorder for a CUDA graph, which counts how often it replayed."""
+
+    replays = 0
+
+    def __init__(self, step, capture):
+        super().__init__(step, False)
+
+    def __call__(self, slots: int) -> None:
+        if slots in self._graphs:
+            self._graphs[slots].replay()
+            Recorded.replays += 1
+        elif slots in self._warm:
+            with Recorder() as self._graphs[slots]:
+                self.step(slots)
+        else:
+            super().__call__(slots)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 0},
+        {"temperature": 0, "guidance": 2.5},
+        {"temperature": 0.9},
+        {"top_k": 4},
+        {"top_p": 0.8, "guidance": 1.5},
+    ],
+)
+def test_a_repeated_step_draws_the_same(direction, settings, monkeypatch):
+    torch.manual_seed(0)
+    model = BiART(CONFIG).eval()
+    with torch.no_grad():
+        model.head.weight.mul_(20)  # no near ties
+    image = direction == TEXT_TO_IMAGE
+    reference = torch.randint(0, 9, (3, CONFIG.text_len if image else CONFIG.image_len))
+    plain = generate(model, reference, direction, seed=5, bucket=4, **settings)
+    assert torch.equal(plain, generate(model, reference, direction, seed=5, bucket=1, **settings))
+    monkeypatch.setattr(sampling, "Repeat", Recorded)
+    Recorded.replays = 0
+    assert torch.equal(plain, generate(model, reference, direction, seed=5, bucket=4, **settings))
+    assert Recorded.replays > (1 if image else -1)  # a text may end early
+
+
+def test_nothing_is_captured_on_a_cpu():
+    model = BiART(CONFIG)
+    assert not can_capture(model, torch.device("cpu"))
+    calls = []
+    repeat = Repeat(calls.append, capture=False)
+    for slots in (4, 4, 8):
+        repeat(slots)
+    assert calls == [4, 4, 8]
+
+
+def test_autocast_and_sharded_parameters_are_not_captured(monkeypatch):
+    model, cuda = BiART(CONFIG), torch.device("cuda")
+    assert can_capture(model, cuda)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: True)
+    assert not can_capture(model, cuda)
+    monkeypatch.undo()
+    model.head.weight.device_mesh = object()  # what a DTensor has
+    assert not can_capture(model, cuda)
+
+
+def test_where_a_capture_fails_decoding_goes_on_without(monkeypatch):
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+    class Graph:
+        def capture_begin(self, **settings):
+            raise RuntimeError("operation not permitted")
+
+    for name, value in {
+        "Stream": Stream,
+        "CUDAGraph": Graph,
+        "graph_pool_handle": lambda: 0,
+        "current_stream": Stream,
+        "stream": lambda stream: contextlib.nullcontext(),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    calls = []
+    repeat = Repeat(calls.append, capture=True)
+    repeat(4)
+    with pytest.warns(UserWarning, match="not permitted"):
+        repeat(4)
+    repeat(4)
+    repeat(8)
+    assert calls == [4, 4, 4, 8]
