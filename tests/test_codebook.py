@@ -104,7 +104,8 @@ def test_gradient_passes_straight_through_and_commitment_pulls_to_the_code():
 
 @pytest.mark.parametrize("at_once", [1, 20, 21, 100, 6000, 2**22])
 def test_nearest_equals_brute_force_across_slices(monkeypatch, at_once):
-    monkeypatch.setattr(codebook_module, "DISTANCES_AT_ONCE", at_once)
+    monkeypatch.setattr(codebook_module, "AT_LEAST", at_once)
+    monkeypatch.setattr(codebook_module, "AT_MOST", {"cpu": at_once})
     book, z = make_book().double(), vectors(301).double()
     brute = torch.stack([(z - code).square().sum(1) for code in book.weight], dim=1).argmin(1)
     assert torch.equal(book.nearest(z), brute)
@@ -134,7 +135,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 def test_no_tensor_of_n_times_k_is_made(monkeypatch):
-    monkeypatch.setattr(codebook_module, "DISTANCES_AT_ONCE", 2**14)
+    monkeypatch.setattr(codebook_module, "AT_MOST", {"cpu": 2**14})
     N, K = 2048, 1024
     quantizer = Quantizer(make_book(K=K, restart_threshold=0.1), 0.25).train()
     with LargestTensor() as largest:

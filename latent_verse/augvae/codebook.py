@@ -15,7 +15,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-DISTANCES_AT_ONCE = 2**22  # floats of the distance matrix held at a time: 16 MiB in float32
+# Elements of the distance matrix held at a time: a sixteenth of it within these bounds. 4 MiB in float32 fit in a CPU's
+# caches; a GPU needs more at once to be busy.
+AT_LEAST, AT_MOST = 2**18, {"cpu": 2**20, "cuda": 2**22}
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 
@@ -73,9 +75,13 @@ class Codebook(nn.Module):
         out_N = torch.empty(N, dtype=torch.int64, device=z_ND.device)
         with full_precision_matmul(z_ND.device.type):
             norm_K = self.weight.square().sum(1)
-            rows = max(1, DISTANCES_AT_ONCE // K)
+            at_once = min(max(N * K // 16, AT_LEAST), AT_MOST.get(z_ND.device.type, AT_LEAST))
+            rows = max(1, min(N, at_once // K))
+            buffer_NK = z_ND.new_empty(rows, K)  # one for all slices: fresh memory costs a CPU more than the sums
             for start in range(0, N, rows):
-                distance_NK = torch.addmm(norm_K, z_ND[start : start + rows], self.weight.t(), alpha=-2)
+                part_ND = z_ND[start : start + rows]
+                distance_NK = buffer_NK[: len(part_ND)]
+                torch.addmm(norm_K, part_ND, self.weight.t(), alpha=-2, out=distance_NK)
                 out_N[start : start + rows] = distance_NK.min(dim=1).indices
         return out_N
 
