@@ -1,6 +1,7 @@
 """Training BiART from codes against training from pictures: steps a second of both, and their ratio, in one run.
 
     python benchmarks/codes.py [--device cuda] [--image_size 256] [--preset 12x768] [--batch 8] [--json FILE]
+    python benchmarks/run.py codes [--device cuda]
 
 Both run LitBiART's training step, backward pass and AdamW on the same batches of made-up pairs. From pictures each step
 first runs the frozen AugVAE, of the released width, random; its loader is left out (the pictures lie on the device), so
@@ -13,18 +14,20 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.measure import Row, peer, race, row
 from latent_verse.augvae.model import AugVAE
 from latent_verse.biart.model import PRESETS, BiART
 from latent_verse.biart.training import LitBiART
 from latent_verse.config import AugVAEConfig, BiARTConfig
 from latent_verse.config_biart import TrainBiARTConfig
+from latent_verse.optimizer import adamw
 
 # (codebook, widths) by the side of the picture: the released shape at 256 px, small ones for a CPU
 WIDTHS = {256: (8192, 128, 256, (1, 2, 4)), 64: (512, 32, 64, (1, 2, 4)), 32: (128, 32, 32, (1, 1, 2))}
@@ -42,20 +45,65 @@ def build(image_size: int, preset: str, device: str) -> tuple[AugVAE, LitBiART]:
     return vae, module.to(device)
 
 
-def step_time(module: LitBiART, batch: list[torch.Tensor], device: str, precision: torch.dtype, repeats: int) -> float:
-    """Median seconds of a training step."""
-    optimizer = torch.optim.AdamW(module.model.parameter_groups(0.05), lr=1e-4)
-    times = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
+def make_step(module: LitBiART, batch: list[torch.Tensor], device: str, precision: torch.dtype) -> Callable[[], None]:
+    """A function that takes one training step."""
+    optimizer = adamw(module.model.parameter_groups(0.05), lr=1e-4)
+
+    def step():
         with torch.autocast(device, precision, enabled=precision != torch.float32):
             loss, _ = module.loss(module.model, module.pack(batch, len(batch[1]) // 2, 0.1))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        loss.item()  # waits for the device
-        times.append(time.perf_counter() - start)
-    return sorted(times[1:])[repeats // 2]
+
+    return step
+
+
+def compare(device: str, image_size: int, preset: str, batch: int, precision: torch.dtype, repeats: int) -> dict:
+    """Seconds of a step from pictures and from codes, taken in turns, and of encoding a batch."""
+    torch.manual_seed(0)
+    vae, module = build(image_size, preset, device)
+    x = (torch.rand(batch, 3, image_size, image_size) * 2 - 1).to(device)
+    text = torch.randint(0, 4096, (batch, module.model.vocab.text_len)).to(device)
+    text[:, 16:] = -1
+    codes = vae.codes(x)
+    same = torch.equal(module.codes(x), codes) and torch.equal(module.codes(codes), codes)
+    ways = {
+        "pictures": make_step(module, [x, text], device, precision),
+        "codes": make_step(module, [codes, text], device, precision),
+        "extraction": lambda: vae.codes(x).cpu(),
+    }
+    return race(ways, device, repeats) | {"same": same, "codes_per_image": vae.num_codes}
+
+
+# ------------------------------------------------------------------------------------------- as an area of run.py
+
+SIZES = {
+    "toy": [(32, "tiny", 2, 1)],  # side, preset, batch, repeats
+    "cpu": [(32, "tiny", 4, 3), (64, "tiny", 4, 3)],
+    "cuda": [(256, "12x768", 8, 5), (256, "12x768", 32, 3)],
+}
+
+
+def suite(device: str, size: str) -> Iterator[Row]:
+    """A row for each side and batch."""
+    for image_size, preset, batch, repeats in SIZES[size]:
+        precision = torch.bfloat16 if device == "cuda" else torch.float32
+        times = compare(device, image_size, preset, batch, precision, repeats)
+        yield row(
+            "codes",
+            f"{image_size} px, {times['codes_per_image']} codes, {preset}, batch {batch}",
+            {"seconds": times["codes"], "bytes": None},
+            [peer("from pictures", times["codes"], times["pictures"])],
+            unit="training step",
+            same=times["same"],
+            goal=">= 5x" if device == "cuda" else None,
+            met=times["pictures"] / times["codes"] >= 5 if device == "cuda" else None,
+            figures={
+                "steps_per_s": 1 / times["codes"],
+                "extraction_images_per_s": batch / times["extraction"],
+            },
+        )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -71,23 +119,12 @@ def main(argv: list[str] | None = None) -> int:
     size, preset = args.image_size or (256 if cuda else 32), args.preset or ("12x768" if cuda else "tiny")
     precision = torch.bfloat16 if cuda else torch.float32
 
-    torch.manual_seed(0)
-    vae, module = build(size, preset, args.device)
-    x = (torch.rand(args.batch, 3, size, size) * 2 - 1).to(args.device)
-    text = torch.randint(0, 4096, (args.batch, module.model.vocab.text_len)).to(args.device)
-    text[:, 16:] = -1
-    codes = vae.codes(x)
-    rows = {
-        "pictures": step_time(module, [x, text], args.device, precision, args.repeats),
-        "codes": step_time(module, [codes, text], args.device, precision, args.repeats),
-    }
-    start = time.perf_counter()
-    for _ in range(args.repeats):
-        vae.codes(x).cpu()
-    extraction = args.repeats * args.batch / (time.perf_counter() - start)
+    times = compare(args.device, size, preset, args.batch, precision, args.repeats)
+    rows = {source: times[source] for source in ("pictures", "codes")}
+    extraction = args.batch / times["extraction"]
     speedup = rows["pictures"] / rows["codes"]
     name = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{size} px, {module.model.vocab.image_len} codes, BiART {preset}, batch {args.batch}, {precision} on {name}")
+    print(f"{size} px, {times['codes_per_image']} codes, BiART {preset}, batch {args.batch}, {precision} on {name}")
     for source, seconds in rows.items():
         print(f"from {source:9s} {1 / seconds:8.2f} steps/s {args.batch / seconds:9.1f} pairs/s")
     print(f"codes are {speedup:.2f}x as fast; extraction encodes {extraction:.0f} pictures/s")

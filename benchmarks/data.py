@@ -1,6 +1,7 @@
 """JPEG to training picture on one core: images/s of several decoders and resizers against plain PIL + torchvision v1.
 
     python benchmarks/data.py [--dir FOLDER] [--resolution 256] [--images 200] [--json FILE]
+    python benchmarks/run.py data [--device cuda]
 
 Every way gets the same bytes and cuts the same squares. "plain" is what training scripts commonly do: PIL, v1
 transforms, ToTensor, Normalize. The rest stop at uint8, as `latent_verse.data` does (the device makes the floats),
@@ -16,7 +17,7 @@ import io
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,7 @@ from torchvision.transforms.v2 import functional as v2
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.measure import Row, peer, row
 from latent_verse.data.transforms import (
     centre_crop,
     crop_box,
@@ -176,6 +178,50 @@ def measure(ways: dict[str, Callable], files: list[bytes], rounds: int) -> list[
     ]
 
 
+# ------------------------------------------------------------------------------------------- as an area of run.py
+
+SIZES = {
+    "toy": {"images": 4, "resolution": 32, "rounds": 1, "batch": 2, "steps": 2},
+    "cpu": {"images": 60, "resolution": 256, "rounds": 3, "batch": 8, "steps": 8},
+    "cuda": {"images": 200, "resolution": 256, "rounds": 3, "batch": 8, "steps": 60},
+}
+PLAIN, OURS = "plain: PIL + v1, float", "latent_verse, uint8"
+
+
+def suite(device: str, size: str) -> Iterator[Row]:
+    """Decoding and cropping for one core; then layouts and the loader beside a step (see loading.py)."""
+    from benchmarks import loading
+
+    s = SIZES[size]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        files, of_training = made_pictures(s["images"]), 0.0
+        for task, ways in (("train", train_ways(s["resolution"])), ("evaluate", eval_ways(s["resolution"]))):
+            rows = {r["way"]: r for r in measure(ways, files, s["rounds"])}
+            ours, plain = (1 / rows[name]["images_per_s"] for name in (OURS, PLAIN))
+            of_training = plain if task == "train" else of_training
+            yield row(
+                "data",
+                f"JPEG to {s['resolution']} px, {task}, one core",
+                {"seconds": ours, "bytes": None},
+                [
+                    peer(name, ours, 1 / r["images_per_s"]) | {"max_difference": r["max_difference"]}
+                    for name, r in rows.items()
+                    if name not in (OURS, "latent_verse, float")
+                ],
+                unit="picture (CPU time)",
+                same=rows[OURS]["max_difference"] <= 2,
+                goal=">= 1.5x the original's pipeline",
+                met=plain / ours >= 1.5,
+                figures={"images_per_s": 1 / ours, "max_difference": rows[OURS]["max_difference"]},
+            )
+        yield from loading.layouts(files, s["resolution"], of_training)
+    finally:
+        torch.set_num_threads(threads)
+    yield from loading.beside_a_step(device, size, files, s)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--dir", help="folder of JPEGs, searched recursively (default: made pictures)")
@@ -192,11 +238,11 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{len(files)} JPEGs ({result['source']}) to {args.resolution} px, one core, {versions}")
     print(f"{'':6} {'way':32} {'images/s':>9} {'ratio':>6} {'max diff':>9}  within 2/255")
     for task, ways in (("train", train_ways(args.resolution)), ("eval", eval_ways(args.resolution))):
-        for row in measure(ways, files, args.rounds):
-            result["rows"].append({"task": task, **row})
+        for measured in measure(ways, files, args.rounds):
+            result["rows"].append({"task": task, **measured})
             print(
-                f"{task:6} {row['way']:32} {row['images_per_s']:9.0f} {row['ratio']:6.2f} {row['max_difference']:9d}  "
-                f"{'yes' if row['max_difference'] <= 2 else 'no'}"
+                f"{task:6} {measured['way']:32} {measured['images_per_s']:9.0f} {measured['ratio']:6.2f} {measured['max_difference']:9d}  "
+                f"{'yes' if measured['max_difference'] <= 2 else 'no'}"
             )
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n")

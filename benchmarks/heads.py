@@ -19,6 +19,7 @@ import multiprocessing
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.measure import Row, peak_bytes, peer, race, row
 from latent_verse.biart.model import BiART
 from latent_verse.biart.sequence import DIRECTIONS, IGNORE, Sequences
 from latent_verse.config import BiARTConfig
@@ -58,8 +60,8 @@ def full_loss(model: BiART, features_BTC: torch.Tensor, sequences: Sequences) ->
     return (losses * weight_BT.flatten()).sum()
 
 
-def run_variant(variant: str, sizes: dict, batch: int, device: str, dtype: str, chunk: int, repeats: int) -> dict:
-    """Median seconds and peak bytes of one way, and its loss."""
+def make_step(variant: str, sizes: dict, batch: int, device: str, dtype: str, chunk: int):
+    """A function of no arguments that computes the loss and its gradients one way and returns the loss."""
     torch.manual_seed(0)
     model = BiART(BiARTConfig(**sizes, n_layer=1)).to(device, getattr(torch, dtype))
     vocab = model.vocab
@@ -81,6 +83,13 @@ def run_variant(variant: str, sizes: dict, batch: int, device: str, dtype: str, 
         loss.backward()
         return loss.item()  # waits for the device
 
+    return step
+
+
+def run_variant(variant: str, sizes: dict, batch: int, device: str, dtype: str, chunk: int, repeats: int) -> dict:
+    """Median seconds and peak bytes of one way, and its loss."""
+    step = make_step(variant, sizes, batch, device, dtype, chunk)
+
     def resident(key: str) -> int:
         fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
         return int(fields[key].split()[0]) * 1024
@@ -94,6 +103,24 @@ def run_variant(variant: str, sizes: dict, batch: int, device: str, dtype: str, 
         times.append(time.perf_counter() - start)
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else resident("VmHWM")
     return {"variant": variant, "seconds": sorted(times[1:])[repeats // 2], "bytes": peak - before, "loss": loss}
+
+
+def rows(device: str, n_embd: int, batch: int, dtype: str, repeats: int, chunk: int = 1024, **sizes) -> Iterator[Row]:
+    """For run.py's area biart: the heads alone, as a row for each of our ways, in this process."""
+    sizes = {"n_embd": n_embd, "n_head": 1, **sizes}
+    steps = {v: make_step(v, sizes, batch, device, dtype, chunk) for v in ("full", "modality", "modality, chunked")}
+    losses = {name: step() for name, step in steps.items()}
+    times = race(steps, device, repeats)
+    memory = {name: peak_bytes(step, device) for name, step in steps.items()}
+    for name in list(steps)[1:]:
+        yield row(
+            "biart",
+            f"heads by {name}, batch {batch}, n_embd {n_embd}, {dtype}",
+            {"seconds": times[name], "bytes": memory[name]},
+            [peer("full masked softmax", times[name], times["full"], memory["full"], memory[name])],
+            unit="loss and gradients",
+            same=math.isclose(losses[name], losses["full"], rel_tol=1e-4 if dtype == "float32" else 1e-2),
+        )
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -16,73 +16,18 @@ import json
 import multiprocessing
 import sys
 import time
-import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.measure import PeakBytes, Row, absent, matmul_rate, peak_bytes, peer, race, row
+from benchmarks.plain import BETA, DECAY, EPS, one_hot_forward
 from latent_verse.augvae.codebook import Codebook, Quantizer
 
-DECAY, EPS, BETA = 0.99, 1e-5, 0.25
 VARIANTS = ("one-hot", "ours")
-
-
-@torch.no_grad()
-def one_hot_update(book: Codebook, flat_ND: torch.Tensor, hot_NK: torch.Tensor) -> None:
-    book.cluster_size.mul_(DECAY).add_(hot_NK.sum(0), alpha=1 - DECAY)
-    book.embed_avg.mul_(DECAY).add_(hot_NK.t() @ flat_ND, alpha=1 - DECAY)
-    n = book.cluster_size.sum()
-    smoothed = (book.cluster_size + EPS) / (n + len(book.weight) * EPS) * n
-    book.weight.copy_(book.embed_avg / smoothed[:, None])
-
-
-def one_hot_forward(book: Codebook, z_BDHW: torch.Tensor):
-    """The plain formulation of Quantizer.forward (van den Oord et al. 2017, appendix A.1)."""
-    z_BHWD = z_BDHW.permute(0, 2, 3, 1)
-    flat_ND = z_BHWD.reshape(-1, z_BHWD.shape[-1])
-    weight = book.weight.clone()
-    d_NK = flat_ND.pow(2).sum(1, keepdim=True) - 2 * flat_ND @ weight.t() + weight.pow(2).sum(1)
-    indices_N = d_NK.argmin(1)
-    hot_NK = F.one_hot(indices_N, len(weight)).to(flat_ND.dtype)
-    quantised = (hot_NK @ weight).view(z_BHWD.shape)
-    one_hot_update(book, flat_ND.detach(), hot_NK)
-    loss = BETA * F.mse_loss(quantised, z_BHWD)
-    out = (z_BHWD + (quantised - z_BHWD).detach()).permute(0, 3, 1, 2)
-    return out, indices_N.view(z_BHWD.shape[:-1]), loss
-
-
-class PeakBytes(TorchDispatchMode):
-    """The most bytes that tensors made inside held at one time."""
-
-    def __init__(self):
-        super().__init__()
-        self.live = self.peak = 0
-        self.seen = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        for tensor in tree_leaves(out):
-            if not isinstance(tensor, torch.Tensor):
-                continue
-            storage = tensor.untyped_storage()
-            key = storage._cdata
-            if key in given or key in self.seen:
-                continue
-            self.seen.add(key)
-            self.live += storage.nbytes()
-            self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self._freed, key, storage.nbytes())
-        return out
-
-    def _freed(self, key: int, size: int) -> None:
-        self.seen.discard(key)
-        self.live -= size
 
 
 def inputs(args: argparse.Namespace) -> tuple[torch.Tensor, Codebook]:
@@ -149,6 +94,85 @@ def agree(a: dict, b: dict) -> str:
         if different == 0 and not torch.allclose(a[name], b[name], rtol=1e-4, atol=1e-5):
             return f"{name} differs by up to {(a[name] - b[name]).abs().max():g}"
     return "" if abs(a["loss"] - b["loss"]) < 1e-5 * abs(a["loss"]) else f"losses {a['loss']} and {b['loss']}"
+
+
+# ------------------------------------------------------------------------------------------- as an area of run.py
+
+# pairs (N, K) for each D; the one-hot matrix is left out where it would take more than `most` elements
+SIZES = {
+    "toy": {"D": (8,), "N": (64, 128), "K": (32,), "at": (64, 32), "repeats": 1, "most": 2**26},
+    "cpu": {"D": (32, 256), "N": (2**10, 2**12, 2**14), "K": (2**10, 2**13), "at": (2**11, 2**10), "repeats": 3},
+    "cuda": {
+        "D": (32, 256),
+        "N": tuple(2**i for i in range(10, 18)),
+        "K": tuple(2**i for i in range(10, 17)),
+        "at": (2**13, 2**13),
+        "repeats": 5,
+        "most": 2**30,
+    },
+}
+
+
+def vq_pytorch(book: Codebook):
+    """vector-quantize-pytorch's VectorQuantize with the same codebook, decay and commitment, in training mode."""
+    from vector_quantize_pytorch import VectorQuantize
+
+    K, D = book.weight.shape
+    peer = VectorQuantize(
+        dim=D, codebook_size=K, decay=DECAY, eps=EPS, commitment_weight=BETA, rotation_trick=False
+    ).to(book.weight.device)
+    with torch.no_grad():
+        for name, value in book.state_dict().items():
+            getattr(peer._codebook, {"weight": "embed"}.get(name, name)).copy_(value[None])
+    peer.train()
+    return lambda z_BDHW: peer(z_BDHW.flatten(2).transpose(1, 2))
+
+
+def suite(device: str, size: str) -> Iterator[Row]:
+    """Rows over N, then over K, for each D: time and memory of a training-mode forward pass."""
+    s = SIZES[size]
+    fixed_N, fixed_K = s["at"]
+    rate = matmul_rate(device, torch.float32)
+    for D in s["D"]:
+        points = [("vectors", N, fixed_K, N) for N in s["N"]] + [("codes", fixed_N, K, K) for K in s["K"]]
+        for law, N, K, x in points:
+            result = _point(device, N, K, D, s["repeats"], s.get("most", 2**25), rate)
+            yield result | {"law": {"name": f"quantiser: {law}", "series": f"D = {D}", "x": x}}
+
+
+def _point(device: str, N: int, K: int, D: int, repeats: int, most: int, rate: float) -> Row:
+    args = argparse.Namespace(N=N, K=K, D=D, device=device)
+    z_BDHW, _ = inputs(args)
+    steps, codes, peers, same = {}, {}, [], None
+    for name in ("ours", "one-hot", "vector-quantize-pytorch"):
+        book = inputs(args)[1]
+        try:
+            if name != "ours" and most < N * K:
+                raise MemoryError(f"left out: {N} x {K} matrices would take gigabytes")
+            step = vq_pytorch(book) if name == "vector-quantize-pytorch" else make_step(name, book)
+            codes[name] = step(z_BDHW)[1].flatten()
+            steps[name] = lambda step=step: step(z_BDHW)
+        except (ImportError, RuntimeError, MemoryError) as error:
+            peers.append(absent(name, error))
+    times = race(steps, device, repeats)
+    memory = {name: peak_bytes(step, device) for name, step in steps.items()}
+    for name in list(steps)[1:]:
+        differing = (codes[name] != codes["ours"]).sum().item()
+        same = same is not False and differing <= 1e-4 * N  # where two codes are equally near to rounding
+        peers.append(peer(name, times["ours"], times[name], memory[name], memory["ours"]))
+    there = [p for p in peers if "ratio" in p]
+    met = all(p["ratio"] >= 3 and (device == "cpu" or p["memory_ratio"] >= 8) for p in there) if there else None
+    return row(
+        "quantizer",
+        f"N {N}, K {K}, D {D}",
+        {"seconds": times["ours"], "bytes": memory["ours"]},
+        peers,
+        unit="training-mode forward",
+        same=same,
+        goal=">= 3x" if device == "cpu" else ">= 3x, <= 1/8 of the memory",
+        met=met,
+        figures={"vectors_per_s": N / times["ours"], "share_of_matmul_rate": 2 * N * K * D / times["ours"] / rate},
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,12 +1,15 @@
 """Sampling images with the KV cache against minGPT's loop, which runs the whole sequence again for every token.
 
     python benchmarks/sampling.py [--device cuda] [--n_embd 768] [--batch_sizes 1 8] [--json FILE]
+    python benchmarks/run.py sampling [--device cuda]
 
 Both draw the same 1,024 codes for the same texts, greedily, with the same weights (random: speed does not depend on
 them). The cached loop runs in full. The plain one is timed at `--positions` lengths of the sequence, evenly spaced, and
 the time of all tokens is the integral over them (trapezoids); `--positions 1024` times every token. At each length its
 choice is compared with the cached one's. Two plain loops: minGPT's, whose head gives the joint vocabulary's logits at
 every position, and a kinder one with the head at the last position only. Guidance is the cached loop with guidance 3.
+run.py's area takes minGPT's own network (`plain.MinGPT`) and Hugging Face's GPT-2 with its cache, and holds ours
+against the bandwidth bound: a step has to read every weight of the blocks, the image head and the cache at least once.
 """
 
 from __future__ import annotations
@@ -14,33 +17,29 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from latent_verse.biart.model import BiART
+from benchmarks.measure import Row, absent, copy_bandwidth, peak_bytes, peer, race, row, seconds
+from benchmarks.plain import MinGPT, embeddings, gpt2
+from latent_verse.biart.model import PRESETS, BiART
 from latent_verse.biart.sampling import generate
 from latent_verse.biart.sequence import TEXT_TO_IMAGE
 from latent_verse.config import BiARTConfig
 
 
-def seconds(run, device: str) -> float:
-    """Wall-clock seconds of one call, the device's work included."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    run()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 @torch.no_grad()
-def time_plain(model: BiART, text_BL, codes_BN, positions: int, device: str, whole_head: bool):
-    """Seconds for all codes by re-running the sequence, and the share of its choices that equal codes_BN's."""
+def time_plain(
+    model: BiART, text_BL, codes_BN, positions: int, device: str, last: Callable[[torch.Tensor, torch.Tensor], object]
+):
+    """Seconds for all codes by re-running the sequence, and the share of its choices that equal codes_BN's.
+
+    last: joint ids and segments -> logits_BV at the last position.
+    """
     total = codes_BN.shape[1]
     steps = sorted({round(i * (total - 1) / max(positions - 1, 1)) for i in range(positions)})
     class_V = model.vocab.class_ids("image", codes_BN.device)
@@ -50,8 +49,7 @@ def time_plain(model: BiART, text_BL, codes_BN, positions: int, device: str, who
         choice = []
 
         def run(idx_BT=idx_BT, seg_BT=seg_BT, choice=choice):
-            logits = model(idx_BT, seg_BT)[:, -1] if whole_head else model.head(model.features(idx_BT, seg_BT)[:, -1])
-            choice.append(logits[:, class_V].argmax(-1))
+            choice.append(last(idx_BT, seg_BT)[:, class_V].argmax(-1))
 
         times.append(min(seconds(run, device) for _ in range(2)))
         equal.append((choice[0] == codes_BN[:, step]).float().mean().item())
@@ -74,8 +72,10 @@ def measure(model: BiART, batch: int, positions: int, device: str) -> dict:
     draw(1.0, prefix_BK=nearly_all)
     guided = seconds(lambda: draw(3.0), device)
     cached = seconds(lambda: draw(1.0), device)
-    plain, equal = time_plain(model, text_BL, result["codes"], positions, device, whole_head=True)
-    kinder, _ = time_plain(model, text_BL, result["codes"], positions, device, whole_head=False)
+    codes = result["codes"]
+    plain, equal = time_plain(model, text_BL, codes, positions, device, lambda i, s: model(i, s)[:, -1])
+    at_last = lambda i, s: model.head(model.features(i, s)[:, -1])  # noqa: E731
+    kinder, _ = time_plain(model, text_BL, codes, positions, device, at_last)
     return {
         "batch": batch,
         "cached_s": cached,
@@ -87,6 +87,129 @@ def measure(model: BiART, batch: int, positions: int, device: str) -> dict:
         "greedy_equal": equal,
         "guidance_cost": guided / cached,
     }
+
+
+# ------------------------------------------------------------------------------------------- as an area of run.py
+
+# (preset, batch, lengths at which minGPT is timed, tokens that GPT-2 draws; 0 leaves a peer out)
+SIZES = {
+    "toy": {
+        "shape": {"n_layer": 1, "text_vocab": 40, "image_vocab": 24, "text_len": 4, "image_len": 16},
+        "cases": [("tiny", 1, 3, 4), ("tiny", 2, 0, 0)],
+        "repeats": 1,
+    },
+    "cpu": {
+        "shape": {"text_vocab": 4096, "image_len": 1024},
+        "cases": [("tiny", 1, 5, 32), ("tiny", 8, 3, 0)],
+        "repeats": 1,
+    },
+    "cuda": {
+        "shape": {},
+        "cases": [
+            *(("12x768", 1, 5, 64), ("12x768", 8, 3, 0), ("12x768", 64, 0, 0), ("12x768", 256, 0, 0)),
+            *(("24x1024", 1, 3, 0), ("24x1024", 8, 0, 0), ("24x1024", 64, 0, 0)),
+        ],
+        "repeats": 3,
+    },
+}
+
+
+def bound_bytes(model: BiART, batch: int) -> float:
+    """The fewest bytes that drawing an image of all codes moves: weights and the filled cache, read once a token."""
+    c, vocab, width = model.config, model.vocab, model.head.weight.element_size()
+    weights = (12 * c.n_layer * c.n_embd**2 + vocab.image_vocab * c.n_embd) * width
+    mean_position = vocab.input_len - vocab.image_len / 2
+    return vocab.image_len * (weights + batch * 2 * c.n_layer * c.n_embd * mean_position * width)
+
+
+@torch.no_grad()
+def gpt2_seconds(model: BiART, text_BL: torch.Tensor, tokens: int, device: str) -> float:
+    """Seconds of Hugging Face's cached greedy loop for all codes, from `tokens` of them in the middle of the image."""
+    network, total = gpt2(model).eval(), model.vocab.image_len
+    half = torch.zeros(len(text_BL), total // 2, dtype=torch.long, device=text_BL.device)
+    idx_BT, seg_BT = model.vocab.prompt(text_BL, TEXT_TO_IMAGE, half)
+    seg_B1 = torch.ones_like(idx_BT[:, :1])
+
+    def loop(count: int):
+        out = network(inputs_embeds=embeddings(model, idx_BT, seg_BT), use_cache=True)
+        for _ in range(count):
+            idx_B1 = out.logits[:, -1:].argmax(-1)
+            out = network(
+                inputs_embeds=embeddings(model, idx_B1, seg_B1), past_key_values=out.past_key_values, use_cache=True
+            )
+
+    loop(1)
+    prefill = seconds(lambda: loop(0), device)
+    return (seconds(lambda: loop(tokens), device) - prefill) / tokens * total + prefill
+
+
+def suite(device: str, size: str) -> Iterator[Row]:
+    """A row for each preset and batch."""
+    s = SIZES[size]
+    cuda = device == "cuda"
+    bandwidth = copy_bandwidth(device)
+    for preset, batch, positions, gpt2_tokens in s["cases"]:
+        torch.manual_seed(0)
+        config = BiARTConfig(**{**PRESETS[preset], **s["shape"]})
+        model = BiART(config).to(device, torch.bfloat16 if cuda else torch.float32).eval()
+        yield _case(device, preset, model, batch, positions, gpt2_tokens, s["repeats"], bandwidth)
+
+
+def _case(device, preset, model, batch, positions, gpt2_tokens, repeats, bandwidth) -> Row:
+    text_BL = torch.randint(model.vocab.text_vocab, (batch, model.vocab.text_len)).to(device)
+    drawn = {}
+
+    def draw(guidance=1.0, **settings):
+        drawn[guidance] = generate(model, text_BL, TEXT_TO_IMAGE, temperature=0, guidance=guidance, **settings)
+
+    nearly_all = torch.zeros(batch, model.vocab.image_len - 2, dtype=torch.long)
+    for guidance in (1.0, 3.0):
+        draw(guidance, prefix_BK=nearly_all)  # warm-up
+    times = race({"guided": lambda: draw(3.0), "ours": draw}, device, repeats, warm=0)
+    codes_BN = drawn[1.0]
+    ours, peers, same, equal = times["ours"], [], None, None
+    for name, wanted in (("minGPT", positions), ("Hugging Face GPT-2, cached", gpt2_tokens)):
+        if not wanted:
+            continue
+        try:
+            if name == "minGPT":
+                network = MinGPT(model).eval()
+                last = lambda i, s, network=network: network(i, s)[:, -1]  # noqa: E731
+                theirs, equal = time_plain(model, text_BL, codes_BN, positions, device, last)
+                same = equal == 1 if device == "cpu" else None  # in bfloat16 near ties may fall either way
+            else:
+                theirs = gpt2_seconds(model, text_BL, gpt2_tokens, device)
+            peers.append(peer(name, ours, theirs))
+        except (ImportError, RuntimeError) as error:
+            peers.append(absent(name, error))
+    ratio = next((p.get("ratio", 0) for p in peers if p["name"] == "minGPT"), None)
+    share = bound_bytes(model, batch) / bandwidth / ours
+    guidance = times["guided"] / ours
+    goal, met = "guidance < 2.1x", guidance < 2.1
+    if ratio is not None:
+        least = 10 if device == "cpu" else 20
+        goal, met = f">= {least}x minGPT, {goal}", met and ratio >= least
+    if device == "cuda" and batch == 1:
+        goal, met = f"{goal}, >= 60 % of the bandwidth bound", met and share >= 0.6
+    return row(
+        "sampling",
+        f"{preset}, {model.vocab.image_len} codes, batch {batch}",
+        {"seconds": ours, "bytes": peak_bytes(lambda: draw(prefix_BK=nearly_all), device)},
+        peers,
+        unit="images of a batch",
+        same=same,
+        goal=goal,
+        met=met,
+        figures={
+            "images_per_s": batch / ours,
+            "tokens_per_s": batch * model.vocab.image_len / ours,
+            "share_of_bandwidth_bound": share,
+            "copy_bandwidth": bandwidth,
+            "guidance_cost": guidance,
+            "greedy_equal": equal,
+        },
+        law={"name": "sampling: batch", "series": preset, "x": batch},
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

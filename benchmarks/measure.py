@@ -1,0 +1,189 @@
+"""How the benchmarks measure: ways taken in turns, medians, peak memory, and what the machine can do at most.
+
+A result is a *row*, a plain dictionary that goes to JSON as it is:
+
+    area, case            what was measured
+    ours                  {"seconds", "bytes"}: median time and peak extra memory, for the work that `unit` names
+    peers                 [{"name", "seconds", "bytes", "ratio", "memory_ratio"} or {"name", "absent": why}]
+    figures               further numbers: tokens/s, mfu, share of the bandwidth bound, ...
+    same                  whether ours gave what the plain way gave (null where there is nothing to compare)
+    goal, met             the goal in words, and whether it is met (null: no goal on this device)
+    law                   {"name", "x"}: the scaling law that the row is a point of
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import time
+import weakref
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+ROOT = Path(__file__).resolve().parents[1]
+PEAK_BF16 = 989e12  # FLOP/s, dense, of H100 and H200 (NVIDIA's data sheet): what MFU is held against
+PACKAGES = ("torch", "torchvision", "vector-quantize-pytorch", "transformers", "x-transformers", "dalle-pytorch")
+Row = dict[str, Any]
+
+
+def synchronise(device: str) -> None:
+    """Wait for the device."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(run: Callable[[], Any], device: str) -> float:
+    """Wall-clock seconds of one call, the device's work included."""
+    synchronise(device)
+    start = time.perf_counter()
+    run()
+    synchronise(device)
+    return time.perf_counter() - start
+
+
+def race(ways: dict[str, Callable[[], Any]], device: str, repeats: int, warm: int = 1) -> dict[str, float]:
+    """Median seconds of each way. They are taken in turns, so that a busy machine slows all of them."""
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(warm + repeats):
+        for name, run in ways.items():
+            taken = seconds(run, device)
+            if turn >= warm:
+                times[name].append(taken)
+    return {name: sorted(values)[len(values) // 2] for name, values in times.items()}
+
+
+class PeakBytes(TorchDispatchMode):
+    """The most bytes that tensors made inside held at one time; temporaries inside an operator are left out."""
+
+    def __init__(self):
+        super().__init__()
+        self.live = self.peak = 0
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for tensor in tree_leaves(out):
+            if not isinstance(tensor, torch.Tensor):
+                continue
+            storage = tensor.untyped_storage()
+            key = storage._cdata
+            if key in given or key in self.seen:
+                continue
+            self.seen.add(key)
+            self.live += storage.nbytes()
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._freed, key, storage.nbytes())
+        return out
+
+    def _freed(self, key: int, size: int) -> None:
+        self.seen.discard(key)
+        self.live -= size
+
+
+def peak_bytes(run: Callable[[], Any], device: str) -> int:
+    """Bytes that a call adds to the peak: of the allocator (CUDA), or of what tensors hold (CPU, see PeakBytes)."""
+    if device == "cuda":
+        run()  # libraries keep a workspace from their first call on
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with PeakBytes() as count:
+        run()
+    return count.peak
+
+
+def peer(name: str, ours: float, theirs: float, bytes_: int | None = None, our_bytes: int | None = None) -> Row:
+    """A peer's entry: seconds for the same work, and how many times ours they are."""
+    entry = {"name": name, "seconds": theirs, "ratio": theirs / ours}
+    if bytes_ is not None:
+        entry["bytes"] = bytes_
+        if our_bytes:
+            entry["memory_ratio"] = bytes_ / our_bytes
+    return entry
+
+
+def absent(name: str, error: BaseException) -> Row:
+    """The entry of a peer that cannot be measured here, with the reason."""
+    return {"name": name, "absent": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:160]}
+
+
+def row(area: str, case: str, ours: Row, peers: list[Row], **more: Any) -> Row:
+    """A row; `more` are the other entries, those not given are null."""
+    empty = {"figures": {}, "same": None, "goal": None, "met": None, "law": None, "note": None}
+    return {"area": area, "case": case, "ours": ours, "peers": peers, **empty, **more}
+
+
+# ----------------------------------------------------------------------------------------------------- what is possible
+
+
+def copy_bandwidth(device: str) -> float:
+    """Bytes a second of a large copy, read and written bytes counted."""
+    size = 2**30 if device == "cuda" else 2**26
+    source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * size / race({"copy": lambda: target.copy_(source)}, device, 9, warm=2)["copy"]
+
+
+def matmul_rate(device: str, dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product on random data."""
+    n = 8192 if device == "cuda" and dtype != torch.float32 else 4096 if device == "cuda" else 768
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    return 2 * n**3 / race({"product": lambda: a @ b}, device, 9, warm=2)["product"]
+
+
+# ---------------------------------------------------------------------------------------------------------- the machine
+
+
+def version(package: str) -> str | None:
+    """The installed version of a package, None where it is absent."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def commit() -> str:
+    """The commit of the working tree, marked where it has been changed since."""
+    try:
+        name = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip()
+        changed = subprocess.check_output(["git", "status", "--porcelain", "-uno"], cwd=ROOT, text=True).strip()
+        return name + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("BENCHMARK_COMMIT", "unknown")
+
+
+def about(device: str) -> Row:
+    """Machine, versions and commit, for the results."""
+    gpu = torch.cuda.get_device_properties(0) if device == "cuda" else None
+    return {
+        "device": gpu.name if gpu else f"CPU, {torch.get_num_threads()} threads of {os.cpu_count()}",
+        "gpu_memory_bytes": gpu.total_memory if gpu else None,
+        "cuda": torch.version.cuda if gpu else None,
+        "processor": platform.processor() or platform.machine(),
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in PACKAGES},
+        "commit": commit(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def in_bytes(count: float | None) -> str:
+    """A number of bytes for the eye."""
+    if count is None:
+        return ""
+    for unit in ("B", "KiB", "MiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"

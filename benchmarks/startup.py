@@ -1,0 +1,123 @@
+"""How long a person waits: `--help`, the first training step of the tiny recipes, generate.py's first picture.
+
+    python benchmarks/run.py startup
+
+Each is a process of its own, from its start to its end, taken in turns with the floors: Python itself, importing
+PyTorch, importing PyTorch and Lightning. The training runs stop after one step without validation; what they write is
+part of their time.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from benchmarks.measure import ROOT, Row, absent, peer, race, row
+
+SCRIPTS = ("train_vae.py", "eval_vae.py", "train_biart.py", "generate.py")
+RECIPES = {
+    "train_vae.py": ("configs/tiny_augvae_ml.yaml", "configs/tiny_augvae_sl.yaml"),
+    "train_biart.py": ("configs/tiny_biart.yaml",),
+}
+FLOORS = {
+    "python": "pass",
+    "torch": "import torch",
+    "torch and Lightning": "import torch, pytorch_lightning",
+}
+SIZES = {
+    "toy": {"help": SCRIPTS[:1], "steps": {}, "generate": False, "repeats": 1},
+    "cpu": {"help": SCRIPTS, "steps": RECIPES, "generate": True, "repeats": 3},
+    "cuda": {
+        "help": SCRIPTS[:1],
+        "steps": {"train_vae.py": RECIPES["train_vae.py"][:1]},
+        "generate": True,
+        "repeats": 1,
+    },
+}
+
+
+def python(*arguments: str) -> None:
+    """Run Python on `arguments` in the repository's root. RuntimeError with its last line of errors if it fails."""
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        said = (done.stderr.strip() or done.stdout.strip()).splitlines()
+        raise RuntimeError(said[-1] if said else f"exit code {done.returncode}")
+
+
+def bundle(folder: Path) -> Path:
+    """A bundle of a small random AugVAE-SL (64 px, 256 codes) and a tiny BiART."""
+    from latent_verse.augvae.model import AugVAE
+    from latent_verse.biart.model import PRESETS, BiART
+    from latent_verse.config import AugVAEConfig, BiARTConfig
+    from latent_verse.pipeline import LVerse
+    from latent_verse.text import BPETokenizer
+
+    torch.manual_seed(0)
+    shape = {"hidden_dim": 32, "ch_mult": (2, 1, 2), "num_res_blocks": 1, "resolution": 64}
+    shape |= {"z_channels": 32, "codebook_dim": 32, "num_tokens": 512}
+    vae = AugVAE(AugVAEConfig(**shape, attn_resolutions=(16, 8), single_level=16)).eval()
+    tokenizer = BPETokenizer.train(["a red circle", "a blue square"], 300)
+    sizes = {"text_vocab": tokenizer.vocab_size, "image_vocab": 512, "text_len": 24, "image_len": vae.num_codes}
+    model = BiART(BiARTConfig(**sizes, **PRESETS["tiny"])).eval()
+    LVerse(vae, model, tokenizer, {"reference_dropout": 0.1, "text_too_long": "truncate"}).save_pretrained(folder)
+    return folder
+
+
+def suite(device: str, size: str) -> Iterator[Row]:
+    """A row for each command."""
+    s = SIZES[size]
+    gpus = "1" if device == "cuda" else "0"
+    with tempfile.TemporaryDirectory() as folder:
+        commands: list[tuple[str, list[str], float, str]] = [
+            (f"{script} --help", [script, "--help"], 1.0, "python") for script in s["help"]
+        ]
+        for script, recipes in s["steps"].items():
+            for recipe in recipes:
+                flags = ["--max_steps", "1", "--limit_val_batches", "0", "--refresh_rate", "0", "--gpus", gpus]
+                flags += ["--num_samples", "0", "--num_judged", "0"] if script == "train_biart.py" else []
+                commands.append(
+                    (
+                        f"{script}, {Path(recipe).stem}: first step",
+                        [script, "--config", recipe, "--fake_data", *flags, "--log_dir", f"{folder}/runs"],
+                        5.0,
+                        "torch and Lightning",
+                    )
+                )
+        if s["generate"]:
+            flags = ["--num", "1", "--seed", "1", "--gpus", gpus, "--overwrite", "--out", f"{folder}/out"]
+            commands.append(
+                (
+                    "generate.py: first picture of a tiny bundle",
+                    ["generate.py", "--model", str(bundle(Path(folder) / "bundle")), "--text", "a red circle", *flags],
+                    5.0,
+                    "torch",
+                )
+            )
+        for case, arguments, most, floor in commands:
+            yield _row(case, arguments, most, floor, s["repeats"])
+
+
+def _row(case: str, arguments: list[str], most: float, floor: str, repeats: int) -> Row:
+    goal = f"under {most:g} s on the CPU"
+    ways = {"ours": lambda: python(*arguments), floor: lambda: python("-c", FLOORS[floor])}
+    try:
+        times = race(ways, "cpu", repeats, warm=1 if repeats > 1 else 0)
+    except RuntimeError as error:
+        return row("startup", case, {}, [absent("ours", error)], unit="process", goal=goal, met=False)
+    against = peer(f"floor: {floor}", times["ours"], times[floor])
+    return row(
+        "startup",
+        case,
+        {"seconds": times["ours"], "bytes": None},
+        [against],
+        unit="process",
+        goal=goal,
+        met=times["ours"] < most,
+        figures={"above_floor_s": times["ours"] - times[floor], "threads": int(os.environ.get("OMP_NUM_THREADS", 0))},
+    )
