@@ -238,11 +238,11 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{len(files)} JPEGs ({result['source']}) to {args.resolution} px, one core, {versions}")
     print(f"{'':6} {'way':32} {'images/s':>9} {'ratio':>6} {'max diff':>9}  within 2/255")
     for task, ways in (("train", train_ways(args.resolution)), ("eval", eval_ways(args.resolution))):
-        for measured in measure(ways, files, args.rounds):
-            result["rows"].append({"task": task, **measured})
+        for m in measure(ways, files, args.rounds):
+            result["rows"].append({"task": task, **m})
             print(
-                f"{task:6} {measured['way']:32} {measured['images_per_s']:9.0f} {measured['ratio']:6.2f} {measured['max_difference']:9d}  "
-                f"{'yes' if measured['max_difference'] <= 2 else 'no'}"
+                f"{task:6} {m['way']:32} {m['images_per_s']:9.0f} {m['ratio']:6.2f} {m['max_difference']:9d}  "
+                f"{'yes' if m['max_difference'] <= 2 else 'no'}"
             )
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n")

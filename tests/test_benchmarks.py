@@ -1,0 +1,158 @@
+"""The benchmark suite at toy sizes, through the code of the real ones: what it says is the same is the same.
+
+Nothing here depends on how long something took.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import measure, plain, plot, run
+from benchmarks.biart import sequences_of
+from benchmarks.measure import PeakBytes, Row, peer, race, row
+from benchmarks.quantizer import agree
+from latent_verse.augvae.codebook import Quantizer
+from latent_verse.augvae.model import AugVAE
+from latent_verse.biart.model import BiART
+from latent_verse.config import BiARTConfig
+
+SMALL = BiARTConfig(text_vocab=20, image_vocab=12, text_len=3, image_len=8, n_layer=2, n_head=2, n_embd=16)
+COMPARED = {"quantizer", "augvae", "biart", "sampling", "data", "codes", "growth"}
+
+
+@pytest.mark.parametrize("area", run.AREAS)
+def test_each_area_runs_and_gives_the_same_as_the_plain_way(area, tmp_path, capsys):
+    file = tmp_path / "results" / "toy.json"
+    assert run.main([area, "--size", "toy", "--here", "--json", str(file)]) == 0
+    content = json.loads(file.read_text())
+    assert {"device", "packages", "commit", "python"} <= content["about"].keys()
+    assert content["about"]["packages"]["torch"]
+    rows = content["rows"]
+    assert rows and all(r["area"] == area and r["ours"] for r in rows)
+    assert not [r["case"] for r in rows if r["same"] is False]
+    assert area not in COMPARED or any(r["same"] for r in rows)
+    said = capsys.readouterr().out
+    assert area.upper() in said and all(r["case"] in said for r in rows)
+
+
+def test_a_child_process_measures_and_a_failure_becomes_a_row(tmp_path, capsys):
+    file = tmp_path / "one.json"
+    assert run.main(["quantizer", "--size", "toy", "--json", str(file)]) == 0
+    assert len(json.loads(file.read_text())["rows"]) == 3
+    lines = tmp_path / "rows.jsonl"
+    run.in_child("nothing", "cpu", "toy", 60, lines)
+    failed = json.loads(lines.read_text())
+    assert failed["failed"] and "nothing" in failed["case"]
+    capsys.readouterr()
+
+
+def test_rows_that_do_not_fit_into_the_time_are_named(monkeypatch):
+    class Endless:
+        @staticmethod
+        def suite(device, size):
+            while True:
+                yield row("endless", "one", {"seconds": 1.0}, [])
+
+    monkeypatch.setattr(run.importlib, "import_module", lambda name: Endless)
+    rows = list(run.measure_area("endless", "cpu", "toy", 0.02))
+    assert len(rows) > 1 and "left out" in rows[-1]["case"]
+    assert "left out" in "\n".join(run.table(rows))
+
+
+def test_an_unknown_area_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        run.main(["quantiser"])
+    assert "no area quantiser" in capsys.readouterr().err
+
+
+def test_an_absent_peer_is_named_in_the_table():
+    entry = measure.absent("some-peer", ModuleNotFoundError("No module named 'some_peer'"))
+    said = "\n".join(run.table([row("codes", "a case", {"seconds": 2.0, "bytes": 2**20}, [entry], unit="step")]))
+    assert "some-peer: absent, ModuleNotFoundError: No module named 'some_peer'" in said
+    assert "2.00 s" in said and "1.0 MiB" in said
+
+
+def test_ways_take_turns():
+    calls = []
+    times = race({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, "cpu", repeats=3, warm=1)
+    assert calls == ["a", "b"] * 4 and times.keys() == {"a", "b"}
+
+
+def test_peak_bytes_counts_what_is_held_at_one_time():
+    def run_():
+        for _ in range(5):
+            torch.zeros(1000) + 1  # 4,000 bytes twice, freed each time
+
+    with PeakBytes() as count:
+        run_()
+    assert count.peak == 8000 and count.live == 0
+
+
+def test_a_peer_says_how_many_times_ours_it_takes():
+    entry: Row = peer("it", 2.0, 6.0, 100, 50)
+    assert entry["ratio"] == 3 and entry["memory_ratio"] == 2
+
+
+# ----------------------------------------------------------------------------------- the plain formulations are right
+
+
+def test_the_one_hot_quantiser_is_ours(tiny_augvae):
+    results = {}
+    for variant in ("one-hot", "ours"):
+        book = tiny_augvae().codebook
+        z_BDHW = torch.randn(2, 8, 5, 5, generator=torch.Generator().manual_seed(1))
+        learn = Quantizer(book, plain.BETA).train()
+        out = plain.one_hot_forward(book, z_BDHW) if variant == "one-hot" else learn(z_BDHW)
+        results[variant] = {"indices": out[1].flatten(), "loss": out[2].item(), **book.state_dict()}
+    assert agree(results["one-hot"], results["ours"]) == ""
+
+
+def test_the_plain_augvae_is_ours_and_does_not_learn_in_evaluation(tiny_augvae, tiny_images):
+    ours: AugVAE = tiny_augvae()
+    other = plain.plain_augvae(ours).eval()
+    for a, b in zip(ours(tiny_images()), other(tiny_images()), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert torch.equal(ours.codebook.weight, other.codebook.weight)
+    ours.train()(tiny_images()), other.train()(tiny_images())
+    torch.testing.assert_close(ours.codebook.weight, other.codebook.weight, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("network", ["minGPT", "GPT-2"])
+def test_the_peers_give_biarts_logits(network):
+    torch.manual_seed(0)
+    model = BiART(SMALL).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        sequences = sequences_of(model, 4, "cpu")
+        idx_BT, seg_BT = sequences.idx_BT, sequences.seg_BT
+        if network == "minGPT":
+            logits = plain.MinGPT(model).eval()(idx_BT, seg_BT)
+        else:
+            pytest.importorskip("transformers")
+            logits = plain.gpt2(model).eval()(inputs_embeds=plain.embeddings(model, idx_BT, seg_BT)).logits
+        torch.testing.assert_close(logits, model(idx_BT, seg_BT), rtol=1e-4, atol=1e-4)
+
+
+def test_plots_and_table_come_from_the_results(tmp_path, capsys):
+    rows = [
+        row(
+            "quantizer",
+            f"N {x}",
+            {"seconds": x / 1e3, "bytes": x},
+            [peer("one-hot", 1.0, 4.0, 8, 1)],
+            goal=">= 3x",
+            met=x > 1,
+            law={"name": "quantiser: vectors", "series": "D = 8", "x": x},
+        )
+        for x in (1, 2, 4)
+    ]
+    content = {"about": {"device": "CPU, 1 threads of 2", "packages": {"torch": "2"}, "commit": "abc"}, "rows": rows}
+    (tmp_path / "r.json").write_text(json.dumps(content))
+    assert plot.main([str(tmp_path / "r.json"), "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "scaling_quantiser_cpu.png").stat().st_size > 1000
+    said = capsys.readouterr().out
+    assert "| quantizer | N 1 | one-hot | 4.00x | 1/8.0 | **missed**: >= 3x |" in said and "met: >= 3x" in said
