@@ -47,7 +47,7 @@ SHAPES = {
 SIZES = {
     "toy": {"cases": [("toy", 2, True), ("toy", 2, False)], "ways": [("32", False)], "repeats": 1},
     "cpu": {
-        "cases": [("tiny", 8, True), ("tiny", 8, False), ("released", 1, False)],
+        "cases": [("tiny", 4, True), ("tiny", 4, False)],
         "ways": [("32", False)],
         "repeats": 3,
     },

@@ -80,7 +80,7 @@ def compare(device: str, image_size: int, preset: str, batch: int, precision: to
 
 SIZES = {
     "toy": [(32, "tiny", 2, 1)],  # side, preset, batch, repeats
-    "cpu": [(32, "tiny", 4, 3), (64, "tiny", 4, 3)],
+    "cpu": [(32, "tiny", 4, 3), (64, "tiny", 2, 1)],
     "cuda": [(256, "12x768", 8, 5), (256, "12x768", 32, 3)],
 }
 

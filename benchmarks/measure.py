@@ -39,13 +39,19 @@ def synchronise(device: str) -> None:
         torch.cuda.synchronize()
 
 
+def clock(device: str) -> Callable[[], float]:
+    """Wall-clock seconds; with one thread on a CPU the process's CPU time, which other programs do not lengthen."""
+    return time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+
+
 def seconds(run: Callable[[], Any], device: str) -> float:
-    """Wall-clock seconds of one call, the device's work included."""
+    """Seconds of one call by `clock`, the device's work included."""
+    now = clock(device)
     synchronise(device)
-    start = time.perf_counter()
+    start = now()
     run()
     synchronise(device)
-    return time.perf_counter() - start
+    return now() - start
 
 
 def race(ways: dict[str, Callable[[], Any]], device: str, repeats: int, warm: int = 1) -> dict[str, float]:
@@ -170,6 +176,7 @@ def about(device: str) -> Row:
         "device": gpu.name if gpu else f"CPU, {torch.get_num_threads()} threads of {os.cpu_count()}",
         "gpu_memory_bytes": gpu.total_memory if gpu else None,
         "cuda": torch.version.cuda if gpu else None,
+        "clock": "CPU time" if clock(device) is time.process_time else "wall clock",
         "processor": platform.processor() or platform.machine(),
         "python": platform.python_version(),
         "packages": {name: version(name) for name in PACKAGES},
