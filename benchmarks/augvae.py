@@ -60,17 +60,18 @@ SIZES = {
 Step = Callable[[], object]
 
 
-def lit(shape: str, compile: bool) -> LitAugVAE:
-    """LitAugVAE as train_vae.py makes it, with MSE, which needs no other network."""
+def lit(shape: str, compile: bool, device: str = "cpu") -> LitAugVAE:
+    """LitAugVAE as train_vae.py makes it, with MSE, which needs no other network; always with the same weights."""
     config = TrainVAEConfig(
         model=AugVAEConfig(**SHAPES[shape]),
         loss=VAELossConfig(loss_type="mse"),
         trainer=TrainerConfig(compile=compile),
     )
     torch.manual_seed(0)
-    module = LitAugVAE(AugVAE(config.model), config)
+    with torch.device(device):
+        module = LitAugVAE(AugVAE(config.model), config)
     module.configure_model()
-    return module
+    return module.to(device)
 
 
 def our_step(module: LitAugVAE, x_BCHW: torch.Tensor, precision: str, train: bool) -> Step:
@@ -121,9 +122,9 @@ def suite(device: str, size: str) -> Iterator[Row]:
     """A row for each shape, task, precision and compilation."""
     s = SIZES[size]
     for shape, batch, train in s["cases"]:
-        x_BCHW = torch.rand(batch, 3, *(lit(shape, False).model.config.resolution,) * 2, device=device) * 2 - 1
-        plain = plain_augvae(lit(shape, False).model.to(device))
-        same = same_codes(plain, lit(shape, False).model.to(device), x_BCHW) if device == "cpu" else None
+        x_BCHW = torch.rand(batch, 3, *(AugVAEConfig(**SHAPES[shape]).resolution,) * 2, device=device) * 2 - 1
+        plain = plain_augvae(lit(shape, False, device).model)
+        same = same_codes(plain, lit(shape, False).model, x_BCHW) if device == "cpu" else None
         run_plain = plain_step(plain, x_BCHW, train)
         plain_bytes = peak_bytes(run_plain, device)
         for precision, compile in s["ways"]:
@@ -131,7 +132,7 @@ def suite(device: str, size: str) -> Iterator[Row]:
             case = f"{shape}, {task}, batch {batch}, {precision}{', compiled' if compile else ''}"
             goal = ">= 1.3x" if device == "cpu" else ">= 3x, <= 1/2 of the memory" if shape == "released" else None
             try:
-                module = lit(shape, compile).to(device)
+                module = lit(shape, compile, device)
                 step = our_step(module, x_BCHW, precision, train)
                 step()  # compiles
                 times = race({"ours": step, "plain": run_plain}, device, s["repeats"])

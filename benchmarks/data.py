@@ -183,7 +183,7 @@ def measure(ways: dict[str, Callable], files: list[bytes], rounds: int) -> list[
 SIZES = {
     "toy": {"images": 4, "resolution": 32, "rounds": 1, "batch": 2, "steps": 2},
     "cpu": {"images": 40, "resolution": 256, "rounds": 3, "batch": 8, "steps": 6},
-    "cuda": {"images": 200, "resolution": 256, "rounds": 3, "batch": 8, "steps": 60},
+    "cuda": {"images": 80, "resolution": 256, "rounds": 3, "batch": 8, "steps": 60},
 }
 PLAIN, OURS = "plain: PIL + v1, float", "latent_verse, uint8"
 

@@ -25,7 +25,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)  # not this folder, whose names are common ones
+if Path(sys.path[0] or ".").resolve() == ROOT / "benchmarks":  # run as a script: this folder's names are common ones
+    sys.path[0] = str(ROOT)
 
 # area -> seconds within which it may begin new rows on a GPU, where all have to fit into 8 minutes
 AREAS = {

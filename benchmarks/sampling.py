@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.measure import Row, absent, copy_bandwidth, peak_bytes, peer, race, row, seconds
 from benchmarks.plain import MinGPT, embeddings, gpt2
+from latent_verse.biart import sampling as library
 from latent_verse.biart.model import PRESETS, BiART
 from latent_verse.biart.sampling import generate
 from latent_verse.biart.sequence import TEXT_TO_IMAGE
@@ -152,7 +153,17 @@ def suite(device: str, size: str) -> Iterator[Row]:
         torch.manual_seed(0)
         config = BiARTConfig(**{**PRESETS[preset], **s["shape"]})
         model = BiART(config).to(device, torch.bfloat16 if cuda else torch.float32).eval()
-        yield _case(device, preset, model, batch, positions, gpt2_tokens, s["repeats"], bandwidth)
+        repeats = s["repeats"] if batch <= 8 else 1
+        yield _case(device, preset, model, batch, positions, gpt2_tokens, repeats, bandwidth)
+
+
+def _without_graphs(draw: Callable[[], None], codes_BN: torch.Tensor, drawn: dict, device: str) -> tuple[float, bool]:
+    """Seconds of the same loop launched kernel by kernel, and whether it drew the same codes."""
+    capture, library.can_capture = library.can_capture, lambda model, device: False
+    try:
+        return seconds(draw, device), torch.equal(drawn[1.0], codes_BN)
+    finally:
+        library.can_capture = capture
 
 
 def _case(device, preset, model, batch, positions, gpt2_tokens, repeats, bandwidth) -> Row:
@@ -182,6 +193,9 @@ def _case(device, preset, model, batch, positions, gpt2_tokens, repeats, bandwid
             peers.append(peer(name, ours, theirs))
         except (ImportError, RuntimeError) as error:
             peers.append(absent(name, error))
+    if device == "cuda" and batch <= 8:
+        theirs, same = _without_graphs(draw, codes_BN, drawn, device)
+        peers.append(peer("ours, without CUDA graphs", ours, theirs))
     ratio = next((p.get("ratio", 0) for p in peers if p["name"] == "minGPT"), None)
     share = bound_bytes(model, batch) / bandwidth / ours
     guidance = times["guided"] / ours

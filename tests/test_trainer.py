@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
 from latent_verse import trainer
-from latent_verse.config import TrainerConfig
+from latent_verse.augvae.model import AugVAE
+from latent_verse.augvae.training import LitAugVAE
+from latent_verse.config import TrainerConfig, TrainVAEConfig
 from latent_verse.trainer import compiles_by_default
 
 
@@ -32,3 +36,25 @@ def test_they_are_not_without_triton_or_its_compiler(absent, monkeypatch):
     monkeypatch.setattr(trainer.importlib.util, "find_spec", lambda name: None if absent == "triton" else object())
     monkeypatch.setattr(trainer.shutil, "which", lambda name: None if absent == "cc" else "/usr/bin/cc")
     assert not compiles_by_default(TrainerConfig(), "gpu")
+
+
+def test_training_is_compiled_and_validation_is_not(tiny_config, tiny_images, monkeypatch):
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(torch.nn.Module.compile, backend=backend))
+    config = TrainVAEConfig(model=tiny_config(), trainer=TrainerConfig(compile=True))
+    module = LitAugVAE(AugVAE(config.model), config)
+    module.configure_model()
+    module.eval()
+    with torch.no_grad():
+        module.validation_step([tiny_images()], 0)
+    assert not compiled
+    module.train()
+    parts, _ = module._losses(tiny_images(), "train")
+    parts["total_loss"].backward()
+    assert compiled
+    torch._dynamo.reset()

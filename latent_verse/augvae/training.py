@@ -5,6 +5,8 @@ Shapes: B batch, C channels, H height, W width.
 
 from __future__ import annotations
 
+import contextlib
+
 import pytorch_lightning as pl
 import torch
 from torch import nn
@@ -65,7 +67,7 @@ class LitAugVAE(pl.LightningModule):
         networks = [*self.model.encoders, *self.model.decoders]
         if c.trainer.compile:
             for network in networks:
-                network.compile()
+                network.compile(dynamic=False)  # each network has its own sizes; dynamic ones would be slower
         if self.device_mesh is not None:
             from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
@@ -107,6 +109,10 @@ class LitAugVAE(pl.LightningModule):
             self._through(x_BCHW.new_zeros(1, *x_BCHW.shape[1:]))
         return len(x_BCHW) == 0
 
+    def _uncompiled(self):
+        """Validation's last batch is a smaller one: compiling all networks for it would take longer than it saves."""
+        return torch.compiler.set_stance("force_eager") if self.config.trainer.compile else contextlib.nullcontext()
+
     def _losses(self, x_BCHW: torch.Tensor, stage: str):
         encoded, reconstruction_BCHW = self._through(x_BCHW)
         parts = self.loss(reconstruction_BCHW, x_BCHW)
@@ -137,7 +143,8 @@ class LitAugVAE(pl.LightningModule):
         x_BCHW = batch[0]
         if self._nothing_in(x_BCHW):
             return None
-        parts, reconstruction_BCHW = self._losses(x_BCHW, "val")
+        with self._uncompiled():
+            parts, reconstruction_BCHW = self._losses(x_BCHW, "val")
         for name, mean in self.val_means.items():
             mean.update(parts[name], weight=len(x_BCHW))
         return {"x": x_BCHW, "xrec": reconstruction_BCHW} if self.config.trainer.log_images else None

@@ -5,6 +5,7 @@ Shapes: B batch, L text tokens, N image codes, C channels, H height, W width.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import time
@@ -74,7 +75,7 @@ class LitBiART(pl.LightningModule):
         networks = [n for n in (self.model, self.ema) if n is not None]
         if self.config.trainer.compile:
             for block in self.model.blocks:
-                block.compile()
+                block.compile(dynamic=False)  # the blocks share what is compiled
         if self.device_mesh is not None:
             from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
@@ -168,7 +169,10 @@ class LitBiART(pl.LightningModule):
         size = len(batch[0])
         x = self.codes(batch[0])
         sequences = self.pack([torch.cat([x, x]), torch.cat([batch[1], batch[1]])], size)
-        _, means = self.loss(self.network, sequences)
+        # the last batch is a smaller one: not worth compiling for
+        eager = torch.compiler.set_stance("force_eager") if self.config.trainer.compile else contextlib.nullcontext()
+        with eager:
+            _, means = self.loss(self.network, sequences)
         counted = {"text": sequences.text_BL, "image": sequences.codes_BN}
         for name, value in means.items():
             tokens = (counted[name.split("/")[1]][:size] != IGNORE).sum()  # the same in both directions
