@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 
 import pytest
 import torch
@@ -87,6 +88,21 @@ def test_a_repeated_step_draws_the_same(direction, settings, monkeypatch):
     Recorded.replays = 0
     assert torch.equal(plain, generate(model, reference, direction, seed=5, bucket=4, **settings))
     assert Recorded.replays > (1 if image else -1)  # a text may end early
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("settings", [{"temperature": 0}, {"temperature": 0.9, "guidance": 2.0}, {"top_p": 0.8}])
+def test_cuda_graphs_draw_what_the_same_kernels_draw_one_by_one(direction, settings, monkeypatch):
+    torch.manual_seed(0)
+    model = BiART(CONFIG).cuda().eval()
+    image = direction == TEXT_TO_IMAGE
+    reference = torch.randint(0, 9, (3, CONFIG.text_len if image else CONFIG.image_len))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a capture that fails
+        graphed = generate(model, reference, direction, seed=5, bucket=8, **settings)
+    monkeypatch.setattr(sampling, "can_capture", lambda model, device: False)
+    assert torch.equal(graphed, generate(model, reference, direction, seed=5, bucket=8, **settings))
 
 
 def test_nothing_is_captured_on_a_cpu():
