@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,11 +105,10 @@ def clip_weights(model: str, pretrained: str) -> Weights:
     if not url:
         tags = [tag for tag in list_pretrained_tags_by_model(model) if get_pretrained_cfg(model, tag).get("url")]
         known = ", ".join(tags) or "none with an address; give a file"
-        raise NetworkMissing(
-            f"clip_weights: open_clip's {model} has no weights {pretrained!r} to fetch (it has {known})"
-        )
+        raise NetworkMissing(f"needs weights of {model} that open_clip can fetch: {pretrained!r} is not one of {known}")
     name = url.rsplit("/", 1)[1]
     digits = url.split("/")[-2] if "openaipublic" in url else Path(name).stem.rsplit("-", 1)[-1]
+    digits = digits if re.fullmatch("[0-9a-f]{8,64}", digits) else ""  # not everyone publishes a hash
     return Weights(Path("~/.cache/clip").expanduser() / name, url, digits)
 
 
