@@ -9,6 +9,7 @@ from typing import Optional, Tuple  # OmegaConf reads these annotations at run t
 from latent_verse.config import ConfigError, setting
 
 TASKS = ("likelihood", "generation", "captions", "retrieval", "zero_shot", "round_trip", "shapes")
+DTYPES = ("float32", "bfloat16", "float16")
 DATASETS = ("pairs", "coco", "karpathy", "table", "shapes", "fake")
 
 
@@ -111,6 +112,10 @@ class EvalWriteConfig:
     seed: int = setting(0, "seed of the draws of captions and of pictures")
     gpus: int = setting(1, "processes that share the work, a GPU each; 0 is the CPU")
     accelerator: str = setting("auto", "auto, or cpu: gpus is then the number of processes on it", ("auto", "cpu"))
+    dtype: str = setting(
+        "float32", "BiART's precision; lower ones draw faster, and are named with every figure", DTYPES
+    )
+    num_workers: Optional[int] = setting(None, "threads that read and blur pictures; default what the machine has")
     batch_size: int = setting(64, "captions drawn for, and pictures judged, at a time")
     page_cases: int = setting(8, "pictures and captions shown on the page as best, as median and as worst")
 
@@ -212,7 +217,7 @@ def _check_numbers(config: EvalBiARTConfig) -> None:
     at_least = {
         0: "seed gpus temperature guidance length_power prior_weight page_cases",
         1: "eval_captions candidates fid_resolution prc_neighbours is_splits caption_pictures beams likelihood_pairs "
-        "retrieval_captions class_pictures batch_size",
+        "retrieval_captions class_pictures batch_size num_workers",
         2: "prc_pictures retrieval_pictures round_trip_pairs",
     }
     sections = (config.generation, config.captions, config.likelihood, config.write)

@@ -85,6 +85,11 @@ def test_fid_k_blurs_both_sides_after_resizing():
     assert torch.allclose(side.moments[2].sum_F, features.double().sum(0))
 
 
+def test_threads_change_nothing():
+    one, four = (measure(pictures(9).__getitem__, 9, Colours(), Ranks(), **OPTIONS, workers=n) for n in (1, 4))
+    assert torch.equal(one.moments[2].outer_FF, four.moments[2].outer_FF) and list(one.logits) == list(four.logits)
+
+
 def test_a_single_picture_has_no_fid():
     assert math.isnan(frechet(moments(torch.ones(1, 2)), moments(torch.ones(5, 2))))
 

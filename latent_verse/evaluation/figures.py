@@ -18,7 +18,7 @@ from latent_verse import __version__
 from latent_verse.data import DataError
 
 OWN = f"latent_verse {__version__}"
-SAME = ("library", "samples", "protocol", "seed")  # what two figures have to share to be compared
+SAME = ("library", "samples", "protocol", "seed", "dtype")  # what two figures have to share to be compared
 
 
 def library(*packages: str) -> str:
@@ -36,6 +36,7 @@ class Figures:
 
     def __init__(self, checkpoint: dict[str, str], seed: int):
         self.checkpoint, self.seed = checkpoint, seed
+        self.always: dict[str, Any] = {}  # what is said with every figure besides
         self.values: dict[str, dict[str, Any]] = {}
         self.missing: dict[str, str] = {}
 
@@ -48,7 +49,8 @@ class Figures:
             self.miss(name, f"it came out as {value} on {samples} samples")
             return
         about = {"library": library, "samples": samples, "protocol": protocol}
-        self.values[name] = {"value": float(value), **about, "seed": self.seed, "checkpoint": self.checkpoint, **more}
+        about |= {"seed": self.seed, "checkpoint": self.checkpoint, **self.always}
+        self.values[name] = {"value": float(value), **about, **more}
 
     def miss(self, name: str, reason: str) -> None:
         """Say why a figure is not there."""
@@ -85,6 +87,8 @@ def _notes(figure: dict[str, Any]) -> str:
     if "interval" in figure:
         low, high = figure["interval"]
         parts.append(f"95 % {low:.3f} to {high:.3f}")
+    if "dtype" in figure:
+        parts.append(figure["dtype"])
     if figure.get("drawn", 1) > 1:
         parts.append(f"{figure.get('selected_by', 'the first')} of {figure['drawn']} drawn")
     if "unit" in figure:

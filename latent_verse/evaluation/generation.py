@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -130,29 +131,37 @@ def measure(
     keep_features: int,
     keep_logits: bool,
     device: str = "cpu",
+    workers: int | None = 1,
 ) -> Side:
     """Features of pictures 0 .. count - 1, shared among processes; the same Side in each.
 
     Args:
         network: `networks.Inception`, or what has its `num_features` and `features_and_logits`.
         keep_features: features to keep of the first so many pictures.
+        workers: threads that read and blur; None takes as many as there are cores, up to 16.
     """
     side = Side({k: Moments.none(network.num_features) for k in radii})
     mine = ranks.mine(count)
-    for start in range(0, len(mine), batch_size):
-        numbered = [(i, x) for i in mine[start : start + batch_size] if (x := read(i)) is not None]
-        if not numbered:
-            continue
-        for k, moments in side.moments.items():
-            x_BCHW = torch.stack([blur(x, k) for _, x in numbered]).to(device)
-            features_BF, logits_BV = network.features_and_logits(x_BCHW)
-            moments.add(features_BF)
-            if k == 0:
-                for (i, _), row_F, row_V in zip(numbered, features_BF.cpu(), logits_BV.cpu(), strict=True):
-                    if i < keep_features:
-                        side.features[i] = row_F.numpy()
-                    if keep_logits:
-                        side.logits[i] = row_V.numpy()
+
+    def prepare(i: int) -> tuple[int, list[Tensor]] | None:
+        x = read(i)
+        return None if x is None else (i, [blur(x, k) for k in radii])
+
+    with ThreadPoolExecutor(workers or min(16, os.cpu_count() or 1)) as pool:
+        for start in ranks.follow(range(0, len(mine), batch_size), "features"):
+            numbered = [done for done in pool.map(prepare, mine[start : start + batch_size]) if done is not None]
+            if not numbered:
+                continue
+            for n, (k, moments) in enumerate(side.moments.items()):
+                x_BCHW = torch.stack([blurred[n] for _, blurred in numbered]).to(device)
+                features_BF, logits_BV = network.features_and_logits(x_BCHW)
+                moments.add(features_BF)
+                if k == 0:
+                    for (i, _), row_F, row_V in zip(numbered, features_BF.cpu(), logits_BV.cpu(), strict=True):
+                        if i < keep_features:
+                            side.features[i] = row_F.numpy()
+                        if keep_logits:
+                            side.logits[i] = row_V.numpy()
     moments = {k: m.over(ranks) for k, m in side.moments.items()}
     return Side(moments, ranks.gather(side.features), ranks.gather(side.logits))
 

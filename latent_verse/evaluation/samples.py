@@ -62,18 +62,26 @@ def draw(
     seed: int,
     batch_size: int,
     settings: dict[str, Any],
+    dtype: str = "float32",
 ) -> None:
     """Draw `candidates` pictures for each text into `folder`, those that are missing, shared among processes.
 
     Args:
         model: an `LVerse`, or what has its `draw_scored`, `encode_texts` and `fingerprints`.
-        settings: temperature, top_k, top_p, guidance.
+        settings: temperature, top_k, top_p, guidance. dtype: BiART's, which is part of what a picture is.
 
     Raises:
         ConfigError: the folder holds pictures of another model, other texts or settings.
     """
     digest = hashlib.sha256("\n".join(texts).encode("utf-8", "replace")).hexdigest()[:16]
-    about = {"model": model.fingerprints, "texts": digest, "candidates": candidates, "seed": seed, **settings}
+    about = {
+        "model": model.fingerprints,
+        "texts": digest,
+        "candidates": candidates,
+        "seed": seed,
+        **settings,
+        "dtype": dtype,
+    }
     ranks.share(lambda: _claim(folder, about))
     missing = [i for i in ranks.mine(len(texts)) if not all(p.is_file() for p in _files(folder, i, candidates))]
     for part, own_seed in ranks.follow(calls(model, texts, missing, seed, batch_size), "drawing"):
