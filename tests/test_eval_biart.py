@@ -519,3 +519,29 @@ def test_two_processes_give_the_figures_of_one(bundle, pairs, tmp_path):
     )  # fmt: skip
     assert broken.returncode == 2 and "guidance: 1.0 then, 2.0 now" in broken.stderr
     assert "Traceback" not in broken.stderr
+
+
+def test_the_benchmark_of_the_protocols_sampling_runs(tmp_path, capsys):
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("coco_sampling", REPO / "benchmarks" / "coco_sampling.py")
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    argv = [
+        "--size",
+        "tiny",
+        "--captions",
+        "5",
+        "--candidates",
+        "2",
+        "--batch_size",
+        "3",
+        "--json",
+        str(tmp_path / "r.json"),
+    ]
+    assert benchmark.main(argv) == 0
+    out = json.loads((tmp_path / "r.json").read_text())
+    assert out["pictures_per_second"] == pytest.approx(10 / out["seconds"]) and out["extrapolated"]
+    assert out["hours_for_30000_captions"] == pytest.approx(out["seconds"] * 6000 / 3600)
+    assert {"codes", "scores", "decoding"} < out["seconds_by_part"].keys() and min(out["seconds_by_part"].values()) > 0
+    assert "extrapolated" in capsys.readouterr().out

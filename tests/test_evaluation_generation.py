@@ -125,6 +125,22 @@ def test_two_processes_measure_what_one_does(tmp_path):
         assert torch.allclose(two["logits"], torch.from_numpy(np.stack(list(one.logits.values()))))
 
 
+def summed(rank: int) -> dict[str, torch.Tensor]:
+    metric = generation.Frechet(12)
+    if rank == 0:  # the other process has had no picture
+        metric.update(Colours()(torch.stack(pictures(9))), real=True)
+        metric.update(Colours()(torch.stack(pictures(9, 1))), real=False)
+    return {"fid": metric.compute()}
+
+
+def test_a_process_without_pictures_has_the_same_fid(tmp_path):
+    """As in eval_vae.py with more processes than pictures: torchmetrics' own fails there."""
+    one, two = in_two_processes(tmp_path, summed)
+    sides = [measure(pictures(9, seed).__getitem__, 9, Colours(), Ranks(), **OPTIONS) for seed in (0, 1)]
+    expected = frechet(*(side.moments[0] for side in sides))
+    assert one["fid"].item() == pytest.approx(expected, rel=1e-6) and one["fid"] == two["fid"]
+
+
 # --------------------------------------------------------------------------------------------------------------- cache
 
 

@@ -83,9 +83,10 @@ def open_folder(config: EvalBiARTConfig) -> Path:
     """
     j, w = config.judged, config.write
     judged = j.model or j.generated_dir or j.captions_file
-    stem = runs.stem(judged.rstrip("/"))
-    parent = Path(judged).expanduser().resolve().parent.name
-    name = w.name or f"eval-{parent}" if stem == "bundle" and parent else w.name or f"eval-{stem}"
+    stem = runs.stem(judged.rstrip("/")).removesuffix(".jsonl").removesuffix(".json")
+    if stem == "bundle":  # as training names it, in the run's folder
+        stem = Path(judged).expanduser().resolve().parent.name or stem
+    name = w.name or f"eval-{stem}"
     runs.open_run(w.log_dir, name, False, None, {})  # refuses what cannot be a folder
     folder = Path(w.log_dir) / name
     folder.mkdir(parents=True, exist_ok=True)

@@ -253,7 +253,9 @@ def _redrawn(c: Context, pictures: list, texts: list[str], trips: list[round_tri
 def shapes_truth(c: Context) -> dict[str, Any]:
     """Exact truth on unseen scenes and on held-out combinations, per attribute; returns the counts."""
     g, d = c.config.generation, c.config.data
-    settings = shapes.ShapesDrawConfig(**c.drawing, rerank=g.candidates if g.candidates > 1 else 0)
+    settings = shapes.ShapesDrawConfig(**c.drawing)
+    if g.candidates > 1:
+        settings.rerank, settings.rerank_temperature = g.candidates, g.temperature
     world, counts = World.preset(d.world), {}
     for split in ("val", "heldout"):
         found = c.ranks.share(lambda s=split: shapes.evaluate(c.model, world, s, len(c.pairs), c.seed, settings)[0])
