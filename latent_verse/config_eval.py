@@ -231,8 +231,6 @@ def _check_numbers(config: EvalBiARTConfig) -> None:
         raise ConfigError("temperature 0 is greedy: candidates, top_k and top_p have no effect. Raise temperature.")
     if not g.blur_radii or min(g.blur_radii) < 0 or len(set(g.blur_radii)) < len(g.blur_radii):
         raise ConfigError(f"blur_radii is {list(g.blur_radii)}; give different radii, 0 (no blur) or above.")
-    if g.blur_radii[0] != 0 and 0 in g.blur_radii:
-        g.blur_radii = tuple(sorted(g.blur_radii))
     if "{}" not in config.likelihood.class_prompt:
         raise ConfigError(f"class_prompt is {config.likelihood.class_prompt!r}; it needs {{}} where the name goes.")
     if config.likelihood.class_names and not config.likelihood.classes_dir:

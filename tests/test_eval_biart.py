@@ -268,6 +268,18 @@ def test_pictures_without_captions_have_no_clip_score(pairs, tmp_path, stand_ins
     assert out["figures"]["generation/fid_0"]["samples"] == 5
 
 
+def test_too_few_pictures_leave_their_figures_missing(pairs, tmp_path, stand_ins):
+    made = write_pairs(tmp_path / "made", 1)
+    out = run(tmp_path, "--generated_dir", made, "--test_dir", pairs, "--fid_resolution", 16)
+    for name, reason in (
+        ("fid_8", "at least 2 pictures of each side, got 1 and 12"),
+        ("inception_score", "at least is_splits 10 pictures, got 1"),
+        ("recall", "more than prc_neighbours 3 pictures of each side, got 1 and 12"),
+    ):
+        assert reason in out["missing"][f"generation/{name}"]
+    assert set(out["figures"]) == {"generation/clip_score"}
+
+
 def test_the_pictures_of_the_data_themselves_are_at_distance_nothing(pairs, tmp_path, stand_ins):
     out = run(tmp_path, "--generated_dir", pairs, "--test_dir", pairs, "--fid_resolution", 16, "--is_splits", 1)[
         "figures"

@@ -124,20 +124,22 @@ def judge_files(c: Context, prefix: str, files: Sequence[Path], real: generation
     add_fid(c, prefix, real, made, more)
     network = c.inception.described
 
-    def add(name: str, protocol: str, compute: Any, samples: int, **extra: Any) -> None:
+    def add(needed_for: tuple[str, ...], protocol: str, compute: Any, samples: int, **extra: Any) -> None:
         try:
             for key, value in c.ranks.share(compute).items():
                 about = {"library": library("torch-fidelity"), "protocol": protocol, **extra, **more}
-                c.figures.add(prefix + key, value, samples=samples, better="higher", **about)
+                about |= {} if key.endswith("_std") else {"better": "higher"}
+                c.figures.add(prefix + key, value, samples=samples, **about)
         except ValueError as error:
-            c.figures.miss(prefix + name, str(error))
+            for name in needed_for:
+                c.figures.miss(prefix + name, str(error))
 
     protocol = f"{g.is_splits} splits, shuffled with seed 2020, classes of {network}"
-    add("inception_score", protocol, lambda: generation.inception_score(made.logits, g.is_splits), len(files))
+    add(("inception_score",), protocol, lambda: generation.inception_score(made.logits, g.is_splits), len(files))
     protocol = f"manifolds of {g.prc_neighbours} nearest neighbours in the features of {network}"
     both = {"references": len(real.features)}
     compute = lambda: generation.precision_recall(made, real, g.prc_neighbours)  # noqa: E731
-    add("precision", protocol, compute, len(made.features), **both)
+    add(("precision", "recall"), protocol, compute, len(made.features), **both)
 
 
 def add_fid(c: Context, prefix: str, real: generation.Side, made: generation.Side, more: dict[str, Any]) -> None:
