@@ -360,8 +360,8 @@ def test_a_wrong_step_makes_a_trip_wrong():
 
     world = World.preset("small")
     oracle = Oracle(world)
-    scene = oracle.scene_of("a red circle")
-    good, other = "a red circle", "a blue circle"
+    scene = oracle.scene_of("a red square")
+    good, other = "a red square", "a blue square"
     draw = lambda text: world.render(oracle.scene_of(text))  # noqa: E731
     right = judge(world, scene, good, Trip(good, draw(good), draw(good), good))
     assert right["image_text_image"]["all"] and right["text_image_text"]["all"]
