@@ -171,6 +171,7 @@ def new_biart(config: TrainBiARTConfig, vae: AugVAE, tokenizer: Tokenizer) -> Bi
             image_vocab=vae.config.num_tokens,
             text_len=config.text.text_len,
             image_len=vae.num_codes,
+            pos_by_modality=m.pos_by_modality,
             embd_pdrop=m.embd_pdrop,
             resid_pdrop=m.resid_pdrop,
             attn_pdrop=m.attn_pdrop,

@@ -34,11 +34,16 @@ class AugVAEConfig:
 
     in_channels: int = setting(3, "channels of the input picture")
     out_channels: int = setting(3, "channels of the reconstruction")
-    hidden_dim: int = setting(128, "width of the first convolution; a multiple of 32")
+    hidden_dim: int = setting(128, "width of the first convolution; a multiple of 32 with norm group")
     ch_mult: Tuple[int, ...] = setting((1, 2, 4), "width multipliers of the outer encoder and decoder, one a stage")
     num_res_blocks: int = setting(2, "residual blocks a stage")
     resolution: int = setting(256, "side of the picture in pixels")
     attn_resolutions: Tuple[int, ...] = setting((64, 32, 16, 8), "sides of the code grids (levels), largest first")
+    norm: str = setting(
+        "group",
+        "group: GroupNorm(32), as released; pixel: each position by itself, so that codes do not depend on far pixels",
+        ("group", "pixel"),
+    )
     use_attn: bool = setting(False, "self-attention at the levels and in the middle of each network")
     dropout: float = setting(0.0, "dropout in the residual blocks")
     double_z: bool = setting(False, "original's flag for KL models; only false can work with a codebook")
@@ -64,7 +69,7 @@ class AugVAEConfig:
             ConfigError: naming the key, its value and the remedy.
         """
         self.check_values()
-        if self.hidden_dim % 32:
+        if self.norm == "group" and self.hidden_dim % 32:
             raise ConfigError(f"hidden_dim {self.hidden_dim} is not a multiple of 32, the group count of GroupNorm.")
         first = self.resolution / 2 ** (len(self.ch_mult) - 1)
         levels = self.attn_resolutions
@@ -96,6 +101,8 @@ class AugVAEConfig:
         for name in at_least_one.split():
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.norm not in ("group", "pixel"):
+            raise ConfigError(f"norm is {self.norm!r}; it must be group or pixel.")
         if any(m < 1 for m in self.ch_mult) or not self.ch_mult:
             raise ConfigError(f"ch_mult is {list(self.ch_mult)}; it needs one multiplier >= 1 a stage.")
         for name, low, high in (
@@ -123,6 +130,9 @@ class BiARTConfig:
     n_layer: int = setting(12, "transformer blocks")
     n_head: int = setting(12, "attention heads")
     n_embd: int = setting(768, "width of the residual stream")
+    pos_by_modality: bool = setting(
+        False, "count positions within the text and within the image, so that a place means the same in both directions"
+    )
     embd_pdrop: float = setting(0.0, "dropout after the embeddings")
     resid_pdrop: float = setting(0.0, "dropout on each residual branch")
     attn_pdrop: float = setting(0.0, "dropout on the attention weights")

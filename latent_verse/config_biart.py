@@ -31,6 +31,9 @@ class BiARTModelConfig:
     n_layer: Optional[int] = setting(None, "transformer blocks; default the preset's")
     n_head: Optional[int] = setting(None, "attention heads; default the preset's")
     n_embd: Optional[int] = setting(None, "width of the residual stream, a multiple of n_head; default the preset's")
+    pos_by_modality: bool = setting(
+        False, "count positions within the text and within the image, so that a place means the same in both directions"
+    )
     embd_pdrop: float = setting(0.0, "dropout after the embeddings")
     resid_pdrop: float = setting(0.0, "dropout on each residual branch")
     attn_pdrop: float = setting(0.0, "dropout on the attention weights")

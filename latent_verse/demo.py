@@ -36,7 +36,7 @@ ROOT = Path(__file__).parents[1]
 PREFIX = {"small": "demo", "full": "demo_full"}  # of the recipes' names
 TRAIN_PAIRS = {"small": 8000, "full": 60_000}
 VAL_PAIRS = 256  # for the curves and the choice among checkpoints
-JUDGED = {"small": 460, "full": 1000}
+JUDGED = {"small": 500, "full": 1000}
 SAMPLES = 24  # scenes of each split that the page shows
 
 
@@ -48,7 +48,7 @@ class DemoSettings:
     out: str = setting("demo", "folder for everything; the same command continues what is there")
     recipes: Optional[str] = setting(None, "folder of the three recipes, named as in configs/, the default")
     train_pairs: Optional[int] = setting(None, "pictures with captions to train on; default 8000, for full 60000")
-    count: Optional[int] = setting(None, "scenes to judge in each split; default 460, for full 1000")
+    count: Optional[int] = setting(None, "scenes to judge in each split; default 500, for full 1000")
     rerank: int = setting(8, "pictures among which the model chooses, for the figures with re-ranking")
     gpus: int = setting(1, "0 is the CPU, 1 the GPU, or the CPU where there is none")
 

@@ -1,5 +1,6 @@
 """BiART against a textbook GPT-2, the full masked softmax, a loss by hand, and itself with and without a cache."""
 
+import dataclasses
 import math
 
 import pytest
@@ -11,6 +12,7 @@ from latent_verse.biart.sequence import DIRECTIONS, IGNORE, IMAGE_TO_TEXT, TEXT_
 from latent_verse.config import BiARTConfig
 
 CONFIG = BiARTConfig(text_vocab=11, image_vocab=13, text_len=5, image_len=7, n_layer=2, n_head=2, n_embd=32)
+BY_MODALITY = dataclasses.replace(CONFIG, pos_by_modality=True)
 
 
 def lively(config=CONFIG, seed=0) -> BiART:
@@ -172,16 +174,17 @@ def test_modality_logits_are_the_full_heads_rows():
 
 
 @pytest.mark.parametrize("bucket", [1, 4, 128])  # 1: the CPU's exact slots; larger: the GPU's static shapes
+@pytest.mark.parametrize("config", [CONFIG, BY_MODALITY])
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_cached_logits_equal_uncached_at_every_step(direction, bucket):
-    model = lively()
+def test_cached_logits_equal_uncached_at_every_step(direction, config, bucket):
+    model = lively(config)
     vocab = model.vocab
     sequences = vocab.pack(*pairs(model), direction)
     idx_BT, seg_BT = sequences.idx_BT, sequences.seg_BT
     with torch.no_grad():
         expected = model(idx_BT, seg_BT)
         for start in (1, vocab.positions(direction, target_modality(direction)).start + 1, vocab.input_len):
-            cache = KVCache(CONFIG, len(idx_BT), "cpu", torch.float32, bucket)
+            cache = KVCache(config, len(idx_BT), "cpu", torch.float32, bucket)
             features = [model.prefill(idx_BT[:, :start], seg_BT[:, :start], cache)]
             for t in range(start, vocab.input_len):
                 pos_1 = torch.tensor([t])
@@ -189,6 +192,22 @@ def test_cached_logits_equal_uncached_at_every_step(direction, bucket):
             logits = model.head(torch.cat(features, dim=1))
             torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
             assert torch.equal(logits.argmax(-1), expected.argmax(-1))
+
+
+def test_positions_by_modality_are_the_same_in_both_directions():
+    model = lively(BY_MODALITY)
+    vocab, embedded = model.vocab, []
+    model.seg_emb.weight.data.zero_()
+    model.blocks[0].register_forward_pre_hook(lambda module, args: embedded.append(args[0]))
+    text_BL, codes_BN = pairs(model)
+    sequences = vocab.pack(text_BL.repeat(2, 1), codes_BN.repeat(2, 1), len(text_BL))  # both directions in one batch
+    model(sequences.idx_BT, sequences.seg_BT)
+    forth, back = embedded[0].chunk(2)
+    L, N = vocab.text_len, vocab.image_len
+    assert torch.equal(forth[:, :L], back[:, N + 1 :])  # BOT and the text but its last token
+    assert torch.equal(forth[:, L + 1 :], back[:, :N])  # BOI and the codes but the last
+    plain = lively()
+    assert plain.pos_emb.shape[1] == vocab.input_len == model.pos_emb.shape[1] - 1
 
 
 def test_cache_reorder_moves_whole_rows():

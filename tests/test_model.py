@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from latent_verse.augvae.layers import AttnBlock
+from latent_verse.augvae.layers import AttnBlock, make_norm
 from latent_verse.augvae.model import AugVAE
 from latent_verse.config import AugVAEConfig, ConfigError
 
@@ -127,6 +127,7 @@ def test_the_last_code_and_an_empty_batch_are_taken(tiny_augvae):
         ({"attn_resolutions": (8, 2)}, "2 follows 8"),
         ({"attn_resolutions": (8, 8)}, "8 follows 8"),
         ({"hidden_dim": 48}, "hidden_dim 48 is not a multiple of 32"),
+        ({"norm": "batch"}, "norm is 'batch'"),
         ({"single_level": 16}, r"single_level 16 is not one of the levels \[8, 4, 2\]"),
         ({"ch_mult": ()}, "ch_mult"),
         ({"num_tokens": 0}, "num_tokens is 0"),
@@ -210,12 +211,37 @@ def test_attention_at_the_released_size():
 
 def test_attention_block_is_softmax_attention_over_positions():
     torch.manual_seed(0)
-    block, x = AttnBlock(32).double(), torch.randn(2, 32, 3, 3, dtype=torch.float64)
+    block, x = AttnBlock(32, norm="group").double(), torch.randn(2, 32, 3, 3, dtype=torch.float64)
     h = block.norm(x)
     q, k, v = (f(h).reshape(2, 32, 9) for f in (block.q, block.k, block.v))
     weights = torch.softmax(torch.einsum("bci,bcj->bij", q, k) / 32**0.5, dim=-1)
     expected = x + block.proj_out(torch.einsum("bij,bcj->bci", weights, v).reshape(2, 32, 3, 3))
     torch.testing.assert_close(block(x), expected)
+
+
+def test_pixel_norm_keeps_far_pixels_apart(tiny_augvae, tiny_images):
+    """With it a change in one corner leaves the encoder's other corner as it was; GroupNorm carries it everywhere."""
+    x = tiny_images(1)
+    changed = x.clone()
+    changed[:, :, :2, :2] *= -1
+    moved = {}
+    for norm in ("group", "pixel"):
+        torch.manual_seed(0)
+        model = tiny_augvae(norm=norm, num_res_blocks=1, use_attn=False)
+        stage = model.encoders[0].down[0]
+        with torch.no_grad():
+            before, after = (stage(model.encoders[0].conv_in(picture)) for picture in (x, changed))
+        moved[norm] = not torch.equal(before[:, :, -2:, -2:], after[:, :, -2:, -2:])
+    assert moved == {"group": True, "pixel": False}
+    assert tiny_augvae(norm="pixel").state_dict().keys() == tiny_augvae().state_dict().keys()
+
+
+def test_pixel_norm_is_layer_norm_over_channels():
+    norm, x = make_norm("pixel", 5), torch.randn(2, 5, 3, 4)
+    nn.init.normal_(norm.weight)
+    mean, var = x.mean(1, keepdim=True), x.var(1, keepdim=True, unbiased=False)
+    expected = (x - mean) / (var + 1e-6).sqrt() * norm.weight[:, None, None] + norm.bias[:, None, None]
+    torch.testing.assert_close(norm(x), expected)
 
 
 def test_dropout_acts_in_training_only(tiny_augvae, tiny_images):

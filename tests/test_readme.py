@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
 
 import eval_vae
 import train_vae
+from latent_verse import demo
 from latent_verse.cli import parse
 from latent_verse.config import EvalVAEConfig, TrainVAEConfig, check_eval_vae, check_train_vae
 from latent_verse.config_biart import TrainBiARTConfig, check_train_biart
@@ -67,6 +69,18 @@ def test_generate_commands_parse(line):
 def test_eval_biart_commands_parse(line):
     config, given = parse(EvalBiARTConfig, flags(line, "eval_biart.py"), "")
     check_eval_biart(config, given)
+
+
+@pytest.mark.parametrize("target", sorted({line.removeprefix("make ") for line in commands("make ")}))
+def test_make_targets_are_there_and_run_what_parses(target):
+    """`make -n` says what would run; the demo's settings must be such that it can begin."""
+    said = subprocess.run(["make", "-n", target], cwd=REPO, capture_output=True, text=True, check=True).stdout
+    assert said
+    if target.startswith("demo"):
+        (line,) = (line for line in said.splitlines() if "latent_verse.demo" in line)
+        config, _ = parse(demo.DemoConfig, flags(line, "latent_verse.demo"), "")
+        demo.check(config.demo)
+        assert len(demo.plan(config.demo, REPO / config.demo.out)) == 7
 
 
 def test_there_are_commands():

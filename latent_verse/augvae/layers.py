@@ -14,19 +14,26 @@ import torch.nn.functional as F
 from torch import nn
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm with the 32 groups and eps of the release."""
-    return nn.GroupNorm(32, channels, eps=1e-6)
+class PixelNorm(nn.LayerNorm):
+    """LayerNorm over the channels of each position by itself (ConvNeXt's), so that nothing is shared over a picture."""
+
+    def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        return super().forward(x_BCHW.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def make_norm(kind: str, channels: int) -> nn.Module:
+    """The norm of AugVAEConfig.norm: GroupNorm with the 32 groups of the release, or PixelNorm; the same keys."""
+    return nn.GroupNorm(32, channels, eps=1e-6) if kind == "group" else PixelNorm(channels, eps=1e-6)
 
 
 class ResnetBlock(nn.Module):
     """norm -> swish -> conv, twice, plus the input (through a 1x1 convolution where the width changes)."""
 
-    def __init__(self, in_channels: int, out_channels: int, dropout: float):
+    def __init__(self, in_channels: int, out_channels: int, dropout: float, norm: str):
         super().__init__()
-        self.norm1 = group_norm(in_channels)
+        self.norm1 = make_norm(norm, in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = group_norm(out_channels)
+        self.norm2 = make_norm(norm, out_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         if in_channels != out_channels:
@@ -43,9 +50,9 @@ class ResnetBlock(nn.Module):
 class AttnBlock(nn.Module):
     """Single-head self-attention over the positions of a feature map, plus the input."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, norm: str):
         super().__init__()
-        self.norm = group_norm(channels)
+        self.norm = make_norm(norm, channels)
         self.q = nn.Conv2d(channels, channels, 1)
         self.k = nn.Conv2d(channels, channels, 1)
         self.v = nn.Conv2d(channels, channels, 1)
@@ -85,12 +92,12 @@ class Upsample(nn.Module):
 class Middle(nn.Module):
     """Two residual blocks at the narrowest point, with attention between them where asked for."""
 
-    def __init__(self, channels: int, dropout: float, use_attn: bool):
+    def __init__(self, channels: int, dropout: float, use_attn: bool, norm: str):
         super().__init__()
-        self.block_1 = ResnetBlock(channels, channels, dropout)
+        self.block_1 = ResnetBlock(channels, channels, dropout, norm)
         if use_attn:
-            self.attn_1 = AttnBlock(channels)
-        self.block_2 = ResnetBlock(channels, channels, dropout)
+            self.attn_1 = AttnBlock(channels, norm)
+        self.block_2 = ResnetBlock(channels, channels, dropout, norm)
 
     def forward(self, h_BCHW: torch.Tensor) -> torch.Tensor:
         h_BCHW = self.block_1(h_BCHW)
@@ -102,11 +109,11 @@ class Middle(nn.Module):
 class Stage(nn.Module):
     """The blocks at one resolution, each followed by attention where asked for; then a change of resolution."""
 
-    def __init__(self, widths: list[int], dropout: float, attend: bool, resample: dict[str, nn.Module]):
+    def __init__(self, widths: list[int], dropout: float, attend: bool, norm: str, resample: dict[str, nn.Module]):
         super().__init__()
         pairs = list(itertools.pairwise(widths))
-        self.block = nn.ModuleList(ResnetBlock(i, o, dropout) for i, o in pairs)
-        self.attn = nn.ModuleList(AttnBlock(o) for _, o in pairs if attend)
+        self.block = nn.ModuleList(ResnetBlock(i, o, dropout, norm) for i, o in pairs)
+        self.attn = nn.ModuleList(AttnBlock(o, norm) for _, o in pairs if attend)
         for name, module in resample.items():  # "downsample" or "upsample": the released names
             self.add_module(name, module)
 
@@ -139,6 +146,7 @@ class Encoder(nn.Module):
         resolution: int,
         attn_resolutions: tuple[int, ...],
         use_attn: bool,
+        norm: str,
     ):
         super().__init__()
         self.conv_in = nn.Conv2d(in_channels, hidden_dim, 3, padding=1)
@@ -149,11 +157,12 @@ class Encoder(nn.Module):
             width = widths[-1]
             last = i == len(ch_mult) - 1
             attend = use_attn and resolution in attn_resolutions
-            self.down.append(Stage(widths, dropout, attend, {} if last else {"downsample": Downsample(width)}))
+            resample = {} if last else {"downsample": Downsample(width)}
+            self.down.append(Stage(widths, dropout, attend, norm, resample))
             if not last:
                 resolution //= 2
-        self.mid = Middle(width, dropout, use_attn)
-        self.norm_out = group_norm(width)
+        self.mid = Middle(width, dropout, use_attn, norm)
+        self.norm_out = make_norm(norm, width)
         self.conv_out = nn.Conv2d(width, z_channels, 3, padding=1)
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
@@ -177,19 +186,21 @@ class Decoder(nn.Module):
         resolution: int,
         attn_resolutions: tuple[int, ...],
         use_attn: bool,
+        norm: str,
     ):
         super().__init__()
         width = hidden_dim * ch_mult[-1]
         self.conv_in = nn.Conv2d(in_channels, width, 3, padding=1)
-        self.mid = Middle(width, dropout, use_attn)
+        self.mid = Middle(width, dropout, use_attn, norm)
         stages = []
         for i in reversed(range(len(ch_mult))):
             widths = [width] + [hidden_dim * ch_mult[i]] * (num_res_blocks + 1)
             width = widths[-1]
             attend = use_attn and resolution // 2**i in attn_resolutions
-            stages.append(Stage(widths, dropout, attend, {"upsample": Upsample(width)} if i else {}))
+            resample = {"upsample": Upsample(width)} if i else {}
+            stages.append(Stage(widths, dropout, attend, norm, resample))
         self.up = nn.ModuleList(reversed(stages))  # released order: up.0 is the last to run
-        self.norm_out = group_norm(width)
+        self.norm_out = make_norm(norm, width)
         self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
 
     def forward(self, z_BCHW: torch.Tensor) -> torch.Tensor:

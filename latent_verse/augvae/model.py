@@ -51,7 +51,7 @@ class AugVAE(nn.Module):
         ]
         common = {
             name: getattr(config, name)
-            for name in ("z_channels", "hidden_dim", "num_res_blocks", "dropout", "use_attn")
+            for name in ("z_channels", "hidden_dim", "num_res_blocks", "dropout", "use_attn", "norm")
         }
         z = common.pop("z_channels")
 

@@ -37,6 +37,7 @@ class KVCache:
         self.bucket = bucket or (128 if torch.device(device).type == "cuda" else 1)
         slots = math.ceil(Vocabulary.of(config).input_len / self.bucket) * self.bucket
         shape = (config.n_layer, batch, config.n_head, slots, config.n_embd // config.n_head)
+        self.image_first_B1 = torch.zeros(batch, 1, device=device, dtype=torch.bool)  # which way each row goes
         self.k_LBHSD = torch.zeros(shape, device=device, dtype=dtype)
         self.v_LBHSD = torch.zeros(shape, device=device, dtype=dtype)
 
@@ -115,7 +116,8 @@ class BiART(nn.Module):
         self.vocab = Vocabulary.of(config)
         self.tok_emb = nn.Embedding(self.vocab.size, config.n_embd)
         self.seg_emb = nn.Embedding(2, config.n_embd)
-        self.pos_emb = nn.Parameter(torch.empty(1, self.vocab.input_len, config.n_embd))
+        places = self.vocab.input_len + int(config.pos_by_modality)  # both modalities whole: neither is always last
+        self.pos_emb = nn.Parameter(torch.empty(1, places, config.n_embd))
         self.drop = nn.Dropout(config.embd_pdrop)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
@@ -138,11 +140,20 @@ class BiART(nn.Module):
 
     def features(self, idx_BT: Tensor, seg_BT: Tensor) -> Tensor:
         """Joint ids and segments -> features_BTC, from which the heads read the next token."""
-        x_BTC = self.tok_emb(idx_BT) + self.seg_emb(seg_BT) + self.pos_emb[:, : idx_BT.shape[1]]
-        x_BTC = self.drop(x_BTC)
+        pos_T = torch.arange(idx_BT.shape[1], device=idx_BT.device)
+        x_BTC = self.drop(self._embed(idx_BT, seg_BT, pos_T, idx_BT[:, :1] == self.vocab.begin_image))
         for block in self.blocks:
             x_BTC = block(x_BTC)
         return self.ln_f(x_BTC)
+
+    def _embed(self, idx_BT: Tensor, seg_BT: Tensor, pos_T: Tensor, image_first_B1: Tensor) -> Tensor:
+        """The sum of the three embeddings; pos_T are places in the sequence, from 0."""
+        if self.config.pos_by_modality:  # text has the first L + 1 places, pictures the others, whichever comes first
+            turned_T = (pos_T + self.vocab.text_len + 1) % self.pos_emb.shape[1]
+            position = F.embedding(torch.where(image_first_B1, turned_T, pos_T), self.pos_emb[0])
+        else:
+            position = self.pos_emb[:, pos_T]
+        return self.tok_emb(idx_BT) + self.seg_emb(seg_BT) + position
 
     def forward(self, idx_BT: Tensor, seg_BT: Tensor) -> Tensor:
         """Joint ids and segments -> logits_BTV of the next token over the whole joint vocabulary."""
@@ -211,6 +222,7 @@ class BiART(nn.Module):
     def prefill(self, idx_BT: Tensor, seg_BT: Tensor, cache: KVCache) -> Tensor:
         """Read a whole prompt from position 0 into an empty cache -> features_BTC."""
         pos_T = torch.arange(idx_BT.shape[1], device=idx_BT.device)
+        cache.image_first_B1.copy_(idx_BT[:, :1] == self.vocab.begin_image)
         return self._cached(idx_BT, seg_BT, cache, pos_T, slots=idx_BT.shape[1], mask_TS=None)
 
     def decode(self, idx_B1: Tensor, seg_B1: Tensor, cache: KVCache, pos_1: Tensor, slots: int) -> Tensor:
@@ -222,7 +234,7 @@ class BiART(nn.Module):
         return self._cached(idx_B1, seg_B1, cache, pos_1, slots, mask_TS)
 
     def _cached(self, idx_BT, seg_BT, cache: KVCache, pos_T: Tensor, slots: int, mask_TS: Tensor | None) -> Tensor:
-        x_BTC = self.tok_emb(idx_BT) + self.seg_emb(seg_BT) + self.pos_emb[:, pos_T]
+        x_BTC = self._embed(idx_BT, seg_BT, pos_T, cache.image_first_B1)
         for block, k_BHSD, v_BHSD in zip(self.blocks, cache.k_LBHSD, cache.v_LBHSD, strict=True):
             x_BTC = block(x_BTC, Past(k_BHSD, v_BHSD, pos_T, slots, mask_TS))
         return self.ln_f(x_BTC)

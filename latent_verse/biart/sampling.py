@@ -228,6 +228,7 @@ def beam_search(
         cache = _new_cache(model, batch * beam_size, device, bucket)
         cache.k_LBHSD.copy_(first.k_LBHSD.repeat_interleave(beam_size, dim=1))
         cache.v_LBHSD.copy_(first.v_LBHSD.repeat_interleave(beam_size, dim=1))
+        cache.image_first_B1.fill_(True)
         del first
         feature_RC = feature_BC.repeat_interleave(beam_size, dim=0)
 

@@ -15,6 +15,8 @@ PALETTE = {  # every two are at least 97 apart in RGB, and each at least 190 fro
     "yellow": (250, 215, 20),
     "purple": (150, 45, 190),
     "orange": (255, 125, 15),
+    "cyan": (0, 190, 215),
+    "black": (35, 35, 35),
 }
 UNKNOWN = "?"  # the shape or colour of something in a picture that is no object of the world
 SUBPIXELS = 8  # per axis: coverage, and so anti-aliasing, is in 64ths
@@ -69,7 +71,28 @@ def _star(u, v):  # five points, one up; fat enough (inner radius 1/2) to be rea
     return (x - outer) * notch_y - y * (notch_x - outer) <= 0
 
 
-SHAPES = {"circle": _circle, "square": _square, "triangle": _triangle, "cross": _cross, "star": _star}
+def _ring(u, v):  # a square with a hole of a ninth
+    return _square(u, v) & ((abs(u) > 1 / 3) | (abs(v) > 1 / 3))
+
+
+def _arch(u, v):  # a ring without its bottom
+    return _ring(u, v) & ((abs(u) > 1 / 3) | (v < 0))
+
+
+def _staircase(u, v):  # three steps, down to the right
+    return _square(u, v) & ((u + 1) // (2 / 3) <= (v + 1) // (2 / 3))
+
+
+SHAPES = {
+    "circle": _circle,
+    "square": _square,
+    "triangle": _triangle,
+    "cross": _cross,
+    "star": _star,
+    "ring": _ring,
+    "arch": _arch,
+    "staircase": _staircase,
+}
 
 
 @lru_cache(maxsize=256)

@@ -1,6 +1,6 @@
 """How much of what a bundle draws and writes is true, by the shapes world's exact readers. From the repository root:
 
-    python -m latent_verse.evaluation.shapes --model results/run/bundle --world small --split val --count 460
+    python -m latent_verse.evaluation.shapes --model results/run/bundle --world small --split val --count 500
 
 Text to image: a picture is drawn for the caption of every scene, read back (`World.parse_image`), and right if the
 scene found there satisfies the caption. Image to text: a caption is written for the true picture of every scene, and
@@ -36,7 +36,7 @@ class ShapesConfig:
     model: Optional[str] = setting(None, "bundle: a folder that train_biart.py wrote, or a hub id")
     world: str = setting("small", "the shapes world to judge in", tuple(PRESETS))
     split: str = setting("val", "val: unseen scenes; heldout: pairs of colour and shape kept out of training", SPLITS)
-    count: int = setting(460, "different scenes; small has 465 in val and 1072 in heldout")
+    count: int = setting(500, "different scenes; small has 1401 in val and 2270 in heldout")
     seed: int = setting(0, "seed of scenes, captions and draws")
 
 
