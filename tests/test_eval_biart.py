@@ -156,6 +156,12 @@ def test_likelihoods_are_the_models(bundle, pairs, tmp_path):
     assert figure["interval"][0] < figure["value"] < figure["interval"][1] and figure["samples"] == 3
 
 
+def test_a_single_pair_has_no_interval(bundle, pairs, tmp_path):
+    out = run(tmp_path, "--model", bundle, "--test_dir", pairs, "--tasks", "likelihood", "--likelihood_pairs", 1)
+    assert len(out["figures"]) == 6
+    assert not any("interval" in figure or "standard_error" in figure for figure in out["figures"].values())
+
+
 def test_without_networks_all_the_rest_is_given_and_files_and_places_are_named(bundle, pairs, tmp_path, capsys):
     out = run(tmp_path, "--model", bundle, "--test_dir", pairs, "--tasks", "generation", "captions")
     assert "generation/log_p_text" in out["figures"] and "captions/cider" in out["figures"]
@@ -196,8 +202,10 @@ def test_the_same_command_goes_on_and_keeps_its_reference(bundle, pairs, tmp_pat
 
 def test_captions_that_are_too_long_are_cut_and_counted(bundle, pairs, tmp_path, recwarn):
     (pairs / "p003.txt").write_text("a red circle " * 30 + "\na red circle")
-    out = run(tmp_path, "--model", bundle, "--test_dir", pairs, "--tasks", "generation")
+    flags = ["--tasks", "generation", "likelihood", "retrieval", "--retrieval_captions", 2]
+    out = run(tmp_path, "--model", bundle, "--test_dir", pairs, *flags)
     assert out["about"]["generation"]["draw"]["cut_to_text_len"] == 1
+    assert out["about"]["likelihood"]["cut_to_text_len"] == out["about"]["retrieval"]["cut_to_text_len"] == 1
     assert not [w for w in recwarn if "cut to" in str(w.message)]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,11 @@ class Context:
         """Those whose picture can be read, with the pictures, uint8 (3, R, R)."""
         read = [(d, x) for d in drawn if (x := self.pairs.picture(d.index)) is not None]
         return [d for d, _ in read], [x for _, x in read]
+
+    def cut(self, texts: Sequence[str]) -> int:
+        """How many of the texts are longer than the model takes: they are cut, so what is scored is not all of them."""
+        longest = self.model.biart.config.text_len
+        return sum(len(ids) > longest for ids in self.model.tokenizer.encode_batch(list(texts)))
 
     def add_gallery(self, title: str, scored: str, scores: list[float], case_of: Any) -> None:
         """Show the best, median and worst by score; case_of(i) gives (picture, text, note). In the first process."""

@@ -153,7 +153,10 @@ class HeldOut:
     dimensions: int
 
     def bits(self) -> dict[str, tuple[float, float]]:
-        """{name: (bits, standard error)}: per token over all tokens, per code, per image dimension (3 R R)."""
+        """{name: (bits, standard error)}: per token over all tokens, per code, per image dimension (3 R R).
+
+        The error of a single pair is not known: NaN.
+        """
         bits, out = math.log(2), {}
         tokens = self.tokens_B.sum().item()
         for name, log_p_B in (("text_given_image", self.text_given_image_B), ("text_alone", self.text_alone_B)):
@@ -175,7 +178,7 @@ class HeldOut:
 
 
 def _standard_error(values_B: Tensor) -> float:
-    return (values_B.std() / math.sqrt(len(values_B))).item() if len(values_B) > 1 else 0.0
+    return (values_B.std() / math.sqrt(len(values_B))).item() if len(values_B) > 1 else math.nan
 
 
 def held_out(model: Any, codes_BN: Tensor, text_BL: Tensor, ranks: Ranks) -> HeldOut:

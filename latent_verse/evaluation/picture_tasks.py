@@ -34,9 +34,7 @@ def generate(c: Context) -> dict[str, Any]:
         options["dtype"] = c.config.write.dtype
         samples.draw(c.model, [d.caption for d in drawn], folder, c.ranks, settings=c.drawing, **options)
         groups = samples.read_groups(folder)
-        lengths = map(len, c.model.tokenizer.encode_batch([d.caption for d in drawn]))
-        cut = sum(length > c.model.biart.config.text_len for length in lengths)
-        about["draw"] = c.pairs.about(drawn, c.seed) | {"cut_to_text_len": cut}
+        about["draw"] = c.pairs.about(drawn, c.seed) | {"cut_to_text_len": c.cut([d.caption for d in drawn])}
     real = reference(c, sorted({d.index for d in drawn}) if g.reference == "drawn" else None)
     clip = score_by_clip(c, groups)
     for prefix, chosen, how in selections(groups, clip):

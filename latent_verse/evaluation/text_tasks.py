@@ -89,8 +89,8 @@ def _corrections(c: Context, given: str) -> str:
     return said
 
 
-def retrieve(c: Context) -> None:
-    """R@1/5/10 both ways, from either likelihood."""
+def retrieve(c: Context) -> dict[str, Any]:
+    """R@1/5/10 both ways, from either likelihood; returns the pool."""
     k = c.config.likelihood
     drawn, pictures = c.readable(_different(c, k.retrieval_pictures))
     texts, owners = [], []
@@ -114,6 +114,7 @@ def retrieve(c: Context) -> None:
                 if key.startswith("r@"):
                     about |= {"interval": wilson(round(value * queries), queries), "better": "higher"}
                 c.figures.add(f"retrieval/{name}/{direction}/{key}", value, samples=queries, **about)
+    return {"pictures": len(drawn), "captions": len(texts), "cut_to_text_len": c.cut(texts)}
 
 
 def _different(c: Context, count: int) -> list:
@@ -146,7 +147,8 @@ def classify(c: Context) -> dict[str, Any]:
             about = {"library": OWN, "protocol": protocol, "better": "higher", "classes": len(names)}
             about |= {"interval": wilson(right, len(read))}
             c.figures.add(f"zero_shot/{name}/top_{top}", right / len(read), samples=len(read), **about)
-    return {"classes": len(names), "pictures": len(read)}
+    cut = c.cut([k.class_prompt.format(name) for name in names])
+    return {"classes": len(names), "pictures": len(read), "cut_to_text_len": cut}
 
 
 def class_names(folders: list[str], file: str | None) -> list[str]:
@@ -171,8 +173,8 @@ def class_names(folders: list[str], file: str | None) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------------- bits
 
 
-def likelihoods(c: Context) -> None:
-    """Held-out log p of both directions in bits per token, per code and per image dimension."""
+def likelihoods(c: Context) -> dict[str, Any]:
+    """Held-out log p of both directions in bits per token, per code and per image dimension; returns the pairs."""
     drawn, pictures = c.readable(c.pairs.draw(c.config.likelihood.likelihood_pairs, c.seed))
     if not drawn:
         raise DataError("not one of the pictures of the draw can be read. Are the files whole?")
@@ -185,11 +187,12 @@ def likelihoods(c: Context) -> None:
     }
     for name, (value, error) in found.bits().items():
         protocol = f"{units[name.rsplit('/', 1)[1]]}; teacher forcing, one caption of the draw a picture"
-        about = {"library": OWN, "protocol": protocol, "better": "lower", "standard_error": error}
+        about = {"library": OWN, "protocol": protocol, "better": "lower"}
         if not math.isnan(error):
-            about["interval"] = (value - 1.96 * error, value + 1.96 * error)
+            about |= {"standard_error": error, "interval": (value - 1.96 * error, value + 1.96 * error)}
         c.figures.add(f"likelihood/{name}", value, samples=len(drawn), **about)
     if found.text_alone_B is None:
         reason = "the model was trained without reference_dropout, so it has no likelihood without a reference"
         for name in ("text_alone/bits_per_token", "image_alone/bits_per_code", "image_alone/bits_per_dimension"):
             c.figures.miss(f"likelihood/{name}", reason)
+    return {"pairs": len(drawn), "cut_to_text_len": c.cut([d.caption for d in drawn])}
