@@ -107,7 +107,9 @@ class NetworksConfig:
 class EvalWriteConfig:
     """Where results go, and which machine computes."""
 
-    name: Optional[str] = setting(None, "name of the run's folder in log_dir; default eval-<what is judged>")
+    name: Optional[str] = setting(
+        None, "name of the run's folder in log_dir; default eval-<what is judged>-<tasks given>"
+    )
     log_dir: str = setting("results", "folder that holds the run folders")
     seed: int = setting(0, "seed of the draws of captions and of pictures")
     gpus: int = setting(1, "processes that share the work, a GPU each; 0 is the CPU")

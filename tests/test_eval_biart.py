@@ -200,6 +200,60 @@ def test_the_same_command_goes_on_and_keeps_its_reference(bundle, pairs, tmp_pat
     assert other["figures"]["generation/fid_4"]["value"] == pytest.approx(first["figures"]["generation/fid_4"]["value"])
 
 
+def test_a_cached_reference_of_other_pictures_or_fewer_features_is_refused(bundle, pairs, tmp_path, stand_ins, capsys):
+    flags = ["--generated_dir", pairs, "--test_dir", pairs, "--fid_resolution", 16, "--is_splits", 1]
+    flags += ["--reference_stats", tmp_path / "ref.npz", "--prc_pictures", 6]
+    f = run(tmp_path, *flags)["figures"]
+    assert f["generation/precision"]["samples"] == f["generation/precision"]["references"] == 6
+    argv = [*map(str, flags), "--gpus", "0", "--log_dir", str(tmp_path / "runs")]
+    assert eval_biart.main([*argv, "--prc_pictures", "9"]) == 2
+    assert "prc_pictures: 6 in it, 9 asked for" in capsys.readouterr().err
+    Image.new("RGB", (20, 20)).save(pairs / "p004.png")  # another picture under the same name
+    assert eval_biart.main(argv) == 2
+    assert "files: " in capsys.readouterr().err
+
+
+def test_a_late_mistake_loses_nothing_that_was_measured(bundle, pairs, tmp_path, capsys):
+    bare = tmp_path / "classes"
+    bare.mkdir()
+    flags = ["--model", bundle, "--test_dir", pairs, "--tasks", "likelihood", "zero_shot", "--classes_dir", bare]
+    argv = [*map(str, flags), "--gpus", "0", "--log_dir", str(tmp_path / "runs"), "--name", "run"]
+    assert eval_biart.main(argv) == 2
+    assert "classes_dir" in capsys.readouterr().err
+    out = json.loads((tmp_path / "runs" / "run" / "metrics.json").read_text())
+    assert out["tasks"] == ["likelihood"] and "likelihood/text_given_image/bits_per_token" in out["figures"]
+
+
+def test_what_a_late_task_needs_is_asked_for_first(tiny_augvae, pairs, tmp_path, capsys):
+    make_lverse(tiny_augvae(single_level=4), reference_dropout=0.0).save_pretrained(tmp_path / "bundle")
+    flags = ["--model", tmp_path / "bundle", "--test_dir", pairs, "--prior_weight", 1, "--gpus", 0]
+    assert eval_biart.main([*map(str, flags), "--log_dir", str(tmp_path / "runs")]) == 2
+    captured = capsys.readouterr()
+    assert "Give --prior pool" in captured.err and "likelihood ..." not in captured.out
+
+
+def test_results_of_other_settings_are_kept(bundle, pairs, tmp_path, capsys):
+    flags = ["--model", bundle, "--test_dir", pairs, "--tasks", "likelihood"]
+    first = run(tmp_path, *flags)
+    assert run(tmp_path, *flags)["figures"] == first["figures"]
+    folder = tmp_path / "runs" / "run"
+    assert not (folder / "metrics-1.json").exists()
+    for number in (1, 2):
+        run(tmp_path, *flags, "--likelihood_pairs", number + 1)
+        assert f"kept as metrics-{number}.json" in capsys.readouterr().out
+    assert json.loads((folder / "metrics-1.json").read_text())["figures"] == first["figures"]
+    names = ("metrics{}.json", "index{}.html", "config{}.yaml")
+    assert {p.name for p in folder.iterdir()} == {name.format(end) for name in names for end in ("", "-1", "-2")}
+
+
+def test_runs_of_other_tasks_have_folders_of_their_own(bundle, pairs, tmp_path):
+    argv = ["--model", bundle, "--test_dir", pairs, "--gpus", 0, "--log_dir", tmp_path / "runs", "--tasks"]
+    assert eval_biart.main([*map(str, argv), "likelihood"]) == 0
+    assert eval_biart.main([*map(str, argv), "retrieval", "--retrieval_pictures", "2"]) == 0
+    names = {folder.name for folder in (tmp_path / "runs").iterdir()}
+    assert len(names) == 2 and all(name.endswith(("-likelihood", "-retrieval")) for name in names)
+
+
 def test_captions_that_are_too_long_are_cut_and_counted(bundle, pairs, tmp_path, recwarn):
     (pairs / "p003.txt").write_text("a red circle " * 30 + "\na red circle")
     flags = ["--tasks", "generation", "likelihood", "retrieval", "--retrieval_captions", 2]

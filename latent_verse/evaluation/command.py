@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import warnings
 from pathlib import Path
@@ -13,9 +14,9 @@ from latent_verse.cli import errors_to_exit_code
 from latent_verse.config import ConfigError, as_plain
 from latent_verse.config_eval import EvalBiARTConfig
 from latent_verse.data import DataError
-from latent_verse.data.shapes import World
+from latent_verse.data.shapes import ShapesDataset, World
 from latent_verse.demo_page import commit, machine
-from latent_verse.evaluation import page, picture_tasks, text_tasks
+from latent_verse.evaluation import likelihood, page, picture_tasks, text_tasks
 from latent_verse.evaluation.context import Context
 from latent_verse.evaluation.figures import Figures
 from latent_verse.evaluation.pairs import Pairs
@@ -40,11 +41,18 @@ def run(ranks: Ranks, config: EvalBiARTConfig, tasks: tuple[str, ...], yaml_text
         # captions of other people are often too long: they are counted, not told one by one
         warnings.filterwarnings("ignore", r"text \d+ has \d+ tokens")
         context = open_context(config, ranks)
-        about = {}
-        for task in tasks:
-            if ranks.is_first:
-                print(f"{task} ...", flush=True)
-            about[task] = WORK[task](context)
+        check_model(context, tasks)
+        about: dict[str, Any] = {}
+        try:
+            for task in tasks:
+                if ranks.is_first:
+                    print(f"{task} ...", flush=True)
+                about[task] = WORK[task](context)
+            context.pairs.unreadable = set().union(*ranks.gather({ranks.rank: context.pairs.unreadable}).values())
+        except ValueError:  # what took hours before it is kept
+            if ranks.is_first and about:
+                write(context, tuple(about), about, yaml_text)
+            raise
         if ranks.is_first:
             write(context, tasks, about, yaml_text)
     return code[0] if code else 0
@@ -75,6 +83,19 @@ def open_context(config: EvalBiARTConfig, ranks: Ranks) -> Context:
     return Context(config, ranks, place, folder, model, pairs, resolution, figures)
 
 
+def check_model(c: Context, tasks: tuple[str, ...]) -> None:
+    """Raises ConfigError for what a late task needs and this model or data has not: before hours of drawing."""
+    k = c.config.likelihood
+    if {"retrieval", "zero_shot"} & set(tasks) and k.prior_weight and k.prior == "null" and not c.model.null_trained:
+        raise ConfigError(likelihood.NO_PRIOR.format(k.prior_weight))
+    if "shapes" in tasks:
+        for split in ("val", "heldout"):
+            try:
+                ShapesDataset(World.preset(c.config.data.world), split, len(c.pairs), c.seed)
+            except DataError as error:
+                raise ConfigError(f"test_size: the task shapes judges both splits: {error}") from error
+
+
 def open_folder(config: EvalBiARTConfig) -> Path:
     """<log_dir>/<name>: the same command goes on in the same folder.
 
@@ -86,11 +107,29 @@ def open_folder(config: EvalBiARTConfig) -> Path:
     stem = runs.stem(judged.rstrip("/")).removesuffix(".jsonl").removesuffix(".json")
     if stem == "bundle":  # as training names it, in the run's folder
         stem = Path(judged).expanduser().resolve().parent.name or stem
-    name = w.name or f"eval-{stem}"
+    name = w.name or "-".join(["eval", stem, *j.tasks])
     runs.open_run(w.log_dir, name, False, None, {})  # refuses what cannot be a folder
     folder = Path(w.log_dir) / name
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def keep_earlier(folder: Path, settings: dict[str, Any]) -> None:
+    """Rename results of other settings that lie in the folder, so that they are not lost: metrics-1.json, ..."""
+    file = folder / "metrics.json"
+    if not file.is_file():
+        return
+    try:
+        if json.loads(file.read_text(encoding="utf-8"))["settings"] == json.loads(json.dumps(settings)):
+            return
+    except (ValueError, KeyError, TypeError):
+        pass  # not of this program: kept all the same
+    number = next(n for n in itertools.count(1) if not (folder / f"metrics-{n}.json").exists())
+    for name in ("metrics.json", "index.html", "config.yaml"):
+        old = folder / name
+        if old.is_file():
+            old.rename(folder / f"{old.stem}-{number}{old.suffix}")
+    print(f"{file} was of other settings: kept as metrics-{number}.json")
 
 
 def write(c: Context, tasks: tuple[str, ...], about: dict[str, Any], yaml_text: str) -> None:
@@ -107,6 +146,7 @@ def write(c: Context, tasks: tuple[str, ...], about: dict[str, Any], yaml_text: 
         "facts": machine() | {"commit": commit()},
         "settings": as_plain(c.config),
     }
+    keep_earlier(c.folder, content["settings"])
     runs.write_whole(c.folder / "metrics.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     runs.write_whole(c.folder / "config.yaml", yaml_text)
     title = f"{judged} on {c.pairs.source}"

@@ -21,6 +21,10 @@ from latent_verse.evaluation.ranks import Ranks
 
 GIVEN = ("image", "text")  # log p(text | image), log p(image | text)
 RECALLS = (1, 5, 10)
+NO_PRIOR = (
+    "prior_weight {} with prior: null needs a model trained with reference_dropout. "
+    "Give --prior pool, or prior_weight 0."
+)
 
 
 @dataclass
@@ -90,10 +94,7 @@ def corrected(scores: Scores, given: str, length_power: float, prior_weight: flo
         else:
             alone = scores.text_alone_T if given == "image" else scores.image_alone_I
             if alone is None:
-                raise ConfigError(
-                    f"prior_weight {prior_weight} with prior: null needs a model trained with reference_dropout. "
-                    "Give --prior pool, or prior_weight 0."
-                )
+                raise ConfigError(NO_PRIOR.format(prior_weight))
             alone = alone[None] if given == "image" else alone[:, None]
         matrix_IT = matrix_IT - prior_weight * alone
     return matrix_IT / scores.tokens_T**length_power if given == "image" else matrix_IT

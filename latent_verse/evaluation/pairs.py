@@ -71,6 +71,12 @@ class Pairs:
             return None
         return item[0]
 
+    def identity(self, i: int) -> str:
+        """What tells picture i from another of its name: name and bytes of its file."""
+        path = self.dataset.image_path(i)
+        there = path is not None and os.path.isfile(path)
+        return f"{self.names[i]} {os.path.getsize(path)}" if there else self.names[i]
+
     def captions(self, i: int) -> list[str]:
         """All captions of picture i."""
         return [str(caption) for caption in self.dataset.captions(i)]

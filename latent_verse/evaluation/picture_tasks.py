@@ -13,6 +13,7 @@ from latent_verse.evaluation import captions, generation, round_trips, samples, 
 from latent_verse.evaluation.context import Context, as_image
 from latent_verse.evaluation.figures import OWN, library
 from latent_verse.evaluation.intervals import wilson
+from latent_verse.evaluation.pairs import ordered
 from latent_verse.evaluation.samples import Group, read_picture
 
 CROP = "both sides resized (shorter side, bilinear, antialiased) and centre-cropped to {r} px, 8-bit"
@@ -35,7 +36,7 @@ def generate(c: Context) -> dict[str, Any]:
         samples.draw(c.model, [d.caption for d in drawn], folder, c.ranks, settings=c.drawing, **options)
         groups = samples.read_groups(folder)
         about["draw"] = c.pairs.about(drawn, c.seed) | {"cut_to_text_len": c.cut([d.caption for d in drawn])}
-    real = reference(c, sorted({d.index for d in drawn}) if g.reference == "drawn" else None)
+    real = reference(c, {d.index for d in drawn} if g.reference == "drawn" else None)
     clip = score_by_clip(c, groups)
     for prefix, chosen, how in selections(groups, clip):
         selected = {"drawn": len(groups[0].files), "selected_by": how, "checkpoint": checkpoint}
@@ -77,15 +78,18 @@ def selections(groups: Sequence[Group], clip: list[list[float]] | None) -> list[
 # ---------------------------------------------------------------------------------------------------------- statistics
 
 
-def reference(c: Context, numbers: list[int] | None) -> generation.Side | None:
+def reference(c: Context, numbers: set[int] | None) -> generation.Side | None:
     """FID's other side, from its file or made and kept; None where the network is missing."""
     g = c.config.generation
     if isinstance(c.inception, str):
         return None
-    taken = list(range(len(c.pairs))) if numbers is None else numbers
-    names = [c.pairs.names[i] for i in taken] + ([c.pairs.source, str(c.seed)] if c.pairs.made_up else [])
+    # not in the order of files: precision and recall compare the first, which must not be those of one folder or day
+    order = ordered(c.pairs.names, 0)
+    taken = [i for i in order if numbers is None or i in numbers]
+    names = [c.pairs.identity(i) for i in taken] + ([c.pairs.source, str(c.seed)] if c.pairs.made_up else [])
     digest = hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()[:16]
-    about = {"network": c.inception.described, "resolution": c.resolution, "pictures": len(taken), "names": digest}
+    about = {"network": c.inception.described, "resolution": c.resolution, "pictures": len(taken), "files": digest}
+    about["prc_pictures"] = min(g.prc_pictures, len(taken))
     path = Path(g.reference_stats).expanduser() if g.reference_stats else c.folder / "reference.npz"
     if c.ranks.share(path.is_file):
         return generation.load_reference(path, about, g.blur_radii)
