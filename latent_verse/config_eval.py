@@ -10,6 +10,21 @@ from latent_verse.config import ConfigError, setting
 
 TASKS = ("likelihood", "generation", "captions", "retrieval", "zero_shot", "round_trip", "shapes")
 DTYPES = ("float32", "bfloat16", "float16")
+# which tasks a setting changes; --generated_dir and --captions_file leave less (_check_effects)
+EFFECTS = {
+    "candidates": ("drawing", "shapes"),
+    **dict.fromkeys(("temperature", "top_k", "top_p", "guidance"), ("drawing", "round_trip", "shapes")),
+    **dict.fromkeys(("eval_captions", "fid_resolution", "reference", "reference_stats"), ("generation",)),
+    **dict.fromkeys(("prc_pictures", "prc_neighbours", "is_splits"), ("generation",)),
+    **dict.fromkeys(("blur_radii", "clip_model", "clip_weights", "download"), ("generation", "round_trip")),
+    "caption_pictures": ("captions",),
+    "beams": ("writing", "round_trip"),
+    "likelihood_pairs": ("likelihood",),
+    **dict.fromkeys(("retrieval_pictures", "retrieval_captions"), ("retrieval",)),
+    **dict.fromkeys(("length_power", "prior_weight", "prior"), ("retrieval", "zero_shot")),
+    **dict.fromkeys(("class_prompt", "class_pictures"), ("zero_shot",)),
+    "round_trip_pairs": ("round_trip",),
+}
 DATASETS = ("pairs", "coco", "karpathy", "table", "shapes", "fake")
 
 
@@ -159,7 +174,39 @@ def check_eval_biart(config: EvalBiARTConfig, given: Mapping[str, str]) -> tuple
         )
     _check_data(config.data)
     _check_numbers(config)
-    return _tasks(config)
+    tasks = _tasks(config)
+    _check_effects(config, tasks)
+    return tasks
+
+
+def _check_effects(config: EvalBiARTConfig, tasks: tuple[str, ...]) -> None:
+    """Raises ConfigError for a setting that is not its default and that nothing of this run reads."""
+    j, g, d = config.judged, config.generation, config.data
+    done = set(tasks)
+    done |= {"drawing"} if "generation" in tasks and not j.generated_dir else set()
+    done |= {"writing"} if "captions" in tasks and not j.captions_file else set()
+    default = EvalBiARTConfig()
+    for section in ("generation", "captions", "likelihood", "networks"):
+        for name, value in vars(getattr(config, section)).items():
+            changed = value != getattr(getattr(default, section), name)
+            if changed and name in EFFECTS and not done & set(EFFECTS[name]):
+                named = {"drawing": "generation without --generated_dir", "writing": "captions without --captions_file"}
+                readers = " or ".join(named.get(task, task) for task in EFFECTS[name])
+                raise ConfigError(
+                    f"{name} has no effect here: it is read by {readers}, and this run does {', '.join(tasks)}."
+                )
+    if j.generated_dir and g.reference == "all" and g.eval_captions != default.generation.eval_captions:
+        raise ConfigError(
+            "eval_captions has no effect with --generated_dir: all its pictures are judged, against all pictures of "
+            "the data. With --reference drawn it says which those are."
+        )
+    if config.likelihood.prior != default.likelihood.prior and not config.likelihood.prior_weight:
+        raise ConfigError(f"prior {config.likelihood.prior} has no effect with prior_weight 0.")
+    for name in ("world", "split"):
+        if d.dataset != "shapes" and getattr(d, name) != getattr(default.data, name):
+            raise ConfigError(f"{name} has no effect with dataset {d.dataset}: it is of shapes.")
+    if config.write.dtype != default.write.dtype and not j.model:
+        raise ConfigError(f"dtype {config.write.dtype} has no effect without --model: it is BiART's.")
 
 
 def _tasks(config: EvalBiARTConfig) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ import generate
 from latent_verse.biart.sampling import log_likelihood
 from latent_verse.cli import parse
 from latent_verse.config import ConfigError
-from latent_verse.config_eval import TASKS, EvalBiARTConfig, EvalDataConfig, check_eval_biart
+from latent_verse.config_eval import EFFECTS, TASKS, EvalBiARTConfig, EvalDataConfig, check_eval_biart
 from latent_verse.data.shapes import World
 from latent_verse.evaluation import networks
 from latent_verse.evaluation.figures import Figures
@@ -520,6 +520,15 @@ def test_best_median_and_worst(scores, count, expected):
         ("--model x --fake_data --class_prompt hello", "class_prompt is 'hello'"),
         ("--model x --fake_data --class_names f", "class_names has no effect"),
         ("--model x --fake_data --retrieval_picture 3", "Did you mean --retrieval_pictures"),
+        ("--model x --fake_data --tasks captions --candidates 8", "candidates has no effect here"),
+        ("--generated_dir x --fake_data --guidance 2", "guidance has no effect here: it is read by generation without"),
+        ("--generated_dir x --fake_data --eval_captions 9", "eval_captions has no effect with --generated_dir"),
+        ("--captions_file x --fake_data --beams 4", "captions without --captions_file or round_trip"),
+        ("--captions_file x --fake_data --dtype bfloat16", "dtype bfloat16 has no effect without --model"),
+        ("--model x --fake_data --tasks generation --prior_weight 1", "it is read by retrieval or zero_shot"),
+        ("--model x --fake_data --class_pictures 5", "class_pictures has no effect here"),
+        ("--model x --fake_data --prior pool", "prior pool has no effect with prior_weight 0"),
+        ("--model x --fake_data --world full", "world has no effect with dataset fake"),
         ("--model nowhere/bundle --fake_data --gpus 0", "nowhere/bundle"),
         ("--generated_dir nowhere --fake_data --gpus 0", "nowhere is no folder"),
         ("--captions_file nowhere.json --fake_data --gpus 0", "nowhere.json cannot be read"),
@@ -529,6 +538,14 @@ def test_mistakes(tmp_path, capsys, flags, message):
     more = [] if "--compare" in flags else ["--log_dir", str(tmp_path / "runs")]
     assert eval_biart.main([*flags.split(), *more]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_every_setting_of_a_task_says_which():
+    """A new setting without its tasks would be one that is taken silently where it changes nothing."""
+    config = EvalBiARTConfig()
+    free = {"java", "classes_dir", "class_names"}  # of the machine; checked by rules of their own
+    sections = (config.generation, config.captions, config.likelihood, config.networks)
+    assert {name for section in sections for name in vars(section)} - free == EFFECTS.keys()
 
 
 def test_tasks_follow_from_what_is_given():

@@ -91,8 +91,8 @@ def _notes(figure: dict[str, Any]) -> str:
         parts.append(figure["dtype"])
     if figure.get("drawn", 1) > 1:
         parts.append(f"{figure.get('selected_by', 'the first')} of {figure['drawn']} drawn")
-    if "unit" in figure:
-        parts.append(figure["unit"])
+    if "written" in figure:
+        parts.append(figure["written"])
     if "better" in figure:
         parts.append(f"{figure['better']} is better")
     return ", ".join(parts)

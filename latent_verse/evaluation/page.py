@@ -78,9 +78,11 @@ def _figures(figures: dict[str, Any]) -> str:
     rows = []
     for name, f in figures.items():
         interval = " to ".join(f"{v:.3f}" for v in f["interval"]) if "interval" in f else ""
-        drawn = f"{f.get('selected_by', 'the first')} of {f['drawn']}" if f.get("drawn", 1) > 1 else ""
+        drawn = (
+            f"{f.get('selected_by', 'the first')} of {f['drawn']}" if f.get("drawn", 1) > 1 else f.get("written", "")
+        )
         rows.append([name, shown(f["value"]), interval, f["samples"], drawn, f["protocol"], f["library"]])
-    return _table(["figure", "value", "95 % interval", "samples", "drawn", "protocol", "library"], rows)
+    return _table(["figure", "value", "95 % interval", "samples", "drawn, written", "protocol", "library"], rows)
 
 
 def _card(case: Case) -> str:

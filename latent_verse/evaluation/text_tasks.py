@@ -41,18 +41,19 @@ def caption(c: Context) -> dict[str, Any]:
     scores = c.ranks.share(lambda: captions.score(written, references, k.java))
     per = sum(map(len, references)) / len(references)
     for name, value in scores.figures.items():
-        protocol = f"{how}; {per:.3g} references a picture; {scores.tokenizer}"
+        protocol = f"{per:.3g} references a picture; {scores.tokenizer}"
         about = {
             "library": library("pycocoevalcap"),
             "protocol": protocol,
             "better": "higher",
             "checkpoint": checkpoint,
+            "written": how,
         }
         c.figures.add(f"captions/{name}", value, samples=len(written), **about)
     for name, reason in scores.missing.items():
         c.figures.miss(f"captions/{name}", reason)
     for name, value in captions.diversity(scores.words).items():
-        about = {"library": OWN, "protocol": f"{how}; {scores.tokenizer}", "checkpoint": checkpoint}
+        about = {"library": OWN, "protocol": scores.tokenizer, "checkpoint": checkpoint, "written": how}
         c.figures.add(f"captions/{name}", value, samples=len(written), **about)
     if c.ranks.is_first:
         write_whole(c.folder / "captions.json", captions.coco_results(ids, written))
