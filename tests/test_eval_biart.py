@@ -163,7 +163,9 @@ def test_a_single_pair_has_no_interval(bundle, pairs, tmp_path):
 
 
 def test_without_networks_all_the_rest_is_given_and_files_and_places_are_named(bundle, pairs, tmp_path, capsys):
-    out = run(tmp_path, "--model", bundle, "--test_dir", pairs, "--tasks", "generation", "captions")
+    flags = ["--tasks", "generation", "captions", "--candidates", 2]
+    out = run(tmp_path, "--model", bundle, "--test_dir", pairs, *flags)
+    assert out["missing"]["generation/best_of_2_by_clip/clip_score"] == out["missing"]["generation/clip_score"]
     assert "generation/log_p_text" in out["figures"] and "captions/cider" in out["figures"]
     place = tmp_path / "torch" / "hub" / "checkpoints" / networks.INCEPTION
     assert str(place) in out["missing"]["generation/fid_0"] == out["missing"]["generation/recall"]
@@ -351,7 +353,7 @@ def test_the_pictures_of_the_data_themselves_are_at_distance_nothing(pairs, tmp_
     assert out["generation/precision"]["value"] == out["generation/recall"]["value"] == 1
 
 
-def test_another_systems_captions_by_the_same_command(pairs, tmp_path):
+def test_another_systems_captions_by_the_same_command(pairs, tmp_path, capsys):
     rows = [
         {"image": f"p{i:03d}.png", "captions": [(pairs / f"p{i:03d}.txt").read_text().splitlines()[0]]}
         for i in range(12)
@@ -366,6 +368,9 @@ def test_another_systems_captions_by_the_same_command(pairs, tmp_path):
         tmp_path, "--captions_file", tmp_path / "runs" / "run" / "captions.json", "--test_dir", pairs, name="again"
     )
     assert again["figures"]["captions/cider"]["value"] == out["figures"]["captions/cider"]["value"]
+    assert again["figures"]["captions/cider"]["written"] == "captions of captions.json"
+    assert eval_biart.main(["--compare", str(tmp_path / "runs" / "run"), str(tmp_path / "runs" / "again")]) == 0
+    assert "not comparable" not in capsys.readouterr().out  # who wrote them is no part of the protocol
 
 
 # -------------------------------------------------------------------------------------------------------------- shapes

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
+from latent_verse.config import ConfigError
 from latent_verse.data import DataError
 from latent_verse.data.images import ImageDataset2
 from latent_verse.evaluation import generation, networks
@@ -269,6 +270,14 @@ def test_where_the_networks_lie(monkeypatch, tmp_path):
     assert networks.clip_weights("ViT-B-32", "metaclip_400m").sha256 == ""  # published without one
     with pytest.raises(NetworkMissing, match="'nothing' is not one of openai"):
         networks.clip_weights("ViT-B-32", "nothing")
+
+
+def test_weights_of_another_network_are_a_mistake_that_is_said(tmp_path):
+    (tmp_path / "junk.pt").write_bytes(b"junk")
+    with pytest.raises(ConfigError, match=r"clip_weights: .*junk\.pt cannot be read as weights of RN50-quickgelu"):
+        networks.open_clip_network("RN50-quickgelu", str(tmp_path / "junk.pt"))
+    with pytest.raises(ConfigError, match=r"clip_model: RN5 is no architecture of open_clip\. Did you mean RN50"):
+        networks.open_clip_network("RN5", "openai")
 
 
 @pytest.mark.slow

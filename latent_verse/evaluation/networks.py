@@ -9,6 +9,7 @@ Shapes: B batch, H x W pixels, F features, D dimensions of CLIP's space.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import os
 import re
@@ -20,6 +21,8 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor, nn
+
+from latent_verse.config import ConfigError
 
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION}"
@@ -170,11 +173,15 @@ class ClipNetwork:
 
 
 def open_clip_network(model: str, pretrained: str, device: str = "cpu", download: bool = False) -> ClipNetwork:
-    """CLIP by open_clip, from a checked file. Raises NetworkMissing."""
-    weights = clip_weights(model, pretrained)
-    file = weights.find(download)
+    """CLIP by open_clip, from a checked file. Raises NetworkMissing; ConfigError for other files."""
     import open_clip
 
+    if model not in open_clip.list_models():
+        near = difflib.get_close_matches(model, open_clip.list_models(), n=1)
+        hint = f"Did you mean {near[0]}?" if near else "open_clip.list_models() has them all."
+        raise ConfigError(f"clip_model: {model} is no architecture of open_clip. {hint}")
+    weights = clip_weights(model, pretrained)
+    file = weights.find(download)
     # of a file open_clip would not know what its tag says of the architecture and of the pictures' preparation
     tag = open_clip.pretrained.get_pretrained_cfg(model, pretrained)
     net, _, preprocess = open_clip.create_model_and_transforms(
@@ -186,6 +193,12 @@ def open_clip_network(model: str, pretrained: str, device: str = "cpu", download
         image_resize_mode=tag.get("resize_mode"),
     )
     # OpenAI's files are TorchScript archives, which `weights_only` refuses: only those of known content may be
-    open_clip.load_checkpoint(net, str(file), weights_only=not weights.sha256)
-    described = f"CLIP {model} {Path(pretrained).name}"
+    try:
+        open_clip.load_checkpoint(net, str(file), weights_only=not weights.sha256)
+    except Exception as error:  # unpickling damaged bytes raises nearly anything
+        reason = f"{type(error).__name__}: {str(error).strip()[:200]}"
+        raise ConfigError(f"clip_weights: {file} cannot be read as weights of {model}: {reason}") from error
+    # a figure says which weights it is of: a tag's are known, a file's are not by its name
+    known = pretrained if weights.sha256 else f"{Path(pretrained).name} (SHA-256 {sha256(file)[:16]})"
+    described = f"CLIP {model} {known}"
     return ClipNetwork(net, preprocess, open_clip.get_tokenizer(model), described, device)

@@ -172,12 +172,21 @@ def score_by_clip(c: Context, groups: Sequence[Group]) -> list[list[float]] | No
     untold = sum(group.text is None for group in groups)
     if untold or isinstance(c.clip, str):
         reason = f"{untold} of {len(groups)} pictures have no caption: give pictures.jsonl, or name.txt beside name.png"
-        c.figures.miss("generation/clip_score", reason if untold else c.clip)
+        count = len(groups[0].files)
+        for prefix in ("", *([f"best_of_{count}_by_clip/"] if count > 1 else [])):
+            c.figures.miss(f"generation/{prefix}clip_score", reason if untold else c.clip)
         return None
     scores: dict[int, list[float]] = {}
-    for i in c.ranks.mine(len(groups)):
-        pictures = [as_image(read_picture(file, c.resolution)) for file in groups[i].files]
-        scores[i] = generation.clip_scores(c.clip, pictures, [groups[i].text] * len(pictures))
+    mine, size, count = c.ranks.mine(len(groups)), c.config.write.batch_size, len(groups[0].files)
+    for start in c.ranks.follow(range(0, len(mine), size), "CLIP"):
+        part = mine[start : start + size]
+        for i in part:
+            scores[i] = []
+        for n in range(count):
+            pictures = [as_image(read_picture(groups[i].files[n], c.resolution)) for i in part]
+            values = generation.clip_scores(c.clip, pictures, [groups[i].text for i in part])
+            for i, value in zip(part, values, strict=True):
+                scores[i].append(value)
     return list(c.ranks.gather(scores).values())
 
 
