@@ -322,6 +322,8 @@ def test_another_systems_pictures_by_the_same_command(bundle, pairs, tmp_path, s
     again = run(tmp_path, *flags, name="again")
     for name, figure in own["figures"].items():
         assert again["figures"][name]["value"] == pytest.approx(figure["value"], rel=1e-6), name
+    assert out["about"]["generation"]["generated_dir"]["captions_of_the_draw"] == 0
+    assert again["about"]["generation"]["generated_dir"]["captions_of_the_draw"] == 24
 
 
 def test_pictures_without_captions_have_no_clip_score(pairs, tmp_path, stand_ins):

@@ -28,7 +28,9 @@ def generate(c: Context) -> dict[str, Any]:
         groups = samples.read_groups(Path(j.generated_dir).expanduser())
         digest = c.ranks.share(lambda: samples.fingerprint_files([f for group in groups for f in group.files]))
         checkpoint = {"generated_dir": digest}
-        about["generated_dir"] = {"captions": len(groups), "candidates": len(groups[0].files), "sha256": digest}
+        texts = {d.caption for d in drawn}
+        found = {"captions": len(groups), "captions_of_the_draw": sum(group.text in texts for group in groups)}
+        about["generated_dir"] = found | {"candidates": len(groups[0].files), "sha256": digest}
     else:
         folder, checkpoint = c.folder / "samples", c.model.fingerprints
         options = {"candidates": g.candidates, "seed": c.seed, "batch_size": c.config.write.batch_size}
