@@ -272,10 +272,11 @@ def test_where_the_networks_lie(monkeypatch, tmp_path):
         networks.clip_weights("ViT-B-32", "nothing")
 
 
-def test_weights_of_another_network_are_a_mistake_that_is_said(tmp_path):
+def test_weights_of_another_network_are_a_mistake_that_is_said(tmp_path, caplog):
     (tmp_path / "junk.pt").write_bytes(b"junk")
     with pytest.raises(ConfigError, match=r"clip_weights: .*junk\.pt cannot be read as weights of RN50-quickgelu"):
         networks.open_clip_network("RN50-quickgelu", str(tmp_path / "junk.pt"))
+    assert "initialized randomly" not in caplog.text
     with pytest.raises(ConfigError, match=r"clip_model: RN5 is no architecture of open_clip\. Did you mean RN50"):
         networks.open_clip_network("RN5", "openai")
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import logging
 import os
 import re
 from collections.abc import Sequence
@@ -184,14 +185,18 @@ def open_clip_network(model: str, pretrained: str, device: str = "cpu", download
     file = weights.find(download)
     # of a file open_clip would not know what its tag says of the architecture and of the pictures' preparation
     tag = open_clip.pretrained.get_pretrained_cfg(model, pretrained)
-    net, _, preprocess = open_clip.create_model_and_transforms(
-        model,
-        force_quick_gelu=tag.get("quick_gelu", False),
-        image_mean=tag.get("mean"),
-        image_std=tag.get("std"),
-        image_interpolation=tag.get("interpolation"),
-        image_resize_mode=tag.get("resize_mode"),
-    )
+    logging.disable(logging.WARNING)  # it warns of random weights, which the file's are about to replace
+    try:
+        net, _, preprocess = open_clip.create_model_and_transforms(
+            model,
+            force_quick_gelu=tag.get("quick_gelu", False),
+            image_mean=tag.get("mean"),
+            image_std=tag.get("std"),
+            image_interpolation=tag.get("interpolation"),
+            image_resize_mode=tag.get("resize_mode"),
+        )
+    finally:
+        logging.disable(logging.NOTSET)
     # OpenAI's files are TorchScript archives, which `weights_only` refuses: only those of known content may be
     try:
         open_clip.load_checkpoint(net, str(file), weights_only=not weights.sha256)
