@@ -88,7 +88,7 @@ class Drawing:
         drawn_RDN = torch.cat(parts).unflatten(0, (len(reference_R), draws))
         if rerank <= 1:
             return drawn_RDN
-        score_B = self._log_p(reference_B, drawn_RDN.flatten(0, 1), "image")
+        score_B = self.log_p(reference_B, drawn_RDN.flatten(0, 1), "image")
         best_RW = score_B.view(-1, wanted, rerank).argmax(dim=-1) + torch.arange(wanted) * rerank
         return drawn_RDN[torch.arange(len(best_RW))[:, None], best_RW]
 
@@ -97,15 +97,17 @@ class Drawing:
         parts = self._chunks(codes_BN, self._draw_chunk(beams), "writing")
         return torch.cat([beam_search(self.biart, part, beams)[0].cpu() for part in parts])
 
-    def _log_p(self, text_BL: Tensor, codes_BN: Tensor, given: str) -> Tensor:
-        """log_likelihood's totals, (B,) on the CPU, in chunks."""
+    def log_p(self, text_BL: Tensor, codes_BN: Tensor, given: str, alone: bool = False) -> Tensor:
+        """log_likelihood's totals, (B,) on the CPU, in chunks. `alone`: of the target without what is given."""
         vocab, width = self.biart.vocab, self.biart.config.n_embd
         target = "text" if given == "image" else "image"
         logits = vocab.length(target) * vocab.num_classes(target)
         size = self._chunk(4 * (3 * logits + 10 * vocab.input_len * width))  # their softmax as well; a block's MLP
         rows = torch.arange(len(text_BL))
         parts = self._chunks(rows, size, "scoring")
-        return torch.cat([log_likelihood(self.biart, text_BL[r], codes_BN[r], given).total_B.cpu() for r in parts])
+        return torch.cat(
+            [log_likelihood(self.biart, text_BL[r], codes_BN[r], given, alone).total_B.cpu() for r in parts]
+        )
 
     # --------------------------------------------------------------------------------------------- chunks and progress
 

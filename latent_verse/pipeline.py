@@ -150,6 +150,24 @@ class LVerse(Drawing):
         return self._pictures(codes_RDN)
 
     @known_settings
+    def draw_scored(
+        self,
+        texts: Sequence[str],
+        num_images: int = 1,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        guidance: float = 1.0,
+        seed: int | None = None,
+    ) -> tuple[list[list[Image.Image]], Tensor]:
+        """As `text_to_image`, and log p(text | the codes drawn) of each: (texts, num_images) float32 on the CPU."""
+        settings = self._settings(TEXT_TO_IMAGE, num_images, temperature, top_k, top_p, guidance)
+        text_RL = self.encode_texts(texts)
+        codes_RDN = self._draw(text_RL, TEXT_TO_IMAGE, num_images, 0, seed, settings)
+        score_B = self.log_p(text_RL.repeat_interleave(num_images, dim=0), codes_RDN.flatten(0, 1), "image")
+        return self._pictures(codes_RDN), score_B.view(len(text_RL), num_images)
+
+    @known_settings
     def complete(
         self,
         images: Sequence[Picture],
@@ -237,7 +255,7 @@ class LVerse(Drawing):
             raise ConfigError(f"given is {given!r}; it must be image or text.")
         text_TL, codes_IN = self.encode_texts(texts), self.codes(images)
         images, texts = len(codes_IN), len(text_TL)
-        total_B = self._log_p(text_TL.repeat(images, 1), codes_IN.repeat_interleave(texts, dim=0), given)
+        total_B = self.log_p(text_TL.repeat(images, 1), codes_IN.repeat_interleave(texts, dim=0), given)
         return total_B.view(images, texts)
 
     @known_settings

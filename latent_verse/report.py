@@ -11,11 +11,11 @@ import base64
 import csv
 import html
 import io
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from latent_verse.evaluation.intervals import wilson
 from latent_verse.runs import write_whole
 
 TEXT_COLOUR = "#7a828c"  # of curves' axes: readable on white and on black
@@ -51,16 +51,6 @@ class Report:
     stages: list[tuple[str, float, str]]
     curves: list[Curves] = field(default_factory=list)
     facts: list[tuple[str, str]] = field(default_factory=list)
-
-
-def interval(right: int, total: int) -> tuple[float, float]:
-    """The 95 % interval of a share by Wilson's score, which stays within [0, 1] (0 of 0: all of it)."""
-    if not total:
-        return 0.0, 1.0
-    z, p = 1.96, right / total
-    middle = (p + z * z / (2 * total)) / (1 + z * z / total)
-    half = z / (1 + z * z / total) * math.sqrt(p * (1 - p) / total + z * z / (4 * total * total))
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def read_curves(run: Path, names: dict[str, str]) -> dict[str, list[tuple[int, float]]]:
@@ -130,7 +120,7 @@ def _figures(report: Report) -> str:
     rows = []
     for direction in ("text_to_image", "image_to_text", "reconstruction"):
         for name, figure in report.metrics.get(direction, {}).items():
-            low, high = interval(figure["right"], figure["total"])
+            low, high = wilson(figure["right"], figure["total"])
             of = SPLIT_NAMES.get(name, name).lower()
             if name.startswith("reranked"):
                 of = f"{SPLIT_NAMES[figure['split']].lower()}, best of {figure['drawn']}"

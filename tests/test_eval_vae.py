@@ -111,16 +111,40 @@ def test_corrupt_pictures_are_counted_not_scored(tmp_path, model):
     assert results["images"] == 5 and results["skipped"] == 2
 
 
-def test_lpips_and_rfid_where_the_weights_are(tmp_path, model):
-    """With (random) VGG weights in torchvision's place LPIPS is computed."""
+def test_lpips_where_the_weights_are_and_only_where_they_are_the_right_ones(tmp_path, model, monkeypatch):
+    """With (random) VGG weights in torchvision's place: refused by their hash; with the right hash computed."""
     from torchvision.models import vgg16
 
     place = Path(torch.hub.get_dir()) / "checkpoints"
     place.mkdir(parents=True)
     torch.save(vgg16(weights=None).state_dict(), place / "vgg16-397923af.pth")
     pictures = write_pictures(tmp_path / "pictures", 3)
+    refused = evaluate(tmp_path, model, "--test_dir", str(pictures))["missing"]["lpips"]
+    assert "damaged or another network" in refused and "397923af" in refused
+    monkeypatch.setattr("latent_verse.evaluation.networks.sha256", lambda path: "397923af" + 56 * "0")
     results = evaluate(tmp_path, model, "--test_dir", str(pictures))
     assert results["lpips"] > 0 and set(results["missing"]) == {"rfid"}
+
+
+def test_rfid_goes_through_the_code_that_judges_generated_pictures(tmp_path, model, monkeypatch):
+    """With a stand-in for Inception: the rFID of eval_vae is that of the written files by eval_biart's functions."""
+    from latent_verse.evaluation import generation, networks
+    from latent_verse.evaluation.ranks import Ranks
+    from latent_verse.evaluation.samples import read_picture
+    from tests.stand_ins import Colours
+
+    monkeypatch.setattr(networks, "open_inception", lambda download=False: Colours())
+    pictures = write_pictures(tmp_path / "pictures", 7)
+    results = evaluate(tmp_path, model, "--test_dir", str(pictures), "--batch_size", "3")
+    assert "rfid" not in results["missing"]
+    sides = []
+    for name in ("original_images", "generated_images"):
+        files = sorted((results["run"] / name).iterdir())
+        options = {"radii": (0,), "batch_size": 4, "keep_features": 0, "keep_logits": False}
+        side = generation.measure(lambda i, f=files: read_picture(f[i], 16), 7, Colours(), Ranks(), **options)
+        sides.append(side.moments[0])
+    assert results["rfid"] == pytest.approx(generation.frechet(*sides), rel=1e-6)
+    assert results["rfid"] > 1
 
 
 @pytest.mark.parametrize(

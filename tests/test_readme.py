@@ -15,6 +15,7 @@ from latent_verse import demo
 from latent_verse.cli import parse
 from latent_verse.config import EvalVAEConfig, TrainVAEConfig, check_eval_vae, check_train_vae
 from latent_verse.config_biart import TrainBiARTConfig, check_train_biart
+from latent_verse.config_eval import EvalBiARTConfig, check_eval_biart
 from latent_verse.config_generate import GenerateConfig, check_generate
 from tests.runs_on_pictures import SMALL, write_pictures
 
@@ -64,6 +65,12 @@ def test_generate_commands_parse(line):
     check_generate(config, given)
 
 
+@pytest.mark.parametrize("line", commands("eval_biart.py"))
+def test_eval_biart_commands_parse(line):
+    config, given = parse(EvalBiARTConfig, flags(line, "eval_biart.py"), "")
+    check_eval_biart(config, given)
+
+
 @pytest.mark.parametrize("target", sorted({line.removeprefix("make ") for line in commands("make ")}))
 def test_make_targets_are_there_and_run_what_parses(target):
     """`make -n` says what would run; the demo's settings must be such that it can begin."""
@@ -77,8 +84,9 @@ def test_make_targets_are_there_and_run_what_parses(target):
 
 
 def test_there_are_commands():
-    counts = [len(commands(script)) for script in ("train_vae.py", "eval_vae.py", "train_biart.py", "generate.py")]
-    assert counts >= [8, 1, 5, 4] and all(counts)
+    scripts = ("train_vae.py", "eval_vae.py", "train_biart.py", "generate.py", "eval_biart.py")
+    counts = [len(commands(script)) for script in scripts]
+    assert all(n >= least for n, least in zip(counts, (8, 1, 5, 4, 7), strict=True)), counts
 
 
 def test_the_walk_through_runs(tmp_path, monkeypatch):

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from latent_verse.report import Curves, Report, interval, read_curves, write_report
+from latent_verse.evaluation.intervals import wilson
+from latent_verse.report import Curves, Report, read_curves, write_report
 
 
 def judged(folder: Path, split: str, total: int = 4) -> dict:
@@ -117,7 +118,7 @@ def test_curves_are_drawn(report, tmp_path):
     [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (414, 460, 0.8692, 0.9242), (5, 10, 0.2366, 0.7634), (0, 0, 0, 1)],
 )
 def test_wilson_interval(right, total, low, high):
-    assert interval(right, total) == pytest.approx((low, high), abs=1e-3)
+    assert wilson(right, total) == pytest.approx((low, high), abs=1e-3)
 
 
 def test_curves_of_a_continued_run(tmp_path):

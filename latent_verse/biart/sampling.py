@@ -287,16 +287,18 @@ def beam_search(
     return best_BL, best_B
 
 
-def log_likelihood(model: BiART, text_BL: Tensor, codes_BN: Tensor, given: str) -> Likelihood:
+def log_likelihood(model: BiART, text_BL: Tensor, codes_BN: Tensor, given: str, alone: bool = False) -> Likelihood:
     """log p(codes | text) for given="text", log p(text | codes, its end included) for given="image", in nats.
 
-    With given="image" this is what re-ranks pictures drawn for a text. Raises ValueError for ids out of range.
+    With given="image" this is what re-ranks pictures drawn for a text. alone=True drops what is given, as training
+    with reference_dropout does: the target's own log p. Raises ValueError for ids out of range.
     """
     if given not in ("text", "image"):
         raise ValueError(f"given is {given!r}; it must be 'text' or 'image'.")
     direction = TEXT_TO_IMAGE if given == "text" else IMAGE_TO_TEXT
     device, modality = model.pos_emb.device, target_modality(direction)
-    sequences = model.vocab.pack(text_BL.to(device), codes_BN.to(device), direction)
+    dropped = 1.0 if alone else 0.0
+    sequences = model.vocab.pack(text_BL.to(device), codes_BN.to(device), direction, reference_dropout=dropped)
     class_BT = sequences.text_BL if modality == "text" else sequences.codes_BN
     with _evaluating(model):
         feature_BTC = model.features(sequences.idx_BT, sequences.seg_BT)

@@ -1,7 +1,8 @@
-"""Quality of reconstructions: PSNR, SSIM, L1, MSE, LPIPS, rFID; all from torchmetrics, summed over processes by it.
+"""Quality of reconstructions: PSNR, SSIM, L1, MSE, LPIPS, rFID; from torchmetrics, summed over processes by it.
 
 Everything is computed on images in [0, 1] with a data range of 1: (clamped reconstruction + 1) / 2 against
-(centre crop + 1) / 2, over all pictures, none counted twice. rFID compares reconstructions with those same crops.
+(centre crop + 1) / 2, over all pictures, none counted twice. rFID compares reconstructions with those same crops, by
+the code of generation.py that judges generated pictures.
 
 Shapes: B batch, C channels, H height, W width.
 """
@@ -14,11 +15,14 @@ import torch
 import torchmetrics
 from torch import nn
 from torchmetrics import MeanMetric
-from torchmetrics.image import FrechetInceptionDistance, StructuralSimilarityIndexMeasure
+from torchmetrics.image import StructuralSimilarityIndexMeasure
 
-from latent_verse.augvae.perceptual import LPIPS, vgg16_file
+from latent_verse.augvae.perceptual import LPIPS
+from latent_verse.evaluation import networks
 from latent_verse.evaluation.codebook import CodebookUsage
-from latent_verse.evaluation.networks import INCEPTION_URL, inception_file
+from latent_verse.evaluation.figures import library
+from latent_verse.evaluation.generation import Frechet
+from latent_verse.evaluation.networks import NetworkMissing
 
 SSIM_WINDOW = 11  # side of SSIM's Gaussian window
 
@@ -46,7 +50,7 @@ class ReconstructionMetrics(nn.Module):
         self.psnr, self.mse, self.l1 = MeanMetric(), MeanMetric(), MeanMetric()
         self.usage = CodebookUsage(levels, num_tokens)
         self.count = torchmetrics.SumMetric()
-        self.ssim = self.fid = self.lpips_mean = self.lpips = None
+        self.ssim = self.fid = self.features = self.lpips_mean = self.lpips = None
         if resolution < SSIM_WINDOW:
             self.missing["ssim"] = f"pictures of {resolution} px are smaller than its window of {SSIM_WINDOW}"
         else:
@@ -54,18 +58,16 @@ class ReconstructionMetrics(nn.Module):
         if not with_networks:
             self.missing["lpips"] = self.missing["rfid"] = "not computed on fake data"
             return
-        if vgg16_file().is_file():
+        try:
+            networks.vgg16_weights().find()
             self.lpips, self.lpips_mean = LPIPS(), MeanMetric()
-        else:
-            from torchvision.models import VGG16_Weights
-
-            self.missing["lpips"] = f"needs {vgg16_file()}, from {VGG16_Weights.IMAGENET1K_V1.url}"
-        if fid_features is not None:
-            self.fid = FrechetInceptionDistance(feature=fid_features)
-        elif inception_file().is_file():
-            self.fid = FrechetInceptionDistance(feature=2048, feature_extractor_weights_path=str(inception_file()))
-        else:
-            self.missing["rfid"] = f"needs {inception_file()}, from {INCEPTION_URL}"
+        except NetworkMissing as error:
+            self.missing["lpips"] = str(error)
+        try:
+            self.features = networks.open_inception() if fid_features is None else fid_features
+            self.fid = Frechet(self.features.num_features)
+        except NetworkMissing as error:
+            self.missing["rfid"] = str(error)
 
     def update(self, x_BCHW: torch.Tensor, reconstruction_BCHW: torch.Tensor, indices: list[torch.Tensor]) -> None:
         """Add a batch: input and reconstruction in [-1, 1], and the codes of each level, (B, h, h)."""
@@ -86,8 +88,8 @@ class ReconstructionMetrics(nn.Module):
             self.lpips.to(x_BCHW.device)
             self.lpips_mean.update(self.lpips(reconstruction_BCHW, x_BCHW).mean(), weight=n)
         if self.fid is not None:
-            self.fid.update((a_BCHW * 255).round().to(torch.uint8), real=True)
-            self.fid.update((b_BCHW * 255).round().to(torch.uint8), real=False)
+            self.fid.update(self.features((a_BCHW * 255).round().to(torch.uint8)), real=True)
+            self.fid.update(self.features((b_BCHW * 255).round().to(torch.uint8)), real=False)
 
     def compute(self) -> dict[str, Any]:
         """All figures, the number of pictures, and why a figure is missing. The same on every process."""
@@ -107,8 +109,8 @@ class ReconstructionMetrics(nn.Module):
             "psnr": "mean over pictures, in dB",
             "ssim": f"Gaussian window of {SSIM_WINDOW}, sigma 1.5",
             "lpips": "VGG16, linear weights v0.1",
-            "rfid": "InceptionV3 of torch-fidelity, 2048 features, against the same centre crops, 8-bit",
-            "library": f"torchmetrics {torchmetrics.__version__}",
+            "rfid": f"{networks.Inception.described}, against the same centre crops, 8-bit",
+            "library": library("torchmetrics", "torch-fidelity"),
         }
         return out
 

@@ -23,6 +23,7 @@ from latent_verse.cli import errors_to_exit_code, parse
 from latent_verse.config import ConfigError, setting
 from latent_verse.data import DataError
 from latent_verse.data.shapes import PRESETS, SPLITS, Scene, ShapesDataset, World
+from latent_verse.evaluation.intervals import wilson
 from latent_verse.runs import write_whole
 
 ATTRIBUTES = ("count", "colour", "shape", "size", "layout")  # of World.compare; "all" is what counts
@@ -166,8 +167,9 @@ def table(figures: dict[str, Any], title: str) -> str:
             f = figures[name]
             parts = "  ".join(f"{a} {s['right'] / s['total']:.2f}" for a, s in f.get("attributes", {}).items())
             note = f"  (best of {f['drawn']}, chosen by the model)" if "drawn" in f else ""
-            share = f["right"] / f["total"]
-            lines.append(f"  {name.replace('_', ' '):<15} {f['right']:>4} of {f['total']} {share:7.1%}  {parts}{note}")
+            share, (low, high) = f["right"] / f["total"], wilson(f["right"], f["total"])
+            head = f"  {name.replace('_', ' '):<15} {f['right']:>4} of {f['total']} {share:7.1%}"
+            lines.append(f"{head}  (95 %: {low:.1%} to {high:.1%})  {parts}{note}")
     return "\n".join(lines)
 
 

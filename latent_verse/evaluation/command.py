@@ -1,0 +1,155 @@
+"""eval_biart.py in one process: open what is judged, do the tasks, write the table, metrics.json and the page."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+from latent_verse import runs
+from latent_verse.checkpoint import CheckpointError
+from latent_verse.cli import errors_to_exit_code
+from latent_verse.config import ConfigError, as_plain
+from latent_verse.config_eval import EvalBiARTConfig
+from latent_verse.data import DataError
+from latent_verse.data.shapes import ShapesDataset, World
+from latent_verse.demo_page import commit, machine
+from latent_verse.evaluation import likelihood, page, picture_tasks, text_tasks
+from latent_verse.evaluation.context import Context
+from latent_verse.evaluation.figures import Figures
+from latent_verse.evaluation.pairs import Pairs
+from latent_verse.evaluation.ranks import Ranks, device
+from latent_verse.text import TokenizerError
+
+WORK = {
+    "likelihood": text_tasks.likelihoods,
+    "generation": picture_tasks.generate,
+    "captions": text_tasks.caption,
+    "retrieval": text_tasks.retrieve,
+    "zero_shot": text_tasks.classify,
+    "round_trip": picture_tasks.round_trip,
+    "shapes": picture_tasks.shapes_truth,
+}
+RESOLUTION = 256  # of another system's pictures, where nothing says otherwise
+
+
+def run(ranks: Ranks, config: EvalBiARTConfig, tasks: tuple[str, ...], yaml_text: str) -> int:
+    """Evaluate; 0, or 2 after a mistake of the user, which the first process prints."""
+    with warnings.catch_warnings(), errors_to_exit_code(CheckpointError, DataError, TokenizerError) as code:
+        # captions of other people are often too long: they are counted, not told one by one
+        warnings.filterwarnings("ignore", r"text \d+ has \d+ tokens")
+        context = open_context(config, ranks)
+        check_model(context, tasks)
+        about: dict[str, Any] = {}
+        try:
+            for task in tasks:
+                if ranks.is_first:
+                    print(f"{task} ...", flush=True)
+                about[task] = WORK[task](context)
+            context.pairs.unreadable = set().union(*ranks.gather({ranks.rank: context.pairs.unreadable}).values())
+        except ValueError:  # what took hours before it is kept
+            if ranks.is_first and about:
+                write(context, tuple(about), about, yaml_text)
+            raise
+        if ranks.is_first:
+            write(context, tasks, about, yaml_text)
+    return code[0] if code else 0
+
+
+def open_context(config: EvalBiARTConfig, ranks: Ranks) -> Context:
+    """The model and the data. Raises ConfigError, CheckpointError, DataError, TokenizerError."""
+    j, w = config.judged, config.write
+    place = device(w, ranks.rank)
+    model = None
+    if j.model:
+        from latent_verse.pipeline import LVerse
+
+        model = LVerse.from_pretrained(j.model, device=place, dtype=w.dtype)
+    world = World.preset(config.data.world).image_size if config.data.dataset == "shapes" else None
+    natural = model.vae.config.resolution if model else world
+    resolution = config.generation.fid_resolution or natural or RESOLUTION
+    if model and resolution != natural:
+        raise ConfigError(
+            f"fid_resolution {resolution}, but {j.model} draws pictures of {natural} px. Leave it out, or judge the "
+            "pictures it has drawn with --generated_dir."
+        )
+    folder = open_folder(config)
+    pairs = Pairs(config.data, resolution, w.seed)
+    figures = Figures(model.fingerprints if model else {}, w.seed)
+    if model and w.dtype != "float32":
+        figures.always["dtype"] = w.dtype
+    return Context(config, ranks, place, folder, model, pairs, resolution, figures)
+
+
+def check_model(c: Context, tasks: tuple[str, ...]) -> None:
+    """Raises ConfigError for what a late task needs and this model or data has not: before hours of drawing."""
+    k = c.config.likelihood
+    if {"retrieval", "zero_shot"} & set(tasks) and k.prior_weight and k.prior == "null" and not c.model.null_trained:
+        raise ConfigError(likelihood.NO_PRIOR.format(k.prior_weight))
+    if "shapes" in tasks:
+        for split in ("val", "heldout"):
+            try:
+                ShapesDataset(World.preset(c.config.data.world), split, len(c.pairs), c.seed)
+            except DataError as error:
+                raise ConfigError(f"test_size: the task shapes judges both splits: {error}") from error
+
+
+def open_folder(config: EvalBiARTConfig) -> Path:
+    """<log_dir>/<name>: the same command goes on in the same folder.
+
+    Raises:
+        ConfigError: the name cannot be a folder's, or log_dir is a file.
+    """
+    j, w = config.judged, config.write
+    judged = j.model or j.generated_dir or j.captions_file
+    stem = runs.stem(judged.rstrip("/")).removesuffix(".jsonl").removesuffix(".json")
+    if stem == "bundle":  # as training names it, in the run's folder
+        stem = Path(judged).expanduser().resolve().parent.name or stem
+    name = w.name or "-".join(["eval", stem, *j.tasks])
+    runs.open_run(w.log_dir, name, False, None, {})  # refuses what cannot be a folder
+    folder = Path(w.log_dir) / name
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def keep_earlier(folder: Path, settings: dict[str, Any]) -> None:
+    """Rename results of other settings that lie in the folder, so that they are not lost: metrics-1.json, ..."""
+    file = folder / "metrics.json"
+    if not file.is_file():
+        return
+    try:
+        if json.loads(file.read_text(encoding="utf-8"))["settings"] == json.loads(json.dumps(settings)):
+            return
+    except (ValueError, KeyError, TypeError):
+        pass  # not of this program: kept all the same
+    number = next(n for n in itertools.count(1) if not (folder / f"metrics-{n}.json").exists())
+    for name in ("metrics.json", "index.html", "config.yaml"):
+        old = folder / name
+        if old.is_file():
+            old.rename(folder / f"{old.stem}-{number}{old.suffix}")
+    print(f"{file} was of other settings: kept as metrics-{number}.json")
+
+
+def write(c: Context, tasks: tuple[str, ...], about: dict[str, Any], yaml_text: str) -> None:
+    """Print the table; write metrics.json, config.yaml and index.html."""
+    j = c.config.judged
+    judged = " and ".join(name for name in (j.model, j.generated_dir, j.captions_file) if name)
+    content = c.figures.as_json() | {
+        "judged": judged,
+        "tasks": list(tasks),
+        "checkpoint": c.figures.checkpoint,
+        "data": {"source": c.pairs.source, "pictures": len(c.pairs), "unreadable": len(c.pairs.unreadable)},
+        "draw": (about.get("generation") or {}).get("draw"),
+        "about": {task: said for task, said in about.items() if said},
+        "facts": machine() | {"commit": commit()},
+        "settings": as_plain(c.config),
+    }
+    keep_earlier(c.folder, content["settings"])
+    runs.write_whole(c.folder / "metrics.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    runs.write_whole(c.folder / "config.yaml", yaml_text)
+    title = f"{judged} on {c.pairs.source}"
+    page.write(c.folder / "index.html", title, content | {"settings": yaml_text}, c.galleries)
+    print(c.figures.table(title))
+    print(f"Written to {c.folder}: metrics.json and index.html")

@@ -1,0 +1,15 @@
+"""How sure a share is: binomial intervals."""
+
+from __future__ import annotations
+
+import math
+
+
+def wilson(right: int, total: int) -> tuple[float, float]:
+    """The 95 % interval of a share by Wilson's score, which stays within [0, 1] (0 of 0: all of it)."""
+    if not total:
+        return 0.0, 1.0
+    z, p = 1.96, right / total
+    middle = (p + z * z / (2 * total)) / (1 + z * z / total)
+    half = z / (1 + z * z / total) * math.sqrt(p * (1 - p) / total + z * z / (4 * total * total))
+    return max(0.0, middle - half), min(1.0, middle + half)

@@ -1,0 +1,155 @@
+"""The pictures and captions that an evaluation reads, and the fixed draw of captions.
+
+The draw is a function of the seed and of the pictures' names alone: not of the order of files, the machine, or the
+version of a random number generator. Pictures are ordered by SHA-256 of "<seed>/<name>"; each pass over them takes one
+more caption of every picture, which are ordered likewise ("<seed>/<name>/<number>"). So the first 30,000 of COCO's
+validation set are 30,000 different pictures with one caption each.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from latent_verse.config_biart import PairDataConfig
+from latent_verse.config_eval import EvalDataConfig
+from latent_verse.data import DataError
+from latent_verse.data.pairs import open_pairs
+from latent_verse.data.shapes import Scene, ShapesDataset, World
+
+SHAPES_SIZE, FAKE_SIZE = 256, 32
+COCO_NAME = re.compile(r"(?:^|_)(\d{12})$")  # 000000391895.jpg, COCO_val2014_000000391895.jpg
+DRAW_RULE = "pictures by SHA-256 of seed/name, one caption each by SHA-256 of seed/name/number; then the next captions"
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One caption of the draw: of picture `index`."""
+
+    index: int
+    caption: str
+
+
+class Pairs:
+    """A dataset of pairs as evaluation sees it: pictures by number, all captions of each, names that stay the same.
+
+    Attributes:
+        names: of each picture: its file's name, with the folders that tell it from others; a number where made up.
+        made_up: whether there are no files.
+        unreadable: numbers of pictures that could not be read; complete once all have been asked for.
+
+    Raises:
+        DataError: naming the setting and the file.
+    """
+
+    def __init__(self, data: EvalDataConfig, resolution: int, seed: int):
+        self.resolution, self.world, self.unreadable = resolution, None, set()
+        self.dataset = _open(data, resolution, seed)
+        if data.dataset == "shapes":
+            self.world = self.dataset.world
+        paths = [self.dataset.image_path(i) for i in range(len(self.dataset))]
+        self.made_up = made = any(path is None for path in paths)
+        root = None if made else os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
+        self.names = [str(i) if made else os.path.relpath(os.path.abspath(path), root) for i, path in enumerate(paths)]
+        self.source = self.dataset.describe()["source"]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def picture(self, i: int) -> Tensor | None:
+        """Picture i as uint8 (3, R, R), by the one resizing and cropping of evaluation; None where unreadable."""
+        item = self.dataset[(0, i)]
+        if item is None:
+            self.unreadable.add(i)
+            return None
+        return item[0]
+
+    def identity(self, i: int) -> str:
+        """What tells picture i from another of its name: name and bytes of its file."""
+        path = self.dataset.image_path(i)
+        there = path is not None and os.path.isfile(path)
+        return f"{self.names[i]} {os.path.getsize(path)}" if there else self.names[i]
+
+    def captions(self, i: int) -> list[str]:
+        """All captions of picture i."""
+        return [str(caption) for caption in self.dataset.captions(i)]
+
+    def scene(self, i: int) -> Scene:
+        """The truth behind picture i of shapes."""
+        return self.dataset.scene(i)
+
+    def image_ids(self) -> list[int | str]:
+        """COCO's ids where the files are named after them; else the running numbers of made-up ones, or the names."""
+        stems = [os.path.splitext(os.path.basename(name))[0] for name in self.names]
+        matches = [COCO_NAME.search(stem) for stem in stems]
+        if all(matches):
+            ids = [int(match[1]) for match in matches]
+            if len(set(ids)) == len(ids):
+                return ids
+        return [int(name) if name.isdigit() else name for name in self.names]
+
+    def draw(self, count: int, seed: int) -> list[Drawn]:
+        """The first `count` captions of the fixed draw, or all there are."""
+        order = ordered(self.names, seed)
+        captions = {}
+        drawn: list[Drawn] = []
+        turn = 0
+        while len(drawn) < count:
+            before = len(drawn)
+            for i in order:
+                if i not in captions:
+                    numbered = list(enumerate(self.captions(i)))
+                    numbered.sort(key=lambda pair, i=i: _rank(f"{seed}/{self.names[i]}/{pair[0]}"))
+                    captions[i] = [caption for _, caption in numbered]
+                if turn < len(captions[i]):
+                    drawn.append(Drawn(i, captions[i][turn]))
+                if len(drawn) == count:
+                    break
+            if len(drawn) == before:
+                break
+            turn += 1
+        return drawn
+
+    def about(self, drawn: list[Drawn], seed: int) -> dict[str, Any]:
+        """The draw as metrics.json states it, with a hash of its names and captions."""
+        lines = "\n".join(json.dumps([self.names[d.index], d.caption], ensure_ascii=False) for d in drawn)
+        digest = hashlib.sha256(lines.encode("utf-8", "replace")).hexdigest()[:16]
+        pictures = len({d.index for d in drawn})
+        return {"captions": len(drawn), "pictures": pictures, "seed": seed, "rule": DRAW_RULE, "sha256": digest}
+
+
+def ordered(names: Sequence[str], seed: int) -> list[int]:
+    """The numbers of names in the order of the draw."""
+    return sorted(range(len(names)), key=lambda i: _rank(f"{seed}/{names[i]}"))
+
+
+def _rank(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+
+
+def _open(data: EvalDataConfig, resolution: int, seed: int) -> Any:
+    if data.dataset == "shapes":
+        world = World.preset(data.world)
+        if world.image_size != resolution:
+            raise DataError(
+                f"world: {data.world} has pictures of {world.image_size} px, but {resolution} px are asked for (the "
+                "model's, or fid_resolution). Choose the world that the model was trained on."
+            )
+        return ShapesDataset(world, data.split, data.test_size or SHAPES_SIZE, seed, as_uint8=True)
+    as_training = PairDataConfig(
+        dataset=data.dataset,
+        test_dir=data.test_dir,
+        val_captions=data.test_captions,
+        val_size=data.test_size or FAKE_SIZE,
+    )
+    try:
+        return open_pairs(as_training, "test", resolution, seed)
+    except DataError as error:  # the reader's messages name the setting that training has
+        raise DataError(str(error).replace("val_captions", "test_captions")) from error

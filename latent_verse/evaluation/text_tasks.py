@@ -1,0 +1,199 @@
+"""The tasks that judge captions and likelihoods: captions, retrieval, classification, bits. Measurements -> figures."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from latent_verse.data import DataError
+from latent_verse.data.images import ImageDataset
+from latent_verse.evaluation import captions, likelihood, samples
+from latent_verse.evaluation.context import Context, as_image
+from latent_verse.evaluation.figures import OWN, library
+from latent_verse.evaluation.intervals import wilson
+from latent_verse.evaluation.pairs import ordered
+from latent_verse.runs import write_whole
+
+LOG_P = {"image": "text_given_image", "text": "image_given_text"}  # by what is given
+
+
+def caption(c: Context) -> dict[str, Any]:
+    """Write captions, or read another system's, and judge them; returns what metrics.json says of them."""
+    k, j = c.config.captions, c.config.judged
+    numbers = list(range(min(k.caption_pictures or len(c.pairs), len(c.pairs))))
+    numbers = [i for i in numbers if c.pairs.picture(i) is not None]
+    if not numbers:
+        raise DataError("not one of the pictures can be read. Are the files whole?")
+    ids = c.pairs.image_ids()
+    ids, names = [ids[i] for i in numbers], [c.pairs.names[i] for i in numbers]
+    if j.captions_file:
+        file = Path(j.captions_file).expanduser()
+        written = captions.read_captions_file(file, ids, names)
+        checkpoint, how = {"captions_file": samples.fingerprint_files([file])}, f"captions of {file.name}"
+    else:
+        written = write_captions(c, numbers)
+        checkpoint, how = c.model.fingerprints, f"beam search with {k.beams}" if k.beams > 1 else "greedy"
+    references = [c.pairs.captions(i) for i in numbers]
+    scores = c.ranks.share(lambda: captions.score(written, references, k.java))
+    per = sum(map(len, references)) / len(references)
+    for name, value in scores.figures.items():
+        protocol = f"{per:.3g} references a picture; {scores.tokenizer}"
+        about = {
+            "library": library("pycocoevalcap"),
+            "protocol": protocol,
+            "better": "higher",
+            "checkpoint": checkpoint,
+            "written": how,
+        }
+        c.figures.add(f"captions/{name}", value, samples=len(written), **about)
+    for name, reason in scores.missing.items():
+        c.figures.miss(f"captions/{name}", reason)
+    for name, value in captions.diversity(scores.words).items():
+        about = {"library": OWN, "protocol": scores.tokenizer, "checkpoint": checkpoint, "written": how}
+        c.figures.add(f"captions/{name}", value, samples=len(written), **about)
+    if c.ranks.is_first:
+        write_whole(c.folder / "captions.json", captions.coco_results(ids, written))
+    key = next((name for name in ("cider", "rouge_l") if name in scores.each), None)
+    if key:
+
+        def case(i: int) -> tuple:
+            return as_image(c.pairs.picture(numbers[i])), written[i], "references: " + " | ".join(references[i])
+
+        c.add_gallery("Captions written for pictures", f"ordered by {key}", scores.each[key], case)
+    return {"pictures": len(written), "references": sum(map(len, references)), "file": "captions.json"}
+
+
+def write_captions(c: Context, numbers: list[int]) -> list[str]:
+    """The model's captions of pictures, shared among processes."""
+    mine, size, found = list(c.ranks.mine(len(numbers))), c.config.write.batch_size, {}
+    for start in range(0, len(mine), size):
+        part = mine[start : start + size]
+        rows = c.model.image_to_text([c.pairs.picture(numbers[n]) for n in part], beams=c.config.captions.beams)
+        found |= {n: row[0] for n, row in zip(part, rows, strict=True)}
+    return list(c.ranks.gather(found).values())
+
+
+# ----------------------------------------------------------------------------------------------------------- retrieval
+
+
+def _corrections(c: Context, given: str) -> str:
+    k = c.config.likelihood
+    said = f"log p({'text | image' if given == 'image' else 'image | text'})"
+    if k.prior_weight:
+        said += f" - {k.prior_weight:g} x the candidate's own ({k.prior})"
+    if given == "image" and k.length_power:
+        said = f"({said}) / tokens^{k.length_power:g}"
+    return said
+
+
+def retrieve(c: Context) -> dict[str, Any]:
+    """R@1/5/10 both ways, from either likelihood; returns the pool."""
+    k = c.config.likelihood
+    drawn, pictures = c.readable(_different(c, k.retrieval_pictures))
+    texts, owners = [], []
+    for i, d in enumerate(drawn):
+        others = [text for text in c.pairs.captions(d.index) if text != d.caption]
+        of_it = [d.caption, *others][: k.retrieval_captions]
+        texts += of_it
+        owners += [i] * len(of_it)
+    if len(drawn) < 2:
+        raise DataError(f"retrieval needs at least 2 pictures that can be read, got {len(drawn)}.")
+    scores = likelihood.score_all(c.model, c.model.codes(pictures), c.model.encode_texts(texts), c.ranks)
+    for given, name in LOG_P.items():
+        matrix_IT = likelihood.corrected(scores, given, k.length_power, k.prior_weight, k.prior)
+        for direction, found in likelihood.retrieval(matrix_IT, torch.tensor(owners)).items():
+            queries, pool = len(drawn), len(texts)
+            if direction == "text_to_image":
+                queries, pool = pool, queries
+            for key, value in found.items():
+                protocol = f"{_corrections(c, given)}; {queries} queries, pool of {pool}; ties count against"
+                about: dict[str, Any] = {"library": OWN, "protocol": protocol, "pool": pool, "better": "lower"}
+                if key.startswith("r@"):
+                    about |= {"interval": wilson(round(value * queries), queries), "better": "higher"}
+                c.figures.add(f"retrieval/{name}/{direction}/{key}", value, samples=queries, **about)
+    return {"pictures": len(drawn), "captions": len(texts), "cut_to_text_len": c.cut(texts)}
+
+
+def _different(c: Context, count: int) -> list:
+    """The first captions of the draw, each of another picture."""
+    return c.pairs.draw(min(count, len(c.pairs)), c.seed)
+
+
+# ------------------------------------------------------------------------------------------------------ classification
+
+
+def classify(c: Context) -> dict[str, Any]:
+    """Zero-shot classification of class folders by scoring the classes' names."""
+    k = c.config.likelihood
+    dataset = ImageDataset(k.classes_dir, c.resolution, train=False, as_uint8=True, key="classes_dir")
+    names = class_names(dataset.classes, k.class_names)
+    files = [os.path.relpath(dataset.paths[i], dataset.paths.root) for i in range(len(dataset))]
+    order = ordered(files, c.seed)
+    read = [item for i in order[: k.class_pictures] if (item := dataset[(0, i)]) is not None]
+    codes_IN, label_I = c.model.codes([x for x, _ in read]), torch.tensor([label for _, label in read])
+    text_CL = c.model.encode_texts([k.class_prompt.format(name) for name in names])
+    scores = likelihood.score_all(c.model, codes_IN, text_CL, c.ranks)
+    for given, name in LOG_P.items():
+        matrix_IC = likelihood.corrected(scores, given, k.length_power, k.prior_weight, k.prior)
+        rank_I = likelihood.class_ranks(matrix_IC, label_I)
+        for top in (1, 5):
+            if top == 5 and len(names) <= 5:
+                continue
+            right = int((rank_I <= top).sum())
+            protocol = f"{_corrections(c, given)}; {len(names)} classes as {k.class_prompt!r}; ties count against"
+            about = {"library": OWN, "protocol": protocol, "better": "higher", "classes": len(names)}
+            about |= {"interval": wilson(right, len(read))}
+            c.figures.add(f"zero_shot/{name}/top_{top}", right / len(read), samples=len(read), **about)
+    cut = c.cut([k.class_prompt.format(name) for name in names])
+    return {"classes": len(names), "pictures": len(read), "cut_to_text_len": cut}
+
+
+def class_names(folders: list[str], file: str | None) -> list[str]:
+    """A name for every class folder: its own, underscores as spaces, or from lines `folder<TAB>name`.
+
+    Raises:
+        DataError: the file cannot be read, or has no name for a folder.
+    """
+    if file is None:
+        return [folder.replace("_", " ") for folder in folders]
+    try:
+        lines = Path(file).expanduser().read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"class_names: {file} cannot be read as UTF-8 text: {error}") from error
+    known = dict(line.split("\t", 1) for line in lines if "\t" in line)
+    bare = [folder for folder in folders if not known.get(folder, "").strip()]
+    if bare:
+        raise DataError(f"class_names: {file} has no line `{bare[0]}<TAB>name` ({len(bare)} folders lack one).")
+    return [known[folder].strip() for folder in folders]
+
+
+# ---------------------------------------------------------------------------------------------------------------- bits
+
+
+def likelihoods(c: Context) -> dict[str, Any]:
+    """Held-out log p of both directions in bits per token, per code and per image dimension; returns the pairs."""
+    drawn, pictures = c.readable(c.pairs.draw(c.config.likelihood.likelihood_pairs, c.seed))
+    if not drawn:
+        raise DataError("not one of the pictures of the draw can be read. Are the files whole?")
+    text_BL = c.model.encode_texts([d.caption for d in drawn])
+    found = likelihood.held_out(c.model, c.model.codes(pictures), text_BL, c.ranks)
+    units = {
+        "bits_per_token": "log2 p of captions, their ends included, over all tokens of the model's tokenizer",
+        "bits_per_code": "log2 p of AugVAE's codes, over their number",
+        "bits_per_dimension": "log2 p of AugVAE's codes over 3 x R x R: the rate of a lossy code, not of the pixels",
+    }
+    for name, (value, error) in found.bits().items():
+        protocol = f"{units[name.rsplit('/', 1)[1]]}; teacher forcing, one caption of the draw a picture"
+        about = {"library": OWN, "protocol": protocol, "better": "lower"}
+        if not math.isnan(error):
+            about |= {"standard_error": error, "interval": (value - 1.96 * error, value + 1.96 * error)}
+        c.figures.add(f"likelihood/{name}", value, samples=len(drawn), **about)
+    if found.text_alone_B is None:
+        reason = "the model was trained without reference_dropout, so it has no likelihood without a reference"
+        for name in ("text_alone/bits_per_token", "image_alone/bits_per_code", "image_alone/bits_per_dimension"):
+            c.figures.miss(f"likelihood/{name}", reason)
+    return {"pairs": len(drawn), "cut_to_text_len": c.cut([d.caption for d in drawn])}
