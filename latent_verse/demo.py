@@ -127,8 +127,8 @@ def _write_pairs(world: str, data: str, pairs: int) -> list[str]:
     lines = (
         "from pathlib import Path; from latent_verse.data.shapes import World, write_pairs; "
         f"w = World.preset({world}); data = Path({data}); "
-        f'write_pairs(w, data / "train", {pairs}, "train", captions=6); '
-        f'write_pairs(w, data / "val", {min(VAL_PAIRS, pairs)}, "val", captions=6); (data / "finished").touch()'
+        f'write_pairs(w, data / "train", {pairs}, "train", captions=8); '
+        f'write_pairs(w, data / "val", {min(VAL_PAIRS, pairs)}, "val", captions=8); (data / "finished").touch()'
     )
     return ["-c", lines]
 

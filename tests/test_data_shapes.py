@@ -411,7 +411,7 @@ def test_written_pairs_are_a_pair_folder(tmp_path):
     for i in range(6):
         read = SMALL.parse_image(dataset[i][0].permute(1, 2, 0).numpy())
         assert SMALL.key(read) == SMALL.key(source.scene(i))
-        assert dataset.captions(i) == source.captions(i, 3)
+        assert dataset.captions(i) == source.draw_captions(i, 3)
 
 
 def test_every_shape_has_a_name_in_a_world():

@@ -284,9 +284,12 @@ class ShapesDataset(Dataset):
 
     def captions(self, i: int, count: int = 5) -> list[str]:
         """Up to `count` different true captions of item i, as references; the same in every epoch."""
+        return list(dict.fromkeys(self.draw_captions(i, 4 * count)))[:count]
+
+    def draw_captions(self, i: int, count: int) -> list[str]:
+        """`count` true captions of item i as the grammar draws them, frequent ones more than once."""
         scene, rng = self.scene(i), random.Random(f"{self.seed}/references/{i}")
-        drawn = (self.world.caption(scene, rng) for _ in range(4 * count))
-        return list(dict.fromkeys(drawn))[:count]
+        return [self.world.caption(scene, rng) for _ in range(count)]
 
     def image_path(self, i: int) -> None:
         """None: the pictures are in no file."""
@@ -299,12 +302,12 @@ class ShapesDataset(Dataset):
 def write_pairs(
     world: World, folder: str | Path, count: int, split: str = "train", seed: int = 0, captions: int = 1
 ) -> None:
-    """Write a pair folder: 00000.png with 00000.txt, up to `captions` different true captions in it, one per line."""
+    """Write a pair folder: 00000.png with 00000.txt, `captions` true captions in it, one per line, which may repeat."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     dataset = ShapesDataset(world, split, count, seed)
     digits = max(5, len(str(count - 1)))
     for i in range(count):
         world.render(dataset.scene(i)).save(folder / f"{i:0{digits}d}.png")
-        text = "\n".join(dataset.captions(i, captions))
+        text = "\n".join(dataset.draw_captions(i, captions))
         (folder / f"{i:0{digits}d}.txt").write_text(text + "\n", encoding="utf-8")

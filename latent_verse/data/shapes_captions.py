@@ -10,7 +10,7 @@
     thing    := ("a" | "an") [size] colour shape
     relation := " left of " | " right of " | " above " | " below "       and, in the rich phrasing, their synonyms
 A caption names every object of its scene. The short phrasing leaves out "there is" and synonyms, and names objects in
-reading order but for relations; the rich one names them in any order.
+reading order, but for one relation in four; the rich one names them in any order.
 """
 
 from __future__ import annotations
@@ -88,8 +88,9 @@ def write_caption(world, scene: Scene, rng: random.Random) -> str:
     form = rng.choice(forms)
     if form == "related" and not all(related):  # no such scene is drawn by World.scene; a hand-made one may be
         form = "plain"
-    if form != "related" and not rich:  # in reading order, as most people would
+    if not rich and (form != "related" or rng.random() < 0.75):  # in reading order, as most people would
         objects.sort(key=lambda o: (o.y, o.x))
+        related = [[name for name in RELATIONS if holds(name, objects[0], o, world.margin)] for o in objects[1:]]
     things = [_name(world, o, rng) for o in objects]
     if form == "placed":
         things = [f"{t} at the {world.place(o)}" for t, o in zip(things, objects, strict=True)]
