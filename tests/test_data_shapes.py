@@ -47,10 +47,10 @@ def test_presets_are_what_the_documents_say():
 def test_small_world_by_the_numbers():
     keys = {SMALL.key(scene): SMALL.split_of(scene) for scene in every_small_scene()}
     assert len(keys) == SMALL.count_scenes() == 9760
-    assert Counter(keys.values()) == {"train": 6089, "val": 1401, "heldout": 2270}
+    assert Counter(keys.values()) == {"train": 6073, "val": 1417, "heldout": 2270}
     drawn = {SMALL.key(SMALL.scene(i)) for i in range(3000)}
     assert drawn <= {key for key, split in keys.items() if split == "train"}
-    assert len(drawn) > 2000  # of 6,089
+    assert len(drawn) > 1900  # of 6,073
 
 
 @both
@@ -187,7 +187,8 @@ def _without(part):
 
 
 def _two_coloured(pixels, o, r):
-    other = next(colour for name, colour in PALETTE.items() if name != o.colour)
+    own = np.array(PALETTE[o.colour])
+    other = min((c for c in PALETTE.values() if np.linalg.norm(own - c) > 120), key=lambda c: np.linalg.norm(own - c))
     top = pixels[o.y : o.y + r, max(o.x - r, 0) : o.x + r]
     top[np.abs(top - np.array(PALETTE[o.colour])).sum(-1) < 90] = other
 
@@ -207,6 +208,9 @@ def test_a_damaged_object_is_not_right(world, damage):
     for scene in scenes(world, 60):
         pixels = np.asarray(world.render(scene)).astype(np.float64)
         damage(pixels, scene.objects[0], world.sizes[scene.objects[0].size] + 1)
+        if np.array_equal(pixels, world.render(scene)):  # a ring has no core to lose
+            assert damage.__name__ == "core" and scene.objects[0].shape in ("ring", "arch")
+            continue
         assert not read_right(world, scene, pixels.astype(np.uint8))
 
 

@@ -13,7 +13,7 @@ the scene (objects, sizes, cells; not jitter or texture). `train`: the others.
 
 `small` is made for minutes of CPU. Its shapes are made of 4 px squares and stand in the corners, on a grid of such
 squares, so a code of an 8 x 8 map sees one colour: the codes tell the colours, and how they lie tells the shapes.
-9,760 distinct scenes: 6,089 train, 1,401 val, 2,270 held out (tests/test_data_shapes.py counts them).
+9,760 distinct scenes: 6,073 train, 1,417 val, 2,270 held out (tests/test_data_shapes.py counts them).
 `full` is for GPUs: 64 px, up to three of 60 kinds of objects on a jittered 3 x 3 grid, a soft texture: 18 million
 distinct scenes before jitter.
 """

@@ -17,7 +17,8 @@ STANDS_OUT = 70.0  # RGB distance from the background; texture and mild noise st
 COLOUR_ERROR = 75.0  # the farthest a blob's colour may lie from the palette's; the closest two colours are 97 apart
 OVERLAP = 0.76  # the least intersection over union with a drawn shape
 LEAD = 0.015  # by which the best shape must beat the second: in between it is neither
-FLAW = 0.6  # the most that any 3 x 3 pixels may be off on average, in parts of the step from background to object
+FLAW = 0.6  # the most that any 3 x 3 pixels may be off on average, in parts of the step from background to object,
+FLAW_RGB = 120.0  # and in RGB distance: black, whose step is the longest, is 129 from green
 SPECK = 5  # pixels; smaller blobs are noise as long as all of them together are no larger than this
 
 
@@ -104,7 +105,8 @@ def _read_blob(world, from_background_HWC: np.ndarray, blob: np.ndarray) -> Obj:
     best, second = sorted(fits, key=lambda shape: fits[shape].overlap, reverse=True)[:2]
     fit = fits[best]
     clear = fit.overlap >= OVERLAP and fit.overlap - fits[second].overlap >= LEAD
-    if not clear or _flaw(window_HWC / np.linalg.norm(vector), vector / np.linalg.norm(vector), fit) > FLAW:
+    step = np.linalg.norm(vector)
+    if not clear or _flaw(window_HWC / step, vector / step, fit) > min(FLAW, FLAW_RGB / step):
         return Obj(UNKNOWN, colour, UNKNOWN, int(middle_x), int(middle_y))
     return Obj(best, colour, fit.size, int(fit.x + origin[1]), int(fit.y + origin[0]))
 
