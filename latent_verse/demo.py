@@ -207,11 +207,12 @@ def run_stage(stage: Stage, record: Record, lock: int) -> None:
         told.append(number)
         process.send_signal(signal.SIGTERM if len(told) == 1 else signal.SIGKILL)
 
+    since = time.perf_counter()
     # in a session of its own, or Ctrl-C would reach it directly as well, and twice means "at once"
     process = subprocess.Popen([sys.executable, *stage.command], cwd=ROOT, pass_fds=[lock], start_new_session=True)
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        code, since = None, time.perf_counter()
+        code = None
         while code is None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 code = process.wait(timeout=5)

@@ -118,7 +118,7 @@ def test_the_seed_decides_and_settings_reach_the_model(oracle):
 
 def test_more_scenes_than_there_are(oracle):
     with pytest.raises(DataError, match="different scenes"):
-        evaluate(oracle, SMALL, "val", 600, 0, ShapesDrawConfig())
+        evaluate(oracle, SMALL, "val", 1500, 0, ShapesDrawConfig())
 
 
 def test_write_json(oracle, tmp_path):
