@@ -140,20 +140,20 @@ class BiART(nn.Module):
 
     def features(self, idx_BT: Tensor, seg_BT: Tensor) -> Tensor:
         """Joint ids and segments -> features_BTC, from which the heads read the next token."""
-        pos_T = torch.arange(idx_BT.shape[1], device=idx_BT.device)
-        x_BTC = self.drop(self._embed(idx_BT, seg_BT, pos_T, idx_BT[:, :1] == self.vocab.begin_image))
+        if self.config.pos_by_modality:
+            pos_T = torch.arange(idx_BT.shape[1], device=idx_BT.device)
+            position = self._within_modality(pos_T, idx_BT[:, :1] == self.vocab.begin_image)
+        else:
+            position = self.pos_emb[:, : idx_BT.shape[1]]  # a slice: its gradient costs less than a look-up's
+        x_BTC = self.drop(self.tok_emb(idx_BT) + self.seg_emb(seg_BT) + position)
         for block in self.blocks:
             x_BTC = block(x_BTC)
         return self.ln_f(x_BTC)
 
-    def _embed(self, idx_BT: Tensor, seg_BT: Tensor, pos_T: Tensor, image_first_B1: Tensor) -> Tensor:
-        """The sum of the three embeddings; pos_T are places in the sequence, from 0."""
-        if self.config.pos_by_modality:  # text has the first L + 1 places, pictures the others, whichever comes first
-            turned_T = (pos_T + self.vocab.text_len + 1) % self.pos_emb.shape[1]
-            position = F.embedding(torch.where(image_first_B1, turned_T, pos_T), self.pos_emb[0])
-        else:
-            position = self.pos_emb[:, pos_T]
-        return self.tok_emb(idx_BT) + self.seg_emb(seg_BT) + position
+    def _within_modality(self, pos_T: Tensor, image_first_B1: Tensor) -> Tensor:
+        """Embeddings of places in the sequence: text has the first L + 1 rows, whichever modality comes first."""
+        turned_T = (pos_T + self.vocab.text_len + 1) % self.pos_emb.shape[1]
+        return F.embedding(torch.where(image_first_B1, turned_T, pos_T), self.pos_emb[0])
 
     def forward(self, idx_BT: Tensor, seg_BT: Tensor) -> Tensor:
         """Joint ids and segments -> logits_BTV of the next token over the whole joint vocabulary."""
@@ -237,7 +237,9 @@ class BiART(nn.Module):
         return self._cached(idx_B1, seg_B1, cache, pos_1, slots, mask_TS)
 
     def _cached(self, idx_BT, seg_BT, cache: KVCache, pos_T: Tensor, slots: int, mask_TS: Tensor | None) -> Tensor:
-        x_BTC = self._embed(idx_BT, seg_BT, pos_T, cache.image_first_B1)
+        by_modality = self.config.pos_by_modality
+        position = self._within_modality(pos_T, cache.image_first_B1) if by_modality else self.pos_emb[:, pos_T]
+        x_BTC = self.tok_emb(idx_BT) + self.seg_emb(seg_BT) + position
         for block, k_BHSD, v_BHSD in zip(self.blocks, cache.k_LBHSD, cache.v_LBHSD, strict=True):
             # With its hooks, but not compiled: samples drawn in training would compile each number of slots anew.
             x_BTC = block._call_impl(x_BTC, Past(k_BHSD, v_BHSD, pos_T, slots, mask_TS))
