@@ -416,7 +416,7 @@ def save_bundle(directory: str | os.PathLike, vae: AugVAE, biart: BiART, tokeniz
         "vae": as_plain(vae.config),
         "biart": as_plain(biart.config),
         "info": info,
-        "fingerprints": _fingerprints(vae, biart, tokenizer),
+        "fingerprints": fingerprints(vae, biart, tokenizer),
     }
     write_whole(directory / "config.json", json.dumps(content, indent=2) + "\n")
     save_augvae(vae, directory / "vae")
@@ -460,7 +460,7 @@ def load_bundle(path: str | os.PathLike) -> tuple[AugVAE, BiART, Tokenizer, dict
         raise CheckpointError(f"{folder} is a damaged bundle: {_first_line(error)}") from error
     biart.to_empty(device="cpu").to(next(iter(stored.values()), torch.empty(0)).dtype)
     _fill(biart, stored, folder / BIART_WEIGHTS)
-    found = _fingerprints(vae, biart, tokenizer)
+    found = fingerprints(vae, biart, tokenizer)
     changed = [name for name in found if found[name] != recorded.get(name)]
     if changed:
         raise CheckpointError(
@@ -470,7 +470,8 @@ def load_bundle(path: str | os.PathLike) -> tuple[AugVAE, BiART, Tokenizer, dict
     return vae, biart.eval(), tokenizer, info, recorded
 
 
-def _fingerprints(vae: AugVAE, biart: BiART, tokenizer) -> dict[str, str]:
+def fingerprints(vae: AugVAE, biart: BiART, tokenizer) -> dict[str, str]:
+    """16 hexadecimal digits for each part of a bundle."""
     return {"vae": fingerprint(vae), "biart": fingerprint(biart), "tokenizer": tokenizer.fingerprint}
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from latent_verse.augvae.model import AugVAE
 from latent_verse.biart.model import BiART
 from latent_verse.biart.sequence import IMAGE_TO_TEXT, TEXT_TO_IMAGE
-from latent_verse.checkpoint import CheckpointError, fingerprint, load_bundle, save_bundle
+from latent_verse.checkpoint import CheckpointError, fingerprints, load_bundle, save_bundle
 from latent_verse.config import ConfigError
 from latent_verse.drawing import LARGEST_CHUNK, Drawing
 from latent_verse.pictures import Picture, load_image, to_pictures
@@ -118,11 +118,7 @@ class LVerse(Drawing):
     @functools.cached_property
     def fingerprints(self) -> dict[str, str]:
         """16 hexadecimal digits for each of vae, biart and tokenizer, as the bundle records them."""
-        return {
-            "vae": fingerprint(self.vae),
-            "biart": fingerprint(self.biart),
-            "tokenizer": self.tokenizer.fingerprint,
-        }
+        return fingerprints(self.vae, self.biart, self.tokenizer)
 
     # --------------------------------------------------------------------------------------------------- text → image
 
