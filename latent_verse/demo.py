@@ -34,9 +34,8 @@ from latent_verse.runs import write_whole
 
 ROOT = Path(__file__).parents[1]
 PREFIX = {"small": "demo", "full": "demo_full"}  # of the recipes' names
-TRAIN_PAIRS = {"small": 8000, "full": 60_000}
+TRAIN_PAIRS = {"small": 8000, "full": 30_000}
 VAL_PAIRS = 256  # for the curves and the choice among checkpoints
-JUDGED = {"small": 500, "full": 1000}
 SAMPLES = 24  # scenes of each split that the page shows
 
 
@@ -47,8 +46,8 @@ class DemoSettings:
     world: str = setting("small", "small: minutes on a CPU; full: hours, or a GPU", tuple(PRESETS))
     out: str = setting("demo", "folder for everything; the same command continues what is there")
     recipes: Optional[str] = setting(None, "folder of the three recipes, named as in configs/, the default")
-    train_pairs: Optional[int] = setting(None, "pictures with captions to train on; default 8000, for full 60000")
-    count: Optional[int] = setting(None, "scenes to judge in each split; default 500, for full 1000")
+    train_pairs: Optional[int] = setting(None, "pictures with captions to train on; default 8000, for full 30000")
+    count: int = setting(500, "scenes to judge in each split")
     rerank: int = setting(8, "pictures among which the model chooses, for the figures with re-ranking")
     gpus: int = setting(1, "0 is the CPU, 1 the GPU, or the CPU where there is none")
 
@@ -89,7 +88,7 @@ def plan(s: DemoSettings, out: Path) -> list[Stage]:
     """The stages, in order. Raises ConfigError for recipes that cannot be read."""
     folder = Path(s.recipes).resolve() if s.recipes else ROOT / "configs"
     recipe = {kind: folder / f"{PREFIX[s.world]}_{kind}.yaml" for kind in ("augvae_ml", "augvae_sl", "biart")}
-    pairs, judged = s.train_pairs or TRAIN_PAIRS[s.world], s.count or JUDGED[s.world]
+    pairs, judged = s.train_pairs or TRAIN_PAIRS[s.world], s.count
     at = {name: shown_path(out / name) for name in ("data", "runs", "codes")}
     runs = ["--log_dir", at["runs"], "--gpus", str(s.gpus)]
     ml, sl, biart = (f"{at['runs']}/{file.stem}" for file in recipe.values())

@@ -111,12 +111,12 @@ class LitBiART(pl.LightningModule):
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             return self.vae.codes(x.float())
 
-    def pack(self, batch: list[Tensor], rows: int, reference_dropout: float = 0.0) -> Sequences:
-        """A loader's batch -> sequences, the first `rows` of them text to image."""
+    def pack(self, batch: list[Tensor], rows: int, **dropouts: float) -> Sequences:
+        """A loader's batch -> sequences, the first `rows` of them text to image; `dropouts` as Vocabulary.pack's."""
         vocab = self.model.vocab
         text_BL = batch[1].masked_fill(batch[1] == NO_TOKEN, vocab.pad)
         # captions and codes were checked where they were made; a check here would wait for the device
-        return vocab.pack(text_BL, self.codes(batch[0]), rows, reference_dropout, validate=False)
+        return vocab.pack(text_BL, self.codes(batch[0]), rows, validate=False, **dropouts)
 
     def loss(self, model: BiART, sequences: Sequences) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted loss of a batch, and the mean of each "direction/modality" in nats per token, detached."""
@@ -144,7 +144,9 @@ class LitBiART(pl.LightningModule):
     def training_step(self, batch, batch_idx: int) -> Tensor:
         """The loss of one batch, both directions in it."""
         rows = self.rows_text_to_image(len(batch[0]), batch_idx)
-        sequences = self.pack(batch, rows, self.config.loss.reference_dropout)
+        c = self.config.loss
+        dropouts = {"reference_dropout": c.reference_dropout, "target_dropout": c.target_dropout}
+        sequences = self.pack(batch, rows, **dropouts)
         total, means = self.loss(self.model, sequences)
         self.log("train/total_loss", total.detach(), prog_bar=True)
         for name, value in means.items():

@@ -88,8 +88,8 @@ def write_caption(world, scene: Scene, rng: random.Random) -> str:
     form = rng.choice(forms)
     if form == "related" and not all(related):  # no such scene is drawn by World.scene; a hand-made one may be
         form = "plain"
-    if not rich and (form != "related" or rng.random() < 0.75):  # in reading order, as most people would
-        objects.sort(key=lambda o: (o.y, o.x))
+    if form != "related" or rng.random() < 0.75:  # in reading order, as most people would
+        objects.sort(key=lambda o: world.cell(o)[::-1])
         related = [[name for name in RELATIONS if holds(name, objects[0], o, world.margin)] for o in objects[1:]]
     things = [_name(world, o, rng) for o in objects]
     if form == "placed":

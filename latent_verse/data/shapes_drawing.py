@@ -56,49 +56,32 @@ def _triangle(u, v):  # apex up
     return (abs(v) <= 1) & (abs(u) <= (v + 1) / 2)
 
 
-def _cross(u, v):  # arms a third of the width: 4 px of 12
-    return _square(u, v) & ((abs(u) <= 1 / 3) | (abs(v) <= 1 / 3))
+def _of_thirds(rows: str):
+    """A shape of whole ninths of its square: three rows, from the top, of three that are filled (#) or not (.)."""
+    filled = np.array([[mark == "#" for mark in row] for row in rows.split()])
 
+    def covers(u, v):
+        column, row = (np.clip(np.floor((axis + 1) * 1.5), 0, 2).astype(int) for axis in (u, v))
+        return _square(u, v) & filled[row, column]
 
-def _star(u, v):  # five points, one up; fat enough (inner radius 1/2) to be read at 12 px
-    outer, inner = 1.1, 0.55
-    turn = np.arctan2(u, -(v - 0.06)) % (2 * np.pi / 5)
-    turn = np.minimum(turn, 2 * np.pi / 5 - turn)  # angle from the nearest point, in [0, pi/5]
-    distance = np.hypot(u, v - 0.06)
-    # The edge runs straight from the point (outer, angle 0) to the notch (inner, angle pi/5).
-    notch_x, notch_y = inner * np.cos(np.pi / 5), inner * np.sin(np.pi / 5)
-    x, y = distance * np.cos(turn), distance * np.sin(turn)
-    return (x - outer) * notch_y - y * (notch_x - outer) <= 0
-
-
-def _ring(u, v):  # a square with a hole of a ninth
-    return _square(u, v) & ((abs(u) > 1 / 3) | (abs(v) > 1 / 3))
-
-
-def _arch(u, v):  # a ring without its bottom
-    return _ring(u, v) & ((abs(u) > 1 / 3) | (v < 0))
-
-
-def _staircase(u, v):  # three steps, down to the right
-    return _square(u, v) & ((u + 1) // (2 / 3) <= (v + 1) // (2 / 3))
+    return covers
 
 
 SHAPES = {
     "circle": _circle,
     "square": _square,
     "triangle": _triangle,
-    "cross": _cross,
-    "star": _star,
-    "ring": _ring,
-    "arch": _arch,
-    "staircase": _staircase,
+    "cross": _of_thirds(".#. ### .#."),
+    "ring": _of_thirds("### #.# ###"),
+    "arch": _of_thirds("### #.# #.#"),
+    "staircase": _of_thirds("#.. ##. ###"),
 }
 
 
 @lru_cache(maxsize=256)
 def coverage(shape: str, radius: int) -> np.ndarray:
     """The share of each pixel that a shape covers, in [0, 1]: a (2 radius + 4, 2 radius + 4) float32 array, read-only,
-    whose centre (a pixel corner) is the object's centre. The rim of two pixels holds the tips of the star, and what
+    whose centre (a pixel corner) is the object's centre. The rim of two pixels holds what
     `softened` spreads.
     """
     reach = radius + 2
