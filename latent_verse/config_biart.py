@@ -105,8 +105,8 @@ class BiARTLossConfig:
     text_to_image_share: float = setting(0.5, "share of a batch that is learnt text to image, the rest image to text")
     reference_weight: float = setting(0.1, "weight of the loss on the tokens that are given")
     reference_dropout: float = setting(0.1, "share of samples whose reference is hidden, which guidance needs")
-    target_dropout: float = setting(
-        0.0, "share of what is generated that is hidden from its own rest, so that more is read off the reference"
+    word_dropout: float = setting(
+        0.0, "share of a caption's words hidden from the words after them, which are then read off the image"
     )
     text_loss_weight: float = setting(1.0, "weight of the loss on text tokens")
     image_loss_weight: float = setting(1.0, "weight of the loss on image codes")
@@ -270,8 +270,8 @@ def _check_loss(c: BiARTLossConfig) -> None:
     for name in ("text_to_image_share", "reference_dropout"):
         if not 0 <= getattr(c, name) <= 1:
             raise ConfigError(f"{name} is {getattr(c, name)}; it is a share, 0 to 1.")
-    if not 0 <= c.target_dropout <= 0.5:
-        raise ConfigError(f"target_dropout is {c.target_dropout}; it must lie between 0 and 0.5.")
+    if not 0 <= c.word_dropout <= 0.5:
+        raise ConfigError(f"word_dropout is {c.word_dropout}; it must lie between 0 and 0.5.")
     if c.reference_weight < 0:
         raise ConfigError(f"reference_weight is {c.reference_weight}; it must be at least 0.")
     for name in ("text_loss_weight", "image_loss_weight"):

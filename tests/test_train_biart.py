@@ -126,7 +126,7 @@ def test_a_killed_run_continues_exactly(world, tmp_path, monkeypatch, optimizer)
         "2",
     ]
     flags += ["--resid_pdrop", "0.3", "--embd_pdrop", "0.1", "--reference_dropout", "0.4", "--ema_decay", "0.8"]
-    flags += ["--target_dropout", "0.2"]
+    flags += ["--word_dropout", "0.2"]
     flags += ["--text_to_image_share", "0.4", "--learning_rate", "0.01", "--num_samples", "1"]
     with monkeypatch.context() as patch:
         whole = record_losses(patch)
@@ -271,7 +271,7 @@ def test_mistakes_are_one_line_on_stderr(world, tmp_path, capsys):
         (["--img_size", "32"], "takes pictures of 16 px"),
         (["--top_k", "25"], "the codebook has 24 codes"),
         (["--guidance", "2", "--reference_dropout", "0"], "needs reference_dropout above 0"),
-        (["--target_dropout", "0.6"], "target_dropout is 0.6; it must lie between 0 and 0.5"),
+        (["--word_dropout", "0.6"], "word_dropout is 0.6; it must lie between 0 and 0.5"),
         (["--text_loss_weight", "0"], "text_to_image_share to 1 or 0"),
         (["--muon_learning_rate", "1"], "no effect without optimizer: muon"),
         (["--betas", "0.9"], "betas"),

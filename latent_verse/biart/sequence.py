@@ -203,7 +203,7 @@ class Vocabulary:
         direction: str | int,
         reference_dropout: float = 0.0,
         generator: torch.Generator | None = None,
-        target_dropout: float = 0.0,
+        word_dropout: float = 0.0,
         validate: bool = True,
     ) -> Sequences:
         """Pairs of text and codes -> what the network reads and what it has to predict.
@@ -211,9 +211,9 @@ class Vocabulary:
         `direction` is one of DIRECTIONS, or how many of the first rows go text_to_image, the rest going the other way
         (DESIGN: both directions in every batch; a constant number keeps every shape static). With probability
         `reference_dropout` all tokens of a sample's reference become `null`, its begin token stays, and its loss is
-        left out. `target_dropout` of the target's tokens, more in some rows and fewer in others, are `null` to the
-        tokens after them, and are learnt all the same (word dropout; Bowman et al., 2016): a target is then read off
-        its reference rather than off its own beginning. `generator` (a CPU one) makes the draws reproducible.
+        left out. Of the texts to be written `word_dropout` of the tokens, more in some rows and fewer in others, are
+        `null` to the tokens after them, and are learnt all the same (Bowman et al., 2016): a word is then read off the
+        image rather than off the words before it. `generator` (a CPU one) makes the draws reproducible.
         `validate=False` skips the range checks, each of which waits for the GPU where the tensors lie on one. Raises
         ValueError for ids out of range.
         """
@@ -230,8 +230,8 @@ class Vocabulary:
             raise ValueError(f"{direction} rows text_to_image in a batch of {batch}.")
         if not 0 <= reference_dropout <= 1:
             raise ValueError(f"reference_dropout is {reference_dropout}; it is a probability.")
-        if not 0 <= target_dropout <= 0.5:
-            raise ValueError(f"target_dropout is {target_dropout}; it must lie between 0 and 0.5.")
+        if not 0 <= word_dropout <= 0.5:
+            raise ValueError(f"word_dropout is {word_dropout}; it must lie between 0 and 0.5.")
         n = direction
 
         # The first pad is learnt as the end of the text; what follows it is not.
@@ -259,11 +259,11 @@ class Vocabulary:
                 self.segments(IMAGE_TO_TEXT, device).expand(batch - n, -1),
             ]
         )
-        if target_dropout > 0:
-            share_B1 = 2 * target_dropout * torch.rand(batch, 1, generator=generator)
-            hidden_BT = (torch.rand(idx_BT.shape, generator=generator) < share_B1).to(device)
-            is_begin_BT = (idx_BT == self.begin_text) | (idx_BT == self.begin_image)
-            idx_BT = idx_BT.masked_fill(hidden_BT & seg_BT.bool() & ~is_begin_BT, self.null)
+        if word_dropout > 0:
+            words_BT = idx_BT[n:, self.positions(IMAGE_TO_TEXT, "text")][:, 1:]  # a view; its first is the begin token
+            share_B1 = 2 * word_dropout * torch.rand(batch - n, 1, generator=generator)
+            hidden_BT = torch.rand(words_BT.shape, generator=generator) < share_B1
+            words_BT.masked_fill_(hidden_BT.to(device), self.null)
         return Sequences(idx_BT, seg_BT, text_class_BL, image_class_BN, n)
 
     def prompt(self, reference: Tensor, direction: str, prefix_BK: Tensor | None = None) -> tuple[Tensor, Tensor]:
