@@ -51,12 +51,12 @@ class World:
     name: str
     image_size: int  # pixels per side
     grid: int  # cells per side, 2 or 3; an object stands in a cell
-    counts: tuple[int, ...]  # how often scenes have one, two, ... objects, in parts of each other
+    counts: tuple[int, ...]  # how often one, two, ... objects are tried, in parts; crowded ones are then drawn anew
     shapes: tuple[str, ...]
     colours: tuple[str, ...]
     sizes: dict[str, int] = field(hash=False)  # name -> radius in pixels
     heldout: frozenset[tuple[str, str]]  # (colour, shape) pairs kept out of training
-    jitter: int = 0  # pixels: objects stand anywhere in their cells in steps of so many; 0: in one place
+    jitter: int = 0  # pixels: objects stand anywhere in their cells in steps of so many; 0: at the picture's edge
     texture: float = 0.0  # amplitude of the background's texture, in grey levels of 255
     phrasing: str = "short"  # short, or rich: synonyms and longer forms
 
