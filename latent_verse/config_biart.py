@@ -108,6 +108,9 @@ class BiARTLossConfig:
     word_dropout: float = setting(
         0.0, "share of a caption's words hidden from the words after them, which are then read off the image"
     )
+    code_dropout: float = setting(
+        0.0, "share of a picture's codes hidden from the codes after them, which are then read off the text"
+    )
     text_loss_weight: float = setting(1.0, "weight of the loss on text tokens")
     image_loss_weight: float = setting(1.0, "weight of the loss on image codes")
     loss_chunk: Optional[int] = setting(None, "compute logits for so many tokens at a time: less memory, more time")
@@ -270,8 +273,9 @@ def _check_loss(c: BiARTLossConfig) -> None:
     for name in ("text_to_image_share", "reference_dropout"):
         if not 0 <= getattr(c, name) <= 1:
             raise ConfigError(f"{name} is {getattr(c, name)}; it is a share, 0 to 1.")
-    if not 0 <= c.word_dropout <= 0.5:
-        raise ConfigError(f"word_dropout is {c.word_dropout}; it must lie between 0 and 0.5.")
+    for name in ("word_dropout", "code_dropout"):
+        if not 0 <= getattr(c, name) <= 0.5:
+            raise ConfigError(f"{name} is {getattr(c, name)}; it must lie between 0 and 0.5.")
     if c.reference_weight < 0:
         raise ConfigError(f"reference_weight is {c.reference_weight}; it must be at least 0.")
     for name in ("text_loss_weight", "image_loss_weight"):

@@ -43,7 +43,7 @@ SAMPLES = 24  # scenes of each split that the page shows
 class DemoSettings:
     """Which demo, and where."""
 
-    world: str = setting("small", "small: minutes on a CPU; full: hours, or a GPU", tuple(PRESETS))
+    world: str = setting("small", "small: minutes on a CPU; full: two hours, or a GPU", tuple(PRESETS))
     out: str = setting("demo", "folder for everything; the same command continues what is there")
     recipes: Optional[str] = setting(None, "folder of the three recipes, named as in configs/, the default")
     train_pairs: Optional[int] = setting(None, "pictures with captions to train on; default 8000, for full 30000")

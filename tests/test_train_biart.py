@@ -126,7 +126,7 @@ def test_a_killed_run_continues_exactly(world, tmp_path, monkeypatch, optimizer)
         "2",
     ]
     flags += ["--resid_pdrop", "0.3", "--embd_pdrop", "0.1", "--reference_dropout", "0.4", "--ema_decay", "0.8"]
-    flags += ["--word_dropout", "0.2"]
+    flags += ["--word_dropout", "0.2", "--code_dropout", "0.1"]
     flags += ["--text_to_image_share", "0.4", "--learning_rate", "0.01", "--num_samples", "1"]
     with monkeypatch.context() as patch:
         whole = record_losses(patch)

@@ -204,6 +204,7 @@ class Vocabulary:
         reference_dropout: float = 0.0,
         generator: torch.Generator | None = None,
         word_dropout: float = 0.0,
+        code_dropout: float = 0.0,
         validate: bool = True,
     ) -> Sequences:
         """Pairs of text and codes -> what the network reads and what it has to predict.
@@ -211,11 +212,11 @@ class Vocabulary:
         `direction` is one of DIRECTIONS, or how many of the first rows go text_to_image, the rest going the other way
         (DESIGN: both directions in every batch; a constant number keeps every shape static). With probability
         `reference_dropout` all tokens of a sample's reference become `null`, its begin token stays, and its loss is
-        left out. Of the texts to be written `word_dropout` of the tokens, more in some rows and fewer in others, are
-        `null` to the tokens after them, and are learnt all the same (Bowman et al., 2016): a word is then read off the
-        image rather than off the words before it. `generator` (a CPU one) makes the draws reproducible.
-        `validate=False` skips the range checks, each of which waits for the GPU where the tensors lie on one. Raises
-        ValueError for ids out of range.
+        left out. Of the texts to be written `word_dropout` of the tokens, and of the images to be drawn
+        `code_dropout`, more in some rows and fewer in others, are `null` to what comes after them, and are learnt all
+        the same (Bowman et al., 2016): a token is then read off its reference rather than off the tokens before it.
+        `generator` (a CPU one) makes the draws reproducible. `validate=False` skips the range checks, each of which
+        waits for the GPU where the tensors lie on one. Raises ValueError for ids out of range.
         """
         text_BL, codes_BN = text_BL.long(), codes_BN.long()
         if validate:
@@ -230,8 +231,9 @@ class Vocabulary:
             raise ValueError(f"{direction} rows text_to_image in a batch of {batch}.")
         if not 0 <= reference_dropout <= 1:
             raise ValueError(f"reference_dropout is {reference_dropout}; it is a probability.")
-        if not 0 <= word_dropout <= 0.5:
-            raise ValueError(f"word_dropout is {word_dropout}; it must lie between 0 and 0.5.")
+        for name, share in (("word_dropout", word_dropout), ("code_dropout", code_dropout)):
+            if not 0 <= share <= 0.5:
+                raise ValueError(f"{name} is {share}; it must lie between 0 and 0.5.")
         n = direction
 
         # The first pad is learnt as the end of the text; what follows it is not.
@@ -259,11 +261,13 @@ class Vocabulary:
                 self.segments(IMAGE_TO_TEXT, device).expand(batch - n, -1),
             ]
         )
-        if word_dropout > 0:
-            words_BT = idx_BT[n:, self.positions(IMAGE_TO_TEXT, "text")][:, 1:]  # a view; its first is the begin token
-            share_B1 = 2 * word_dropout * torch.rand(batch - n, 1, generator=generator)
-            hidden_BT = torch.rand(words_BT.shape, generator=generator) < share_B1
-            words_BT.masked_fill_(hidden_BT.to(device), self.null)
+        rows = {TEXT_TO_IMAGE: (idx_BT[:n], code_dropout), IMAGE_TO_TEXT: (idx_BT[n:], word_dropout)}
+        for towards, (part_BT, share) in rows.items():
+            if share > 0:
+                target_BT = part_BT[:, self.positions(towards, target_modality(towards))][:, 1:]  # without begin tokens
+                share_B1 = 2 * share * torch.rand(len(part_BT), 1, generator=generator)
+                hidden_BT = torch.rand(target_BT.shape, generator=generator) < share_B1
+                target_BT.masked_fill_(hidden_BT.to(device), self.null)  # views of idx_BT
         return Sequences(idx_BT, seg_BT, text_class_BL, image_class_BN, n)
 
     def prompt(self, reference: Tensor, direction: str, prefix_BK: Tensor | None = None) -> tuple[Tensor, Tensor]:

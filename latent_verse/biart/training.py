@@ -145,8 +145,8 @@ class LitBiART(pl.LightningModule):
         """The loss of one batch, both directions in it."""
         rows = self.rows_text_to_image(len(batch[0]), batch_idx)
         c = self.config.loss
-        dropouts = {"reference_dropout": c.reference_dropout, "word_dropout": c.word_dropout}
-        sequences = self.pack(batch, rows, **dropouts)
+        names = ("reference_dropout", "word_dropout", "code_dropout")
+        sequences = self.pack(batch, rows, **{name: getattr(c, name) for name in names})
         total, means = self.loss(self.model, sequences)
         self.log("train/total_loss", total.detach(), prog_bar=True)
         for name, value in means.items():
