@@ -51,7 +51,7 @@ def make_step(module: LitBiART, batch: list[torch.Tensor], device: str, precisio
 
     def step():
         with torch.autocast(device, precision, enabled=precision != torch.float32):
-            loss, _ = module.loss(module.model, module.pack(batch, len(batch[1]) // 2, 0.1))
+            loss, _ = module.loss(module.model, module.pack(batch, len(batch[1]) // 2, reference_dropout=0.1))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
