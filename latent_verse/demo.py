@@ -88,7 +88,7 @@ def plan(s: DemoSettings, out: Path) -> list[Stage]:
     """The stages, in order. Raises ConfigError for recipes that cannot be read."""
     folder = Path(s.recipes).resolve() if s.recipes else ROOT / "configs"
     recipe = {kind: folder / f"{PREFIX[s.world]}_{kind}.yaml" for kind in ("augvae_ml", "augvae_sl", "biart")}
-    pairs, judged = s.train_pairs or TRAIN_PAIRS[s.world], s.count
+    pairs = s.train_pairs or TRAIN_PAIRS[s.world]
     at = {name: shown_path(out / name) for name in ("data", "runs", "codes")}
     runs = ["--log_dir", at["runs"], "--gpus", str(s.gpus)]
     ml, sl, biart = (f"{at['runs']}/{file.stem}" for file in recipe.values())
@@ -113,7 +113,7 @@ def plan(s: DemoSettings, out: Path) -> list[Stage]:
     sampling = {name: getattr(draw, name) for name in ("temperature", "top_k", "top_p", "guidance")}
     flags = [word for name, value in sampling.items() if value is not None for word in (f"--{name}", f"{value:g}")]
     judge = ["-m", "latent_verse.evaluation.shapes", "--model", f"{biart}/bundle", "--world", s.world, *flags]
-    judge += ["--rerank", str(s.rerank), "--count", str(judged), "--samples", str(min(SAMPLES, judged))]
+    judge += ["--rerank", str(s.rerank), "--count", str(s.count), "--samples", str(min(SAMPLES, s.count))]
     for name, split in (("unseen", "val"), ("heldout", "heldout")):
         file = f"{name}.json"
         command = [*judge, "--split", split, "--json", shown_path(out / file), "--gpus", str(s.gpus)]

@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -124,6 +125,11 @@ def compiles_by_default(t: TrainerConfig, accelerator: str) -> bool:
         and torch.cuda.is_available()
         and torch.cuda.get_device_capability() >= (7, 0)
     )
+
+
+def uncompiled(t: TrainerConfig) -> AbstractContextManager:
+    """For validation: its last batch is a smaller one, and compiling for it would take longer than it saves."""
+    return torch.compiler.set_stance("force_eager") if t.compile else nullcontext()
 
 
 def checkpoints(run: Run, has_val: bool) -> list[ModelCheckpoint]:

@@ -5,8 +5,6 @@ Shapes: B batch, C channels, H height, W width.
 
 from __future__ import annotations
 
-import contextlib
-
 import pytorch_lightning as pl
 import torch
 from torch import nn
@@ -18,6 +16,7 @@ from latent_verse.config import TrainVAEConfig, as_plain
 from latent_verse.evaluation.codebook import CodebookUsage
 from latent_verse.evaluation.reconstruction import ReconstructionMetrics
 from latent_verse.optimizer import MuonAdamW, adamw, warm_up_then_cosine
+from latent_verse.trainer import uncompiled
 
 
 class LitAugVAE(pl.LightningModule):
@@ -109,10 +108,6 @@ class LitAugVAE(pl.LightningModule):
             self._through(x_BCHW.new_zeros(1, *x_BCHW.shape[1:]))
         return len(x_BCHW) == 0
 
-    def _uncompiled(self):
-        """Validation's last batch is a smaller one: compiling all networks for it would take longer than it saves."""
-        return torch.compiler.set_stance("force_eager") if self.config.trainer.compile else contextlib.nullcontext()
-
     def _losses(self, x_BCHW: torch.Tensor, stage: str):
         encoded, reconstruction_BCHW = self._through(x_BCHW)
         parts = self.loss(reconstruction_BCHW, x_BCHW)
@@ -143,7 +138,7 @@ class LitAugVAE(pl.LightningModule):
         x_BCHW = batch[0]
         if self._nothing_in(x_BCHW):
             return None
-        with self._uncompiled():
+        with uncompiled(self.config.trainer):
             parts, reconstruction_BCHW = self._losses(x_BCHW, "val")
         for name, mean in self.val_means.items():
             mean.update(parts[name], weight=len(x_BCHW))

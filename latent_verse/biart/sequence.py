@@ -261,14 +261,16 @@ class Vocabulary:
                 self.segments(IMAGE_TO_TEXT, device).expand(batch - n, -1),
             ]
         )
-        rows = {TEXT_TO_IMAGE: (idx_BT[:n], code_dropout), IMAGE_TO_TEXT: (idx_BT[n:], word_dropout)}
-        for towards, (part_BT, share) in rows.items():
+        packed = Sequences(idx_BT, seg_BT, text_class_BL, image_class_BN, n)
+        for towards, rows in packed.parts():
+            share = code_dropout if towards == TEXT_TO_IMAGE else word_dropout
             if share > 0:
-                target_BT = part_BT[:, self.positions(towards, target_modality(towards))][:, 1:]  # without begin tokens
-                share_B1 = 2 * share * torch.rand(len(part_BT), 1, generator=generator)
+                modality = target_modality(towards)
+                target_BT = idx_BT[rows, self.positions(towards, modality)][:, 1:]  # a view, without the begin token
+                share_B1 = 2 * share * torch.rand(len(target_BT), 1, generator=generator)
                 hidden_BT = torch.rand(target_BT.shape, generator=generator) < share_B1
-                target_BT.masked_fill_(hidden_BT.to(device), self.null)  # views of idx_BT
-        return Sequences(idx_BT, seg_BT, text_class_BL, image_class_BN, n)
+                target_BT.masked_fill_(hidden_BT.to(device), self.null)
+        return packed
 
     def prompt(self, reference: Tensor, direction: str, prefix_BK: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """What is known before sampling: begin token, reference, begin token, and any first K tokens of the target.

@@ -5,7 +5,6 @@ Shapes: B batch, L text tokens, N image codes, C channels, H height, W width.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
 import time
@@ -21,6 +20,7 @@ from latent_verse.biart.sequence import DIRECTIONS, IGNORE, TEXT_TO_IMAGE, Seque
 from latent_verse.config import as_plain
 from latent_verse.config_biart import TrainBiARTConfig
 from latent_verse.optimizer import MuonAdamW, adamw, warm_up_then_cosine
+from latent_verse.trainer import uncompiled
 
 OTHER = {"text": "image", "image": "text"}
 NO_TOKEN = -1  # fills captions in batches from the loader, which does not know BiART's vocabulary
@@ -171,9 +171,7 @@ class LitBiART(pl.LightningModule):
         size = len(batch[0])
         x = self.codes(batch[0])
         sequences = self.pack([torch.cat([x, x]), torch.cat([batch[1], batch[1]])], size)
-        # the last batch is a smaller one: not worth compiling for
-        eager = torch.compiler.set_stance("force_eager") if self.config.trainer.compile else contextlib.nullcontext()
-        with eager:
+        with uncompiled(self.config.trainer):
             _, means = self.loss(self.network, sequences)
         counted = {"text": sequences.text_BL, "image": sequences.codes_BN}
         for name, value in means.items():

@@ -9,8 +9,8 @@
              | thing " at the " place (", " ...)* " and " ...    two or three, each in its place
     thing    := ("a" | "an") [size] colour shape
     relation := " left of " | " right of " | " above " | " below "       and, in the rich phrasing, their synonyms
-A caption names every object of its scene. The short phrasing leaves out "there is" and synonyms, and names objects in
-reading order, but for one relation in four; the rich one names them in any order.
+A caption names every object of its scene, in reading order but for one relation in four. The short phrasing leaves out
+"there is" and synonyms.
 """
 
 from __future__ import annotations
@@ -80,17 +80,16 @@ def write_caption(world, scene: Scene, rng: random.Random) -> str:
     objects = list(scene.objects)
     rich = world.phrasing == "rich"
     rng.shuffle(objects)
-    related = [[name for name in RELATIONS if holds(name, objects[0], o, world.margin)] for o in objects[1:]]
     if len(objects) == 1:
         forms = ["plain", "placed"]
     else:
         forms = ["plain", *["related"] * 4, "placed"] if rich else ["plain", "related", "related", "placed", "placed"]
     form = rng.choice(forms)
-    if form == "related" and not all(related):  # no such scene is drawn by World.scene; a hand-made one may be
-        form = "plain"
     if form != "related" or rng.random() < 0.75:  # in reading order, as most people would
         objects.sort(key=lambda o: world.cell(o)[::-1])
-        related = [[name for name in RELATIONS if holds(name, objects[0], o, world.margin)] for o in objects[1:]]
+    related = [[name for name in RELATIONS if holds(name, objects[0], o, world.margin)] for o in objects[1:]]
+    if form == "related" and not all(related):  # no such scene is drawn by World.scene; a hand-made one may be
+        form = "plain"
     things = [_name(world, o, rng) for o in objects]
     if form == "placed":
         things = [f"{t} at the {world.place(o)}" for t, o in zip(things, objects, strict=True)]

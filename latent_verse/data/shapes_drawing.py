@@ -81,8 +81,7 @@ SHAPES = {
 @lru_cache(maxsize=256)
 def coverage(shape: str, radius: int) -> np.ndarray:
     """The share of each pixel that a shape covers, in [0, 1]: a (2 radius + 4, 2 radius + 4) float32 array, read-only,
-    whose centre (a pixel corner) is the object's centre. The rim of two pixels holds what
-    `softened` spreads.
+    whose centre (a pixel corner) is the object's centre. The rim of two pixels holds what `softened` spreads.
     """
     reach = radius + 2
     steps = (np.arange(2 * reach * SUBPIXELS) + 0.5) / SUBPIXELS - reach
