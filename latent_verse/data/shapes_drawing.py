@@ -75,6 +75,11 @@ SHAPES = {
     "ring": _of_thirds("### #.# ###"),
     "arch": _of_thirds("### #.# #.#"),
     "staircase": _of_thirds("#.. ##. ###"),
+    "cup": _of_thirds("#.# #.# ###"),
+    "tee": _of_thirds("### .#. .#."),
+    "ell": _of_thirds("#.. #.. ###"),
+    "zigzag": _of_thirds("##. .#. .##"),
+    "ladder": _of_thirds("#.# ### #.#"),
 }
 
 
