@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import textwrap
 from collections import defaultdict
 from pathlib import Path
 
@@ -34,6 +35,7 @@ def draw(area: str, found: dict, path: Path, title: str) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     columns = min(3, len(found))
     lines = math.ceil(len(found) / columns)
@@ -45,15 +47,21 @@ def draw(area: str, found: dict, path: Path, title: str) -> None:
             label = "ours" if name == "ours" else f"ours, {name}"
             (line,) = panel.plot([x for x, _ in points], [r["ours"]["seconds"] for _, r in points], "o-", label=label)
             peers = dict.fromkeys(p["name"] for _, r in points for p in r["peers"] if p.get("seconds"))
-            for style, peer in zip(("--", ":", "-."), peers, strict=False):
+            for style, peer in zip(("s--", "^:", "D-."), peers, strict=False):
                 at = [
                     (x, p["seconds"]) for x, r in points for p in r["peers"] if p["name"] == peer and p.get("seconds")
                 ]
                 panel.plot(*zip(*at, strict=True), style, color=line.get_color(), label=f"{peer}, {name}")
         panel.set(xscale="log", yscale="log", title=law.split(": ", 1)[-1], ylabel="seconds")
+        ticks = sorted({x for points in series.values() for x, _ in points})
+        panel.set_xticks(ticks, [f"{x:g}" for x in ticks], fontsize=8, rotation=30 if len(ticks) > 5 else 0)
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_major_formatter("{x:g}")
+        for axis in (panel.xaxis, panel.yaxis):
+            axis.set_minor_formatter(NullFormatter())
         panel.grid(alpha=0.3)
         panel.legend(fontsize=6)
-    figure.suptitle(title, fontsize=9)
+    figure.suptitle("\n".join(textwrap.wrap(title, 60 * columns)), fontsize=9)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

@@ -92,7 +92,7 @@ def suite(device: str, size: str) -> Iterator[Row]:
                 flags = ["--max_steps", "1", "--limit_val_batches", "0", "--refresh_rate", "0", "--gpus", gpus]
                 flags += ["--num_samples", "0", "--num_judged", "0"] if script == "train_biart.py" else []
                 if recipe.endswith("_sl.yaml"):  # from the run of the case before
-                    flags += ["--pretrained_path", f"{folder}/runs/{Path(recipe).stem.replace('_sl', '_ml')}"]
+                    flags += ["--pretrained_path", f"{folder}/runs/fake-{Path(recipe).stem.replace('_sl', '_ml')}"]
                 commands.append(
                     (
                         f"{script}, {Path(recipe).stem}: first step",
