@@ -231,7 +231,9 @@ def extract_codes(config: TrainBiARTConfig, vae: AugVAE, accelerator: str) -> in
             work, total = work_of(dataset, crops, c.shard_size), len(dataset)
             plan["pictures"] = total
             if d.dataset == "shapes":
-                plan["shapes"] = {"world": d.world, "split": dataset.split, "seed": t.seed}
+                world = dataset.world
+                plan["shapes"] = {"world": world.name, "fingerprint": world.fingerprint}
+                plan["shapes"] |= {"split": dataset.split, "seed": t.seed}
         folder = Path(c.extract_codes) / split
         meta = extract(
             work,

@@ -4,7 +4,8 @@
 
 Everything is done by the scripts that a user would call, one process after another; this file only decides the order
 and gathers the results. Interrupted and started again, it goes on where it was: finished stages are known by their
-outputs, and unfinished ones continue by their own means (--backup, shards of codes).
+outputs, and unfinished ones continue by their own means (--backup, shards of codes). What follows a stage whose output
+is gone is not taken for finished.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from latent_verse import demo_page
 from latent_verse.cli import errors_to_exit_code, parse
 from latent_verse.config import ConfigError, TrainVAEConfig, setting
 from latent_verse.config_biart import TrainBiARTConfig
-from latent_verse.data.shapes import PRESETS
+from latent_verse.data.shapes import PRESETS, World
 from latent_verse.runs import write_whole
 
 ROOT = Path(__file__).parents[1]
@@ -67,6 +68,8 @@ class Stage:
     title: str
     command: list[str]  # after the interpreter
     output: str
+    world: str = ""  # fingerprint of the world that it draws from, if it draws
+    again: bool = False  # whether, run again, it makes its output anew; training finds itself finished
 
     def shown(self) -> str:
         """The command as a person types it."""
@@ -92,7 +95,9 @@ def plan(s: DemoSettings, out: Path) -> list[Stage]:
     at = {name: shown_path(out / name) for name in ("data", "runs", "codes")}
     runs = ["--log_dir", at["runs"], "--gpus", str(s.gpus)]
     ml, sl, biart = (f"{at['runs']}/{file.stem}" for file in recipe.values())
-    stages = [Stage("pictures", "pictures and captions", _write_pairs(s.world, at["data"], pairs), "data/finished")]
+    pictures = _write_pairs(s.world, at["data"], pairs)
+    world = World.preset(s.world).fingerprint
+    stages = [Stage("pictures", "pictures and captions", pictures, "data/finished", world)]
 
     folders = ["--train_dir", f"{at['data']}/train", "--val_dir", f"{at['data']}/val"]
     for kind, title, more in (("augvae_ml", "AugVAE-ML", []), ("augvae_sl", "AugVAE-SL", ["--pretrained_path", ml])):
@@ -104,8 +109,10 @@ def plan(s: DemoSettings, out: Path) -> list[Stage]:
 
     config, _ = parse(TrainBiARTConfig, ["--config", str(recipe["biart"])], "")
     start = ["train_biart.py", "--config", shown_path(recipe["biart"]), "--vae_path", sl]
-    extract = [*start, "--dataset", "pairs", *folders, "--extract_codes", at["codes"], "--gpus", str(s.gpus)]
-    stages.append(Stage("codes", "codes", extract, "codes/val/codes.json"))
+    sizes = ["--dataset_size", str(pairs), "--val_size", str(min(VAL_PAIRS, pairs))]
+    drawn = ["--dataset", "shapes", "--world", s.world, *sizes]  # whose truth is known while BiART trains
+    extract = [*start, *drawn, "--extract_codes", at["codes"], "--gpus", str(s.gpus)]
+    stages.append(Stage("codes", "codes", extract, "codes/val/codes.json", world))
     folders = ["--dataset", "codes", "--train_dir", f"{at['codes']}/train", "--val_dir", f"{at['codes']}/val"]
     stages.append(Stage("biart", "BiART", [*start, *folders, *runs], f"runs/{recipe['biart'].stem}/bundle/config.json"))
 
@@ -117,7 +124,7 @@ def plan(s: DemoSettings, out: Path) -> list[Stage]:
     for name, split in (("unseen", "val"), ("heldout", "heldout")):
         file = f"{name}.json"
         command = [*judge, "--split", split, "--json", shown_path(out / file), "--gpus", str(s.gpus)]
-        stages.append(Stage(name, f"judging {name} scenes", command, file))
+        stages.append(Stage(name, f"judging {name} scenes", command, file, world, again=True))
     return stages
 
 
@@ -151,19 +158,23 @@ class Record:
         """Raises ConfigError where a stage was begun with another command or recipe than it has now."""
         for stage in stages:
             found = self.stages.get(stage.name)
-            if found and (found["command"], found["recipe"]) != (stage.shown(), _recipe(stage)):
+            made = found and (found["command"], found["recipe"], found.get("world", ""))
+            if found and made != (stage.shown(), _recipe(stage), stage.world):
                 raise ConfigError(
-                    f"{self.file.parent} holds a demo made otherwise (its stage {stage.title}: {found['command']}). "
+                    f"{self.file.parent} holds a demo made otherwise (its stage {stage.title}, by another command, "
+                    f"recipe or version of the world: {found['command']}). "
                     "Delete that folder, or give another --out."
                 )
 
     def add(self, stage: Stage, seconds: float, finished: bool) -> None:
-        """Say that a stage has run for so many seconds more."""
-        known = self.stages.get(stage.name, {"seconds": 0.0})
+        """Say that a stage has run for so many seconds more; one that had finished is being made anew."""
+        known = self.stages.get(stage.name, {"finished": True})
+        so_far = 0.0 if known["finished"] else known["seconds"]
         self.stages[stage.name] = {
             "command": stage.shown(),
             "recipe": _recipe(stage),
-            "seconds": round(known["seconds"] + seconds, 2),
+            "world": stage.world,
+            "seconds": round(so_far + seconds, 2),
             "finished": finished,
         }
         write_whole(self.file, json.dumps(self.stages, indent=1))
@@ -247,9 +258,16 @@ def run(s: DemoSettings) -> Path:
     with only_one(out) as lock:
         record = Record(out / "stages.json")
         record.check_same(stages)
+        finished = [record.stages.get(g.name, {}).get("finished", False) and is_done(g, out) for g in stages]
+        first = finished.index(False) if False in finished else len(stages)  # what follows it rests on it
+        for stage in (g for g, done in zip(stages[first:], finished[first:], strict=True) if done and not g.again):
+            raise ConfigError(
+                f"{out} lacks the output of its stage {stages[first].title}, though {stage.title}, which rests on it, "
+                "is there. Delete that folder, or give another --out."
+            )
         for number, stage in enumerate(stages, start=1):
             title = f"[{number}/{len(stages)}] {stage.title}"
-            if record.stages.get(stage.name, {}).get("finished") and is_done(stage, out):
+            if number <= first:
                 print(f"{title}: done before, in {record.stages[stage.name]['seconds']:.0f} s", flush=True)
                 continue
             print(f"\n{title}\n  {stage.shown()}", flush=True)

@@ -48,6 +48,7 @@ class Drawing:
         except ValueError as error:
             raise ConfigError(str(error)) from None
         name = "num_images" if modality == "image" else "num_captions"
+        name = f"{name} (generate.py: num)"
         if draws < 1:
             raise ConfigError(f"{name} is {draws}; it must be at least 1.")
         if rerank < 0:

@@ -98,13 +98,17 @@ def caption(model: LVerse, config: GenerateConfig, folder: Path) -> None:
     sampling = _sampling(config) | {"beams": config.draw.beams}
     lines = []
     for start in range(0, len(files), GROUP):
-        group = _readable(files[start : start + GROUP], model.vae.config.resolution)
+        group = _readable(files[start : start + GROUP], model.vae.config.resolution, none_is_fine=True)
+        if not group:
+            continue
         captions = model.image_to_text([image for _, image in group], config.draw.num, **sampling)
         for (name, _), found in zip(group, captions, strict=True):
             lines.append({"image": name, "captions": found, "settings": sampling, "model": model.fingerprints})
             print("\n".join(f"{name}: {text}" for text in found))
-    folder.mkdir(parents=True, exist_ok=True)
-    runs.write_whole(folder / "captions.jsonl", _jsonl(lines))
+        folder.mkdir(parents=True, exist_ok=True)
+        runs.write_whole(folder / "captions.jsonl", _jsonl(lines))  # as it goes: a later picture may end it
+    if not lines:
+        raise _none_readable(files)
     print(f"Written to {folder / 'captions.jsonl'}")
 
 
@@ -161,11 +165,13 @@ def find_pictures(names: list[str] | tuple[str, ...]) -> list[tuple[str, bool]]:
     return found
 
 
-def _readable(files: list[tuple[str, bool]], resolution: int) -> list[tuple[str, Tensor]]:
+def _readable(
+    files: list[tuple[str, bool]], resolution: int, none_is_fine: bool = False
+) -> list[tuple[str, Tensor]]:
     """The pictures as tensors. An unreadable one of a folder is reported and left out.
 
     Raises:
-        DataError: it was named itself, or none can be read.
+        DataError: it was named itself, or none can be read, unless `none_is_fine`.
     """
     out = []
     for file, named in files:
@@ -175,9 +181,13 @@ def _readable(files: list[tuple[str, bool]], resolution: int) -> list[tuple[str,
             if named:
                 raise
             print(f"left out: {error}", file=sys.stderr)
-    if not out:
-        raise DataError(f"not one of {len(files)} pictures can be read, from {files[0][0]} on. Are the files whole?")
+    if not out and not none_is_fine:
+        raise _none_readable(files)
     return out
+
+
+def _none_readable(files: list[tuple[str, bool]]) -> DataError:
+    return DataError(f"not one of {len(files)} pictures can be read, from {files[0][0]} on. Are the files whole?")
 
 
 # -------------------------------------------------------------------------------------------------------------- output

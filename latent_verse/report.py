@@ -94,8 +94,8 @@ def write_report(folder: Path, report: Report) -> Path:
 
 SPLIT_NAMES = {"unseen": "Unseen scenes", "heldout": "Held-out combinations"}
 SPLIT_NOTES = {
-    "unseen": "Scenes that no network was trained on; each of their objects was seen in others. Some of them chose, by "
-    "the loss, among the checkpoints after each epoch.",
+    "unseen": "Scenes that no network was trained on; each of their objects was seen in others. Other draws of such "
+    "scenes chose, by the loss, among the checkpoints after each epoch.",
     "heldout": "Scenes with a colour and a shape that never came together in training, in pictures or in words.",
 }
 

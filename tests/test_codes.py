@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import tarfile
 
@@ -14,7 +15,7 @@ from latent_verse.checkpoint import fingerprint
 from latent_verse.data import DataError
 from latent_verse.data.captions import PairFolder
 from latent_verse.data.codes import CodesDataset, check_codes, extract, smallest_type, work_of
-from latent_verse.data.shapes import ShapesDataset, World
+from latent_verse.data.shapes import PRESETS, ShapesDataset, World
 from latent_verse.data.transforms import to_unit_range
 from latent_verse.text import BPETokenizer
 
@@ -180,7 +181,7 @@ def test_unreadable_pictures_are_left_out_and_counted(made, folder):
         assert [name for name in tar.getnames() if name.endswith("npy")] == ["000000000.npy", "000000001.npy"]
 
 
-def test_shapes_keep_their_truth(tmp_path, tiny_augvae):
+def test_shapes_keep_their_truth(tmp_path, monkeypatch):
     world = World.preset("small")
     dataset = ShapesDataset(world, "val", 5, seed=3, as_uint8=True)
     bpe = BPETokenizer.train(dataset.captions(0), 300)
@@ -192,7 +193,7 @@ def test_shapes_keep_their_truth(tmp_path, tiny_augvae):
         "tokenizer": bpe.fingerprint,
         "text_vocab": bpe.vocab_size,
         "crops_per_image": 1,
-        "shapes": {"world": "small", "split": "val", "seed": 3},
+        "shapes": {"world": "small", "fingerprint": world.fingerprint, "split": "val", "seed": 3},
     }
 
     def encode(x):
@@ -204,3 +205,7 @@ def test_shapes_keep_their_truth(tmp_path, tiny_augvae):
     for i in range(5):
         assert codes.scene(i) == dataset.scene(i)
         assert all(codes.world.satisfies(codes.scene(i), world.parse_caption(text)) for text in codes.captions(i))
+        assert codes.captions(i) == dataset.draw_captions(i, 8)  # frequent ones more than once
+    monkeypatch.setitem(PRESETS, "small", dataclasses.replace(world, counts=(1, 1)))
+    with pytest.raises(DataError, match="another version of the small shapes world"):
+        CodesDataset(tmp_path, train=False)

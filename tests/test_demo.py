@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import json
 import os
@@ -18,6 +19,7 @@ from latent_verse import demo, demo_page
 from latent_verse.cli import parse
 from latent_verse.config import ConfigError, TrainVAEConfig, check_train_vae
 from latent_verse.config_biart import TrainBiARTConfig, check_train_biart
+from latent_verse.data.shapes import PRESETS
 from latent_verse.demo import DemoSettings, Record, Stage, Stopped
 from latent_verse.evaluation import shapes
 
@@ -120,8 +122,42 @@ def test_finished_stages_are_skipped(tmp_path, stages, capfd):
     (tmp_path / "out" / "second.done").unlink()  # an output that is lost is made again
     _, again = demo.run(settings(tmp_path))
     assert (tmp_path / "out" / "log").read_text() == "first second second "
-    assert again["first"] == seconds["first"] and again["second"] > seconds["second"]
+    assert again["first"] == seconds["first"] and again["second"] > 0
     assert "first: done before" in capfd.readouterr().out
+
+
+def test_what_rests_on_a_lost_output_is_made_again_or_refused(tmp_path, stages):
+    """Or the page would show old figures beside a new model."""
+    names = ("first", "second", "third")
+    stages += [python(name, touch(tmp_path, name)) for name in names]
+    stages[2] = dataclasses.replace(stages[2], again=True)
+    demo.run(settings(tmp_path))
+    (tmp_path / "out" / "second.done").unlink()
+    demo.run(settings(tmp_path))
+    assert (tmp_path / "out" / "log").read_text() == "first second third second third "
+    (tmp_path / "out" / "first.done").unlink()
+    with pytest.raises(ConfigError, match="lacks the output of its stage first, though second, which rests on it"):
+        demo.run(settings(tmp_path))
+
+
+def test_seconds_are_those_of_what_is_there(tmp_path):
+    record, stage = Record(tmp_path / "stages.json"), python("first", "pass")
+    for seconds, finished in ((2.0, False), (1.0, True)):
+        record.add(stage, seconds, finished)
+    assert record.stages["first"]["seconds"] == 3.0
+    for seconds, finished in ((0.5, False), (0.5, True)):
+        record.add(stage, seconds, finished)
+    assert record.stages["first"]["seconds"] == 1.0
+
+
+def test_a_world_that_has_changed(tmp_path, monkeypatch):
+    s = settings(tmp_path)
+    (tmp_path / "out").mkdir()
+    record = Record(tmp_path / "out" / "stages.json")
+    record.add(demo.plan(s, tmp_path / "out")[0], 1.0, True)
+    monkeypatch.setitem(PRESETS, "small", dataclasses.replace(PRESETS["small"], counts=(1, 1)))
+    with pytest.raises(ConfigError, match="version of the world"):
+        record.check_same(demo.plan(s, tmp_path / "out"))
 
 
 def test_a_failure_says_what_to_do_and_is_tried_again(tmp_path, stages, capsys, monkeypatch):
@@ -277,6 +313,7 @@ def test_a_miniature_demo_interrupted_and_continued(tmp_path, recipes):
     assert list(metrics["seconds"]) == names and all(s > 0 for s in metrics["seconds"].values())
     page = (out / "index.html").read_text()
     assert page.count("train_biart.py --config") == 2 and "AugVAE-ML: error" in page and "BiART: loss" in page
+    assert "BiART: share of a few validation scenes that is right" in page
 
     third = subprocess.run(command, cwd=demo.ROOT, capture_output=True, text=True, timeout=100)
     assert third.returncode == 0 and third.stdout.count("done before") == 7

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 import generate
-from latent_verse import cli
+from latent_verse import cli, generation
 from latent_verse.config import ConfigError, setting
 from latent_verse.config_generate import TASKS, USED, DrawConfig, GenerateConfig, WhatConfig, WriteConfig
 from latent_verse.pipeline import LVerse
@@ -103,7 +103,11 @@ def test_captions_are_greedy_by_default_or_by_beams(bundle, pictures, tmp_path):
         assert [entry["captions"]] == model.image_to_text([pictures / "a.png"], **settings)
 
 
-def test_unreadable_pictures_of_a_folder_are_left_out_and_one_named_is_an_error(bundle, pictures, tmp_path, capsys):
+@pytest.mark.parametrize("group", [1024, 1])  # with 1 a group may hold no picture at all
+def test_unreadable_pictures_of_a_folder_are_left_out_and_one_named_is_an_error(
+    bundle, pictures, tmp_path, capsys, monkeypatch, group
+):
+    monkeypatch.setattr(generation, "GROUP", group)
     (pictures / "broken.jpg").write_bytes(b"not a picture")
     assert run(bundle, "--image", pictures, "--out", tmp_path / "out") == 0
     assert "left out" in capsys.readouterr().err
@@ -193,7 +197,7 @@ def test_a_seed_that_was_drawn_is_recorded_and_draws_the_same(bundle, tmp_path):
         (["--text", "a", "--gpus", 4], "gpus is 4"),
         (["--text", "a", "--temprature", 1], "Did you mean --temperature"),
         (["--text", "a", "--temperature", -1], "temperature is -1.0"),
-        (["--text", "a", "--temperature", 0, "--num", 3], "num_images has no effect at temperature 0"),
+        (["--text", "a", "--temperature", 0, "--num", 3], "(generate.py: num) has no effect at temperature 0"),
         (["--text", "a", "--top_k", 25], "top_k is 25; it must be in [1, 24]"),
         (["--text", "a", "--top_k", "many"], "top_k: 'many'"),
         (["--text", "a " * 99, "--text_too_long", "error"], "the limit text_len is 48"),

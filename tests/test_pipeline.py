@@ -322,10 +322,10 @@ def test_several_levels_of_codes_work_both_ways(tiny_augvae):
         ({"top_k": 0}, "top_k is 0"),
         ({"top_p": 1.5}, "top_p is 1.5"),
         ({"guidance": -1.0}, "guidance is -1"),
-        ({"num_images": 0}, "num_images is 0"),
+        ({"num_images": 0}, r"num_images \(generate.py: num\) is 0"),
         ({"rerank": -1}, "rerank is -1"),
         ({"seed": -5}, "seed is -5"),
-        ({"temperature": 0, "num_images": 2}, "num_images has no effect at temperature 0"),
+        ({"temperature": 0, "num_images": 2}, r"num_images \(generate.py: num\) has no effect at temperature 0"),
         ({"temperature": 0, "rerank": 2}, "rerank has no effect at temperature 0"),
         ({"temperature": 0, "top_k": 3}, "top_k has no effect at temperature 0"),
         ({"topk": 3}, "text_to_image has no setting topk. Did you mean top_k"),
@@ -339,7 +339,7 @@ def test_settings_that_make_no_sense_are_refused(model, settings, message):
 
 def test_settings_of_captions_that_make_no_sense_are_refused(model):
     for settings, message in (
-        ({"num_captions": 3}, "num_captions has no effect at temperature 0"),
+        ({"num_captions": 3}, r"num_captions \(generate.py: num\) has no effect at temperature 0"),
         ({"beams": 0}, "beams is 0"),
         ({"beams": 2, "temperature": 1.0}, "beams search for the one likeliest"),
         ({"temperature": 1.0, "top_k": 999}, "top_k is 999"),

@@ -32,7 +32,7 @@ from latent_verse.data.transforms import UnreadableImage, mix_seed, to_unit_rang
 
 FORMAT = "latent_verse/codes"
 META, UNFINISHED, TOKENIZER = "codes.json", "unfinished.json", "tokenizer"
-SHAPES_CAPTIONS = 16  # different captions kept of each scene, where it has as many
+SHAPES_CAPTIONS = 8  # kept of each scene, as the grammar draws them: frequent ones more than once
 
 Work = tuple[str, Callable[[], Tensor | None], list[str]]  # name, what loads its crops (c, 3, R, R) uint8, captions
 
@@ -61,7 +61,7 @@ def work_of(dataset: Any, crops: int, shard_size: int) -> list[Callable[[], Iter
         return torch.stack([picture for picture, _ in items])
 
     def captions(i: int) -> list[str]:
-        return dataset.captions(i, SHAPES_CAPTIONS) if isinstance(dataset, ShapesDataset) else dataset.captions(i)
+        return dataset.draw_captions(i, SHAPES_CAPTIONS) if isinstance(dataset, ShapesDataset) else dataset.captions(i)
 
     def part(start: int) -> Iterator[Work]:
         for i in range(start, min(start + shard_size, len(dataset))):
@@ -252,7 +252,13 @@ class CodesDataset(Dataset):
         self._shapes: ShapesDataset | None = None
         if self.meta.get("shapes"):
             about = self.meta["shapes"]
-            self._shapes = ShapesDataset(World.preset(about["world"]), about["split"], len(self), about["seed"])
+            world = World.preset(about["world"])
+            if about.get("fingerprint") != world.fingerprint:
+                raise DataError(
+                    f"{key}: {self.folder} holds codes of another version of the {world.name} shapes world "
+                    f"({about.get('fingerprint')}, now {world.fingerprint}). Extract them again."
+                )
+            self._shapes = ShapesDataset(world, about["split"], len(self), about["seed"])
 
     def _samples(self, key: str) -> Iterator[tuple[np.ndarray, dict]]:
         for name in self.meta["shards"]:

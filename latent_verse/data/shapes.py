@@ -24,9 +24,10 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import math
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +84,12 @@ class World:
     def kinds(self) -> int:
         """Distinct objects: shapes x colours x sizes."""
         return len(self.shapes) * len(self.colours) * len(self.sizes)
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of the settings, 16 hex digits: a preset may change from one version to the next."""
+        settings = {f.name: getattr(self, f.name) for f in fields(self)} | {"heldout": sorted(self.heldout)}
+        return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
 
     def cell(self, obj: Obj) -> tuple[int, int]:
         """The (column, row) an object's centre lies in."""
@@ -194,7 +201,7 @@ PRESETS = {
         name="small",
         image_size=32,
         grid=2,
-        counts=(1, 3),  # of single objects there are only 160 scenes
+        counts=(1, 3),  # of single objects there are only 320 scenes
         shapes=("square", "cross", "ring", "arch", "staircase", "cup", "tee", "ell", "zigzag", "ladder"),
         colours=tuple(PALETTE),
         sizes={"large": 6},
