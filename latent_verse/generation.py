@@ -165,9 +165,7 @@ def find_pictures(names: list[str] | tuple[str, ...]) -> list[tuple[str, bool]]:
     return found
 
 
-def _readable(
-    files: list[tuple[str, bool]], resolution: int, none_is_fine: bool = False
-) -> list[tuple[str, Tensor]]:
+def _readable(files: list[tuple[str, bool]], resolution: int, none_is_fine: bool = False) -> list[tuple[str, Tensor]]:
     """The pictures as tensors. An unreadable one of a folder is reported and left out.
 
     Raises:
