@@ -47,7 +47,7 @@ def run(config: TrainBiARTConfig, given: dict[str, str]) -> int:
         run = open_run(t.log_dir, name, t.backup, t.backup_dir, as_plain(config))
         start_from = starting_point(states(run), t.ckpt_path if t.resume else None, "biart")
         pl.seed_everything(t.seed, verbose=False)
-        data, tokenizer, about = biart_run.open_data(config, vae, run.folder, start_from)
+        data, tokenizer, about = biart_run.open_data(config, vae, start_from)
         model = biart_run.new_biart(config, vae, tokenizer)
         trainer = make_trainer(t, run, config, to_yaml(config), data.has_val)
         folder = next(c for c in trainer.callbacks if isinstance(c, RunFolder))

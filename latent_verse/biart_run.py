@@ -63,7 +63,7 @@ def frozen_vae(config: TrainBiARTConfig) -> AugVAE:
 
 
 def open_data(
-    config: TrainBiARTConfig, vae: AugVAE, run_folder: Path, start_from: str | Path | None
+    config: TrainBiARTConfig, vae: AugVAE, start_from: str | Path | None
 ) -> tuple[PairDataModule, Tokenizer, dict[str, Any]]:
     """The data, ready to be loaded, its tokenizer, and what checkpoints say of AugVAE and tokenizer (plain types).
 
@@ -80,7 +80,7 @@ def open_data(
         _check_vae(fingerprint(vae), read_ckpt(start_from)["latent_verse"]["vae"], start_from)
     data = PairDataModule(config.data, vae.config.resolution, config.trainer.seed)
     data.setup("fit")
-    tokenizer = choose_tokenizer(config, data, run_folder, start_from)
+    tokenizer = choose_tokenizer(config, data, start_from)
     about = {
         "vae": {"path": config.vae.vae_path, "fingerprint": fingerprint(vae)},
         "tokenizer": pack_tokenizer(tokenizer),
@@ -104,12 +104,11 @@ def _check_vae(found: str, trained_with: dict[str, Any], file) -> None:
 # ----------------------------------------------------------------------------------------------------------- tokenizer
 
 
-def choose_tokenizer(
-    config: TrainBiARTConfig, data: PairDataModule, run_folder: Path | None = None, start_from=None
-) -> Tokenizer:
+def choose_tokenizer(config: TrainBiARTConfig, data: PairDataModule, start_from=None) -> Tokenizer:
     """The tokenizer of the run: of what it continues from, else of its codes, else CLIP's, else trained on captions.
 
-    Every process decides the same: training it is deterministic, and only the first process saves it, later.
+    Every process decides the same: training it is deterministic. What lies in the run folder is not read: without a
+    checkpoint a run begins anew, with the settings and captions of now.
 
     Raises:
         TokenizerError: it cannot be read, or is not the kind that the settings name.
@@ -121,9 +120,6 @@ def choose_tokenizer(
         where = str(start_from)
     elif config.data.dataset == "codes":
         where = dataset.folder / TOKENIZER
-        saved = load_tokenizer(where)
-    elif run_folder is not None and (run_folder / TOKENIZER).is_dir():  # interrupted before its first backup
-        where = run_folder / TOKENIZER
         saved = load_tokenizer(where)
     if saved is not None:
         if saved.name != kind:

@@ -153,6 +153,22 @@ def test_a_killed_run_continues_exactly(world, tmp_path, monkeypatch, optimizer)
     assert bundles[0] == bundles[1]
 
 
+def test_a_run_killed_before_its_first_checkpoint_begins_anew_with_a_tokenizer_of_now(world, tmp_path, monkeypatch):
+    flags = [*world, "--backup", "--max_steps", "1", "--name", "a"]
+    with monkeypatch.context() as patch:
+        record_losses(patch, stop_at=0)
+        with pytest.raises(MemoryError):
+            train_biart.main(flags)
+    run = tmp_path / "runs" / "a"
+    first = load_tokenizer(run / "tokenizer")
+    for text in (tmp_path / "train").glob("*.txt"):
+        text.write_text("altogether different words")
+    assert train_biart.main([*flags, "--bpe_vocab_size", "280"]) == 0
+    now = load_tokenizer(run / "tokenizer")
+    assert now.vocab_size <= 280 and now.fingerprint != first.fingerprint
+    assert load_tokenizer(run / "bundle" / "tokenizer").fingerprint == now.fingerprint
+
+
 def test_without_validation_the_last_weights_are_exported(world, tmp_path):
     at = world.index("--val_dir")
     assert train_biart.main([*world[:at], *world[at + 2 :], "--max_steps", "2", "--name", "a"]) == 0
