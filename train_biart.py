@@ -48,7 +48,7 @@ def run(config: TrainBiARTConfig, given: dict[str, str]) -> int:
         start_from = starting_point(states(run), t.ckpt_path if t.resume else None, "biart")
         pl.seed_everything(t.seed, verbose=False)
         data, tokenizer, about = biart_run.open_data(config, vae, start_from)
-        model = biart_run.new_biart(config, vae, tokenizer)
+        model = biart_run.new_biart(config, vae, tokenizer, start_from)
         trainer = make_trainer(t, run, config, to_yaml(config), data.has_val)
         folder = next(c for c in trainer.callbacks if isinstance(c, RunFolder))
         trainer.callbacks.insert(1, TextImageSamples(folder, config.sampling, tokenizer))

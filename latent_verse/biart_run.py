@@ -68,15 +68,14 @@ def open_data(
     """The data, ready to be loaded, its tokenizer, and what checkpoints say of AugVAE and tokenizer (plain types).
 
     Args:
-        start_from: the checkpoint that the run continues from.
+        start_from: the checkpoint that the run continues from, as `checkpoint.starting_point` found it.
 
     Raises:
-        CheckpointError: that is none, or was trained with another AugVAE.
+        CheckpointError: that was trained with another AugVAE.
         DataError: the data cannot be used, or are codes of another AugVAE or tokenizer.
         TokenizerError: see `choose_tokenizer`.
     """
     if start_from:
-        check_resumable(start_from, "biart")
         _check_vae(fingerprint(vae), read_ckpt(start_from)["latent_verse"]["vae"], start_from)
     data = PairDataModule(config.data, vae.config.resolution, config.trainer.seed)
     data.setup("fit")
@@ -151,29 +150,36 @@ def unpack_tokenizer(packed: dict[str, Any]) -> Tokenizer:
 # ---------------------------------------------------------------------------------------------------------- the models
 
 
-def new_biart(config: TrainBiARTConfig, vae: AugVAE, tokenizer: Tokenizer) -> BiART:
+def new_biart(
+    config: TrainBiARTConfig, vae: AugVAE, tokenizer: Tokenizer, start_from: str | Path | None = None
+) -> BiART:
     """A transformer whose vocabulary and lengths are those of AugVAE and tokenizer.
 
+    Args:
+        start_from: the checkpoint that the run continues from.
+
     Raises:
+        CheckpointError: that is of a transformer of another shape.
         ConfigError: its width is no multiple of its heads, top_k exceeds the codebook.
     """
     m = config.model
     shape = {name: value if getattr(m, name) is None else getattr(m, name) for name, value in PRESETS[m.preset].items()}
     if config.sampling.top_k is not None and config.sampling.top_k > vae.config.num_tokens:
         raise ConfigError(f"top_k is {config.sampling.top_k}, but the codebook has {vae.config.num_tokens} codes.")
-    return BiART(
-        BiARTConfig(
-            text_vocab=tokenizer.vocab_size,
-            image_vocab=vae.config.num_tokens,
-            text_len=config.text.text_len,
-            image_len=vae.num_codes,
-            pos_by_modality=m.pos_by_modality,
-            embd_pdrop=m.embd_pdrop,
-            resid_pdrop=m.resid_pdrop,
-            attn_pdrop=m.attn_pdrop,
-            **shape,
-        )
+    whole = BiARTConfig(
+        text_vocab=tokenizer.vocab_size,
+        image_vocab=vae.config.num_tokens,
+        text_len=config.text.text_len,
+        image_len=vae.num_codes,
+        pos_by_modality=m.pos_by_modality,
+        embd_pdrop=m.embd_pdrop,
+        resid_pdrop=m.resid_pdrop,
+        attn_pdrop=m.attn_pdrop,
+        **shape,
     )
+    if start_from:
+        check_resumable(start_from, "biart", whole)
+    return BiART(whole)
 
 
 def summary(config: TrainBiARTConfig, model: BiART, tokenizer: Tokenizer) -> str:

@@ -169,6 +169,22 @@ def test_a_run_killed_before_its_first_checkpoint_begins_anew_with_a_tokenizer_o
     assert load_tokenizer(run / "bundle" / "tokenizer").fingerprint == now.fingerprint
 
 
+def test_a_checkpoint_of_another_shape_is_refused_and_one_of_another_dropout_is_not(world, tmp_path, capsys):
+    assert train_biart.main([*world, "--max_steps", "1", "--name", "a"]) == 0
+    (file,) = (tmp_path / "runs/a/checkpoints").glob("last-*")
+    resume = [*world, "--resume", "--ckpt_path", str(file), "--max_steps", "2", "--name", "b"]
+    capsys.readouterr()
+    for flags, message in (
+        (["--n_embd", "32"], "n_embd: 16 there, 32 now"),
+        (["--text_len", "9"], "text_len: 8 there, 9 now"),
+        (["--pos_by_modality"], "pos_by_modality: False there, True now"),
+    ):
+        assert train_biart.main([*resume, *flags]) == 2
+        error = capsys.readouterr().err
+        assert f"{file} is of a model with other settings" in error and message in error
+    assert train_biart.main([*resume, "--resid_pdrop", "0.2"]) == 0
+
+
 def test_without_validation_the_last_weights_are_exported(world, tmp_path):
     at = world.index("--val_dir")
     assert train_biart.main([*world[:at], *world[at + 2 :], "--max_steps", "2", "--name", "a"]) == 0
