@@ -25,6 +25,7 @@ from latent_verse.data.pair_module import PairDataModule
 from latent_verse.data.pairs import all_captions, open_pairs, source_of, work_of_shards
 from latent_verse.pipeline import LVerse
 from latent_verse.text import BPETokenizer, Tokenizer, TokenizerError, load_tokenizer
+from latent_verse.trainer import say
 
 # a random AugVAE for --fake_data, which needs no file: 32 px, 8 x 8 codes
 FAKE_VAE = AugVAEConfig(
@@ -49,7 +50,7 @@ def frozen_vae(config: TrainBiARTConfig) -> AugVAE:
     path = config.vae.vae_path
     if config.data.fake_data and (path is None or not Path(path).exists()):
         if path is not None:
-            print(f"vae_path {path} does not exist: a random AugVAE of 32 px stands in for this smoke test.")
+            say(f"vae_path {path} does not exist: a random AugVAE of 32 px stands in for this smoke test.")
             config.vae.vae_path = config.data.img_size = None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.trainer.seed)

@@ -17,12 +17,16 @@ from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint, TQ
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_only
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from latent_verse import runs
-from latent_verse.callbacks import Backup, ImageGrids, ProcessState, RunFolder
+from latent_verse.callbacks import Backup, ImageGrids, Interrupted, ProcessState, RunFolder
+from latent_verse.checkpoint import CheckpointError
 from latent_verse.config import ConfigError, TrainerConfig, as_plain
+from latent_verse.data import DataError
 from latent_verse.runs import Run
 
+MISTAKES = (CheckpointError, DataError, MisconfigurationException)  # the user's, found while a run is built or trains
 say = rank_zero_only(print)  # one process speaks for all
 
 
@@ -109,6 +113,30 @@ def make_trainer(t: TrainerConfig, run: Run, config, yaml_text: str, has_val: bo
         logger=make_logger(t, run),
         callbacks=callbacks,
     )
+
+
+def announce(t: TrainerConfig, run: Run, start_from: Path | None, idle: list[str]) -> None:
+    """Say where a run writes, which flags have no effect (`without_effect`), and what it continues from."""
+    say(f"Run folder: {run.folder}")
+    for line in idle:
+        say(f"No effect: {line}.")
+    if start_from:
+        say(f"Continuing from {start_from}")
+    elif t.ckpt_path:
+        say(f"ckpt_path {t.ckpt_path} is not read without --resume: this run starts anew.")
+
+
+def fit(trainer: pl.Trainer, t: TrainerConfig, run: Run, module: pl.LightningModule, data, start_from) -> bool:
+    """Train to the end; False where the run was interrupted, and saved. Says so, and where nothing was left to do."""
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=start_from, weights_only=True)
+    except Interrupted as stopped:
+        again = "the same command continues there" if t.backup else "continue with --resume --ckpt_path and that file"
+        say(f"{stopped}; {again}.")
+        return False
+    if start_from and trainer.global_step == runs.step_of(start_from):
+        say(f"{run.folder} was finished already. Raise --epochs to go on, or give another --name.")
+    return True
 
 
 def compiles_by_default(t: TrainerConfig, accelerator: str) -> bool:

@@ -112,7 +112,7 @@ def test_a_checkpoint_describes_itself_and_holds_no_frozen_network(world, tmp_pa
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_killed_run_continues_exactly(world, tmp_path, monkeypatch, optimizer):
+def test_a_killed_run_continues_exactly(world, tmp_path, monkeypatch, capsys, optimizer):
     flags = [
         *world,
         "--epochs",
@@ -148,7 +148,9 @@ def test_a_killed_run_continues_exactly(world, tmp_path, monkeypatch, optimizer)
     a, b = (end["state_dict"] for end in ends)
     assert a.keys() == b.keys() and any(key.startswith("ema.") for key in a)
     assert all(torch.equal(a[key], b[key]) for key in a)
-    assert train_biart.main([*flags, "--name", "killed"]) == 0  # a finished run has nothing left to do
+    capsys.readouterr()
+    assert train_biart.main([*flags, "--name", "killed"]) == 0
+    assert "was finished already. Raise --epochs" in capsys.readouterr().out
     bundles = [LVerse.from_pretrained(tmp_path / "runs" / name / "bundle").fingerprints for name in ("whole", "killed")]
     assert bundles[0] == bundles[1]
 
@@ -183,6 +185,36 @@ def test_a_checkpoint_of_another_shape_is_refused_and_one_of_another_dropout_is_
         error = capsys.readouterr().err
         assert f"{file} is of a model with other settings" in error and message in error
     assert train_biart.main([*resume, "--resid_pdrop", "0.2"]) == 0
+
+
+def test_what_is_not_read_is_said(world, tmp_path, capsys):
+    assert train_biart.main([*world, "--extract_codes", str(tmp_path / "codes"), "--max_steps", "1"]) == 0
+    codes = [
+        "--dataset",
+        "codes",
+        "--train_dir",
+        str(tmp_path / "codes/train"),
+        "--val_dir",
+        str(tmp_path / "codes/val"),
+    ]
+    capsys.readouterr()
+    flags = ["--max_steps", "1", "--name", "a", "--ckpt_path", "some.ckpt", "--world", "full"]
+    assert train_biart.main([*world, *codes, *flags]) == 0
+    said = capsys.readouterr().out
+    assert "No effect: bpe_vocab_size: the tokenizer is not trained: it comes with the codes." in said
+    assert "No effect: world: the data is not shapes." in said
+    assert "ckpt_path some.ckpt is not read without --resume: this run starts anew." in said
+    capsys.readouterr()
+    assert train_biart.main([*world, "--max_steps", "1", "--name", "b"]) == 0
+    assert "No effect" not in capsys.readouterr().out
+
+
+def test_a_smoke_test_on_a_cpu_takes_a_pair_at_a_time_unless_told_otherwise(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    at = TINY.index("--batch_size")
+    for name, flags, size in (("a", [*TINY[:at], *TINY[at + 2 :]], 1), ("b", TINY, 4)):
+        assert train_biart.main([*flags, "--fake_data", "--log_dir", str(tmp_path), "--name", name]) == 0
+        assert f"batch_size: {size}\n" in (tmp_path / name / "config.yaml").read_text()
 
 
 def test_without_validation_the_last_weights_are_exported(world, tmp_path):
@@ -313,6 +345,7 @@ def test_mistakes_are_one_line_on_stderr(world, tmp_path, capsys):
         (["--dataset", "codes"], "Make one with train_biart.py --extract_codes"),
         (["--export", "x"], "export needs ckpt_path"),
         (["--crops_per_image", "2"], "no effect without extract_codes"),
+        (["--limit_train_batches", "0.001"], "limit_train_batches"),
     ):
         assert train_biart.main([*world, *flags]) == 2, flags
         assert message in capsys.readouterr().err, flags
