@@ -7,6 +7,7 @@ import math
 import shlex
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -357,6 +358,18 @@ def test_mistakes_are_one_line_on_stderr(world, tmp_path, capsys):
         text.write_text("\n")
     assert train_biart.main(world) == 2
     assert "empty captions" in capsys.readouterr().err
+
+
+def test_validation_shards_without_captions_stop_the_run_before_it_begins(world, tmp_path, capsys):
+    for split, suffixes in (("train", (".png", ".txt")), ("val", (".png",))):
+        with tarfile.open(tmp_path / f"{split}.tar", "w") as tar:
+            for file in sorted((tmp_path / split).iterdir()):
+                if file.suffix in suffixes:
+                    tar.add(file, file.name)
+    flags = ["--dataset", "webdataset", "--train_dir", str(tmp_path / "train.tar")]
+    assert train_biart.main([*world, *flags, "--val_dir", str(tmp_path / "val.tar")]) == 2
+    assert f"val_dir: none of the 3 samples in {tmp_path / 'val.tar'} can be used" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
 
 
 def test_presets_and_shipped_files():
