@@ -227,7 +227,10 @@ def test_samples_without_a_caption_are_counted(tmp_path, tokenizer):
     assert sum(len(batch[0]) for batch in data.val_dataloader()) == 6
     assert data.describe()["skipped"] == 2
     assert captions_of({"json": b"not json"}) == captions_of({"json": b"[]"}) == captions_of({}) == []
+    assert captions_of({"json": b'{"caption": 3}'}) == []
     assert captions_of({"json": json.dumps({"captions": ["a  b", "", 3]}).encode()}) == ["a b"]
+    both = {"txt": b" \n", "json": b'{"caption": "told"}'}
+    assert captions_of(both) == ["told"] and captions_of({**both, "txt": b"first"}) == ["first"]
 
 
 def test_shards_without_any_caption_are_named(tmp_path, tokenizer, monkeypatch):

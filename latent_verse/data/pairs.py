@@ -168,16 +168,15 @@ class PairCollate:
 
 
 def captions_of(raw: dict) -> list[str]:
-    """The captions of an undecoded sample: its .txt, else `caption` (or `captions`, a list) of its .json."""
-    if "txt" in raw:
-        found = [raw["txt"].decode("utf-8", "replace")]
-    else:
+    """The captions of a raw sample: its .txt unless blank, else `caption` (or `captions`, a list) in its .json."""
+    found = raw.get("txt", b"").decode("utf-8", "replace")
+    if not found.strip():
         try:
             about = json.loads(raw.get("json", b"{}"))
             found = about.get("captions") or about.get("caption") or []
         except (ValueError, AttributeError):
             found = []
-        found = [found] if isinstance(found, str) else found
+    found = found if isinstance(found, list) else [found]
     texts = [" ".join(text.split()) for text in found if isinstance(text, str)]
     return [text for text in texts if text]
 
