@@ -314,10 +314,11 @@ def check_resumable(file: str | os.PathLike, kind: str, model=None) -> int:
     found = own.get("kind")
     if found != kind or "optimizer_states" not in content:
         what = f"a checkpoint of {found}" if found else "not one of this project's training checkpoints"
-        raise CheckpointError(
-            f"{file} is {what}; training of {kind} cannot resume from it. To start from its weights alone, "
-            "give it as --pretrained_path."
-        )
+        remedy = {
+            "augvae": "To start from its weights alone, give it as --pretrained_path.",
+            "biart": "Give a checkpoint or run folder of train_biart.py; an AugVAE goes to --vae_path.",
+        }[kind]
+        raise CheckpointError(f"{file} is {what}; training of {kind} cannot resume from it. {remedy}")
     if model is not None:
         wanted, there = as_plain(model), own.get("model", {})
         shape = wanted.keys() - TRAINING_ONLY
