@@ -112,8 +112,8 @@ def test_a_checkpoint_describes_itself_and_holds_no_frozen_network(world, tmp_pa
     assert "is left alone" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_killed_run_continues_exactly(world, tmp_path, monkeypatch, capsys, optimizer):
+@pytest.mark.parametrize(("optimizer", "dataset"), [("adamw", "pairs"), ("muon", "pairs"), ("adamw", "codes")])
+def test_a_killed_run_continues_exactly(world, tmp_path, monkeypatch, capsys, optimizer, dataset):
     flags = [
         *world,
         "--epochs",
@@ -129,6 +129,10 @@ def test_a_killed_run_continues_exactly(world, tmp_path, monkeypatch, capsys, op
     flags += ["--resid_pdrop", "0.3", "--embd_pdrop", "0.1", "--reference_dropout", "0.4", "--ema_decay", "0.8"]
     flags += ["--word_dropout", "0.2", "--code_dropout", "0.1"]
     flags += ["--text_to_image_share", "0.4", "--learning_rate", "0.01", "--num_samples", "1"]
+    if dataset == "codes":  # of two crops and two captions each, drawn anew in each epoch
+        codes = tmp_path / "codes"
+        assert train_biart.main([*world, "--extract_codes", str(codes), "--crops_per_image", "2"]) == 0
+        flags += ["--dataset", "codes", "--train_dir", str(codes / "train"), "--val_dir", str(codes / "val")]
     with monkeypatch.context() as patch:
         whole = record_losses(patch)
         assert train_biart.main([*flags, "--name", "whole"]) == 0
