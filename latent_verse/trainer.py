@@ -61,10 +61,16 @@ def choose_devices(t: TrainerConfig) -> tuple[str, int]:
 def ease_smoke_test(config, given: dict[str, str]) -> None:
     """Without a GPU, a run on fake data takes one picture at a time, unless a flag says how many; says so.
 
-    A step of the released size on 8 pictures takes minutes and tens of GiB on a CPU, which no smoke test needs.
+    A step of the released size on 8 pictures takes minutes and tens of GiB on a CPU, which no smoke test needs. BiART
+    is the tiny preset too, where nothing says otherwise.
     """
+    if not config.data.fake_data or torch.cuda.is_available():
+        return
+    if hasattr(config.model, "preset") and not given.keys() & {"preset", "n_layer", "n_head", "n_embd"}:
+        rank_zero_info(f"Smoke test on a CPU: preset tiny in place of {config.model.preset} (or --preset NAME).")
+        config.model.preset = "tiny"
     flagged = given.get("batch_size", "").startswith("--")
-    if config.data.fake_data and config.data.batch_size > 1 and not (flagged or torch.cuda.is_available()):
+    if config.data.batch_size > 1 and not flagged:
         rank_zero_info(f"Smoke test on a CPU: batch_size 1 in place of {config.data.batch_size} (or --batch_size N).")
         config.data.batch_size = 1
 

@@ -25,6 +25,7 @@ from latent_verse.config_biart import PRESETS as PRESET_NAMES
 from latent_verse.config_biart import TrainBiARTConfig, check_train_biart
 from latent_verse.pipeline import LVerse
 from latent_verse.text import load_tokenizer
+from latent_verse.trainer import ease_smoke_test
 
 TINY = shlex.split(
     "--n_layer 1 --n_head 2 --n_embd 16 --tokenizer bpe --bpe_vocab_size 300 --text_len 8 --batch_size 4 "
@@ -214,12 +215,17 @@ def test_what_is_not_read_is_said(world, tmp_path, capsys):
     assert "No effect" not in capsys.readouterr().out
 
 
-def test_a_smoke_test_on_a_cpu_takes_a_pair_at_a_time_unless_told_otherwise(tmp_path, monkeypatch):
+def test_a_smoke_test_on_a_cpu_is_small_unless_told_otherwise(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     at = TINY.index("--batch_size")
     for name, flags, size in (("a", [*TINY[:at], *TINY[at + 2 :]], 1), ("b", TINY, 4)):
         assert train_biart.main([*flags, "--fake_data", "--log_dir", str(tmp_path), "--name", name]) == 0
         assert f"batch_size: {size}\n" in (tmp_path / name / "config.yaml").read_text()
+    for given, preset in (({}, "tiny"), ({"n_layer": "--n_layer"}, "12x768"), ({"preset": "a.yaml"}, "12x768")):
+        config = TrainBiARTConfig()
+        config.data.fake_data = True
+        ease_smoke_test(config, given)
+        assert config.model.preset == preset
 
 
 def test_without_validation_the_last_weights_are_exported(world, tmp_path):
