@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 
 from latent_verse.cli import errors_to_exit_code, parse, to_yaml
-from latent_verse.config_biart import TrainBiARTConfig, check_train_biart
+from latent_verse.config_biart import TrainBiARTConfig, check_train_biart, without_effect
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,42 +27,43 @@ def run(config: TrainBiARTConfig, given: dict[str, str]) -> int:
 
     from latent_verse import biart_run
     from latent_verse.biart.training import LitBiART
-    from latent_verse.callbacks import Interrupted, RunFolder, TextImageSamples
-    from latent_verse.checkpoint import CheckpointError, starting_point
+    from latent_verse.callbacks import RunFolder, TextImageSamples
+    from latent_verse.checkpoint import starting_point
     from latent_verse.config import as_plain
-    from latent_verse.data import DataError
     from latent_verse.runs import open_run, states
     from latent_verse.text import TokenizerError
-    from latent_verse.trainer import choose_devices, default_name, make_trainer
+    from latent_verse.trainer import (
+        MISTAKES,
+        announce,
+        choose_devices,
+        default_name,
+        ease_smoke_test,
+        fit,
+        make_trainer,
+        say,
+    )
 
-    with errors_to_exit_code(CheckpointError, DataError, TokenizerError) as code:
+    with errors_to_exit_code(*MISTAKES, TokenizerError) as code:
         t = config.trainer
         if config.bundle.export:
             return biart_run.export_by_command(config)
         vae = biart_run.frozen_vae(config)
         if config.codes.extract_codes:
             return biart_run.extract_codes(config, vae, choose_devices(t)[0])
+        ease_smoke_test(config, given)
         yaml_file = next((s for s in given.values() if not s.startswith("--")), None)
         name = default_name(t, yaml_file, "biart", config.data.fake_data)
         run = open_run(t.log_dir, name, t.backup, t.backup_dir, as_plain(config))
         start_from = starting_point(states(run), t.ckpt_path if t.resume else None, "biart")
         pl.seed_everything(t.seed, verbose=False)
-        data, tokenizer, about = biart_run.open_data(config, vae, run.folder, start_from)
-        model = biart_run.new_biart(config, vae, tokenizer)
+        data, tokenizer, about = biart_run.open_data(config, vae, start_from)
+        model = biart_run.new_biart(config, vae, tokenizer, start_from)
         trainer = make_trainer(t, run, config, to_yaml(config), data.has_val)
         folder = next(c for c in trainer.callbacks if isinstance(c, RunFolder))
         trainer.callbacks.insert(1, TextImageSamples(folder, config.sampling, tokenizer))
-        print(f"Continuing from {start_from}" if start_from else f"Run folder: {run.folder}")
-        print(biart_run.summary(config, model, tokenizer))
-        try:
-            trainer.fit(LitBiART(model, vae, config, about), datamodule=data, ckpt_path=start_from, weights_only=True)
-        except Interrupted as stopped:
-            again = (
-                "the same command continues there" if t.backup else "continue with --resume --ckpt_path and that file"
-            )
-            print(f"{stopped}; {again}.")
-            return 0
-        if trainer.is_global_zero:
+        announce(t, run, start_from, without_effect(config, given))
+        say(biart_run.summary(config, model, tokenizer))
+        if fit(trainer, t, run, LitBiART(model, vae, config, about), data, start_from) and trainer.is_global_zero:
             file = biart_run.export_bundle(run.folder, run.folder / "bundle", vae=vae)
             print(f"Bundle of {file}: {run.folder / 'bundle'}")
     return code[0] if code else 0

@@ -20,17 +20,14 @@ def main(argv: list[str] | None = None) -> int:
 def run(config: TrainVAEConfig, given: dict[str, str]) -> int:
     """Build everything and train."""
     import pytorch_lightning as pl
-    from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
     from latent_verse import runs
     from latent_verse.augvae.training import LitAugVAE
-    from latent_verse.callbacks import Interrupted
-    from latent_verse.checkpoint import CheckpointError, load_for_training, starting_point
-    from latent_verse.data import DataError
+    from latent_verse.checkpoint import load_for_training, starting_point
     from latent_verse.data.module import ImageDataModule
-    from latent_verse.trainer import default_name, ease_smoke_test, make_trainer, say
+    from latent_verse.trainer import MISTAKES, announce, default_name, ease_smoke_test, fit, make_trainer, say
 
-    with errors_to_exit_code(CheckpointError, DataError, MisconfigurationException) as code:
+    with errors_to_exit_code(*MISTAKES) as code:
         t = config.trainer
         ease_smoke_test(config, given)
         pl.seed_everything(t.seed, verbose=False)
@@ -42,25 +39,11 @@ def run(config: TrainVAEConfig, given: dict[str, str]) -> int:
         data = ImageDataModule(config.data, model.config.resolution, t.seed)
         data.setup("fit")
         trainer = make_trainer(t, run, config, to_yaml(config), data.has_val)
-        say(f"Run folder: {run.folder}")
-        for line in without_effect(config, given):
-            say(f"No effect: {line}.")
-        if start_from:
-            say(f"Continuing from {start_from}")
-        else:
-            if t.ckpt_path:
-                say(f"ckpt_path {t.ckpt_path} is not read without --resume: this run starts anew.")
+        announce(t, run, start_from, without_effect(config, given))
+        if not start_from:
             base, size, processes = config.optim.learning_rate, config.data.batch_size, trainer.world_size
             say(f"Learning rate: {base:g} x {processes} processes x batch {size} = {base * processes * size:g}")
-        try:
-            trainer.fit(LitAugVAE(model, config), datamodule=data, ckpt_path=start_from, weights_only=True)
-        except Interrupted as stopped:
-            again = (
-                "the same command continues there" if t.backup else "continue with --resume --ckpt_path and that file"
-            )
-            say(f"{stopped}; {again}.")
-        if start_from and trainer.global_step == runs.step_of(start_from):
-            say(f"{run.folder} was finished already. Raise --epochs to go on, or give another --name.")
+        fit(trainer, t, run, LitAugVAE(model, config), data, start_from)
     return code[0] if code else 0
 
 

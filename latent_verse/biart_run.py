@@ -25,6 +25,7 @@ from latent_verse.data.pair_module import PairDataModule
 from latent_verse.data.pairs import all_captions, open_pairs, source_of, work_of_shards
 from latent_verse.pipeline import LVerse
 from latent_verse.text import BPETokenizer, Tokenizer, TokenizerError, load_tokenizer
+from latent_verse.trainer import say
 
 # a random AugVAE for --fake_data, which needs no file: 32 px, 8 x 8 codes
 FAKE_VAE = AugVAEConfig(
@@ -49,7 +50,7 @@ def frozen_vae(config: TrainBiARTConfig) -> AugVAE:
     path = config.vae.vae_path
     if config.data.fake_data and (path is None or not Path(path).exists()):
         if path is not None:
-            print(f"vae_path {path} does not exist: a random AugVAE of 32 px stands in for this smoke test.")
+            say(f"vae_path {path} does not exist: a random AugVAE of 32 px stands in for this smoke test.")
             config.vae.vae_path = config.data.img_size = None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.trainer.seed)
@@ -63,24 +64,23 @@ def frozen_vae(config: TrainBiARTConfig) -> AugVAE:
 
 
 def open_data(
-    config: TrainBiARTConfig, vae: AugVAE, run_folder: Path, start_from: str | Path | None
+    config: TrainBiARTConfig, vae: AugVAE, start_from: str | Path | None
 ) -> tuple[PairDataModule, Tokenizer, dict[str, Any]]:
     """The data, ready to be loaded, its tokenizer, and what checkpoints say of AugVAE and tokenizer (plain types).
 
     Args:
-        start_from: the checkpoint that the run continues from.
+        start_from: the checkpoint that the run continues from, as `checkpoint.starting_point` found it.
 
     Raises:
-        CheckpointError: that is none, or was trained with another AugVAE.
+        CheckpointError: that was trained with another AugVAE.
         DataError: the data cannot be used, or are codes of another AugVAE or tokenizer.
         TokenizerError: see `choose_tokenizer`.
     """
     if start_from:
-        check_resumable(start_from, "biart")
         _check_vae(fingerprint(vae), read_ckpt(start_from)["latent_verse"]["vae"], start_from)
     data = PairDataModule(config.data, vae.config.resolution, config.trainer.seed)
     data.setup("fit")
-    tokenizer = choose_tokenizer(config, data, run_folder, start_from)
+    tokenizer = choose_tokenizer(config, data, start_from)
     about = {
         "vae": {"path": config.vae.vae_path, "fingerprint": fingerprint(vae)},
         "tokenizer": pack_tokenizer(tokenizer),
@@ -104,12 +104,11 @@ def _check_vae(found: str, trained_with: dict[str, Any], file) -> None:
 # ----------------------------------------------------------------------------------------------------------- tokenizer
 
 
-def choose_tokenizer(
-    config: TrainBiARTConfig, data: PairDataModule, run_folder: Path | None = None, start_from=None
-) -> Tokenizer:
+def choose_tokenizer(config: TrainBiARTConfig, data: PairDataModule, start_from=None) -> Tokenizer:
     """The tokenizer of the run: of what it continues from, else of its codes, else CLIP's, else trained on captions.
 
-    Every process decides the same: training it is deterministic, and only the first process saves it, later.
+    Every process decides the same: training it is deterministic. What lies in the run folder is not read: without a
+    checkpoint a run begins anew, with the settings and captions of now.
 
     Raises:
         TokenizerError: it cannot be read, or is not the kind that the settings name.
@@ -121,9 +120,6 @@ def choose_tokenizer(
         where = str(start_from)
     elif config.data.dataset == "codes":
         where = dataset.folder / TOKENIZER
-        saved = load_tokenizer(where)
-    elif run_folder is not None and (run_folder / TOKENIZER).is_dir():  # interrupted before its first backup
-        where = run_folder / TOKENIZER
         saved = load_tokenizer(where)
     if saved is not None:
         if saved.name != kind:
@@ -155,29 +151,36 @@ def unpack_tokenizer(packed: dict[str, Any]) -> Tokenizer:
 # ---------------------------------------------------------------------------------------------------------- the models
 
 
-def new_biart(config: TrainBiARTConfig, vae: AugVAE, tokenizer: Tokenizer) -> BiART:
+def new_biart(
+    config: TrainBiARTConfig, vae: AugVAE, tokenizer: Tokenizer, start_from: str | Path | None = None
+) -> BiART:
     """A transformer whose vocabulary and lengths are those of AugVAE and tokenizer.
 
+    Args:
+        start_from: the checkpoint that the run continues from.
+
     Raises:
+        CheckpointError: that is of a transformer of another shape.
         ConfigError: its width is no multiple of its heads, top_k exceeds the codebook.
     """
     m = config.model
     shape = {name: value if getattr(m, name) is None else getattr(m, name) for name, value in PRESETS[m.preset].items()}
     if config.sampling.top_k is not None and config.sampling.top_k > vae.config.num_tokens:
         raise ConfigError(f"top_k is {config.sampling.top_k}, but the codebook has {vae.config.num_tokens} codes.")
-    return BiART(
-        BiARTConfig(
-            text_vocab=tokenizer.vocab_size,
-            image_vocab=vae.config.num_tokens,
-            text_len=config.text.text_len,
-            image_len=vae.num_codes,
-            pos_by_modality=m.pos_by_modality,
-            embd_pdrop=m.embd_pdrop,
-            resid_pdrop=m.resid_pdrop,
-            attn_pdrop=m.attn_pdrop,
-            **shape,
-        )
+    whole = BiARTConfig(
+        text_vocab=tokenizer.vocab_size,
+        image_vocab=vae.config.num_tokens,
+        text_len=config.text.text_len,
+        image_len=vae.num_codes,
+        pos_by_modality=m.pos_by_modality,
+        embd_pdrop=m.embd_pdrop,
+        resid_pdrop=m.resid_pdrop,
+        attn_pdrop=m.attn_pdrop,
+        **shape,
     )
+    if start_from:
+        check_resumable(start_from, "biart", whole)
+    return BiART(whole)
 
 
 def summary(config: TrainBiARTConfig, model: BiART, tokenizer: Tokenizer) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import random
+import shutil
 import signal
 import threading
 from pathlib import Path
@@ -283,9 +284,11 @@ class TextImageSamples(pl.Callback):
         self._last_step = 0
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        place = self.folder.run.folder / "tokenizer"
-        if trainer.is_global_zero and not place.exists():
+        if trainer.is_global_zero:
+            place = self.folder.run.folder / "tokenizer"
             unfinished = place.with_name(".tokenizer.tmp")
+            for leftover in (unfinished, place):  # that of a run killed before its first checkpoint may be another
+                shutil.rmtree(leftover, ignore_errors=True)
             self.tokenizer.save(unfinished)
             os.replace(unfinished, place)
 

@@ -117,6 +117,7 @@ def agree_with_checkpoint(config: TrainVAEConfig, model: AugVAEConfig, given: se
 
 # settings of the model section that change how it trains, not which weights it has
 TRAINING_ONLY = {"dropout", "quant_beta", "quant_ema_decay", "quant_ema_eps", "restart_threshold"}
+TRAINING_ONLY |= {"embd_pdrop", "resid_pdrop", "attn_pdrop"}  # of BiART
 
 
 def _check_agrees(config: TrainVAEConfig, pretrained: AugVAEConfig, given: set[str]) -> None:
@@ -313,14 +314,16 @@ def check_resumable(file: str | os.PathLike, kind: str, model=None) -> int:
     found = own.get("kind")
     if found != kind or "optimizer_states" not in content:
         what = f"a checkpoint of {found}" if found else "not one of this project's training checkpoints"
-        raise CheckpointError(
-            f"{file} is {what}; training of {kind} cannot resume from it. To start from its weights alone, "
-            "give it as --pretrained_path."
-        )
+        remedy = {
+            "augvae": "To start from its weights alone, give it as --pretrained_path.",
+            "biart": "Give a checkpoint or run folder of train_biart.py; an AugVAE goes to --vae_path.",
+        }[kind]
+        raise CheckpointError(f"{file} is {what}; training of {kind} cannot resume from it. {remedy}")
     if model is not None:
         wanted, there = as_plain(model), own.get("model", {})
         shape = wanted.keys() - TRAINING_ONLY
-        differ = [f"{k}: {there.get(k)} there, {wanted[k]} now" for k in sorted(shape) if there.get(k) != wanted[k]]
+        there = {k: there.get(k, getattr(type(model), k, None)) for k in shape}  # the default, where it is older
+        differ = [f"{k}: {there[k]} there, {wanted[k]} now" for k in sorted(shape) if there[k] != wanted[k]]
         if differ:
             raise CheckpointError(f"{file} is of a model with other settings:\n  " + "\n  ".join(differ))
     return int(content.get("global_step", 0))

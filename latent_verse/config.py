@@ -446,15 +446,24 @@ def check_eval_vae(config: EvalVAEConfig) -> None:
 
 def without_effect(config: TrainVAEConfig, given: dict[str, str]) -> list[str]:
     """Flags that were given but change nothing, each with the reason: a script says so in one line each."""
-    t, d, lpips = config.trainer, config.data, config.loss.loss_type.startswith("lpips")
+    lpips = config.loss.loss_type.startswith("lpips")
+    idle = {
+        "p_loss_weight": (not lpips, f"loss_type {config.loss.loss_type} has no LPIPS"),
+        "resize_ratio": (config.data.fake_data, "the data is fake"),
+        "codebook_init": (bool(config.optim.pretrained_path), "the codebook comes from pretrained_path"),
+    }
+    return idle_flags(config, given, idle)
+
+
+def idle_flags(config, given: dict[str, str], more: dict[str, tuple[bool, str]]) -> list[str]:
+    """ "flag: reason" for the flags given that have no effect: those of every training, and {flag: (idle?, reason)}."""
+    t = config.trainer
     idle = {
         "backup_steps": (not t.backup, "backup is off"),
         "backup_dir": (not t.backup, "backup is off"),
         "image_log_steps": (not t.log_images, "log_images is off"),
-        "p_loss_weight": (not lpips, f"loss_type {config.loss.loss_type} has no LPIPS"),
-        "shuffle_buffer": (not d.web_dataset, "the data is not webdataset"),
-        "resize_ratio": (d.fake_data, "the data is fake"),
-        "codebook_init": (bool(config.optim.pretrained_path), "the codebook comes from pretrained_path"),
+        **more,
+        "shuffle_buffer": (not config.data.web_dataset, "the data is not webdataset"),
         "strategy": (t.gpus * t.nodes <= 1 and t.strategy != "fsdp", "one process trains"),
     }
     return [f"{n}: {why}" for n, (off, why) in idle.items() if off and given.get(n, "").startswith("--")]

@@ -15,6 +15,7 @@ from latent_verse.config import (
     TrainerConfig,
     check_data,
     check_trainer,
+    idle_flags,
     limit_fake_data,
     setting,
 )
@@ -195,6 +196,26 @@ def check_train_biart(config: TrainBiARTConfig, given: dict[str, str]) -> None:
         raise ConfigError(f"crops_per_image {c.crops_per_image} has no effect without extract_codes.")
     if c.crops_per_image > 1 and config.data.dataset == "shapes":
         raise ConfigError("crops_per_image cuts objects of shapes in two, which captions still name: leave it at 1.")
+
+
+def without_effect(config: TrainBiARTConfig, given: dict[str, str]) -> list[str]:
+    """Flags that were given but change nothing, each with the reason, as `config.without_effect` names train_vae's."""
+    dataset, trained = config.data.dataset, "the tokenizer is not trained: "
+    why = (
+        f"{trained}it comes from the checkpoint"
+        if config.trainer.resume
+        else f"{trained}it comes with the codes"
+        if dataset == "codes"
+        else f"{trained}it is {config.text.tokenizer}"
+    )
+    idle = {
+        "bpe_vocab_size": (config.trainer.resume or dataset == "codes" or config.text.tokenizer != "bpe", why),
+        "resize_ratio": (dataset in ("codes", "shapes", "fake"), f"dataset {dataset} is not cropped"),
+        "world": (dataset != "shapes", "the data is not shapes"),
+        "val_size": (dataset not in ("shapes", "fake"), f"dataset {dataset} is validated on all its pairs"),
+        "muon_momentum": (config.optim.optimizer != "muon", "optimizer is not muon"),
+    }
+    return idle_flags(config, given, idle)
 
 
 def check_pairs(d: PairDataConfig) -> None:

@@ -17,12 +17,16 @@ from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint, TQ
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_only
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from latent_verse import runs
-from latent_verse.callbacks import Backup, ImageGrids, ProcessState, RunFolder
+from latent_verse.callbacks import Backup, ImageGrids, Interrupted, ProcessState, RunFolder
+from latent_verse.checkpoint import CheckpointError
 from latent_verse.config import ConfigError, TrainerConfig, as_plain
+from latent_verse.data import DataError
 from latent_verse.runs import Run
 
+MISTAKES = (CheckpointError, DataError, MisconfigurationException)  # the user's, found while a run is built or trains
 say = rank_zero_only(print)  # one process speaks for all
 
 
@@ -57,10 +61,16 @@ def choose_devices(t: TrainerConfig) -> tuple[str, int]:
 def ease_smoke_test(config, given: dict[str, str]) -> None:
     """Without a GPU, a run on fake data takes one picture at a time, unless a flag says how many; says so.
 
-    A step of the released size on 8 pictures takes minutes and tens of GiB on a CPU, which no smoke test needs.
+    A step of the released size on 8 pictures takes minutes and tens of GiB on a CPU, which no smoke test needs. BiART
+    is the tiny preset too, where nothing says otherwise.
     """
+    if not config.data.fake_data or torch.cuda.is_available():
+        return
+    if hasattr(config.model, "preset") and not given.keys() & {"preset", "n_layer", "n_head", "n_embd"}:
+        rank_zero_info(f"Smoke test on a CPU: preset tiny in place of {config.model.preset} (or --preset NAME).")
+        config.model.preset = "tiny"
     flagged = given.get("batch_size", "").startswith("--")
-    if config.data.fake_data and config.data.batch_size > 1 and not (flagged or torch.cuda.is_available()):
+    if config.data.batch_size > 1 and not flagged:
         rank_zero_info(f"Smoke test on a CPU: batch_size 1 in place of {config.data.batch_size} (or --batch_size N).")
         config.data.batch_size = 1
 
@@ -109,6 +119,30 @@ def make_trainer(t: TrainerConfig, run: Run, config, yaml_text: str, has_val: bo
         logger=make_logger(t, run),
         callbacks=callbacks,
     )
+
+
+def announce(t: TrainerConfig, run: Run, start_from: Path | None, idle: list[str]) -> None:
+    """Say where a run writes, which flags have no effect (`without_effect`), and what it continues from."""
+    say(f"Run folder: {run.folder}")
+    for line in idle:
+        say(f"No effect: {line}.")
+    if start_from:
+        say(f"Continuing from {start_from}")
+    elif t.ckpt_path:
+        say(f"ckpt_path {t.ckpt_path} is not read without --resume: this run starts anew.")
+
+
+def fit(trainer: pl.Trainer, t: TrainerConfig, run: Run, module: pl.LightningModule, data, start_from) -> bool:
+    """Train to the end; False where the run was interrupted, and saved. Says so, and where nothing was left to do."""
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=start_from, weights_only=True)
+    except Interrupted as stopped:
+        again = "the same command continues there" if t.backup else "continue with --resume --ckpt_path and that file"
+        say(f"{stopped}; {again}.")
+        return False
+    if start_from and trainer.global_step == runs.step_of(start_from):
+        say(f"{run.folder} was finished already. Raise --epochs to go on, or give another --name.")
+    return True
 
 
 def compiles_by_default(t: TrainerConfig, accelerator: str) -> bool:

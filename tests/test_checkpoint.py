@@ -438,7 +438,7 @@ def test_evaluation_takes_the_checkpoints_shape(tiny_config, given, refused):
 
 def test_resuming_from_what_cannot_be_resumed(tiny_augvae, tmp_path):
     check_resumable(own_ckpt(tiny_augvae(), tmp_path / "a.ckpt"), "augvae")
-    with pytest.raises(CheckpointError, match="is a checkpoint of augvae; training of biart cannot resume"):
+    with pytest.raises(CheckpointError, match=r"is a checkpoint of augvae; .*biart cannot resume.*--vae_path"):
         check_resumable(tmp_path / "a.ckpt", "biart")
     with pytest.raises(CheckpointError, match=r"not one of this project's training checkpoints.*--pretrained_path"):
         check_resumable(released_ckpt(tiny_augvae(), tmp_path / "b.ckpt"), "augvae")

@@ -16,7 +16,7 @@ from latent_verse.config import ConfigError
 from latent_verse.config_biart import PairDataConfig, check_pairs
 from latent_verse.data import DataError
 from latent_verse.data.pair_module import PairDataModule
-from latent_verse.data.pairs import NO_TOKEN, all_captions, captions_of, open_pairs
+from latent_verse.data.pairs import NO_TOKEN, PairTrainShards, all_captions, captions_of, open_pairs
 from latent_verse.text import BPETokenizer, TokenizerError
 
 R = 8
@@ -57,7 +57,7 @@ def files(tmp_path):
     return tmp_path
 
 
-def write_tar(path, numbers, text="txt"):
+def write_tar(path, numbers, text="txt", picture_of=None):
     with tarfile.open(path, "w") as tar:
 
         def add(name, data):
@@ -68,7 +68,7 @@ def write_tar(path, numbers, text="txt"):
         for i in numbers:
             file = io.BytesIO()
             picture(i).save(file, "PNG")
-            add(f"{i:04d}.png", file.getvalue())
+            add(f"{i:04d}.png", picture_of(i) if picture_of else file.getvalue())
             if text == "txt":
                 add(f"{i:04d}.txt", CAPTIONS[i][0].encode())
             elif text == "json":
@@ -227,7 +227,29 @@ def test_samples_without_a_caption_are_counted(tmp_path, tokenizer):
     assert sum(len(batch[0]) for batch in data.val_dataloader()) == 6
     assert data.describe()["skipped"] == 2
     assert captions_of({"json": b"not json"}) == captions_of({"json": b"[]"}) == captions_of({}) == []
+    assert captions_of({"json": b'{"caption": 3}'}) == []
     assert captions_of({"json": json.dumps({"captions": ["a  b", "", 3]}).encode()}) == ["a b"]
+    both = {"txt": b" \n", "json": b'{"caption": "told"}'}
+    assert captions_of(both) == ["told"] and captions_of({**both, "txt": b"first"}) == ["first"]
+
+
+def test_shards_without_any_caption_are_named(tmp_path, tokenizer, monkeypatch):
+    write_tar(tmp_path / "a.tar", range(6))
+    write_tar(tmp_path / "b.tar", range(6, 8), text=None)
+    for key in ("train_dir", "val_dir"):
+        given = {"train_dir": str(tmp_path / "a.tar"), "val_dir": str(tmp_path / "a.tar"), key: str(tmp_path / "b.tar")}
+        with pytest.raises(DataError, match=rf"{key}: none of the 2 samples in .*b\.tar .* no caption: put one beside"):
+            module(tokenizer, dataset="webdataset", **given)
+    # shards that are not looked at first, such as remote ones
+    monkeypatch.setattr("latent_verse.data.shards.MAX_SKIPS", 3)
+    write_tar(tmp_path / "c.tar", range(2), picture_of=lambda i: b"no picture")
+    for name, remedy in (("b", "no caption: put one beside"), ("c", "written with image bytes")):
+        shards = PairTrainShards([str(tmp_path / f"{name}.tar")], R, steps=1, batch_size=1)
+        with pytest.raises(DataError, match=f"3 samples in a row cannot be used, up to 000.*{remedy}"):
+            next(iter(shards))
+    data = module(tokenizer, dataset="webdataset", train_dir=str(tmp_path / "a.tar"), val_dir=str(tmp_path / "c.tar"))
+    with pytest.raises(DataError, match=r"val_dir: no pair of .*c\.tar can be used"):
+        data.examples(2)
 
 
 def test_examples_of_shapes_come_with_the_truth(tokenizer):

@@ -7,6 +7,7 @@ import math
 import shlex
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from latent_verse.config_biart import PRESETS as PRESET_NAMES
 from latent_verse.config_biart import TrainBiARTConfig, check_train_biart
 from latent_verse.pipeline import LVerse
 from latent_verse.text import load_tokenizer
+from latent_verse.trainer import ease_smoke_test
 
 TINY = shlex.split(
     "--n_layer 1 --n_head 2 --n_embd 16 --tokenizer bpe --bpe_vocab_size 300 --text_len 8 --batch_size 4 "
@@ -111,8 +113,8 @@ def test_a_checkpoint_describes_itself_and_holds_no_frozen_network(world, tmp_pa
     assert "is left alone" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_killed_run_continues_exactly(world, tmp_path, monkeypatch, optimizer):
+@pytest.mark.parametrize(("optimizer", "dataset"), [("adamw", "pairs"), ("muon", "pairs"), ("adamw", "codes")])
+def test_a_killed_run_continues_exactly(world, tmp_path, monkeypatch, capsys, optimizer, dataset):
     flags = [
         *world,
         "--epochs",
@@ -128,6 +130,10 @@ def test_a_killed_run_continues_exactly(world, tmp_path, monkeypatch, optimizer)
     flags += ["--resid_pdrop", "0.3", "--embd_pdrop", "0.1", "--reference_dropout", "0.4", "--ema_decay", "0.8"]
     flags += ["--word_dropout", "0.2", "--code_dropout", "0.1"]
     flags += ["--text_to_image_share", "0.4", "--learning_rate", "0.01", "--num_samples", "1"]
+    if dataset == "codes":  # of two crops and two captions each, drawn anew in each epoch
+        codes = tmp_path / "codes"
+        assert train_biart.main([*world, "--extract_codes", str(codes), "--crops_per_image", "2"]) == 0
+        flags += ["--dataset", "codes", "--train_dir", str(codes / "train"), "--val_dir", str(codes / "val")]
     with monkeypatch.context() as patch:
         whole = record_losses(patch)
         assert train_biart.main([*flags, "--name", "whole"]) == 0
@@ -148,9 +154,78 @@ def test_a_killed_run_continues_exactly(world, tmp_path, monkeypatch, optimizer)
     a, b = (end["state_dict"] for end in ends)
     assert a.keys() == b.keys() and any(key.startswith("ema.") for key in a)
     assert all(torch.equal(a[key], b[key]) for key in a)
-    assert train_biart.main([*flags, "--name", "killed"]) == 0  # a finished run has nothing left to do
+    capsys.readouterr()
+    assert train_biart.main([*flags, "--name", "killed"]) == 0
+    assert "was finished already. Raise --epochs" in capsys.readouterr().out
     bundles = [LVerse.from_pretrained(tmp_path / "runs" / name / "bundle").fingerprints for name in ("whole", "killed")]
     assert bundles[0] == bundles[1]
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_anew_with_a_tokenizer_of_now(world, tmp_path, monkeypatch):
+    flags = [*world, "--backup", "--max_steps", "1", "--name", "a"]
+    with monkeypatch.context() as patch:
+        record_losses(patch, stop_at=0)
+        with pytest.raises(MemoryError):
+            train_biart.main(flags)
+    run = tmp_path / "runs" / "a"
+    first = load_tokenizer(run / "tokenizer")
+    for text in (tmp_path / "train").glob("*.txt"):
+        text.write_text("altogether different words")
+    assert train_biart.main([*flags, "--bpe_vocab_size", "280"]) == 0
+    now = load_tokenizer(run / "tokenizer")
+    assert now.vocab_size <= 280 and now.fingerprint != first.fingerprint
+    assert load_tokenizer(run / "bundle" / "tokenizer").fingerprint == now.fingerprint
+
+
+def test_a_checkpoint_of_another_shape_is_refused_and_one_of_another_dropout_is_not(world, tmp_path, capsys):
+    assert train_biart.main([*world, "--max_steps", "1", "--name", "a"]) == 0
+    (file,) = (tmp_path / "runs/a/checkpoints").glob("last-*")
+    resume = [*world, "--resume", "--ckpt_path", str(file), "--max_steps", "2", "--name", "b"]
+    capsys.readouterr()
+    for flags, message in (
+        (["--n_embd", "32"], "n_embd: 16 there, 32 now"),
+        (["--text_len", "9"], "text_len: 8 there, 9 now"),
+        (["--pos_by_modality"], "pos_by_modality: False there, True now"),
+    ):
+        assert train_biart.main([*resume, *flags]) == 2
+        error = capsys.readouterr().err
+        assert f"{file} is of a model with other settings" in error and message in error
+    assert train_biart.main([*resume, "--resid_pdrop", "0.2"]) == 0
+
+
+def test_what_is_not_read_is_said(world, tmp_path, capsys):
+    assert train_biart.main([*world, "--extract_codes", str(tmp_path / "codes"), "--max_steps", "1"]) == 0
+    codes = [
+        "--dataset",
+        "codes",
+        "--train_dir",
+        str(tmp_path / "codes/train"),
+        "--val_dir",
+        str(tmp_path / "codes/val"),
+    ]
+    capsys.readouterr()
+    flags = ["--max_steps", "1", "--name", "a", "--ckpt_path", "some.ckpt", "--world", "full"]
+    assert train_biart.main([*world, *codes, *flags]) == 0
+    said = capsys.readouterr().out
+    assert "No effect: bpe_vocab_size: the tokenizer is not trained: it comes with the codes." in said
+    assert "No effect: world: the data is not shapes." in said
+    assert "ckpt_path some.ckpt is not read without --resume: this run starts anew." in said
+    capsys.readouterr()
+    assert train_biart.main([*world, "--max_steps", "1", "--name", "b"]) == 0
+    assert "No effect" not in capsys.readouterr().out
+
+
+def test_a_smoke_test_on_a_cpu_is_small_unless_told_otherwise(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    at = TINY.index("--batch_size")
+    for name, flags, size in (("a", [*TINY[:at], *TINY[at + 2 :]], 1), ("b", TINY, 4)):
+        assert train_biart.main([*flags, "--fake_data", "--log_dir", str(tmp_path), "--name", name]) == 0
+        assert f"batch_size: {size}\n" in (tmp_path / name / "config.yaml").read_text()
+    for given, preset in (({}, "tiny"), ({"n_layer": "--n_layer"}, "12x768"), ({"preset": "a.yaml"}, "12x768")):
+        config = TrainBiARTConfig()
+        config.data.fake_data = True
+        ease_smoke_test(config, given)
+        assert config.model.preset == preset
 
 
 def test_without_validation_the_last_weights_are_exported(world, tmp_path):
@@ -281,6 +356,7 @@ def test_mistakes_are_one_line_on_stderr(world, tmp_path, capsys):
         (["--dataset", "codes"], "Make one with train_biart.py --extract_codes"),
         (["--export", "x"], "export needs ckpt_path"),
         (["--crops_per_image", "2"], "no effect without extract_codes"),
+        (["--limit_train_batches", "0.001"], "limit_train_batches"),
     ):
         assert train_biart.main([*world, *flags]) == 2, flags
         assert message in capsys.readouterr().err, flags
@@ -292,6 +368,18 @@ def test_mistakes_are_one_line_on_stderr(world, tmp_path, capsys):
         text.write_text("\n")
     assert train_biart.main(world) == 2
     assert "empty captions" in capsys.readouterr().err
+
+
+def test_validation_shards_without_captions_stop_the_run_before_it_begins(world, tmp_path, capsys):
+    for split, suffixes in (("train", (".png", ".txt")), ("val", (".png",))):
+        with tarfile.open(tmp_path / f"{split}.tar", "w") as tar:
+            for file in sorted((tmp_path / split).iterdir()):
+                if file.suffix in suffixes:
+                    tar.add(file, file.name)
+    flags = ["--dataset", "webdataset", "--train_dir", str(tmp_path / "train.tar")]
+    assert train_biart.main([*world, *flags, "--val_dir", str(tmp_path / "val.tar")]) == 2
+    assert f"val_dir: none of the 3 samples in {tmp_path / 'val.tar'} can be used" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
 
 
 def test_presets_and_shipped_files():

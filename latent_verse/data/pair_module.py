@@ -18,7 +18,16 @@ from torch.utils.data import DataLoader
 from latent_verse.data import DataError
 from latent_verse.data.images import SkipLog
 from latent_verse.data.module import EpochBatches, EvalBatches, EvalLoader, ImageDataModule, TrainLoader
-from latent_verse.data.pairs import NO_TOKEN, PairCollate, PairEvalShards, PairTrainShards, open_pairs, source_of
+from latent_verse.data.pairs import (
+    NO_TOKEN,
+    PairCollate,
+    PairEvalShards,
+    PairTrainShards,
+    check_captions,
+    describe_shards,
+    open_pairs,
+    source_of,
+)
 from latent_verse.data.shapes import Scene, World
 from latent_verse.data.shards import SKIP_SLOTS, count_images, find_shards, is_remote
 from latent_verse.data.transforms import to_unit_range
@@ -78,6 +87,12 @@ class PairDataModule(ImageDataModule):
                 break
             if item is not None:
                 kept.append(item)
+        if not kept:
+            where = describe_shards(dataset) if isinstance(dataset, list) else source_of(self.data, "val")
+            raise DataError(
+                f"val_dir: no pair of {where} can be used, caption and picture; the log says why. Give others, "
+                "or none to train without validation."
+            )
         world = getattr(dataset, "world", None)
         x = torch.stack([x if torch.is_tensor(x) else torch.from_numpy(x.astype("int64")) for x, _ in kept])
         scenes = [dataset.scene(i) for i in range(len(kept))] if world else []
@@ -94,7 +109,9 @@ class PairDataModule(ImageDataModule):
     def _open(self, split: str) -> Any:
         if self.data.dataset == "webdataset":
             self._skipped[split] = SkipLog(SKIP_SLOTS)
-            return find_shards(self._source(split), f"{split}_dir")
+            shards = find_shards(self._source(split), f"{split}_dir")
+            check_captions(shards, f"{split}_dir")
+            return shards
         if self.data.dataset_size and self.data.dataset not in ("shapes", "fake"):
             log.warning("dataset_size has no effect with dataset %s: all its pairs are used.", self.data.dataset)
         dataset = open_pairs(self.data, split, self.resolution, self.seed)

@@ -33,7 +33,7 @@ from latent_verse.data.captions import (
 from latent_verse.data.codes import CodesDataset, Work
 from latent_verse.data.images import SkipLog
 from latent_verse.data.shapes import ShapesDataset, World
-from latent_verse.data.shards import SKIP_SLOTS, EvalShards, TrainShards, read_shards
+from latent_verse.data.shards import SKIP_SLOTS, EvalShards, TrainShards, is_remote, read_shards
 from latent_verse.data.shards import _decode as decode_image
 from latent_verse.data.transforms import UnreadableImage, centre_crop, mix_seed, random_crop, sample_generator
 
@@ -168,25 +168,57 @@ class PairCollate:
 
 
 def captions_of(raw: dict) -> list[str]:
-    """The captions of an undecoded sample: its .txt, else `caption` (or `captions`, a list) of its .json."""
-    if "txt" in raw:
-        found = [raw["txt"].decode("utf-8", "replace")]
-    else:
+    """The captions of a raw sample: its .txt unless blank, else `caption` (or `captions`, a list) in its .json."""
+    found = raw.get("txt", b"").decode("utf-8", "replace")
+    if not found.strip():
         try:
             about = json.loads(raw.get("json", b"{}"))
             found = about.get("captions") or about.get("caption") or []
         except (ValueError, AttributeError):
             found = []
-        found = [found] if isinstance(found, str) else found
+    found = found if isinstance(found, list) else [found]
     texts = [" ".join(text.split()) for text in found if isinstance(text, str)]
     return [text for text in texts if text]
+
+
+CAPTION_REMEDY = "They have no caption: put one beside each picture, as name.txt or under `caption` in name.json."
+
+
+class NoCaption(UnreadableImage):
+    """A sample of tar shards without a caption."""
+
+    remedy = CAPTION_REMEDY
+
+
+def check_captions(shards: list[str], key: str) -> None:
+    """Refuse shards whose samples all have no caption. Reads up to the first that has one; remote shards not at all.
+
+    Raises:
+        DataError: naming the setting `key` and the shards.
+    """
+    if any(map(is_remote, shards)):
+        return
+    samples = 0
+    for raw in read_shards(shards, SkipLog(1)):
+        if captions_of(raw):
+            return
+        samples += 1
+    if samples:
+        raise DataError(
+            f"{key}: none of the {samples} samples in {describe_shards(shards)} can be used. {CAPTION_REMEDY}"
+        )
+
+
+def describe_shards(shards: list[str]) -> str:
+    """The first shard, and how many more."""
+    return shards[0] + (f" and {len(shards) - 1} more" if len(shards) > 1 else "")
 
 
 def decode_pair(raw: dict) -> tuple[Tensor, tuple[int, list[str]]]:
     """(uint8 (3, H, W), (hash of the name, captions)); UnreadableImage also for a sample without a caption."""
     captions = captions_of(raw)
     if not captions:
-        raise UnreadableImage("no caption: neither a .txt nor a .json with `caption`")
+        raise NoCaption("no caption: neither a .txt nor a .json with `caption`")
     return decode_image(raw)[0], (zlib.crc32(raw["__key__"].encode()), captions)
 
 

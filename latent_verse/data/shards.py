@@ -53,6 +53,7 @@ log = logging.getLogger(__name__)
 
 IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")
 TARS = (".tar", ".tgz", ".tar.gz")
+DECODE_REMEDY = "Were the shards written with image bytes under jpg, jpeg, png or webp?"
 SKIP_SLOTS = 1 << 16  # broken samples are told apart by a hash of their name: a stream has no index
 
 
@@ -262,6 +263,7 @@ class TrainShards(IterableDataset):
         That one stays in line for its own turn, so that what stands at a position does not depend on how many samples
         before it were unreadable, and a resumed run can count positions without decoding.
         """
+        remedies: Counter = Counter()
         for step in range(MAX_SKIPS):
             if step == len(ahead):
                 ahead.append(next(raws))
@@ -269,12 +271,13 @@ class TrainShards(IterableDataset):
                 sample = self.decode(ahead[step])
             except UnreadableImage as error:
                 _note_unreadable(self.skipped, ahead[step], error)
+                remedies[getattr(error, "remedy", None) or DECODE_REMEDY] += 1
                 continue
             ahead.popleft()
             return sample
         raise DataError(
-            f"{MAX_SKIPS} samples in a row cannot be decoded, up to {ahead[-1]['__key__']} in {ahead[-1]['__url__']}. "
-            "Were the shards written with image bytes under jpg, jpeg, png or webp?"
+            f"{MAX_SKIPS} samples in a row cannot be used, up to {ahead[-1]['__key__']} in {ahead[-1]['__url__']}. "
+            + remedies.most_common(1)[0][0]
         )
 
     def _shuffled(self, epoch: int, slot: int, slots: int) -> Iterator[dict]:
