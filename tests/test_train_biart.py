@@ -74,6 +74,26 @@ def record_losses(monkeypatch, stop_at: int | None = None) -> list[float]:
 # ---------------------------------------------------------------------------------------------------------- whole runs
 
 
+@pytest.mark.parametrize("logger", ["tensorboard", "wandb"])
+def test_loggers_get_losses_and_samples(tmp_path, monkeypatch, logger):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    assert train_biart.main([*TINY, "--fake_data", "--log_dir", str(tmp_path), "--logger", logger]) == 0
+    (run,) = tmp_path.iterdir()
+    if logger == "wandb":
+        (offline,) = run.glob("wandb/offline-run-*")
+        assert list((offline / "files" / "media" / "images" / "val").glob("drawn_*.png"))
+        assert list((offline / "files" / "media" / "table" / "val").glob("written_*.json"))
+        return
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "logs"))
+    events.Reload()
+    tags = events.Tags()
+    assert {"train/total_loss", "val/total_loss"} <= set(tags["scalars"])
+    assert tags["images"] == ["val/drawn"] and "val/written/text_summary" in tags["tensors"]
+
+
 def test_fake_data_needs_no_file(tmp_path, capsys):
     assert train_biart.main([*TINY, "--fake_data", "--log_dir", str(tmp_path)]) == 0
     (run,) = tmp_path.iterdir()
