@@ -287,6 +287,28 @@ def test_validation_is_the_same_on_two_processes(tmp_path):
             assert figures[key] == pytest.approx(one[key], rel=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_equal_one_on_the_joined_batch(world, tmp_path, strategy):
+    """On the codes of text to image alone: which rows go which way depends on how they lie in a process's batch, and a
+    mean over the words of a process is not one over those of all.
+    """
+    script = str(Path(train_biart.__file__))
+    flags = [*world, "--text_to_image_share", "1", "--reference_dropout", "0", "--reference_weight", "0"]
+    flags += ["--epochs", "2", "--learning_rate", "0.01", "--gradient_clip_val", "1"]
+    for name, more in (
+        ("one", ["--batch_size", "4"]),
+        ("two", ["--batch_size", "2", "--accelerator", "cpu", "--gpus", "2", "--strategy", strategy]),
+    ):
+        command = [sys.executable, script, *flags, *more, "--name", name]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+    one, two = (logged(tmp_path / "runs" / name) for name in ("one", "two"))
+    assert len(one["val/total_loss"]) == 2 and one["val/total_loss"][1] != one["val/total_loss"][0]
+    for key in (key for key in one if key.startswith("val/")):
+        assert two[key] == pytest.approx(one[key], rel=1e-4)
+
+
 def test_codes_train_as_pictures_do(world, tmp_path, monkeypatch, capsys):
     flags = [*world, "--epochs", "2", "--resize_ratio", "1"]
     assert train_biart.main([*flags, "--extract_codes", str(tmp_path / "codes"), "--shard_size", "5"]) == 0
