@@ -137,12 +137,22 @@ def fit(trainer: pl.Trainer, t: TrainerConfig, run: Run, module: pl.LightningMod
     try:
         trainer.fit(module, datamodule=data, ckpt_path=start_from, weights_only=True)
     except Interrupted as stopped:
+        close_wandb(t)
         again = "the same command continues there" if t.backup else "continue with --resume --ckpt_path and that file"
         say(f"{stopped}; {again}.")
         return False
+    close_wandb(t)
     if start_from and trainer.global_step == runs.step_of(start_from):
         say(f"{run.folder} was finished already. Raise --epochs to go on, or give another --name.")
     return True
+
+
+def close_wandb(t: TrainerConfig) -> None:
+    """End the run of Weights & Biases: Lightning leaves it open, and the next run of this process would join it."""
+    if t.logger == "wandb":
+        import wandb
+
+        wandb.finish()
 
 
 def compiles_by_default(t: TrainerConfig, accelerator: str) -> bool:

@@ -383,6 +383,9 @@ def test_loggers_work_offline(tmp_path, pictures, logger, monkeypatch):
         assert "val/total_loss" in events.Tags()["scalars"] and "val/reconstructions" in events.Tags()["images"]
     else:
         assert list(run.glob("wandb/offline-run-*"))
+        # the next run of this process gets a run of its own
+        assert train_vae.main([*flags, "--name", "second"]) == 0
+        assert list((tmp_path / "runs" / "second").glob("wandb/offline-run-*"))
 
 
 @pytest.mark.slow
