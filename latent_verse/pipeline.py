@@ -190,7 +190,7 @@ class LVerse(Drawing):
             )
         (side,) = self.vae.code_levels
         if not 1 <= keep_rows < side:
-            raise ConfigError(f"keep_rows is {keep_rows}; of {side} rows of codes keep 1 to {side - 1}.")
+            raise ConfigError(f"keep_rows (--rows) is {keep_rows}; of {side} rows of codes keep 1 to {side - 1}.")
         if text is None:
             if not self.null_trained:
                 raise ConfigError(

@@ -455,9 +455,10 @@ def test_shapes_of_another_size_than_the_models_are_refused(bundle, tmp_path, ca
 
 
 def test_two_runs_side_by_side(tmp_path, capsys):
-    for name, value, samples in (("a", 40.0, 100), ("b", 30.0, 50)):
+    for name, value, samples, own in (("a", 40.0, 100, {"dtype": "float32"}), ("b", 30.0, 50, {})):
         figures = Figures({"biart": name}, 0)
         figures.add("generation/fid_0", value, samples=samples, library="x 1.0", protocol="p")
+        figures.add("generation/fid_8", 1.0, samples=7, library="x 1.0", protocol="p", **own)
         figures.add("captions/cider", 0.5, samples=7, library="x 1.0", protocol="p", drawn=1)
         if name == "a":
             figures.add("captions/spice", 0.2, samples=7, library="x 1.0", protocol="p")
@@ -466,9 +467,10 @@ def test_two_runs_side_by_side(tmp_path, capsys):
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.json").write_text(json.dumps(figures.as_json()))
     assert eval_biart.main(["--compare", str(tmp_path / "a"), str(tmp_path / "b" / "metrics.json")]) == 0
-    head, fid, cider, spice = capsys.readouterr().out.splitlines()
+    head, fid, drawn_elsewhere, cider, spice = capsys.readouterr().out.splitlines()
     assert head.split() == [str(tmp_path / "a"), str(tmp_path / "b" / "metrics.json"), "difference"]
     assert fid.split()[:4] == ["generation/fid_0", "40", "30", "-10"] and "not comparable: samples 100 and 50" in fid
+    assert drawn_elsewhere.split() == ["generation/fid_8", "1", "1", "+0"]
     assert cider.split() == ["captions/cider", "0.5", "0.5", "+0"]
     assert spice.split() == ["captions/spice", "0.2", "missing"]
     (tmp_path / "b" / "metrics.json").write_text("{}")

@@ -290,7 +290,7 @@ def test_complete_keeps_the_rows_exactly_and_draws_the_rest(model, monkeypatch, 
 
 def test_complete_refuses_what_it_cannot_do(model, tiny_augvae):
     for rows in (-1, 0, 4, 5):
-        with pytest.raises(ConfigError, match=f"keep_rows is {rows}; of 4 rows of codes keep 1 to 3"):
+        with pytest.raises(ConfigError, match=f"keep_rows .--rows. is {rows}; of 4 rows of codes keep 1 to 3"):
             model.complete([photo()], rows)
     with pytest.raises(ConfigError, match="follow a text"):
         model.complete([photo()], 2, guidance=2.0)

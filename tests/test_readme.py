@@ -1,4 +1,4 @@
-"""Every command of README.md and docs/: the scripts' are parsed by the real parser, the quick ones are run."""
+"""Every command of README.md and docs/ is parsed by the real parser; test_readme_walk.py runs README.md's."""
 
 from __future__ import annotations
 
@@ -9,24 +9,21 @@ from pathlib import Path
 
 import pytest
 
-import eval_vae
-import train_vae
 from latent_verse import demo
 from latent_verse.cli import parse
 from latent_verse.config import EvalVAEConfig, TrainVAEConfig, check_eval_vae, check_train_vae
 from latent_verse.config_biart import TrainBiARTConfig, check_train_biart
 from latent_verse.config_eval import EvalBiARTConfig, check_eval_biart
 from latent_verse.config_generate import GenerateConfig, check_generate
-from tests.runs_on_pictures import SMALL, write_pictures
 
 REPO = Path(__file__).parent.parent
 PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
 
 
-def commands(script: str) -> list[str]:
-    """Lines of shell blocks that run `script`, without prompt and launcher."""
+def commands(script: str, pages: list[Path] = PAGES) -> list[str]:
+    """Lines of shell blocks that run `script`, continued ones joined."""
     lines = []
-    for page in PAGES:
+    for page in pages:
         for block in re.findall(r"```sh\n(.*?)```", page.read_text(), re.S):
             lines += [line for line in block.replace("\\\n", " ").splitlines() if script in line]
     return lines
@@ -87,26 +84,6 @@ def test_there_are_commands():
     scripts = ("train_vae.py", "eval_vae.py", "train_biart.py", "generate.py", "eval_biart.py")
     counts = [len(commands(script)) for script in scripts]
     assert all(n >= least for n, least in zip(counts, (8, 1, 5, 4, 7), strict=True)), counts
-
-
-def test_the_walk_through_runs(tmp_path, monkeypatch):
-    """Train, fine-tune, evaluate: the README's commands in order, with tiny limits added."""
-    write_pictures(tmp_path / "data" / "train", 8)
-    write_pictures(tmp_path / "data" / "val", 3)
-    (tmp_path / "configs").symlink_to(REPO / "configs")
-    monkeypatch.chdir(tmp_path)
-    wanted = [
-        "--fake_data --configs configs/tiny_augvae_ml.yaml",
-        "--config configs/tiny_augvae_ml.yaml --train_dir data/train --val_dir data/val --gpus 0",
-        "--config configs/tiny_augvae_sl.yaml",
-    ]
-    for start, level in zip(wanted, (["8", "4"], ["8", "4"], ["4"]), strict=True):
-        line = next(c for c in commands("train_vae.py") if start in c)  # README.md comes first
-        assert train_vae.main([*flags(line, "train_vae.py"), *SMALL, "--attn_resolutions", *level]) == 0, line
-    (line,) = commands("eval_vae.py")[:1]
-    assert eval_vae.main([*flags(line, "eval_vae.py"), "--num_workers", "0"]) == 0
-    made = {p.name for p in (tmp_path / "results").iterdir()}
-    assert made == {"fake-tiny_augvae_ml", "tiny_augvae_ml", "tiny_augvae_sl", "eval-tiny_augvae_sl"}
 
 
 def test_links_and_pictures_exist():

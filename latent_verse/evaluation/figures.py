@@ -131,7 +131,8 @@ def compare(first: str, second: str) -> str:
         difference, note = "", ""
         if a and b:
             difference = f"{b['value'] - a['value']:+.4g}"
-            other = [f"{key} {a[key]!r} and {b[key]!r}" for key in SAME if a.get(key) != b.get(key)]
+            both = (key for key in SAME if key in a and key in b)  # another system's outputs have no dtype
+            other = [f"{key} {a[key]!r} and {b[key]!r}" for key in both if a[key] != b[key]]
             if a.get("drawn", 1) != b.get("drawn", 1):
                 other.append(f"drawn {a.get('drawn', 1)} and {b.get('drawn', 1)}")
             note = f"not comparable: {'; '.join(other)}" if other else ""
