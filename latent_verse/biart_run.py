@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,8 @@ from latent_verse.data.codes import TOKENIZER, check_codes, extract, work_of
 from latent_verse.data.pair_module import PairDataModule
 from latent_verse.data.pairs import all_captions, open_pairs, source_of, work_of_shards
 from latent_verse.pipeline import LVerse
-from latent_verse.text import BPETokenizer, Tokenizer, TokenizerError, load_tokenizer
+from latent_verse.pretrained import Pretrained, load_checkpoint
+from latent_verse.text import BPETokenizer, Tokenizer, TokenizerError, load_tokenizer, pack_tokenizer, unpack_tokenizer
 from latent_verse.trainer import say
 
 # a random AugVAE for --fake_data, which needs no file: 32 px, 8 x 8 codes
@@ -40,11 +40,14 @@ FAKE_VAE = AugVAEConfig(
 )
 
 
-def frozen_vae(config: TrainBiARTConfig) -> AugVAE:
+def frozen_vae(config: TrainBiARTConfig, pretrained: Pretrained | None = None) -> AugVAE:
     """The AugVAE of vae_path, in evaluation mode; for fake data a random one, where that does not exist.
 
+    Args:
+        pretrained: the BiART to start from, which has to have been trained with it.
+
     Raises:
-        CheckpointError: vae_path cannot be loaded.
+        CheckpointError: vae_path cannot be loaded, or is not what `pretrained` was trained with.
         ConfigError: img_size is not what it takes.
     """
     path = config.vae.vae_path
@@ -60,27 +63,31 @@ def frozen_vae(config: TrainBiARTConfig) -> AugVAE:
         raise ConfigError(
             f"img_size: {config.data.img_size}, but {path} takes pictures of {vae.config.resolution} px. Leave it out."
         )
+    if pretrained is not None:
+        _check_vae(fingerprint(vae), pretrained.vae, pretrained.vae_path, pretrained.where)
     return vae
 
 
 def open_data(
-    config: TrainBiARTConfig, vae: AugVAE, start_from: str | Path | None
+    config: TrainBiARTConfig, vae: AugVAE, start_from: str | Path | None, pretrained: Pretrained | None = None
 ) -> tuple[PairDataModule, Tokenizer, dict[str, Any]]:
     """The data, ready to be loaded, its tokenizer, and what checkpoints say of AugVAE and tokenizer (plain types).
 
     Args:
         start_from: the checkpoint that the run continues from, as `checkpoint.starting_point` found it.
+        pretrained: the BiART that it began with.
 
     Raises:
-        CheckpointError: that was trained with another AugVAE.
+        CheckpointError: start_from was trained with another AugVAE.
         DataError: the data cannot be used, or are codes of another AugVAE or tokenizer.
         TokenizerError: see `choose_tokenizer`.
     """
     if start_from:
-        _check_vae(fingerprint(vae), read_ckpt(start_from)["latent_verse"]["vae"], start_from)
+        then = read_ckpt(start_from)["latent_verse"]["vae"]
+        _check_vae(fingerprint(vae), then["fingerprint"], then["path"], start_from)
     data = PairDataModule(config.data, vae.config.resolution, config.trainer.seed)
     data.setup("fit")
-    tokenizer = choose_tokenizer(config, data, start_from)
+    tokenizer = choose_tokenizer(config, data, start_from, pretrained)
     about = {
         "vae": {"path": config.vae.vae_path, "fingerprint": fingerprint(vae)},
         "tokenizer": pack_tokenizer(tokenizer),
@@ -93,19 +100,19 @@ def open_data(
     return data, tokenizer, about
 
 
-def _check_vae(found: str, trained_with: dict[str, Any], file) -> None:
-    if found != trained_with["fingerprint"]:
+def _check_vae(found: str, then: str, path: str | None, file) -> None:
+    if found != then:
         raise CheckpointError(
-            f"vae_path is the AugVAE {found}, but {file} was trained with {trained_with['fingerprint']} "
-            f"({trained_with['path'] or 'a random one, for fake data'}). Give that one as vae_path."
+            f"vae_path is the AugVAE {found}, but {file} was trained with {then} "
+            f"({path or 'a random one, for fake data'}). Give that one as vae_path."
         )
 
 
 # ----------------------------------------------------------------------------------------------------------- tokenizer
 
 
-def choose_tokenizer(config: TrainBiARTConfig, data: PairDataModule, start_from=None) -> Tokenizer:
-    """The tokenizer of the run: of what it continues from, else of its codes, else CLIP's, else trained on captions.
+def choose_tokenizer(config: TrainBiARTConfig, data: PairDataModule, start_from=None, pretrained=None) -> Tokenizer:
+    """The tokenizer of the run: of what it continues or starts from, else of its codes, else CLIP's, else a new one.
 
     Every process decides the same: training it is deterministic. What lies in the run folder is not read: without a
     checkpoint a run begins anew, with the settings and captions of now.
@@ -118,6 +125,8 @@ def choose_tokenizer(config: TrainBiARTConfig, data: PairDataModule, start_from=
     if start_from:
         saved = unpack_tokenizer(read_ckpt(start_from)["latent_verse"]["tokenizer"])
         where = str(start_from)
+    elif pretrained is not None:
+        saved, where = pretrained.tokenizer, pretrained.where
     elif config.data.dataset == "codes":
         where = dataset.folder / TOKENIZER
         saved = load_tokenizer(where)
@@ -132,32 +141,21 @@ def choose_tokenizer(config: TrainBiARTConfig, data: PairDataModule, start_from=
     return BPETokenizer.train(all_captions(dataset), config.text.bpe_vocab_size)
 
 
-def pack_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
-    """A tokenizer as plain types, for checkpoints: its name, fingerprint and files."""
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save(folder)
-        files = {file.name: file.read_text(encoding="utf-8") for file in Path(folder).iterdir()}
-    return {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint, "files": files}
-
-
-def unpack_tokenizer(packed: dict[str, Any]) -> Tokenizer:
-    """Undo `pack_tokenizer`."""
-    with tempfile.TemporaryDirectory() as folder:
-        for name, text in packed["files"].items():
-            (Path(folder) / Path(name).name).write_text(text, encoding="utf-8")
-        return load_tokenizer(folder)
-
-
 # ---------------------------------------------------------------------------------------------------------- the models
 
 
 def new_biart(
-    config: TrainBiARTConfig, vae: AugVAE, tokenizer: Tokenizer, start_from: str | Path | None = None
+    config: TrainBiARTConfig,
+    vae: AugVAE,
+    tokenizer: Tokenizer,
+    start_from: str | Path | None = None,
+    pretrained: Pretrained | None = None,
 ) -> BiART:
     """A transformer whose vocabulary and lengths are those of AugVAE and tokenizer.
 
     Args:
         start_from: the checkpoint that the run continues from.
+        pretrained: the BiART whose weights it begins with; random ones without it.
 
     Raises:
         CheckpointError: that is of a transformer of another shape.
@@ -180,7 +178,10 @@ def new_biart(
     )
     if start_from:
         check_resumable(start_from, "biart", whole)
-    return BiART(whole)
+    model = BiART(whole)
+    if pretrained is not None:
+        model.load_state_dict(pretrained.biart.state_dict())
+    return model
 
 
 def summary(config: TrainBiARTConfig, model: BiART, tokenizer: Tokenizer) -> str:
@@ -195,8 +196,11 @@ def summary(config: TrainBiARTConfig, model: BiART, tokenizer: Tokenizer) -> str
 # --------------------------------------------------------------------------------------------------------------- codes
 
 
-def extract_codes(config: TrainBiARTConfig, vae: AugVAE, accelerator: str) -> int:
+def extract_codes(config: TrainBiARTConfig, vae: AugVAE, accelerator: str, pretrained: Pretrained | None = None) -> int:
     """Write the codes of train_dir and val_dir to <extract_codes>/train and /val; 0 when done.
+
+    Args:
+        pretrained: the BiART that is to be trained on them, whose tokenizer they then have.
 
     Raises:
         DataError: see `data.codes.extract`.
@@ -209,7 +213,7 @@ def extract_codes(config: TrainBiARTConfig, vae: AugVAE, accelerator: str) -> in
     splits = [split for split in ("train", "val") if source_of(d, split)]
     data = PairDataModule(d, resolution, t.seed)
     data.setup("fit")
-    tokenizer, flags = choose_tokenizer(config, data), f"--tokenizer {config.text.tokenizer}"
+    tokenizer, flags = choose_tokenizer(config, data, pretrained=pretrained), f"--tokenizer {config.text.tokenizer}"
     for split in splits:
         crops = c.crops_per_image if split == "train" else 1
         plan = {
@@ -279,22 +283,14 @@ def export_bundle(
     Raises:
         CheckpointError: a file is absent, damaged or of another kind, or AugVAE is not the one it was trained with.
     """
-    file = find_checkpoint(Path(ckpt_path))
-    content = read_ckpt(file)
-    about = content.get("latent_verse", {})
-    if about.get("kind") != "biart":
-        raise CheckpointError(f"{file} is not a checkpoint of train_biart.py; only those can be exported.")
+    trained = load_checkpoint(find_checkpoint(Path(ckpt_path)))
     if vae is None:
-        path = vae_path or about["vae"]["path"]
+        path = vae_path or trained.vae_path
         if path is None:
-            raise CheckpointError(f"{file} is a smoke test with a random AugVAE, which is not kept: nothing to export.")
+            raise CheckpointError(
+                f"{trained.where} is a smoke test with a random AugVAE, which is not kept: nothing to export."
+            )
         vae = load_augvae(path)
-    _check_vae(fingerprint(vae), about["vae"], file)
-    model = BiART(BiARTConfig(**about["model"]))
-    prefix = "ema." if about["run"]["optim"]["ema_decay"] else "model."
-    weights = {k.removeprefix(prefix): v for k, v in content["state_dict"].items() if k.startswith(prefix)}
-    model.load_state_dict(weights)
-    run = about["run"]
-    info = {"reference_dropout": run["loss"]["reference_dropout"], "text_too_long": run["text"]["text_too_long"]}
-    LVerse(vae.cpu(), model.eval(), unpack_tokenizer(about["tokenizer"]), info).save_pretrained(folder)
-    return file
+    _check_vae(fingerprint(vae), trained.vae, trained.vae_path, trained.where)
+    LVerse(vae.cpu(), trained.biart, trained.tokenizer, trained.info).save_pretrained(folder)
+    return trained.where

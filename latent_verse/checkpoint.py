@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 import warnings
 import zipfile
 from pathlib import Path
@@ -22,13 +21,16 @@ import torch
 from torch import nn
 
 from latent_verse.augvae.model import AugVAE
-from latent_verse.biart.model import BiART
-from latent_verse.config import AugVAEConfig, BiARTConfig, ConfigError, TrainVAEConfig, as_plain
-from latent_verse.runs import newest, write_whole
-from latent_verse.text import Tokenizer, TokenizerError, load_tokenizer
+from latent_verse.config import AugVAEConfig, ConfigError, TrainVAEConfig, as_plain
+from latent_verse.runs import newest
 
 FORMAT = "latent_verse/augvae"
 WEIGHTS = "model.safetensors"
+# settings of the model section that change how it trains, not which weights it has; the second line is BiART's
+TRAINING_ONLY = frozenset(
+    {"dropout", "quant_beta", "quant_ema_decay", "quant_ema_eps", "restart_threshold"}
+    | {"embd_pdrop", "resid_pdrop", "attn_pdrop"}
+)
 
 
 class CheckpointError(ValueError):
@@ -54,7 +56,7 @@ def load_augvae(path: str | os.PathLike) -> AugVAE:
     if local.is_file() or (local.suffix == ".ckpt" and not local.is_dir()):  # an absent one: the error names others
         return _augvae_from_ckpt(local)
     if not local.is_dir():
-        local = _from_hub(str(path))
+        local = fetch_from_hub(str(path))
     return _augvae_from_folder(local)
 
 
@@ -115,11 +117,6 @@ def agree_with_checkpoint(config: TrainVAEConfig, model: AugVAEConfig, given: se
     config.model = model
 
 
-# settings of the model section that change how it trains, not which weights it has
-TRAINING_ONLY = {"dropout", "quant_beta", "quant_ema_decay", "quant_ema_eps", "restart_threshold"}
-TRAINING_ONLY |= {"embd_pdrop", "resid_pdrop", "attn_pdrop"}  # of BiART
-
-
 def _check_agrees(config: TrainVAEConfig, pretrained: AugVAEConfig, given: set[str]) -> None:
     fixed = {f.name for f in dataclasses.fields(AugVAEConfig)} - TRAINING_ONLY - {"double_z"}
     if config.optim.finetune:
@@ -172,7 +169,7 @@ def _augvae_from_folder(directory: Path) -> AugVAE:
     shared = _shared_keys(model)
     state = {key: stored[name] for key, names in shared.items() for name in names if name in stored}
     state.update({key: value for key, value in stored.items() if key not in shared})
-    _fill(model, state, directory / WEIGHTS)
+    fill(model, state, directory / WEIGHTS)
     return model.eval()
 
 
@@ -189,7 +186,7 @@ def _augvae_from_ckpt(file: Path) -> AugVAE:
         model = AugVAE(_released_config(content["hyper_parameters"], state, file))
     else:
         raise CheckpointError(f"{file} is a checkpoint, but neither this project's nor a released AugVAE.")
-    _fill(model, state, file)
+    fill(model, state, file)
     return model.eval()
 
 
@@ -255,7 +252,7 @@ def read_ckpt(file: str | os.PathLike) -> dict[str, Any]:
                 f"{file} is refused: it names {name}, and reading that would run code. "
                 "Only tensors, plain types and argparse.Namespace are read."
             ) from error
-        raise CheckpointError(f"{file} is no whole checkpoint; was it cut off? ({_first_line(error)})") from error
+        raise CheckpointError(f"{file} is no whole checkpoint; was it cut off? ({first_line(error)})") from error
     if not isinstance(content, dict) or "state_dict" not in content:
         raise CheckpointError(f"{file} holds no state_dict: it is no Lightning checkpoint.")
     return content
@@ -316,7 +313,8 @@ def check_resumable(file: str | os.PathLike, kind: str, model=None) -> int:
         what = f"a checkpoint of {found}" if found else "not one of this project's training checkpoints"
         remedy = {
             "augvae": "To start from its weights alone, give it as --pretrained_path.",
-            "biart": "Give a checkpoint or run folder of train_biart.py; an AugVAE goes to --vae_path.",
+            "biart": "Give a checkpoint or run folder of train_biart.py; an AugVAE goes to --vae_path, a bundle to "
+            "--pretrained_path.",
         }[kind]
         raise CheckpointError(f"{file} is {what}; training of {kind} cannot resume from it. {remedy}")
     if model is not None:
@@ -329,7 +327,7 @@ def check_resumable(file: str | os.PathLike, kind: str, model=None) -> int:
     return int(content.get("global_step", 0))
 
 
-def _fill(model: nn.Module, state: dict[str, torch.Tensor], file: Path) -> None:
+def fill(model: nn.Module, state: dict[str, torch.Tensor], file: Path) -> None:
     """Load `state` into `model`; keys and shapes must be the same.
 
     Raises:
@@ -357,7 +355,7 @@ def _shared_keys(model: nn.Module) -> dict[str, list[str]]:
     return {key: keys for keys in by_tensor.values() if len(keys) > 1 for key in keys}
 
 
-def _from_hub(name: str, files: tuple[str, ...] = ("config.json", WEIGHTS)) -> Path:
+def fetch_from_hub(name: str, files: tuple[str, ...] = ("config.json", WEIGHTS)) -> Path:
     """Fetch config and weights of a hub id into Hugging Face's cache.
 
     Raises:
@@ -371,11 +369,11 @@ def _from_hub(name: str, files: tuple[str, ...] = ("config.json", WEIGHTS)) -> P
         return Path(snapshot_download(name, allow_patterns=list(files)))
     except Exception as error:  # huggingface_hub and its HTTP client raise kinds of their own
         raise CheckpointError(
-            f"{name} is no file or folder here, and could not be fetched from the hub: {_first_line(error)}"
+            f"{name} is no file or folder here, and could not be fetched from the hub: {first_line(error)}"
         ) from error
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     return str(error).strip().split("\n")[0]
 
 
@@ -389,119 +387,3 @@ def fingerprint(model: nn.Module) -> str:
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
-
-
-# ------------------------------------------------------------------------------------------------------------- bundles
-
-BUNDLE = "latent_verse/bundle"
-BIART_WEIGHTS = "biart.safetensors"
-TOKENIZER = "tokenizer/tokenizer_config.json"
-BUNDLE_FILES = ("config.json", f"vae/{WEIGHTS}", "vae/config.json", BIART_WEIGHTS, TOKENIZER)
-
-
-def save_bundle(directory: str | os.PathLike, vae: AugVAE, biart: BiART, tokenizer, info: dict[str, Any]) -> None:
-    """Write config.json, vae/, biart.safetensors and tokenizer/; each file appears whole or not at all.
-
-    config.json comes first and records the fingerprints, so that a folder whose writing was interrupted is found out
-    when it is read, and may be written again.
-
-    Raises:
-        CheckpointError: the folder holds something other than a bundle.
-    """
-    from safetensors.torch import save_file
-
-    directory = Path(directory)
-    if directory.exists() and not _may_become_bundle(directory):
-        raise CheckpointError(f"{directory} exists and is not a bundle; it is left alone. Name a new or empty folder.")
-    directory.mkdir(parents=True, exist_ok=True)
-    content = {
-        "format": BUNDLE,
-        "vae": as_plain(vae.config),
-        "biart": as_plain(biart.config),
-        "info": info,
-        "fingerprints": fingerprints(vae, biart, tokenizer),
-    }
-    write_whole(directory / "config.json", json.dumps(content, indent=2) + "\n")
-    save_augvae(vae, directory / "vae")
-    unfinished = directory / f".{BIART_WEIGHTS}.tmp"
-    save_file({key: tensor.contiguous() for key, tensor in biart.state_dict().items()}, unfinished)
-    os.replace(unfinished, directory / BIART_WEIGHTS)
-    (directory / "tokenizer").mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".tokenizer-", dir=directory) as folder:
-        tokenizer.save(folder)
-        for file in sorted(Path(folder).iterdir()):
-            os.replace(file, directory / "tokenizer" / file.name)
-
-
-def load_bundle(path: str | os.PathLike) -> tuple[AugVAE, BiART, Tokenizer, dict[str, Any], dict[str, str]]:
-    """(AugVAE, BiART, tokenizer, info, fingerprints) of a bundle folder or hub id. Evaluation mode, on the CPU.
-
-    Raises:
-        CheckpointError: the folder is absent, incomplete, damaged or of another kind; the file is named.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    folder = Path(path)
-    if folder.is_file():
-        raise CheckpointError(f"{path} is a file; a bundle is the folder that LVerse.save_pretrained writes.")
-    if not folder.exists():
-        folder = _from_hub(str(path), ("config.json", "vae/*", BIART_WEIGHTS, "tokenizer/*"))
-    content = _bundle_config(folder)
-    for name in BUNDLE_FILES:
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{folder} is an incomplete bundle: it holds no {name}. Copy or export it again.")
-    with torch.random.fork_rng(devices=[]):  # the weights that are made first and then replaced are drawn at random
-        vae = load_augvae(folder / "vae")
-    try:
-        tokenizer = load_tokenizer(folder / "tokenizer")
-        with torch.device("meta"):  # which for a large transformer would take a while
-            biart = BiART(BiARTConfig(**content["biart"]))
-        stored = load_file(folder / BIART_WEIGHTS)
-        info, recorded = dict(content["info"]), dict(content["fingerprints"])
-    except (KeyError, TypeError, ConfigError, TokenizerError, SafetensorError) as error:
-        raise CheckpointError(f"{folder} is a damaged bundle: {_first_line(error)}") from error
-    biart.to_empty(device="cpu").to(next(iter(stored.values()), torch.empty(0)).dtype)
-    _fill(biart, stored, folder / BIART_WEIGHTS)
-    found = fingerprints(vae, biart, tokenizer)
-    changed = [name for name in found if found[name] != recorded.get(name)]
-    if changed:
-        raise CheckpointError(
-            f"{folder} is a mixed or damaged bundle: {' and '.join(changed)} is not what config.json records. "
-            "Was its writing or copying interrupted? Export it again."
-        )
-    return vae, biart.eval(), tokenizer, info, recorded
-
-
-def fingerprints(vae: AugVAE, biart: BiART, tokenizer) -> dict[str, str]:
-    """16 hexadecimal digits for each part of a bundle."""
-    return {"vae": fingerprint(vae), "biart": fingerprint(biart), "tokenizer": tokenizer.fingerprint}
-
-
-def _may_become_bundle(path: Path) -> bool:
-    """Whether `save_bundle` may write here: an empty folder, or a bundle, whole or not."""
-    if not path.is_dir():
-        return False
-    if not any(path.iterdir()):
-        return True
-    try:
-        return json.loads((path / "config.json").read_text()).get("format") == BUNDLE
-    except (OSError, ValueError, AttributeError):
-        return False
-
-
-def _bundle_config(folder: Path) -> dict[str, Any]:
-    file = folder / "config.json"
-    if not file.is_file():
-        inside = sorted(str(c.parent) for c in folder.glob("*/config.json") if _may_become_bundle(c.parent))
-        hint = f" Did you mean {inside[0]}?" if inside else " LVerse.save_pretrained writes one."
-        raise CheckpointError(f"{folder} is no bundle: it holds no config.json.{hint}")
-    try:
-        content = json.loads(file.read_text())
-        found = content.get("format")
-    except (ValueError, AttributeError) as error:
-        raise CheckpointError(f"{file} is damaged: {_first_line(error)}") from error
-    if found != BUNDLE:
-        what = "an AugVAE, the first half of a bundle" if found == FORMAT else f"of format {found!r}"
-        raise CheckpointError(f"{folder} is {what}, not a bundle ({BUNDLE}) with AugVAE, BiART and tokenizer.")
-    return content

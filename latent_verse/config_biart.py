@@ -84,6 +84,9 @@ class PairDataConfig(ImageDataConfig):
 class BiARTOptimConfig:
     """Optimiser and schedule: a linear warm-up, then a cosine over the whole run."""
 
+    pretrained_path: Optional[str] = setting(
+        None, "BiART to start from: bundle, run folder, checkpoint or hub id; shape, tokenizer and AugVAE are its own"
+    )
     learning_rate: float = setting(3e-4, "full rate, used as it is given: not scaled by processes or batch_size")
     optimizer: str = setting("adamw", "adamw for everything, or muon for the blocks' matrices", ("adamw", "muon"))
     muon_learning_rate: Optional[float] = setting(
@@ -180,7 +183,7 @@ def check_train_biart(config: TrainBiARTConfig, given: dict[str, str]) -> None:
     check_pairs(config.data)
     if config.data.fake_data:
         limit_fake_data(config.trainer, {leaf for leaf, source in given.items() if source.startswith("--")})
-    elif not config.vae.vae_path:
+    elif not (config.vae.vae_path or config.optim.pretrained_path):
         raise ConfigError("vae_path is not given: name the AugVAE of train_vae.py, or try --fake_data.")
     _check_text(config.text)
     _check_optim(config.optim, config.trainer)
@@ -201,15 +204,18 @@ def check_train_biart(config: TrainBiARTConfig, given: dict[str, str]) -> None:
 def without_effect(config: TrainBiARTConfig, given: dict[str, str]) -> list[str]:
     """Flags that were given but change nothing, each with the reason, as `config.without_effect` names train_vae's."""
     dataset, trained = config.data.dataset, "the tokenizer is not trained: "
+    saved = config.trainer.resume or config.optim.pretrained_path
     why = (
         f"{trained}it comes from the checkpoint"
         if config.trainer.resume
+        else f"{trained}it comes from pretrained_path"
+        if config.optim.pretrained_path
         else f"{trained}it comes with the codes"
         if dataset == "codes"
         else f"{trained}it is {config.text.tokenizer}"
     )
     idle = {
-        "bpe_vocab_size": (config.trainer.resume or dataset == "codes" or config.text.tokenizer != "bpe", why),
+        "bpe_vocab_size": (saved or dataset == "codes" or config.text.tokenizer != "bpe", why),
         "resize_ratio": (dataset in ("codes", "shapes", "fake"), f"dataset {dataset} is not cropped"),
         "world": (dataset != "shapes", "the data is not shapes"),
         "val_size": (dataset not in ("shapes", "fake"), f"dataset {dataset} is validated on all its pairs"),

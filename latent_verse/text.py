@@ -14,9 +14,11 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import tempfile
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 VOCABULARY_FILE = "tokenizer.json"
 META_FILE = "tokenizer_config.json"
@@ -227,6 +229,22 @@ def load_tokenizer(name_or_dir: str | Path) -> ClipTokenizer | BPETokenizer:
             f"{meta.get('fingerprint')}. Restore {VOCABULARY_FILE} from the run that trained the model."
         )
     return tokenizer
+
+
+def pack_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
+    """A tokenizer as plain types, for checkpoints: its name, fingerprint and files."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save(folder)
+        files = {file.name: file.read_text(encoding="utf-8") for file in Path(folder).iterdir()}
+    return {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint, "files": files}
+
+
+def unpack_tokenizer(packed: dict[str, Any]) -> Tokenizer:
+    """Undo `pack_tokenizer`."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, text in packed["files"].items():
+            (Path(folder) / Path(name).name).write_text(text, encoding="utf-8")
+        return load_tokenizer(folder)
 
 
 def _load_bpe(path: Path) -> BPETokenizer:

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from latent_verse.biart.model import BiART
 from latent_verse.biart.sampling import beam_search, log_likelihood
-from latent_verse.checkpoint import BUNDLE_FILES, CheckpointError, fingerprint
+from latent_verse.bundle import BUNDLE_FILES
+from latent_verse.checkpoint import CheckpointError, fingerprint
 from latent_verse.config import BiARTConfig, ConfigError
 from latent_verse.data import DataError
 from latent_verse.data.transforms import centre_crop, to_unit_range

@@ -79,6 +79,7 @@ def project(tmp_path, monkeypatch):
             write_pictures(Path(name, split), count)
         for image in Path("data", split).glob("*/*.png"):
             image.with_suffix(".txt").write_text(f"a thing of {image.parent.name}\nnumber {image.stem}\n")
+    shutil.copytree("data", "more")
     write_pictures(Path("data/classes"), 4)
     shutil.copy("photos/val/class0/000.png", "photo.png")
     for folder, numbers in (("shards", range(10)), ("shards/val", range(1))):

@@ -213,6 +213,101 @@ def test_a_checkpoint_of_another_shape_is_refused_and_one_of_another_dropout_is_
     assert train_biart.main([*resume, "--resid_pdrop", "0.2"]) == 0
 
 
+def weights_of(bundle: Path) -> dict[str, torch.Tensor]:
+    return LVerse.from_pretrained(bundle).biart.state_dict()
+
+
+def record_first_weights(monkeypatch) -> dict[str, torch.Tensor]:
+    """Filled with the transformer's weights when training begins."""
+    seen = {}
+
+    def copy(self):
+        seen.update({key: tensor.clone() for key, tensor in self.model.state_dict().items()})
+
+    monkeypatch.setattr(LitBiART, "on_fit_start", copy)
+    return seen
+
+
+@pytest.mark.parametrize("source", ["bundle", "", "checkpoints"])
+def test_a_run_starts_from_the_weights_of_another(world, tmp_path, monkeypatch, source):
+    """Of a bundle, run folder or file: shape, tokenizer and AugVAE come with them, and other data may follow."""
+    assert train_biart.main([*world, "--epochs", "1", "--name", "first"]) == 0
+    first = tmp_path / "runs/first"
+    place = next((first / source).glob("best-*")) if source == "checkpoints" else first / source
+    for file in (tmp_path / "train").glob("*.txt"):
+        file.write_text("something else")
+    none = "--num_workers 0 --gpus 0 --logger csv --refresh_rate 0 --num_samples 2 --batch_size 4 --epochs 1".split()
+    data = ["--train_dir", str(tmp_path / "train"), "--log_dir", str(tmp_path / "runs")]
+    start = [*none, *data, "--pretrained_path", str(place)]
+    seen = record_first_weights(monkeypatch)
+    assert train_biart.main([*start, "--name", "second", "--learning_rate", "1e-30", "--weight_decay", "0"]) == 0
+    before, after = weights_of(first / "bundle"), weights_of(tmp_path / "runs/second/bundle")
+    for key, tensor in before.items():
+        assert torch.equal(seen[key], tensor) and torch.equal(after[key], tensor), key
+    bundles = [LVerse.from_pretrained(run / "bundle") for run in (first, tmp_path / "runs/second")]
+    assert bundles[0].tokenizer.fingerprint == bundles[1].tokenizer.fingerprint
+    assert bundles[0].fingerprints["vae"] == bundles[1].fingerprints["vae"]
+
+
+def test_averaged_weights_are_what_another_run_starts_from(world, tmp_path, monkeypatch):
+    world += ["--epochs", "1"]
+    assert train_biart.main([*world, "--name", "first", "--ema_decay", "0.9", "--learning_rate", "1e-2"]) == 0
+    seen = record_first_weights(monkeypatch)
+    first = tmp_path / "runs/first"
+    assert train_biart.main([*world, "--name", "second", "--pretrained_path", str(first)]) == 0
+    assert all(torch.equal(seen[key], tensor) for key, tensor in weights_of(first / "bundle").items())
+
+
+def test_a_run_from_weights_continues_its_own(world, tmp_path, monkeypatch, capsys):
+    assert train_biart.main([*world, "--epochs", "1", "--name", "first"]) == 0
+    start = [*world, "--name", "second", "--backup", "--pretrained_path", str(tmp_path / "runs/first/bundle")]
+    assert train_biart.main([*start, "--epochs", "1"]) == 0
+    capsys.readouterr()
+    losses = record_losses(monkeypatch)
+    assert train_biart.main([*start, "--epochs", "2"]) == 0
+    assert "Continuing from" in capsys.readouterr().out and len(losses) == 3
+
+
+def test_what_contradicts_the_weights_to_start_from_is_refused(world, tmp_path, tiny_augvae, capsys):
+    assert train_biart.main([*world, "--epochs", "1", "--name", "first"]) == 0
+    start = [*world, "--epochs", "1", "--name", "second", "--pretrained_path", str(tmp_path / "runs/first/bundle")]
+    tiny_augvae(seed=5, single_level=4).save_pretrained(tmp_path / "other_vae")
+    (tmp_path / "empty").mkdir()
+    capsys.readouterr()
+    for flags, messages in (
+        (
+            ["--n_layer", "2", "--text_len", "9"],
+            ["is another BiART", "n_layer: 2 in the settings, 1 there", "text_len"],
+        ),
+        (["--preset", "12x768"], None),  # n_* of `world` are the same
+        (["--tokenizer", "clip"], ["tokenizer: clip in the settings, bpe there"]),
+        (["--vae_path", str(tmp_path / "other_vae")], ["vae_path is the AugVAE", "runs/first/bundle was trained with"]),
+        (["--pretrained_path", str(tmp_path / "vae")], ["is an AugVAE, the first half of a bundle"]),
+        (["--pretrained_path", str(tmp_path / "empty")], ["is no bundle: it holds no config.json"]),
+        (["--pretrained_path", str(tmp_path / "none.ckpt")], ["none.ckpt does not exist"]),
+    ):
+        assert train_biart.main([*start, *flags, "--max_steps", "1"]) == (2 if messages else 0), flags
+        error = capsys.readouterr().err
+        assert all(message in error for message in messages or []), (flags, error)
+
+
+def test_codes_for_a_run_from_weights_have_its_tokenizer(world, tmp_path):
+    assert train_biart.main([*world, "--epochs", "1", "--name", "first"]) == 0
+    for file in (tmp_path / "train").glob("*.txt"):
+        file.write_text("quite other words")
+    start = [*world, "--epochs", "1", "--pretrained_path", str(tmp_path / "runs/first/bundle")]
+    assert train_biart.main([*start, "--extract_codes", str(tmp_path / "codes")]) == 0
+    codes = [
+        "--dataset",
+        "codes",
+        "--train_dir",
+        str(tmp_path / "codes/train"),
+        "--val_dir",
+        str(tmp_path / "codes/val"),
+    ]
+    assert train_biart.main([*start, *codes, "--name", "second"]) == 0
+
+
 def test_what_is_not_read_is_said(world, tmp_path, capsys):
     assert train_biart.main([*world, "--extract_codes", str(tmp_path / "codes"), "--max_steps", "1"]) == 0
     codes = [
