@@ -31,7 +31,7 @@ SMALL_BIART = (
     "--precision 32 --limit_train_batches 2 --limit_val_batches 1"
 ).split()
 ADDED = {
-    "train_vae.py": [*SMALL, "--loss_type", "mse", "--precision", "32"],
+    "train_vae.py": [*SMALL, "--loss_type", "mse", "--precision", "32", "--limit_train_batches", "2"],
     "eval_vae.py": ["--num_workers", "0", "--gpus", "0"],
     "train_biart.py": SMALL_BIART,
     "eval_biart.py": [],
