@@ -456,7 +456,7 @@ def without_effect(config: TrainVAEConfig, given: dict[str, str]) -> list[str]:
 
 
 def idle_flags(config, given: dict[str, str], more: dict[str, tuple[bool, str]]) -> list[str]:
-    """ "flag: reason" for the flags given that have no effect: those of every training, and {flag: (idle?, reason)}."""
+    """Flags given without effect, as `flag: reason`: those of every training, and `more`, {flag: (idle?, reason)}."""
     t = config.trainer
     idle = {
         "backup_steps": (not t.backup, "backup is off"),

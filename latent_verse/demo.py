@@ -166,6 +166,10 @@ class Record:
                     "Delete that folder, or give another --out."
                 )
 
+    def finished(self, stage: Stage) -> bool:
+        """Whether a stage has run to its end, and its output is still there."""
+        return self.stages.get(stage.name, {}).get("finished", False) and is_done(stage, self.file.parent)
+
     def add(self, stage: Stage, seconds: float, finished: bool) -> None:
         """Say that a stage has run for so many seconds more; one that had finished is being made anew."""
         known = self.stages.get(stage.name, {"finished": True})
@@ -258,12 +262,12 @@ def run(s: DemoSettings) -> Path:
     with only_one(out) as lock:
         record = Record(out / "stages.json")
         record.check_same(stages)
-        finished = [record.stages.get(g.name, {}).get("finished", False) and is_done(g, out) for g in stages]
-        first = finished.index(False) if False in finished else len(stages)  # what follows it rests on it
-        for stage in (g for g, done in zip(stages[first:], finished[first:], strict=True) if done and not g.again):
+        first = next((i for i, stage in enumerate(stages) if not record.finished(stage)), len(stages))
+        stale = [stage for stage in stages[first:] if record.finished(stage) and not stage.again]
+        if stale:
             raise ConfigError(
-                f"{out} lacks the output of its stage {stages[first].title}, though {stage.title}, which rests on it, "
-                "is there. Delete that folder, or give another --out."
+                f"{out} lacks the output of its stage {stages[first].title}, though {stale[0].title}, which rests on "
+                "it, is there. Delete that folder, or give another --out."
             )
         for number, stage in enumerate(stages, start=1):
             title = f"[{number}/{len(stages)}] {stage.title}"

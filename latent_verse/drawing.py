@@ -47,8 +47,7 @@ class Drawing:
             check_settings(temperature, top_k, top_p, guidance, num_classes, self.null_trained)
         except ValueError as error:
             raise ConfigError(str(error)) from None
-        name = "num_images" if modality == "image" else "num_captions"
-        name = f"{name} (generate.py: num)"
+        name = f"{'num_images' if modality == 'image' else 'num_captions'} (generate.py: num)"
         if draws < 1:
             raise ConfigError(f"{name} is {draws}; it must be at least 1.")
         if rerank < 0:

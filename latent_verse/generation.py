@@ -79,7 +79,7 @@ def draw(model: LVerse, config: GenerateConfig, folder: Path) -> None:
 def complete(model: LVerse, config: GenerateConfig, folder: Path) -> None:
     """Pictures whose top was given: one PNG each, grid.png (the given picture first) and pictures.jsonl."""
     resolution = model.vae.config.resolution
-    given = dict(_readable(find_pictures([config.what.complete]), resolution))
+    given = dict(_some_readable(find_pictures([config.what.complete]), resolution))
     texts = read_texts(config)
     text = texts[0] if len(texts) == 1 else texts or None
     pictures = model.complete(
@@ -98,7 +98,7 @@ def caption(model: LVerse, config: GenerateConfig, folder: Path) -> None:
     sampling = _sampling(config) | {"beams": config.draw.beams}
     lines = []
     for start in range(0, len(files), GROUP):
-        group = _readable(files[start : start + GROUP], model.vae.config.resolution, none_is_fine=True)
+        group = _readable(files[start : start + GROUP], model.vae.config.resolution)
         if not group:
             continue
         captions = model.image_to_text([image for _, image in group], config.draw.num, **sampling)
@@ -115,7 +115,7 @@ def caption(model: LVerse, config: GenerateConfig, folder: Path) -> None:
 def print_scores(model: LVerse, config: GenerateConfig) -> None:
     """A table of log-likelihoods, every picture with every text."""
     name, *texts = config.what.score
-    images = _readable(find_pictures([name]), model.vae.config.resolution)
+    images = _some_readable(find_pictures([name]), model.vae.config.resolution)
     tensors = [image for _, image in images]
     of_text, of_image = (model.score(tensors, texts, given=given).tolist() for given in ("image", "text"))
     width = max(len("picture"), *(len(name) for name, _ in images))
@@ -165,12 +165,8 @@ def find_pictures(names: list[str] | tuple[str, ...]) -> list[tuple[str, bool]]:
     return found
 
 
-def _readable(files: list[tuple[str, bool]], resolution: int, none_is_fine: bool = False) -> list[tuple[str, Tensor]]:
-    """The pictures as tensors. An unreadable one of a folder is reported and left out.
-
-    Raises:
-        DataError: it was named itself, or none can be read, unless `none_is_fine`.
-    """
+def _readable(files: list[tuple[str, bool]], resolution: int) -> list[tuple[str, Tensor]]:
+    """The pictures as tensors. An unreadable one of a folder is reported and left out; DataError if it was named."""
     out = []
     for file, named in files:
         try:
@@ -179,7 +175,13 @@ def _readable(files: list[tuple[str, bool]], resolution: int, none_is_fine: bool
             if named:
                 raise
             print(f"left out: {error}", file=sys.stderr)
-    if not out and not none_is_fine:
+    return out
+
+
+def _some_readable(files: list[tuple[str, bool]], resolution: int) -> list[tuple[str, Tensor]]:
+    """The same; DataError where none is left."""
+    out = _readable(files, resolution)
+    if not out:
         raise _none_readable(files)
     return out
 

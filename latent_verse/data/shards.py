@@ -53,7 +53,6 @@ log = logging.getLogger(__name__)
 
 IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")
 TARS = (".tar", ".tgz", ".tar.gz")
-DECODE_REMEDY = "Were the shards written with image bytes under jpg, jpeg, png or webp?"
 SKIP_SLOTS = 1 << 16  # broken samples are told apart by a hash of their name: a stream has no index
 
 
@@ -271,7 +270,7 @@ class TrainShards(IterableDataset):
                 sample = self.decode(ahead[step])
             except UnreadableImage as error:
                 _note_unreadable(self.skipped, ahead[step], error)
-                remedies[getattr(error, "remedy", None) or DECODE_REMEDY] += 1
+                remedies[error.remedy] += 1
                 continue
             ahead.popleft()
             return sample

@@ -28,6 +28,8 @@ from latent_verse.data import DataError
 class UnreadableImage(DataError):
     """These bytes are no readable picture (corrupt, truncated, a decompression bomb, an unknown format)."""
 
+    remedy = "Were the shards written with image bytes under jpg, jpeg, png or webp?"  # where many do so in a row
+
 
 # EXIF orientation -> what turns a CHW tensor upright. 1 is upright already.
 _UPRIGHT: dict[int, Callable[[Tensor], Tensor]] = {
