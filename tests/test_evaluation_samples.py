@@ -229,6 +229,17 @@ def test_names_and_ids(tmp_path):
     (folder / "000000000007.png").rename(folder / "other.png")
     (folder / "000000000007.txt").rename(folder / "other.txt")
     assert "other.png" in pairs_of(folder).image_ids()
+    images = [{"id": 70 + i, "file_name": name.name} for i, name in enumerate(sorted(folder.glob("*.png")))]
+    captions = [{"image_id": image["id"], "caption": "a circle"} for image in images]
+    (tmp_path / "own.json").write_text(json.dumps({"images": images, "annotations": captions}))
+    own = EvalDataConfig(dataset="coco", test_dir=str(folder), test_captions=str(tmp_path / "own.json"))
+    assert Pairs(own, 32, 0).image_ids() == [70, 71, 72]
+    karpathy = [
+        {"filename": i["file_name"], "cocoid": i["id"], "split": "test", "sentences": [{"raw": "a"}]} for i in images
+    ]
+    (tmp_path / "karpathy.json").write_text(json.dumps({"images": karpathy}))
+    own.dataset, own.test_captions = "karpathy", str(tmp_path / "karpathy.json")
+    assert Pairs(own, 32, 0).image_ids() == [70, 71, 72]
     shapes = Pairs(EvalDataConfig(dataset="shapes", test_size=4), 32, 0)
     assert shapes.image_ids() == [0, 1, 2, 3] and shapes.made_up
     assert shapes.captions(2) and shapes.scene(2) and shapes.picture(2).shape == (3, 32, 32)

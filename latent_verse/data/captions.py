@@ -95,6 +95,9 @@ class PairDataset(MapImages):
     resolution, train, resize_ratio, seed, as_uint8: as in images.py. `key` is the name of the setting that error
     messages should mention. Unreadable images are handled as there: in training the next readable pair stands in (with
     its own caption), in evaluation the item is None.
+
+    Attributes:
+        ids: image file -> its id, where the captions file gives ids; for evaluation only, empty in training.
     """
 
     def __init__(
@@ -108,6 +111,7 @@ class PairDataset(MapImages):
     ):
         super().__init__(resolution, train, resize_ratio, seed, as_uint8)
         self.key = key
+        self.ids: dict[str, int | str] = {}
 
     def _hold(self, source: str, pairs: list[Pair], left_out: dict[str, list[str]], remedy: str) -> None:
         """Keep the pairs. `left_out`: what was passed over -> its names; DataError with `remedy` if nothing is left."""
@@ -230,15 +234,20 @@ class CocoCaptions(PairDataset):
                 captions[annotation["image_id"]].append(annotation["caption"])
             else:
                 lonely.append(f"image_id {annotation['image_id']}")
-        pairs = ((os.path.join(image_dir, name), captions[i]) for i, name in names.items())
+        files = {i: os.path.join(image_dir, name) for i, name in names.items()}
+        if not self.train:
+            self.ids = {file: i for i, file in files.items()}
+        pairs = ((file, captions[i]) for i, file in files.items())
         self._hold(
             path, *sorted_out(pairs, path, {"captions without an image": lonely}), f"Are the images below {image_dir}?"
         )
 
 
 class KarpathyCaptions(PairDataset):
-    """Karpathy's dataset_coco.json: {"images": [{filename, filepath, split, sentences: [{raw}]}]}; image paths are
-    image_dir/filepath/filename. `split` may join several with +, such as train+restval, the usual training set.
+    """Karpathy's dataset_coco.json: {"images": [{filename, filepath, cocoid, split, sentences: [{raw}]}]}.
+
+    Image paths are image_dir/filepath/filename; filepath and cocoid may be left out. `split` may join several with +,
+    such as train+restval, the usual training set.
     """
 
     def __init__(
@@ -259,12 +268,12 @@ class KarpathyCaptions(PairDataset):
                 known = ", ".join(f"{s} ({n})" for s, n in splits.items()) or "none at all"
                 raise DataError(f"{self.key}: {path} has no split {name!r}; its splits are {known}.")
         chosen = [image for image in images if image["split"] in split.split("+")]
+        files = [os.path.join(image_dir, image.get("filepath", ""), image["filename"]) for image in chosen]
+        if not self.train and all("cocoid" in image for image in chosen):
+            self.ids = {file: image["cocoid"] for file, image in zip(files, chosen, strict=True)}
         pairs = (
-            (
-                os.path.join(image_dir, image.get("filepath", ""), image["filename"]),
-                [sentence.get("raw", "") for sentence in image["sentences"]],
-            )
-            for image in chosen
+            (file, [sentence.get("raw", "") for sentence in image["sentences"]])
+            for file, image in zip(files, chosen, strict=True)
         )
         self._hold(f"{path} ({split})", *sorted_out(pairs, path), f"Are the images below {image_dir}?")
 

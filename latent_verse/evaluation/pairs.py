@@ -42,6 +42,7 @@ class Pairs:
 
     Attributes:
         names: of each picture: its file's name, with the folders that tell it from others; a number where made up.
+        ids: of each picture, in the captions file; empty where that gives none.
         made_up: whether there are no files.
         unreadable: numbers of pictures that could not be read; complete once all have been asked for.
 
@@ -56,6 +57,8 @@ class Pairs:
             self.world = self.dataset.world
         paths = [self.dataset.image_path(i) for i in range(len(self.dataset))]
         self.made_up = made = any(path is None for path in paths)
+        known = getattr(self.dataset, "ids", {})
+        self.ids = [known[path] for path in paths] if known else []
         root = None if made else os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
         self.names = [str(i) if made else os.path.relpath(os.path.abspath(path), root) for i, path in enumerate(paths)]
         self.source = self.dataset.describe()["source"]
@@ -86,7 +89,9 @@ class Pairs:
         return self.dataset.scene(i)
 
     def image_ids(self) -> list[int | str]:
-        """COCO's ids where the files are named after them; else the running numbers of made-up ones, or the names."""
+        """The captions file's ids, or those that COCO's file names hold; else numbers of made-up ones, or the names."""
+        if self.ids:
+            return self.ids
         stems = [os.path.splitext(os.path.basename(name))[0] for name in self.names]
         matches = [COCO_NAME.search(stem) for stem in stems]
         if all(matches):
