@@ -48,11 +48,11 @@ def run(config: TrainBiARTConfig, given: dict[str, str]) -> int:
         t = config.trainer
         if config.bundle.export:
             return biart_run.export_by_command(config)
-        ease_smoke_test(config, given)
         pretrained = take_over(config, given)
         vae = biart_run.frozen_vae(config, pretrained)
         if config.codes.extract_codes:
             return biart_run.extract_codes(config, vae, choose_devices(t)[0], pretrained)
+        ease_smoke_test(config, given)
         yaml_file = next((s for s in given.values() if not s.startswith("--")), None)
         name = default_name(t, yaml_file, "biart", config.data.fake_data)
         run = open_run(t.log_dir, name, t.backup, t.backup_dir, as_plain(config))
@@ -60,6 +60,7 @@ def run(config: TrainBiARTConfig, given: dict[str, str]) -> int:
         pl.seed_everything(t.seed, verbose=False)
         data, tokenizer, about = biart_run.open_data(config, vae, start_from, pretrained)
         model = biart_run.new_biart(config, vae, tokenizer, start_from, pretrained)
+        del pretrained  # its weights would stay in memory as long as the run lasts
         trainer = make_trainer(t, run, config, to_yaml(config), data.has_val)
         folder = next(c for c in trainer.callbacks if isinstance(c, RunFolder))
         trainer.callbacks.insert(1, TextImageSamples(folder, config.sampling, tokenizer))

@@ -41,7 +41,7 @@ FAKE_VAE = AugVAEConfig(
 
 
 def frozen_vae(config: TrainBiARTConfig, pretrained: Pretrained | None = None) -> AugVAE:
-    """The AugVAE of vae_path, in evaluation mode; for fake data a random one, where that does not exist.
+    """The AugVAE of vae_path, in evaluation mode; without that `pretrained`'s, or for fake data a random one.
 
     Args:
         pretrained: the BiART to start from, which has to have been trained with it.
@@ -51,20 +51,23 @@ def frozen_vae(config: TrainBiARTConfig, pretrained: Pretrained | None = None) -
         ConfigError: img_size is not what it takes.
     """
     path = config.vae.vae_path
-    if config.data.fake_data and (path is None or not Path(path).exists()):
+    if pretrained is not None and path is None:
+        vae, path = pretrained.augvae(), pretrained.where
+    elif config.data.fake_data and (path is None or not Path(path).exists()):
         if path is not None:
             say(f"vae_path {path} does not exist: a random AugVAE of 32 px stands in for this smoke test.")
             config.vae.vae_path = config.data.img_size = None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.trainer.seed)
-            return AugVAE(FAKE_VAE).eval()
-    vae = load_augvae(path)
+            vae = AugVAE(FAKE_VAE).eval()
+    else:
+        vae = load_augvae(path)
     if config.data.img_size not in (None, vae.config.resolution):
         raise ConfigError(
             f"img_size: {config.data.img_size}, but {path} takes pictures of {vae.config.resolution} px. Leave it out."
         )
     if pretrained is not None:
-        _check_vae(fingerprint(vae), pretrained.vae, pretrained.vae_path, pretrained.where)
+        _check_vae(fingerprint(vae), pretrained.vae_fingerprint, pretrained.vae_path, pretrained.where)
     return vae
 
 
@@ -89,7 +92,7 @@ def open_data(
     data.setup("fit")
     tokenizer = choose_tokenizer(config, data, start_from, pretrained)
     about = {
-        "vae": {"path": config.vae.vae_path, "fingerprint": fingerprint(vae)},
+        "vae": {"path": config.vae.vae_path or (pretrained and pretrained.vae_path), "fingerprint": fingerprint(vae)},
         "tokenizer": pack_tokenizer(tokenizer),
     }
     for split in ("train", "val"):
@@ -155,10 +158,10 @@ def new_biart(
 
     Args:
         start_from: the checkpoint that the run continues from.
-        pretrained: the BiART whose weights it begins with; random ones without it.
+        pretrained: the BiART whose weights it begins with, where it does not continue; random ones without it.
 
     Raises:
-        CheckpointError: that is of a transformer of another shape.
+        CheckpointError: start_from is of a transformer of another shape.
         ConfigError: its width is no multiple of its heads, top_k exceeds the codebook.
     """
     m = config.model
@@ -179,7 +182,7 @@ def new_biart(
     if start_from:
         check_resumable(start_from, "biart", whole)
     model = BiART(whole)
-    if pretrained is not None:
+    if pretrained is not None and not start_from:
         model.load_state_dict(pretrained.biart.state_dict())
     return model
 
@@ -278,19 +281,14 @@ def export_bundle(
     """Make a bundle of a checkpoint or run folder (its best one). Returns the checkpoint's path.
 
     Args:
-        vae: AugVAE, where it is at hand; else that of `vae_path`, else that of the path in the checkpoint.
+        vae: AugVAE, where it is at hand; else that of `vae_path`, else that of `Pretrained.augvae`.
 
     Raises:
         CheckpointError: a file is absent, damaged or of another kind, or AugVAE is not the one it was trained with.
     """
     trained = load_checkpoint(find_checkpoint(Path(ckpt_path)))
     if vae is None:
-        path = vae_path or trained.vae_path
-        if path is None:
-            raise CheckpointError(
-                f"{trained.where} is a smoke test with a random AugVAE, which is not kept: nothing to export."
-            )
-        vae = load_augvae(path)
-    _check_vae(fingerprint(vae), trained.vae, trained.vae_path, trained.where)
+        vae = load_augvae(vae_path) if vae_path else trained.augvae()
+    _check_vae(fingerprint(vae), trained.vae_fingerprint, trained.vae_path, trained.where)
     LVerse(vae.cpu(), trained.biart, trained.tokenizer, trained.info).save_pretrained(folder)
     return trained.where

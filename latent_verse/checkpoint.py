@@ -1,4 +1,4 @@
-"""The only reader of checkpoint files: this project's Lightning files, released ones, and safetensors folders.
+"""The only reader of .ckpt files, this project's and released ones; and AugVAE's folders of safetensors.
 
 Files are read with `weights_only=True`: nothing in them can run code. The one class allowed beyond tensors and plain
 types is argparse.Namespace, which released files hold their settings in.
@@ -285,7 +285,12 @@ def starting_point(states: list[Path], ckpt_path: str | None, kind: str, model=N
         place = Path(ckpt_path)
         folders = [place / "backups", place / "checkpoints", place]
         given = newest(f for d in folders for f in d.glob("*.ckpt")) if place.is_dir() else place
-        given_step = check_resumable(given or place, kind, model)
+        if given is None:
+            raise CheckpointError(
+                f"ckpt_path: the folder {place} holds no .ckpt to continue from. To start from the weights of a bundle "
+                "or of save_pretrained, give it as --pretrained_path."
+            )
+        given_step = check_resumable(given, kind, model)
     problem = None
     for own in states:
         try:

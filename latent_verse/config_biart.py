@@ -85,7 +85,7 @@ class BiARTOptimConfig:
     """Optimiser and schedule: a linear warm-up, then a cosine over the whole run."""
 
     pretrained_path: Optional[str] = setting(
-        None, "BiART to start from: bundle, run folder, checkpoint or hub id; shape, tokenizer and AugVAE are its own"
+        None, "BiART to start from: bundle, run folder, checkpoint or hub id; shape, tokenizer and AugVAE come with it"
     )
     learning_rate: float = setting(3e-4, "full rate, used as it is given: not scaled by processes or batch_size")
     optimizer: str = setting("adamw", "adamw for everything, or muon for the blocks' matrices", ("adamw", "muon"))
@@ -177,6 +177,8 @@ def check_train_biart(config: TrainBiARTConfig, given: dict[str, str]) -> None:
         given: where each given setting came from, as `cli.parse` says it.
     """
     check_trainer(config.trainer)
+    if config.optim.pretrained_path and config.trainer.resume:
+        raise ConfigError("pretrained_path begins a run and resume continues one: give one of them.")
     if config.bundle.export:
         _check_export(config)
         return

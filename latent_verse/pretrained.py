@@ -7,24 +7,53 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from latent_verse.augvae.model import AugVAE
 from latent_verse.biart.model import PRESETS, BiART
 from latent_verse.bundle import find_bundle, load_bundle
-from latent_verse.checkpoint import CheckpointError, fill, find_checkpoint, read_ckpt
+from latent_verse.checkpoint import CheckpointError, fill, find_checkpoint, load_augvae, read_ckpt
 from latent_verse.config import BiARTConfig, ConfigError
 from latent_verse.config_biart import TrainBiARTConfig
-from latent_verse.text import Tokenizer, unpack_tokenizer
+from latent_verse.text import Tokenizer, TokenizerError, unpack_tokenizer
 
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A trained BiART and what it was trained with."""
+    """A trained BiART and what it was trained with.
 
-    where: Path  # the checkpoint or bundle
-    biart: BiART  # evaluation mode, on the CPU; averaged weights, where the run kept them
+    Attributes:
+        where: the checkpoint or bundle.
+        biart: evaluation mode, float32, on the CPU; the averaged weights, where the run kept them.
+        vae_fingerprint, vae_path: of its AugVAE: which, and where that lies or lay; None is a smoke test's random one.
+        info: see `pipeline.LVerse`.
+        bundled: the AugVAE of a bundle.
+    """
+
+    where: Path
+    biart: BiART
     tokenizer: Tokenizer
-    vae: str  # AugVAE's fingerprint
-    vae_path: str | None  # where that lies or lay; None is a random one, for fake data
-    info: dict[str, Any]  # see `pipeline.LVerse.info`
+    vae_fingerprint: str
+    vae_path: str | None
+    info: dict[str, Any]
+    bundled: AugVAE | None = None
+
+    def augvae(self) -> AugVAE:
+        """Its AugVAE: of the bundle, of where it lay, or of the bundle that its run has written since.
+
+        Raises:
+            CheckpointError: it is at none of these places, or damaged.
+        """
+        if self.bundled is not None:
+            return self.bundled
+        beside = self.where.absolute().parents[1] / "bundle" / "vae"
+        if beside.is_dir() and not (self.vae_path and Path(self.vae_path).exists()):
+            return load_augvae(beside)
+        remedy = "Name it with --vae_path, or give the bundle that its run has written."
+        if self.vae_path is None:
+            raise CheckpointError(f"{self.where} is a smoke test's, with a random AugVAE that is not kept. {remedy}")
+        try:
+            return load_augvae(self.vae_path)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.where} was trained with an AugVAE that is gone: {error} {remedy}") from error
 
 
 def load_pretrained(path: str | os.PathLike) -> Pretrained:
@@ -37,11 +66,11 @@ def load_pretrained(path: str | os.PathLike) -> Pretrained:
         CheckpointError: absent, damaged or of another kind; the file is named.
     """
     file = find_checkpoint(Path(path))
-    if file.suffix == ".ckpt":
+    if file.is_file() or file.suffix == ".ckpt":
         return load_checkpoint(file)
     folder = find_bundle(path)
-    _, biart, tokenizer, info, prints = load_bundle(folder)
-    return Pretrained(folder, biart.float(), tokenizer, prints["vae"], str(folder / "vae"), info)
+    vae, biart, tokenizer, info, prints = load_bundle(folder)
+    return Pretrained(folder, biart.float(), tokenizer, prints["vae"], str(folder / "vae"), info, vae)
 
 
 def load_checkpoint(file: Path) -> Pretrained:
@@ -54,19 +83,23 @@ def load_checkpoint(file: Path) -> Pretrained:
     about = content.get("latent_verse", {})
     if about.get("kind") != "biart":
         raise CheckpointError(f"{file} is not a checkpoint of train_biart.py.")
-    biart, run = BiART(BiARTConfig(**about["model"])), about["run"]
-    prefix = "ema." if run["optim"]["ema_decay"] else "model."
+    try:
+        biart, run, vae = BiART(BiARTConfig(**about["model"])), about["run"], about["vae"]
+        prefix = "ema." if run["optim"]["ema_decay"] else "model."
+        info = {"reference_dropout": run["loss"]["reference_dropout"], "text_too_long": run["text"]["text_too_long"]}
+        tokenizer, print_, path = unpack_tokenizer(about["tokenizer"]), vae["fingerprint"], vae["path"]
+    except (KeyError, TypeError, ConfigError, TokenizerError) as error:
+        raise CheckpointError(f"{file} does not say what this version needs to read it: {error}") from error
     fill(biart, {k.removeprefix(prefix): v for k, v in content["state_dict"].items() if k.startswith(prefix)}, file)
-    info = {"reference_dropout": run["loss"]["reference_dropout"], "text_too_long": run["text"]["text_too_long"]}
-    vae, tokenizer = about["vae"], unpack_tokenizer(about["tokenizer"])
-    return Pretrained(file, biart.eval(), tokenizer, vae["fingerprint"], vae["path"], info)
+    return Pretrained(file, biart.eval(), tokenizer, print_, path, info)
 
 
 def take_over(config: TrainBiARTConfig, given: dict[str, str]) -> Pretrained | None:
-    """What pretrained_path names, None without it. Its shape, tokenizer and AugVAE become the run's settings.
+    """What pretrained_path names, None without it. Its shape and tokenizer become the run's settings, and its AugVAE is
+    the run's, where no flag names another place of it.
 
     Args:
-        given: settings that were given: those that contradict it are refused, defaults yield.
+        given: settings that were given: those that contradict its shape or tokenizer are refused, defaults yield.
 
     Raises:
         CheckpointError: see `load_pretrained`.
@@ -79,15 +112,22 @@ def take_over(config: TrainBiARTConfig, given: dict[str, str]) -> Pretrained | N
     m, t = config.model, config.text
     there = pretrained.biart.config
     shape = {name: getattr(there, name) for name in (*PRESETS[m.preset], "pos_by_modality")}
-    asked = PRESETS[m.preset] if "preset" in given else {}
-    asked = asked | {name: getattr(m, name) for name in shape if name in given and getattr(m, name) is not None}
-    asked |= {name: getattr(t, name) for name in ("text_len", "tokenizer") if name in given}
     found = shape | {"text_len": there.text_len, "tokenizer": pretrained.tokenizer.name}
-    differ = [f"{k}: {asked[k]} in the settings, {found[k]} there" for k in sorted(asked) if asked[k] != found[k]]
+    asked = {k: (v, f" (preset {m.preset})") for k, v in PRESETS[m.preset].items() if "preset" in given}
+    for name in found:
+        value = getattr(m if name in shape else t, name)
+        if name in given and value is not None:
+            asked[name] = (value, "")
+    differ = [
+        f"{name}: {value} in the settings{by}, {found[name]} there"
+        for name, (value, by) in sorted(asked.items())
+        if value != found[name]
+    ]
     if differ:
         raise ConfigError(f"pretrained_path {path} is another BiART:\n  " + "\n  ".join(differ))
     for name, value in shape.items():
         setattr(m, name, value)
     t.text_len, t.tokenizer = found["text_len"], found["tokenizer"]
-    config.vae.vae_path = config.vae.vae_path or pretrained.vae_path
+    if not given.get("vae_path", "").startswith("--"):
+        config.vae.vae_path = None
     return pretrained

@@ -66,7 +66,8 @@ def ease_smoke_test(config, given: dict[str, str]) -> None:
     """
     if not config.data.fake_data or torch.cuda.is_available():
         return
-    if hasattr(config.model, "preset") and not given.keys() & {"preset", "n_layer", "n_head", "n_embd"}:
+    shapes = {"preset", "n_layer", "n_head", "n_embd", "pretrained_path"}
+    if hasattr(config.model, "preset") and not given.keys() & shapes:
         rank_zero_info(f"Smoke test on a CPU: preset tiny in place of {config.model.preset} (or --preset NAME).")
         config.model.preset = "tiny"
     flagged = given.get("batch_size", "").startswith("--")
@@ -134,25 +135,28 @@ def announce(t: TrainerConfig, run: Run, start_from: Path | None, idle: list[str
 
 def fit(trainer: pl.Trainer, t: TrainerConfig, run: Run, module: pl.LightningModule, data, start_from) -> bool:
     """Train to the end; False where the run was interrupted, and saved. Says so, and where nothing was left to do."""
+    failed = True
     try:
         trainer.fit(module, datamodule=data, ckpt_path=start_from, weights_only=True)
+        failed = False
     except Interrupted as stopped:
-        close_wandb(t)
+        failed = False
         again = "the same command continues there" if t.backup else "continue with --resume --ckpt_path and that file"
         say(f"{stopped}; {again}.")
         return False
-    close_wandb(t)
+    finally:
+        if t.logger == "wandb":
+            close_wandb(failed)
     if start_from and trainer.global_step == runs.step_of(start_from):
         say(f"{run.folder} was finished already. Raise --epochs to go on, or give another --name.")
     return True
 
 
-def close_wandb(t: TrainerConfig) -> None:
+def close_wandb(failed: bool) -> None:
     """End the run of Weights & Biases: Lightning leaves it open, and the next run of this process would join it."""
-    if t.logger == "wandb":
-        import wandb
+    import wandb
 
-        wandb.finish()
+    wandb.finish(exit_code=int(failed))
 
 
 def compiles_by_default(t: TrainerConfig, accelerator: str) -> bool:

@@ -240,6 +240,10 @@ def test_names_and_ids(tmp_path):
     (tmp_path / "karpathy.json").write_text(json.dumps({"images": karpathy}))
     own.dataset, own.test_captions = "karpathy", str(tmp_path / "karpathy.json")
     assert Pairs(own, 32, 0).image_ids() == [70, 71, 72]
+    for cocoid in (70, None):  # two of one id, one without: names tell them apart
+        karpathy[1]["cocoid"] = cocoid
+        (tmp_path / "karpathy.json").write_text(json.dumps({"images": karpathy}))
+        assert Pairs(own, 32, 0).image_ids() == Pairs(own, 32, 0).names
     shapes = Pairs(EvalDataConfig(dataset="shapes", test_size=4), 32, 0)
     assert shapes.image_ids() == [0, 1, 2, 3] and shapes.made_up
     assert shapes.captions(2) and shapes.scene(2) and shapes.picture(2).shape == (3, 32, 32)

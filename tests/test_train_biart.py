@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import shlex
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -211,6 +212,11 @@ def test_a_checkpoint_of_another_shape_is_refused_and_one_of_another_dropout_is_
         error = capsys.readouterr().err
         assert f"{file} is of a model with other settings" in error and message in error
     assert train_biart.main([*resume, "--resid_pdrop", "0.2"]) == 0
+    bundle = str(tmp_path / "runs/a/bundle")
+    capsys.readouterr()
+    assert train_biart.main([*world, "--resume", "--ckpt_path", bundle, "--max_steps", "2", "--name", "c"]) == 2
+    error = capsys.readouterr().err
+    assert f"the folder {bundle} holds no .ckpt to continue from" in error and "--pretrained_path" in error
 
 
 def weights_of(bundle: Path) -> dict[str, torch.Tensor]:
@@ -273,6 +279,7 @@ def test_what_contradicts_the_weights_to_start_from_is_refused(world, tmp_path, 
     start = [*world, "--epochs", "1", "--name", "second", "--pretrained_path", str(tmp_path / "runs/first/bundle")]
     tiny_augvae(seed=5, single_level=4).save_pretrained(tmp_path / "other_vae")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "weights.pt").write_bytes(b"no")
     capsys.readouterr()
     for flags, messages in (
         (
@@ -280,15 +287,62 @@ def test_what_contradicts_the_weights_to_start_from_is_refused(world, tmp_path, 
             ["is another BiART", "n_layer: 2 in the settings, 1 there", "text_len"],
         ),
         (["--preset", "12x768"], None),  # n_* of `world` are the same
+        (["--resume", "--ckpt_path", "x.ckpt"], ["pretrained_path begins a run and resume continues one"]),
         (["--tokenizer", "clip"], ["tokenizer: clip in the settings, bpe there"]),
         (["--vae_path", str(tmp_path / "other_vae")], ["vae_path is the AugVAE", "runs/first/bundle was trained with"]),
         (["--pretrained_path", str(tmp_path / "vae")], ["is an AugVAE, the first half of a bundle"]),
         (["--pretrained_path", str(tmp_path / "empty")], ["is no bundle: it holds no config.json"]),
         (["--pretrained_path", str(tmp_path / "none.ckpt")], ["none.ckpt does not exist"]),
+        (["--pretrained_path", str(tmp_path / "weights.pt")], ["weights.pt is refused"]),
     ):
         assert train_biart.main([*start, *flags, "--max_steps", "1"]) == (2 if messages else 0), flags
         error = capsys.readouterr().err
         assert all(message in error for message in messages or []), (flags, error)
+
+
+def test_the_augvae_of_a_run_that_is_gone_is_taken_from_its_bundle(world, tmp_path, capsys):
+    """A YAML file's vae_path does not count beside pretrained_path, which brings its own; a flag's does."""
+    assert train_biart.main([*world, "--epochs", "1", "--name", "first"]) == 0
+    (tmp_path / "vae").rename(tmp_path / "moved")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"vae_path: {tmp_path / 'nowhere'}\nepochs: 1\n")
+    at = world.index("--vae_path")
+    start = ["--config", str(recipe), *world[:at], *world[at + 2 :], "--pretrained_path", str(tmp_path / "runs/first")]
+    assert train_biart.main([*start, "--name", "second"]) == 0
+    assert train_biart.main([*start, "--name", "third", "--vae_path", str(tmp_path / "moved")]) == 0
+    assert train_biart.main(["--export", str(tmp_path / "again"), "--ckpt_path", str(tmp_path / "runs/second")]) == 0
+    shutil.rmtree(tmp_path / "runs/first/bundle")
+    capsys.readouterr()
+    assert train_biart.main([*start, "--name", "fourth"]) == 2
+    said = capsys.readouterr().err
+    assert "was trained with an AugVAE that is gone" in said and "Name it with --vae_path" in said
+    assert train_biart.main([*start, "--vae_path", str(tmp_path / "nowhere")]) == 2
+    assert "nowhere" in capsys.readouterr().err
+
+
+def test_a_smoke_test_may_be_started_from_as_well(tmp_path, capsys):
+    fake = [*TINY, "--fake_data", "--log_dir", str(tmp_path), "--max_steps", "1"]
+    assert train_biart.main([*fake, "--name", "first"]) == 0
+    start = ["--pretrained_path", str(tmp_path / "first")]
+    capsys.readouterr()
+    assert train_biart.main([*fake, *start, "--name", "second", "--seed", "7"]) == 0
+    assert "preset tiny in place" not in capsys.readouterr().out
+    prints = [LVerse.from_pretrained(tmp_path / name / "bundle").fingerprints["vae"] for name in ("first", "second")]
+    assert prints[0] == prints[1]
+    shutil.rmtree(tmp_path / "first/bundle")
+    assert train_biart.main([*fake, *start, "--name", "third"]) == 2
+    assert "with a random AugVAE that is not kept" in capsys.readouterr().err
+
+
+def test_a_bundle_in_half_precision_is_trained_in_full(world, tmp_path, monkeypatch):
+    world += ["--epochs", "1"]
+    assert train_biart.main([*world, "--name", "first"]) == 0
+    half = LVerse.from_pretrained(tmp_path / "runs/first/bundle", dtype="bfloat16")
+    half.save_pretrained(tmp_path / "half")
+    seen = record_first_weights(monkeypatch)
+    assert train_biart.main([*world, "--name", "second", "--pretrained_path", str(tmp_path / "half")]) == 0
+    for key, tensor in half.biart.state_dict().items():
+        assert seen[key].dtype == torch.float32 and torch.equal(seen[key], tensor.float()), key
 
 
 def test_codes_for_a_run_from_weights_have_its_tokenizer(world, tmp_path):

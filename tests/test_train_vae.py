@@ -383,7 +383,12 @@ def test_loggers_work_offline(tmp_path, pictures, logger, monkeypatch):
         assert "val/total_loss" in events.Tags()["scalars"] and "val/reconstructions" in events.Tags()["images"]
     else:
         assert list(run.glob("wandb/offline-run-*"))
-        # the next run of this process gets a run of its own
+        # the next run of this process gets a run of its own, after a failed one as well
+        from latent_verse.augvae.training import LitAugVAE
+
+        with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+            patch.setattr(LitAugVAE, "training_step", lambda *a: 1 / 0)
+            train_vae.main([*flags, "--name", "failed"])
         assert train_vae.main([*flags, "--name", "second"]) == 0
         assert list((tmp_path / "runs" / "second").glob("wandb/offline-run-*"))
 

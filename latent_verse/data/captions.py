@@ -97,7 +97,7 @@ class PairDataset(MapImages):
     its own caption), in evaluation the item is None.
 
     Attributes:
-        ids: image file -> its id, where the captions file gives ids; for evaluation only, empty in training.
+        ids: image file -> its id, where the captions file gives ids; empty for training data.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class PairDataset(MapImages):
     ):
         super().__init__(resolution, train, resize_ratio, seed, as_uint8)
         self.key = key
-        self.ids: dict[str, int | str] = {}
+        self.ids: dict[str, int | str | None] = {}
 
     def _hold(self, source: str, pairs: list[Pair], left_out: dict[str, list[str]], remedy: str) -> None:
         """Keep the pairs. `left_out`: what was passed over -> its names; DataError with `remedy` if nothing is left."""
@@ -269,8 +269,8 @@ class KarpathyCaptions(PairDataset):
                 raise DataError(f"{self.key}: {path} has no split {name!r}; its splits are {known}.")
         chosen = [image for image in images if image["split"] in split.split("+")]
         files = [os.path.join(image_dir, image.get("filepath", ""), image["filename"]) for image in chosen]
-        if not self.train and all("cocoid" in image for image in chosen):
-            self.ids = {file: image["cocoid"] for file, image in zip(files, chosen, strict=True)}
+        if not self.train:
+            self.ids = {file: image.get("cocoid") for file, image in zip(files, chosen, strict=True)}
         pairs = (
             (file, [sentence.get("raw", "") for sentence in image["sentences"]])
             for file, image in zip(files, chosen, strict=True)

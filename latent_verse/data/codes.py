@@ -213,7 +213,8 @@ def check_codes(meta: dict[str, Any], vae_fingerprint: str, tokenizer_fingerprin
     if meta["tokenizer"] != tokenizer_fingerprint:
         raise DataError(
             f"{key}: these captions were tokenized by {meta['tokenizer']}, but the run's tokenizer is "
-            f"{tokenizer_fingerprint}. Extract train_dir and val_dir by one command, with the tokenizer of the run."
+            f"{tokenizer_fingerprint}. Extract train_dir and val_dir by one command, with the tokenizer of the run "
+            "(and its --pretrained_path, if it has one)."
         )
 
 

@@ -42,7 +42,7 @@ class Pairs:
 
     Attributes:
         names: of each picture: its file's name, with the folders that tell it from others; a number where made up.
-        ids: of each picture, in the captions file; empty where that gives none.
+        ids: of each picture, in the captions file; empty where that does not tell them all apart.
         made_up: whether there are no files.
         unreadable: numbers of pictures that could not be read; complete once all have been asked for.
 
@@ -58,7 +58,8 @@ class Pairs:
         paths = [self.dataset.image_path(i) for i in range(len(self.dataset))]
         self.made_up = made = any(path is None for path in paths)
         known = getattr(self.dataset, "ids", {})
-        self.ids = [known[path] for path in paths] if known else []
+        ids = [known.get(path) for path in paths]
+        self.ids = ids if None not in ids and len(set(ids)) == len(ids) else []
         root = None if made else os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
         self.names = [str(i) if made else os.path.relpath(os.path.abspath(path), root) for i, path in enumerate(paths)]
         self.source = self.dataset.describe()["source"]
