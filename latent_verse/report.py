@@ -130,10 +130,12 @@ def _figures(report: Report) -> str:
                 + [f"{100 * low:.1f} to {100 * high:.1f} %"]
                 + [_percent(attributes[a]) if a in attributes else "" for a in ATTRIBUTES]
             )
+    drawn_at = report.metrics["draw"].get("rerank_temperature")  # none where nothing was re-ranked
+    among = f" among those drawn at temperature {drawn_at:g}" if drawn_at is not None else ""
     head = ["direction", "scenes", "right", "share", "95 % interval", *ATTRIBUTES]
     return _table(head, rows) + (
         '<p class="note">Right: everything is true. The columns after the interval are the shares in which that '
-        "attribute alone is. Best of several: the picture for which the model itself finds the text likeliest. "
+        f"attribute alone is. Best of several: the picture{among} for which the model itself finds the text likeliest. "
         "Reconstructions are what drawing can reach at most.</p>"
     )
 
@@ -172,7 +174,7 @@ def _card(report: Report, pictures: list[tuple[str, str]], text: str, right: boo
 def _stages(report: Report) -> str:
     rows = [[title, f"{seconds:.0f} s"] for title, seconds, _ in report.stages]
     total = sum(seconds for _, seconds, _ in report.stages)
-    commands = "\n".join(command for _, _, command in report.stages)
+    commands = "\n\n".join(command for _, _, command in report.stages)
     return (
         _table(["stage", "time"], [*rows, ["all", f"{total:.0f} s"]])
         + "<p>The commands, from the repository's root:</p>"
@@ -258,7 +260,7 @@ STYLE = """
   --faint: #9aa3ad; --ok: #4ade80; --no: #f87171; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 system-ui, sans-serif; }
-main { max-width: 62rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
+main { max-width: 66rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 0.5rem 0 1rem; }
 h2 { margin: 2.5rem 0 0.5rem; padding-top: 1rem; border-top: 1px solid var(--line); font-size: 1.3rem; }
 h3 { margin: 1.5rem 0 0.6rem; font-size: 1rem; }
@@ -275,8 +277,9 @@ h3 { margin: 1.5rem 0 0.6rem; font-size: 1rem; }
 figure { margin: 1rem 0; } .plot { width: 100%; max-width: 44rem; height: auto; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 0.88rem; min-width: 50%; }
-th, td { padding: 0.35rem 0.9rem 0.35rem 0; text-align: left; border-bottom: 1px solid var(--line);
+th, td { padding: 0.35rem 0.7rem 0.35rem 0; text-align: left; border-bottom: 1px solid var(--line);
   white-space: nowrap; font-variant-numeric: tabular-nums; }
 th { color: var(--faint); font-weight: 600; }
-pre { padding: 0.8rem 1rem; background: var(--soft); border-radius: 0.6rem; overflow-x: auto; font-size: 0.8rem; }
+pre { padding: 0.8rem 1rem; background: var(--soft); border-radius: 0.6rem; white-space: pre-wrap;
+  overflow-wrap: anywhere; font-size: 0.8rem; }
 """

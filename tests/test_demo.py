@@ -314,6 +314,7 @@ def test_a_miniature_demo_interrupted_and_continued(tmp_path, recipes):
     page = (out / "index.html").read_text()
     assert page.count("train_biart.py --config") == 2 and "AugVAE-ML: error" in page and "BiART: loss" in page
     assert "BiART: share of a few validation scenes that is right" in page
+    assert "drawn at temperature 1 for which" in page
 
     third = subprocess.run(command, cwd=demo.ROOT, capture_output=True, text=True, timeout=100)
     assert third.returncode == 0 and third.stdout.count("done before") == 7

@@ -26,7 +26,7 @@ from latent_verse.data.shapes import World
 from latent_verse.evaluation import networks
 from latent_verse.evaluation.figures import Figures
 from latent_verse.evaluation.page import choose
-from latent_verse.evaluation.pairs import Pairs
+from latent_verse.evaluation.pairs import Pairs, ordered
 from latent_verse.pictures import load_image
 from latent_verse.pipeline import LVerse
 from tests.stand_ins import Colours, Words, write_pairs
@@ -224,6 +224,29 @@ def test_a_late_mistake_loses_nothing_that_was_measured(bundle, pairs, tmp_path,
     assert "classes_dir" in capsys.readouterr().err
     out = json.loads((tmp_path / "runs" / "run" / "metrics.json").read_text())
     assert out["tasks"] == ["likelihood"] and "likelihood/text_given_image/bits_per_token" in out["figures"]
+
+
+def test_classification_holds_a_batch_of_pictures_and_passes_over_broken_ones(
+    bundle, pairs, tmp_path, capsys, monkeypatch
+):
+    classes = tmp_path / "classes"
+    for name, first in (("red", 0), ("blue", 6)):
+        (classes / name).mkdir(parents=True)
+        for i in range(first, first + 3):
+            shutil.copy(pairs / f"p{i:03d}.png", classes / name)
+    flags = ["--model", bundle, "--test_dir", pairs, "--tasks", "zero_shot", "--classes_dir", classes]
+    whole = run(tmp_path, *flags, name="whole")
+    held = []
+    codes = LVerse.codes
+    monkeypatch.setattr(LVerse, "codes", lambda self, images: held.append(len(images)) or codes(self, images))
+    assert run(tmp_path, *flags, "--batch_size", 2, name="batches")["figures"] == whole["figures"]
+    assert held == [2, 2, 2]
+    first = ordered(sorted(str(file.relative_to(classes)) for file in classes.glob("*/*.png")), 0)[0]
+    sorted(classes.glob("*/*.png"))[first].write_bytes(b"no picture")
+    assert run(tmp_path, *flags, name="broken")["figures"]["zero_shot/text_given_image/top_1"]["samples"] == 5
+    argv = [*map(str, flags), "--class_pictures", "1", "--gpus", "0", "--log_dir", str(tmp_path / "runs")]
+    assert eval_biart.main(argv) == 2
+    assert "classes_dir: none of the 1 pictures asked for" in capsys.readouterr().err
 
 
 def test_what_a_late_task_needs_is_asked_for_first(tiny_augvae, pairs, tmp_path, capsys):

@@ -32,6 +32,7 @@ def judged(folder: Path, split: str, total: int = 4) -> dict:
 def report(tmp_path) -> Report:
     figure = {"right": 3, "total": 4, "attributes": {"count": {"right": 4, "total": 4}}}
     metrics = {
+        "draw": {"temperature": 0.0, "rerank_temperature": 0.75},
         "text_to_image": {
             "unseen": figure,
             "heldout": {"right": 0, "total": 4},
@@ -98,6 +99,7 @@ def test_the_page_says_what_the_figures_say(report, tmp_path):
         "python train_biart.py",
         "61 s",
         "abc",
+        "among those drawn at temperature 0.75",
     ):
         assert words in text
     assert "3.0 min" in text

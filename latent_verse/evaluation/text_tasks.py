@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from latent_verse.data import DataError
 from latent_verse.data.images import ImageDataset
@@ -133,8 +134,7 @@ def classify(c: Context) -> dict[str, Any]:
     names = class_names(dataset.classes, k.class_names)
     files = [os.path.relpath(dataset.paths[i], dataset.paths.root) for i in range(len(dataset))]
     order = ordered(files, c.seed)
-    read = [item for i in order[: k.class_pictures] if (item := dataset[(0, i)]) is not None]
-    codes_IN, label_I = c.model.codes([x for x, _ in read]), torch.tensor([label for _, label in read])
+    codes_IN, label_I = _codes_and_labels(c, dataset, order[: k.class_pictures])
     text_CL = c.model.encode_texts([k.class_prompt.format(name) for name in names])
     scores = likelihood.score_all(c.model, codes_IN, text_CL, c.ranks)
     for given, name in LOG_P.items():
@@ -146,10 +146,23 @@ def classify(c: Context) -> dict[str, Any]:
             right = int((rank_I <= top).sum())
             protocol = f"{_corrections(c, given)}; {len(names)} classes as {k.class_prompt!r}; ties count against"
             about = {"library": OWN, "protocol": protocol, "better": "higher", "classes": len(names)}
-            about |= {"interval": wilson(right, len(read))}
-            c.figures.add(f"zero_shot/{name}/top_{top}", right / len(read), samples=len(read), **about)
+            about |= {"interval": wilson(right, len(label_I))}
+            c.figures.add(f"zero_shot/{name}/top_{top}", right / len(label_I), samples=len(label_I), **about)
     cut = c.cut([k.class_prompt.format(name) for name in names])
-    return {"classes": len(names), "pictures": len(read), "cut_to_text_len": cut}
+    return {"classes": len(names), "pictures": len(label_I), "cut_to_text_len": cut}
+
+
+def _codes_and_labels(c: Context, dataset: ImageDataset, numbers: list[int]) -> tuple[Tensor, Tensor]:
+    """Codes (I, N) and labels (I) of the pictures that can be read; no more than a batch of pictures is held."""
+    codes, labels, size = [], [], c.config.write.batch_size
+    for start in c.ranks.follow(range(0, len(numbers), size), "codes"):
+        read = [item for i in numbers[start : start + size] if (item := dataset[(0, i)]) is not None]
+        if read:
+            codes.append(c.model.codes([x for x, _ in read]))
+            labels += [label for _, label in read]
+    if not labels:
+        raise DataError(f"classes_dir: none of the {len(numbers)} pictures asked for can be read.")
+    return torch.cat(codes), torch.tensor(labels)
 
 
 def class_names(folders: list[str], file: str | None) -> list[str]:
