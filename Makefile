@@ -20,7 +20,7 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-demo: $(VENV)/.installed  # eleven minutes on two cores; continues where it was; writes demo/index.html
+demo: $(VENV)/.installed  # 10.5 minutes on two cores; continues where it was; writes demo/index.html
 	$(BIN)/python -m latent_verse.demo --world small --out demo
 
 demo-long: $(VENV)/.installed  # the full world: two hours on a CPU, or a GPU where there is one; writes demo/long/index.html
