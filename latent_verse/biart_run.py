@@ -141,7 +141,12 @@ def choose_tokenizer(config: TrainBiARTConfig, data: PairDataModule, start_from=
         return saved
     if kind == "clip":
         return load_tokenizer("clip")
-    return BPETokenizer.train(all_captions(dataset), config.text.bpe_vocab_size)
+    try:
+        return BPETokenizer.train(all_captions(dataset), config.text.bpe_vocab_size)
+    except TokenizerError as error:
+        d = config.data
+        where = f"train_captions {d.train_captions}" if d.train_captions else f"train_dir {d.train_dir}"
+        raise TokenizerError(f"{where}: {error}") from error
 
 
 # ---------------------------------------------------------------------------------------------------------- the models

@@ -263,6 +263,10 @@ class SavedPictures(pl.Callback):
             save_image(grid, self.folder / "grid.png")
 
 
+class Diverged(RuntimeError):
+    """The network that trains has no finite outputs any more."""
+
+
 class TextImageSamples(pl.Callback):
     """Draw a picture for each of a few validation captions, and write a caption for each of their pictures.
 
@@ -317,7 +321,7 @@ class TextImageSamples(pl.Callback):
     @torch.no_grad()
     def _sample(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
         """Draw and write, on all processes alike (a sharded network needs them all). Returns the shares right."""
-        from latent_verse.biart.sampling import generate
+        from latent_verse.biart.sampling import NotFinite, generate
         from latent_verse.biart.sequence import IMAGE_TO_TEXT, TEXT_TO_IMAGE
 
         e, s, device = self._examples, self.sampling, pl_module.device
@@ -326,8 +330,16 @@ class TextImageSamples(pl.Callback):
         text_BL = trainer.datamodule.caption_ids(e.captions, network.vocab.pad).to(device)
         codes_BN = pl_module.codes(e.x.to(device))
         null_trained = pl_module.config.loss.reference_dropout > 0
-        drawn_BN = generate(network, text_BL, TEXT_TO_IMAGE, seed=0, reference_dropout_trained=null_trained, **settings)
-        written_BL = generate(network, codes_BN, IMAGE_TO_TEXT, temperature=0)
+        settings |= {"seed": 0, "reference_dropout_trained": null_trained}
+        try:
+            drawn_BN = generate(network, text_BL, TEXT_TO_IMAGE, **settings)
+            written_BL = generate(network, codes_BN, IMAGE_TO_TEXT, temperature=0)
+        except NotFinite as error:
+            raise Diverged(
+                f"training has diverged: after step {trainer.global_step} the model's logits are not finite. Lower "
+                "learning_rate (or muon_learning_rate), raise warmup_steps, set gradient_clip_val, or train with "
+                "precision: 32."
+            ) from error
         written = self.tokenizer.decode_batch(network.vocab.unpad_text(written_BL))
         drawn_BCHW = pl_module.vae.decode_codes(drawn_BN).float().cpu()
         marks, shares = [""] * len(written), {}

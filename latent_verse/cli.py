@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -183,6 +184,9 @@ def convert(name: str, value: Any, hint: Any, choices: tuple | None, source: str
         raise ConfigError(
             f"{name}: {value!r} (from {source}) is not one of {', '.join(choices)}{closest(str(value), choices)}"
         )
+    numbers = converted if isinstance(converted, (list, tuple)) else [converted]
+    if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+        raise ConfigError(f"{name}: {value!r} (from {source}) is not a finite number.")
     return tuple(converted) if isinstance(converted, list) else converted
 
 

@@ -259,6 +259,8 @@ def check_sampling(s: SamplingConfig, reference_dropout: float) -> None:
         raise ConfigError(f"top_k is {s.top_k}; it must be at least 1.")
     if s.top_p is not None and not 0 < s.top_p <= 1:
         raise ConfigError(f"top_p is {s.top_p}; it must lie above 0 and not above 1.")
+    if s.temperature == 0 and (s.top_k or s.top_p):
+        raise ConfigError("temperature 0 draws the likeliest: top_k and top_p have no effect. Raise temperature.")
     if s.guidance < 0:
         raise ConfigError(f"guidance is {s.guidance}; it must be at least 0, and 1 is none.")
     if s.guidance != 1 and not reference_dropout:

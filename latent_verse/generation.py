@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -27,13 +28,16 @@ def open_folder(out: str | None, overwrite: bool) -> Path:
     """Where results go; nothing is made yet.
 
     Raises:
-        ConfigError: it holds files already, and overwrite is not set, or it is a file.
+        ConfigError: it holds files already, and overwrite is not set, or no folder can be made or written to there.
     """
     if out is None and not overwrite:
         return runs.open_run(".", "generated", backup=False, backup_dir=None, config={}).folder
     folder = Path(out or "generated").expanduser()
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"out: {folder} is a file; give a folder.")
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ConfigError(f"out: {there} is a file; give a folder.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"out: nothing can be written to {there}; give another folder.")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise ConfigError(f"out: {folder} holds files already. Give another folder, or --overwrite to replace them.")
     return folder

@@ -30,7 +30,7 @@ def load_image(image: Picture, resolution: int) -> Tensor:
         try:
             return to_unit_range(centre_crop(decode_rgb(Path(image).expanduser().read_bytes()), resolution))
         except (OSError, DataError) as error:
-            raise DataError(f"picture {image} cannot be read: {error}. Give a JPEG, PNG, WebP, ... file.") from error
+            raise DataError(f"picture {image} cannot be read: {error}. Give a whole JPEG, PNG or WebP file.") from error
     if isinstance(image, Image.Image):
         try:
             return to_unit_range(centre_crop(ImageOps.exif_transpose(image), resolution))

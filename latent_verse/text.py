@@ -71,7 +71,7 @@ class Tokenizer:
             if too_long == "error":
                 raise TokenizerError(
                     f"Caption {i}, {_shortened(texts[i])}, is {len(ids)} tokens long and the limit text_len is "
-                    f"{length}. Raise text_len to {len(ids)} or more, shorten the caption, or set too_long to truncate."
+                    f"{length}. Shorten it, set text_too_long: truncate, or train with text_len: {len(ids)} or more."
                 )
             batch[i] = self._cut(ids, length)
         return batch

@@ -20,13 +20,14 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from latent_verse import runs
-from latent_verse.callbacks import Backup, ImageGrids, Interrupted, ProcessState, RunFolder
+from latent_verse.callbacks import Backup, Diverged, ImageGrids, Interrupted, ProcessState, RunFolder
 from latent_verse.checkpoint import CheckpointError
 from latent_verse.config import ConfigError, TrainerConfig, as_plain
 from latent_verse.data import DataError
 from latent_verse.runs import Run
 
-MISTAKES = (CheckpointError, DataError, MisconfigurationException)  # the user's, found while a run is built or trains
+# the user's, found while a run is built or trains
+MISTAKES = (CheckpointError, DataError, Diverged, MisconfigurationException)
 say = rank_zero_only(print)  # one process speaks for all
 
 

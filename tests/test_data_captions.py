@@ -176,6 +176,38 @@ def test_coco_errors(coco, tmp_path):
         CocoCaptions(path, tmp_path / "elsewhere", R)
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"annotations": []}, r"the list 'annotations' of .* is empty"),
+        ({"images": [{"id": 1, "file_name": None}]}, r"images\[0\] of .*: 'file_name' is None, which is no str"),
+        ({"images": [{"id": [1], "file_name": "1.jpg"}]}, r"'id' is \[1\], which is no int or str"),
+        ({"annotations": [{"image_id": 1, "caption": 5}]}, r"the caption of .*1\.jpg is 5; captions are strings"),
+    ],
+)
+def test_coco_with_values_of_another_kind(coco, tmp_path, change, message):
+    path, images = coco
+    content = json.loads(path.read_text()) | change
+    with pytest.raises(DataError, match=message):
+        CocoCaptions(write(tmp_path / "odd.json", json.dumps(content)), images, R)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"sentences": ["a cat"]}, r"images\[0\] of .* has the sentence 'a cat'; Karpathy's file holds"),
+        ({"sentences": [{"tokens": ["a"]}]}, "has the sentence .*tokens"),
+        ({"sentences": None}, "'sentences' is None, which is no list"),
+        ({"filepath": None}, "'filepath' is None, which is no str"),
+    ],
+)
+def test_karpathy_with_values_of_another_kind(tmp_path, change, message):
+    image = {"filename": "0.jpg", "filepath": "", "split": "train", "sentences": [{"raw": "a"}]} | change
+    path = write(tmp_path / "dataset_coco.json", json.dumps({"images": [image]}))
+    with pytest.raises(DataError, match=message):
+        KarpathyCaptions(path, tmp_path, R, split="train")
+
+
 def test_karpathy(tmp_path):
     images = []
     for i, split in enumerate(["train", "restval", "val", "test", "train"]):

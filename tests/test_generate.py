@@ -156,7 +156,7 @@ def test_nothing_is_overwritten_without_the_flag(bundle, pictures, tmp_path, cap
     assert run(bundle, *argv) == 0  # an empty folder is free
     (out / "notes.txt").write_text("mine")
     before = {p.name: p.read_bytes() for p in out.iterdir()}
-    for again in (argv, ["--image", pictures, "--out", out], ["--text", "a", "--out", out / "notes.txt"]):
+    for again in (argv, ["--image", pictures, "--out", out], ["--text", "a", "--out", out / "notes.txt" / "in"]):
         assert run(bundle, *again) == 2
         error = capsys.readouterr().err
         assert "--overwrite" in error or "is a file" in error

@@ -97,7 +97,7 @@ def test_length_truncates_or_refuses(which, request):
     assert tokenizer.encode_batch([text], length=len(full), too_long="error") == [full]
     with pytest.raises(TokenizerError) as error:
         tokenizer.encode_batch(["a", text], length=3, too_long="error")
-    for part in ("Caption 1", text, f"{len(full)} tokens", "text_len is 3", "truncate"):
+    for part in ("Caption 1", text, f"{len(full)} tokens", "text_len is 3", "text_too_long: truncate"):
         assert part in str(error.value)
 
 

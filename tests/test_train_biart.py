@@ -536,6 +536,8 @@ def test_mistakes_are_one_line_on_stderr(world, tmp_path, capsys):
         (["--vae_path", str(tmp_path / "val")], "config.json"),
         (["--img_size", "32"], "takes pictures of 16 px"),
         (["--top_k", "25"], "the codebook has 24 codes"),
+        (["--temperature", "0", "--top_k", "3"], "top_k and top_p have no effect"),
+        (["--guidance", "nan"], "guidance: 'nan' (from --guidance) is not a finite number"),
         (["--guidance", "2", "--reference_dropout", "0"], "needs reference_dropout above 0"),
         (["--word_dropout", "0.6"], "word_dropout is 0.6; it must lie between 0 and 0.5"),
         (["--text_loss_weight", "0"], "text_to_image_share to 1 or 0"),
@@ -559,6 +561,20 @@ def test_mistakes_are_one_line_on_stderr(world, tmp_path, capsys):
         text.write_text("\n")
     assert train_biart.main(world) == 2
     assert "empty captions" in capsys.readouterr().err
+
+
+def test_a_diverged_run_says_so(world, tmp_path, capsys):
+    assert train_biart.main([*world, "--learning_rate", "1e30", "--max_steps", "1"]) == 2
+    said = capsys.readouterr().err
+    assert "training has diverged: after step" in said and "learning_rate" in said
+
+
+def test_tar_shards_without_a_member_are_named(world, tmp_path, capsys):
+    tarfile.open(tmp_path / "none.tar", "w").close()
+    shard = str(tmp_path / "none.tar")
+    assert train_biart.main([*world, "--dataset", "webdataset", "--train_dir", shard, "--val_dir", shard]) == 2
+    said = capsys.readouterr().err
+    assert "train_dir" in said and "none.tar" in said
 
 
 def test_validation_shards_without_captions_stop_the_run_before_it_begins(world, tmp_path, capsys):

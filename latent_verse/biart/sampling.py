@@ -22,6 +22,10 @@ from latent_verse.biart.repeat import Repeat, can_capture
 from latent_verse.biart.sequence import IGNORE, IMAGE_TO_TEXT, TEXT_TO_IMAGE, target_modality
 
 
+class NotFinite(ValueError):
+    """The model's logits are not finite numbers."""
+
+
 class Likelihood(NamedTuple):
     """log p in nats: the sum of each sample, and its terms, 0 after the end of a text."""
 
@@ -112,7 +116,7 @@ def _new_cache(model: BiART, rows: int, device: torch.device, bucket: int | None
 
 def _check_finite(bad: Tensor) -> None:
     if bool(bad):
-        raise ValueError(
+        raise NotFinite(
             "the model's logits are not finite: its weights are damaged or overflow in this precision. "
             "Try float32, or an earlier checkpoint."
         )

@@ -92,10 +92,19 @@ def read_json(path: str | os.PathLike, key: str) -> tuple[object, str]:
     return content, path
 
 
-def entries(content: object, name: str, fields: tuple[str, ...], path: str, key: str) -> list[dict]:
-    """content[name], each entry of which has the fields."""
+def entries(
+    content: object,
+    name: str,
+    fields: dict[str, type | tuple[type, ...]],
+    path: str,
+    key: str,
+    optional: dict[str, type] | None = None,
+) -> list[dict]:
+    """content[name], each entry of which has the fields, of their types; `optional` ones may be left out."""
     entries = content.get(name) if isinstance(content, dict) else None
-    if not isinstance(entries, list) or not entries:
+    if entries == []:
+        raise DataError(f"{key}: the list {name!r} of {path} is empty. Is it the file of another split?")
+    if not isinstance(entries, list):
         keys = ", ".join(content) if isinstance(content, dict) else f"a {type(content).__name__}"
         raise DataError(f"{key}: {path} has no list {name!r}; it holds {keys or 'nothing'}. Is it a captions file?")
     for i, entry in enumerate(entries):
@@ -103,6 +112,10 @@ def entries(content: object, name: str, fields: tuple[str, ...], path: str, key:
             if not isinstance(entry, dict) or field not in entry:
                 keys = ", ".join(entry) if isinstance(entry, dict) else repr(entry)
                 raise DataError(f"{key}: {name}[{i}] of {path} has no {field!r}, only {keys}. Is it a captions file?")
+        for field, kind in (fields | (optional or {})).items():
+            if field in entry and not isinstance(entry[field], kind):
+                kinds = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+                raise DataError(f"{key}: {name}[{i}] of {path}: {field!r} is {entry[field]!r}, which is no {kinds}.")
     return entries
 
 

@@ -224,8 +224,8 @@ class CocoCaptions(PairDataset):
         super().__init__(resolution, **options)
         content, path = read_json(path, self.key)
         image_dir = check_folder(image_dir, self.key)
-        images = entries(content, "images", ("id", "file_name"), path, self.key)
-        annotations = entries(content, "annotations", ("image_id", "caption"), path, self.key)
+        images = entries(content, "images", {"id": (int, str), "file_name": str}, path, self.key)
+        annotations = entries(content, "annotations", {"image_id": (int, str), "caption": object}, path, self.key)
         names = {image["id"]: image["file_name"] for image in images}
         captions: dict[object, list[str]] = {i: [] for i in names}
         lonely = []
@@ -261,7 +261,15 @@ class KarpathyCaptions(PairDataset):
         super().__init__(resolution, **options)
         content, path = read_json(path, self.key)
         image_dir = check_folder(image_dir, self.key)
-        images = entries(content, "images", ("filename", "split", "sentences"), path, self.key)
+        fields = {"filename": str, "split": str, "sentences": list}
+        images = entries(content, "images", fields, path, self.key, {"filepath": str})
+        for i, image in enumerate(images):
+            for sentence in image["sentences"]:
+                if not isinstance(sentence, dict) or "raw" not in sentence:
+                    raise DataError(
+                        f"{self.key}: images[{i}] of {path} has the sentence {sentence!r}; Karpathy's file holds "
+                        'captions as {"raw": "..."}.'
+                    )
         splits = Counter(str(image["split"]) for image in images)
         for name in split.split("+"):
             if name not in splits:
@@ -272,7 +280,7 @@ class KarpathyCaptions(PairDataset):
         if not self.train:
             self.ids = {file: image.get("cocoid") for file, image in zip(files, chosen, strict=True)}
         pairs = (
-            (file, [sentence.get("raw", "") for sentence in image["sentences"]])
+            (file, [sentence["raw"] for sentence in image["sentences"]])
             for file, image in zip(files, chosen, strict=True)
         )
         self._hold(f"{path} ({split})", *sorted_out(pairs, path), f"Are the images below {image_dir}?")

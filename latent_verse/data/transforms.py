@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2.functional import InterpolationMode, resize_image
@@ -54,6 +54,8 @@ def decode_rgb(data: bytes) -> Tensor:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata; what matters to us is raised
             return _decode(data)
+    except UnidentifiedImageError as error:  # whose own text names a buffer's address
+        raise UnreadableImage("it is not a picture of a known format, or damaged from its first bytes on") from error
     except Exception as error:  # decoders raise nearly anything on damaged bytes, from SyntaxError to struct.error
         raise UnreadableImage(f"{type(error).__name__}: {error}") from error
 
