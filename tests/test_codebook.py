@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -120,6 +121,28 @@ def test_equally_near_codes_give_the_first():
     book = make_book()
     book.weight[7] = book.weight[3]
     assert book.nearest(book.weight[7:8]).item() == 3
+
+
+def test_argmin_equals_torch_also_with_ties_infinities_and_nan():
+    x = torch.randint(0, 5, (50, 3 * codebook_module.BLOCK)).float()  # every row has ties within and across blocks
+    x[0], x[1, 100], x[2, 10:150:70], x[3] = torch.inf, -torch.inf, torch.nan, 7.0
+    # PyTorch does not promise the first of equal values, so the reference is NumPy's, which does
+    np.testing.assert_array_equal(codebook_module.argmin(x).numpy(), x.numpy().argmin(1))
+
+
+@pytest.mark.parametrize("K", [1, 63, 64, 65, 200])
+def test_nearest_with_books_that_do_not_fill_their_last_block(K):
+    book, z = make_book(K=K), vectors(77)
+    assert torch.equal(book.nearest(z), torch.cdist(z, book.weight).argmin(1))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_the_memory_format_of_the_input_is_kept_and_changes_nothing(memory_format):
+    z = vectors(2 * 3 * 5).view(2, 3, 5, 4).permute(0, 3, 1, 2)
+    quantised, indices, loss = Quantizer(make_book(), 0.25)(z.clone(memory_format=memory_format))
+    assert quantised.is_contiguous(memory_format=memory_format)
+    plain, plain_indices, plain_loss = Quantizer(make_book(), 0.25)(z)
+    assert torch.equal(quantised, plain) and torch.equal(indices, plain_indices) and torch.equal(loss, plain_loss)
 
 
 class LargestTensor(TorchDispatchMode):

@@ -18,6 +18,7 @@ from torch import nn
 # Elements of the distance matrix held at a time: a sixteenth of it within these bounds. 4 MiB in float32 fit in a CPU's
 # caches; a GPU needs more at once to be busy.
 AT_LEAST, AT_MOST = 2**18, {"cpu": 2**20, "cuda": 2**22}
+BLOCK = 64  # columns of the distance matrix that `argmin` looks at together
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 
@@ -36,6 +37,20 @@ def full_precision_matmul(device_type: str):
 def world_size() -> int:
     """Processes that train together; 1 outside torch.distributed."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def argmin(x_NK: torch.Tensor) -> torch.Tensor:
+    """Index of each row's least element, the first of equal ones, (N,) int64. K is a multiple of BLOCK.
+
+    A CPU's `min` with indices does not use vector instructions; `amin` does. So there the least value of each block is
+    found first, then the block, then the place in that one block: 3 to 6 times faster, with the same answer.
+    """
+    if x_NK.device.type != "cpu":
+        return x_NK.min(dim=1).indices
+    blocks_NGB = x_NK.unflatten(1, (-1, BLOCK))
+    block_N = blocks_NGB.amin(2).min(dim=1).indices
+    inside_N = blocks_NGB[torch.arange(len(x_NK)), block_N].min(dim=1).indices
+    return block_N * BLOCK + inside_N
 
 
 def perplexity(counts: torch.Tensor) -> torch.Tensor:
@@ -77,12 +92,13 @@ class Codebook(nn.Module):
             norm_K = self.weight.square().sum(1)
             at_once = min(max(N * K // 16, AT_LEAST), AT_MOST.get(z_ND.device.type, AT_LEAST))
             rows = max(1, min(N, at_once // K))
-            buffer_NK = z_ND.new_empty(rows, K)  # one for all slices: fresh memory costs a CPU more than the sums
+            # one buffer for all slices, since fresh memory costs a CPU more than the sums; whole blocks, see `argmin`
+            buffer_NK = z_ND.new_full((rows, -(-K // BLOCK) * BLOCK), torch.inf)
             for start in range(0, N, rows):
                 part_ND = z_ND[start : start + rows]
                 distance_NK = buffer_NK[: len(part_ND)]
-                torch.addmm(norm_K, part_ND, self.weight.t(), alpha=-2, out=distance_NK)
-                out_N[start : start + rows] = distance_NK.min(dim=1).indices
+                torch.addmm(norm_K, part_ND, self.weight.t(), alpha=-2, out=distance_NK[:, :K])
+                out_N[start : start + rows] = argmin(distance_NK)
         return out_N
 
     @torch.no_grad()
@@ -93,13 +109,14 @@ class Codebook(nn.Module):
         """
         K, D = self.weight.shape
         # one tensor for both statistics, so that processes need one all-reduce
-        stats_KD1 = z_ND.new_zeros(K, D + 1)
-        stats_KD1[:, :D].index_add_(0, indices_N, z_ND)
-        stats_KD1[:, D] = torch.bincount(indices_N, minlength=K)
+        stats = z_ND.new_zeros(K * D + K)
+        sums_KD, counts_K = stats[: K * D].view(K, D), stats[K * D :]
+        sums_KD.index_add_(0, indices_N, z_ND)  # contiguous: rows with gaps take a CPU nine times as long
+        counts_K.copy_(torch.bincount(indices_N, minlength=K))
         if world_size() > 1:
-            dist.all_reduce(stats_KD1)
-        self.cluster_size.lerp_(stats_KD1[:, D].to(self.cluster_size.dtype), 1 - self.decay)
-        self.embed_avg.lerp_(stats_KD1[:, :D].to(self.embed_avg.dtype), 1 - self.decay)
+            dist.all_reduce(stats)
+        self.cluster_size.lerp_(counts_K.to(self.cluster_size.dtype), 1 - self.decay)
+        self.embed_avg.lerp_(sums_KD.to(self.embed_avg.dtype), 1 - self.decay)
         total = self.cluster_size.sum()
         smoothed_K = (self.cluster_size + self.eps) / (total + K * self.eps) * total
         self.weight.copy_(self.embed_avg / smoothed_K[:, None])
@@ -167,17 +184,20 @@ class Quantizer(nn.Module):
         """z (B, D, H, W) -> (quantised z of the same shape and dtype, codes (B, H, W) int64, commitment loss)."""
         B, D, H, W = z_BDHW.shape
         dtype = z_BDHW.dtype
-        z_BHWD = z_BDHW.permute(0, 2, 3, 1)
+        # (N, D) in memory too: everything below reads whole vectors, and is several times slower over a transposed view
+        z_ND = z_BDHW.permute(0, 2, 3, 1).reshape(-1, D).contiguous()
         if dtype in LOW_PRECISION:
-            z_BHWD = z_BHWD.float()
-        flat_ND = z_BHWD.detach().reshape(-1, D)
-        indices_N = self.embedding.nearest(flat_ND)
-        quantised_BHWD = self.lookup(indices_N).view(B, H, W, D)  # before the update, as the original
+            z_ND = z_ND.float()
+        indices_N = self.embedding.nearest(z_ND.detach())
+        quantised_ND = self.lookup(indices_N)  # before the update, as the original
         if self.training:
-            self.embedding.update(flat_ND, indices_N)
-        loss = self.beta * F.mse_loss(z_BHWD, quantised_BHWD)
-        quantised_BHWD = z_BHWD + (quantised_BHWD - z_BHWD).detach()
-        return quantised_BHWD.permute(0, 3, 1, 2).to(dtype), indices_N.view(B, H, W), loss
+            self.embedding.update(z_ND.detach(), indices_N)
+        loss = self.beta * F.mse_loss(z_ND, quantised_ND)
+        quantised_ND = z_ND + (quantised_ND - z_ND).detach()
+        quantised_BDHW = quantised_ND.to(dtype).view(B, H, W, D).permute(0, 3, 1, 2)
+        if z_BDHW.is_contiguous():
+            quantised_BDHW = quantised_BDHW.contiguous()  # the memory format of the input, which the decoder goes on in
+        return quantised_BDHW, indices_N.view(B, H, W), loss
 
     def lookup(self, indices: torch.Tensor) -> torch.Tensor:
         """Codes (...) int64 -> code vectors (..., D)."""
