@@ -23,7 +23,7 @@ lint: $(VENV)/.installed
 demo: $(VENV)/.installed  # 10.5 minutes on two cores; continues where it was; writes demo/index.html
 	$(BIN)/python -m latent_verse.demo --world small --out demo
 
-demo-long: $(VENV)/.installed  # the full world: two hours on a CPU, or a GPU where there is one; writes demo/long/index.html
+demo-long: $(VENV)/.installed  # the full world: 1 h 45 on a CPU, or a GPU where there is one; writes demo/long/index.html
 	$(BIN)/python -m latent_verse.demo --world full --out demo/long
 
 clean-venv:
