@@ -3,8 +3,9 @@
     python benchmarks/run.py augvae [--device cuda]
 
 "plain" is eager float32 on NCHW tensors with the one-hot quantiser and AdamW's ordinary step. "ours" is LitAugVAE's own
-step (channels last, no one-hot, AdamW in one kernel), in float32, in bfloat16 and compiled. In float32 both must give
-the same codes. On a GPU the batch that fits is extrapolated from the memory of two batch sizes of each way.
+step (no one-hot, AdamW in one kernel, channels last but where a CPU trains), in float32, in bfloat16 and compiled. In
+float32 both must give the same codes. On a GPU the batch that fits is extrapolated from the memory of two batch sizes
+of each way.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from benchmarks.plain import plain_augvae
 from latent_verse.augvae.model import AugVAE
 from latent_verse.augvae.training import LitAugVAE
 from latent_verse.config import AugVAEConfig, TrainerConfig, TrainVAEConfig, VAELossConfig
+from latent_verse.evaluation.reconstruction import ReconstructionMetrics
 from latent_verse.optimizer import adamw
 
 SHAPES = {
@@ -60,8 +62,11 @@ SIZES = {
 Step = Callable[[], object]
 
 
-def lit(shape: str, compile: bool, device: str = "cpu") -> LitAugVAE:
-    """LitAugVAE as train_vae.py makes it, with MSE, which needs no other network; always with the same weights."""
+def lit(shape: str, compile: bool, device: str = "cpu", train: bool = True) -> LitAugVAE:
+    """LitAugVAE as train_vae.py makes it, with MSE, which needs no other network, or as eval_vae.py does.
+
+    Always with the same weights.
+    """
     config = TrainVAEConfig(
         model=AugVAEConfig(**SHAPES[shape]),
         loss=VAELossConfig(loss_type="mse"),
@@ -70,8 +75,13 @@ def lit(shape: str, compile: bool, device: str = "cpu") -> LitAugVAE:
     torch.manual_seed(0)
     with torch.device(device):
         module = LitAugVAE(AugVAE(config.model), config)
-    module.configure_model()
-    return module.to(device)
+    if not train:
+        m = config.model
+        module.test_metrics = ReconstructionMetrics(
+            module.model.levels, m.num_tokens, m.resolution, with_networks=False
+        )
+    module.to(device).configure_model()
+    return module
 
 
 def our_step(module: LitAugVAE, x_BCHW: torch.Tensor, precision: str, train: bool) -> Step:
@@ -82,11 +92,14 @@ def our_step(module: LitAugVAE, x_BCHW: torch.Tensor, precision: str, train: boo
 
     def step():
         with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"), torch.set_grad_enabled(train):
-            parts, reconstruction = module._losses(x_BCHW, "train" if train else "val")
-        if train:
-            optimizer.zero_grad(set_to_none=True)
-            parts["total_loss"].backward()
-            optimizer.step()
+            if not train:
+                reconstruction = module._through(x_BCHW)[1]
+                (reconstruction - x_BCHW).square().mean()
+                return reconstruction
+            parts, reconstruction = module._losses(x_BCHW, "train")
+        optimizer.zero_grad(set_to_none=True)
+        parts["total_loss"].backward()
+        optimizer.step()
         return reconstruction
 
     return step
@@ -132,7 +145,7 @@ def suite(device: str, size: str) -> Iterator[Row]:
             case = f"{shape}, {task}, batch {batch}, {precision}{', compiled' if compile else ''}"
             goal = ">= 1.3x" if device == "cpu" else ">= 3x, <= 1/2 of the memory" if shape == "released" else None
             try:
-                module = lit(shape, compile, device)
+                module = lit(shape, compile, device, train)
                 step = our_step(module, x_BCHW, precision, train)
                 step()  # compiles
                 times = race({"ours": step, "plain": run_plain}, device, s["repeats"])

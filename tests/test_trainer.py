@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from latent_verse import trainer
 from latent_verse.augvae.model import AugVAE
 from latent_verse.augvae.training import LitAugVAE
 from latent_verse.config import TrainerConfig, TrainVAEConfig
+from latent_verse.evaluation.reconstruction import ReconstructionMetrics
 from latent_verse.trainer import compiles_by_default
 
 
@@ -58,3 +60,33 @@ def test_training_is_compiled_and_validation_is_not(tiny_config, tiny_images, mo
     parts["total_loss"].backward()
     assert compiled
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("device", "evaluates", "memory_format"),
+    [
+        ("cpu", False, torch.contiguous_format),
+        ("cpu", True, torch.channels_last),
+        ("cuda", False, torch.channels_last),
+        ("cuda", True, torch.channels_last),
+    ],
+)
+def test_memory_format_of_weights_and_activations(tiny_config, tiny_images, device, evaluates, memory_format):
+    """Channels last but where a CPU trains; the networks' answer is the same."""
+    torch.manual_seed(0)
+    module = LitAugVAE(AugVAE(tiny_config()), TrainVAEConfig(model=tiny_config()))
+    module._trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device(device)))
+    if evaluates:
+        module.test_metrics = ReconstructionMetrics(module.model.levels, 24, 16, with_networks=False)
+    module.eval()
+    with torch.no_grad():
+        expected, *_ = module.model(tiny_images())
+        module.configure_model()
+        formats = set()
+        for layer in module.model.modules():
+            if isinstance(layer, torch.nn.Conv2d) and layer.kernel_size == (3, 3):
+                assert layer.weight.is_contiguous(memory_format=memory_format)
+                layer.register_forward_hook(lambda _, x, y: formats.add(y.is_contiguous(memory_format=memory_format)))
+        _, reconstruction = module._through(tiny_images())
+    assert formats == {True}
+    torch.testing.assert_close(reconstruction, expected, rtol=1e-3, atol=1e-4)

@@ -184,20 +184,17 @@ class Quantizer(nn.Module):
         """z (B, D, H, W) -> (quantised z of the same shape and dtype, codes (B, H, W) int64, commitment loss)."""
         B, D, H, W = z_BDHW.shape
         dtype = z_BDHW.dtype
-        # (N, D) in memory too: everything below reads whole vectors, and is several times slower over a transposed view
-        z_ND = z_BDHW.permute(0, 2, 3, 1).reshape(-1, D).contiguous()
         if dtype in LOW_PRECISION:
-            z_ND = z_ND.float()
+            z_BDHW = z_BDHW.float()
+        # (N, D) in memory too: what follows reads whole vectors, and is several times slower over a transposed view
+        z_ND = z_BDHW.permute(0, 2, 3, 1).reshape(-1, D).contiguous()
         indices_N = self.embedding.nearest(z_ND.detach())
-        quantised_ND = self.lookup(indices_N)  # before the update, as the original
+        to_code_ND = self.lookup(indices_N).sub_(z_ND)  # before the update, as the original
         if self.training:
             self.embedding.update(z_ND.detach(), indices_N)
-        loss = self.beta * F.mse_loss(z_ND, quantised_ND)
-        quantised_ND = z_ND + (quantised_ND - z_ND).detach()
-        quantised_BDHW = quantised_ND.to(dtype).view(B, H, W, D).permute(0, 3, 1, 2)
-        if z_BDHW.is_contiguous():
-            quantised_BDHW = quantised_BDHW.contiguous()  # the memory format of the input, which the decoder goes on in
-        return quantised_BDHW, indices_N.view(B, H, W), loss
+        loss = self.beta * to_code_ND.square().mean()
+        quantised_BDHW = z_BDHW + to_code_ND.detach().view(B, H, W, D).permute(0, 3, 1, 2)
+        return quantised_BDHW.to(dtype), indices_N.view(B, H, W), loss
 
     def lookup(self, indices: torch.Tensor) -> torch.Tensor:
         """Codes (...) int64 -> code vectors (..., D)."""
