@@ -2,20 +2,23 @@
 
     python benchmarks/run.py augvae [--device cuda]
 
-"plain" is eager float32 on NCHW tensors with the one-hot quantiser and AdamW's ordinary step. "ours" is LitAugVAE's own
-step (no one-hot, AdamW in one kernel, channels last but where a CPU trains), in float32, in bfloat16 and compiled. In
-float32 both must give the same codes. On a GPU the batch that fits is extrapolated from the memory of two batch sizes
-of each way.
+"plain" is eager float32 on NCHW tensors with the one-hot quantiser, pictures enlarged before they are convolved, and
+AdamW's ordinary step. "ours" is LitAugVAE's own step (no one-hot, transposed convolutions, AdamW in one kernel,
+channels last but where a CPU trains), in float32, in bfloat16 and compiled. In float32 both must give the same codes.
+On a GPU the batch that fits is extrapolated from the memory of two batch sizes of each way. Enlarging and convolving is
+raced by itself too, forward and backward, in the memory format and precision that training has.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 
 import torch
 
 from benchmarks.measure import Row, absent, peak_bytes, peer, race, row
-from benchmarks.plain import plain_augvae
+from benchmarks.plain import enlarge_then_convolve, plain_augvae
+from latent_verse.augvae.layers import Upsample
 from latent_verse.augvae.model import AugVAE
 from latent_verse.augvae.training import LitAugVAE
 from latent_verse.config import AugVAEConfig, TrainerConfig, TrainVAEConfig, VAELossConfig
@@ -45,15 +48,23 @@ SHAPES = {
     },
     "released": {},
 }
-# (shape, batch, whether to train) of each case; ours in these precisions, compiled or not
+# (shape, batch, whether to train) of each case; ours in these precisions, compiled or not; (batch, channels, side) of
+# what is enlarged: the tiny model's and the released one's largest
 SIZES = {
-    "toy": {"cases": [("toy", 2, True), ("toy", 2, False)], "ways": [("32", False)], "repeats": 1},
+    "toy": {
+        "cases": [("toy", 2, True), ("toy", 2, False)],
+        "ways": [("32", False)],
+        "enlarged": [(2, 8, 4)],
+        "repeats": 1,
+    },
     "cpu": {
+        "enlarged": [(4, 64, 32), (1, 128, 128)],
         "cases": [("tiny", 4, True), ("tiny", 4, False)],
         "ways": [("32", False)],
         "repeats": 3,
     },
     "cuda": {
+        "enlarged": [(8, 128, 128)],
         "cases": [("released", 8, True), ("released", 8, False), ("tiny", 32, True)],
         "ways": [("32", False), ("bf16", False), ("bf16", True)],
         "repeats": 5,
@@ -174,6 +185,34 @@ def suite(device: str, size: str) -> Iterator[Row]:
             torch._dynamo.reset()
             if device == "cuda":
                 torch.cuda.empty_cache()
+    for shape in s["enlarged"]:
+        yield enlarging(*shape, device, s["repeats"])
+
+
+def enlarging(batch: int, channels: int, side: int, device: str, repeats: int) -> Row:
+    """Upsample's transposed convolution against the convolution of an enlarged picture, forward and backward."""
+    memory_format, dtype = (
+        (torch.contiguous_format, torch.float32) if device == "cpu" else (torch.channels_last, torch.bfloat16)
+    )
+    layer = Upsample(channels).to(device, dtype, memory_format=memory_format)
+    x_BCHW = torch.randn(batch, channels, side, side, device=device, dtype=dtype).to(memory_format=memory_format)
+    x_BCHW.requires_grad_()
+    ways = {"ours": layer, "plain": functools.partial(enlarge_then_convolve, layer)}
+    ours, plain = (way(x_BCHW).detach() for way in ways.values())
+    steps = {
+        name: lambda way=way: torch.autograd.grad(way(x_BCHW), (x_BCHW, layer.conv.weight), ours)
+        for name, way in ways.items()
+    }
+    times = race(steps, device, repeats)
+    memory = {name: peak_bytes(step, device) for name, step in steps.items()}
+    return row(
+        "augvae",
+        f"enlarge and convolve {batch} x {channels} x {side} x {side}, forward and backward",
+        {"seconds": times["ours"], "bytes": memory["ours"]},
+        [peer("plain", times["ours"], times["plain"], memory["plain"], memory["ours"])],
+        unit="call",
+        same=torch.allclose(ours, plain, rtol=1e-3, atol=1e-4 if dtype == torch.float32 else 5e-2),
+    )
 
 
 def _batch_that_fits(plain, module, x_BCHW, precision: str, plain_bytes: int, our_bytes: int) -> Row:

@@ -9,6 +9,7 @@ Shapes: N vectors, K codes, D code dimension; B batch, H height or heads, W widt
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from latent_verse.augvae.codebook import Codebook
+from latent_verse.augvae.layers import Upsample
 from latent_verse.augvae.model import AugVAE
 from latent_verse.biart.model import BiART
 from latent_verse.config import BiARTConfig
@@ -50,14 +52,22 @@ def one_hot_forward(book: Codebook, z_BDHW: Tensor, learn: bool = True, beta: fl
     return out, indices_N.view(z_BHWD.shape[:-1]), loss
 
 
+def enlarge_then_convolve(layer: Upsample, x_BCHW: Tensor) -> Tensor:
+    """The plain formulation of Upsample.forward."""
+    return layer.conv(F.interpolate(x_BCHW, scale_factor=2.0, mode="nearest"))
+
+
 def plain_augvae(model: AugVAE) -> AugVAE:
-    """A copy of AugVAE with the one-hot quantiser, contiguous (NCHW)."""
+    """A copy of AugVAE with the one-hot quantiser and convolutions of enlarged pictures, contiguous (NCHW)."""
     copy = AugVAE(model.config).to(model.pre_quants[0].weight.device)
     copy.load_state_dict(model.state_dict())
     quantizer = copy.quantizers[0]
     quantizer.forward = lambda z_BDHW: one_hot_forward(
         quantizer.embedding, z_BDHW, learn=quantizer.training, beta=quantizer.beta
     )
+    for layer in copy.modules():
+        if isinstance(layer, Upsample):
+            layer.forward = functools.partial(enlarge_then_convolve, layer)
     return copy
 
 

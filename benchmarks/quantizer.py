@@ -101,7 +101,14 @@ def agree(a: dict, b: dict) -> str:
 # pairs (N, K) for each D; the one-hot matrix is left out where it would take more than `most` elements
 SIZES = {
     "toy": {"D": (8,), "N": (64, 128), "K": (32,), "at": (64, 32), "repeats": 1, "most": 2**26},
-    "cpu": {"D": (32, 256), "N": (2**10, 2**12, 2**14), "K": (2**10, 2**13), "at": (2**11, 2**10), "repeats": 3},
+    "cpu": {
+        "D": (32, 256),
+        "N": (2**10, 2**12, 2**14, 2**17),
+        "K": (2**10, 2**13, 2**16),
+        "at": (2**11, 2**10),
+        "repeats": 3,
+        "most": 2**27,
+    },
     "cuda": {
         "D": (32, 256),
         "N": tuple(2**i for i in range(10, 18)),

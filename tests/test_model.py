@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from latent_verse.augvae.layers import AttnBlock, make_norm
+from latent_verse.augvae.layers import AttnBlock, Upsample, make_norm
 from latent_verse.augvae.model import AugVAE
 from latent_verse.config import AugVAEConfig, ConfigError
 
@@ -217,6 +217,29 @@ def test_attention_block_is_softmax_attention_over_positions():
     weights = torch.softmax(torch.einsum("bci,bcj->bij", q, k) / 32**0.5, dim=-1)
     expected = x + block.proj_out(torch.einsum("bij,bcj->bci", weights, v).reshape(2, 32, 3, 3))
     torch.testing.assert_close(block(x), expected)
+
+
+@pytest.mark.parametrize("size", [(4, 4), (1, 1), (3, 5)])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_upsampling_is_the_convolution_of_the_enlarged_picture(size, memory_format):
+    layer = Upsample(6).double().to(memory_format=memory_format)
+    x = torch.randn(2, 6, *size, dtype=torch.float64).to(memory_format=memory_format).requires_grad_()
+    enlarged = x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    expected, out = layer.conv(enlarged), layer(x)
+    assert out.is_contiguous(memory_format=memory_format)
+    torch.testing.assert_close(out, expected)
+    weights = torch.randn_like(out)
+    needed = (x, layer.conv.weight, layer.conv.bias)
+    for ours, plain in zip(*(torch.autograd.grad((y * weights).sum(), needed) for y in (out, expected)), strict=True):
+        torch.testing.assert_close(ours, plain)
+
+
+def test_upsampling_holds_nothing_enlarged_for_the_backward_pass():
+    held = []
+    x = torch.randn(1, 8, 16, 16, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t.numel()) or t, lambda t: t):
+        Upsample(8)(x)
+    assert max(held) == x.numel()
 
 
 def test_pixel_norm_keeps_far_pixels_apart(tiny_augvae, tiny_images):
