@@ -103,8 +103,10 @@ def test_gradient_passes_straight_through_and_commitment_pulls_to_the_code():
 # ------------------------------------------------------------------------------------------------------ nearest code
 
 
+@pytest.mark.parametrize("codes", [2**13, 7, 1])
 @pytest.mark.parametrize("at_once", [1, 20, 21, 100, 6000, 2**22])
-def test_nearest_equals_brute_force_across_slices(monkeypatch, at_once):
+def test_nearest_equals_brute_force_across_slices(monkeypatch, at_once, codes):
+    monkeypatch.setattr(codebook_module, "CODES", {"cpu": codes})
     monkeypatch.setattr(codebook_module, "AT_LEAST", at_once)
     monkeypatch.setattr(codebook_module, "AT_MOST", {"cpu": at_once})
     book, z = make_book().double(), vectors(301).double()
@@ -117,17 +119,21 @@ def test_nearest_of_no_vector():
     assert make_book().nearest(torch.zeros(0, 4)).shape == (0,)
 
 
-def test_equally_near_codes_give_the_first():
+@pytest.mark.parametrize("codes", [2**13, 5, 2])
+def test_equally_near_codes_give_the_first(monkeypatch, codes):
+    monkeypatch.setattr(codebook_module, "CODES", {"cpu": codes})
     book = make_book()
     book.weight[7] = book.weight[3]
     assert book.nearest(book.weight[7:8]).item() == 3
 
 
-def test_argmin_equals_torch_also_with_ties_infinities_and_nan():
+def test_least_equals_argmin_also_with_ties_infinities_and_nan():
     x = torch.randint(0, 5, (50, 3 * codebook_module.BLOCK)).float()  # every row has ties within and across blocks
     x[0], x[1, 100], x[2, 10:150:70], x[3] = torch.inf, -torch.inf, torch.nan, 7.0
     # PyTorch does not promise the first of equal values, so the reference is NumPy's, which does
-    np.testing.assert_array_equal(codebook_module.argmin(x).numpy(), x.numpy().argmin(1))
+    values, indices = codebook_module.least(x)
+    np.testing.assert_array_equal(indices.numpy(), x.numpy().argmin(1))
+    np.testing.assert_array_equal(values.numpy(), x.numpy().min(1))
 
 
 @pytest.mark.parametrize("K", [1, 63, 64, 65, 200])
