@@ -161,6 +161,27 @@ def test_loss_without_references_and_with_all_of_them_dropped():
     assert loss.isfinite() and means["text_to_image/text"] == 0
 
 
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_losses_of_two_processes_average_to_that_of_the_joined_batch(direction):
+    model = lively()
+    text_BL = model.vocab.pad_text([[1], [2, 3, 4, 5, 6], [], [7, 8]])
+    codes_BN = pairs(model)[1]
+    halves, joined = (
+        [model.vocab.pack(text_BL[rows], codes_BN[rows], direction) for rows in parts]
+        for parts in ((slice(0, 1), slice(1, 4)), (slice(0, 4),))
+    )
+    counted = [half.counted() for half in halves]
+    at = DIRECTIONS.index(direction)
+    assert [c[at].tolist() for c in counted] == [[2, 7], [5 + 1 + 3, 3 * 7]]  # a text that is not full has an end
+    assert all(c[1 - at].tolist() == [0, 0] for c in counted)
+    average = sum(counted) / 2
+    shares = [dict(zip((f"{direction}/text", f"{direction}/image"), (c / average)[at], strict=True)) for c in counted]
+    losses = [model.loss(half, 0.5, token_share=share)[0] for half, share in zip(halves, shares, strict=True)]
+    expected = model.loss(joined[0], 0.5)[0]
+    torch.testing.assert_close(sum(losses) / 2, expected)
+    assert abs(sum(model.loss(half, 0.5)[0] for half in halves) / 2 - expected) > 1e-3
+
+
 def test_modality_logits_are_the_full_heads_rows():
     model = lively()
     sequences = model.vocab.pack(*pairs(model), 2)

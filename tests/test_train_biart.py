@@ -437,13 +437,11 @@ def test_validation_is_the_same_on_two_processes(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_processes_equal_one_on_the_joined_batch(world, tmp_path, strategy):
-    """On the codes of text to image alone: which rows go which way depends on how they lie in a process's batch, and a
-    mean over the words of a process is not one over those of all.
-    """
+@pytest.mark.parametrize(("strategy", "share"), [("ddp", "1"), ("ddp", "0"), ("fsdp", "0")])
+def test_two_processes_equal_one_on_the_joined_batch(world, tmp_path, strategy, share):
+    """In one direction at a time: which rows go which way depends on how they lie in a process's batch."""
     script = str(Path(train_biart.__file__))
-    flags = [*world, "--text_to_image_share", "1", "--reference_dropout", "0", "--reference_weight", "0"]
+    flags = [*world, "--text_to_image_share", share, "--reference_dropout", "0", "--reference_weight", "0.5"]
     flags += ["--epochs", "2", "--learning_rate", "0.01", "--gradient_clip_val", "1"]
     for name, more in (
         ("one", ["--batch_size", "4"]),

@@ -191,13 +191,20 @@ class BiART(nn.Module):
         return torch.cat(pieces).view_as(class_BT)
 
     def loss(
-        self, sequences: Sequences, reference_weight: float, chunk: int | None = None
+        self,
+        sequences: Sequences,
+        reference_weight: float,
+        chunk: int | None = None,
+        token_share: dict[str, Tensor] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy on the targets plus `reference_weight` times that on the references.
 
         Each is a mean over its counted tokens, so that a long modality does not outweigh a short one; directions are
         weighted by their share of the rows. Returns the loss and, detached, the mean of each "direction/modality",
         in nats per token. With `reference_weight` 0 the references' heads are not computed.
+
+        `token_share`: what each "direction/modality" counts beside other processes, `Sequences.counted` over the mean
+        of all processes', so that the mean of their losses is a mean over all their tokens.
         """
         features_BTC = self.features(sequences.idx_BT, sequences.seg_BT)
         total, means, weight_VC = 0.0, {}, {}  # a head's weight is taken once: each taking costs in the backward pass
@@ -211,10 +218,11 @@ class BiART(nn.Module):
                 class_BT = class_BT[rows]
                 if modality not in weight_VC:
                     weight_VC[modality] = self.head_weight(modality)
+                name = f"{direction}/{modality}"
                 counted = (class_BT != IGNORE).sum().clamp(min=1)  # all references of a batch may be dropped
                 mean = self.token_losses(here, class_BT, weight_VC[modality], chunk).sum() / counted
-                total = total + share * weight * mean
-                means[f"{direction}/{modality}"] = mean.detach()
+                total = total + share * weight * mean * (1.0 if token_share is None else token_share[name])
+                means[name] = mean.detach()
         return total, means
 
     # ----------------------------------------------------------------------------------------------- cached decoding

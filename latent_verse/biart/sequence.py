@@ -59,6 +59,11 @@ class Sequences:
         if n < batch:
             yield IMAGE_TO_TEXT, slice(n, batch)
 
+    def counted(self) -> Tensor:
+        """How many tokens the loss is a mean over, (2, 2) float32: by direction, then text and image."""
+        both_B2 = torch.stack([(classes != IGNORE).sum(1) for classes in (self.text_BL, self.codes_BN)], dim=1).float()
+        return torch.stack([both_B2[: self.num_text_to_image].sum(0), both_B2[self.num_text_to_image :].sum(0)])
+
 
 @dataclass(frozen=True)
 class Vocabulary:

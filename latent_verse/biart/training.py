@@ -118,11 +118,13 @@ class LitBiART(pl.LightningModule):
         # captions and codes were checked where they were made; a check here would wait for the device
         return vocab.pack(text_BL, self.codes(batch[0]), rows, validate=False, **dropouts)
 
-    def loss(self, model: BiART, sequences: Sequences) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(
+        self, model: BiART, sequences: Sequences, token_share: dict[str, Tensor] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted loss of a batch, and the mean of each "direction/modality" in nats per token, detached."""
         c = self.config.loss
         if c.text_loss_weight == c.image_loss_weight:
-            total, means = model.loss(sequences, c.reference_weight, c.loss_chunk)
+            total, means = model.loss(sequences, c.reference_weight, c.loss_chunk, token_share)
             return c.image_loss_weight * total, means
         total, means = 0.0, {}
         tensors = (sequences.idx_BT, sequences.seg_BT, sequences.text_BL, sequences.codes_BN)
@@ -131,10 +133,23 @@ class LitBiART(pl.LightningModule):
             part = Sequences(*(t[rows] for t in tensors), count if direction == TEXT_TO_IMAGE else 0)
             target = target_modality(direction)
             own, other = self._weight(direction, target), self._weight(direction, OTHER[target])
-            value, parts = model.loss(part, other / own, c.loss_chunk)
+            value, parts = model.loss(part, other / own, c.loss_chunk, token_share)
             total = total + count / len(sequences.idx_BT) * own * value
             means |= parts
         return total, means
+
+    def token_share(self, sequences: Sequences) -> dict[str, Tensor] | None:
+        """This process's share of the tokens of all, times their number: BiART.loss's; None where there is but one.
+
+        The gradients of all processes are averaged. Captions differ in length, so that without this a word in a
+        process with few words would count more than one in another.
+        """
+        if self.trainer.world_size == 1:
+            return None
+        own = sequences.counted()
+        average = self.trainer.strategy.reduce(own.clone(), reduce_op="mean")
+        share = own / average.clamp(min=1e-9)  # nothing counted anywhere: 0
+        return {f"{d}/{m}": share[i, j] for i, d in enumerate(DIRECTIONS) for j, m in enumerate(("text", "image"))}
 
     def rows_text_to_image(self, batch_size: int, batch_idx: int) -> int:
         """How many of a batch go text to image: the configured share, to the row, on average over batches."""
@@ -147,7 +162,7 @@ class LitBiART(pl.LightningModule):
         c = self.config.loss
         names = ("reference_dropout", "word_dropout", "code_dropout")
         sequences = self.pack(batch, rows, **{name: getattr(c, name) for name in names})
-        total, means = self.loss(self.model, sequences)
+        total, means = self.loss(self.model, sequences, self.token_share(sequences))
         self.log("train/total_loss", total.detach(), prog_bar=True)
         for name, value in means.items():
             direction, modality = name.split("/")
