@@ -75,10 +75,17 @@ def test_an_absent_peer_is_named_in_the_table():
     assert "2.00 s" in said and "1.0 MiB" in said
 
 
-def test_ways_take_turns():
-    calls = []
-    times = race({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, "cpu", repeats=3, warm=1)
-    assert calls == ["a", "b"] * 4 and times.keys() == {"a", "b"}
+@pytest.mark.parametrize(("seconds_each", "turns"), [(0.0, 30), (0.03, 4), (1.0, 3)])
+def test_ways_take_turns_quick_ones_more_of_them(monkeypatch, seconds_each, turns):
+    calls, clock = [], [0.0]
+
+    def call(name):
+        calls.append(name)
+        clock[0] += seconds_each
+
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: clock[0])
+    times = race({"a": lambda: call("a"), "b": lambda: call("b")}, "cpu", repeats=3, warm=1)
+    assert calls == ["a", "b"] * (1 + turns) and times.keys() == {"a", "b"}
 
 
 def test_peak_bytes_counts_what_is_held_at_one_time():
