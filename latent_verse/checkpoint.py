@@ -239,6 +239,8 @@ def read_ckpt(file: str | os.PathLike) -> dict[str, Any]:
         raise CheckpointError(
             f"checkpoint {file} does not exist.{' That folder holds: ' + ', '.join(near) if near else ''}"
         )
+    if file.suffix == ".safetensors":  # some versions of PyTorch read it, others take it for a pickle of code
+        raise CheckpointError(f"{file} holds weights alone: it is no Lightning checkpoint, whose name ends in .ckpt.")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file) or None)
