@@ -12,7 +12,7 @@ from latent_verse.biart.sequence import IMAGE_TO_TEXT, TEXT_TO_IMAGE
 from latent_verse.biart.training import LitBiART
 from latent_verse.config import BiARTConfig
 from latent_verse.config_biart import TrainBiARTConfig
-from latent_verse.optimizer import MuonAdamW, adamw, orthogonalise
+from latent_verse.optimizer import MuonAdamW, adamw, orthogonalise, warm_up_then_cosine
 
 
 class Codes:
@@ -150,3 +150,41 @@ def test_fused_adamw_takes_the_plain_steps_and_lets_gradients_be_clipped(grouped
     # Lightning would refuse gradient_clip_val in mixed precision
     assert not one._step_supports_amp_scaling
     other.load_state_dict(one.state_dict())  # checkpoints of one serve the other
+
+
+# ------------------------------------------------------------------------------------------------------------ schedule
+
+
+@pytest.mark.parametrize(
+    ("warmup", "total", "floor", "factors"),
+    [
+        # 3 steps of warm-up, 12 of decay: cosines of 0, 60, 90, 120 and 180 degrees
+        (3, 15, 0.2, {0: 0.25, 1: 0.5, 2: 0.75, 3: 1.0, 7: 0.8, 9: 0.6, 11: 0.4, 15: 0.2, 16: 0.2, 40: 0.2}),
+        (0, 12, 0.0, {0: 1.0, 4: 0.75, 6: 0.5, 8: 0.25, 12: 0.0, 13: 0.0}),
+        (4, 10, 1.0, {0: 0.2, 2: 0.6, 4: 1.0, 7: 1.0, 10: 1.0}),
+        (4, 4, 0.1, {3: 0.8, 4: 1.0, 5: 0.1}),  # ends with the warm-up
+        (2, float("inf"), 0.1, {1: 2 / 3, 2: 1.0, 1000: 1.0}),  # a run without an end
+    ],
+)
+def test_the_rate_warms_up_and_falls_along_a_cosine(warmup, total, floor, factors):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=8.0)
+    schedule = warm_up_then_cosine(optimizer, warmup, lambda: total, floor)
+    rates = []
+    for _ in range(max(factors) + 1):
+        rates += [optimizer.param_groups[0]["lr"]]
+        optimizer.step()
+        schedule.step()
+    assert {step: rates[step] / 8 for step in factors} == pytest.approx(factors)
+
+
+def test_how_long_the_run_is_is_not_asked_before_the_warm_up_has_ended():
+    def total():
+        raise AssertionError("the data is loaded too early")
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = warm_up_then_cosine(optimizer, 2, total)
+    for _ in range(2):
+        optimizer.step()
+        schedule.step()
+    with pytest.raises(AssertionError, match="too early"):
+        schedule.step()
