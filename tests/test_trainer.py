@@ -1,4 +1,4 @@
-"""What the Trainer is given by default."""
+"""What the Trainer is given, by default and by the settings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,31 @@ from latent_verse.augvae.model import AugVAE
 from latent_verse.augvae.training import LitAugVAE
 from latent_verse.config import TrainerConfig, TrainVAEConfig
 from latent_verse.evaluation.reconstruction import ReconstructionMetrics
-from latent_verse.trainer import compiles_by_default
+from latent_verse.runs import Run
+from latent_verse.trainer import compiles_by_default, make_trainer
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "attribute", "found"),
+    [
+        ("gradient_clip_val", 0.25, "gradient_clip_val", 0.25),
+        ("gradient_clip_val", None, "gradient_clip_val", None),
+        ("accumulate_grad_batches", 3, "accumulate_grad_batches", 3),
+        ("epochs", 7, "max_epochs", 7),
+        ("max_steps", 11, "max_steps", 11),
+        ("limit_train_batches", 0.5, "limit_train_batches", 0.5),
+        ("limit_val_batches", 4, "limit_val_batches", 4),
+        ("num_sanity_val_steps", 2, "num_sanity_val_steps", 2),
+        ("log_every_n_steps", 13, "log_every_n_steps", 13),
+        ("precision", "bf16-mixed", "precision", "bf16-mixed"),
+        ("debug", True, "_detect_anomaly", True),
+    ],
+)
+def test_settings_reach_the_trainer(setting, value, attribute, found, tmp_path):
+    t = TrainerConfig(gpus=0, logger="csv", refresh_rate=0, **{setting: value})
+    made = make_trainer(t, Run(tmp_path / "run", "0"), TrainVAEConfig(trainer=t), "", has_val=True)
+    assert getattr(made, attribute) == found
+    assert not (tmp_path / "run").exists()  # nothing is written before all processes have met
 
 
 def test_networks_are_compiled_on_a_gpu_that_triton_serves(monkeypatch):
