@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
+import pytorch_lightning as pl
 import torch
 
+from latent_verse.biart import training
 from latent_verse.biart.model import BiART
 from latent_verse.biart.sequence import IMAGE_TO_TEXT, TEXT_TO_IMAGE
 from latent_verse.biart.training import LitBiART
@@ -26,15 +29,43 @@ class Codes:
     def requires_grad_(self, wanted):
         return self
 
+    def to(self, device):
+        return self
 
-def lit(**loss) -> tuple[LitBiART, list[torch.Tensor]]:
+
+def lit(**settings) -> tuple[LitBiART, list[torch.Tensor]]:
+    """With settings of the loss, the optimiser and the trainer; and a batch of six."""
     config = TrainBiARTConfig()
-    for name, value in loss.items():
-        setattr(config.loss, name, value)
+    for name, value in settings.items():
+        (section,) = (c for c in (config.loss, config.optim, config.trainer) if hasattr(c, name))
+        setattr(section, name, value)
     shape = {"text_vocab": 11, "image_vocab": 7, "text_len": 3, "image_len": 5, "n_layer": 1, "n_head": 2, "n_embd": 16}
     torch.manual_seed(0)
     batch = [torch.randint(0, 7, (6, 5)), torch.tensor([[1, 2, -1]] * 3 + [[4, -1, -1]] * 3)]
     return LitBiART(BiART(BiARTConfig(**shape)), Codes(), config, {}), batch
+
+
+def run(module: LitBiART, batches: list, val: list | None = None, callback=None, **settings) -> pl.Trainer:
+    """Train on whole batches, in their order, or without any validate on `val`; returns the Trainer."""
+    quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary", "num_sanity_val_steps")
+    settings = {"max_epochs": 1, "callbacks": [callback] if callback else None} | settings
+    trainer = pl.Trainer(accelerator="cpu", **dict.fromkeys(quiet, False), **settings)
+    loaders = [data and torch.utils.data.DataLoader(data, batch_size=None) for data in (batches, val)]
+    if batches:
+        trainer.fit(module, *loaders)
+    else:
+        trainer.validate(module, loaders[1], verbose=False)
+    return trainer
+
+
+class AfterEachBatch(pl.Callback):
+    """Keeps what `look(trainer, module)` returns after each training batch."""
+
+    def __init__(self, look):
+        self.look, self.seen = look, []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.seen.append(self.look(trainer, pl_module))
 
 
 def test_modality_weights_are_exact():
@@ -150,6 +181,216 @@ def test_fused_adamw_takes_the_plain_steps_and_lets_gradients_be_clipped(grouped
     # Lightning would refuse gradient_clip_val in mixed precision
     assert not one._step_supports_amp_scaling
     other.load_state_dict(one.state_dict())  # checkpoints of one serve the other
+
+
+# ------------------------------------------------------------------------------- from the settings to the training step
+
+
+def weights(network) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in network.parameters()]
+
+
+@pytest.mark.parametrize(("accumulate", "steps"), [(1, 4), (2, 2)])
+def test_averaged_weights_are_those_of_a_hand_computation(accumulate, steps):
+    """Decays 1/10 and 2/11 while they are below ema_decay, then that; one average a step, not one a batch."""
+    module, batch = lit(ema_decay=0.2, learning_rate=0.05)
+    expected = weights(module.model)
+    assert all(torch.equal(a, b) for a, b in zip(weights(module.ema), expected, strict=True))
+    watch = AfterEachBatch(lambda trainer, module: (weights(module.model), weights(module.ema)))
+    run(module, [batch] * 4, callback=watch, accumulate_grad_batches=accumulate)
+    stepped = watch.seen[accumulate - 1 :: accumulate]
+    assert len(stepped) == steps
+    for decay, (now, averaged) in zip((1 / 10, 2 / 11, 0.2, 0.2), stepped, strict=False):
+        expected = [decay * old + (1 - decay) * new for old, new in zip(expected, now, strict=True)]
+        torch.testing.assert_close(averaged, expected)
+    assert (averaged[0] - now[0]).abs().max() > 1e-3  # two different things by now
+    assert not any(p.requires_grad for p in module.ema.parameters())
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+def test_validation_uses_the_averaged_weights_where_there_are_any(averaged):
+    module, batch = lit(ema_decay=0.9 if averaged else 0)
+    for seed, network in enumerate((module.model, module.ema)[: 1 + averaged]):
+        torch.manual_seed(seed)
+        for parameter in network.parameters():
+            parameter.data.normal_(std=0.3)
+    found = run(module, [], [batch]).callback_metrics
+    network = module.ema if averaged else module.model
+    assert module.network is network
+    for rows, direction in ((6, TEXT_TO_IMAGE), (0, IMAGE_TO_TEXT)):
+        _, means = network.loss(module.pack(batch, rows), 0.1)
+        for name, mean in means.items():
+            torch.testing.assert_close(found[f"val/{name}_loss"], mean)
+            assert name.startswith(direction)
+
+
+@pytest.mark.parametrize(
+    ("changes", "weights_of"),
+    [
+        ({}, {"text_to_image/image": 0.5, "text_to_image/text": 0.05, "image_to_text/text": 0.5}),
+        ({"text_to_image_share": 0.25}, {"text_to_image/image": 0.25, "image_to_text/text": 0.75}),
+        ({"text_to_image_share": 1.0}, {"text_to_image/image": 1.0, "image_to_text/text": 0.0}),
+        (
+            {"text_to_image_share": 0.8, "text_loss_weight": 2.0, "image_loss_weight": 0.5, "reference_weight": 0.3},
+            {
+                "text_to_image/image": 0.8 * 0.5,
+                "text_to_image/text": 0.8 * 2 * 0.3,
+                "image_to_text/text": 0.2 * 2,
+                "image_to_text/image": 0.2 * 0.5 * 0.3,
+            },
+        ),
+    ],
+)
+def test_the_loss_of_validation_weighs_directions_by_their_shares(changes, weights_of):
+    """And is one of all tokens, though batches are of other sizes and captions of other lengths."""
+    module, (codes, text) = lit(**changes)
+    found = run(module, [], [[codes[:4], text[:4]], [codes[4:], text[4:]], [codes[:0], text[:0]]]).callback_metrics
+    share = changes.get("text_to_image_share", 0.5)
+    defaults = {f"{TEXT_TO_IMAGE}/text": 0.1 * share, f"{IMAGE_TO_TEXT}/image": 0.1 * (1 - share)}
+    means = {}
+    with torch.no_grad():
+        for rows in (6, 0):  # all pairs in one batch, the one way and the other
+            means |= module.model.loss(module.pack([codes, text], rows), 0.1)[1]
+    expected = sum((defaults | weights_of)[name] * mean for name, mean in means.items())
+    assert len(means) == 4
+    torch.testing.assert_close(found["val/total_loss"], expected)
+    torch.testing.assert_close({name: found[f"val/{name}_loss"] for name in means}, means)
+
+
+def record_packed(monkeypatch) -> dict[bool, list]:
+    """What the network is given to learn or judge, by whether it is in training mode."""
+    seen = {True: [], False: []}
+    loss = BiART.loss
+
+    def recorded(self, sequences, *args):
+        seen[self.training].append(sequences)
+        return loss(self, sequences, *args)
+
+    monkeypatch.setattr(BiART, "loss", recorded)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("dropouts", "shares"),  # of captions and pictures given, then of pictures and captions to be made
+    [
+        ({}, (0, 0, 0, 0)),
+        ({"reference_dropout": 1.0}, (1, 1, 0, 0)),
+        ({"reference_dropout": 0.25}, (0.25, 0.25, 0, 0)),
+        ({"word_dropout": 0.5}, (0, 0, 0, 0.5)),
+        ({"word_dropout": 0.2}, (0, 0, 0, 0.2)),
+        ({"code_dropout": 0.4}, (0, 0, 0.4, 0)),
+    ],
+)
+def test_dropouts_hide_their_share_in_training_and_nothing_in_validation(monkeypatch, dropouts, shares):
+    module, _ = lit(**{"reference_dropout": 0.0} | dropouts)
+    vocab, many = module.model.vocab, 800  # so that what is found is within 0.04 of its share
+    batch = [torch.randint(0, 7, (many, 5)), torch.randint(0, 11, (many, 3))]
+    seen = record_packed(monkeypatch)
+    run(module, [batch], [batch])
+    (packed,), (judged,) = seen[True], seen[False]
+    hidden_BT = packed.idx_BT == vocab.null
+    assert not hidden_BT[:, 0].any()
+    rows = {TEXT_TO_IMAGE: slice(0, many // 2), IMAGE_TO_TEXT: slice(many // 2, many)}
+    parts = [(TEXT_TO_IMAGE, "text"), (IMAGE_TO_TEXT, "image"), (TEXT_TO_IMAGE, "image"), (IMAGE_TO_TEXT, "text")]
+    for (direction, modality), share in zip(parts, shares, strict=True):
+        found = hidden_BT[rows[direction], vocab.positions(direction, modality)][:, 1:].float().mean()  # [0] begins it
+        assert found.item() == pytest.approx(share, abs=0.04 if 0 < share < 1 else 0)
+    assert len(judged.idx_BT) == 2 * many and not (judged.idx_BT == vocab.null).any()
+
+
+@pytest.mark.parametrize("text_loss_weight", [1.0, 3.0])
+def test_loss_chunk_bounds_the_logits_and_changes_no_value(monkeypatch, text_loss_weight):
+    found, largest = [], []
+    cross_entropy = torch.nn.functional.cross_entropy
+
+    def recorded(logits, *args, **kwargs):
+        largest[-1] = max(largest[-1], len(logits))
+        return cross_entropy(logits, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", recorded)
+    for chunk in (None, 4):
+        module, batch = lit(loss_chunk=chunk, text_loss_weight=text_loss_weight)
+        largest.append(0)
+        total, means = module.loss(module.model, module.pack(batch, 2))
+        total.backward()
+        found.append((total.detach(), means, [p.grad for p in module.model.parameters()]))
+    assert largest == [4 * 5, 4]  # image to text, 4 rows of 5 codes, or a chunk
+    torch.testing.assert_close(found[1], found[0])
+
+
+def test_tokens_per_second_are_tokens_over_time(monkeypatch):
+    """Of the steps since the figure was last logged; 9 positions a row, 6 or 4 rows a batch."""
+    clock = iter((100.0, 102.0, 107.0))
+    monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    module, (codes, text) = lit(log_every_n_steps=2)
+    batches = [[codes, text], [codes[:4], text[:4]], [codes, text], [codes, text], [codes, text]]
+    watch = AfterEachBatch(lambda trainer, module: trainer.callback_metrics.get("train/tokens_per_second"))
+    run(module, batches, callback=watch)
+    assert [watch.seen[i].item() for i in (1, 3)] == pytest.approx([(6 + 4) * 9 / 2, (6 + 6) * 9 / 5])
+    assert watch.seen[0] is None
+    assert next(clock, None) is None  # read at the start and where it is logged
+
+
+# ------------------------------------------------------------------------------- from the settings to the optimiser
+
+
+def groups_of(module) -> list[dict]:
+    module.trainer = SimpleNamespace(estimated_stepping_batches=10)
+    (optimizer,), _ = module.configure_optimizers()
+    return optimizer.param_groups
+
+
+def names_of(module, group: dict) -> set[str]:
+    ids = {id(p) for p in group["params"]}
+    return {name for name, p in module.model.named_parameters() if id(p) in ids}
+
+
+MATRICES = {f"blocks.0.{name}.weight" for name in ("attn.qkv", "attn.proj", "mlp.0", "mlp.2")}
+
+
+def test_settings_reach_adamw():
+    module, _ = lit(learning_rate=0.02, weight_decay=0.3, betas=(0.7, 0.8))
+    decayed, rest = groups_of(module)
+    assert [group["weight_decay"] for group in (decayed, rest)] == [0.3, 0.0]
+    for group in (decayed, rest):
+        assert group["lr"] == 0.02 and group["betas"] == (0.7, 0.8)
+    assert names_of(module, decayed) == MATRICES | {"head.weight"}
+    everything = {name for name, _ in module.model.named_parameters()}
+    assert names_of(module, rest) == everything - names_of(module, decayed)
+
+
+@pytest.mark.parametrize(("muon_rate", "found"), [(None, 0.02), (0.05, 0.05)])
+def test_settings_reach_muon_and_the_adamw_beside_it(muon_rate, found):
+    settings = {"learning_rate": 0.02, "muon_learning_rate": muon_rate, "weight_decay": 0.3, "betas": (0.7, 0.8)}
+    module, _ = lit(optimizer="muon", muon_momentum=0.6, **settings)
+    matrices, head, rest = groups_of(module)
+    assert matrices["muon"] and not head["muon"] and not rest["muon"]
+    assert (matrices["lr"], matrices["weight_decay"], matrices["momentum"]) == (found, 0.3, 0.6)
+    assert [group["lr"] for group in (head, rest)] == [0.02, 0.02]
+    assert [group["betas"] for group in (head, rest)] == [(0.7, 0.8)] * 2
+    assert [group["weight_decay"] for group in (head, rest)] == [0.3, 0.0]
+    assert names_of(module, matrices) == MATRICES and names_of(module, head) == {"head.weight"}
+    everything = {name for name, _ in module.model.named_parameters()}
+    assert names_of(module, rest) == everything - MATRICES - {"head.weight"}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_settings_reach_the_schedule_which_ends_with_the_run(optimizer):
+    module, batch = lit(optimizer=optimizer, learning_rate=0.02, warmup_steps=1, min_lr_ratio=0.2)
+    rates = []
+    step = module.optimizer_step
+
+    def recorded(epoch, batch_idx, optimizer, *args, **kwargs):
+        rates.append([group["lr"] / 0.02 for group in optimizer.param_groups])
+        return step(epoch, batch_idx, optimizer, *args, **kwargs)
+
+    module.optimizer_step = recorded
+    last = AfterEachBatch(lambda trainer, module: trainer.optimizers[0].param_groups[0]["lr"] / 0.02)
+    run(module, [batch] * 3, callback=last, max_epochs=3)  # 9 steps: 1 of warm-up and 8 of decay
+    assert [set(groups) for groups in rates] == [{groups[0]} for groups in rates]
+    factors = [groups[0] for groups in rates]
+    assert factors[:2] == pytest.approx([0.5, 1.0]) and factors[5] == pytest.approx(0.6)
+    assert last.seen[-1] == pytest.approx(0.2)
 
 
 # ------------------------------------------------------------------------------------------------------------ schedule
