@@ -20,12 +20,13 @@ import train_biart
 from latent_verse.biart.model import PRESETS
 from latent_verse.biart.sequence import IMAGE_TO_TEXT, TEXT_TO_IMAGE
 from latent_verse.biart.training import LitBiART
+from latent_verse.callbacks import TextImageSamples
 from latent_verse.checkpoint import read_ckpt
 from latent_verse.config import ConfigError
 from latent_verse.config_biart import PRESETS as PRESET_NAMES
 from latent_verse.config_biart import TrainBiARTConfig, check_train_biart
 from latent_verse.pipeline import LVerse
-from latent_verse.text import load_tokenizer
+from latent_verse.text import ClipTokenizer, load_tokenizer
 from latent_verse.trainer import ease_smoke_test
 
 TINY = shlex.split(
@@ -115,6 +116,33 @@ def test_fake_data_needs_no_file(tmp_path, capsys):
     assert model.info == {"reference_dropout": 0.1, "text_too_long": "truncate"}
     assert len(model.text_to_image(["a made-up picture of kind 1"])[0]) == 1
     assert "fake-biart/bundle" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),  # 3 steps an epoch
+    [
+        ("--sample_every_n_epochs 2", [6, 12]),
+        ("--sample_every_n_epochs 3", [9]),
+        ("--sample_every_n_epochs 2 --log_images --image_log_steps 5", [5, 6, 10, 12]),
+        ("--sample_every_n_epochs 5 --image_log_steps 5 --num_sanity_val_steps 1", []),
+        # 2 steps an epoch, each of one or two batches: no step is drawn for twice, nor the one before the first
+        ("--sample_every_n_epochs 5 --log_images --image_log_steps 3 --accumulate_grad_batches 2", [3, 6]),
+        ("--sample_every_n_epochs 1 --num_samples 0", []),
+    ],
+)
+def test_samples_are_drawn_when_the_settings_say(world, tmp_path, monkeypatch, flags, expected):
+    drawn = []
+    write = TextImageSamples._write
+
+    def recorded(self, trainer, x_BCHW, lines):
+        drawn.append(trainer.global_step)
+        write(self, trainer, x_BCHW, lines)
+
+    monkeypatch.setattr(TextImageSamples, "_write", recorded)
+    assert train_biart.main([*world, "--epochs", "4", "--name", "a", *flags.split()]) == 0
+    assert drawn == expected
+    names = {path.name for path in (tmp_path / "runs/a/images").glob("*")}
+    assert names == {f"samples_step={step}.{kind}" for step in expected for kind in ("png", "txt")}
 
 
 def test_a_checkpoint_describes_itself_and_holds_no_frozen_network(world, tmp_path, capsys):
@@ -264,6 +292,20 @@ def test_averaged_weights_are_what_another_run_starts_from(world, tmp_path, monk
     assert all(torch.equal(seen[key], tensor) for key, tensor in weights_of(first / "bundle").items())
 
 
+@pytest.mark.parametrize(("decay", "exported"), [("0.9", "ema."), ("0", "model.")])
+def test_a_bundle_holds_the_averaged_weights_where_there_are_any(world, tmp_path, decay, exported):
+    assert train_biart.main([*world, "--epochs", "1", "--ema_decay", decay, "--learning_rate", "1e-2"]) == 0
+    (run,) = (tmp_path / "runs").iterdir()
+    (file,) = (run / "checkpoints").glob("best-*")
+    state = read_ckpt(file)["state_dict"]
+    assert any(key.startswith("ema.") for key in state) == (exported == "ema.")
+    found = weights_of(run / "bundle")
+    for key, tensor in found.items():
+        assert torch.equal(tensor, state[exported + key]), key
+    if exported == "ema.":
+        assert not torch.equal(found["head.weight"], state["model.head.weight"])
+
+
 def test_a_run_from_weights_continues_its_own(world, tmp_path, monkeypatch, capsys):
     assert train_biart.main([*world, "--epochs", "1", "--name", "first"]) == 0
     start = [*world, "--name", "second", "--backup", "--pretrained_path", str(tmp_path / "runs/first/bundle")]
@@ -382,6 +424,43 @@ def test_what_is_not_read_is_said(world, tmp_path, capsys):
     capsys.readouterr()
     assert train_biart.main([*world, "--max_steps", "1", "--name", "b"]) == 0
     assert "No effect" not in capsys.readouterr().out
+
+
+def test_a_run_with_the_vocabulary_of_clip(world, tmp_path):
+    """It is in the checkpoint and the bundle, and captions go through it to the network and back."""
+    at = world.index("--tokenizer")
+    assert train_biart.main([*world[:at], *world[at + 4 :], "--tokenizer", "clip", "--epochs", "1", "--name", "a"]) == 0
+    run = tmp_path / "runs" / "a"
+    figures = logged(run)
+    assert len(figures["train/total_loss"]) == 3 and math.isfinite(figures["val/total_loss"][0])
+    # of 49408 words and the end of the text
+    assert figures[f"train/{IMAGE_TO_TEXT}/text_loss"][0] == pytest.approx(math.log(49409), abs=0.1)
+    model = LVerse.from_pretrained(run / "bundle", device="cpu")
+    assert model.tokenizer.name == "clip" and model.biart.config.text_vocab == 49408
+    assert model.encode_texts(["picture 3"])[0].tolist() == [
+        *ClipTokenizer().encode("picture 3"),
+        *[model.biart.vocab.pad] * 6,
+    ]
+    assert load_tokenizer(run / "tokenizer").fingerprint == ClipTokenizer().fingerprint
+    lines = (run / "images/samples_step=3.txt").read_text().splitlines()
+    assert lines[0] == "0. caption: picture 12"
+
+
+def test_a_run_in_bf16_keeps_its_weights_in_float32(world, tmp_path):
+    """And rounds what it computes: losses near those of float32, but others."""
+    for name, flags in (("full", []), ("half", ["--precision", "bf16"])):
+        assert train_biart.main([*world, "--epochs", "1", "--ema_decay", "0.9", "--name", name, *flags]) == 0
+    full, half = (logged(tmp_path / "runs" / name) for name in ("full", "half"))
+    losses = [key for key in full if key.endswith(("text_loss", "image_loss"))]
+    assert len(losses) == 8
+    for key in losses:
+        assert half[key] == pytest.approx(full[key], rel=1e-3) and half[key] != full[key], key
+    (file,) = (tmp_path / "runs/half/checkpoints").glob("last-*")
+    content = read_ckpt(file)
+    assert {tensor.dtype for tensor in content["state_dict"].values()} == {torch.float32}
+    moments = [state["exp_avg"] for state in content["optimizer_states"][0]["state"].values()]
+    assert {tensor.dtype for tensor in moments} == {torch.float32}
+    assert content["latent_verse"]["run"]["trainer"]["precision"] == "bf16-mixed"
 
 
 def test_a_smoke_test_on_a_cpu_is_small_unless_told_otherwise(tmp_path, monkeypatch):
