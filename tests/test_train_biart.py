@@ -17,9 +17,12 @@ import torch
 from PIL import Image
 
 import train_biart
+from latent_verse.augvae.model import AugVAE
+from latent_verse.biart import sampling
 from latent_verse.biart.model import PRESETS
 from latent_verse.biart.sequence import IMAGE_TO_TEXT, TEXT_TO_IMAGE
 from latent_verse.biart.training import LitBiART
+from latent_verse.biart_run import FAKE_VAE
 from latent_verse.callbacks import TextImageSamples
 from latent_verse.checkpoint import read_ckpt
 from latent_verse.config import ConfigError
@@ -123,8 +126,9 @@ def test_fake_data_needs_no_file(tmp_path, capsys):
     [
         ("--sample_every_n_epochs 2", [6, 12]),
         ("--sample_every_n_epochs 3", [9]),
+        ("--sample_every_n_epochs 1 --num_sanity_val_steps 1", [3, 6, 9, 12]),
         ("--sample_every_n_epochs 2 --log_images --image_log_steps 5", [5, 6, 10, 12]),
-        ("--sample_every_n_epochs 5 --image_log_steps 5 --num_sanity_val_steps 1", []),
+        ("--sample_every_n_epochs 5 --image_log_steps 5", []),
         # 2 steps an epoch, each of one or two batches: no step is drawn for twice, nor the one before the first
         ("--sample_every_n_epochs 5 --log_images --image_log_steps 3 --accumulate_grad_batches 2", [3, 6]),
         ("--sample_every_n_epochs 1 --num_samples 0", []),
@@ -293,7 +297,14 @@ def test_averaged_weights_are_what_another_run_starts_from(world, tmp_path, monk
 
 
 @pytest.mark.parametrize(("decay", "exported"), [("0.9", "ema."), ("0", "model.")])
-def test_a_bundle_holds_the_averaged_weights_where_there_are_any(world, tmp_path, decay, exported):
+def test_a_bundle_holds_the_averaged_weights_where_there_are_any(world, tmp_path, monkeypatch, decay, exported):
+    """And samples are drawn with them."""
+    draw, drawn_with = sampling.generate, []
+    monkeypatch.setattr(
+        sampling,
+        "generate",
+        lambda net, *args, **kw: drawn_with.append(net.head.weight.clone()) or draw(net, *args, **kw),
+    )
     assert train_biart.main([*world, "--epochs", "1", "--ema_decay", decay, "--learning_rate", "1e-2"]) == 0
     (run,) = (tmp_path / "runs").iterdir()
     (file,) = (run / "checkpoints").glob("best-*")
@@ -304,6 +315,7 @@ def test_a_bundle_holds_the_averaged_weights_where_there_are_any(world, tmp_path
         assert torch.equal(tensor, state[exported + key]), key
     if exported == "ema.":
         assert not torch.equal(found["head.weight"], state["model.head.weight"])
+    assert len(drawn_with) == 2 and all(torch.equal(weight, found["head.weight"]) for weight in drawn_with)
 
 
 def test_a_run_from_weights_continues_its_own(world, tmp_path, monkeypatch, capsys):
@@ -587,9 +599,6 @@ def test_codes_and_checkpoints_of_another_augvae_are_refused(world, tmp_path, ti
 
 def test_loss_falls_on_shapes_and_truth_is_logged(tmp_path):
     flags = [*TINY, "--dataset", "shapes", "--vae_path", str(tmp_path / "vae"), "--log_dir", str(tmp_path / "runs")]
-    from latent_verse.augvae.model import AugVAE
-    from latent_verse.biart_run import FAKE_VAE
-
     torch.manual_seed(0)
     AugVAE(FAKE_VAE).save_pretrained(tmp_path / "vae")
     flags += ["--dataset_size", "160", "--val_size", "8", "--num_judged", "4", "--epochs", "1", "--text_len", "24"]
@@ -602,6 +611,18 @@ def test_loss_falls_on_shapes_and_truth_is_logged(tmp_path):
         assert 0 <= figures[f"val/{direction}/right"][0] <= 1
     text = (tmp_path / "runs/shapes/images/samples_step=40.txt").read_text()
     assert text.count("(right)") + text.count("(wrong)") == 2
+
+
+def test_shapes_are_judged_where_no_samples_are_written(tmp_path):
+    flags = [*TINY, "--dataset", "shapes", "--vae_path", str(tmp_path / "vae"), "--log_dir", str(tmp_path / "runs")]
+    torch.manual_seed(0)
+    AugVAE(FAKE_VAE).save_pretrained(tmp_path / "vae")
+    flags += ["--dataset_size", "4", "--val_size", "6", "--num_samples", "0", "--num_judged", "4", "--epochs", "1"]
+    assert train_biart.main([*flags, "--name", "shapes"]) == 0
+    for direction in (TEXT_TO_IMAGE, IMAGE_TO_TEXT):
+        (right,) = logged(tmp_path / "runs" / "shapes")[f"val/{direction}/right"]
+        assert 4 * right in (0, 1, 2, 3, 4)
+    assert not (tmp_path / "runs/shapes/images").exists()
 
 
 def test_mistakes_are_one_line_on_stderr(world, tmp_path, capsys):
