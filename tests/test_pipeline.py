@@ -289,6 +289,34 @@ def test_complete_keeps_the_rows_exactly_and_draws_the_rest(model, monkeypatch, 
     assert same(alone, rows[1:])
 
 
+@pytest.mark.parametrize("text", ["a red circle", ["a red circle", "two small blue squares"]])
+def test_complete_keeps_what_the_score_ranks_first(model, monkeypatch, text):
+    """Of each group of N draws after the same rows the one with the largest log p(its text | codes)."""
+    decoded = []
+    decode = model.vae.decode_codes
+    monkeypatch.setattr(model.vae, "decode_codes", lambda codes: decoded.append(codes.clone()) or decode(codes))
+    pictures = [photo(seed=i) for i in range(2)]
+    given = model.codes(pictures).view(2, 4, 4)
+    model.complete(pictures, 1, text, num_images=8, seed=3)
+    draws = torch.cat(decoded).view(2, 8, 16)
+    decoded.clear()
+    model.batch_size = 3  # rows of different pictures in one chunk
+    rows = model.complete(pictures, 1, text, num_images=2, rerank=4, seed=3)
+    kept = torch.cat(decoded).view(2, 2, 16)
+    text_TL = model.encode_texts([text] * 2 if isinstance(text, str) else text)
+    chosen = set()
+    for i in range(2):
+        assert torch.equal(draws[i, :, :4], given[i, 0].expand(8, -1))
+        total = log_likelihood(model.biart, text_TL[i : i + 1].expand(8, -1), draws[i], "image").total_B
+        for w in range(2):
+            group = slice(4 * w, 4 * w + 4)
+            best = total[group].argmax()
+            assert torch.equal(kept[i, w], draws[i, group][best])
+            chosen.add(int(best))
+    assert len(chosen) > 1  # not always the first
+    assert [len(row) for row in rows] == [2, 2] and same(rows, model._pictures(kept))
+
+
 def test_complete_refuses_what_it_cannot_do(model, tiny_augvae):
     for rows in (-1, 0, 4, 5):
         with pytest.raises(ConfigError, match=f"keep_rows .--rows. is {rows}; of 4 rows of codes keep 1 to 3"):
