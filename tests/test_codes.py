@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import tarfile
 
@@ -15,8 +16,9 @@ from latent_verse.checkpoint import fingerprint
 from latent_verse.data import DataError
 from latent_verse.data.captions import PairFolder
 from latent_verse.data.codes import CodesDataset, check_codes, extract, smallest_type, work_of
+from latent_verse.data.pairs import work_of_shards
 from latent_verse.data.shapes import PRESETS, ShapesDataset, World
-from latent_verse.data.transforms import to_unit_range
+from latent_verse.data.transforms import centre_crop, to_unit_range
 from latent_verse.text import BPETokenizer
 
 R, PAIRS = 16, 7
@@ -97,6 +99,92 @@ def test_training_draws_captions_as_from_pictures_and_crops_of_its_own(made, fol
     assert len(drawn) == 3
     assert codes[(3, 0)][0].tobytes() == CodesDataset(out, seed=5)[(3, 0)][0].tobytes()
     assert {CodesDataset(out, train=False)[(e, 0)][0].tobytes() for e in range(5)} == {codes._codes[0, 0].tobytes()}
+
+
+@pytest.fixture
+def wide_pairs(tmp_path):
+    """Writes seven pictures of 24 x 20 px with their captions as a pair folder and as tar shards of the given sizes:
+    wide_pairs(sizes) -> (folder, shards). The third picture cannot be read."""
+
+    def write(sizes, out="shards"):
+        place = tmp_path / "wide"
+        place.mkdir(exist_ok=True)
+        (tmp_path / out).mkdir()
+        members = []
+        for i in range(PAIRS):
+            pixels = np.random.default_rng(i).integers(0, 255, (20, 24, 3)).astype(np.uint8)
+            Image.fromarray(pixels).save(place / f"{i}.png")
+            picture = (place / f"{i}.png").read_bytes() if i != 2 else b"no picture"
+            (place / f"{i}.png").write_bytes(picture)
+            captions = [f"caption {n} of picture {i} ✓" for n in range(1 + i % 3)]
+            (place / f"{i}.txt").write_text("\n".join(captions))
+            text = (
+                (f"{i}.txt", captions[0]) if len(captions) == 1 else (f"{i}.json", json.dumps({"captions": captions}))
+            )
+            members.append([(f"{i}.png", picture), (text[0], text[1].encode())])
+        shards, left = [], iter(members)
+        for number, size in enumerate(sizes):
+            shards.append(str(tmp_path / out / f"{number}.tar"))
+            with tarfile.open(shards[-1], "w") as tar:
+                for name, content in (member for _ in range(size) for member in next(left)):
+                    about = tarfile.TarInfo(name)
+                    about.size = len(content)
+                    tar.addfile(about, io.BytesIO(content))
+        return place, shards
+
+    return write
+
+
+@pytest.mark.parametrize("sizes", [(7,), (3, 4), (1, 2, 4)])
+def test_shards_give_the_codes_and_captions_of_a_pair_folder(wide_pairs, tmp_path, tiny_augvae, sizes):
+    place, shards = wide_pairs(sizes)
+    vae, pictures = tiny_augvae(), PairFolder(place, R, train=False, as_uint8=True)
+    bpe = BPETokenizer.train((t for i in range(PAIRS) for t in pictures.captions(i)), 300)
+    plan = {
+        "format": "latent_verse/codes",
+        "vae": fingerprint(vae),
+        "codebook_size": vae.config.num_tokens,
+        "image_len": vae.num_codes,
+        "tokenizer": bpe.fingerprint,
+        "text_vocab": bpe.vocab_size,
+        "crops_per_image": 1,
+    }
+    found = []
+    for name, work in (("pairs", work_of(pictures, 1, 3)), ("tar", work_of_shards(shards, R, 1, 0.75, 0))):
+        extract(work, tmp_path / name, vae.codes, bpe, plan, batch_size=2, threads=2, progress=False)
+        found.append(CodesDataset(tmp_path / name, train=False))
+    folder, tar = found
+    assert len(tar.meta["shards"]) == len(sizes)
+    assert len(folder) == len(tar) == PAIRS - 1 and folder.meta["skipped"] == tar.meta["skipped"] == 1
+    for i in range(PAIRS - 1):
+        (codes, caption), (expected, text) = tar[i], folder[i]
+        assert np.array_equal(codes, expected) and (caption, caption.ids) == (text, text.ids)
+        assert tar.captions(i) == folder.captions(i)
+    assert len({tar[i][0].tobytes() for i in range(PAIRS - 1)}) == PAIRS - 1
+
+
+def test_crops_from_shards_depend_on_seed_and_name_and_not_on_the_shard(wide_pairs, tmp_path):
+    def pictures(sizes, crops=3, seed=0, resize_ratio=0.25):
+        _, shards = wide_pairs(sizes, f"{sizes}{crops}{seed}{resize_ratio}")
+        work = [item for part in work_of_shards(shards, R, crops, resize_ratio, seed) for item in part()]
+        return {name: load() for name, load, _ in work if name != "2"}
+
+    def differing(some, others, crop):
+        return sum(not torch.equal(some[name][crop], others[name][crop]) for name in some)
+
+    whole = pictures((7,))
+    assert list(whole) == list("013456")
+    for name, crops in whole.items():
+        with Image.open(tmp_path / "wide" / f"{name}.png") as image:
+            assert torch.equal(crops[0], centre_crop(image, R))
+        assert len({crop.numpy().tobytes() for crop in crops}) == len(crops) == 3
+    for sizes in ((3, 4), (2, 5)):
+        other = pictures(sizes)
+        assert [differing(whole, other, crop) for crop in range(3)] == [0, 0, 0]
+    fewer = pictures((7,), crops=2)
+    assert [differing(fewer, whole, crop) for crop in range(2)] == [0, 0]
+    for changed in (pictures((7,), seed=1), pictures((7,), resize_ratio=0.9)):
+        assert differing(whole, changed, 0) == 0 and differing(whole, changed, 1) > 3
 
 
 def test_an_interrupted_extraction_goes_on_and_is_not_read_before(made, tiny_augvae, tmp_path):
