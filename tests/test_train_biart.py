@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 import shlex
 import shutil
@@ -28,6 +29,7 @@ from latent_verse.checkpoint import read_ckpt
 from latent_verse.config import ConfigError
 from latent_verse.config_biart import PRESETS as PRESET_NAMES
 from latent_verse.config_biart import TrainBiARTConfig, check_train_biart
+from latent_verse.data.codes import CodesDataset
 from latent_verse.pipeline import LVerse
 from latent_verse.text import ClipTokenizer, load_tokenizer
 from latent_verse.trainer import ease_smoke_test
@@ -570,6 +572,40 @@ def test_codes_train_as_pictures_do(world, tmp_path, monkeypatch, capsys):
     assert a["val/total_loss"] == b["val/total_loss"]
     texts = [(tmp_path / "runs" / name / "images/samples_step=6.txt").read_text() for name in ("pictures", "codes")]
     assert texts[0] == texts[1]
+
+
+def test_shards_are_extracted_to_the_codes_of_the_pair_folder(world, tmp_path):
+    """The same captions and codes in the same order, whatever the shards; the tokenizer learns from them all."""
+    for split, sizes in (("train", (5, 7)), ("val", (3,))):
+        names = iter(sorted((tmp_path / split).glob("*.png")))
+        (tmp_path / "tar" / split).mkdir(parents=True)
+        for number, size in enumerate(sizes):
+            with tarfile.open(tmp_path / "tar" / split / f"{number}.tar", "w") as tar:
+                for picture in (next(names) for _ in range(size)):
+                    captions = picture.with_suffix(".txt").read_text().splitlines()
+                    about = picture.with_suffix(".json")
+                    about.write_text(json.dumps({"captions": captions}))
+                    tar.add(picture, picture.name)
+                    tar.add(about, about.name)
+                    about.unlink()
+    tars = [
+        "--dataset",
+        "webdataset",
+        "--train_dir",
+        str(tmp_path / "tar/train"),
+        "--val_dir",
+        str(tmp_path / "tar/val"),
+    ]
+    for name, flags in (("folder", []), ("shards", tars)):
+        assert train_biart.main([*world, *flags, "--extract_codes", str(tmp_path / name)]) == 0
+    for split, shards, count in (("train", 2, 12), ("val", 1, 3)):
+        folder, tar = (CodesDataset(tmp_path / name / split, train=False) for name in ("folder", "shards"))
+        assert len(folder) == len(tar) == count and len(tar.meta["shards"]) == shards
+        assert {k: folder.meta[k] for k in ("vae", "tokenizer")} == {k: tar.meta[k] for k in ("vae", "tokenizer")}
+        for i in range(count):
+            (codes, caption), (expected, text) = tar[i], folder[i]
+            assert np.array_equal(codes, expected) and (caption, caption.ids) == (text, text.ids)
+            assert tar.captions(i) == folder.captions(i) and len(tar.captions(i)) == 2
 
 
 def test_codes_and_checkpoints_of_another_augvae_are_refused(world, tmp_path, tiny_augvae, capsys):
