@@ -14,7 +14,7 @@ from PIL import Image
 
 from latent_verse.config import ConfigError
 from latent_verse.config_biart import PairDataConfig, check_pairs
-from latent_verse.data import DataError
+from latent_verse.data import DataError, pairs
 from latent_verse.data.pair_module import PairDataModule
 from latent_verse.data.pairs import NO_TOKEN, PairTrainShards, all_captions, captions_of, open_pairs
 from latent_verse.text import BPETokenizer, TokenizerError
@@ -217,6 +217,16 @@ def test_shards_of_img2dataset(tmp_path, tokenizer):
         assert all(known[image] == tokenizer.decode(ids) for image, ids in pairs)
     examples = data.examples(3)
     assert examples.captions == [CAPTIONS[i][0] for i in range(3)] and examples.x.shape == (3, 3, R, R)
+
+
+@pytest.mark.parametrize(
+    ("limit", "numbers"),
+    [(100, range(10)), (20, range(10)), (5, (0, 2, 4)), (3, (0, 3)), (1, (0,))],
+)
+def test_a_tokenizer_learns_from_all_captions_or_of_many_from_a_part(files, monkeypatch, limit, numbers):
+    monkeypatch.setattr(pairs, "TOKENIZER_CAPTIONS", limit)
+    config = PairDataConfig(dataset="pairs", train_dir=str(files / "COCO/train2017"))
+    assert list(all_captions(open_pairs(config, "train", R, 0))) == [text for i in numbers for text in CAPTIONS[i]]
 
 
 def test_samples_without_a_caption_are_counted(tmp_path, tokenizer):
