@@ -166,7 +166,7 @@ class Collate:
 
 def mix_seed(*parts: int) -> int:
     """One 63-bit seed from several non-negative integers, the same on every machine; (1, 2) differs from (2, 1)."""
-    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0]) >> 1  # NumPy 1 cannot shift a uint64
 
 
 def sample_generator(*parts: int) -> torch.Generator:
