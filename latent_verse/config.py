@@ -338,6 +338,12 @@ def batch_limit(name: str, value: float | None) -> float | int | None:
     return int(value)
 
 
+def check_betas(betas: Tuple[float, ...]) -> None:
+    """Refuse what AdamW would. Raises ConfigError. OmegaConf before 2.4 takes a list of another length."""
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ConfigError(f"betas is {list(betas)}; give two numbers, each at least 0 and below 1.")
+
+
 def check_data(d: ImageDataConfig, resolution: int | None) -> None:
     """Resolve the original's names for the layout and refuse contradictions.
 
@@ -403,8 +409,7 @@ def check_train_vae(config: TrainVAEConfig, given: dict[str, str]) -> None:
     ):
         if not value >= 0:
             raise ConfigError(f"{name} is {value}; it must be at least 0.")
-    if not all(0 <= b < 1 for b in o.betas):
-        raise ConfigError(f"betas are {list(o.betas)}; both must lie in [0, 1).")
+    check_betas(o.betas)
     for name in ("in_channels", "out_channels"):
         if getattr(config.model, name) != 3:
             raise ConfigError(f"{name} is {getattr(config.model, name)}, but pictures are read as RGB: it must be 3.")

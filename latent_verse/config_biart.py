@@ -13,6 +13,7 @@ from latent_verse.config import (
     ConfigError,
     ImageDataConfig,
     TrainerConfig,
+    check_betas,
     check_data,
     check_trainer,
     idle_flags,
@@ -294,8 +295,7 @@ def _check_optim(o: BiARTOptimConfig, t: TrainerConfig) -> None:
     for name, low, high in (("weight_decay", 0, float("inf")), ("min_lr_ratio", 0, 1), ("muon_momentum", 0, 0.9999)):
         if not low <= getattr(o, name) <= high:
             raise ConfigError(f"{name} is {getattr(o, name)}; it must lie between {low} and {high}.")
-    if len(o.betas) != 2 or not all(0 <= beta < 1 for beta in o.betas):
-        raise ConfigError(f"betas is {list(o.betas)}; give two numbers, each at least 0 and below 1.")
+    check_betas(o.betas)
     if not 0 <= o.ema_decay < 1:
         raise ConfigError(f"ema_decay is {o.ema_decay}; it must be at least 0 and below 1.")
 

@@ -261,10 +261,6 @@ def test_a_list_where_one_value_belongs(yaml_file):
     assert "batch_size" in mistake("-c", yaml_file("batch_size: {a: 1}"))
 
 
-def test_a_list_of_another_length():
-    assert "betas" in mistake("--betas", "0.9")
-
-
 @pytest.mark.parametrize(("name", "value"), [("loss_type", "lpips"), ("dataset", "imagefoldr"), ("logger", "wndb")])
 def test_a_value_that_is_no_choice_lists_them(name, value):
     message = mistake(f"--{name}", value)
