@@ -221,7 +221,7 @@ def test_shards_of_img2dataset(tmp_path, tokenizer):
 
 @pytest.mark.parametrize(
     ("limit", "numbers"),
-    [(100, range(10)), (20, range(10)), (5, (0, 2, 4)), (3, (0, 3)), (1, (0,))],
+    [(100, range(10)), (20, range(10)), (19, range(0, 10, 2)), (5, (0, 4, 8)), (3, (0, 7)), (1, (0,))],
 )
 def test_a_tokenizer_learns_from_all_captions_or_of_many_from_a_part(files, monkeypatch, limit, numbers):
     monkeypatch.setattr(pairs, "TOKENIZER_CAPTIONS", limit)

@@ -117,7 +117,8 @@ def all_captions(dataset: Any) -> Iterator[str]:
     if isinstance(dataset, list):
         of_each = (captions_of(raw) for raw in read_shards(dataset, SkipLog(1)))
     else:
-        step = max(1, len(dataset) // TOKENIZER_CAPTIONS)
+        about = len(dataset) * max(1, len(dataset.captions(0)))  # captions in all
+        step = -(-about // TOKENIZER_CAPTIONS)
         of_each = (dataset.captions(i) for i in range(0, len(dataset), step))
     seen = 0
     for captions in of_each:
