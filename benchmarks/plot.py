@@ -60,7 +60,8 @@ def draw(area: str, found: dict, path: Path, title: str) -> None:
         for axis in (panel.xaxis, panel.yaxis):
             axis.set_minor_formatter(NullFormatter())
         panel.grid(alpha=0.3)
-        panel.legend(fontsize=6)
+        if len(panel.get_lines()) > 1:  # below the panel: inside, six names hide lines
+            panel.legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncol=len(series))
     figure.suptitle("\n".join(textwrap.wrap(title, 60 * columns)), fontsize=9)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
