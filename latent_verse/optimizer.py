@@ -2,8 +2,9 @@
 
 Muon (Jordan et al., 2024) steps along the orthogonalised momentum of a matrix. `torch.optim.Muon` does so in bfloat16,
 which a CPU without bfloat16 units computes 18 times slower than float32 (measured at n_embd 192), and matrix by matrix;
-here matrices of one shape go through Newton-Schulz together, in bfloat16 on a GPU and in float32 elsewhere. One
-optimiser rather than two keeps Lightning's automatic optimisation, its count of steps and its checkpoints as they are.
+here matrices of one shape go through Newton-Schulz together, in bfloat16 on a GPU and in float32 elsewhere, where
+kernels, much wider than tall, iterate on a small product alone. One optimiser rather than two keeps Lightning's
+automatic optimisation, its count of steps and its checkpoints as they are.
 """
 
 from __future__ import annotations
@@ -42,10 +43,31 @@ def orthogonalise(g_NRC: Tensor, iterations: int = 5) -> Tensor:
     if tall:
         x = x.mT
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # singular values of at most 1, or it would diverge
-    for _ in range(iterations):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    if x.dtype == torch.float32 and x.shape[2] >= 2 * x.shape[1]:
+        x = _iterate_on_gram(x, iterations)
+    else:
+        for _ in range(iterations):
+            gram = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.mT if tall else x).to(g_NRC.dtype)
+
+
+def _iterate_on_gram(x_NRC: Tensor, iterations: int) -> Tensor:
+    """The same iteration for wide matrices, on their R x R products alone; the matrices come in again at the end.
+
+    An iteration is x <- z @ x with z a polynomial of x @ x.mT, so the product of all z serves in the end, and x @ x.mT
+    becomes z @ x @ x.mT @ z. Five take 34 R^3 + 4 R^2 C FLOPs instead of 10 R^3 + 20 R^2 C: fewer where C > 1.5 R.
+    Rounding in the small product grows by a^2 an iteration: float32 keeps 3 digits or more, bfloat16 would diverge.
+    """
+    a, b, c = COEFFICIENTS
+    gram, whole = x_NRC @ x_NRC.mT, None
+    for iteration in range(iterations):
+        z = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        z.diagonal(dim1=1, dim2=2).add_(a)
+        whole = z if whole is None else z @ whole
+        if iteration < iterations - 1:
+            gram = z @ gram @ z
+    return whole @ x_NRC
 
 
 class MuonAdamW(torch.optim.Optimizer):

@@ -115,6 +115,38 @@ def test_orthogonalise_presses_singular_values_towards_one():
         assert torch.nn.functional.cosine_similarity(orthogonalise(g).flatten(), ideal.flatten(), dim=0) > 0.98
 
 
+def newton_schulz(g_NRC):
+    """The iteration as Jordan wrote it, in float64."""
+    x = g_NRC.double()
+    wide = x.shape[1] <= x.shape[2]
+    x = x if wide else x.mT
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x if wide else x.mT
+
+
+@pytest.mark.parametrize("shape", [(2, 24, 216), (3, 16, 32), (3, 16, 31), (2, 40, 10), (2, 12, 12), (1, 1, 9)])
+@pytest.mark.parametrize("kind", ["random", "of rank 2", "singular values of 1 to 1e-8", "one large row", "zero"])
+def test_orthogonalise_is_newton_schulz_whatever_the_shape(shape, kind):
+    torch.manual_seed(0)
+    n, rows, columns = shape
+    g = torch.randn(shape)
+    if kind == "of rank 2":
+        g = torch.randn(n, rows, 2) @ torch.randn(n, 2, columns)
+    elif kind == "singular values of 1 to 1e-8":
+        parts = torch.linalg.svd(g, full_matrices=False)
+        g = parts.U @ torch.diag_embed(torch.logspace(0, -8, min(rows, columns)).expand(n, -1)) @ parts.Vh
+    elif kind == "one large row":
+        g[:, 0] *= 1e6
+    elif kind == "zero":
+        g.zero_()
+    plain, ours = newton_schulz(g), orthogonalise(g)
+    assert ours.dtype == torch.float32 and ours.shape == g.shape
+    assert (ours - plain).norm() <= 1e-3 * plain.norm()  # a wrong iteration is off by 0.1 and more
+
+
 def test_muon_steps_as_torchs_own():
     if not hasattr(torch.optim, "Muon"):
         pytest.skip("torch without Muon")
