@@ -5,8 +5,10 @@
 "plain" is eager float32 on NCHW tensors with the one-hot quantiser, pictures enlarged before they are convolved, and
 AdamW's ordinary step. "ours" is LitAugVAE's own step (no one-hot, transposed convolutions, AdamW in one kernel,
 channels last but where a CPU trains), in float32, in bfloat16 and compiled. In float32 both must give the same codes.
-On a GPU the batch that fits is extrapolated from the memory of two batch sizes of each way. Enlarging and convolving is
-raced by itself too, forward and backward, in the memory format and precision that training has.
+On a GPU the batch that fits is extrapolated from the memory of two batch sizes of each way. The tiny recipe's
+optimiser, Muon, is raced within a training step and by itself, against Muon matrix by matrix and `torch.optim.Muon`.
+Enlarging and convolving is raced by itself too, forward and backward, in the memory format and precision that training
+has.
 """
 
 from __future__ import annotations
@@ -17,13 +19,13 @@ from collections.abc import Callable, Iterator
 import torch
 
 from benchmarks.measure import Row, absent, peak_bytes, peer, race, row
-from benchmarks.plain import enlarge_then_convolve, plain_augvae
+from benchmarks.plain import PlainMuon, enlarge_then_convolve, plain_augvae
 from latent_verse.augvae.layers import Upsample
 from latent_verse.augvae.model import AugVAE
 from latent_verse.augvae.training import LitAugVAE
 from latent_verse.config import AugVAEConfig, TrainerConfig, TrainVAEConfig, VAELossConfig
 from latent_verse.evaluation.reconstruction import ReconstructionMetrics
-from latent_verse.optimizer import adamw
+from latent_verse.optimizer import MuonAdamW, adamw
 
 SHAPES = {
     "toy": {
@@ -48,28 +50,33 @@ SHAPES = {
     },
     "released": {},
 }
-# (shape, batch, whether to train) of each case; ours in these precisions, compiled or not; (batch, channels, side) of
-# what is enlarged: the tiny model's and the released one's largest
+EVALUATE, TRAIN, MUON = "evaluate", "train", "train with Muon"
+# (shape, batch, task) of each case; ours in these precisions, compiled or not; (batch, channels, side) of what is
+# enlarged: the tiny model's and the released one's largest; the shape of the model whose kernels Muon steps on
 SIZES = {
     "toy": {
-        "cases": [("toy", 2, True), ("toy", 2, False)],
+        "cases": [("toy", 2, TRAIN), ("toy", 2, MUON), ("toy", 2, EVALUATE)],
         "ways": [("32", False)],
         "enlarged": [(2, 8, 4)],
+        "muon": "toy",
         "repeats": 1,
     },
     "cpu": {
         "enlarged": [(4, 64, 32), (1, 128, 128)],
-        "cases": [("tiny", 4, True), ("tiny", 4, False)],
+        "cases": [("tiny", 4, TRAIN), ("tiny", 4, MUON), ("tiny", 4, EVALUATE)],
         "ways": [("32", False)],
+        "muon": "tiny",
         "repeats": 3,
     },
     "cuda": {
         "enlarged": [(8, 128, 128)],
-        "cases": [("released", 8, True), ("released", 8, False), ("tiny", 32, True)],
+        "cases": [("released", 8, TRAIN), ("released", 8, EVALUATE), ("tiny", 32, TRAIN)],
+        "muon": "released",
         "ways": [("32", False), ("bf16", False), ("bf16", True)],
         "repeats": 5,
     },
 }
+RATE = 1e-5
 Step = Callable[[], object]
 
 
@@ -95,11 +102,16 @@ def lit(shape: str, compile: bool, device: str = "cpu", train: bool = True) -> L
     return module
 
 
-def our_step(module: LitAugVAE, x_BCHW: torch.Tensor, precision: str, train: bool) -> Step:
+def our_step(module: LitAugVAE, x_BCHW: torch.Tensor, precision: str, task: str) -> Step:
     """One call is one training step, or one evaluation, of LitAugVAE."""
-    device = x_BCHW.device.type
+    device, train = x_BCHW.device.type, task != EVALUATE
     module.train(train)
-    optimizer = adamw([p for p in module.model.parameters() if p.requires_grad], lr=1e-5) if train else None
+    trainable = [p for p in module.model.parameters() if p.requires_grad]
+    if task == MUON:
+        rest = {"params": [p for p in trainable if p.ndim != 4], "weight_decay": 0.0}
+        optimizer = MuonAdamW([p for p in trainable if p.ndim == 4], [rest], RATE, RATE, 0.0)
+    elif train:
+        optimizer = adamw(trainable, lr=RATE)
 
     def step():
         with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"), torch.set_grad_enabled(train):
@@ -116,18 +128,25 @@ def our_step(module: LitAugVAE, x_BCHW: torch.Tensor, precision: str, train: boo
     return step
 
 
-def plain_step(model: AugVAE, x_BCHW: torch.Tensor, train: bool) -> Step:
+def plain_step(model: AugVAE, x_BCHW: torch.Tensor, task: str) -> Step:
     """The same in eager float32 on NCHW tensors."""
+    train = task != EVALUATE
     model.train(train)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5) if train else None
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizers = []
+    if train:
+        optimizers.append(torch.optim.AdamW([p for p in trainable if task == TRAIN or p.ndim != 4], lr=RATE))
+    if task == MUON:
+        optimizers.append(PlainMuon([p for p in trainable if p.ndim == 4], lr=RATE))
 
     def step():
         with torch.set_grad_enabled(train):
             reconstruction, embed_loss, _ = model(x_BCHW)
             loss = (reconstruction - x_BCHW).square().mean() + embed_loss
         if train:
-            optimizer.zero_grad(set_to_none=True)
+            model.zero_grad(set_to_none=True)
             loss.backward()
+        for optimizer in optimizers:
             optimizer.step()
         return reconstruction
 
@@ -145,19 +164,18 @@ def same_codes(plain: AugVAE, ours: AugVAE, x_BCHW: torch.Tensor) -> bool:
 def suite(device: str, size: str) -> Iterator[Row]:
     """A row for each shape, task, precision and compilation."""
     s = SIZES[size]
-    for shape, batch, train in s["cases"]:
+    for shape, batch, task in s["cases"]:
         x_BCHW = torch.rand(batch, 3, *(AugVAEConfig(**SHAPES[shape]).resolution,) * 2, device=device) * 2 - 1
         plain = plain_augvae(lit(shape, False, device).model)
         same = same_codes(plain, lit(shape, False).model, x_BCHW) if device == "cpu" else None
-        run_plain = plain_step(plain, x_BCHW, train)
+        run_plain = plain_step(plain, x_BCHW, task)
         plain_bytes = peak_bytes(run_plain, device)
         for precision, compile in s["ways"]:
-            task = "train" if train else "evaluate"
             case = f"{shape}, {task}, batch {batch}, {precision}{', compiled' if compile else ''}"
             goal = ">= 1.3x" if device == "cpu" else ">= 3x, <= 1/2 of the memory" if shape == "released" else None
             try:
-                module = lit(shape, compile, device, train)
-                step = our_step(module, x_BCHW, precision, train)
+                module = lit(shape, compile, device, train=task != EVALUATE)
+                step = our_step(module, x_BCHW, precision, task)
                 step()  # compiles
                 times = race({"ours": step, "plain": run_plain}, device, s["repeats"])
                 our_bytes = peak_bytes(step, device)
@@ -166,7 +184,9 @@ def suite(device: str, size: str) -> Iterator[Row]:
                 continue
             against = peer("plain", times["ours"], times["plain"], plain_bytes, our_bytes)
             figures = {"images_per_s": batch / times["ours"], "plain_images_per_s": batch / times["plain"]}
-            if device == "cuda" and train and shape == "released" and not compile:  # another batch compiles anew
+            if (
+                device == "cuda" and task == TRAIN and shape == "released" and not compile
+            ):  # another batch compiles anew
                 figures |= _batch_that_fits(plain, module, x_BCHW, precision, plain_bytes, our_bytes)
             met = against["ratio"] >= (1.3 if device == "cpu" else 3)
             met = met and (device == "cpu" or against.get("memory_ratio", 0) >= 2)
@@ -187,6 +207,48 @@ def suite(device: str, size: str) -> Iterator[Row]:
                 torch.cuda.empty_cache()
     for shape in s["enlarged"]:
         yield enlarging(*shape, device, s["repeats"])
+    yield muon(s["muon"], device, s["repeats"])
+
+
+def muon(shape: str, device: str, repeats: int) -> Row:
+    """A step of Muon on a model's kernels: ours, matrix by matrix, and torch's own (for matrices, in bfloat16)."""
+    kernels = [p.detach() for p in lit(shape, False, device).model.parameters() if p.ndim == 4]
+    gradients = [torch.randn_like(k) for k in kernels]
+
+    def optimize(make: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer], flat: bool = False):
+        """A step of an optimiser on parameters of its own, and those parameters."""
+        parameters = [torch.nn.Parameter((k.flatten(1) if flat else k).clone()) for k in kernels]
+        optimizer = make(parameters)
+
+        def step():
+            for p, gradient in zip(parameters, gradients, strict=True):
+                p.grad = gradient.view(p.shape).clone()
+            optimizer.step()
+
+        return step, parameters
+
+    our_step, ours = optimize(lambda parameters: MuonAdamW(parameters, [{"params": []}], RATE, 0.05, 0.0))
+    by_matrix, plain = optimize(lambda parameters: PlainMuon(parameters, lr=0.05))
+    ways, absentees = {"ours": our_step, "matrix by matrix": by_matrix}, []
+    our_step(), by_matrix()
+    moved = [torch.cat([(p - k).flatten() for p, k in zip(way, kernels, strict=True)]) for way in (ours, plain)]
+    try:
+        ways["torch.optim.Muon"], _ = optimize(
+            lambda parameters: torch.optim.Muon(parameters, lr=0.05, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+            flat=True,
+        )
+    except AttributeError as error:  # before PyTorch 2.9
+        absentees.append(absent("torch.optim.Muon", error))
+    times = race(ways, device, repeats)
+    peers = [peer(name, times["ours"], seconds) for name, seconds in times.items() if name != "ours"]
+    return row(
+        "augvae",
+        f"Muon's step on the {len(kernels)} kernels of the {shape} model",
+        {"seconds": times["ours"]},
+        peers + absentees,
+        unit="step",
+        same=bool((moved[0] - moved[1]).norm() <= (1e-3 if device == "cpu" else 5e-2) * moved[1].norm()),
+    )
 
 
 def enlarging(batch: int, channels: int, side: int, device: str, repeats: int) -> Row:
@@ -220,8 +282,8 @@ def _batch_that_fits(plain, module, x_BCHW, precision: str, plain_bytes: int, ou
     batch, double = len(x_BCHW), torch.cat([x_BCHW, x_BCHW])
     card = torch.cuda.get_device_properties(0).total_memory
     more = {
-        "plain": (plain_bytes, peak_bytes(plain_step(plain, double, True), "cuda")),
-        "ours": (our_bytes, peak_bytes(our_step(module, double, precision, True), "cuda")),
+        "plain": (plain_bytes, peak_bytes(plain_step(plain, double, TRAIN), "cuda")),
+        "ours": (our_bytes, peak_bytes(our_step(module, double, precision, TRAIN), "cuda")),
     }
     fits = {}
     for name, (once, twice) in more.items():

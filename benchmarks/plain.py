@@ -1,4 +1,4 @@
-"""The plain formulations that ours is held against: the one-hot quantiser, minGPT, and Hugging Face's GPT-2.
+"""The plain formulations that ours is held against: the one-hot quantiser, Muon, minGPT, and Hugging Face's GPT-2.
 
 minGPT's is written here after its description (three projections, a mask buffer, softmax over the whole matrix, one
 head over the joint vocabulary at every position), with BiART's segment embedding, so that with the same weights it must
@@ -69,6 +69,38 @@ def plain_augvae(model: AugVAE) -> AugVAE:
         if isinstance(layer, Upsample):
             layer.forward = functools.partial(enlarge_then_convolve, layer)
     return copy
+
+
+class PlainMuon(torch.optim.Optimizer):
+    """Muon as Jordan wrote it, matrix by matrix, with MuonAdamW's scale; float32, but bfloat16 on a GPU."""
+
+    def __init__(self, parameters: list[Tensor], lr: float, momentum: float = 0.95):
+        super().__init__(parameters, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state["momentum"] = torch.zeros_like(p)
+                state["momentum"].lerp_(p.grad, 1 - group["momentum"])
+                update_RC = newton_schulz(p.grad.lerp(state["momentum"], group["momentum"]).flatten(1))
+                scale = 0.2 * math.sqrt(max(update_RC.shape))
+                p.add_(update_RC.view(p.shape), alpha=-group["lr"] * scale)
+
+
+def newton_schulz(g_RC: Tensor) -> Tensor:
+    """The plain formulation of optimizer.orthogonalise, for one matrix."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = g_RC.bfloat16() if g_RC.is_cuda else g_RC
+    tall = len(x) > x.shape[1]
+    x = x.mT if tall else x
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.mT if tall else x).to(g_RC.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------- transformer
