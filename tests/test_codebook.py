@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from latent_verse.augvae import codebook as codebook_module
-from latent_verse.augvae.codebook import Codebook, Quantizer, perplexity
+from latent_verse.augvae.codebook import Codebook, Quantizer, count, perplexity
 
 
 def make_book(K=20, D=4, decay=0.9, eps=1e-5, restart_threshold=0.0, seed=0) -> Codebook:
@@ -79,6 +79,13 @@ def test_counts_and_sums_equal_the_one_hot_products():
     assert torch.equal(book.cluster_size, hot.sum(0))
     torch.testing.assert_close(book.embed_avg, hot.t() @ z)
     assert (book.cluster_size == 0).any()
+
+
+@pytest.mark.parametrize("shape", [(0,), (1,), (3, 4, 4), (5000,)])
+def test_count_is_bincount(shape):
+    indices = torch.randint(7, shape, generator=torch.Generator().manual_seed(2))
+    expected = torch.bincount(indices.flatten(), minlength=9)
+    assert torch.equal(count(indices, 9), expected) and expected.dtype == count(indices, 9).dtype
 
 
 def test_evaluation_changes_nothing():

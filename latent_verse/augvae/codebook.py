@@ -1,6 +1,6 @@
 """The vector quantiser with an exponential-moving-average codebook (van den Oord et al. 2017, appendix A.1).
 
-No one-hot matrix is ever made, and of the N x K distance matrix only a slice at a time: counts come from bincount,
+No one-hot matrix is ever made, and of the N x K distance matrix only a slice at a time: counts come from scatter_add,
 sums from index_add. Distances and statistics are float32 (float64 for float64 input) under any autocast.
 
 Shapes: N vectors, K codes, D code dimension; B batch, H height, W width.
@@ -53,6 +53,13 @@ def least(x_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     block_N = blocks_NGB.amin(2).min(dim=1).indices
     values_N, inside_N = blocks_NGB[torch.arange(len(x_NK)), block_N].min(dim=1)
     return values_N, block_N * BLOCK + inside_N
+
+
+def count(indices: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """How often each code is among `indices` (any shape), (K,) int64: torch.bincount's, which waits for a GPU to look
+    for the largest index before it knows the size of its answer."""
+    flat_N = indices.flatten()
+    return flat_N.new_zeros(num_tokens).scatter_add_(0, flat_N, flat_N.new_ones(()).expand_as(flat_N))
 
 
 def perplexity(counts: torch.Tensor) -> torch.Tensor:
@@ -125,7 +132,7 @@ class Codebook(nn.Module):
         stats = z_ND.new_zeros(K * D + K)
         sums_KD, counts_K = stats[: K * D].view(K, D), stats[K * D :]
         sums_KD.index_add_(0, indices_N, z_ND)  # contiguous: rows with gaps take a CPU nine times as long
-        counts_K.copy_(torch.bincount(indices_N, minlength=K))
+        counts_K.copy_(count(indices_N, K))
         if world_size() > 1:
             dist.all_reduce(stats)
         self.cluster_size.lerp_(counts_K.to(self.cluster_size.dtype), 1 - self.decay)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from latent_verse.augvae.codebook import Codebook, Quantizer, perplexity
+from latent_verse.augvae.codebook import Codebook, Quantizer, count, perplexity
 from latent_verse.augvae.layers import Decoder, Encoder
 from latent_verse.config import AugVAEConfig
 
@@ -144,8 +144,7 @@ class AugVAE(nn.Module):
             quantizer(z_BDHW) for quantizer, z_BDHW in zip(self.quantizers, self.features(x_BCHW), strict=False)
         ]
         z_q, indices, losses = (list(column) for column in zip(*quantised, strict=True))
-        all_N = torch.cat([level.flatten() for level in indices])
-        counts_K = torch.bincount(all_N, minlength=self.config.num_tokens)
+        counts_K = count(torch.cat([level.flatten() for level in indices]), self.config.num_tokens)
         embed_loss = torch.stack(losses).sum()
         return Encoded(z_q, indices, embed_loss, perplexity(counts_K).to(embed_loss.dtype))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torchmetrics import Metric
 
-from latent_verse.augvae.codebook import perplexity
+from latent_verse.augvae.codebook import count, perplexity
 
 
 class CodebookUsage(Metric):
@@ -27,7 +27,7 @@ class CodebookUsage(Metric):
     def update(self, indices: list[torch.Tensor]) -> None:
         """Add the codes of a batch: one int64 tensor of any shape a level."""
         K = self.counts_LK.shape[1]
-        self.counts_LK += torch.stack([torch.bincount(level.flatten(), minlength=K) for level in indices])
+        self.counts_LK += torch.stack([count(level, K) for level in indices])
 
     def compute(self) -> dict[str, float]:
         """{"codes_used_R": codes used at least once, "perplexity_R": ...} for each level's resolution R."""
