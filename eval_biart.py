@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 
-from latent_verse.cli import errors_to_exit_code, parse, to_yaml
+from latent_verse.cli import errors_to_exit_code, parse, quick_imports, to_yaml
 from latent_verse.config_eval import EvalBiARTConfig, check_eval_biart
 
 
@@ -32,7 +32,8 @@ def run(config: EvalBiARTConfig, tasks: tuple[str, ...]) -> int:
 
             print(compare(*config.judged.compare))
             return 0
-        from latent_verse.evaluation import command, ranks
+        with quick_imports():
+            from latent_verse.evaluation import command, ranks
 
         return ranks.launch(command.run, ranks.processes(config.write), config, tasks, to_yaml(config))
     return code[0] if code else 0

@@ -7,7 +7,7 @@ import json
 import math
 import sys
 
-from latent_verse.cli import errors_to_exit_code, parse, to_yaml
+from latent_verse.cli import errors_to_exit_code, parse, quick_imports, to_yaml
 from latent_verse.config import EvalVAEConfig, check_eval_vae
 
 
@@ -21,17 +21,18 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(config: EvalVAEConfig, given: dict[str, str]) -> int:
     """Build everything, measure, print and write."""
-    import pytorch_lightning as pl
-    from pytorch_lightning.callbacks import TQDMProgressBar
+    with quick_imports():
+        import pytorch_lightning as pl
+        from pytorch_lightning.callbacks import TQDMProgressBar
 
-    from latent_verse import runs
-    from latent_verse.augvae.training import LitAugVAE
-    from latent_verse.callbacks import SavedPictures
-    from latent_verse.checkpoint import CheckpointError, agree_with_checkpoint, load_augvae
-    from latent_verse.data import DataError
-    from latent_verse.data.module import ImageDataModule
-    from latent_verse.evaluation.reconstruction import ReconstructionMetrics, table
-    from latent_verse.trainer import choose_devices, choose_strategy, quiet_lightning
+        from latent_verse import runs
+        from latent_verse.augvae.training import LitAugVAE
+        from latent_verse.callbacks import SavedPictures
+        from latent_verse.checkpoint import CheckpointError, agree_with_checkpoint, load_augvae
+        from latent_verse.data import DataError
+        from latent_verse.data.module import ImageDataModule
+        from latent_verse.evaluation.reconstruction import ReconstructionMetrics, table
+        from latent_verse.trainer import choose_devices, choose_strategy, quiet_lightning
 
     with errors_to_exit_code(CheckpointError, DataError) as code:
         t = config.trainer

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sys
 
-from latent_verse.cli import errors_to_exit_code, parse
+from latent_verse.cli import errors_to_exit_code, parse, quick_imports
 from latent_verse.config_generate import GenerateConfig, check_generate
 
 
@@ -19,10 +19,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(config: GenerateConfig, task: str) -> int:
     """Load the model and do the task."""
-    from latent_verse import generation
-    from latent_verse.checkpoint import CheckpointError
-    from latent_verse.data import DataError
-    from latent_verse.text import TokenizerError
+    with quick_imports():
+        from latent_verse import generation
+        from latent_verse.checkpoint import CheckpointError
+        from latent_verse.data import DataError
+        from latent_verse.text import TokenizerError
 
     with errors_to_exit_code(CheckpointError, DataError, TokenizerError) as code:
         generation.run(config, task)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 
-from latent_verse.cli import errors_to_exit_code, parse, to_yaml
+from latent_verse.cli import errors_to_exit_code, parse, quick_imports, to_yaml
 from latent_verse.config_biart import TrainBiARTConfig, check_train_biart, without_effect
 
 
@@ -23,26 +23,27 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(config: TrainBiARTConfig, given: dict[str, str]) -> int:
     """Export, extract codes, or build everything, train and export."""
-    import pytorch_lightning as pl
+    with quick_imports():
+        import pytorch_lightning as pl
 
-    from latent_verse import biart_run
-    from latent_verse.biart.training import LitBiART
-    from latent_verse.callbacks import RunFolder, TextImageSamples
-    from latent_verse.checkpoint import starting_point
-    from latent_verse.config import as_plain
-    from latent_verse.pretrained import take_over
-    from latent_verse.runs import open_run, states
-    from latent_verse.text import TokenizerError
-    from latent_verse.trainer import (
-        MISTAKES,
-        announce,
-        choose_devices,
-        default_name,
-        ease_smoke_test,
-        fit,
-        make_trainer,
-        say,
-    )
+        from latent_verse import biart_run
+        from latent_verse.biart.training import LitBiART
+        from latent_verse.callbacks import RunFolder, TextImageSamples
+        from latent_verse.checkpoint import starting_point
+        from latent_verse.config import as_plain
+        from latent_verse.pretrained import take_over
+        from latent_verse.runs import open_run, states
+        from latent_verse.text import TokenizerError
+        from latent_verse.trainer import (
+            MISTAKES,
+            announce,
+            choose_devices,
+            default_name,
+            ease_smoke_test,
+            fit,
+            make_trainer,
+            say,
+        )
 
     with errors_to_exit_code(*MISTAKES, TokenizerError) as code:
         t = config.trainer

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sys
 
-from latent_verse.cli import errors_to_exit_code, parse, to_yaml
+from latent_verse.cli import errors_to_exit_code, parse, quick_imports, to_yaml
 from latent_verse.config import TrainVAEConfig, as_plain, check_train_vae, without_effect
 
 
@@ -19,13 +19,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(config: TrainVAEConfig, given: dict[str, str]) -> int:
     """Build everything and train."""
-    import pytorch_lightning as pl
+    with quick_imports():
+        import pytorch_lightning as pl
 
-    from latent_verse import runs
-    from latent_verse.augvae.training import LitAugVAE
-    from latent_verse.checkpoint import load_for_training, starting_point
-    from latent_verse.data.module import ImageDataModule
-    from latent_verse.trainer import MISTAKES, announce, default_name, ease_smoke_test, fit, make_trainer, say
+        from latent_verse import runs
+        from latent_verse.augvae.training import LitAugVAE
+        from latent_verse.checkpoint import load_for_training, starting_point
+        from latent_verse.data.module import ImageDataModule
+        from latent_verse.trainer import MISTAKES, announce, default_name, ease_smoke_test, fit, make_trainer, say
 
     with errors_to_exit_code(*MISTAKES) as code:
         t = config.trainer

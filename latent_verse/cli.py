@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import gc
 import math
 import sys
 from collections.abc import Iterator
@@ -201,6 +202,26 @@ def to_yaml(config: Any) -> str:
     from omegaconf import OmegaConf
 
     return OmegaConf.to_yaml(OmegaConf.create(as_plain(config)))
+
+
+@contextlib.contextmanager
+def quick_imports() -> Iterator[None]:
+    """Import PyTorch and Lightning inside this: a program starts a quarter faster and ends faster.
+
+    Python's garbage collector goes through everything again and again while a million objects are made that stay, and
+    once more at the end. It is off inside, and what there is afterwards it never looks at (`gc.freeze`), which also
+    leaves those pages shared with the data loader's processes. Where PyTorch is imported already, as in a notebook or
+    in tests, this does nothing: other people's garbage is not to be kept.
+    """
+    if "torch" in sys.modules or not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @contextlib.contextmanager

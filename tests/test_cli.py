@@ -349,6 +349,27 @@ finally:
     assert "--no-" not in text
 
 
+@pytest.mark.parametrize(("before", "kept"), [("", True), ("import torch", False), ("gc.disable()", False)])
+def test_quick_imports_collect_no_garbage_and_keep_only_what_they_made(before, kept):
+    """A program's own imports; not those of whoever has PyTorch already, nor where nothing is collected anyway."""
+    code = f"""
+import gc
+from latent_verse.cli import quick_imports
+{before}
+on = gc.isenabled()
+try:
+    with quick_imports():
+        inside = gc.isenabled()
+        import torch
+        raise KeyError
+except KeyError:
+    print(on, inside, gc.isenabled(), gc.get_freeze_count() > 10_000)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    on = before != "gc.disable()"
+    assert done.stdout.split() == [str(on), str(on and not kept), str(on), str(kept)], done.stderr
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_mistake_is_one_line_and_exit_code_2(script):
     argv = [sys.executable, script, "--bach_size", "3"]
