@@ -2,7 +2,7 @@
 
     python benchmarks/run.py startup
 
-Each is a process of its own, taken in turns with what it rests on: Python itself, importing PyTorch, importing PyTorch and
+Each is a process of its own, taken in turns with what it rests on: Python, importing PyTorch, importing PyTorch and
 Lightning. It counts from its start to its end, a training run to the first step on its progress bar. With one thread
 the CPU time of the process counts, else the wall clock. Training runs stop after that step, without validation.
 """
