@@ -36,6 +36,8 @@ def inputs(args: argparse.Namespace) -> tuple[torch.Tensor, Codebook]:
     book.cluster_size.uniform_(0.5, 2.0)
     book.embed_avg.copy_(book.weight * book.cluster_size[:, None])
     z_BDHW = torch.randn(1, args.D, args.N, 1)
+    if args.device == "cuda":  # channels last, as AugVAE's maps are there
+        z_BDHW = z_BDHW.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
     return z_BDHW.to(args.device), book.to(args.device)
 
 

@@ -139,7 +139,7 @@ class Codebook(nn.Module):
         self.embed_avg.lerp_(sums_KD.to(self.embed_avg.dtype), 1 - self.decay)
         total = self.cluster_size.sum()
         smoothed_K = (self.cluster_size + self.eps) / (total + K * self.eps) * total
-        self.weight.copy_(self.embed_avg / smoothed_K[:, None])
+        torch.div(self.embed_avg, smoothed_K[:, None], out=self.weight)
         if self.restart_threshold > 0:
             self._restart(z_ND)
 
@@ -212,7 +212,8 @@ class Quantizer(nn.Module):
         to_code_ND = self.lookup(indices_N).sub_(z_ND)  # before the update, as the original
         if self.training:
             self.embedding.update(z_ND.detach(), indices_N)
-        loss = self.beta * to_code_ND.square().mean()
+        # the mean square, by way of each vector's length: no N x D tensor of squares is made
+        loss = self.beta * torch.linalg.vector_norm(to_code_ND, dim=1).square().mean() / D
         quantised_BDHW = z_BDHW + to_code_ND.detach().view(B, H, W, D).permute(0, 3, 1, 2)
         return quantised_BDHW.to(dtype), indices_N.view(B, H, W), loss
 
