@@ -56,9 +56,9 @@ def run(config: EvalVAEConfig, given: dict[str, str]) -> int:
             num_nodes=t.nodes,
             strategy=choose_strategy(t, accelerator, devices),
             precision=t.precision,
-            limit_test_batches=t.limit_val_batches
-            if n is None
-            else math.ceil(n / (devices * t.nodes * config.data.batch_size)),
+            limit_test_batches=math.ceil(n / (devices * t.nodes * config.data.batch_size))
+            if n
+            else t.limit_val_batches,
             use_distributed_sampler=False,
             enable_progress_bar=bool(bar),
             enable_model_summary=False,

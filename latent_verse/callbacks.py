@@ -1,4 +1,4 @@
-"""Lightning callbacks: the run folder, backups and interruption, per-process state, grids of pictures."""
+"""Lightning callbacks: run folder, backups and interruption, per-process state, progress bar, grids of pictures."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ import random
 import shutil
 import signal
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
+from pytorch_lightning.callbacks import TQDMProgressBar
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 
 from latent_verse import runs
@@ -59,6 +61,10 @@ class Backup(pl.Callback):
         self._pid = os.getpid()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.told_to_stop |= trainer.received_sigterm
+        # Several processes would tell each other of a SIGTERM before every step, and wait for their GPUs to do so
+        # (Lightning 2.6). Here they ask each other less often: see on_train_batch_end.
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._handlers[number] = signal.signal(number, self._stop)
@@ -180,6 +186,26 @@ def set_random_state(state: dict) -> None:
     torch.set_rng_state(state["torch"].cpu())
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"].cpu())
+
+
+class ProgressBar(TQDMProgressBar):
+    """Lightning's bar, drawn no more than five times a second in training.
+
+    Its figures are on the device, and reading one waits until the device has done all that it was given: after every
+    step a GPU would stand idle until the next one is prepared. The first and the last step are always shown.
+    """
+
+    EVERY = 0.2  # seconds
+
+    def __init__(self, refresh_rate: int):
+        super().__init__(refresh_rate=refresh_rate)
+        self._drawn = float("-inf")
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs, batch, batch_idx) -> None:
+        now, last = time.monotonic(), trainer.is_last_batch or trainer.global_step == trainer.max_steps
+        if last or now - self._drawn >= self.EVERY:
+            self._drawn = now
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
 
 class ImageGrids(pl.Callback):

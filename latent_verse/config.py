@@ -203,11 +203,14 @@ class TrainerConfig:
     compile: Optional[bool] = setting(
         None, "compile the networks (torch.compile): slow first step, faster ones after; default on a GPU with Triton"
     )
+    activation_checkpointing: bool = setting(
+        False, "for larger batches: outputs of norms and activation functions are computed again in the backward pass"
+    )
     logger: str = setting("tensorboard", "where figures go", ("tensorboard", "wandb", "csv"))
     log_every_n_steps: int = setting(10, "steps between logged training figures")
     log_images: bool = setting(False, "log grids of pictures, also as PNG files in the run folder")
     image_log_steps: int = setting(1000, "steps between logged grids")
-    refresh_rate: int = setting(1, "steps between updates of the progress bar; 0 hides it")
+    refresh_rate: int = setting(1, "steps between updates of the progress bar, at most five a second; 0 hides it")
     backup: bool = setting(False, "save the whole state regularly; the same command then continues where it was")
     backup_steps: int = setting(1000, "steps between backups")
     backup_dir: Optional[str] = setting(None, "folder for backups, a sub-folder a run; default inside the run folder")

@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
+from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from latent_verse import runs
-from latent_verse.callbacks import Backup, Diverged, ImageGrids, Interrupted, ProcessState, RunFolder
+from latent_verse.callbacks import Backup, Diverged, ImageGrids, Interrupted, ProcessState, ProgressBar, RunFolder
 from latent_verse.checkpoint import CheckpointError
 from latent_verse.config import ConfigError, TrainerConfig, as_plain
 from latent_verse.data import DataError
@@ -94,7 +94,7 @@ def make_trainer(t: TrainerConfig, run: Run, config, yaml_text: str, has_val: bo
         LearningRateMonitor("step"),
         Backup(folder, t.backup_steps if t.backup else None),
         *([ImageGrids(folder, t.image_log_steps)] if t.log_images else []),
-        *([TQDMProgressBar(refresh_rate=t.refresh_rate)] if t.refresh_rate else []),
+        *([ProgressBar(refresh_rate=t.refresh_rate)] if t.refresh_rate else []),
         *checkpoints(run, has_val),
     ]
     quiet_lightning()

@@ -11,6 +11,7 @@ from torch import nn
 
 from latent_verse.augvae.codebook import perplexity
 from latent_verse.evaluation.codebook import CodebookUsage
+from latent_verse.evaluation.mean import Mean
 from latent_verse.evaluation.networks import INCEPTION, inception_file
 from latent_verse.evaluation.reconstruction import ReconstructionMetrics, table
 
@@ -183,3 +184,15 @@ def test_codebook_usage_is_in_the_results_and_empty_batches_add_nothing():
     assert {k: v for k, v in whole.items() if "_2" in k or "_4" in k} == {
         k: v for k, v in parts.items() if "_2" in k or "_4" in k
     }
+
+
+def test_a_mean_weighs_its_values_and_shows_nan():
+    mean = Mean()
+    mean.update(torch.tensor(2.0), weight=3)
+    mean.update(torch.tensor([4.0, 8.0]), weight=torch.tensor(0.5))
+    assert mean.compute().item() == pytest.approx((6 + 6) / 4)
+    mean.update(torch.tensor(float("nan")))
+    assert mean.compute().isnan()
+    mean.reset()
+    mean.update(torch.empty(0))
+    assert mean.compute().isnan()

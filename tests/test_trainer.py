@@ -6,11 +6,14 @@ import functools
 from types import SimpleNamespace
 
 import pytest
+import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import TQDMProgressBar
 
-from latent_verse import trainer
+from latent_verse import callbacks, trainer
 from latent_verse.augvae.model import AugVAE
 from latent_verse.augvae.training import LitAugVAE
+from latent_verse.callbacks import Backup, ProgressBar
 from latent_verse.config import TrainerConfig, TrainVAEConfig
 from latent_verse.evaluation.reconstruction import ReconstructionMetrics
 from latent_verse.runs import Run
@@ -114,3 +117,28 @@ def test_memory_format_of_weights_and_activations(tiny_config, tiny_images, devi
         _, reconstruction = module._through(tiny_images())
     assert formats == {True}
     torch.testing.assert_close(reconstruction, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("max_steps", "drawn"), [(-1, [0, 4, 8, 9]), (8, [0, 4, 7])])
+def test_the_bar_reads_figures_five_times_a_second_and_at_either_end(monkeypatch, max_steps, drawn):
+    seen, clock = [], [0.0]
+    monkeypatch.setattr(callbacks.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(TQDMProgressBar, "on_train_batch_end", lambda self, *args: seen.append(args[-1]))
+    bar = ProgressBar(refresh_rate=1)
+    for batch_idx in range(10 if max_steps < 0 else max_steps):
+        now = SimpleNamespace(is_last_batch=batch_idx == 9, global_step=batch_idx + 1, max_steps=max_steps)
+        bar.on_train_batch_end(now, None, None, None, batch_idx)
+        clock[0] += 0.0501
+    assert seen == drawn
+
+
+def test_a_signal_is_not_broadcast_before_every_step_and_one_before_training_counts():
+    made = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    loop = made.fit_loop.epoch_loop
+    assert callable(loop._broadcast_sigterm_tensor)  # Lightning's, which would wait for the device
+    backup = Backup(None, None)
+    made._signal_connector.received_sigterm = True
+    backup.on_train_start(made, None)
+    backup.teardown(made, None, "fit")
+    assert backup.told_to_stop
+    assert "_broadcast_sigterm_tensor" in vars(loop) and loop._broadcast_sigterm_tensor() is None

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torchmetrics
 from torch import nn
-from torchmetrics import MeanMetric
 from torchmetrics.image import StructuralSimilarityIndexMeasure
 
 from latent_verse.augvae.perceptual import LPIPS
@@ -22,6 +21,7 @@ from latent_verse.evaluation import networks
 from latent_verse.evaluation.codebook import CodebookUsage
 from latent_verse.evaluation.figures import library
 from latent_verse.evaluation.generation import Frechet
+from latent_verse.evaluation.mean import Mean
 from latent_verse.evaluation.networks import NetworkMissing
 
 SSIM_WINDOW = 11  # side of SSIM's Gaussian window
@@ -47,9 +47,9 @@ class ReconstructionMetrics(nn.Module):
     ):
         super().__init__()
         self.missing: dict[str, str] = {}
-        self.psnr, self.mse, self.l1 = MeanMetric(), MeanMetric(), MeanMetric()
+        self.psnr, self.mse, self.l1 = Mean(), Mean(), Mean()
         self.usage = CodebookUsage(levels, num_tokens)
-        self.count = torchmetrics.SumMetric()
+        self.count = torchmetrics.SumMetric(nan_strategy="disable")  # whose search would wait for the device
         self.ssim = self.fid = self.features = self.lpips_mean = self.lpips = None
         if resolution < SSIM_WINDOW:
             self.missing["ssim"] = f"pictures of {resolution} px are smaller than its window of {SSIM_WINDOW}"
@@ -60,7 +60,7 @@ class ReconstructionMetrics(nn.Module):
             return
         try:
             networks.vgg16_weights().find()
-            self.lpips, self.lpips_mean = LPIPS(), MeanMetric()
+            self.lpips, self.lpips_mean = LPIPS(), Mean()
         except NetworkMissing as error:
             self.missing["lpips"] = str(error)
         try:
