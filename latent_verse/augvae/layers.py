@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from latent_verse.recompute import Recomputing
+
 
 class PixelNorm(nn.LayerNorm):
     """LayerNorm over the channels of each position by itself (ConvNeXt's), so that nothing is shared over a picture."""
@@ -26,7 +28,7 @@ def make_norm(kind: str, channels: int) -> nn.Module:
     return nn.GroupNorm(32, channels, eps=1e-6) if kind == "group" else PixelNorm(channels, eps=1e-6)
 
 
-class ResnetBlock(nn.Module):
+class ResnetBlock(Recomputing):
     """norm -> swish -> conv, twice, plus the input (through a 1x1 convolution where the width changes)."""
 
     def __init__(self, in_channels: int, out_channels: int, dropout: float, norm: str):
@@ -40,8 +42,8 @@ class ResnetBlock(nn.Module):
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
-        h_BCHW = self.conv1(F.silu(self.norm1(x_BCHW)))
-        h_BCHW = self.conv2(self.dropout(F.silu(self.norm2(h_BCHW))))
+        h_BCHW = self._part(lambda x: self.conv1(F.silu(self.norm1(x))), x_BCHW)
+        h_BCHW = self._part(lambda h: self.conv2(self.dropout(F.silu(self.norm2(h)))), h_BCHW, self.dropout.p)
         if hasattr(self, "nin_shortcut"):
             x_BCHW = self.nin_shortcut(x_BCHW)
         return x_BCHW + h_BCHW
@@ -89,10 +91,14 @@ class Upsample(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        # (16, 9): the 4x4 kernel's entries are sums over the 2x2 windows of the 3x3 one, turned by half
+        along = torch.tensor([[0.0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])
+        self.register_buffer("windows", torch.kron(along, along), persistent=False)
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
-        # sums over every 2x2 window of the turned kernel, (out, in, 3, 3) -> (in, out, 4, 4)
-        kernel = F.avg_pool2d(self.conv.weight.flip(2, 3), 2, stride=1, padding=1, divisor_override=1).transpose(0, 1)
+        with torch.autocast(x_BCHW.device.type, enabled=False):  # sums of weights in the weights' precision
+            kernel = F.linear(self.conv.weight.flatten(2), self.windows)
+        kernel = kernel.unflatten(2, (4, 4)).transpose(0, 1)  # (out, in, 16) -> (in, out, 4, 4)
         return F.conv_transpose2d(x_BCHW, kernel, self.conv.bias, stride=2, padding=1)
 
 
@@ -135,7 +141,7 @@ class Stage(nn.Module):
         return h_BCHW
 
 
-class Encoder(nn.Module):
+class Encoder(Recomputing):
     """(B, in_channels, R, R) -> (B, z_channels, R / 2**(len(ch_mult) - 1), same).
 
     Args:
@@ -176,10 +182,10 @@ class Encoder(nn.Module):
         h_BCHW = self.conv_in(x_BCHW)
         for stage in self.down:
             h_BCHW = stage(h_BCHW)
-        return self.conv_out(F.silu(self.norm_out(self.mid(h_BCHW))))
+        return self._part(lambda h: self.conv_out(F.silu(self.norm_out(h))), self.mid(h_BCHW))
 
 
-class Decoder(nn.Module):
+class Decoder(Recomputing):
     """(B, in_channels, r, r) -> (B, out_channels, R, R), R = `resolution` = r * 2**(len(ch_mult) - 1)."""
 
     def __init__(
@@ -214,4 +220,4 @@ class Decoder(nn.Module):
         h_BCHW = self.mid(self.conv_in(z_BCHW))
         for stage in reversed(self.up):
             h_BCHW = stage(h_BCHW)
-        return self.conv_out(F.silu(self.norm_out(h_BCHW)))
+        return self._part(lambda h: self.conv_out(F.silu(self.norm_out(h))), h_BCHW)
