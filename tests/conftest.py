@@ -21,6 +21,11 @@ TINY = {
 }
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put dry runs of CUDA last: see `fake_cuda.fake_cuda`."""
+    items.sort(key=lambda item: item.path.name == "test_cuda_dry_run.py")
+
+
 @pytest.fixture
 def tiny_config():
     """Makes a tiny AugVAEConfig: tiny_config(single_level=4, ...)."""

@@ -8,14 +8,15 @@ from __future__ import annotations
 import pytorch_lightning as pl
 import torch
 from torch import nn
-from torchmetrics import MeanMetric
 
 from latent_verse.augvae.model import AugVAE, Encoded
 from latent_verse.augvae.perceptual import ReconstructionLoss, fetch_vgg16
 from latent_verse.config import TrainVAEConfig, as_plain
 from latent_verse.evaluation.codebook import CodebookUsage
+from latent_verse.evaluation.mean import Mean
 from latent_verse.evaluation.reconstruction import ReconstructionMetrics
 from latent_verse.optimizer import MuonAdamW, adamw, warm_up_then_cosine
+from latent_verse.recompute import checkpoint_activations
 from latent_verse.trainer import uncompiled
 
 
@@ -34,7 +35,7 @@ class LitAugVAE(pl.LightningModule):
         names = ["total_loss", "rec_loss", "embed_loss", "perplexity"]
         if config.loss.loss_type.startswith("lpips"):
             names.append("lpips_loss")
-        self.val_means = nn.ModuleDict({name: MeanMetric() for name in names})
+        self.val_means = nn.ModuleDict({name: Mean() for name in names})
         self.usage = nn.ModuleDict(
             {stage: CodebookUsage(model.levels, model.config.num_tokens) for stage in ("train_usage", "val_usage")}
         )
@@ -56,7 +57,7 @@ class LitAugVAE(pl.LightningModule):
             fetch_vgg16()
 
     def configure_model(self) -> None:
-        """Shard the networks under --strategy fsdp, compile them under --compile."""
+        """Shard the networks under --strategy fsdp, compile them under --compile, have them hold less if asked to."""
         if self._configured:  # Lightning calls this once a fit, validate or test
             return
         self._configured = True
@@ -64,6 +65,8 @@ class LitAugVAE(pl.LightningModule):
         if self.test_metrics is None:
             self.loss = ReconstructionLoss(c.loss.loss_type, c.loss.p_loss_weight, untrained=c.data.fake_data)
         networks = [*self.model.encoders, *self.model.decoders]
+        if c.trainer.activation_checkpointing:
+            checkpoint_activations(self.model)
         if c.trainer.compile:
             for network in networks:
                 network.compile(dynamic=False)  # each network has its own sizes; dynamic ones would be slower

@@ -1,6 +1,7 @@
 """BiART: one transformer for text→image and image→text (paper section 3.2), in minGPT's shape.
 
-Shape suffixes: B batch, T positions, C channels (n_embd), H heads, D channels per head, V classes, M tokens, S slots.
+Shape suffixes: B batch, T positions, C channels (n_embd), H heads, D channels per head, V classes, M tokens, S slots,
+F = 4 C.
 
 minGPT's network with three changes: a segment embedding, attention by `scaled_dot_product_attention`, and a head that
 is computed over the next token's modality only, which the layout (`sequence.py`) gives away.
@@ -18,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from latent_verse.biart.sequence import IGNORE, Sequences, Vocabulary, target_modality
 from latent_verse.config import BiARTConfig
+from latent_verse.recompute import Recomputing
 
 PRESETS = {
     "tiny": {"n_layer": 4, "n_head": 4, "n_embd": 192},  # minutes on a CPU
@@ -87,8 +89,11 @@ class Attention(nn.Module):
         return self.resid_drop(self.proj(y_BHTD.transpose(1, 2).reshape(B, T, C)))
 
 
-class Block(nn.Module):
-    """x + attention(norm x), then x + MLP(norm x)."""
+class Block(Recomputing):
+    """x + attention(norm x), then x + MLP(norm x).
+
+    The outputs of that norm and of GELU, a third of what a block keeps for the backward pass, can be computed again.
+    """
 
     def __init__(self, config: BiARTConfig):
         super().__init__()
@@ -104,7 +109,9 @@ class Block(nn.Module):
 
     def forward(self, x_BTC: Tensor, past: Past | None = None) -> Tensor:
         x_BTC = x_BTC + self.attn(self.ln1(x_BTC), past)
-        return x_BTC + self.mlp(self.ln2(x_BTC))
+        widen, gelu, narrow, dropout = self.mlp
+        wide_BTF = self._part(lambda x: widen(self.ln2(x)), x_BTC)
+        return x_BTC + dropout(self._part(lambda wide: narrow(gelu(wide)), wide_BTF))
 
 
 class BiART(nn.Module):

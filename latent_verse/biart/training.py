@@ -13,13 +13,14 @@ import warnings
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
 
 from latent_verse.biart.model import BiART
 from latent_verse.biart.sequence import DIRECTIONS, IGNORE, TEXT_TO_IMAGE, Sequences, target_modality
 from latent_verse.config import as_plain
 from latent_verse.config_biart import TrainBiARTConfig
+from latent_verse.evaluation.mean import Mean
 from latent_verse.optimizer import MuonAdamW, adamw, warm_up_then_cosine
+from latent_verse.recompute import checkpoint_activations
 from latent_verse.trainer import uncompiled
 
 OTHER = {"text": "image", "image": "text"}
@@ -45,7 +46,7 @@ class LitBiART(pl.LightningModule):
         self.about = about
         self._frozen = (vae.eval().requires_grad_(False),)  # in a tuple, where nn.Module does not look for modules
         names = [f"{d}/{m}" for d in DIRECTIONS for m in ("text", "image") if self._weight(d, m)]
-        self.val_means = nn.ModuleDict({name: MeanMetric() for name in names})
+        self.val_means = nn.ModuleDict({name: Mean() for name in names})
         self._configured = False
         self._tokens, self._since = 0, 0.0
 
@@ -68,11 +69,13 @@ class LitBiART(pl.LightningModule):
     # ----------------------------------------------------------------------------------------------------- preparation
 
     def configure_model(self) -> None:
-        """Shard the blocks under --strategy fsdp, compile them under --compile."""
+        """Shard the blocks under --strategy fsdp, compile them under --compile, have them hold less if asked to."""
         if self._configured:  # Lightning calls this once a fit, validate or test
             return
         self._configured = True
         networks = [n for n in (self.model, self.ema) if n is not None]
+        if self.config.trainer.activation_checkpointing:
+            checkpoint_activations(self.model)
         if self.config.trainer.compile:
             for block in self.model.blocks:
                 block.compile(dynamic=False)  # the blocks share what is compiled

@@ -1,0 +1,50 @@
+"""Selective activation checkpointing (Chen et al., 2016; Korthikanti et al., 2022), for both networks.
+
+A convolution or matrix product keeps its input for the backward pass. Where that input comes from a norm and an
+activation function, it can be computed again from what the norm read, which is kept anyway, at the price of two
+elementwise passes. Products are never made twice.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+# What a compiler keeps of a part that it would rather compute again as a whole, however dear. Eager recomputation needs
+# no such list: it stops as soon as the product's input is there.
+PRODUCTS = [
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten.convolution.default,
+]
+
+
+class Recomputing(nn.Module):
+    """A network with parts whose inner results need not be kept: see `checkpoint_activations`."""
+
+    activation_checkpointing = False
+
+    def _part(self, part: Callable[[Tensor], Tensor], x: Tensor, dropout: float = 0.0) -> Tensor:
+        """part(x), which ends with a product. With `activation_checkpointing` x alone is kept for the backward pass.
+
+        Args:
+            dropout: of what is inside; above 0 the second time draws the same random numbers.
+        """
+        if not (self.activation_checkpointing and torch.is_grad_enabled()):
+            return part(x)
+        how = {}
+        if torch.compiler.is_compiling():
+            how["context_fn"] = functools.partial(create_selective_checkpoint_contexts, PRODUCTS)
+        return checkpoint(part, x, use_reentrant=False, preserve_rng_state=dropout > 0, **how)
+
+
+def checkpoint_activations(network: nn.Module) -> None:
+    """From now on, `network` computes outputs of norms and activation functions again in the backward pass."""
+    for module in network.modules():
+        if isinstance(module, Recomputing):
+            module.activation_checkpointing = True

@@ -1,0 +1,114 @@
+"""A GPU that computes nothing: PyTorch's fake tensors on "cuda", for tests where there is none.
+
+Operators check devices, give shapes and dtypes, and take autocast's decisions as on a GPU; values there are none. So
+two things come to light that a CPU hides: tensors left on the CPU, and places where the program waits for the device.
+The backward pass needs a driver and cannot be had.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+DEVICE = "cuda:0"
+PACKAGE = "latent_verse"
+
+
+class Waits(TorchDispatchMode):
+    """Counts, by function of the package, how often a value is read from the device, and answers for it.
+
+    `says` gives the values read by a function; True where it is silent, which is what checks hope for.
+    """
+
+    def __init__(self, says: dict[str, object]):
+        super().__init__()
+        self.says = says
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].device.type == "cuda":
+            return self.says.get(self._note(), True)
+        to_cpu = torch.device(kwargs.get("device") or DEVICE).type == "cpu"
+        if func is torch.ops.aten._to_copy.default and to_cpu and args[0].device.type == "cuda":
+            self._note()
+        return func(*args, **kwargs)
+
+    def _note(self) -> str:
+        frame = sys._getframe()
+        while frame and not frame.f_globals.get("__name__", "").startswith(PACKAGE):
+            frame = frame.f_back
+        name = frame.f_code.co_name if frame else "?"
+        self.seen[name] += 1
+        return name
+
+
+def _convert(module: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+    """nn.Module._apply by assignment of data: it would exchange fake tensors, which their bookkeeping forbids."""
+    for child in module.children() if recurse else ():
+        child._apply(fn)
+    for parameter in module._parameters.values():
+        if parameter is not None:
+            parameter.data = fn(parameter.data)
+    for name, buffer in module._buffers.items():
+        if buffer is not None:
+            module._buffers[name] = fn(buffer)
+    return module
+
+
+@contextlib.contextmanager
+def fake_cuda(says: dict[str, object] | None = None, autocast: torch.dtype | None = None) -> Iterator[Waits]:
+    """Inside, what is made without a device or on DEVICE is on a GPU that computes nothing.
+
+    From then on processes that this one forks cannot run backward (PyTorch 2.14): conftest.py has such tests run last.
+    """
+    if torch.version.cuda is None:
+        pytest.skip("this PyTorch was built without CUDA")
+    before = nn.Module._apply
+    nn.Module._apply = _convert
+    FakeTensor.__deepcopy__ = lambda tensor, memo: tensor.detach().clone()  # a plain tensor's reads its memory
+    torch.set_autocast_enabled("cuda", autocast is not None)  # torch.autocast refuses without a driver
+    torch.set_autocast_dtype("cuda", autocast or torch.bfloat16)
+    torch.autocast_increment_nesting()
+    waits = Waits(says or {})
+    try:
+        with FakeTensorMode(), torch.device(DEVICE), waits:
+            yield waits
+    finally:
+        nn.Module._apply = before
+        del FakeTensor.__deepcopy__
+        torch.autocast_decrement_nesting()
+        torch.clear_autocast_cache()
+        torch.set_autocast_enabled("cuda", False)
+
+
+class Kept:
+    """Bytes that a forward pass keeps for the backward pass, parameters left out."""
+
+    def __init__(self, module: nn.Module):
+        self._own = {p.untyped_storage()._cdata for p in module.parameters()}
+        self._kept: dict[int, torch.Tensor] = {}
+
+    def __enter__(self) -> Kept:
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
+        self._hooks.__enter__()
+        return self
+
+    def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        self._kept[tensor.untyped_storage()._cdata] = tensor  # the tensor too: another must not get its address
+        return tensor
+
+    def __exit__(self, *error) -> None:
+        self._hooks.__exit__(*error)
+
+    @property
+    def bytes(self) -> int:
+        return sum(t.untyped_storage().nbytes() for key, t in self._kept.items() if key not in self._own)

@@ -1,0 +1,229 @@
+"""What a GPU would be given, without one: nothing is left on the CPU, nothing waits, and so much memory is taken.
+
+See tests/fake_cuda.py for what such a run can show and what it cannot.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.augvae import SHAPES
+from benchmarks.measure import PeakBytes
+from benchmarks.plain import BETA, DECAY, EPS, one_hot_forward, plain_augvae
+from latent_verse.augvae.codebook import Codebook, Quantizer
+from latent_verse.augvae.model import AugVAE
+from latent_verse.augvae.training import LitAugVAE
+from latent_verse.biart import sampling
+from latent_verse.biart.model import PRESETS, BiART
+from latent_verse.biart.sequence import DIRECTIONS, TEXT_TO_IMAGE
+from latent_verse.biart.training import NO_TOKEN, LitBiART
+from latent_verse.config import AugVAEConfig, BiARTConfig, TrainerConfig, TrainVAEConfig, VAELossConfig, VAEOptimConfig
+from latent_verse.config_biart import BiARTLossConfig, TrainBiARTConfig
+from latent_verse.evaluation.reconstruction import ReconstructionMetrics
+from latent_verse.optimizer import MuonAdamW, adamw
+from latent_verse.recompute import checkpoint_activations
+from tests.fake_cuda import DEVICE, Kept, fake_cuda
+
+BIART = BiARTConfig(text_vocab=40, image_vocab=24, text_len=6, image_len=16, n_layer=2, n_head=2, n_embd=32)
+PRECISIONS = pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["float32", "bf16"])
+
+
+def on_gpu(*tensors: torch.Tensor) -> bool:
+    return all(t.device == torch.device(DEVICE) for t in tensors)
+
+
+def pictures(batch: int, side: int) -> torch.Tensor:
+    return torch.empty(batch, 3, side, side)
+
+
+# ------------------------------------------------------------------------------------------------- AugVAE: what it does
+
+
+@PRECISIONS
+@pytest.mark.parametrize("single_level", [None, 4])
+@pytest.mark.parametrize("restart_threshold", [0.0, 0.5])
+def test_augvae_trains_without_waiting(tiny_config, autocast, single_level, restart_threshold):
+    config = TrainVAEConfig(
+        model=tiny_config(single_level=single_level, restart_threshold=restart_threshold),
+        loss=VAELossConfig(loss_type="mse"),
+        trainer=TrainerConfig(activation_checkpointing=True),
+    )
+    with fake_cuda(autocast=autocast) as waits:
+        module = LitAugVAE(AugVAE(config.model), config).train()
+        module.configure_model()
+        parts, reconstruction = module._losses(pictures(2, 16), "train")
+        assert on_gpu(reconstruction, *parts.values())
+        assert module.model.encoders[0].conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+        module.eval().validation_step([pictures(2, 16)], 0)
+    assert not waits.seen
+    # statistics of the codebook are float32, and what the last convolution gives is autocast's dtype
+    assert module.model.codebook.embed_avg.dtype == torch.float32
+    assert reconstruction.dtype == (autocast or torch.float32)
+
+
+def test_augvae_looks_at_its_codebook_once_to_start_it_from_data(tiny_config):
+    config = TrainVAEConfig(model=tiny_config(), optim=VAEOptimConfig(codebook_init="data"))
+    with fake_cuda() as waits:
+        module = LitAugVAE(AugVAE(config.model), config)
+        module._trainer = type("Trainer", (), {"global_step": 0})()
+        for batch_idx in range(3):
+            module.on_train_batch_start([pictures(8, 16)], batch_idx)
+    assert waits.seen == {"is_fresh": 1}
+
+
+def test_augvae_is_evaluated_without_waiting(tiny_augvae):
+    model = tiny_augvae()
+    with fake_cuda() as waits:
+        model = AugVAE(model.config).eval()
+        metrics = ReconstructionMetrics(model.levels, model.config.num_tokens, 16, with_networks=False)
+        metrics.to(DEVICE)
+        encoded = model.encode(pictures(2, 16))
+        metrics.update(pictures(2, 16), model.decode(encoded.z_q), encoded.indices)
+        codes = model.codes(pictures(2, 16))
+        assert not waits.seen and on_gpu(codes)
+        assert on_gpu(model.decode_codes(codes))  # which looks whether codes are the codebook's
+    assert set(waits.seen) == {"decode_codes"}
+
+
+@pytest.mark.parametrize("make", [
+    lambda kernels, rest: MuonAdamW(kernels, [{"params": rest, "weight_decay": 0.1}], 1e-3, 1e-2, 0.1),
+    lambda kernels, rest: adamw([*kernels, *rest], lr=1e-3),
+])  # fmt: skip
+def test_optimisers_step_without_waiting(tiny_config, make):
+    with fake_cuda() as waits:
+        model = AugVAE(tiny_config())
+        kernels = [p for p in model.parameters() if p.ndim == 4]
+        optimizer = make(kernels, [p for p in model.parameters() if p.ndim != 4])
+        for p in model.parameters():
+            p.grad = torch.empty_like(p)
+        optimizer.step()
+        assert all(on_gpu(*[v for v in state.values() if v.ndim]) for state in optimizer.state.values())
+    assert not waits.seen
+
+
+# -------------------------------------------------------------------------------------------------- BiART: what it does
+
+
+@PRECISIONS
+@pytest.mark.parametrize("pos_by_modality", [False, True])
+@pytest.mark.parametrize("from_pictures", [False, True])
+def test_biart_trains_without_waiting(tiny_config, autocast, pos_by_modality, from_pictures):
+    config = TrainBiARTConfig(
+        loss=BiARTLossConfig(reference_dropout=0.1, word_dropout=0.1, code_dropout=0.1, text_loss_weight=2.0),
+        trainer=TrainerConfig(activation_checkpointing=True),
+    )
+    sizes = {**vars(BIART), "pos_by_modality": pos_by_modality}
+    with fake_cuda(autocast=autocast) as waits:
+        vae = AugVAE(tiny_config(single_level=4))
+        module = LitBiART(BiART(BiARTConfig(**sizes)), vae, config, {}).train()
+        module.configure_model()
+        x = pictures(4, 16) if from_pictures else torch.empty(4, 16, dtype=torch.int16)
+        text = torch.full((4, 6), NO_TOKEN)
+        dropouts = {"reference_dropout": 0.1, "word_dropout": 0.1, "code_dropout": 0.1}
+        total, means = module.loss(module.model, module.pack([x, text], 2, **dropouts))
+        assert on_gpu(total, *means.values())
+        module.validation_step([x, text], 0)
+    assert not waits.seen
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize(
+    "settings", [{"temperature": 0}, {"top_k": 5, "seed": 1}, {"top_p": 0.9, "guidance": 2.0, "seed": 1}]
+)
+def test_drawing_waits_no_more_for_more_tokens(direction, settings, monkeypatch):
+    monkeypatch.setattr(sampling, "can_capture", lambda model, device: False)  # streams need a driver
+    says, seen = {"generate": False, "_check_finite": False, "prompt": False}, []
+    # it asks two questions: whether all is allowed (yes), and whether anything follows a pad (no)
+    monkeypatch.setattr("latent_verse.biart.sequence.Vocabulary.check_text", lambda *args, **kwargs: None)
+    for longer in (1, 4):
+        sizes = {**vars(BIART), "image_len": 16 * longer, "text_len": 6 * longer}
+        with fake_cuda(says) as waits:
+            model = BiART(BiARTConfig(**sizes))
+            length = sizes["text_len"] if direction == TEXT_TO_IMAGE else sizes["image_len"]
+            drawn = sampling.generate(model, torch.empty(2, length, dtype=torch.long), direction, **settings)
+            assert on_gpu(drawn)
+        seen.append(waits.seen)
+    assert seen[0]["_check_finite"] == 2  # after the first token and the last
+    if direction == TEXT_TO_IMAGE:
+        assert seen[0] == seen[1]
+    else:  # captions that have ended are asked for at every eighth token
+        assert seen[0].pop("generate", 0) == 0 and seen[1].pop("generate") == 2
+        assert seen[0] == seen[1]
+
+
+def test_scores_and_beams_stay_on_the_device(monkeypatch):
+    monkeypatch.setattr("latent_verse.biart.sequence.Vocabulary.check_text", lambda *args, **kwargs: None)
+    with fake_cuda({"_check_finite": False, "beam_search": False, "prompt": False}):
+        model = BiART(BIART)
+        text_BL, codes_BN = torch.empty(2, 6, dtype=torch.long), torch.empty(2, 16, dtype=torch.long)
+        for given in ("text", "image"):
+            assert on_gpu(*sampling.log_likelihood(model, text_BL, codes_BN, given))
+        assert on_gpu(*sampling.beam_search(model, codes_BN, beam_size=2))
+
+
+# ------------------------------------------------------------------------------------------------------- what they take
+
+
+@pytest.mark.parametrize("D", [32, 256])
+@pytest.mark.parametrize(("N", "K"), [
+    *((N, 2**13) for N in (2**10, 2**13, 2**17)),
+    *((2**13, K) for K in (2**10, 2**16)),
+])  # fmt: skip
+def test_the_quantiser_takes_an_eighth_of_one_hots_memory(N, K, D):
+    taken = {}
+    for way in ("ours", "one-hot"):
+        with fake_cuda():
+            book = Codebook(K, D, DECAY, EPS, 0.0)
+            z_BDHW = torch.empty(1, N, 1, D).permute(0, 3, 1, 2)  # channels last
+            quantise = Quantizer(book, BETA).train()
+            with PeakBytes() as count:
+                quantise(z_BDHW) if way == "ours" else one_hot_forward(book, z_BDHW)
+        taken[way] = count.peak
+    assert taken["ours"] <= 1.01 * taken["one-hot"] / 8  # K / D = 4 is the least of these: one-hot is 16 K, ours 8 D
+
+
+def kept_by_augvae(batch: int, plain: bool = False, autocast: torch.dtype | None = None, again: bool = False) -> int:
+    """Bytes kept of the released AugVAE-ML's forward pass."""
+    with fake_cuda(autocast=autocast):
+        model = AugVAE(AugVAEConfig(**SHAPES["released"])).train()
+        model = plain_augvae(model).train() if plain else model.to(memory_format=torch.channels_last)
+        if again:
+            checkpoint_activations(model)
+        with Kept(model) as kept:
+            x_BCHW = pictures(batch, 256)
+            reconstruction, embed_loss, _ = model(x_BCHW)
+            (reconstruction - x_BCHW).square().mean() + embed_loss
+        return kept.bytes
+
+
+def test_a_batch_four_times_as_large_fits():
+    """Of what grows with the batch, bf16 and activation checkpointing keep less than a quarter."""
+    plain, ours = (
+        kept_by_augvae(4, **how) - kept_by_augvae(2, **how)
+        for how in ({"plain": True}, {"autocast": torch.bfloat16, "again": True})
+    )
+    assert plain > 4 * ours > 2 * 2**30
+
+
+def test_biart_trains_32_sequences_in_40_gb(monkeypatch):
+    """24x1024 in bf16, eager, when the backward pass begins: weights, AdamW's averages and what was kept."""
+
+    def flash(q, k, v, attn_mask, dropout_p, is_causal):  # which PyTorch would choose, had it a driver to ask
+        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal)[0]
+
+    monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", flash)
+    held = []
+    for again in (False, True):
+        with fake_cuda(autocast=torch.bfloat16):
+            model = BiART(BiARTConfig(**PRESETS["24x1024"])).train()
+            if again:
+                checkpoint_activations(model)
+            vocab = model.vocab
+            text_BL = torch.full((32, vocab.text_len), 5)
+            sequences = vocab.pack(text_BL, torch.zeros(32, vocab.image_len, dtype=torch.long), 16, validate=False)
+            with Kept(model) as kept:
+                model.loss(sequences, reference_weight=0.1)
+            held.append(kept.bytes + 12 * model.num_parameters())
+    assert held[0] < 40e9
+    assert held[1] < 0.8 * held[0]
