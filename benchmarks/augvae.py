@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from benchmarks.measure import Row, absent, peak_bytes, peer, race, row
+from benchmarks.measure import Row, absent, cpu_has_bf16, peak_bytes, peer, race, row
 from benchmarks.plain import PlainMuon, enlarge_then_convolve, plain_augvae
 from latent_verse.augvae.layers import Upsample
 from latent_verse.augvae.model import AugVAE
@@ -160,12 +160,6 @@ def same_codes(plain: AugVAE, ours: AugVAE, x_BCHW: torch.Tensor) -> bool:
         a, b = (m.eval().encode(x_BCHW).indices for m in (plain, ours))
     differing = sum((i != j).sum().item() for i, j in zip(a, b, strict=True))
     return differing <= 1e-3 * sum(i.numel() for i in a)
-
-
-def cpu_has_bf16() -> bool:
-    """Whether this CPU multiplies in bfloat16; others only emulate it, many times slower than float32."""
-    has = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(has.get(unit) for unit in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def _goal(device: str, shape: str, again: bool) -> str | None:

@@ -188,11 +188,18 @@ def about(device: str) -> Row:
         "cuda": torch.version.cuda if gpu else None,
         "clock": "CPU time" if clock(device) is time.process_time else "wall clock",
         "processor": platform.processor() or platform.machine(),
+        "instructions": torch.backends.cpu.get_cpu_capability() + (", bfloat16" if cpu_has_bf16() else ""),
         "python": platform.python_version(),
         "packages": {name: version(name) for name in PACKAGES},
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies in bfloat16; others only emulate it, many times slower than float32."""
+    has = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(has.get(unit) for unit in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def in_bytes(count: float | None) -> str:
