@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -461,3 +462,34 @@ def test_how_long_the_run_is_is_not_asked_before_the_warm_up_has_ended():
         schedule.step()
     with pytest.raises(AssertionError, match="too early"):
         schedule.step()
+
+
+@pytest.mark.parametrize("loss_chunk", [None, 4])
+def test_compiled_training_is_the_same_and_leaves_validation_alone(monkeypatch, loss_chunk):
+    """Also where the share of rows text to image changes from batch to batch."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph.print_readable(print_output=False))
+        return graph.forward
+
+    for owner, name in ((torch, "compile"), (torch.nn.Module, "compile")):
+        compile_ = getattr(owner, name)
+        wrapped = functools.partial if owner is torch else functools.partialmethod
+        monkeypatch.setattr(owner, name, wrapped(compile_, backend=backend))
+    torch._dynamo.reset()
+    steps = {}
+    for compile in (False, True):
+        module, batch = lit(compile=compile, loss_chunk=loss_chunk, text_loss_weight=2.0)
+        run(module, [], val=[batch])
+        assert not graphs
+        losses = []
+        for rows in (3, 2, 4, 3):
+            total, _ = module.loss(module.model, module.pack(batch, rows))
+            losses.append(total)
+        torch.stack(losses).sum().backward()
+        steps[compile] = [*losses, *(p.grad for p in module.model.parameters())]
+    assert any("cross_entropy" in code for code in graphs)
+    assert any("scaled_dot_product_attention" in code for code in graphs)
+    torch.testing.assert_close(steps[True], steps[False])
+    torch._dynamo.reset()

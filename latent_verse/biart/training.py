@@ -79,6 +79,8 @@ class LitBiART(pl.LightningModule):
         if self.config.trainer.compile:
             for block in self.model.blocks:
                 block.compile(dynamic=False)  # the blocks share what is compiled
+            # logits stay in the heads' precision: neither their float32 copy nor its log-softmax is ever held
+            self.model.token_losses = torch.compile(BiART.token_losses)
         if self.device_mesh is not None:
             from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
