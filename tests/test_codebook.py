@@ -138,7 +138,8 @@ def test_least_equals_argmin_also_with_ties_infinities_and_nan():
     x = torch.randint(0, 5, (50, 3 * codebook_module.BLOCK)).float()  # every row has ties within and across blocks
     x[0], x[1, 100], x[2, 10:150:70], x[3] = torch.inf, -torch.inf, torch.nan, 7.0
     # PyTorch does not promise the first of equal values, so the reference is NumPy's, which does
-    values, indices = codebook_module.least(x)
+    values, indices = torch.empty(50), torch.empty(50, dtype=torch.int64)
+    codebook_module.least(x, values, indices)
     np.testing.assert_array_equal(indices.numpy(), x.numpy().argmin(1))
     np.testing.assert_array_equal(values.numpy(), x.numpy().min(1))
 

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 
 # Elements of the distance matrix held at a time: a sixteenth of it within these bounds. 4 MiB in float32 fit in a CPU's
-# caches; a GPU needs more at once to be busy.
-AT_LEAST, AT_MOST = 2**18, {"cpu": 2**20, "cuda": 2**22}
+# caches; 32 MiB in a large GPU's, which with fewer would wait for its kernels to be launched.
+AT_LEAST, AT_MOST = 2**18, {"cpu": 2**20, "cuda": 2**23}
 # Codes compared at a time. Of a book that does not fit in a CPU's caches a slice has few rows, and each reads it all.
 CODES = {"cpu": 2**12}
 BLOCK = 64  # columns of the distance matrix that `least` looks at together
@@ -41,18 +41,19 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def least(x_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each row's least element (N,) and its index (N,) int64, the first of equal ones. K is a multiple of BLOCK.
+def least(x_NK: torch.Tensor, values_N: torch.Tensor, index_N: torch.Tensor) -> None:
+    """Write each row's least element and its index (int64), the first of equal ones. K is a multiple of BLOCK.
 
     A CPU's `min` with indices does not use vector instructions; `amin` does. So there the least value of each block is
     found first, then the block, then the place in that one block: 3 to 6 times faster, with the same answer.
     """
     if x_NK.device.type != "cpu":
-        return x_NK.min(dim=1)
+        torch.min(x_NK, dim=1, out=(values_N, index_N))
+        return
     blocks_NGB = x_NK.unflatten(1, (-1, BLOCK))
     block_N = blocks_NGB.amin(2).min(dim=1).indices
-    values_N, inside_N = blocks_NGB[torch.arange(len(x_NK)), block_N].min(dim=1)
-    return values_N, block_N * BLOCK + inside_N
+    torch.min(blocks_NGB[torch.arange(len(x_NK)), block_N], dim=1, out=(values_N, index_N))
+    index_N += block_N * BLOCK
 
 
 def count(indices: torch.Tensor, num_tokens: int) -> torch.Tensor:
@@ -117,8 +118,7 @@ class Codebook(nn.Module):
             part_ND = z_ND[start : start + rows]
             distance_NK = buffer_NK[: len(part_ND)]
             torch.addmm(norm_K, part_ND, codes_KD.t(), alpha=-2, out=distance_NK[:, :K])
-            here = slice(start, start + rows)
-            distance_N[here], index_N[here] = least(distance_NK)
+            least(distance_NK, distance_N[start : start + rows], index_N[start : start + rows])
         return distance_N, index_N
 
     @torch.no_grad()
