@@ -63,20 +63,20 @@ def count(indices: torch.Tensor, num_tokens: int) -> torch.Tensor:
     return flat_N.new_zeros(num_tokens).scatter_add_(0, flat_N, flat_N.new_ones(()).expand_as(flat_N))
 
 
-def as_maps(x_ND: torch.Tensor, like_BDHW: torch.Tensor) -> torch.Tensor:
-    """Vectors (B * H * W, D) as maps (B, D, H, W), laid out in memory as `like_BDHW` where that pays.
+def add_vectors(z_BDHW: torch.Tensor, x_ND: torch.Tensor) -> torch.Tensor:
+    """Maps plus vectors (B * H * W, D), which take no gradient, in the maps' memory format.
 
-    A CPU adds maps of two layouts many times slower than it transposes the one, picture by picture (6 times at 64 x 64
-    x 256: addresses far apart by a power of two share few lines of its caches).
+    A CPU adds two layouts many times slower than it transposes the one, picture by picture (6 times at 64 x 64 x 256:
+    addresses far apart by a power of two share few lines of its caches).
     """
-    B, D, H, W = like_BDHW.shape
+    B, D, H, W = z_BDHW.shape
     x_BND = x_ND.view(B, H * W, D)
-    if x_ND.device.type != "cpu" or not like_BDHW.is_contiguous():
-        return x_BND.transpose(1, 2).unflatten(2, (H, W))
-    maps_BDHW = torch.empty_like(like_BDHW)
-    for map_DN, x_ND in zip(maps_BDHW.flatten(2), x_BND, strict=True):
+    if z_BDHW.device.type != "cpu" or not z_BDHW.is_contiguous():
+        return z_BDHW + x_BND.transpose(1, 2).unflatten(2, (H, W))
+    sum_BDHW = torch.empty_like(z_BDHW)
+    for map_DN, x_ND in zip(sum_BDHW.flatten(2), x_BND, strict=True):
         map_DN.copy_(x_ND.t())
-    return maps_BDHW
+    return sum_BDHW.add_(z_BDHW)
 
 
 def perplexity(counts: torch.Tensor) -> torch.Tensor:
@@ -125,7 +125,7 @@ class Codebook(nn.Module):
         """Distance, but for |z|^2, to the nearest of codes `first` to `end`, and its index among them, (N,) each."""
         codes_KD = self.weight[first:end]
         N, K, kind = len(z_ND), len(codes_KD), z_ND.device.type
-        norm_K = codes_KD.square().sum(1)
+        norm_K = torch.linalg.vector_norm(codes_KD, dim=1).square()
         rows = max(1, min(N, min(max(N * K // 16, AT_LEAST), AT_MOST.get(kind, AT_LEAST)) // K))
         # one buffer for all slices, since fresh memory costs a CPU more than the sums; whole blocks, see `least`
         buffer_NK = z_ND.new_empty(rows, -(-K // BLOCK) * BLOCK)
@@ -231,7 +231,7 @@ class Quantizer(nn.Module):
             self.embedding.update(z_ND.detach(), indices_N)
         # the mean square, by way of each vector's length: no N x D tensor of squares is made
         loss = self.beta * torch.linalg.vector_norm(to_code_ND, dim=1).square().mean() / D
-        quantised_BDHW = z_BDHW + as_maps(to_code_ND.detach(), z_BDHW)
+        quantised_BDHW = add_vectors(z_BDHW, to_code_ND.detach())
         return quantised_BDHW.to(dtype), indices_N.view(B, H, W), loss
 
     def lookup(self, indices: torch.Tensor) -> torch.Tensor:
