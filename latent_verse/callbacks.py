@@ -95,8 +95,9 @@ class Backup(pl.Callback):
         if trainer.world_size > 1:
             stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
         if stop:
-            run = self.folder.run
-            raise Interrupted(f"stopped at step {trainer.global_step}; saved {runs.states(run)[0]}")
+            saved = runs.states(self.folder.run)
+            found = f"saved {saved[0]}" if saved else "there was nothing to save yet"
+            raise Interrupted(f"stopped at step {trainer.global_step}; {found}")
 
     def save(self, trainer: pl.Trainer) -> Path:
         """Write a backup; called by all processes together. Returns its path."""
@@ -192,7 +193,7 @@ class ProgressBar(TQDMProgressBar):
     """Lightning's bar, drawn no more than five times a second in training.
 
     Its figures are on the device, and reading one waits until the device has done all that it was given: after every
-    step a GPU would stand idle until the next one is prepared. The first and the last step are always shown.
+    step a GPU would stand idle until the next one is prepared. The last step of an epoch is always shown.
     """
 
     EVERY = 0.2  # seconds
@@ -203,7 +204,8 @@ class ProgressBar(TQDMProgressBar):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs, batch, batch_idx) -> None:
         now, last = time.monotonic(), trainer.is_last_batch or trainer.global_step == trainer.max_steps
-        if last or now - self._drawn >= self.EVERY:
+        due = (batch_idx + 1) % self.refresh_rate == 0 and now - self._drawn >= self.EVERY
+        if last or due:
             self._drawn = now
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 

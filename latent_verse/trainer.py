@@ -238,7 +238,7 @@ def default_name(t: TrainerConfig, config_file: str | None, kind: str, fake: boo
 
 
 def quiet_lightning() -> None:
-    """Hide what Lightning says about its own insides, advertises, or advises against though it was asked for."""
+    """Hide what Lightning and PyTorch say about their insides, advertise, or advise against though asked for."""
     for message in (
         ".*does not have many workers.*",
         ".*GPU available but not used.*",
@@ -252,3 +252,6 @@ def quiet_lightning() -> None:
     said = ("💡 Tip", "GPU available:", "TPU available:")
     for name in ("pytorch_lightning.utilities.rank_zero", "lightning_fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(lambda record: not record.getMessage().startswith(said))
+    # `recompute` hands the compiler a context_fn, and what it computes again does nothing in place
+    wrapping = logging.getLogger("torch._higher_order_ops.wrap")
+    wrapping.addFilter(lambda record: "context_fn is passed" not in record.getMessage())

@@ -50,7 +50,10 @@ class Waits(TorchDispatchMode):
         if func is torch.ops.aten._local_scalar_dense.default and args[0].device.type == "cuda":
             return self.says.get(self._note(), True)
         to_cpu = torch.device(kwargs.get("device") or DEVICE).type == "cpu"
-        if func is torch.ops.aten._to_copy.default and to_cpu and args[0].device.type == "cuda":
+        moved = func is torch.ops.aten._to_copy.default and to_cpu and args[0].device.type == "cuda"
+        if func is torch.ops.aten.copy_.default:
+            moved = args[0].device.type == "cpu" and args[1].device.type == "cuda"
+        if moved:
             self._note()
         return func(*args, **kwargs)
 
@@ -84,7 +87,7 @@ def fake_cuda(says: dict[str, object] | None = None, autocast: torch.dtype | Non
     """
     if _why_not():
         pytest.skip(_why_not())
-    before = nn.Module._apply
+    before, dtype = nn.Module._apply, torch.get_autocast_dtype("cuda")
     nn.Module._apply = _convert
     FakeTensor.__deepcopy__ = lambda tensor, memo: tensor.detach().clone()  # a plain tensor's reads its memory
     torch.set_autocast_enabled("cuda", autocast is not None)  # torch.autocast refuses without a driver
@@ -100,6 +103,7 @@ def fake_cuda(says: dict[str, object] | None = None, autocast: torch.dtype | Non
         torch.autocast_decrement_nesting()
         torch.clear_autocast_cache()
         torch.set_autocast_enabled("cuda", False)
+        torch.set_autocast_dtype("cuda", dtype)
 
 
 class Kept:

@@ -191,8 +191,26 @@ def test_a_mean_weighs_its_values_and_shows_nan():
     mean.update(torch.tensor(2.0), weight=3)
     mean.update(torch.tensor([4.0, 8.0]), weight=torch.tensor(0.5))
     assert mean.compute().item() == pytest.approx((6 + 6) / 4)
+    exact = Mean()
+    exact.update(torch.tensor(1.0, dtype=torch.bfloat16), weight=257)  # which is no bfloat16
+    assert exact.sum.item() == 257
     mean.update(torch.tensor(float("nan")))
     assert mean.compute().isnan()
     mean.reset()
     mean.update(torch.empty(0))
     assert mean.compute().isnan()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_figures_survive_a_run_in_half_precision(dtype):
+    """Lightning casts a module with all it holds; sums in half precision would stand still after some 256 pictures."""
+    metrics = ReconstructionMetrics((2,), 4, 4, with_networks=False).to(dtype)
+    x = torch.zeros(8, 3, 4, 4, dtype=dtype)
+    for error in [0.5] * 150 + [0.25] * 150:
+        metrics.update(x, x + error, [torch.zeros(8, 2, 2, dtype=torch.int64)])
+    figures = metrics.compute()
+    assert figures["images"] == 2400
+    assert figures["l1"] == pytest.approx(0.375 / 2, rel=1e-4)
+    assert figures["mse"] == pytest.approx((0.25**2 + 0.125**2) / 2, rel=1e-4)
+    metrics.psnr.reset()
+    assert metrics.psnr.sum.dtype == torch.float32

@@ -13,7 +13,7 @@ from pytorch_lightning.callbacks import TQDMProgressBar
 from latent_verse import callbacks, trainer
 from latent_verse.augvae.model import AugVAE
 from latent_verse.augvae.training import LitAugVAE
-from latent_verse.callbacks import Backup, ProgressBar
+from latent_verse.callbacks import Backup, Interrupted, ProgressBar
 from latent_verse.config import TrainerConfig, TrainVAEConfig
 from latent_verse.evaluation.reconstruction import ReconstructionMetrics
 from latent_verse.runs import Run
@@ -119,12 +119,14 @@ def test_memory_format_of_weights_and_activations(tiny_config, tiny_images, devi
     torch.testing.assert_close(reconstruction, expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize(("max_steps", "drawn"), [(-1, [0, 4, 8, 9]), (8, [0, 4, 7])])
-def test_the_bar_reads_figures_five_times_a_second_and_at_either_end(monkeypatch, max_steps, drawn):
+@pytest.mark.parametrize(
+    ("refresh_rate", "max_steps", "drawn"), [(1, -1, [0, 4, 8, 9]), (1, 8, [0, 4, 7]), (3, -1, [2, 8, 9])]
+)
+def test_the_bar_reads_figures_five_times_a_second_and_at_either_end(monkeypatch, refresh_rate, max_steps, drawn):
     seen, clock = [], [0.0]
     monkeypatch.setattr(callbacks.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(TQDMProgressBar, "on_train_batch_end", lambda self, *args: seen.append(args[-1]))
-    bar = ProgressBar(refresh_rate=1)
+    bar = ProgressBar(refresh_rate)
     for batch_idx in range(10 if max_steps < 0 else max_steps):
         now = SimpleNamespace(is_last_batch=batch_idx == 9, global_step=batch_idx + 1, max_steps=max_steps)
         bar.on_train_batch_end(now, None, None, None, batch_idx)
@@ -142,3 +144,11 @@ def test_a_signal_is_not_broadcast_before_every_step_and_one_before_training_cou
     backup.teardown(made, None, "fit")
     assert backup.told_to_stop
     assert "_broadcast_sigterm_tensor" in vars(loop) and loop._broadcast_sigterm_tensor() is None
+
+
+def test_a_signal_before_the_first_step_ends_a_run_that_has_saved_nothing(tmp_path):
+    backup = Backup(SimpleNamespace(run=Run(tmp_path / "run", "0")), None)
+    backup.told_to_stop = True
+    trainer_ = SimpleNamespace(world_size=1, global_step=0)
+    with pytest.raises(Interrupted, match="stopped at step 0; there was nothing to save yet"):
+        backup.on_train_epoch_start(trainer_, None)

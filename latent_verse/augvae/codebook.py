@@ -20,6 +20,7 @@ from torch import nn
 AT_LEAST, AT_MOST = 2**18, {"cpu": 2**20, "cuda": 2**23}
 # Codes compared at a time. Of a book that does not fit in a CPU's caches a slice has few rows, and each reads it all.
 CODES = {"cpu": 2**12}
+LARGE_MAP = 2**18  # elements of a picture's map from which `add_vectors` transposes it by itself
 BLOCK = 64  # columns of the distance matrix that `least` looks at together
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 
@@ -66,12 +67,12 @@ def count(indices: torch.Tensor, num_tokens: int) -> torch.Tensor:
 def add_vectors(z_BDHW: torch.Tensor, x_ND: torch.Tensor) -> torch.Tensor:
     """Maps plus vectors (B * H * W, D), which take no gradient, in the maps' memory format.
 
-    A CPU adds two layouts many times slower than it transposes the one, picture by picture (6 times at 64 x 64 x 256:
-    addresses far apart by a power of two share few lines of its caches).
+    A CPU adds large maps of two layouts slower than it transposes the one, picture by picture (4 to 6 times at
+    64 x 64 x 256: addresses far apart by a power of two share few lines of its caches).
     """
     B, D, H, W = z_BDHW.shape
     x_BND = x_ND.view(B, H * W, D)
-    if z_BDHW.device.type != "cpu" or not z_BDHW.is_contiguous():
+    if z_BDHW.device.type != "cpu" or D * H * W < LARGE_MAP or not z_BDHW.is_contiguous():
         return z_BDHW + x_BND.transpose(1, 2).unflatten(2, (H, W))
     sum_BDHW = torch.empty_like(z_BDHW)
     for map_DN, x_ND in zip(sum_BDHW.flatten(2), x_BND, strict=True):

@@ -79,8 +79,9 @@ class LitBiART(pl.LightningModule):
         if self.config.trainer.compile:
             for block in self.model.blocks:
                 block.compile(dynamic=False)  # the blocks share what is compiled
-            # logits stay in the heads' precision: neither their float32 copy nor its log-softmax is ever held
-            self.model.token_losses = torch.compile(BiART.token_losses)
+            if self.config.loss.loss_chunk is None:  # chunks hold no logits as it is, and would all be compiled apart
+                # logits stay in the heads' precision: neither their float32 copy nor its log-softmax is ever held
+                self.model.token_losses = torch.compile(BiART.token_losses)
         if self.device_mesh is not None:
             from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 

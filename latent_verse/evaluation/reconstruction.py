@@ -12,7 +12,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torchmetrics
 from torch import nn
 from torchmetrics.image import StructuralSimilarityIndexMeasure
 
@@ -21,7 +20,7 @@ from latent_verse.evaluation import networks
 from latent_verse.evaluation.codebook import CodebookUsage
 from latent_verse.evaluation.figures import library
 from latent_verse.evaluation.generation import Frechet
-from latent_verse.evaluation.mean import Mean
+from latent_verse.evaluation.mean import Count, Mean
 from latent_verse.evaluation.networks import NetworkMissing
 
 SSIM_WINDOW = 11  # side of SSIM's Gaussian window
@@ -49,7 +48,7 @@ class ReconstructionMetrics(nn.Module):
         self.missing: dict[str, str] = {}
         self.psnr, self.mse, self.l1 = Mean(), Mean(), Mean()
         self.usage = CodebookUsage(levels, num_tokens)
-        self.count = torchmetrics.SumMetric(nan_strategy="disable")  # whose search would wait for the device
+        self.count = Count()
         self.ssim = self.fid = self.features = self.lpips_mean = self.lpips = None
         if resolution < SSIM_WINDOW:
             self.missing["ssim"] = f"pictures of {resolution} px are smaller than its window of {SSIM_WINDOW}"
