@@ -23,11 +23,10 @@ def run(config: EvalVAEConfig, given: dict[str, str]) -> int:
     """Build everything, measure, print and write."""
     with quick_imports():
         import pytorch_lightning as pl
-        from pytorch_lightning.callbacks import TQDMProgressBar
 
         from latent_verse import runs
         from latent_verse.augvae.training import LitAugVAE
-        from latent_verse.callbacks import SavedPictures
+        from latent_verse.callbacks import ProgressBar, SavedPictures
         from latent_verse.checkpoint import CheckpointError, agree_with_checkpoint, load_augvae
         from latent_verse.data import DataError
         from latent_verse.data.module import ImageDataModule
@@ -49,7 +48,7 @@ def run(config: EvalVAEConfig, given: dict[str, str]) -> int:
         )
         lit.test_limit = n = config.eval.eval_images
         quiet_lightning()
-        bar = [TQDMProgressBar(refresh_rate=t.refresh_rate)] if t.refresh_rate else []
+        bar = [ProgressBar(t.refresh_rate)] if t.refresh_rate else []
         trainer = pl.Trainer(
             accelerator=accelerator,
             devices=devices,
