@@ -26,9 +26,18 @@ NETWORKS = pytest.mark.parametrize("kind", ["augvae", "augvae-pixel-dropout", "b
 
 @pytest.fixture
 def make(tiny_config):
-    """Makes a network in training mode, always with the same weights, and a function that computes its loss."""
+    """Makes a network in training mode, always with the same weights, and a function that computes its loss.
 
-    def make_(kind: str):
+    `again`: with activation checkpointing.
+    """
+
+    def make_(kind: str, again: bool):
+        model, loss = bare(kind)
+        if again:
+            checkpoint_activations(model)
+        return model, loss
+
+    def bare(kind: str):
         torch.manual_seed(0)
         if kind == "biart":
             model = BiART(BiARTConfig(**BIART, resid_pdrop=0.1)).train()
@@ -56,9 +65,7 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 def test_loss_and_gradients_are_the_same(make, kind):
     results = []
     for again in (False, True):
-        model, loss = make(kind)
-        if again:
-            checkpoint_activations(model)
+        model, loss = make(kind, again)
         torch.manual_seed(1)  # of dropout
         value = loss()
         value.backward()
@@ -70,9 +77,7 @@ def test_loss_and_gradients_are_the_same(make, kind):
 def test_less_is_kept(make, kind):
     kept = []
     for again in (False, True):
-        model, loss = make(kind)
-        if again:
-            checkpoint_activations(model)
+        model, loss = make(kind, again)
         with Kept(model) as count:
             loss()
         kept.append(count.bytes)
@@ -83,9 +88,7 @@ def test_less_is_kept(make, kind):
 def test_compiled_training_makes_no_product_twice(make, kind):
     counts = []
     for again in (False, True):
-        model, loss = make(kind)
-        if again:
-            checkpoint_activations(model)
+        model, loss = make(kind, again)
         made: Counter[str] = Counter()
 
         def count(graph, inputs, made=made):
@@ -110,8 +113,7 @@ def test_compiled_training_makes_no_product_twice(make, kind):
 
 
 def test_nothing_is_recomputed_without_gradients(make, monkeypatch):
-    model, loss = make("augvae")
-    checkpoint_activations(model)
+    _, loss = make("augvae", again=True)
     monkeypatch.setattr("latent_verse.recompute.checkpoint", None)
     with torch.no_grad():
         loss()

@@ -15,6 +15,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from latent_verse.precision import LOW_PRECISION, keeping_float32
+
 # Elements of the distance matrix held at a time: a sixteenth of it within these bounds. 4 MiB in float32 fit in a CPU's
 # caches; 32 MiB in a large GPU's, which with fewer would wait for its kernels to be launched.
 AT_LEAST, AT_MOST = 2**18, {"cpu": 2**20, "cuda": 2**23}
@@ -22,7 +24,6 @@ AT_LEAST, AT_MOST = 2**18, {"cpu": 2**20, "cuda": 2**23}
 CODES = {"cpu": 2**12}
 LARGE_MAP = 2**18  # elements of a picture's map from which `add_vectors` transposes it by itself
 BLOCK = 64  # columns of the distance matrix that `least` looks at together
-LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 
 @contextlib.contextmanager
@@ -75,8 +76,8 @@ def add_vectors(z_BDHW: torch.Tensor, x_ND: torch.Tensor) -> torch.Tensor:
     if z_BDHW.device.type != "cpu" or D * H * W < LARGE_MAP or not z_BDHW.is_contiguous():
         return z_BDHW + x_BND.transpose(1, 2).unflatten(2, (H, W))
     sum_BDHW = torch.empty_like(z_BDHW)
-    for map_DN, x_ND in zip(sum_BDHW.flatten(2), x_BND, strict=True):
-        map_DN.copy_(x_ND.t())
+    for map_DN, vectors_ND in zip(sum_BDHW.flatten(2), x_BND, strict=True):
+        map_DN.copy_(vectors_ND.t())
     return sum_BDHW.add_(z_BDHW)
 
 
@@ -104,11 +105,7 @@ class Codebook(nn.Module):
         self.register_buffer("embed_avg", weight_KD.clone())
 
     def _apply(self, fn, recurse=True):
-        def keep_float32(t):
-            out = fn(t)
-            return t.to(device=out.device) if out.dtype in LOW_PRECISION else out
-
-        return super()._apply(keep_float32, recurse)
+        return super()._apply(keeping_float32(fn), recurse)
 
     @torch.no_grad()
     def nearest(self, z_ND: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torchmetrics import Metric
 
-LOW_PRECISION = (torch.float16, torch.bfloat16)
+from latent_verse.precision import keeping_float32
 
 
 class Mean(Metric):
@@ -25,11 +25,7 @@ class Mean(Metric):
         self.add_state("weight", torch.zeros(()), dist_reduce_fx="sum")
 
     def _apply(self, fn, *args, **kwargs):
-        def keep_float32(t):
-            out = fn(t)
-            return t.to(device=out.device) if out.dtype in LOW_PRECISION else out
-
-        return super()._apply(keep_float32, *args, **kwargs)
+        return super()._apply(keeping_float32(fn), *args, **kwargs)
 
     def update(self, value: torch.Tensor, weight: torch.Tensor | float = 1.0) -> None:
         """Add the values of a tensor of any shape; `weight` is that of each."""
