@@ -29,6 +29,7 @@ def run(config: EvalVAEConfig, given: dict[str, str]) -> int:
         from latent_verse.callbacks import ProgressBar, SavedPictures
         from latent_verse.checkpoint import CheckpointError, agree_with_checkpoint, load_augvae
         from latent_verse.data import DataError
+        from latent_verse.data.datasets import open_images
         from latent_verse.data.module import ImageDataModule
         from latent_verse.evaluation.reconstruction import ReconstructionMetrics, table
         from latent_verse.trainer import choose_devices, choose_strategy, quiet_lightning
@@ -40,8 +41,8 @@ def run(config: EvalVAEConfig, given: dict[str, str]) -> int:
         accelerator, devices = choose_devices(t)
         place = runs.open_run(t.log_dir, t.name or f"eval-{runs.stem(t.ckpt_path)}", False, None, {}).folder
         fake = config.data.fake_data
-        data = ImageDataModule(config.data, model.config.resolution, t.seed)
-        data.setup("test")
+        datasets = open_images(config.data, model.config.resolution, t.seed, splits=("test",))
+        data = ImageDataModule(datasets, config.data, t.seed)
         lit = LitAugVAE(model, config)
         lit.test_metrics = ReconstructionMetrics(
             model.levels, model.config.num_tokens, model.config.resolution, with_networks=not fake

@@ -25,6 +25,7 @@ def run(config: TrainVAEConfig, given: dict[str, str]) -> int:
         from latent_verse import runs
         from latent_verse.augvae.training import LitAugVAE
         from latent_verse.checkpoint import load_for_training, starting_point
+        from latent_verse.data.datasets import open_images
         from latent_verse.data.module import ImageDataModule
         from latent_verse.trainer import MISTAKES, announce, default_name, ease_smoke_test, fit, make_trainer, say
 
@@ -37,8 +38,7 @@ def run(config: TrainVAEConfig, given: dict[str, str]) -> int:
         name = default_name(t, yaml_file, "augvae", config.data.fake_data)
         run = runs.open_run(t.log_dir, name, t.backup, t.backup_dir, as_plain(config))
         start_from = starting_point(runs.states(run), t.ckpt_path if t.resume else None, "augvae", model.config)
-        data = ImageDataModule(config.data, model.config.resolution, t.seed)
-        data.setup("fit")
+        data = ImageDataModule(open_images(config.data, model.config.resolution, t.seed), config.data, t.seed)
         trainer = make_trainer(t, run, config, to_yaml(config), data.has_val)
         announce(t, run, start_from, without_effect(config, given))
         if not start_from:

@@ -355,7 +355,7 @@ class TextImageSamples(pl.Callback):
         e, s, device = self._examples, self.sampling, pl_module.device
         network, settings = pl_module.network, ("temperature", "top_k", "top_p", "guidance")
         settings = {name: getattr(s, name) for name in settings}
-        text_BL = trainer.datamodule.caption_ids(e.captions, network.vocab.pad).to(device)
+        text_BL = e.text_BL.to(device)
         codes_BN = pl_module.codes(e.x.to(device))
         null_trained = pl_module.config.loss.reference_dropout > 0
         settings |= {"seed": 0, "reference_dropout_trained": null_trained}

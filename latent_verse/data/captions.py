@@ -20,6 +20,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -62,6 +63,13 @@ log = logging.getLogger(__name__)
 
 CROP_DRAW, CAPTION_DRAW = 0, 1  # a sample's crop and its caption are drawn apart
 PairSample = tuple[Tensor, str]
+
+
+class EncodedCaption(NamedTuple):
+    """A caption that was tokenized ahead of training, with its ids; see codes.py."""
+
+    text: str
+    ids: list[int]
 
 
 class CaptionList:
@@ -247,7 +255,7 @@ class KarpathyCaptions(PairDataset):
     """Karpathy's dataset_coco.json: {"images": [{filename, filepath, cocoid, split, sentences: [{raw}]}]}.
 
     Image paths are image_dir/filepath/filename; filepath and cocoid may be left out. `split` may join several with +,
-    such as train+restval, the usual training set.
+    such as train+restval, the usual training set. Only COCO's file has a restval: files without it are read without it.
     """
 
     def __init__(
@@ -270,12 +278,13 @@ class KarpathyCaptions(PairDataset):
                         f"{self.key}: images[{i}] of {path} has the sentence {sentence!r}; Karpathy's file holds "
                         'captions as {"raw": "..."}.'
                     )
-        splits = Counter(str(image["split"]) for image in images)
-        for name in split.split("+"):
+        splits = Counter(image["split"] for image in images)
+        names = [name for name in split.split("+") if name in splits or name != "restval"] or [split]
+        for name in names:
             if name not in splits:
                 known = ", ".join(f"{s} ({n})" for s, n in splits.items()) or "none at all"
                 raise DataError(f"{self.key}: {path} has no split {name!r}; its splits are {known}.")
-        chosen = [image for image in images if image["split"] in split.split("+")]
+        chosen = [image for image in images if image["split"] in names]
         files = [os.path.join(image_dir, image.get("filepath", ""), image["filename"]) for image in chosen]
         if not self.train:
             self.ids = {file: image.get("cocoid") for file, image in zip(files, chosen, strict=True)}
@@ -283,7 +292,7 @@ class KarpathyCaptions(PairDataset):
             (file, [sentence["raw"] for sentence in image["sentences"]])
             for file, image in zip(files, chosen, strict=True)
         )
-        self._hold(f"{path} ({split})", *sorted_out(pairs, path), f"Are the images below {image_dir}?")
+        self._hold(f"{path} ({'+'.join(names)})", *sorted_out(pairs, path), f"Are the images below {image_dir}?")
 
 
 class TableCaptions(PairDataset):

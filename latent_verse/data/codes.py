@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from latent_verse.data import DataError
-from latent_verse.data.captions import CAPTION_DRAW, CROP_DRAW, CaptionList
+from latent_verse.data.captions import CAPTION_DRAW, CROP_DRAW, CaptionList, EncodedCaption
 from latent_verse.data.images import SkipLog
 from latent_verse.data.shapes import Scene, ShapesDataset, World
 from latent_verse.data.transforms import UnreadableImage, mix_seed, to_unit_range
@@ -218,14 +218,8 @@ def check_codes(meta: dict[str, Any], vae_fingerprint: str, tokenizer_fingerprin
         )
 
 
-class TokenizedCaption(str):
-    """A caption that knows its `ids`."""
-
-    ids: list[int]
-
-
 class CodesDataset(Dataset):
-    """A folder of codes in memory, as compact arrays: `dataset[(epoch, i)]` is (codes (N,), TokenizedCaption).
+    """A folder of codes in memory, as compact arrays: `dataset[(epoch, i)]` is (codes (N,), EncodedCaption).
 
     Which of several crops and captions it is follows from (seed, epoch, i), the caption as in captions.py; without
     `train` the crop is the centre crop. A plain index means epoch 0. Raises DataError, naming the setting `key`.
@@ -235,6 +229,7 @@ class CodesDataset(Dataset):
         self.meta = read_meta(folder, key)
         self.folder, self.train, self.seed = Path(os.path.expanduser(folder)), train, seed
         shape = (self.meta["pairs"], self.meta["crops_per_image"], self.meta["image_len"])
+        self.shape = shape[2:]  # of one item
         self._codes = np.empty(shape, smallest_type(self.meta["codebook_size"]))
         ids, ends, captions = [], [0], []
         for i, (codes, about) in enumerate(self._samples(key)):
@@ -279,16 +274,15 @@ class CodesDataset(Dataset):
     def __len__(self) -> int:
         return self.meta["pairs"]
 
-    def __getitem__(self, key: int | tuple[int, int]) -> tuple[np.ndarray, TokenizedCaption]:
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[np.ndarray, EncodedCaption]:
         epoch, i = key if isinstance(key, tuple) else (0, key)
         if not 0 <= i < len(self):
             raise IndexError(f"index {i} in a dataset of {len(self)}")
         crop = mix_seed(self.seed, epoch, i, CROP_DRAW) % self._codes.shape[1] if self.train else 0
         number = mix_seed(self.seed, epoch, i, CAPTION_DRAW) % int(self._first[i + 1] - self._first[i])
-        caption = TokenizedCaption(self._captions[i][number])
         at = self._first[i] + number
-        caption.ids = self._ids[self._ends[at] : self._ends[at + 1]].tolist()
-        return self._codes[i, crop], caption
+        ids = self._ids[self._ends[at] : self._ends[at + 1]].tolist()
+        return self._codes[i, crop], EncodedCaption(self._captions[i][number], ids)
 
     def captions(self, i: int) -> list[str]:
         """All captions of item i."""

@@ -132,7 +132,8 @@ class MapImages(Dataset):
     def __init__(self, resolution: int, train: bool, resize_ratio: float, seed: int, as_uint8: bool):
         if not 0 < resize_ratio <= 1:
             raise DataError(f"resize_ratio is {resize_ratio}; the smallest crop's share of the area lies in (0, 1].")
-        self.resolution, self.train, self.resize_ratio = resolution, train, resize_ratio
+        self.resolution, self.shape = resolution, (3, resolution, resolution)
+        self.train, self.resize_ratio = train, resize_ratio
         self.seed, self.as_uint8 = seed, as_uint8
         self.epoch = 0
 
@@ -213,7 +214,7 @@ class _FolderImages(MapImages):
         )
 
 
-class ImageDataset2(_FolderImages):
+class FlatImages(_FolderImages):
     """Every picture below `root`, at any depth, with no meaning in the folder names; labels are -1.
 
     Raises DataError where the folder is missing, holds no picture, or not one that can be read. `key` is the name of
@@ -244,10 +245,13 @@ class ImageDataset2(_FolderImages):
         self._check_readable(root, key)
 
 
+ImageDataset2 = FlatImages  # the original's name
+
+
 class ImageDataset(_FolderImages):
     """ImageFolder layout: `root/<class>/**/<picture>`; the label is the class folder's rank in sorted order.
 
-    `classes` lists the folder names, `class_to_idx` maps them to labels. Raises DataError as ImageDataset2 does, and
+    `classes` lists the folder names, `class_to_idx` maps them to labels. Raises DataError as FlatImages does, and
     where the pictures lie in no class folder.
     """
 

@@ -37,6 +37,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from latent_verse.data import DataError
+from latent_verse.data.images import SkipLog
 from latent_verse.data.shapes_captions import Statement, compare, place_names, read_caption, write_caption
 from latent_verse.data.shapes_drawing import BACKGROUND, PALETTE, Obj, Scene, coverage
 from latent_verse.data.shapes_reader import read_picture
@@ -261,6 +262,7 @@ class ShapesDataset(Dataset):
             raise DataError(f"There is no split {split!r} in the shapes world; the splits are {', '.join(SPLITS)}.")
         self.world, self.split, self.size, self.seed = world, split, size, seed
         self.fresh, self.as_uint8 = fresh, as_uint8
+        self.shape, self.skipped = (3, world.image_size, world.image_size), SkipLog(1)
         self.epoch = 0
         self._draws = range(size) if split == "train" or fresh else self._distinct()
 

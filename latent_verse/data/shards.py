@@ -35,6 +35,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
+from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from latent_verse.data import DataError
@@ -183,8 +184,12 @@ def read_shards(shards: Iterable[str], skipped: SkipLog) -> Iterator[dict]:
             skipped.add(zlib.crc32(shard.encode()), f"part of shard {shard}", errors[0])
 
 
-def _decode(raw: dict) -> tuple:
-    """(uint8 (3, H, W), label), or UnreadableImage."""
+def decode_image(raw: dict) -> tuple[Tensor, int]:
+    """A raw sample -> (uint8 (3, H, W), label), the label -1 where .cls holds no number.
+
+    Raises:
+        UnreadableImage: its bytes are no readable image.
+    """
     try:
         label = int(raw.get("cls", b"-1"))
     except ValueError:
@@ -212,7 +217,7 @@ class TrainShards(IterableDataset):
     it reaches persistent workers through shared memory. The order depends on ranks x workers (`slots`).
     """
 
-    decode = staticmethod(_decode)  # pairs.py reads captions in place of labels
+    decode = staticmethod(decode_image)  # pairs.py reads captions in place of labels
 
     def __init__(
         self,
@@ -303,7 +308,7 @@ class EvalShards(IterableDataset):
     empty batch to make as many steps as the others. To be batched by a DataLoader of the same `batch_size`.
     """
 
-    decode = staticmethod(_decode)
+    decode = staticmethod(decode_image)
 
     def __init__(
         self,
@@ -349,3 +354,57 @@ class EvalShards(IterableDataset):
             return None
         image = centre_crop(image, self.resolution)
         return (image if self.as_uint8 else to_unit_range(image)), label
+
+
+class Shards:
+    """The tar shards of a split: how many samples they hold, and what streams them in training and in evaluation.
+
+    Items are uint8 (3, R, R), as `shape` says, and a label. `skipped` counts what was unreadable in all streams.
+
+    Args:
+        source: what names the shards, as in `find_shards`.
+        size: samples of a training epoch; None counts those in the shards, which remote ones do not allow.
+        key: the setting that error messages mention.
+
+    Raises:
+        DataError: a shard is missing.
+    """
+
+    train_stream, eval_stream = TrainShards, EvalShards
+
+    def __init__(
+        self,
+        source: str | os.PathLike | Sequence[str],
+        resolution: int,
+        resize_ratio: float = 0.75,
+        seed: int = 0,
+        shuffle_buffer: int = 1000,
+        size: int | None = None,
+        key: str = "train_dir",
+    ):
+        self.shards = find_shards(source, key)
+        self.resolution, self.shape, self.size = resolution, (3, resolution, resolution), size
+        self.crops = {"resize_ratio": resize_ratio, "seed": seed, "shuffle_buffer": shuffle_buffer}
+        self.skipped = SkipLog(SKIP_SLOTS)
+
+    @property
+    def samples(self) -> int | None:
+        """Samples of an epoch; None where they are neither given nor to be counted."""
+        if self.size:
+            return self.size
+        return None if any(map(is_remote, self.shards)) else sum(map(count_images, self.shards))
+
+    def for_training(self, steps: int, batch_size: int, rank: int, world: int) -> TrainShards:
+        """A rank's shuffled stream of `steps` batches an epoch."""
+        ranks = {"rank": rank, "world": world, "as_uint8": True, "skipped": self.skipped}
+        return self.train_stream(self.shards, self.resolution, steps, batch_size, **self.crops, **ranks)
+
+    def for_evaluation(self, batch_size: int, rank: int = 0, world: int = 1) -> EvalShards:
+        """A rank's stream in which every sample comes once over all ranks."""
+        ranks = {"rank": rank, "world": world, "as_uint8": True, "skipped": self.skipped}
+        return self.eval_stream(self.shards, self.resolution, batch_size, **ranks)
+
+    def describe(self) -> dict[str, str | int | None]:
+        """Where the samples come from and how many there are."""
+        more = f" and {len(self.shards) - 1} more" if len(self.shards) > 1 else ""
+        return {"source": self.shards[0] + more, "samples": self.samples}

@@ -149,19 +149,28 @@ def to_unit_range(x: Tensor) -> Tensor:
     return x.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1.0)
 
 
-class Collate:
-    """Samples -> [uint8 (B, 3, R, R), int64 (B,)]; None, an unreadable evaluation sample, is left out. B may be 0."""
+def stack_images(images: list[Tensor], shape: tuple[int, ...]) -> Tensor:
+    """uint8 (3, R, R) images, of `shape`, -> (B, 3, R, R); B may be 0."""
+    if not images:
+        return torch.empty(0, *shape, dtype=torch.uint8)
+    # images lie in memory as HWC, as decoders leave them: stacked so, it is one copy each
+    return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
 
-    def __init__(self, resolution: int):
-        self.resolution = resolution
+
+class Collate:
+    """Samples -> [uint8 (B, 3, R, R), int64 (B,)]; None, an unreadable evaluation sample, is left out. B may be 0.
+
+    Args:
+        shape: of one image, (3, R, R).
+    """
+
+    def __init__(self, shape: tuple[int, ...]):
+        self.shape = shape
 
     def __call__(self, samples: list[tuple[Tensor, int] | None]) -> list[Tensor]:
         kept = [sample for sample in samples if sample is not None]
         labels = torch.tensor([label for _, label in kept], dtype=torch.int64)
-        if not kept:
-            return [torch.empty(0, 3, self.resolution, self.resolution, dtype=torch.uint8), labels]
-        # pictures lie in memory as HWC, as decoders leave them: stacked so, it is one copy each
-        return [torch.stack([image.permute(1, 2, 0) for image, _ in kept]).permute(0, 3, 1, 2), labels]
+        return [stack_images([image for image, _ in kept], self.shape), labels]
 
 
 def mix_seed(*parts: int) -> int:
