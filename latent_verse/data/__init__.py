@@ -13,7 +13,8 @@ Images with captions:
     codes.py            codes written ahead of training, and CodesDataset, which reads them
     pairs.py            PairShards, and collation: captions become ids
 The shapes world, generated images whose captions can be checked:
-    shapes.py           World (scenes, images, splits) and ShapesDataset
+    shapes.py           ShapesDataset, and writing its pairs to files
+    shapes_world.py     World: scenes, splits, and what is true of them
     shapes_drawing.py   objects and their pixels
     shapes_captions.py  the grammar of captions: writing and parsing
     shapes_reader.py    from an image back to its scene

@@ -42,27 +42,17 @@ from latent_verse.data.caption_files import (
 from latent_verse.data.images import (
     EXTENSIONS,
     FakeDataset,
-    MapImages,
+    ImageFiles,
     PathList,
-    SkipLog,
     check_folder,
     describe_files,
     walk,
 )
-from latent_verse.data.transforms import (
-    UnreadableImage,
-    centre_crop,
-    decode_rgb,
-    mix_seed,
-    random_crop,
-    sample_generator,
-    to_unit_range,
-)
+from latent_verse.data.transforms import mix_seed
 
 log = logging.getLogger(__name__)
 
 CROP_DRAW, CAPTION_DRAW = 0, 1  # a sample's crop and its caption are drawn apart
-PairSample = tuple[Tensor, str]
 
 
 class EncodedCaption(NamedTuple):
@@ -97,28 +87,22 @@ class CaptionList:
         return len(self._ends) - 1
 
 
-class PairDataset(MapImages):
+class PairDataset(ImageFiles):
     """What the pair datasets share. A subclass finds the pairs and hands them to `_hold`.
 
-    resolution, train, resize_ratio, seed, as_uint8: as in images.py. `key` is the name of the setting that error
-    messages should mention. Unreadable images are handled as there: in training the next readable pair stands in (with
-    its own caption), in evaluation the item is None.
+    Unreadable images are handled as in images.py: in training the next readable pair stands in (with its own caption),
+    in evaluation the item is None.
+
+    Arguments are those of MapImages.
 
     Attributes:
         ids: image file -> its id, where the captions file gives ids; empty for training data.
     """
 
-    def __init__(
-        self,
-        resolution: int,
-        train: bool = True,
-        resize_ratio: float = 0.75,
-        seed: int = 0,
-        as_uint8: bool = False,
-        key: str = "train_dir",
-    ):
-        super().__init__(resolution, train, resize_ratio, seed, as_uint8)
-        self.key = key
+    crop_draw = (CROP_DRAW,)
+
+    def __init__(self, resolution: int, *args, **options):
+        super().__init__(resolution, *args, **options)
         self.ids: dict[str, int | str | None] = {}
 
     def _hold(self, source: str, pairs: list[Pair], left_out: dict[str, list[str]], remedy: str) -> None:
@@ -130,66 +114,24 @@ class PairDataset(MapImages):
             raise DataError(f"{self.key}: no image with a caption in {source}{': ' + found if found else ''}. {remedy}")
         if found:
             log.warning("%s: %d pairs; left out: %s", source, len(pairs), found)
-        self.paths = PathList("", [path for path, _ in pairs])
         self._captions = CaptionList(captions for _, captions in pairs)
-        self.skipped = SkipLog(len(pairs))
-        self._check_first()
+        self._hold_paths(PathList("", [path for path, _ in pairs]), source)
 
-    def _check_first(self) -> None:
-        """Stops at the first readable image. DataError if there is none."""
-        reason: object = None
-        for i in range(len(self)):
-            try:
-                self._load(i)
-                return
-            except UnreadableImage as error:
-                reason = reason or error
-        raise DataError(
-            f"{self.key}: not one of the {len(self)} images of {self.source} can be read. The first, {self.paths[0]}: "
-            f"{reason}. Check how the files were copied or unpacked."
-        )
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, key: int | tuple[int, int]) -> PairSample | None:
-        epoch, i = key if isinstance(key, tuple) else (self.epoch, key)
-        if not 0 <= i < len(self):
-            raise IndexError(f"index {i} in a dataset of {len(self)}")
-        image, used = self._load_readable(i)
-        if image is None:
-            return None
-        if self.train:
-            generator = sample_generator(self.seed, epoch, i, CROP_DRAW)
-            image = random_crop(image, self.resolution, self.resize_ratio, generator)
-        else:
-            image = centre_crop(image, self.resolution)
+    def _about(self, used: int, epoch: int, index: int) -> str:
         captions = self.captions(used)
-        caption = captions[mix_seed(self.seed, epoch, i, CAPTION_DRAW) % len(captions)]
-        return (image if self.as_uint8 else to_unit_range(image)), caption
+        return captions[mix_seed(self.seed, epoch, index, CAPTION_DRAW) % len(captions)]
 
     def captions(self, i: int) -> list[str]:
         """All captions of item i, in the order of the file."""
         return self._captions[i]
 
     def image_path(self, i: int) -> str | None:
-        """The file of item i."""
+        """The file of item i; None where there is none."""
         return self.paths[i]
 
     def describe(self) -> dict[str, str | int]:
         """Where the pairs come from, how many there are, and how much was left out, by reason."""
         return {"source": self.source, "pairs": len(self), "captions": self._captions.total, **self.left_out}
-
-    def _load(self, i: int) -> Tensor:
-        try:
-            with open(self.paths[i], "rb") as file:
-                data = file.read()
-        except OSError as error:
-            raise UnreadableImage(str(error)) from error
-        return decode_rgb(data)
-
-    def _name(self, i: int) -> str:
-        return self.paths[i]
 
 
 class PairFolder(PairDataset):

@@ -16,6 +16,7 @@ import os
 from array import array
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -124,20 +125,42 @@ def check_folder(root: str | os.PathLike, key: str) -> str:
 
 
 class MapImages(Dataset):
-    """What the folder datasets and the fake one share: epochs, crops and the handling of unreadable samples.
+    """What all map-style datasets of images share: epochs, crops and the handling of unreadable samples.
 
-    Subclasses give `__len__`, `_load(index) -> uint8 (3, H, W)` (raising UnreadableImage), `_label` and `_name`.
+    A subclass gives `__len__`, `_load(index) -> uint8 (3, H, W)` (raising UnreadableImage), `_name(index)`, and
+    `_about`, what comes with the image. `shape` is that of an item's image, (3, R, R).
+
+    Args:
+        resolution: R.
+        train: random crops, and another image in place of an unreadable one.
+        resize_ratio: the smallest share of the area that a random crop takes, above 0 and up to 1.
+        as_uint8: uint8 in [0, 255] rather than float32 in [-1, 1].
+        key: the setting that error messages mention.
+
+    Raises:
+        DataError: resize_ratio is out of range.
     """
 
-    def __init__(self, resolution: int, train: bool, resize_ratio: float, seed: int, as_uint8: bool):
+    crop_draw: tuple[int, ...] = ()  # tells the randomness of a sample's crop from that of its other choices
+    skipped: SkipLog
+
+    def __init__(
+        self,
+        resolution: int,
+        train: bool = True,
+        resize_ratio: float = 0.75,
+        seed: int = 0,
+        as_uint8: bool = False,
+        key: str = "train_dir",
+    ):
         if not 0 < resize_ratio <= 1:
             raise DataError(f"resize_ratio is {resize_ratio}; the smallest crop's share of the area lies in (0, 1].")
         self.resolution, self.shape = resolution, (3, resolution, resolution)
         self.train, self.resize_ratio = train, resize_ratio
-        self.seed, self.as_uint8 = seed, as_uint8
+        self.seed, self.as_uint8, self.key = seed, as_uint8, key
         self.epoch = 0
 
-    def __getitem__(self, key: int | tuple[int, int]) -> Sample | None:
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, Any] | None:
         epoch, index = key if isinstance(key, tuple) else (self.epoch, key)
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} in a dataset of {len(self)}")
@@ -145,10 +168,11 @@ class MapImages(Dataset):
         if image is None:
             return None
         if self.train:
-            image = random_crop(image, self.resolution, self.resize_ratio, sample_generator(self.seed, epoch, index))
+            generator = sample_generator(self.seed, epoch, index, *self.crop_draw)
+            image = random_crop(image, self.resolution, self.resize_ratio, generator)
         else:
             image = centre_crop(image, self.resolution)
-        return (image if self.as_uint8 else to_unit_range(image)), self._label(used)
+        return (image if self.as_uint8 else to_unit_range(image)), self._about(used, epoch, index)
 
     def _load_readable(self, index: int) -> tuple[Tensor | None, int]:
         """The sample, or in training the next readable one after it; in evaluation None for an unreadable one."""
@@ -166,21 +190,24 @@ class MapImages(Dataset):
             )
         return None, index
 
+    def __len__(self) -> int:
+        raise NotImplementedError
+
     def _load(self, index: int) -> Tensor:
         raise NotImplementedError
 
-    def _label(self, index: int) -> int:
+    def _about(self, used: int, epoch: int, index: int) -> Any:
+        """What comes with image `used`, which stands in for `index` where that is unreadable: here a label."""
         raise NotImplementedError
 
     def _name(self, index: int) -> str:
         raise NotImplementedError
 
 
-class _FolderImages(MapImages):
-    """Files of a PathList; `labels` holds a class index for each, or is None."""
+class ImageFiles(MapImages):
+    """Datasets whose images are files, the `paths`."""
 
     paths: PathList
-    labels: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -193,14 +220,12 @@ class _FolderImages(MapImages):
             raise UnreadableImage(str(error)) from error
         return decode_rgb(data)
 
-    def _label(self, index: int) -> int:
-        return -1 if self.labels is None else int(self.labels[index])
-
     def _name(self, index: int) -> str:
         return self.paths[index]
 
-    def _check_readable(self, root: str, key: str) -> None:
-        """Stops at the first readable file, so it costs one file where all is well. DataError if there is none."""
+    def _hold_paths(self, paths: PathList, source: str) -> None:
+        """Keeps the paths. DataError if none can be read; looks at one file where all is well."""
+        self.paths, self.skipped = paths, SkipLog(len(paths))
         reason: object = None
         for index in range(len(self)):
             try:
@@ -209,64 +234,52 @@ class _FolderImages(MapImages):
             except UnreadableImage as error:
                 reason = reason or error
         raise DataError(
-            f"{key}: not one of the {len(self)} images below {root} can be read. "
+            f"{self.key}: not one of the {len(self)} images of {source} can be read. "
             f"The first, {self.paths[0]}: {reason}. Check how the files were copied or unpacked."
         )
 
 
-class FlatImages(_FolderImages):
-    """Every picture below `root`, at any depth, with no meaning in the folder names; labels are -1.
+class FlatImages(ImageFiles):
+    """Every image below `root`, at any depth, with no meaning in the folder names; labels are -1.
 
-    Raises DataError where the folder is missing, holds no picture, or not one that can be read. `key` is the name of
-    the setting that messages should mention.
+    Arguments after `root` are those of MapImages.
+
+    Raises:
+        DataError: the folder is missing, holds no image, or none that can be read.
     """
 
-    def __init__(
-        self,
-        root: str | os.PathLike,
-        resolution: int,
-        train: bool = True,
-        resize_ratio: float = 0.75,
-        seed: int = 0,
-        as_uint8: bool = False,
-        key: str = "root",
-    ):
-        super().__init__(resolution, train, resize_ratio, seed, as_uint8)
-        root = check_folder(root, key)
+    def __init__(self, root: str | os.PathLike, resolution: int, *args, **options):
+        super().__init__(resolution, *args, **options)
+        root = check_folder(root, self.key)
         others: Counter = Counter()
-        self.paths = PathList(root, walk(root, EXTENSIONS, others))
-        if not len(self.paths):
+        paths = PathList(root, walk(root, EXTENSIONS, others))
+        if not len(paths):
             hint = " For tar shards use --dataset webdataset." if others[".tar"] else ""
             raise DataError(
-                f"{key}: no image below {root}: looked for {' '.join(EXTENSIONS)} (any case), "
+                f"{self.key}: no image below {root}: looked for {' '.join(EXTENSIONS)} (any case), "
                 f"{describe_files(others)}.{hint}"
             )
-        self.skipped = SkipLog(len(self.paths))
-        self._check_readable(root, key)
+        self._hold_paths(paths, root)
+
+    def _about(self, used: int, epoch: int, index: int) -> int:
+        return -1
 
 
 ImageDataset2 = FlatImages  # the original's name
 
 
-class ImageDataset(_FolderImages):
-    """ImageFolder layout: `root/<class>/**/<picture>`; the label is the class folder's rank in sorted order.
+class ImageDataset(ImageFiles):
+    """ImageFolder layout: `root/<class>/**/<image>`; the label is the class folder's rank in sorted order.
 
-    `classes` lists the folder names, `class_to_idx` maps them to labels. Raises DataError as FlatImages does, and
-    where the pictures lie in no class folder.
+    `classes` lists the folder names, `class_to_idx` maps them to labels. Arguments are those of FlatImages.
+
+    Raises:
+        DataError: as FlatImages, and where the images lie in no class folder.
     """
 
-    def __init__(
-        self,
-        root: str | os.PathLike,
-        resolution: int,
-        train: bool = True,
-        resize_ratio: float = 0.75,
-        seed: int = 0,
-        as_uint8: bool = False,
-        key: str = "root",
-    ):
-        super().__init__(resolution, train, resize_ratio, seed, as_uint8)
-        root = check_folder(root, key)
+    def __init__(self, root: str | os.PathLike, resolution: int, *args, **options):
+        super().__init__(resolution, *args, **options)
+        root = check_folder(root, self.key)
         with os.scandir(root) as entries:
             self.classes = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
         self.class_to_idx = {name: i for i, name in enumerate(self.classes)}
@@ -279,14 +292,16 @@ class ImageDataset(_FolderImages):
                     labels.append(label)
                     yield f"{name}/{path}"
 
-        self.paths = PathList(root, names())
+        paths = PathList(root, names())
         self.labels = np.array(labels, dtype=np.int32)
-        if not len(self.paths):
-            self._raise_empty(root, key, others)
-        self.skipped = SkipLog(len(self.paths))
-        self._check_readable(root, key)
+        if not len(paths):
+            self._raise_empty(root, others)
+        self._hold_paths(paths, root)
 
-    def _raise_empty(self, root: str, key: str, others: Counter) -> None:
+    def _about(self, used: int, epoch: int, index: int) -> int:
+        return int(self.labels[used])
+
+    def _raise_empty(self, root: str, others: Counter) -> None:
         with os.scandir(root) as entries:
             loose = [entry.name for entry in entries if entry.is_file()]
         images = sum(name.lower().endswith(EXTENSIONS) for name in loose)
@@ -297,7 +312,9 @@ class ImageDataset(_FolderImages):
             hint = ". For tar shards use --dataset webdataset"
         else:
             hint = f"; looked for {' '.join(EXTENSIONS)} (any case), {describe_files(others)}"
-        raise DataError(f"{key}: no image in the {len(self.classes)} class folders (<class>/<image>) of {root}{hint}.")
+        raise DataError(
+            f"{self.key}: no image in the {len(self.classes)} class folders (<class>/<image>) of {root}{hint}."
+        )
 
 
 class FakeDataset(MapImages):
@@ -307,7 +324,7 @@ class FakeDataset(MapImages):
     """
 
     def __init__(self, length: int, resolution: int, train: bool = True, seed: int = 0, as_uint8: bool = False):
-        super().__init__(resolution, train, 0.75, seed, as_uint8)
+        super().__init__(resolution, train, seed=seed, as_uint8=as_uint8)
         if length < 1:
             raise DataError(f"dataset_size is {length}; give at least one fake image.")
         self.length = length
@@ -331,8 +348,8 @@ class FakeDataset(MapImages):
         image = image + 0.01 * torch.randn(image.shape, generator=rng)
         return (image.clamp(0, 1) * 255).round().to(torch.uint8)
 
-    def _label(self, index: int) -> int:
-        return index % 10
+    def _about(self, used: int, epoch: int, index: int) -> int:
+        return used % 10
 
     def _name(self, index: int) -> str:
         return f"fake image {index}"
