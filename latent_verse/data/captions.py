@@ -43,6 +43,7 @@ from latent_verse.data.images import (
     EXTENSIONS,
     FakeDataset,
     ImageFiles,
+    MapImages,
     PathList,
     check_folder,
     describe_files,
@@ -87,23 +88,43 @@ class CaptionList:
         return len(self._ends) - 1
 
 
-class PairDataset(ImageFiles):
-    """What the pair datasets share. A subclass finds the pairs and hands them to `_hold`.
+class PairDataset(MapImages):
+    """What datasets of pairs share: which caption an item shows. A subclass gives `captions` besides what images need.
 
     Unreadable images are handled as in images.py: in training the next readable pair stands in (with its own caption),
     in evaluation the item is None.
 
-    Arguments are those of MapImages.
-
     Attributes:
-        ids: image file -> its id, where the captions file gives ids; empty for training data.
+        source: where the pairs come from, in words.
+        ids: image file -> its id, where a captions file gives ids; empty for training data.
     """
 
     crop_draw = (CROP_DRAW,)
 
     def __init__(self, resolution: int, *args, **options):
         super().__init__(resolution, *args, **options)
+        self.source = ""
         self.ids: dict[str, int | str | None] = {}
+
+    def captions(self, i: int) -> list[str]:
+        """All captions of item i, at least one."""
+        raise NotImplementedError
+
+    def target(self, used: int, epoch: int, index: int) -> str:
+        captions = self.captions(used)
+        return captions[mix_seed(self.seed, epoch, index, CAPTION_DRAW) % len(captions)]
+
+    def image_path(self, i: int) -> str | None:
+        """The file of item i; None where there is none."""
+        return None
+
+    def describe(self) -> dict[str, str | int]:
+        """Where the pairs come from and how many there are."""
+        return {"source": self.source, "pairs": len(self)}
+
+
+class PairFiles(PairDataset, ImageFiles):
+    """Pairs whose images are files. A subclass finds the pairs and hands them to `_hold`."""
 
     def _hold(self, source: str, pairs: list[Pair], left_out: dict[str, list[str]], remedy: str) -> None:
         """Keep the pairs. `left_out`: what was passed over -> its names; DataError with `remedy` if nothing is left."""
@@ -117,24 +138,18 @@ class PairDataset(ImageFiles):
         self._captions = CaptionList(captions for _, captions in pairs)
         self._hold_paths(PathList("", [path for path, _ in pairs]), source)
 
-    def _about(self, used: int, epoch: int, index: int) -> str:
-        captions = self.captions(used)
-        return captions[mix_seed(self.seed, epoch, index, CAPTION_DRAW) % len(captions)]
-
     def captions(self, i: int) -> list[str]:
-        """All captions of item i, in the order of the file."""
         return self._captions[i]
 
-    def image_path(self, i: int) -> str | None:
-        """The file of item i; None where there is none."""
+    def image_path(self, i: int) -> str:
         return self.paths[i]
 
     def describe(self) -> dict[str, str | int]:
-        """Where the pairs come from, how many there are, and how much was left out, by reason."""
-        return {"source": self.source, "pairs": len(self), "captions": self._captions.total, **self.left_out}
+        """Also how much was left out, by reason."""
+        return {**super().describe(), "captions": self._captions.total, **self.left_out}
 
 
-class PairFolder(PairDataset):
+class PairFolder(PairFiles):
     """`name.jpg` (or png, webp, ...) with `name.txt` beside it, at any depth; one caption per line."""
 
     def __init__(self, root: str | os.PathLike, resolution: int, **options):
@@ -167,7 +182,7 @@ class PairFolder(PairDataset):
         self._hold(root, pairs, left_out, "Put the captions of name.jpg into name.txt beside it, one per line.")
 
 
-class CocoCaptions(PairDataset):
+class CocoCaptions(PairFiles):
     """COCO's captions_*.json: {"images": [{id, file_name}], "annotations": [{image_id, caption}]}, and its images."""
 
     def __init__(self, path: str | os.PathLike, image_dir: str | os.PathLike, resolution: int, **options):
@@ -193,7 +208,7 @@ class CocoCaptions(PairDataset):
         )
 
 
-class KarpathyCaptions(PairDataset):
+class KarpathyCaptions(PairFiles):
     """Karpathy's dataset_coco.json: {"images": [{filename, filepath, cocoid, split, sentences: [{raw}]}]}.
 
     Image paths are image_dir/filepath/filename; filepath and cocoid may be left out. `split` may join several with +,
@@ -237,7 +252,7 @@ class KarpathyCaptions(PairDataset):
         self._hold(f"{path} ({'+'.join(names)})", *sorted_out(pairs, path), f"Are the images below {image_dir}?")
 
 
-class TableCaptions(PairDataset):
+class TableCaptions(PairFiles):
     """.csv, .tsv or .jsonl with an image path (absolute, or relative to the table) and a caption in each row.
 
     Columns are found by name: image, image_path, filepath, file_name, filename or path; caption, captions, text or
@@ -267,24 +282,21 @@ class TableCaptions(PairDataset):
 
 
 class FakePairs(PairDataset):
-    """Made-up pictures (see images.FakeDataset) with one of two made-up captions each. Nothing is read from disk."""
+    """Made-up images (see images.FakeDataset) with one of two made-up captions each. Nothing is read from disk."""
 
-    def __init__(self, length: int, resolution: int, **options):
-        super().__init__(resolution, **options)
-        self.pictures = FakeDataset(length, resolution, self.train, self.seed, as_uint8=True)
-        self.skipped = self.pictures.skipped
+    def __init__(self, length: int, resolution: int, *args, **options):
+        super().__init__(resolution, *args, **options)
+        self.images = FakeDataset(length, resolution, self.train, self.seed, as_uint8=True)
+        self.skipped, self.source = self.images.skipped, "made up"
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
-    def _load(self, i: int) -> Tensor:
-        return self.pictures._load(i)
+    def image(self, i: int) -> Tensor:
+        return self.images.image(i)
 
     def captions(self, i: int) -> list[str]:
         return [f"a made-up picture of kind {i % 10}", f"kind {i % 10}, made up"]
 
-    def image_path(self, i: int) -> None:
-        return None
-
     def describe(self) -> dict[str, str | int]:
-        return {"source": "made up", "pairs": len(self), "captions": 2 * len(self)}
+        return {**super().describe(), "captions": 2 * len(self)}

@@ -127,8 +127,8 @@ def check_folder(root: str | os.PathLike, key: str) -> str:
 class MapImages(Dataset):
     """What all map-style datasets of images share: epochs, crops and the handling of unreadable samples.
 
-    A subclass gives `__len__`, `_load(index) -> uint8 (3, H, W)` (raising UnreadableImage), `_name(index)`, and
-    `_about`, what comes with the image. `shape` is that of an item's image, (3, R, R).
+    A subclass gives `__len__`, `image`, `name`, `target` and `skipped`, a SkipLog of as many slots as it has images.
+    `shape` is that of an item's image, (3, R, R).
 
     Args:
         resolution: R.
@@ -172,7 +172,7 @@ class MapImages(Dataset):
             image = random_crop(image, self.resolution, self.resize_ratio, generator)
         else:
             image = centre_crop(image, self.resolution)
-        return (image if self.as_uint8 else to_unit_range(image)), self._about(used, epoch, index)
+        return (image if self.as_uint8 else to_unit_range(image)), self.target(used, epoch, index)
 
     def _load_readable(self, index: int) -> tuple[Tensor | None, int]:
         """The sample, or in training the next readable one after it; in evaluation None for an unreadable one."""
@@ -180,12 +180,12 @@ class MapImages(Dataset):
         for step in range(tries):
             used = (index + step) % len(self)
             try:
-                return self._load(used), used
+                return self.image(used), used
             except UnreadableImage as error:
-                self.skipped.add(used, self._name(used), error)
+                self.skipped.add(used, self.name(used), error)
         if self.train:
             raise DataError(
-                f"{tries} images in a row cannot be read, from {self._name(index)} on. "
+                f"{tries} images in a row cannot be read, from {self.name(index)} on. "
                 "Is the storage still mounted? The log names each file and the reason."
             )
         return None, index
@@ -193,14 +193,16 @@ class MapImages(Dataset):
     def __len__(self) -> int:
         raise NotImplementedError
 
-    def _load(self, index: int) -> Tensor:
+    def image(self, index: int) -> Tensor:
+        """The whole image as uint8 (3, H, W). Raises UnreadableImage."""
         raise NotImplementedError
 
-    def _about(self, used: int, epoch: int, index: int) -> Any:
-        """What comes with image `used`, which stands in for `index` where that is unreadable: here a label."""
+    def name(self, index: int) -> str:
+        """What messages call the image."""
         raise NotImplementedError
 
-    def _name(self, index: int) -> str:
+    def target(self, used: int, epoch: int, index: int) -> Any:
+        """What comes with image `used`, which stands in for `index` where that is unreadable: a label or a caption."""
         raise NotImplementedError
 
 
@@ -212,7 +214,7 @@ class ImageFiles(MapImages):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def _load(self, index: int) -> Tensor:
+    def image(self, index: int) -> Tensor:
         try:
             with open(self.paths[index], "rb") as file:
                 data = file.read()
@@ -220,7 +222,7 @@ class ImageFiles(MapImages):
             raise UnreadableImage(str(error)) from error
         return decode_rgb(data)
 
-    def _name(self, index: int) -> str:
+    def name(self, index: int) -> str:
         return self.paths[index]
 
     def _hold_paths(self, paths: PathList, source: str) -> None:
@@ -229,7 +231,7 @@ class ImageFiles(MapImages):
         reason: object = None
         for index in range(len(self)):
             try:
-                self._load(index)
+                self.image(index)
                 return
             except UnreadableImage as error:
                 reason = reason or error
@@ -261,7 +263,7 @@ class FlatImages(ImageFiles):
             )
         self._hold_paths(paths, root)
 
-    def _about(self, used: int, epoch: int, index: int) -> int:
+    def target(self, used: int, epoch: int, index: int) -> int:
         return -1
 
 
@@ -298,7 +300,7 @@ class ImageDataset(ImageFiles):
             self._raise_empty(root, others)
         self._hold_paths(paths, root)
 
-    def _about(self, used: int, epoch: int, index: int) -> int:
+    def target(self, used: int, epoch: int, index: int) -> int:
         return int(self.labels[used])
 
     def _raise_empty(self, root: str, others: Counter) -> None:
@@ -333,7 +335,7 @@ class FakeDataset(MapImages):
     def __len__(self) -> int:
         return self.length
 
-    def _load(self, index: int) -> Tensor:
+    def image(self, index: int) -> Tensor:
         rng = sample_generator(self.seed, int(self.train), index)
         side = self.resolution
         y_HW, x_HW = torch.meshgrid(torch.linspace(0, 1, side), torch.linspace(0, 1, side), indexing="ij")
@@ -348,8 +350,8 @@ class FakeDataset(MapImages):
         image = image + 0.01 * torch.randn(image.shape, generator=rng)
         return (image.clamp(0, 1) * 255).round().to(torch.uint8)
 
-    def _about(self, used: int, epoch: int, index: int) -> int:
+    def target(self, used: int, epoch: int, index: int) -> int:
         return used % 10
 
-    def _name(self, index: int) -> str:
+    def name(self, index: int) -> str:
         return f"fake image {index}"
