@@ -220,7 +220,7 @@ def test_an_interrupted_extraction_goes_on_and_is_not_read_before(made, tiny_aug
 
 def test_nothing_is_overwritten(made, tmp_path):
     made()
-    with pytest.raises(DataError, match=r"holds codes made otherwise:\n  vae: '\w{16}' there, '\w{16}' now"):
+    with pytest.raises(DataError, match=r"codes of different settings:\n  vae: '\w{16}' then, '\w{16}' now"):
         made(seed=1)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("42")

@@ -19,7 +19,6 @@ from typing import Any
 from torch import Tensor
 
 from latent_verse.config_biart import PairDataConfig
-from latent_verse.config_datasets import PAIR_DATASETS
 from latent_verse.config_eval import EvalDataConfig
 from latent_verse.data.datasets import PAIRS, Given, Split
 from latent_verse.data.shapes import Scene
@@ -141,7 +140,6 @@ def _rank(key: str) -> bytes:
 
 
 def _open(data: EvalDataConfig, resolution: int, seed: int) -> Any:
-    generated = PAIR_DATASETS[data.dataset].generated
     return PAIRS[data.dataset](
         Split(
             name=data.split if data.dataset == "shapes" else "test",
@@ -151,6 +149,6 @@ def _open(data: EvalDataConfig, resolution: int, seed: int) -> Any:
             augment=False,
             folder=Given("test_dir", data.test_dir),
             captions=Given("test_captions", data.test_captions),
-            size=(data.test_size or GENERATED_SIZES[data.dataset]) if generated else None,
+            size=data.test_size or GENERATED_SIZES.get(data.dataset),
         )
     )
