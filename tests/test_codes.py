@@ -198,7 +198,7 @@ def test_an_interrupted_extraction_goes_on_and_is_not_read_before(made, tiny_aug
 
     with pytest.raises(KeyboardInterrupt):
         made(encode=failing)
-    with pytest.raises(DataError, match="unfinished: run the command that was extracting them again"):
+    with pytest.raises(DataError, match=r"unfinished.* Rerun the command"):
         CodesDataset(tmp_path / "codes")
     first = (tmp_path / "codes" / "codes-00000.tar").stat().st_mtime_ns
 
@@ -250,7 +250,7 @@ def test_damaged_folders_are_named(made, tmp_path):
     with pytest.raises(DataError, match=r"holds 7 pairs, its codes\.json says 8"):
         CodesDataset(out)
     (out / "codes.json").write_text(json.dumps({**meta, "codebook_size": 2}))
-    with pytest.raises(DataError, match=r"holds other codes than its codes\.json says"):
+    with pytest.raises(DataError, match=r"holds codes other than its codes\.json says"):
         CodesDataset(out)
     (out / "codes.json").write_text(json.dumps(meta))
     with open(out / "codes-00001.tar", "r+b") as file:
@@ -293,7 +293,7 @@ def test_shapes_keep_their_truth(tmp_path, monkeypatch):
     for i in range(5):
         assert codes.scene(i) == dataset.scene(i)
         assert all(codes.world.satisfies(codes.scene(i), world.parse_caption(text)) for text in codes.captions(i))
-        assert codes.captions(i) == dataset.draw_captions(i, 8)  # frequent ones more than once
+        assert codes.captions(i) == dataset.sample_captions(i, 8)  # frequent ones more than once
     monkeypatch.setitem(PRESETS, "small", dataclasses.replace(world, counts=(1, 1)))
     with pytest.raises(DataError, match="another version of the small shapes world"):
         CodesDataset(tmp_path, train=False)

@@ -288,7 +288,7 @@ def test_layout_mistakes_are_named(tmp_path):
 def test_folder_without_one_readable_image(tmp_path):
     for i in range(5):
         (tmp_path / f"{i}.jpg").write_bytes(b"damaged")
-    with pytest.raises(DataError, match=r"not one of the 5 images of .*0\.jpg.*not a picture of a known format"):
+    with pytest.raises(DataError, match=r"not one of the 5 images of .*0\.jpg.*not an image of a known format"):
         FlatImages(tmp_path, 16)
     with pytest.raises(DataError, match=r"resize_ratio is 0"):
         FlatImages(tmp_path, 16, resize_ratio=0)

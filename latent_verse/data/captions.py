@@ -1,8 +1,8 @@
-"""Image-text pairs: folders, COCO and Karpathy JSON, tables, and made-up ones for smoke tests.
+"""Images with captions: folders, COCO's and Karpathy's JSON, tables, and generated pairs for smoke tests.
 
-All yield `(image, caption)`: the image as those in images.py do (float32 (3, R, R) in [-1, 1], or uint8), the caption a
-string. An image may have several captions; which of them, and which crop, index i shows in epoch e is a pure function
-of (seed, e, i). `dataset.captions(i)` gives them all, as references; `dataset.describe()` counts what was found and
+All give `(image, caption)`: the image as in images.py (float32 (3, R, R) in [-1, 1], or uint8), the caption a string.
+An image may have several captions. Which of them, and which crop, index i shows in epoch e is a pure function of
+(seed, e, i). `dataset.captions(i)` gives all of them, as references. `dataset.describe()` counts what was found and
 what was left out: images without a caption, captions without an image, empty captions.
 
     PairFolder(root)                       name.jpg + name.txt, one caption per line
@@ -10,7 +10,7 @@ what was left out: images without a caption, captions without an image, empty ca
     KarpathyCaptions(json, image_dir)      dataset_coco.json + the folder that holds train2014/ and val2014/
     TableCaptions(file)                    .csv .tsv .jsonl: an image path and a caption in each row
     FakePairs(length)                      nothing read from disk
-The procedural `shapes` pairs are in shapes.py; the files are read by caption_files.py.
+The pairs of the shapes world are in shapes.py. caption_files.py reads the files.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ from latent_verse.data.transforms import mix_seed
 
 log = logging.getLogger(__name__)
 
-CROP_DRAW, CAPTION_DRAW = 0, 1  # a sample's crop and its caption are drawn apart
+CROP_DRAW, CAPTION_DRAW = 0, 1  # a sample's crop and its caption are chosen by separate random numbers
 
 
 class EncodedCaption(NamedTuple):
@@ -64,7 +64,7 @@ class EncodedCaption(NamedTuple):
 
 
 class CaptionList:
-    """The captions of each image as one block of UTF-8 and its offsets, for the reason that PathList has."""
+    """The captions of each image as one block of UTF-8 and its offsets, for the same reason as PathList."""
 
     def __init__(self, captions: Iterable[Sequence[str]]):
         blob, ends, starts = bytearray(), [0], [0]
@@ -85,6 +85,7 @@ class CaptionList:
 
     @property
     def total(self) -> int:
+        """Captions of all images."""
         return len(self._ends) - 1
 
 
@@ -127,7 +128,7 @@ class PairFiles(PairDataset, ImageFiles):
     """Pairs whose images are files. A subclass finds the pairs and hands them to `_hold`."""
 
     def _hold(self, source: str, pairs: list[Pair], left_out: dict[str, list[str]], remedy: str) -> None:
-        """Keep the pairs. `left_out`: what was passed over -> its names; DataError with `remedy` if nothing is left."""
+        """Keep the pairs. `left_out`: what was skipped -> its names; DataError with `remedy` if nothing is left."""
         self.source = source
         self.left_out = {what: len(names) for what, names in left_out.items()}
         found = "; ".join(f"{len(n)} {what} (the first: {n[0]})" for what, n in left_out.items() if n)
@@ -282,7 +283,7 @@ class TableCaptions(PairFiles):
 
 
 class FakePairs(PairDataset):
-    """Made-up images (see images.FakeDataset) with one of two made-up captions each. Nothing is read from disk."""
+    """Generated images (see images.FakeDataset), each with two generated captions. Nothing is read from disk."""
 
     def __init__(self, length: int, resolution: int, *args, **options):
         super().__init__(resolution, *args, **options)

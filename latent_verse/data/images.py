@@ -1,12 +1,12 @@
-"""Map-style datasets: folders of pictures, and made-up ones for smoke tests.
+"""Datasets of images that are read by index: folders, and generated images for smoke tests.
 
-All yield `(image, label)`: image float32 (3, R, R) in [-1, 1], or uint8 with `as_uint8=True`; label an int, -1 where
-the layout has none. What index i shows in epoch e is a pure function of (seed, e, i), so a resumed run sees the same
-crops whatever the number of workers. The samplers therefore ask for `dataset[(epoch, index)]`, and no state has to be
-carried into worker processes; a plain `dataset[index]` is epoch `dataset.epoch` (0 until changed).
+All give `(image, label)`: the image float32 (3, R, R) in [-1, 1], or uint8 with `as_uint8=True`; the label an int, -1
+where the layout has none. What index i shows in epoch e is a pure function of (seed, e, i), so a resumed run sees the
+same crops whatever the number of workers. Samplers therefore ask for `dataset[(epoch, index)]`, and worker processes
+need no state. A plain `dataset[index]` means epoch `dataset.epoch` (0 until changed).
 
-Unreadable files are logged once each and counted over all workers (`dataset.skipped.count`). In training the next
-readable sample stands in; in evaluation the item is None, which the loader's collation drops.
+Each unreadable file is logged once and counted over all workers (`dataset.skipped.count`). In training the next
+readable sample stands in for it. In evaluation the item is None, which collation drops.
 """
 
 from __future__ import annotations
@@ -42,15 +42,16 @@ Sample = tuple[Tensor, int]
 
 
 class SkipLog:
-    """Which samples were unreadable: counted once each over all worker processes, and logged once each.
+    """Which samples were unreadable: each is counted and logged once over all worker processes.
 
-    One byte per sample in shared memory, so that a count made in a worker is seen by the main process.
+    It is one byte for each sample in shared memory, so that the main process sees what a worker counts.
     """
 
     def __init__(self, slots: int):
         self._flags = torch.zeros(slots, dtype=torch.uint8).share_memory_()
 
     def add(self, slot: int, name: str, reason: object) -> None:
+        """Count and log sample number `slot`, unless that was done before."""
         slot %= len(self._flags)
         if not self._flags[slot]:
             self._flags[slot] = 1
@@ -58,13 +59,14 @@ class SkipLog:
 
     @property
     def count(self) -> int:
+        """Unreadable samples so far."""
         return int(self._flags.sum())
 
 
 class PathList:
     """Paths below `root`, as one block of bytes and its offsets.
 
-    A list of a million str would be copied page by page into every worker as reference counts are touched.
+    A list of a million strings would be copied into every worker, page by page, as their reference counts change.
     """
 
     def __init__(self, root: str, names: Iterator[str] | list[str]):
@@ -85,7 +87,7 @@ class PathList:
 def walk(root: str, extensions: tuple[str, ...], others: Counter) -> Iterator[str]:
     """Names of the files below `root` with one of `extensions`, relative to it, in sorted order, links followed.
 
-    Hidden names (leading dot) are passed over. Files of another kind are counted by extension in `others`.
+    Hidden names (leading dot) are skipped. Files of another kind are counted by extension in `others`.
     """
 
     def descend(folder: str, prefix: str, above: tuple[str, ...]) -> Iterator[str]:
@@ -116,7 +118,11 @@ def describe_files(others: Counter) -> str:
 
 
 def check_folder(root: str | os.PathLike, key: str) -> str:
-    """`root` as a str with ~ expanded; DataError, naming the setting `key`, where it is no folder."""
+    """`root` as a str with ~ expanded.
+
+    Raises:
+        DataError: it is no folder; naming the setting `key`.
+    """
     root = os.path.expanduser(os.fspath(root))
     if not os.path.isdir(root):
         kind = "is a file, not a folder" if os.path.exists(root) else "does not exist"
@@ -320,9 +326,12 @@ class ImageDataset(ImageFiles):
 
 
 class FakeDataset(MapImages):
-    """Made-up pictures (a colour gradient, a few shapes, a little noise), the same for the same (seed, index).
+    """Generated images (a colour gradient, a few shapes, a little noise), the same for the same (seed, index).
 
-    Something a network can learn within seconds, unlike plain noise. Labels are 0 to 9. Nothing is read from disk.
+    Unlike plain noise, a network can learn them within seconds. Labels are 0 to 9. Nothing is read from disk.
+
+    Raises:
+        DataError: `length` is below 1.
     """
 
     def __init__(self, length: int, resolution: int, train: bool = True, seed: int = 0, as_uint8: bool = False):

@@ -6,14 +6,14 @@
 Images travel as uint8 (a quarter of the bytes through workers, pinned memory and the bus) and become float [-1, 1] on
 the device.
 
-Training: TrainLoader is sized and stateful, so Lightning saves and restores it with its checkpoints, mid-epoch too. Its
-state says how far the epoch has come, counted over all ranks; everything else follows from (seed, epoch). So
-rank 0's state, the one that Lightning saves, is every rank's state, and does not depend on the number of workers.
+Training: TrainLoader has a length and a state, so Lightning saves and restores it with its checkpoints, also in the
+middle of an epoch. The state says how far the epoch has come, counted over all ranks. Everything else follows from
+(seed, epoch). So the state of rank 0, which Lightning saves, is that of every rank, for any number of workers.
 
-Evaluation: every sample exactly once, no padded duplicates, and the same number of batches on every rank, else
-collectives would hang. A rank that has run out gives batches of no images (B = 0); a single rank never does.
+Evaluation: every sample comes exactly once, with no padded duplicates. Every rank has the same number of batches, since
+collectives would hang otherwise: a rank that has no samples left gives empty batches (B = 0). A single rank never does.
 
-The trainer must be built with `use_distributed_sampler=False`: ranks are split here.
+The trainer must be built with `use_distributed_sampler=False`: samples are split over ranks here.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ MAX_WORKERS = 16  # per process; more rarely helps and costs memory
 
 
 class EpochBatches:
-    """Batches of (epoch, index) for one rank: a permutation drawn from (seed, epoch), the last partial batch dropped.
+    """Batches of (epoch, index) for one rank: a permutation that follows from (seed, epoch), without a partial batch.
 
     The ranks' batches of one step lie side by side in the permutation, so `k` steps use the same samples however they
     are split over ranks.
     """
 
-    slots = 0  # the order depends on no number of workers or ranks
+    slots = 0  # the order does not depend on the number of workers or ranks
 
     def __init__(self, samples: int, batch_size: int, rank: int, world: int, seed: int):
         self.samples, self.batch_size, self.rank, self.world, self.seed = samples, batch_size, rank, world, seed
@@ -88,7 +88,7 @@ class EvalBatches:
 
 
 def ignore_sigterm(worker: int) -> None:
-    """For loader processes: Slurm signals them too, and one that dies would end the run before it has saved.
+    """For loader processes: Slurm signals them as well, and if one died the run would end before it has saved.
 
     They end when the training process shuts them down, or is gone.
     """
@@ -96,10 +96,10 @@ def ignore_sigterm(worker: int) -> None:
 
 
 class _Loader:
-    """Holds a DataLoader. Lightning looks for `_iterator` to end its workers when it is done with them.
+    """Holds a DataLoader. Lightning ends the workers of a loader through its `_iterator` when it is done with them.
 
-    Left to the garbage collector, which may close their queues first, each would be waited for in vain for 5 seconds.
-    `_iterator` is private to torch and to Lightning: tests/test_data_module.py holds that both still use it so.
+    Otherwise the garbage collector would end them. It may close their queues first and then wait 5 seconds for each.
+    `_iterator` is private to torch and Lightning; tests/test_data_module.py checks that both still use it this way.
     """
 
     def __init__(self, loader: DataLoader):
@@ -117,9 +117,9 @@ class _Loader:
 class TrainLoader(_Loader):
     """A DataLoader that knows its epoch, has a length and continues where its state says.
 
-    Written here rather than taken from torchdata, whose StatefulDataLoader keeps the state of each worker process, and
-    so can resume only with the same number of them; here two counts say everything. `source` is what decides the
-    order: its `start_at(epoch, batch)` is called before each pass.
+    torchdata's StatefulDataLoader keeps the state of each worker process, so it resumes only with the same number of
+    them. Here two counts say everything. `source` decides the order: `start_at(epoch, batch)` is called before each
+    pass.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class TrainLoader(_Loader):
         super().__init__(loader)
         self._source, self._steps = source, steps
         self._global_batch, self._slots = global_batch, slots
-        self.epoch, self.done = 0, 0  # batches handed out in this epoch
+        self.epoch, self.done = 0, 0  # `done`: batches given in this epoch
         self._resume = False
 
     @property
@@ -139,13 +139,13 @@ class TrainLoader(_Loader):
         return self._steps
 
     def set_epoch(self, epoch: int) -> None:
-        """Says which epoch comes next. A restored position in this very epoch is kept."""
+        """Say which epoch comes next. A restored position in this epoch is kept."""
         if epoch != self.epoch:
             self.epoch, self.done, self._resume = epoch, 0, False
 
     def __iter__(self) -> Iterator[list[Tensor]]:
-        # Runs at the first `next`, after set_epoch: Lightning makes the iterator first and names the epoch afterwards.
-        if self.done >= self._steps:  # a pass is complete, and nobody named the next epoch
+        # Runs at the first `next`, after set_epoch: Lightning makes the iterator first and sets the epoch afterwards.
+        if self.done >= self._steps:  # a pass is complete, and nobody has set the next epoch
             self.epoch, self.done = self.epoch + 1, 0
         elif not self._resume:
             self.done = 0
@@ -160,10 +160,11 @@ class TrainLoader(_Loader):
         return {"epoch": self.epoch, "samples": self.done * self._global_batch, "slots": self._slots}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue where `state` was taken."""
         if state["slots"] != self._slots:
             log.warning(
                 "The order of webdataset samples depends on ranks x workers: %d in the checkpoint, %d now. "
-                "This epoch continues with other samples; set --num_workers as before for an exact resume.",
+                "This epoch continues with different samples; for an exact resume set --num_workers as before.",
                 state["slots"],
                 self._slots,
             )
@@ -172,7 +173,7 @@ class TrainLoader(_Loader):
 
 
 class EvalLoader(_Loader):
-    """A DataLoader for evaluation. On a single rank it passes over batches whose samples were all unreadable."""
+    """A DataLoader for evaluation. On a single rank it skips batches whose samples were all unreadable."""
 
     def __init__(self, loader: DataLoader, steps: int | None, world: int):
         super().__init__(loader)
@@ -193,7 +194,7 @@ def loader_processes(num_workers: int | None, processes: int | None = None) -> i
     """`num_workers`, or this process's share of the cores it may use, at most 16.
 
     Args:
-        processes: that train on this machine; None takes the launcher's word for it.
+        processes: how many train on this machine; by default what the launcher says.
     """
     if num_workers is not None:
         return num_workers
@@ -241,7 +242,7 @@ class DataModule(pl.LightningDataModule):
 
     @property
     def skipped(self) -> int:
-        """Unreadable files that this rank has passed over so far, each counted once."""
+        """Unreadable files that this rank has skipped so far, each counted once."""
         return sum(dataset.skipped.count for dataset in self.datasets.values())
 
     def describe(self) -> dict[str, Any]:

@@ -46,7 +46,7 @@ TOKENIZER_CAPTIONS = 500_000  # a vocabulary learns nothing from more
 
 
 def all_captions(dataset: Any) -> Iterator[str]:
-    """The captions of a dataset of pairs, to train a tokenizer on; of a large one, a part."""
+    """The captions to train a tokenizer on: those of a dataset of pairs, or of a large one evenly spaced ones."""
     of_each: Iterable[list[str]]
     if isinstance(dataset, PairShards):
         of_each = (captions_of(raw) for raw in read_shards(dataset.shards, SkipLog(1)))
@@ -73,7 +73,7 @@ class CaptionEncoder:
 
     Attributes:
         text_len: L.
-        too_long: what becomes of captions with more than `text_len` tokens: "truncate", or "error".
+        too_long: what is done with captions of more than `text_len` tokens: "truncate", or "error".
         pad: BiART's id of padding, `biart.sequence.Vocabulary.pad`.
     """
 
@@ -83,7 +83,7 @@ class CaptionEncoder:
     pad: int
 
     def __call__(self, captions: Sequence[str | EncodedCaption]) -> Tensor:
-        """Ids that came with a caption are taken as they are, unless there are too many.
+        """The ids that an EncodedCaption brings are used as they are, unless there are too many.
 
         Raises:
             TokenizerError: a caption cannot be encoded, or is too long and `too_long` is "error".
@@ -137,7 +137,7 @@ def captions_of(raw: dict) -> list[str]:
     return [text for text in texts if text]
 
 
-CAPTION_REMEDY = "They have no caption: put one beside each picture, as name.txt or under `caption` in name.json."
+CAPTION_REMEDY = "They have no caption: put one beside each image, as name.txt or under `caption` in name.json."
 
 
 class NoCaption(UnreadableImage):
@@ -155,7 +155,7 @@ def decode_pair(raw: dict) -> tuple[Tensor, tuple[int, list[str]]]:
 
 
 class PairTrainShards(TrainShards):
-    """Shuffled (picture, caption) items; the caption of several is drawn by (seed, epoch, name of the sample)."""
+    """Shuffled (image, caption) items. Which of several captions it is follows from (seed, epoch, sample's name)."""
 
     decode = staticmethod(decode_pair)
 
@@ -166,7 +166,7 @@ class PairTrainShards(TrainShards):
 
 
 class PairEvalShards(EvalShards):
-    """Each (picture, first caption) once over ranks x workers."""
+    """Each (image, first caption) once over ranks x workers."""
 
     decode = staticmethod(decode_pair)
 
@@ -204,14 +204,18 @@ class PairShards(Shards):
 def work_of_shards(
     shards: list[str], resolution: int, crops: int, resize_ratio: float, seed: int
 ) -> list[Callable[[], Iterator[Work]]]:
-    """What codes.extract does with tar shards: one shard of codes for each. Crop 0 is the centre crop."""
+    """What codes.extract does with tar shards: one shard of codes for each. Crop 0 is the centre crop.
+
+    Args:
+        resize_ratio, seed: of the random crops 1, 2, ...
+    """
 
     def load(raw: dict) -> Tensor:
         image, (name, _) = decode_pair(raw)
-        pictures = [centre_crop(image, resolution)]
+        images = [centre_crop(image, resolution)]
         for k in range(1, crops):
-            pictures.append(random_crop(image, resolution, resize_ratio, sample_generator(seed, k, name, CROP_DRAW)))
-        return torch.stack(pictures)
+            images.append(random_crop(image, resolution, resize_ratio, sample_generator(seed, k, name, CROP_DRAW)))
+        return torch.stack(images)
 
     def part(shard: str) -> Iterator[Work]:
         for raw in read_shards([shard], SkipLog(SKIP_SLOTS)):

@@ -1,23 +1,26 @@
-"""The shapes world: pictures drawn from scenes, captions that are true of them, and exact readers of both.
+"""The shapes world: images of generated scenes, captions that are true of them, and exact readers of both.
 
     world = World.preset("small")
     scene = world.scene(0, "val")                     # unseen scenes of combinations seen in training
     image, text = world.render(scene), world.caption(scene, random.Random(0))
     world.satisfies(world.parse_image(image), world.parse_caption(text))      # True
 
-Everything is drawn from the index it is asked for: the same call gives the same answer on every machine.
+Everything follows from the index that is asked for: the same call gives the same answer on every machine.
 
-Splits are of scenes, and disjoint. `heldout`: a scene with at least one of the world's held-out (colour, shape) pairs,
-no such pair is in any other split, though each colour and each shape is. `val`: every fifth of the rest, by a hash of
-the scene (objects, sizes, cells; not jitter or texture). `train`: the others.
+Splits are disjoint sets of scenes.
+    heldout   scenes with at least one of the world's held-out (colour, shape) pairs. No such pair is in any other
+              split, though each colour and each shape is.
+    val       one scene in five of the rest, by a hash of the scene (objects, sizes, cells; not jitter or texture)
+    train     the others
 
-`small` is made for minutes of CPU. Its shapes are made of 4 px squares and stand in the corners, on a grid of such
-squares, so a code of an 8 x 8 map sees one colour: the codes tell the colours, and how they lie tells the shapes. There
-are many shapes, since a combination never seen can only be told by what is the same in all colours, and with five
-shapes each colour was learnt by itself (docs/biart.md).
-38,720 distinct scenes: 25,176 train, 6,216 val, 7,328 held out (tests/test_data_shapes.py counts them).
-`full` takes longer: 64 px, up to three of 48 kinds of objects in two sizes, anywhere in their quarters of the picture
-in steps of 8 px (a patch of an 8 x 8 map), on a soft texture: 456,384 distinct scenes, each with up to 729 layouts.
+`small` is made for minutes on a CPU. Its shapes are made of 4 px squares on a grid and stand in the corners, so a code
+of an 8 x 8 map sees one colour: the codes give the colours, and their arrangement gives the shapes. There are many
+shapes, because a model can only recognise a combination it has never seen by what all colours have in common; with five
+shapes it learnt each colour by itself (docs/biart.md). There are 38,720 distinct scenes: 25,176 train, 6,216 val and
+7,328 held out (tests/test_data_shapes.py counts them).
+`full` takes longer: 64 px, up to three of 48 kinds of objects in two sizes, anywhere in their quarters of the image in
+steps of 8 px (a patch of an 8 x 8 map), on a soft texture. There are 456,384 distinct scenes, each with up to 729
+layouts.
 """
 
 from __future__ import annotations
@@ -33,11 +36,11 @@ from PIL import Image
 
 from latent_verse.data.shapes_captions import Statement, compare, place_names, read_caption, write_caption
 from latent_verse.data.shapes_drawing import BACKGROUND, PALETTE, Obj, Scene, coverage
-from latent_verse.data.shapes_reader import read_picture
+from latent_verse.data.shapes_reader import read_image
 
 SPLITS = ("train", "val", "heldout")
 VAL_SHARE = 5  # one scene in five
-GAP = 3  # pixels between any two objects, so that they stay two to an encoder and to the reader
+GAP = 3  # pixels between any two objects, so that an encoder and the reader see two of them
 
 
 @dataclass(frozen=True)
@@ -47,18 +50,22 @@ class World:
     name: str
     image_size: int  # pixels per side
     grid: int  # cells per side, 2 or 3; an object stands in a cell
-    counts: tuple[int, ...]  # how often one, two, ... objects are tried, in parts; crowded ones are then drawn anew
+    counts: tuple[int, ...]  # relative frequency of one, two, ... objects; crowded scenes are then sampled again
     shapes: tuple[str, ...]
     colours: tuple[str, ...]
     sizes: dict[str, int] = field(hash=False)  # name -> radius in pixels
     heldout: frozenset[tuple[str, str]]  # (colour, shape) pairs kept out of training
-    jitter: int = 0  # pixels: objects stand anywhere in their cells in steps of so many; 0: at the picture's edge
+    jitter: int = 0  # pixels: objects stand anywhere in their cells in steps of this many; 0: at the image's edge
     texture: float = 0.0  # amplitude of the background's texture, in grey levels of 255
     phrasing: str = "short"  # short, or rich: synonyms and longer forms
 
     @classmethod
     def preset(cls, name: str) -> World:
-        """`small` (32 px, one or two objects) or `full` (64 px, one to three). ValueError for another name."""
+        """`small` (32 px, one or two objects) or `full` (64 px, one to three).
+
+        Raises:
+            ValueError: for another name.
+        """
         if name not in PRESETS:
             raise ValueError(f"There is no shapes world {name!r}; the presets are {', '.join(PRESETS)}.")
         return PRESETS[name]
@@ -96,7 +103,7 @@ class World:
     # ------------------------------------------------------------------------------------------------------- scenes
 
     def key(self, scene: Scene) -> tuple:
-        """What two scenes share when they show the same: kinds and cells of the objects, in whichever order."""
+        """What two scenes share when they show the same: kinds and cells of the objects, in any order."""
         return tuple(sorted((*self.cell(o), o.shape, o.colour, o.size) for o in scene.objects))
 
     def count_scenes(self) -> int:
@@ -111,16 +118,20 @@ class World:
         return "val" if int.from_bytes(digest, "big") % VAL_SHARE == 0 else "train"
 
     def scene(self, index: int | str, split: str = "train") -> Scene:
-        """The scene of an index in a split: the number of objects by `counts`, then cells and attributes evenly."""
+        """The scene of an index in a split: the number of objects by `counts`, then cells and attributes uniformly.
+
+        Raises:
+            ValueError: there is no such split.
+        """
         if split not in SPLITS:
             raise ValueError(f"There is no split {split!r} in the shapes world; the splits are {', '.join(SPLITS)}.")
         rng = random.Random(f"{self.name}/{split}/{index}")
         while True:
-            scene = self._draw(rng)
+            scene = self._sample(rng)
             if self._apart(scene) and self.split_of(scene) == split:
                 return scene
 
-    def _draw(self, rng: random.Random) -> Scene:
+    def _sample(self, rng: random.Random) -> Scene:
         objects = []
         (count,) = rng.choices(range(1, self.max_objects + 1), self.counts)
         for cell in rng.sample(range(self.grid**2), count):
@@ -145,10 +156,10 @@ class World:
                     return False
         return True
 
-    # ----------------------------------------------------------------------------------------- pictures and captions
+    # ------------------------------------------------------------------------------------------ images and captions
 
     def render(self, scene: Scene) -> Image.Image:
-        """The picture of a scene: RGB, `image_size` square, edges anti-aliased."""
+        """The image of a scene: RGB, `image_size` square, edges anti-aliased."""
         image = Image.fromarray(self._background(scene.texture))
         for o in scene.objects:
             cover = coverage(o.shape, self.sizes[o.size])
@@ -169,15 +180,19 @@ class World:
         return write_caption(self, scene, rng)
 
     def parse_image(self, image: Image.Image | np.ndarray) -> Scene:
-        """The scene a picture shows; what is no object of this world has the shape "?". See shapes_reader.py."""
-        return read_picture(self, image)
+        """The scene that an image shows; what is no object of this world has the shape "?". See shapes_reader.py.
+
+        Raises:
+            ValueError: the image is not of the world's size.
+        """
+        return read_image(self, image)
 
     def parse_caption(self, text: str) -> Statement | None:
-        """What a caption states; None where it does not follow the grammar."""
+        """What a caption states; None if it does not follow the grammar."""
         return read_caption(self, text)
 
     def satisfies(self, scene: Scene, statement: Statement | None) -> bool:
-        """Whether all that is stated is true of the scene, and it holds no other object. False for None."""
+        """Whether all that is stated is true of the scene, and the scene has no other object. False for None."""
         return self.compare(scene, statement)["all"]
 
     def compare(self, scene: Scene, statement: Statement | None) -> dict[str, bool]:

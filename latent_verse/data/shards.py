@@ -5,19 +5,19 @@ A sample is the run of members that share a name up to its first dot: one of jpg
 (an integer; the label is -1 without it). Nothing is unpickled. Both datasets yield `(image, label)` as those in
 images.py do.
 
-TrainShards: a slot is one worker of one rank. In each pass a slot takes every slots-th shard of a permutation drawn
-from (seed, epoch, pass), the same on all ranks, so that slots are disjoint (where there are fewer shards than slots,
-each takes all shards in an order of its own), goes on with the next pass when it runs out, and stops after its share
-of the epoch: all ranks make the same number of steps. Samples are shuffled through a buffer, pass by pass, so that
-with even shards none comes twice before all have come once. Everything follows
-from (seed, epoch, slot, position), so a run resumes exactly by skipping positions, which reads but does not decode.
+TrainShards: a slot is one worker of one rank. In each pass the shards are permuted by (seed, epoch, pass), the same on
+all ranks, and each slot takes every slots-th one, so that slots are disjoint. Where there are fewer shards than slots,
+each slot takes all shards in an order of its own. A slot starts the next pass when its shards are used up, and stops
+after its share of the epoch, so all ranks make the same number of steps. Samples are shuffled through a buffer, pass by
+pass: with even shards none comes twice before all have come once. Everything follows from (seed, epoch, slot,
+position), so a run resumes exactly by skipping positions, which reads but does not decode.
 
-EvalShards: every sample exactly once over ranks x workers, with any number of shards. Workers split by shard, ranks by
-position in the worker's stream; so each rank reads all bytes, but decodes only its share, and every rank knows how many
-batches the others make. That price buys equal steps without knowing the sizes of remote shards.
+EvalShards: every sample comes exactly once over ranks x workers, with any number of shards. Workers split by shard,
+ranks by position in the worker's stream. So each rank reads all bytes but decodes only its share, and every rank knows
+how many batches the others make. This is the price of equal steps where the sizes of remote shards are unknown.
 
-A shard that cannot be opened, or gives not one member, is an error that names it. A member that cannot be decoded, or
-the rest of a shard that breaks off, is logged, counted and passed over.
+A shard that cannot be opened, or has no member, is an error that names it. A member that cannot be decoded, and the
+rest of a truncated shard, are logged, counted and skipped.
 """
 
 from __future__ import annotations
@@ -54,20 +54,22 @@ log = logging.getLogger(__name__)
 
 IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")
 TARS = (".tar", ".tgz", ".tar.gz")
-SKIP_SLOTS = 1 << 16  # broken samples are told apart by a hash of their name: a stream has no index
+SKIP_SLOTS = 1 << 16  # unreadable samples are told apart by a hash of their name: a stream has no index
 
 
 # ---------------------------------------------------------------------------------------------- which shards, how many
 
 
 def is_remote(shard: str) -> bool:
+    """Whether a shard is a URL or a pipe, so that nothing is known of it before it is read."""
     return shard.startswith("pipe:") or ("://" in shard and not shard.startswith("file:"))
 
 
 def find_shards(source: str | os.PathLike | Sequence[str], key: str = "train_dir") -> list[str]:
     """The shards that `source` names: a folder of tars, a brace or * pattern, a comma list, a .txt of them, a URL.
 
-    Raises DataError, naming the setting `key` and the first shard missing, unless every local one is a file.
+    Raises:
+        DataError: a local shard is no file; naming the setting `key` and the first one missing.
     """
     shards = _expand(source, key)
     local = [shard for shard in shards if not is_remote(shard)]
@@ -135,7 +137,7 @@ def count_images(shard: str) -> int:
                             yield {"fname": member.name, "data": b"", "__url__": shard}
                         tar.members = []  # else tarfile keeps them all
             except (tarfile.TarError, OSError, EOFError, zlib.error):
-                return  # reading it will say so
+                return  # reading the samples reports it
 
         samples = group_by_keys(headers(), handler=lambda error: True)
         _counts[known] = sum(_image_key(sample) is not None for sample in samples)
@@ -150,7 +152,11 @@ def _image_key(raw: dict) -> str | None:
 
 
 def read_shards(shards: Iterable[str], skipped: SkipLog) -> Iterator[dict]:
-    """Undecoded samples that hold an image: dicts with `__key__`, `__url__` and the bytes of each member."""
+    """Undecoded samples that hold an image: dicts with `__key__`, `__url__` and the bytes of each member.
+
+    Raises:
+        DataError: a shard cannot be opened, or nothing in it can be read.
+    """
     from webdataset.gopen import gopen
     from webdataset.tariterators import group_by_keys, tar_file_expander
 
@@ -160,7 +166,7 @@ def read_shards(shards: Iterable[str], skipped: SkipLog) -> Iterator[dict]:
 
         def note(error: Exception, errors: list = errors) -> bool:
             errors.append(error)
-            return True  # webdataset: carry on
+            return True  # tells webdataset to continue
 
         try:
             stream = gopen(shard)
@@ -175,7 +181,7 @@ def read_shards(shards: Iterable[str], skipped: SkipLog) -> Iterator[dict]:
         finally:
             try:
                 stream.close()
-            except OSError as error:  # a pipe's exit status. That we closed it first (SIGPIPE, curl's 23) is no error
+            except OSError as error:  # a pipe's exit status; SIGPIPE and curl's 23 only say that we closed it first
                 if getattr(stream, "status", None) not in (-13, 141, 23):
                     errors.append(error)
         if errors and not seen:
@@ -211,10 +217,13 @@ def _worker() -> tuple[int, int]:
 
 
 class TrainShards(IterableDataset):
-    """Shuffled training samples: each rank yields `steps` x `batch_size` of them per epoch, split over its workers.
+    """Shuffled training samples: each rank gives `steps` x `batch_size` of them an epoch, split over its workers.
 
-    To be batched by a DataLoader of this batch size. `start_at(epoch, batch)` says what the next iteration begins with;
+    A DataLoader of the same batch size must batch them. `start_at(epoch, batch)` says where the next iteration begins;
     it reaches persistent workers through shared memory. The order depends on ranks x workers (`slots`).
+
+    Raises:
+        DataError: while iterating, a shard or too many samples in a row cannot be read.
     """
 
     decode = staticmethod(decode_image)  # pairs.py reads captions in place of labels
@@ -240,12 +249,13 @@ class TrainShards(IterableDataset):
         self._start = torch.zeros(2, dtype=torch.int64).share_memory_()  # epoch, batch
 
     def start_at(self, epoch: int, batch: int) -> None:
+        """Say where the next iteration begins."""
         self._start[0], self._start[1] = epoch, batch
 
     def __iter__(self) -> Iterator[Sample]:
         worker, workers = _worker()
         epoch, first = self._start.tolist()
-        # The loader asks its worker 0 first, so after a resume at batch `first` worker 0 has to play the part of the
+        # The loader asks its worker 0 first. After a resume at batch `first`, worker 0 therefore takes the part of the
         # worker whose turn that batch was. Part p makes the batches p, p + workers, p + 2 workers, ...
         part = (worker + first) % workers
         done = len(range(part, first, workers)) * self.batch_size
@@ -262,10 +272,10 @@ class TrainShards(IterableDataset):
             yield (image if self.as_uint8 else to_unit_range(image)), label
 
     def _readable(self, raws: Iterator[dict], ahead: deque[dict]) -> tuple:
-        """The next sample, or for an unreadable one the next readable after it.
+        """The next sample, or for an unreadable one the next readable one after it.
 
-        That one stays in line for its own turn, so that what stands at a position does not depend on how many samples
-        before it were unreadable, and a resumed run can count positions without decoding.
+        The latter also keeps its own turn. So what is at a position does not depend on how many samples before it were
+        unreadable, and a resumed run can count positions without decoding.
         """
         remedies: Counter = Counter()
         for step in range(MAX_SKIPS):
@@ -304,8 +314,9 @@ class TrainShards(IterableDataset):
 
 
 class EvalShards(IterableDataset):
-    """Each sample once over ranks x workers, in shard order; None for an unreadable one, and where a rank needs an
-    empty batch to make as many steps as the others. To be batched by a DataLoader of the same `batch_size`.
+    """Each sample once over ranks x workers, in shard order. A DataLoader of the same `batch_size` must batch them.
+
+    None stands for an unreadable sample, and for the empty batch that a rank needs to make as many steps as the others.
     """
 
     decode = staticmethod(decode_image)
@@ -329,7 +340,7 @@ class EvalShards(IterableDataset):
         return math.ceil(math.ceil(samples / self.world) / self.batch_size)
 
     def steps(self, workers: int) -> int | None:
-        """Batches in all, an upper bound where shards are damaged; None with remote shards, whose size is unknown."""
+        """All batches, an upper bound where shards are damaged; None with remote shards, whose size is unknown."""
         if any(map(is_remote, self.shards)):
             return None
         workers = max(1, workers)
