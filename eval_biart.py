@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import sys
 
-from latent_verse.cli import errors_to_exit_code, parse, quick_imports, to_yaml
-from latent_verse.config_eval import EvalBiARTConfig, check_eval_biart
+from latent_verse.config.cli import errors_to_exit_code, parse, quick_imports, to_yaml
+from latent_verse.config.evaluate import EvalBiARTConfig, check_eval_biart
 
 
 def main(argv: list[str] | None = None) -> int:

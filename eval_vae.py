@@ -7,8 +7,8 @@ import json
 import math
 import sys
 
-from latent_verse.cli import errors_to_exit_code, parse, quick_imports, to_yaml
 from latent_verse.config import EvalVAEConfig, check_eval_vae
+from latent_verse.config.cli import errors_to_exit_code, parse, quick_imports, to_yaml
 
 
 def main(argv: list[str] | None = None) -> int:

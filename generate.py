@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import sys
 
-from latent_verse.cli import errors_to_exit_code, parse, quick_imports
-from latent_verse.config_generate import GenerateConfig, check_generate
+from latent_verse.config.cli import errors_to_exit_code, parse, quick_imports
+from latent_verse.config.generate import GenerateConfig, check_generate
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import sys
 
-from latent_verse.cli import errors_to_exit_code, parse, quick_imports, to_yaml
-from latent_verse.config_biart import TrainBiARTConfig, check_train_biart, without_effect
+from latent_verse.config.cli import errors_to_exit_code, parse, quick_imports, to_yaml
+from latent_verse.config.train import TrainBiARTConfig, check_train_biart, idle_flags_biart
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -65,7 +65,7 @@ def run(config: TrainBiARTConfig, given: dict[str, str]) -> int:
         trainer = make_trainer(t, run, config, to_yaml(config), data.has_val)
         folder = next(c for c in trainer.callbacks if isinstance(c, RunFolder))
         trainer.callbacks.insert(1, TextImageSamples(folder, config.sampling, tokenizer))
-        announce(t, run, start_from, without_effect(config, given))
+        announce(t, run, start_from, idle_flags_biart(config, given))
         say(biart_run.summary(config, model, tokenizer))
         if fit(trainer, t, run, LitBiART(model, vae, config, about), data, start_from) and trainer.is_global_zero:
             file = biart_run.export_bundle(run.folder, run.folder / "bundle", vae=vae)

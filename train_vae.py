@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import sys
 
-from latent_verse.cli import errors_to_exit_code, parse, quick_imports, to_yaml
-from latent_verse.config import TrainVAEConfig, as_plain, check_train_vae, without_effect
+from latent_verse.config.cli import errors_to_exit_code, parse, quick_imports, to_yaml
+from latent_verse.config.settings import as_plain
+from latent_verse.config.train import TrainVAEConfig, check_train_vae, idle_flags_vae
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -40,7 +41,7 @@ def run(config: TrainVAEConfig, given: dict[str, str]) -> int:
         data = ImageDataModule(config.data, model.config.resolution, t.seed)
         data.setup("fit")
         trainer = make_trainer(t, run, config, to_yaml(config), data.has_val)
-        announce(t, run, start_from, without_effect(config, given))
+        announce(t, run, start_from, idle_flags_vae(config, given))
         if not start_from:
             base, size, processes = config.optim.learning_rate, config.data.batch_size, trainer.world_size
             say(f"Learning rate: {base:g} x {processes} processes x batch {size} = {base * processes * size:g}")

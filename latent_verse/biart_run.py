@@ -18,7 +18,7 @@ from latent_verse.checkpoint import (
     read_ckpt,
 )
 from latent_verse.config import AugVAEConfig, BiARTConfig, ConfigError
-from latent_verse.config_biart import TrainBiARTConfig
+from latent_verse.config.train import TrainBiARTConfig
 from latent_verse.data.codes import TOKENIZER, check_codes, extract, work_of
 from latent_verse.data.pair_module import PairDataModule
 from latent_verse.data.pairs import all_captions, open_pairs, source_of, work_of_shards

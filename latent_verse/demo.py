@@ -27,9 +27,9 @@ from pathlib import Path
 from typing import Any, Optional
 
 from latent_verse import demo_page
-from latent_verse.cli import errors_to_exit_code, parse
 from latent_verse.config import ConfigError, TrainVAEConfig, setting
-from latent_verse.config_biart import TrainBiARTConfig
+from latent_verse.config.cli import errors_to_exit_code, parse
+from latent_verse.config.train import TrainBiARTConfig
 from latent_verse.data.shapes import PRESETS, World
 from latent_verse.runs import write_whole
 

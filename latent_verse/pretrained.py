@@ -12,7 +12,7 @@ from latent_verse.biart.model import PRESETS, BiART
 from latent_verse.bundle import find_bundle, load_bundle
 from latent_verse.checkpoint import CheckpointError, fill, find_checkpoint, load_augvae, read_ckpt
 from latent_verse.config import BiARTConfig, ConfigError
-from latent_verse.config_biart import TrainBiARTConfig
+from latent_verse.config.train import TrainBiARTConfig
 from latent_verse.text import Tokenizer, TokenizerError, unpack_tokenizer
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 import train_vae
-from latent_verse.cli import parse, to_yaml
 from latent_verse.config import (
     FAKE_LIMITS,
     AugVAEConfig,
@@ -23,8 +22,9 @@ from latent_verse.config import (
     check_eval_vae,
     check_train_vae,
     check_trainer,
-    without_effect,
+    idle_flags_vae,
 )
+from latent_verse.config.cli import parse, to_yaml
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted(p for p in (ROOT / "configs").glob("*.yaml") if p.name.startswith(("imagenet_augvae", "tiny_augvae")))
@@ -377,18 +377,18 @@ def test_values_that_could_never_work(argv, message):
         train(*argv.split())
 
 
-def test_flags_without_effect_are_named():
+def test_flags_idle_flags_vae_are_named():
     config, given = parse(
         TrainVAEConfig, ["--fake_data", "--backup_steps", "5", "--p_loss_weight", "2", "--strategy", "ddp"], ""
     )
     check_train_vae(config, given)
-    named = without_effect(config, given)
+    named = idle_flags_vae(config, given)
     assert [line.split(":")[0] for line in named] == ["backup_steps", "p_loss_weight", "strategy"]
     config, given = parse(
         TrainVAEConfig, ["--fake_data", "--backup", "--backup_steps", "5", "--loss_type", "lpips_l1"], ""
     )
     check_train_vae(config, given)
-    assert without_effect(config, given) == []
+    assert idle_flags_vae(config, given) == []
 
 
 def test_percentage_survives_the_saved_file(tmp_path):

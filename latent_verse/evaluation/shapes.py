@@ -19,8 +19,8 @@ from typing import Any, Optional
 
 from PIL import Image
 
-from latent_verse.cli import errors_to_exit_code, parse
 from latent_verse.config import ConfigError, setting
+from latent_verse.config.cli import errors_to_exit_code, parse
 from latent_verse.data import DataError
 from latent_verse.data.shapes import PRESETS, SPLITS, Scene, ShapesDataset, World
 from latent_verse.evaluation.intervals import wilson

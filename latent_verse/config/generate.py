@@ -1,0 +1,99 @@
+"""Every setting of generate.py, and the rules across them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Optional, Tuple  # OmegaConf reads these annotations at run time
+
+from latent_verse.config.settings import ConfigError, setting
+
+TASKS = ("complete", "score", "image", "text")  # `complete` takes texts as well, so it is looked for first
+
+
+@dataclass
+class WhatConfig:
+    """The model, and one of four things to do: text, image, score or complete."""
+
+    model: Optional[str] = setting(None, "bundle: a folder that training exported, or a hub id")
+    text: Tuple[str, ...] = setting((), "draw pictures for these texts, each one argument")
+    text_file: Optional[str] = setting(None, "draw pictures for the texts of this file, one a line")
+    image: Tuple[str, ...] = setting((), "write captions for these pictures: files or folders")
+    score: Tuple[str, ...] = setting((), "how well do they fit: a picture or folder, then one or more texts")
+    complete: Optional[str] = setting(None, "keep the top of this picture (or of each in a folder) and draw the rest")
+    rows: Optional[int] = setting(None, "rows of codes that complete keeps")
+
+
+@dataclass
+class DrawConfig:
+    """How pictures and captions are drawn."""
+
+    num: int = setting(1, "pictures for each text, or captions for each picture")
+    temperature: Optional[float] = setting(None, "0 takes the likeliest token; default 1 for pictures, 0 for captions")
+    top_k: Optional[int] = setting(None, "draw among the k likeliest tokens")
+    top_p: Optional[float] = setting(None, "draw among the likeliest tokens that make up this probability")
+    guidance: float = setting(1.0, "classifier-free guidance: above 1 follows text or picture more closely")
+    seed: Optional[int] = setting(None, "the same seed draws the same; default one at random, which is recorded")
+    rerank: int = setting(0, "draw so many for each picture and keep the one whose text the model finds likeliest")
+    beams: int = setting(1, "search for the likeliest caption with so many beams")
+    text_too_long: str = setting("truncate", "texts of too many tokens are cut, or an error", ("truncate", "error"))
+
+
+@dataclass
+class WriteConfig:
+    """Where results go, and which machine makes them."""
+
+    out: Optional[str] = setting(
+        None, "folder for the results, new or empty; default the next free of generated, ...-2"
+    )
+    overwrite: bool = setting(False, "write into a folder that holds files; those of the same name are replaced")
+    gpus: int = setting(1, "0 is the CPU, 1 the GPU, or the CPU where there is none")
+
+
+@dataclass
+class GenerateConfig:
+    """Everything generate.py can be told."""
+
+    what: WhatConfig = field(default_factory=WhatConfig)
+    draw: DrawConfig = field(default_factory=DrawConfig)
+    write: WriteConfig = field(default_factory=WriteConfig)
+
+
+_PICTURES = {"num", "temperature", "top_k", "top_p", "guidance", "seed", "rerank", "text_too_long", "out", "overwrite"}
+# flags that change what a task does; of any other it is said that it has no effect
+USED = {
+    "text": {"text", "text_file"} | _PICTURES,
+    "complete": {"complete", "rows", "text", "text_file"} | _PICTURES,
+    "image": {"image", "beams"} | _PICTURES - {"rerank", "text_too_long"},
+    "score": {"score", "text_too_long"},
+}
+
+
+def check_generate(config: GenerateConfig, given: Mapping[str, str]) -> str:
+    """Which task is asked for. `given` says where each setting came from, as `cli.parse` returns it.
+
+    Raises:
+        ConfigError: no model, no task or several, or flags that the task does not use.
+    """
+    what = config.what
+    if not what.model:
+        raise ConfigError("model is not given: name the folder of a bundle, as train_biart.py writes one.")
+    asked = [t for t in TASKS if getattr(what, t) or (t == "text" and what.text_file)]
+    if not asked:
+        raise ConfigError("Nothing to do: give --text, --text_file, --image, --score or --complete.")
+    if len(asked) > 1 and asked != ["complete", "text"]:
+        raise ConfigError(f"{' and '.join('--' + t for t in asked)} are different tasks: give one of them.")
+    task = asked[0]
+    unused = [f"--{leaf}" for leaf, source in given.items() if source.startswith("--") and leaf not in USED[task]]
+    unused = [flag for flag in unused if flag not in ("--model", "--gpus")]
+    if unused:
+        raise ConfigError(f"{', '.join(unused)}: no effect with --{task}. Leave out.")
+    if what.text and what.text_file:
+        raise ConfigError("text and text_file are both given: put all texts into the file, or give them as --text.")
+    if task == "score" and len(what.score) < 2:
+        raise ConfigError('score needs a picture and a text: --score picture.png "a red circle".')
+    if task == "complete" and what.rows is None:
+        raise ConfigError("complete needs rows: how many rows of codes to keep, from the top.")
+    if config.write.gpus not in (0, 1):
+        raise ConfigError(f"gpus is {config.write.gpus}; generate.py uses one GPU (1) or the CPU (0).")
+    return task
