@@ -88,7 +88,10 @@ def test_lightning_appears_only_in_its_rooms():
 
 
 def test_only_the_command_line_knows_argparse_and_yaml():
-    knows = {"latent_verse/config/cli.py": {"argparse", "omegaconf", "yaml"}, "latent_verse/checkpoint.py": {"argparse"}}
+    knows = {
+        "latent_verse/config/cli.py": {"argparse", "omegaconf", "yaml"},
+        "latent_verse/checkpoint.py": {"argparse"},
+    }
     parsers = {"argparse", "omegaconf", "yaml", "click", "typer", "optparse", "hydra"}
     assert_none({name(p): (roots(p) & parsers) - knows.get(name(p), set()) for p in [*LIBRARY, *SCRIPTS]})
 

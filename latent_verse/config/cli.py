@@ -10,15 +10,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import difflib
 import gc
-import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-from latent_verse.config.settings import ConfigError, as_plain
+from latent_verse.config.settings import ConfigError, as_plain, check_value, closest
 
 Config = TypeVar("Config")
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
@@ -151,16 +149,22 @@ def build(cls: type[Config], given: dict[str, tuple[Any, str]]) -> Config:
     for section, f, hint in leaves(cls):
         if f.name in given:
             value, source = given[f.name]
-            arguments[section][f.name] = convert(f.name, value, hint, f.metadata["choices"], source)
+            arguments[section][f.name] = convert(f, value, hint, source)
     return cls(**{section: get_type_hints(cls)[section](**values) for section, values in arguments.items()})
 
 
-def convert(name: str, value: Any, hint: Any, choices: tuple | None, source: str) -> Any:
-    """One value from YAML or a flag as its annotated type, by OmegaConf's rules.
+def convert(f: dataclasses.Field, value: Any, hint: Any, source: str) -> Any:
+    """One value from YAML or a flag as its annotated type, by OmegaConf's rules, and in the setting's range.
 
     Raises:
-        ConfigError: naming the setting, the value, the type expected and where it was given.
+        ConfigError: naming the setting, the value, what was expected and where it was given.
     """
+    converted = _typed(f.name, value, hint, source)
+    check_value(f, converted, f" (from {source})")
+    return converted
+
+
+def _typed(name: str, value: Any, hint: Any, source: str) -> Any:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -181,20 +185,11 @@ def convert(name: str, value: Any, hint: Any, choices: tuple | None, source: str
         converted = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(field_type), {"leaf": value}))["leaf"]
     except OmegaConfBaseException as error:
         raise ConfigError(f"{name}: {value!r} (from {source}) is not {_type_name(hint)}.") from error
-    if choices and converted is not None and converted not in choices:
+    if _is_sequence(hint) and Ellipsis not in _inner(hint).__args__ and len(converted) != len(_inner(hint).__args__):
         raise ConfigError(
-            f"{name}: {value!r} (from {source}) is not one of {', '.join(choices)}{closest(str(value), choices)}"
+            f"{name}: {converted} (from {source}) has {len(converted)} items, not {len(_inner(hint).__args__)}."
         )
-    numbers = converted if isinstance(converted, (list, tuple)) else [converted]
-    if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
-        raise ConfigError(f"{name}: {value!r} (from {source}) is not a finite number.")
     return tuple(converted) if isinstance(converted, list) else converted
-
-
-def closest(name: str, valid: list[str] | tuple[str, ...], prefix: str = "") -> str:
-    """'. Did you mean X?' for the nearest valid names, or a plain full stop."""
-    near = difflib.get_close_matches(name, valid, n=2, cutoff=0.6)
-    return f". Did you mean {' or '.join(prefix + n for n in dict.fromkeys(near))}?" if near else ". See --help."
 
 
 def to_yaml(config: Any) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Optional, Tuple  # OmegaConf reads these annotations at run time
 
-from latent_verse.config.settings import ConfigError, setting
+from latent_verse.config.settings import ConfigError, Settings, setting
 
 TASKS = ("likelihood", "generation", "captions", "retrieval", "zero_shot", "round_trip", "shapes")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -29,7 +29,7 @@ DATASETS = ("pairs", "coco", "karpathy", "table", "shapes", "fake")
 
 
 @dataclass
-class JudgedConfig:
+class JudgedConfig(Settings):
     """What is judged: a model, another system's outputs, or two runs of this command side by side."""
 
     model: Optional[str] = setting(None, "bundle: a folder that train_biart.py wrote, or a hub id")
@@ -42,7 +42,7 @@ class JudgedConfig:
 
 
 @dataclass
-class EvalDataConfig:
+class EvalDataConfig(Settings):
     """Pictures with captions that were kept out of training."""
 
     dataset: Optional[str] = setting(
@@ -57,60 +57,80 @@ class EvalDataConfig:
     split: str = setting(
         "val", "of shapes: unseen scenes, or pairs of colour and shape kept out of training", ("val", "heldout")
     )
-    test_size: Optional[int] = setting(None, "pairs of shapes (default 256) or fake (32)")
+    test_size: Optional[int] = setting(None, "pairs of shapes (default 256) or fake (32)", at_least=1)
 
 
 @dataclass
-class GenerationConfig:
+class GenerationConfig(Settings):
     """Text to image: the draw of captions, drawing, and what the pictures are compared with."""
 
-    eval_captions: int = setting(30000, "captions to draw pictures for, by the fixed draw; at most those there are")
-    candidates: int = setting(1, "pictures drawn for each caption; more are also re-ranked, by the model and by CLIP")
+    eval_captions: int = setting(
+        30000, "captions to draw pictures for, by the fixed draw; at most those there are", at_least=1
+    )
+    candidates: int = setting(
+        1, "pictures drawn for each caption; more are also re-ranked, by the model and by CLIP", at_least=1
+    )
     temperature: float = setting(1.0, "temperature of pictures; 0 takes the likeliest codes")
     top_k: Optional[int] = setting(None, "draw among the k likeliest codes")
     top_p: Optional[float] = setting(None, "draw among the likeliest codes that make up this probability")
     guidance: float = setting(1.0, "classifier-free guidance: above 1 follows the text more closely")
-    blur_radii: Tuple[int, ...] = setting((0, 1, 2, 4, 8), "radii k of FID-k; both sides are blurred")
-    fid_resolution: Optional[int] = setting(None, "pixels a side of both sides of FID; default the model's, else 256")
+    blur_radii: Tuple[int, ...] = setting((0, 1, 2, 4, 8), "radii k of FID-k; both sides are blurred", at_least=0)
+    fid_resolution: Optional[int] = setting(
+        None, "pixels a side of both sides of FID; default the model's, else 256", at_least=1
+    )
     reference: str = setting("all", "FID's other side: all pictures of the data, or the draw's", ("all", "drawn"))
     reference_stats: Optional[str] = setting(
         None, "file of FID's other side: read where it is there, else written; default in the run folder"
     )
-    prc_pictures: int = setting(10000, "most pictures of each side that precision and recall compare")
-    prc_neighbours: int = setting(3, "neighbours that precision and recall measure the manifold by")
-    is_splits: int = setting(10, "parts of Inception Score's mean and deviation")
+    prc_pictures: int = setting(10000, "most pictures of each side that precision and recall compare", at_least=2)
+    prc_neighbours: int = setting(3, "neighbours that precision and recall measure the manifold by", at_least=1)
+    is_splits: int = setting(10, "parts of Inception Score's mean and deviation", at_least=1)
 
 
 @dataclass
-class CaptionConfig:
+class CaptionConfig(Settings):
     """Image to text."""
 
-    caption_pictures: Optional[int] = setting(None, "write captions for so many pictures, the first; default all")
-    beams: int = setting(1, "search for the likeliest caption with so many beams; 1 is greedy")
+    caption_pictures: Optional[int] = setting(
+        None, "write captions for so many pictures, the first; default all", at_least=1
+    )
+    beams: int = setting(1, "search for the likeliest caption with so many beams; 1 is greedy", at_least=1)
     java: bool = setting(True, "use Java where there is one: the field's tokenizer, METEOR and SPICE need it")
 
 
 @dataclass
-class LikelihoodConfig:
+class LikelihoodConfig(Settings):
     """What is asked of log p(text | image) and log p(image | text)."""
 
-    likelihood_pairs: int = setting(1000, "pairs of the fixed draw whose held-out likelihood is measured")
-    retrieval_pictures: int = setting(100, "pictures in the pool of retrieval; every one is scored with every caption")
-    retrieval_captions: int = setting(1, "captions of each picture in the pool; the Karpathy protocol has 5")
-    length_power: float = setting(0.0, "divide log p(text | image) by tokens to this power: 0 is the sum, 1 the mean")
-    prior_weight: float = setting(0.0, "subtract so much of the candidate's own log p: 1 ranks by mutual information")
+    likelihood_pairs: int = setting(1000, "pairs of the fixed draw whose held-out likelihood is measured", at_least=1)
+    retrieval_pictures: int = setting(
+        100, "pictures in the pool of retrieval; every one is scored with every caption", at_least=2
+    )
+    retrieval_captions: int = setting(
+        1, "captions of each picture in the pool; the Karpathy protocol has 5", at_least=1
+    )
+    length_power: float = setting(
+        0.0, "divide log p(text | image) by tokens to this power: 0 is the sum, 1 the mean", at_least=0
+    )
+    prior_weight: float = setting(
+        0.0, "subtract so much of the candidate's own log p: 1 ranks by mutual information", at_least=0
+    )
     prior: str = setting(
         "null", "that log p: of the model without a reference, or its mean over the pool's references", ("null", "pool")
     )
     classes_dir: Optional[str] = setting(None, "zero-shot classification: a folder of class folders of pictures")
     class_names: Optional[str] = setting(None, "file with `folder<TAB>name` a line; default the folders' own names")
     class_prompt: str = setting("a photo of a {}", "what is scored for a class; {} is its name")
-    class_pictures: Optional[int] = setting(None, "most pictures to classify, by the fixed draw; default all")
-    round_trip_pairs: int = setting(100, "pairs of the fixed draw that go there and back, in both directions")
+    class_pictures: Optional[int] = setting(
+        None, "most pictures to classify, by the fixed draw; default all", at_least=1
+    )
+    round_trip_pairs: int = setting(
+        100, "pairs of the fixed draw that go there and back, in both directions", at_least=2
+    )
 
 
 @dataclass
-class NetworksConfig:
+class NetworksConfig(Settings):
     """Networks of the metrics. One that is absent is named with its file and place; the other figures are given."""
 
     clip_model: str = setting("ViT-B-32", "open_clip's architecture for CLIP scores")
@@ -119,22 +139,24 @@ class NetworksConfig:
 
 
 @dataclass
-class EvalWriteConfig:
+class EvalWriteConfig(Settings):
     """Where results go, and which machine computes."""
 
     name: Optional[str] = setting(
         None, "name of the run's folder in log_dir; default eval-<what is judged>-<tasks given>"
     )
     log_dir: str = setting("results", "folder that holds the run folders")
-    seed: int = setting(0, "seed of the draws of captions and of pictures")
-    gpus: int = setting(1, "processes that share the work, a GPU each; 0 is the CPU")
+    seed: int = setting(0, "seed of the draws of captions and of pictures", at_least=0)
+    gpus: int = setting(1, "processes that share the work, a GPU each; 0 is the CPU", at_least=0)
     accelerator: str = setting("auto", "auto, or cpu: gpus is then the number of processes on it", ("auto", "cpu"))
     dtype: str = setting(
         "float32", "BiART's precision; lower ones draw faster, and are named with every figure", DTYPES
     )
-    num_workers: Optional[int] = setting(None, "threads that read and blur pictures; default what the machine has")
-    batch_size: int = setting(64, "captions drawn for, and pictures judged, at a time")
-    page_cases: int = setting(8, "pictures and captions shown on the page as best, as median and as worst")
+    num_workers: Optional[int] = setting(
+        None, "threads that read and blur pictures; default what the machine has", at_least=1
+    )
+    batch_size: int = setting(64, "captions drawn for, and pictures judged, at a time", at_least=1)
+    page_cases: int = setting(8, "pictures and captions shown on the page as best, as median and as worst", at_least=0)
 
 
 @dataclass
@@ -173,7 +195,7 @@ def check_eval_biart(config: EvalBiARTConfig, given: Mapping[str, str]) -> tuple
             "two finished runs to --compare."
         )
     _check_data(config.data)
-    _check_numbers(config)
+    _check_likelihood(config)
     tasks = _tasks(config)
     _check_effects(config, tasks)
     return tasks
@@ -246,8 +268,6 @@ def _check_data(d: EvalDataConfig) -> None:
     made = d.dataset in ("fake", "shapes")
     if d.test_size is not None and not made:
         raise ConfigError(f"test_size has no effect with dataset {d.dataset}: all its pairs are used.")
-    if d.test_size is not None and d.test_size < 1:
-        raise ConfigError(f"test_size is {d.test_size}; it must be at least 1.")
     if made and (d.test_dir or d.test_captions):
         raise ConfigError(f"test_dir and test_captions have no effect with dataset {d.dataset}, which is made up.")
     if made:
@@ -262,24 +282,12 @@ def _check_data(d: EvalDataConfig) -> None:
         raise ConfigError("test_captions has no effect with dataset pairs: choose coco, karpathy or table.")
 
 
-def _check_numbers(config: EvalBiARTConfig) -> None:
-    at_least = {
-        0: "seed gpus temperature guidance length_power prior_weight page_cases",
-        1: "eval_captions candidates fid_resolution prc_neighbours is_splits caption_pictures beams likelihood_pairs "
-        "retrieval_captions class_pictures batch_size num_workers",
-        2: "prc_pictures retrieval_pictures round_trip_pairs",
-    }
-    sections = (config.generation, config.captions, config.likelihood, config.write)
-    for least, names in at_least.items():
-        for name in names.split():
-            (value,) = (getattr(s, name) for s in sections if hasattr(s, name))
-            if value is not None and value < least:
-                raise ConfigError(f"{name} is {value}; it must be at least {least}.")
+def _check_likelihood(config: EvalBiARTConfig) -> None:
     g = config.generation
     if g.temperature == 0 and (g.candidates > 1 or g.top_k or g.top_p):
         raise ConfigError("temperature 0 is greedy: candidates, top_k and top_p have no effect. Raise temperature.")
-    if not g.blur_radii or min(g.blur_radii) < 0 or len(set(g.blur_radii)) < len(g.blur_radii):
-        raise ConfigError(f"blur_radii is {list(g.blur_radii)}; give different radii, 0 (no blur) or above.")
+    if not g.blur_radii or len(set(g.blur_radii)) < len(g.blur_radii):
+        raise ConfigError(f"blur_radii is {list(g.blur_radii)}; give one or more different radii.")
     if "{}" not in config.likelihood.class_prompt:
         raise ConfigError(f"class_prompt is {config.likelihood.class_prompt!r}; it needs {{}} where the name goes.")
     if config.likelihood.class_names and not config.likelihood.classes_dir:

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Optional, Tuple  # OmegaConf reads these annotations at run time
 
-from latent_verse.config.settings import ConfigError, setting
+from latent_verse.config.settings import ConfigError, Settings, setting
 
 TASKS = ("complete", "score", "image", "text")  # `complete` takes texts as well, so it is looked for first
 
 
 @dataclass
-class WhatConfig:
+class WhatConfig(Settings):
     """The model, and one of four things to do: text, image, score or complete."""
 
     model: Optional[str] = setting(None, "bundle: a folder that training exported, or a hub id")
@@ -21,33 +21,37 @@ class WhatConfig:
     image: Tuple[str, ...] = setting((), "write captions for these pictures: files or folders")
     score: Tuple[str, ...] = setting((), "how well do they fit: a picture or folder, then one or more texts")
     complete: Optional[str] = setting(None, "keep the top of this picture (or of each in a folder) and draw the rest")
-    rows: Optional[int] = setting(None, "rows of codes that complete keeps")
+    rows: Optional[int] = setting(None, "rows of codes that complete keeps", at_least=1)
 
 
 @dataclass
-class DrawConfig:
+class DrawConfig(Settings):
     """How pictures and captions are drawn."""
 
-    num: int = setting(1, "pictures for each text, or captions for each picture")
+    num: int = setting(1, "pictures for each text, or captions for each picture", at_least=1)
     temperature: Optional[float] = setting(None, "0 takes the likeliest token; default 1 for pictures, 0 for captions")
     top_k: Optional[int] = setting(None, "draw among the k likeliest tokens")
     top_p: Optional[float] = setting(None, "draw among the likeliest tokens that make up this probability")
     guidance: float = setting(1.0, "classifier-free guidance: above 1 follows text or picture more closely")
-    seed: Optional[int] = setting(None, "the same seed draws the same; default one at random, which is recorded")
-    rerank: int = setting(0, "draw so many for each picture and keep the one whose text the model finds likeliest")
-    beams: int = setting(1, "search for the likeliest caption with so many beams")
+    seed: Optional[int] = setting(
+        None, "the same seed draws the same; default one at random, which is recorded", at_least=0
+    )
+    rerank: int = setting(
+        0, "draw so many for each picture and keep the one whose text the model finds likeliest", at_least=0
+    )
+    beams: int = setting(1, "search for the likeliest caption with so many beams", at_least=1)
     text_too_long: str = setting("truncate", "texts of too many tokens are cut, or an error", ("truncate", "error"))
 
 
 @dataclass
-class WriteConfig:
+class WriteConfig(Settings):
     """Where results go, and which machine makes them."""
 
     out: Optional[str] = setting(
         None, "folder for the results, new or empty; default the next free of generated, ...-2"
     )
     overwrite: bool = setting(False, "write into a folder that holds files; those of the same name are replaced")
-    gpus: int = setting(1, "0 is the CPU, 1 the GPU, or the CPU where there is none")
+    gpus: int = setting(1, "0 is the CPU, 1 the GPU, or the CPU where there is none", at_least=0, at_most=1)
 
 
 @dataclass
@@ -94,6 +98,4 @@ def check_generate(config: GenerateConfig, given: Mapping[str, str]) -> str:
         raise ConfigError('score needs a picture and a text: --score picture.png "a red circle".')
     if task == "complete" and what.rows is None:
         raise ConfigError("complete needs rows: how many rows of codes to keep, from the top.")
-    if config.write.gpus not in (0, 1):
-        raise ConfigError(f"gpus is {config.write.gpus}; generate.py uses one GPU (1) or the CPU (0).")
     return task

@@ -6,21 +6,23 @@ import itertools
 from dataclasses import dataclass
 from typing import Optional, Tuple  # OmegaConf reads these annotations at run time
 
-from latent_verse.config.settings import ConfigError, setting
+from latent_verse.config.settings import ConfigError, Settings, setting
 
 # ------------------------------------------------------------------------------------------------------------ AugVAE
 
 
 @dataclass(frozen=True)
-class AugVAEConfig:
+class AugVAEConfig(Settings):
     """Shape of AugVAE, multi-level (-ML) or, with `single_level`, its one-level fine-tune (-SL); paper section 3.1."""
 
-    in_channels: int = setting(3, "channels of the input picture")
-    out_channels: int = setting(3, "channels of the reconstruction")
-    hidden_dim: int = setting(128, "width of the first convolution; a multiple of 32 with norm group")
-    ch_mult: Tuple[int, ...] = setting((1, 2, 4), "width multipliers of the outer encoder and decoder, one a stage")
-    num_res_blocks: int = setting(2, "residual blocks a stage")
-    resolution: int = setting(256, "side of the picture in pixels")
+    in_channels: int = setting(3, "channels of the input picture", at_least=1)
+    out_channels: int = setting(3, "channels of the reconstruction", at_least=1)
+    hidden_dim: int = setting(128, "width of the first convolution; a multiple of 32 with norm group", at_least=1)
+    ch_mult: Tuple[int, ...] = setting(
+        (1, 2, 4), "width multipliers of the outer encoder and decoder, one a stage", at_least=1
+    )
+    num_res_blocks: int = setting(2, "residual blocks a stage", at_least=1)
+    resolution: int = setting(256, "side of the picture in pixels", at_least=1)
     attn_resolutions: Tuple[int, ...] = setting((64, 32, 16, 8), "sides of the code grids (levels), largest first")
     norm: str = setting(
         "group",
@@ -28,24 +30,34 @@ class AugVAEConfig:
         ("group", "pixel"),
     )
     use_attn: bool = setting(False, "self-attention at the levels and in the middle of each network")
-    dropout: float = setting(0.0, "dropout in the residual blocks", training_only=True)
+    dropout: float = setting(0.0, "dropout in the residual blocks", training_only=True, at_least=0, at_most=1)
     double_z: bool = setting(False, "original's flag for KL models; only false can work with a codebook")
-    z_channels: int = setting(256, "channels of the feature maps between the networks")
-    codebook_dim: int = setting(256, "length of a code vector")
-    num_tokens: int = setting(8192, "codes in the codebook")
-    quant_beta: float = setting(0.25, "weight of the commitment loss", training_only=True)
-    quant_ema_decay: float = setting(0.99, "decay of the codebook's moving averages", training_only=True)
-    quant_ema_eps: float = setting(1e-5, "Laplace smoothing of the cluster sizes", training_only=True)
+    z_channels: int = setting(256, "channels of the feature maps between the networks", at_least=1)
+    codebook_dim: int = setting(256, "length of a code vector", at_least=1)
+    num_tokens: int = setting(8192, "codes in the codebook", at_least=1)
+    quant_beta: float = setting(0.25, "weight of the commitment loss", training_only=True, at_least=0)
+    quant_ema_decay: float = setting(
+        0.99, "decay of the codebook's moving averages", training_only=True, at_least=0, at_most=1
+    )
+    quant_ema_eps: float = setting(
+        1e-5, "Laplace smoothing of the cluster sizes", training_only=True, at_least=0, at_most=1
+    )
     restart_threshold: float = setting(
         0.0,
         "restart codes whose average use a batch falls below this, from encoder outputs; 0 never does (release)",
         training_only=True,
+        at_least=0,
     )
     single_level: Optional[int] = setting(None, "keep only this level's codes (AugVAE-SL); null keeps all (AugVAE-ML)")
 
     def __post_init__(self):
         for name in ("ch_mult", "attn_resolutions"):  # lists from YAML become hashable
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        super().__post_init__()
+        if not self.ch_mult:
+            raise ConfigError("ch_mult is []; it needs one multiplier a stage.")
+        if self.double_z:
+            raise ConfigError("double_z: true cannot work: a codebook has no variance to encode. Set double_z: false.")
 
     def validate(self) -> None:
         """Refuse a shape that cannot be built. Called by AugVAE, not on creation: a -SL recipe names only its level.
@@ -53,7 +65,6 @@ class AugVAEConfig:
         Raises:
             ConfigError: naming the key, its value and the remedy.
         """
-        self.check_values()
         if self.norm == "group" and self.hidden_dim % 32:
             raise ConfigError(f"hidden_dim {self.hidden_dim} is not a multiple of 32, the group count of GroupNorm.")
         first = self.resolution / 2 ** (len(self.ch_mult) - 1)
@@ -71,34 +82,6 @@ class AugVAEConfig:
                 )
         if self.single_level is not None and self.single_level not in levels:
             raise ConfigError(f"single_level {self.single_level} is not one of the levels {list(levels)}.")
-
-    def check_values(self) -> None:
-        """The part of `validate` that looks at each setting by itself: all there is to check of a -SL recipe.
-
-        Raises:
-            ConfigError: as `validate`.
-        """
-        if self.double_z:
-            raise ConfigError("double_z: true cannot work: a codebook has no variance to encode. Set double_z: false.")
-        at_least_one = (
-            "in_channels out_channels hidden_dim num_res_blocks resolution z_channels codebook_dim num_tokens"
-        )
-        for name in at_least_one.split():
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        if self.norm not in ("group", "pixel"):
-            raise ConfigError(f"norm is {self.norm!r}; it must be group or pixel.")
-        if any(m < 1 for m in self.ch_mult) or not self.ch_mult:
-            raise ConfigError(f"ch_mult is {list(self.ch_mult)}; it needs one multiplier >= 1 a stage.")
-        for name, low, high in (
-            ("dropout", 0, 1),
-            ("quant_beta", 0, float("inf")),
-            ("quant_ema_decay", 0, 1),
-            ("quant_ema_eps", 0, 1),
-            ("restart_threshold", 0, float("inf")),
-        ):
-            if not low <= getattr(self, name) <= high:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must lie between {low} and {high}.")
 
 
 # ------------------------------------------------------------------------------------------------------------- BiART
