@@ -198,7 +198,7 @@ def _none_readable(files: list[tuple[str, bool]]) -> DataError:
 
 
 def _sampling(config: GenerateConfig) -> dict[str, Any]:
-    return {name: getattr(config.draw, name) for name in ("temperature", "top_k", "top_p", "guidance", "seed")}
+    return config.draw.arguments()
 
 
 def _write_pictures(folder: Path, model: LVerse, config: GenerateConfig, about: list[dict], pictures, shown) -> None:

@@ -16,6 +16,7 @@ from latent_verse.config import (
     ConfigError,
     EvalVAEConfig,
     ImageDataConfig,
+    SamplingSettings,
     TrainerConfig,
     TrainVAEConfig,
     as_plain,
@@ -28,9 +29,10 @@ from latent_verse.config import (
     training_only,
 )
 from latent_verse.config.cli import leaves, parse, to_yaml
-from latent_verse.config.evaluate import EvalBiARTConfig
-from latent_verse.config.generate import GenerateConfig
-from latent_verse.config.train import TrainBiARTConfig
+from latent_verse.config.evaluate import EvalBiARTConfig, GenerationConfig
+from latent_verse.config.generate import DrawConfig, GenerateConfig
+from latent_verse.config.train import SamplingConfig, TrainBiARTConfig
+from latent_verse.evaluation.shapes import ShapesDrawConfig
 
 SCRIPTS = [TrainVAEConfig, EvalVAEConfig, TrainBiARTConfig, EvalBiARTConfig, GenerateConfig]
 ROOT = Path(__file__).parents[1]
@@ -83,8 +85,26 @@ def test_a_value_out_of_range_is_refused_in_python_too():
         AugVAEConfig(ch_mult=(1, 0))
     with pytest.raises(ConfigError, match=r"norm: 'grup' is not one of group, pixel\. Did you mean group"):
         AugVAEConfig(norm="grup")
-    with pytest.raises(ConfigError, match="dropout: nan is not a finite number"):
+    with pytest.raises(ConfigError, match="dropout is nan; it must be a finite number"):
         dataclasses.replace(AugVAEConfig(), dropout=math.nan)
+
+
+def test_sampling_is_declared_once():
+    """Each script's section is the one dataclass: the same names, ranges and contradictions."""
+    sections = [SamplingConfig, GenerationConfig, DrawConfig, ShapesDrawConfig]
+    for section in sections:
+        assert issubclass(section, SamplingSettings)
+        for wrong in ({"temperature": -1}, {"top_k": 0}, {"top_p": 0}, {"top_p": 1.5}, {"guidance": -1}):
+            ((name, value),) = wrong.items()
+            with pytest.raises(ConfigError, match=f"{name} is {value}"):
+                section(**wrong)
+        for name, value in (("top_k", 5), ("top_p", 0.5)):
+            with pytest.raises(ConfigError, match=f"{name} has no effect at temperature 0"):
+                section(temperature=0, **{name: value})
+        given = {"temperature": 0.5, "top_k": 3, "top_p": 0.9, "guidance": 2.0}
+        assert section(**given).arguments().items() >= given.items()
+    assert DrawConfig(seed=3).arguments()["seed"] == 3
+    assert ShapesDrawConfig(temperature=0, top_k=5, rerank=4).top_k == 5  # which those to choose from are sampled by
 
 
 def test_settings_that_change_only_how_a_model_trains():
@@ -367,9 +387,9 @@ BAD = [
     ("--betas 0.9 1.5", "betas is"),
     ("--betas 0.9", "betas"),
     ("--betas 0.9 0.95 0.99", "betas"),
-    ("--learning_rate nan", "learning_rate: nan .* is not a finite number"),
-    ("--p_loss_weight inf", "p_loss_weight: inf .* is not a finite number"),
-    ("--betas 0.9 nan", "betas: .* is not a finite number"),
+    ("--learning_rate nan", "learning_rate is nan .* must be a finite number"),
+    ("--p_loss_weight inf", "p_loss_weight is inf .* must be a finite number"),
+    ("--betas 0.9 nan", "betas is .* must be a finite number"),
     ("--in_channels 1", "it must be 3"),
     ("--limit_train_batches 0", "nothing would be trained"),
     ("--optimizer muon --strategy fsdp", "optimizer: muon needs whole kernels"),

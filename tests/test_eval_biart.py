@@ -547,7 +547,7 @@ def test_best_median_and_worst(scores, count, expected):
         ("--compare a", "compare has 1 runs"),
         ("--compare a b --model x", "--model has no effect with --compare"),
         ("--model x --fake_data --candidates 0", "candidates is 0"),
-        ("--model x --fake_data --candidates 2 --temperature 0", "temperature 0 is greedy"),
+        ("--model x --fake_data --candidates 2 --temperature 0", "candidates 2 has no effect at temperature 0"),
         ("--model x --fake_data --blur_radii 0 0", "blur_radii is [0, 0]"),
         ("--model x --fake_data --class_prompt hello", "class_prompt is 'hello'"),
         ("--model x --fake_data --class_names f", "class_names has no effect"),

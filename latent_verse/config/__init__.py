@@ -9,7 +9,15 @@ cli.py        flags and YAML files -> these dataclasses; the only file that know
 """
 
 from latent_verse.config.models import AugVAEConfig, BiARTConfig
-from latent_verse.config.settings import ConfigError, UserError, as_plain, setting, training_only
+from latent_verse.config.settings import (
+    ConfigError,
+    SamplingSettings,
+    Settings,
+    UserError,
+    as_plain,
+    setting,
+    training_only,
+)
 from latent_verse.config.train import (
     FAKE_LIMITS,
     PRECISIONS,
@@ -35,6 +43,8 @@ __all__ = [
     "ConfigError",
     "EvalVAEConfig",
     "ImageDataConfig",
+    "SamplingSettings",
+    "Settings",
     "TrainVAEConfig",
     "TrainerConfig",
     "UserError",

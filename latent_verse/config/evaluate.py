@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Optional, Tuple  # OmegaConf reads these annotations at run time
 
-from latent_verse.config.settings import ConfigError, Settings, setting
+from latent_verse.config.settings import ConfigError, SamplingSettings, Settings, setting
 
 TASKS = ("likelihood", "generation", "captions", "retrieval", "zero_shot", "round_trip", "shapes")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -61,7 +61,7 @@ class EvalDataConfig(Settings):
 
 
 @dataclass
-class GenerationConfig(Settings):
+class GenerationConfig(SamplingSettings):
     """Text to image: the draw of captions, drawing, and what the pictures are compared with."""
 
     eval_captions: int = setting(
@@ -70,10 +70,6 @@ class GenerationConfig(Settings):
     candidates: int = setting(
         1, "pictures drawn for each caption; more are also re-ranked, by the model and by CLIP", at_least=1
     )
-    temperature: float = setting(1.0, "temperature of pictures; 0 takes the likeliest codes")
-    top_k: Optional[int] = setting(None, "draw among the k likeliest codes")
-    top_p: Optional[float] = setting(None, "draw among the likeliest codes that make up this probability")
-    guidance: float = setting(1.0, "classifier-free guidance: above 1 follows the text more closely")
     blur_radii: Tuple[int, ...] = setting((0, 1, 2, 4, 8), "radii k of FID-k; both sides are blurred", at_least=0)
     fid_resolution: Optional[int] = setting(
         None, "pixels a side of both sides of FID; default the model's, else 256", at_least=1
@@ -284,8 +280,8 @@ def _check_data(d: EvalDataConfig) -> None:
 
 def _check_likelihood(config: EvalBiARTConfig) -> None:
     g = config.generation
-    if g.temperature == 0 and (g.candidates > 1 or g.top_k or g.top_p):
-        raise ConfigError("temperature 0 is greedy: candidates, top_k and top_p have no effect. Raise temperature.")
+    if g.is_greedy and g.candidates > 1:
+        raise ConfigError(f"candidates {g.candidates} has no effect at temperature 0: raise temperature.")
     if not g.blur_radii or len(set(g.blur_radii)) < len(g.blur_radii):
         raise ConfigError(f"blur_radii is {list(g.blur_radii)}; give one or more different radii.")
     if "{}" not in config.likelihood.class_prompt:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Optional, Tuple  # OmegaConf reads these annotations at run time
+from typing import Any, Optional, Tuple  # OmegaConf reads these annotations at run time
 
-from latent_verse.config.settings import ConfigError, Settings, setting
+from latent_verse.config.settings import ConfigError, SamplingSettings, Settings, setting
 
 TASKS = ("complete", "score", "image", "text")  # `complete` takes texts as well, so it is looked for first
 
@@ -25,14 +25,13 @@ class WhatConfig(Settings):
 
 
 @dataclass
-class DrawConfig(Settings):
+class DrawConfig(SamplingSettings):
     """How pictures and captions are drawn."""
 
     num: int = setting(1, "pictures for each text, or captions for each picture", at_least=1)
-    temperature: Optional[float] = setting(None, "0 takes the likeliest token; default 1 for pictures, 0 for captions")
-    top_k: Optional[int] = setting(None, "draw among the k likeliest tokens")
-    top_p: Optional[float] = setting(None, "draw among the likeliest tokens that make up this probability")
-    guidance: float = setting(1.0, "classifier-free guidance: above 1 follows text or picture more closely")
+    temperature: Optional[float] = setting(
+        None, "0 takes the likeliest token; default 1 for images, 0 for captions", at_least=0
+    )
     seed: Optional[int] = setting(
         None, "the same seed draws the same; default one at random, which is recorded", at_least=0
     )
@@ -41,6 +40,10 @@ class DrawConfig(Settings):
     )
     beams: int = setting(1, "search for the likeliest caption with so many beams", at_least=1)
     text_too_long: str = setting("truncate", "texts of too many tokens are cut, or an error", ("truncate", "error"))
+
+    def arguments(self) -> dict[str, Any]:
+        """As `SamplingSettings.arguments`, with the seed."""
+        return {**super().arguments(), "seed": self.seed}
 
 
 @dataclass

@@ -12,8 +12,8 @@ import difflib
 import math
 import operator
 from collections.abc import Iterable
-from dataclasses import field
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Optional  # OmegaConf reads these annotations at run time
 
 WITHIN = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
 
@@ -61,6 +61,35 @@ class Settings:
             check_value(f, getattr(self, f.name))
 
 
+@dataclass
+class SamplingSettings(Settings):
+    """How tokens are sampled from the model's distribution, wherever images or captions are generated."""
+
+    temperature: float = setting(1.0, "temperature of images; 0 takes the likeliest codes", at_least=0)
+    top_k: Optional[int] = setting(None, "sample from the k likeliest codes", at_least=1)
+    top_p: Optional[float] = setting(
+        None, "sample from the likeliest codes that make up this probability", above=0, at_most=1
+    )
+    guidance: float = setting(
+        1.0, "classifier-free guidance: above 1 follows the text more closely, 1 is none", at_least=0
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("top_k", "top_p"):
+            if self.is_greedy and getattr(self, name) is not None:
+                raise ConfigError(f"{name} has no effect at temperature 0, which is greedy: raise temperature.")
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether nothing is sampled, so that settings of sampling have no effect."""
+        return self.temperature == 0
+
+    def arguments(self) -> dict[str, Any]:
+        """The keyword arguments of these settings for `LVerse`'s methods and for `biart.sampling.generate`."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(SamplingSettings)}
+
+
 def check_value(f: dataclasses.Field, value: Any, source: str = "") -> None:
     """Refuse a value out of the range that its setting declares; None is never out of range.
 
@@ -80,7 +109,7 @@ def check_value(f: dataclasses.Field, value: Any, source: str = "") -> None:
         )
     numbers = [item for item in items if isinstance(item, (int, float))]
     if not all(math.isfinite(number) for number in numbers):
-        raise ConfigError(f"{f.name}: {shown}{source} is not a finite number.")
+        raise ConfigError(f"{f.name} is {shown}{source}; it must be a finite number.")
     if not all(WITHIN[name](number, bound) for number in numbers for name, bound in bounds.items()):
         wanted = " and ".join(f"{name} {bound}" for name, bound in bounds.items())
         raise ConfigError(f"{f.name} is {shown}{source}; {'each' if listed else 'it'} must be {wanted}.")

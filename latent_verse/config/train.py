@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Optional, Tuple  # OmegaConf reads these annotations at run time
 
 from latent_verse.config.models import AugVAEConfig
-from latent_verse.config.settings import ConfigError, Settings, setting
+from latent_verse.config.settings import ConfigError, SamplingSettings, Settings, setting
 
 # names of precision that are short, and Lightning's
 PRECISIONS = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true"}
@@ -279,7 +279,7 @@ class BiARTLossConfig(Settings):
 
 
 @dataclass
-class SamplingConfig(Settings):
+class SamplingConfig(SamplingSettings):
     """Pictures and captions that training draws for the eye; none of it changes what is learnt."""
 
     num_samples: int = setting(8, "validation pairs to draw for, in both directions; 0 draws none", at_least=0)
@@ -289,10 +289,6 @@ class SamplingConfig(Settings):
     sample_every_n_epochs: int = setting(
         1, "epochs between samples; log_images draws every image_log_steps too", at_least=1
     )
-    temperature: float = setting(1.0, "temperature of pictures, 0 takes the likeliest code; captions are the likeliest")
-    top_k: Optional[int] = setting(None, "draw a picture's codes among the k likeliest")
-    top_p: Optional[float] = setting(None, "draw a picture's codes among the likeliest that make up this probability")
-    guidance: float = setting(1.0, "classifier-free guidance of pictures; 1 is none")
 
 
 @dataclass
@@ -495,7 +491,10 @@ def check_train_biart(config: TrainBiARTConfig, given: dict[str, str]) -> None:
     elif not (config.vae.vae_path or config.optim.pretrained_path):
         raise ConfigError("vae_path is not given: name the AugVAE of train_vae.py, or try --fake_data.")
     _check_optim(config.optim, config.trainer)
-    check_sampling(config.sampling, config.loss.reference_dropout)
+    if config.sampling.guidance != 1 and not config.loss.reference_dropout:
+        raise ConfigError(
+            f"guidance {config.sampling.guidance} needs reference_dropout above 0 in training; 0.1 is usual."
+        )
     c = config.codes
     if c.extract_codes and config.data.dataset == "codes":
         raise ConfigError("extract_codes reads pictures, but dataset is codes: train on them, or name pictures.")
@@ -544,22 +543,6 @@ def check_pairs(d: PairDataConfig) -> None:
         for name in ("train_captions", "val_captions"):
             if getattr(d, name):
                 raise ConfigError(f"{name} has no effect with dataset {d.dataset}: choose coco, karpathy or table.")
-
-
-def check_sampling(s: SamplingConfig, reference_dropout: float) -> None:
-    """Refuse sampling settings out of range, and guidance that the training cannot serve."""
-    if s.temperature < 0:
-        raise ConfigError(f"temperature is {s.temperature}; it must be 0 (the likeliest) or above.")
-    if s.top_k is not None and s.top_k < 1:
-        raise ConfigError(f"top_k is {s.top_k}; it must be at least 1.")
-    if s.top_p is not None and not 0 < s.top_p <= 1:
-        raise ConfigError(f"top_p is {s.top_p}; it must lie above 0 and not above 1.")
-    if s.temperature == 0 and (s.top_k or s.top_p):
-        raise ConfigError("temperature 0 draws the likeliest: top_k and top_p have no effect. Raise temperature.")
-    if s.guidance < 0:
-        raise ConfigError(f"guidance is {s.guidance}; it must be at least 0, and 1 is none.")
-    if s.guidance != 1 and not reference_dropout:
-        raise ConfigError(f"guidance {s.guidance} needs reference_dropout above 0 in training; 0.1 is usual.")
 
 
 def _check_export(config: TrainBiARTConfig) -> None:
