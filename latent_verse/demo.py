@@ -39,7 +39,7 @@ VAL_PAIRS = 256  # for the curves and the choice among checkpoints
 SAMPLES = 24  # scenes of each split that the page shows
 
 
-@dataclass
+@dataclass(frozen=True)
 class DemoSettings(Settings):
     """Which demo, and where."""
 
@@ -54,7 +54,7 @@ class DemoSettings(Settings):
     gpus: int = setting(1, "0 is the CPU, 1 the GPU, or the CPU where there is none", at_least=0, at_most=1)
 
 
-@dataclass
+@dataclass(frozen=True)
 class DemoConfig:
     """Everything the demo can be told."""
 

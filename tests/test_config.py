@@ -21,18 +21,19 @@ from latent_verse.config import (
     TrainVAEConfig,
     as_plain,
     batch_limit,
-    check_data,
-    check_eval_vae,
-    check_train_vae,
-    check_trainer,
     idle_flags_vae,
+    resolve_data,
+    resolve_eval_vae,
+    resolve_train_vae,
+    resolve_trainer,
     training_only,
 )
 from latent_verse.config.cli import leaves, parse, to_yaml
 from latent_verse.config.evaluate import EvalBiARTConfig, GenerationConfig
 from latent_verse.config.generate import DrawConfig, GenerateConfig
 from latent_verse.config.train import SamplingConfig, TrainBiARTConfig
-from latent_verse.evaluation.shapes import ShapesDrawConfig
+from latent_verse.demo import DemoConfig
+from latent_verse.evaluation.shapes import ShapesDrawConfig, ShapesEvalConfig
 
 SCRIPTS = [TrainVAEConfig, EvalVAEConfig, TrainBiARTConfig, EvalBiARTConfig, GenerateConfig]
 ROOT = Path(__file__).parents[1]
@@ -42,26 +43,20 @@ SHIPPED = sorted(p for p in (ROOT / "configs").glob("*.yaml") if p.name.startswi
 def train(*argv: str) -> TrainVAEConfig:
     """As train_vae.py: parsed and checked. Pictures are named, so that nothing else is wrong."""
     config, given = parse(TrainVAEConfig, ["--train_dir", "somewhere", *argv], "")
-    check_train_vae(config, given)
-    return config
+    return resolve_train_vae(config, given)
 
 
 def evaluate(*argv: str) -> EvalVAEConfig:
     config, _ = parse(EvalVAEConfig, ["--ckpt_path", "a.ckpt", "--val_dir", "somewhere", *argv], "")
-    check_eval_vae(config)
-    return config
+    return resolve_eval_vae(config)
 
 
 def trainer(**settings) -> TrainerConfig:
-    t = TrainerConfig(**settings)
-    check_trainer(t)
-    return t
+    return resolve_trainer(TrainerConfig(**settings))
 
 
 def data(resolution=256, **settings) -> ImageDataConfig:
-    d = ImageDataConfig(**settings)
-    check_data(d, resolution)
-    return d
+    return resolve_data(ImageDataConfig(**settings), resolution)
 
 
 # -------------------------------------------------------------------------------------------------------------- ranges
@@ -119,7 +114,7 @@ def test_settings_that_change_only_how_a_model_trains():
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda p: p.name)
 def test_shipped_configurations_are_runs_that_work(file):
     config, given = parse(TrainVAEConfig, ["--config", str(file)], "")
-    check_train_vae(config, given)
+    config = resolve_train_vae(config, given)
     if config.optim.finetune:
         assert config.optim.pretrained_path
         (level,) = config.model.attn_resolutions
@@ -263,9 +258,9 @@ def test_pictures_must_be_named_unless_they_are_fake():
     for argv in ([], ["--val_dir", "x"]):
         config, given = parse(TrainVAEConfig, argv, "")
         with pytest.raises(ConfigError, match=r"train_dir is not given.*--fake_data"):
-            check_train_vae(config, given)
+            resolve_train_vae(config, given)
     config, given = parse(TrainVAEConfig, ["--fake_data"], "")
-    check_train_vae(config, given)
+    resolve_train_vae(config, given)
 
 
 def limits(config: TrainVAEConfig) -> dict:
@@ -349,10 +344,10 @@ def test_evaluation_needs_a_checkpoint_and_pictures():
     ):
         config, _ = parse(EvalVAEConfig, argv, "")
         with pytest.raises(ConfigError, match=says):
-            check_eval_vae(config)
+            resolve_eval_vae(config)
     for argv in (["--fake_data"], ["--test_dir", "t"], ["--val_dir", "v"]):
         config, _ = parse(EvalVAEConfig, ["--ckpt_path", "x", *argv], "")
-        check_eval_vae(config)
+        resolve_eval_vae(config)
 
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda p: p.name)
@@ -375,10 +370,27 @@ def test_as_plain_holds_plain_types_only():
     assert AugVAEConfig(**plain["model"]) == AugVAEConfig()
 
 
-def test_defaults_are_not_shared_between_configurations():
-    first, second = TrainVAEConfig(), TrainVAEConfig()
-    first.trainer.epochs = 1
-    assert second.trainer.epochs == TrainVAEConfig().trainer.epochs != 1
+@pytest.mark.parametrize("cls", [*SCRIPTS, ShapesEvalConfig, DemoConfig])
+def test_a_configuration_cannot_be_written_into(cls):
+    config = cls()
+    for section, f, _ in leaves(cls):
+        for owner, name in ((config, section), (getattr(config, section), f.name)):
+            with pytest.raises(dataclasses.FrozenInstanceError):
+                setattr(owner, name, None)
+
+
+def test_resolving_gives_a_new_configuration():
+    config, given = parse(TrainVAEConfig, ["--fake_data", "--debug", "--precision", "bf16"], "")
+    before = to_yaml(config)
+    assert resolve_train_vae(config, given) != config and to_yaml(config) == before
+
+
+def test_a_resolved_configuration_that_is_saved_and_read_again_is_the_same(tmp_path):
+    saved = tmp_path / "config.yaml"
+    for argv in (["--gpu_dist", "--precision", "16"], ["--web_dataset"], ["--debug", "--val_percent_check", "20"]):
+        config = train(*argv)
+        saved.write_text(to_yaml(config))
+        assert train("-c", str(saved), "--train_dir", "somewhere") == config
 
 
 BAD = [
@@ -406,14 +418,12 @@ def test_flags_idle_flags_vae_are_named():
     config, given = parse(
         TrainVAEConfig, ["--fake_data", "--backup_steps", "5", "--p_loss_weight", "2", "--strategy", "ddp"], ""
     )
-    check_train_vae(config, given)
-    named = idle_flags_vae(config, given)
+    named = idle_flags_vae(resolve_train_vae(config, given), given)
     assert [line.split(":")[0] for line in named] == ["backup_steps", "p_loss_weight", "strategy"]
     config, given = parse(
         TrainVAEConfig, ["--fake_data", "--backup", "--backup_steps", "5", "--loss_type", "lpips_l1"], ""
     )
-    check_train_vae(config, given)
-    assert idle_flags_vae(config, given) == []
+    assert idle_flags_vae(resolve_train_vae(config, given), given) == []
 
 
 def test_percentage_survives_the_saved_file(tmp_path):

@@ -27,8 +27,8 @@ from latent_verse.biart_run import FAKE_VAE
 from latent_verse.callbacks import TextImageSamples
 from latent_verse.checkpoint import read_ckpt
 from latent_verse.config import ConfigError
-from latent_verse.config_biart import PRESETS as PRESET_NAMES
-from latent_verse.config_biart import TrainBiARTConfig, check_train_biart
+from latent_verse.config.train import PRESETS as PRESET_NAMES
+from latent_verse.config.train import PairDataConfig, TrainBiARTConfig, resolve_train_biart
 from latent_verse.data.codes import CodesDataset
 from latent_verse.pipeline import LVerse
 from latent_verse.text import ClipTokenizer, load_tokenizer
@@ -484,10 +484,10 @@ def test_a_smoke_test_on_a_cpu_is_small_unless_told_otherwise(tmp_path, monkeypa
         assert train_biart.main([*flags, "--fake_data", "--log_dir", str(tmp_path), "--name", name]) == 0
         assert f"batch_size: {size}\n" in (tmp_path / name / "config.yaml").read_text()
     for given, preset in (({}, "tiny"), ({"n_layer": "--n_layer"}, "12x768"), ({"preset": "a.yaml"}, "12x768")):
-        config = TrainBiARTConfig()
-        config.data.fake_data = True
-        ease_smoke_test(config, given)
-        assert config.model.preset == preset
+        config = TrainBiARTConfig(data=PairDataConfig(fake_data=True))
+        eased = ease_smoke_test(config, given)
+        assert eased.model.preset == preset and eased.data.batch_size == 1
+        assert config.model.preset == "12x768"
 
 
 def test_without_validation_the_last_weights_are_exported(world, tmp_path):
@@ -725,10 +725,10 @@ def test_validation_shards_without_captions_stop_the_run_before_it_begins(world,
 
 def test_presets_and_shipped_files():
     assert tuple(PRESETS) == PRESET_NAMES
-    from latent_verse.cli import parse
+    from latent_verse.config.cli import parse
 
     for file in sorted((Path(train_biart.__file__).parent / "configs").glob("*_biart.yaml")):
         config, given = parse(TrainBiARTConfig, ["--configs", str(file)], "")
-        check_train_biart(config, given)
+        resolve_train_biart(config, given)
         with pytest.raises(ConfigError, match="resume needs ckpt_path"):
-            check_train_biart(*parse(TrainBiARTConfig, ["--configs", str(file), "--resume"], ""))
+            resolve_train_biart(*parse(TrainBiARTConfig, ["--configs", str(file), "--resume"], ""))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Optional, Tuple  # OmegaConf reads these annotations at run time
 
 from latent_verse.config.settings import ConfigError, SamplingSettings, Settings, setting
@@ -28,7 +28,7 @@ EFFECTS = {
 DATASETS = ("pairs", "coco", "karpathy", "table", "shapes", "fake")
 
 
-@dataclass
+@dataclass(frozen=True)
 class JudgedConfig(Settings):
     """What is judged: a model, another system's outputs, or two runs of this command side by side."""
 
@@ -41,7 +41,7 @@ class JudgedConfig(Settings):
     compare: Tuple[str, ...] = setting((), "print the figures of two runs, folders or metrics.json, side by side")
 
 
-@dataclass
+@dataclass(frozen=True)
 class EvalDataConfig(Settings):
     """Pictures with captions that were kept out of training."""
 
@@ -60,7 +60,7 @@ class EvalDataConfig(Settings):
     test_size: Optional[int] = setting(None, "pairs of shapes (default 256) or fake (32)", at_least=1)
 
 
-@dataclass
+@dataclass(frozen=True)
 class GenerationConfig(SamplingSettings):
     """Text to image: the draw of captions, drawing, and what the pictures are compared with."""
 
@@ -83,7 +83,7 @@ class GenerationConfig(SamplingSettings):
     is_splits: int = setting(10, "parts of Inception Score's mean and deviation", at_least=1)
 
 
-@dataclass
+@dataclass(frozen=True)
 class CaptionConfig(Settings):
     """Image to text."""
 
@@ -94,7 +94,7 @@ class CaptionConfig(Settings):
     java: bool = setting(True, "use Java where there is one: the field's tokenizer, METEOR and SPICE need it")
 
 
-@dataclass
+@dataclass(frozen=True)
 class LikelihoodConfig(Settings):
     """What is asked of log p(text | image) and log p(image | text)."""
 
@@ -125,7 +125,7 @@ class LikelihoodConfig(Settings):
     )
 
 
-@dataclass
+@dataclass(frozen=True)
 class NetworksConfig(Settings):
     """Networks of the metrics. One that is absent is named with its file and place; the other figures are given."""
 
@@ -134,7 +134,7 @@ class NetworksConfig(Settings):
     download: bool = setting(False, "download absent networks once, hash-checked, to torch's and CLIP's caches")
 
 
-@dataclass
+@dataclass(frozen=True)
 class EvalWriteConfig(Settings):
     """Where results go, and which machine computes."""
 
@@ -155,7 +155,7 @@ class EvalWriteConfig(Settings):
     page_cases: int = setting(8, "pictures and captions shown on the page as best, as median and as worst", at_least=0)
 
 
-@dataclass
+@dataclass(frozen=True)
 class EvalBiARTConfig:
     """Everything eval_biart.py can be told."""
 
@@ -171,8 +171,11 @@ class EvalBiARTConfig:
 # -------------------------------------------------------------------------------------------------- rules across fields
 
 
-def check_eval_biart(config: EvalBiARTConfig, given: Mapping[str, str]) -> tuple[str, ...]:
-    """The tasks to do, none for --compare. `given` says where each setting came from, as `cli.parse` returns it.
+def resolve_eval_biart(config: EvalBiARTConfig, given: Mapping[str, str]) -> tuple[EvalBiARTConfig, tuple[str, ...]]:
+    """The configuration of an evaluation, and its tasks, none for --compare.
+
+    Args:
+        given: where each given setting came from, as `cli.parse` returns it.
 
     Raises:
         ConfigError: a configuration that could never work, naming the setting, its value and the remedy.
@@ -184,17 +187,17 @@ def check_eval_biart(config: EvalBiARTConfig, given: Mapping[str, str]) -> tuple
             raise ConfigError(f"compare has {len(j.compare)} runs; give two folders or metrics.json files.")
         if others:
             raise ConfigError(f"--{others[0]} has no effect with --compare, which reads two finished runs.")
-        return ()
+        return config, ()
     if not (j.model or j.generated_dir or j.captions_file):
         raise ConfigError(
             "Nothing to judge: give --model, or another system's outputs as --generated_dir or --captions_file, or "
             "two finished runs to --compare."
         )
-    _check_data(config.data)
-    _check_likelihood(config)
+    config = replace(config, data=_resolve_data(config.data))
+    _check_numbers(config)
     tasks = _tasks(config)
     _check_effects(config, tasks)
-    return tasks
+    return config, tasks
 
 
 def _check_effects(config: EvalBiARTConfig, tasks: tuple[str, ...]) -> None:
@@ -256,18 +259,18 @@ def _tasks(config: EvalBiARTConfig) -> tuple[str, ...]:
     return chosen
 
 
-def _check_data(d: EvalDataConfig) -> None:
+def _resolve_data(d: EvalDataConfig) -> EvalDataConfig:
     if d.fake_data and d.dataset not in (None, "fake"):
         raise ConfigError(f"dataset: {d.dataset} contradicts fake_data: true. Give one of them.")
-    d.dataset = "fake" if d.fake_data else d.dataset or "pairs"
-    d.fake_data = d.dataset == "fake"
+    dataset = "fake" if d.fake_data else d.dataset or "pairs"
+    d = replace(d, dataset=dataset, fake_data=dataset == "fake")
     made = d.dataset in ("fake", "shapes")
     if d.test_size is not None and not made:
         raise ConfigError(f"test_size has no effect with dataset {d.dataset}: all its pairs are used.")
     if made and (d.test_dir or d.test_captions):
         raise ConfigError(f"test_dir and test_captions have no effect with dataset {d.dataset}, which is made up.")
     if made:
-        return
+        return d
     if d.dataset == "table" and not d.test_captions:
         raise ConfigError("test_captions is not given; dataset table needs it: the .csv, .tsv or .jsonl.")
     if d.dataset != "table" and not d.test_dir:
@@ -276,9 +279,10 @@ def _check_data(d: EvalDataConfig) -> None:
         raise ConfigError("test_captions is not given; dataset karpathy needs it: dataset_coco.json.")
     if d.dataset == "pairs" and d.test_captions:
         raise ConfigError("test_captions has no effect with dataset pairs: choose coco, karpathy or table.")
+    return d
 
 
-def _check_likelihood(config: EvalBiARTConfig) -> None:
+def _check_numbers(config: EvalBiARTConfig) -> None:
     g = config.generation
     if g.is_greedy and g.candidates > 1:
         raise ConfigError(f"candidates {g.candidates} has no effect at temperature 0: raise temperature.")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Optional, Tuple  # OmegaConf reads these annotations at run time
 
 from latent_verse.config.settings import ConfigError, SamplingSettings, Settings, setting
@@ -11,7 +12,7 @@ from latent_verse.config.settings import ConfigError, SamplingSettings, Settings
 TASKS = ("complete", "score", "image", "text")  # `complete` takes texts as well, so it is looked for first
 
 
-@dataclass
+@dataclass(frozen=True)
 class WhatConfig(Settings):
     """The model, and one of four things to do: text, image, score or complete."""
 
@@ -24,7 +25,7 @@ class WhatConfig(Settings):
     rows: Optional[int] = setting(None, "rows of codes that complete keeps", at_least=1)
 
 
-@dataclass
+@dataclass(frozen=True)
 class DrawConfig(SamplingSettings):
     """How pictures and captions are drawn."""
 
@@ -46,7 +47,7 @@ class DrawConfig(SamplingSettings):
         return {**super().arguments(), "seed": self.seed}
 
 
-@dataclass
+@dataclass(frozen=True)
 class WriteConfig(Settings):
     """Where results go, and which machine makes them."""
 
@@ -57,7 +58,7 @@ class WriteConfig(Settings):
     gpus: int = setting(1, "0 is the CPU, 1 the GPU, or the CPU where there is none", at_least=0, at_most=1)
 
 
-@dataclass
+@dataclass(frozen=True)
 class GenerateConfig:
     """Everything generate.py can be told."""
 
@@ -76,8 +77,11 @@ USED = {
 }
 
 
-def check_generate(config: GenerateConfig, given: Mapping[str, str]) -> str:
-    """Which task is asked for. `given` says where each setting came from, as `cli.parse` returns it.
+def resolve_generate(config: GenerateConfig, given: Mapping[str, str]) -> tuple[GenerateConfig, str]:
+    """The configuration, with the task's temperature and a seed, and which task is asked for.
+
+    Args:
+        given: where each given setting came from, as `cli.parse` returns it.
 
     Raises:
         ConfigError: no model, no task or several, or flags that the task does not use.
@@ -101,4 +105,9 @@ def check_generate(config: GenerateConfig, given: Mapping[str, str]) -> str:
         raise ConfigError('score needs a picture and a text: --score picture.png "a red circle".')
     if task == "complete" and what.rows is None:
         raise ConfigError("complete needs rows: how many rows of codes to keep, from the top.")
-    return task
+    draw = config.draw
+    if draw.temperature is None:
+        draw = replace(draw, temperature=0.0 if task == "image" else 1.0)
+    if draw.seed is None:
+        draw = replace(draw, seed=random.randrange(2**31))
+    return replace(config, draw=draw), task

@@ -54,14 +54,14 @@ def setting(
 
 
 class Settings:
-    """Base of a section of settings: a value out of its range is refused whenever one is made."""
+    """Base of a section of settings: frozen, and a value out of its range is refused whenever one is made."""
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
             check_value(f, getattr(self, f.name))
 
 
-@dataclass
+@dataclass(frozen=True)
 class SamplingSettings(Settings):
     """How tokens are sampled from the model's distribution, wherever images or captions are generated."""
 

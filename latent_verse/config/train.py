@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Optional, Tuple  # OmegaConf reads these annotations at run time
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Optional, Tuple, TypeVar  # OmegaConf reads these annotations at run time
 
 from latent_verse.config.models import AugVAEConfig
-from latent_verse.config.settings import ConfigError, SamplingSettings, Settings, setting
+from latent_verse.config.settings import ConfigError, SamplingSettings, Settings, setting, training_only
 
 # names of precision that are short, and Lightning's
 PRECISIONS = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true"}
@@ -15,7 +16,7 @@ PRECISION_NAMES = (*PRECISIONS, *PRECISIONS.values(), "16-true", "bf16-true", "t
 # ----------------------------------------------------------------------------------------------- runs: shared sections
 
 
-@dataclass
+@dataclass(frozen=True)
 class ImageDataConfig(Settings):
     """Pictures, and how they reach the model."""
 
@@ -44,7 +45,7 @@ class ImageDataConfig(Settings):
     shuffle_buffer: int = setting(1000, "samples that webdataset's shuffle draws from", at_least=1)
 
 
-@dataclass
+@dataclass(frozen=True)
 class TrainerConfig(Settings):
     """The run: machine, length, logs and checkpoints."""
 
@@ -101,7 +102,7 @@ class TrainerConfig(Settings):
 # ------------------------------------------------------------------------------------------------------ runs: AugVAE
 
 
-@dataclass
+@dataclass(frozen=True)
 class VAEOptimConfig(Settings):
     """Optimiser of AugVAE, and how its codebook starts."""
 
@@ -121,7 +122,7 @@ class VAEOptimConfig(Settings):
     finetune: bool = setting(False, "train AugVAE-SL at the one level in attn_resolutions, from pretrained_path")
 
 
-@dataclass
+@dataclass(frozen=True)
 class VAELossConfig(Settings):
     """Loss of AugVAE: reconstruction + codebook_weight x commitment."""
 
@@ -134,7 +135,7 @@ class VAELossConfig(Settings):
     codebook_weight: float = setting(1.0, "weight of the commitment loss (quant_beta is inside it)", at_least=0)
 
 
-@dataclass
+@dataclass(frozen=True)
 class TrainVAEConfig:
     """Everything train_vae.py can be told."""
 
@@ -145,7 +146,7 @@ class TrainVAEConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
 
 
-@dataclass
+@dataclass(frozen=True)
 class ReconstructionEvalConfig(Settings):
     """What eval_vae.py measures and writes."""
 
@@ -153,7 +154,7 @@ class ReconstructionEvalConfig(Settings):
     save_images: int = setting(64, "pictures written to original_images/ and generated_images/", at_least=0)
 
 
-@dataclass
+@dataclass(frozen=True)
 class EvalVAEConfig(TrainVAEConfig):
     """Everything eval_vae.py can be told: train_vae.py's settings, so that its YAML files serve, and `eval`."""
 
@@ -166,7 +167,7 @@ PRESETS = ("tiny", "12x768", "24x1024")  # biart.model.PRESETS holds their numbe
 DATASETS = ("pairs", "coco", "karpathy", "table", "webdataset", "codes", "shapes", "fake")
 
 
-@dataclass
+@dataclass(frozen=True)
 class BiARTModelConfig(Settings):
     """Shape of the transformer; the rest of it follows from tokenizer and AugVAE."""
 
@@ -182,14 +183,14 @@ class BiARTModelConfig(Settings):
     attn_pdrop: float = setting(0.0, "dropout on the attention weights")
 
 
-@dataclass
+@dataclass(frozen=True)
 class FrozenVAEConfig(Settings):
     """The AugVAE whose codes BiART reads and writes. It is not trained."""
 
     vae_path: Optional[str] = setting(None, "AugVAE: run folder, checkpoint, folder of save_pretrained or hub id")
 
 
-@dataclass
+@dataclass(frozen=True)
 class TextConfig(Settings):
     """From captions to ids."""
 
@@ -199,7 +200,7 @@ class TextConfig(Settings):
     text_too_long: str = setting("truncate", "captions of more tokens are cut, or stop the run", ("truncate", "error"))
 
 
-@dataclass
+@dataclass(frozen=True)
 class PairDataConfig(ImageDataConfig):
     """Pictures with captions, and how they reach the model."""
 
@@ -222,7 +223,7 @@ class PairDataConfig(ImageDataConfig):
     val_size: Optional[int] = setting(None, "validation pairs of shapes (default 256) or fake (64)", at_least=1)
 
 
-@dataclass
+@dataclass(frozen=True)
 class BiARTOptimConfig(Settings):
     """Optimiser and schedule: a linear warm-up, then a cosine over the whole run."""
 
@@ -248,7 +249,7 @@ class BiARTOptimConfig(Settings):
     )
 
 
-@dataclass
+@dataclass(frozen=True)
 class BiARTLossConfig(Settings):
     """Cross-entropy of the target plus reference_weight x that of the reference, in both directions."""
 
@@ -278,7 +279,7 @@ class BiARTLossConfig(Settings):
     )
 
 
-@dataclass
+@dataclass(frozen=True)
 class SamplingConfig(SamplingSettings):
     """Pictures and captions that training draws for the eye; none of it changes what is learnt."""
 
@@ -291,7 +292,7 @@ class SamplingConfig(SamplingSettings):
     )
 
 
-@dataclass
+@dataclass(frozen=True)
 class CodesConfig(Settings):
     """Encoding a dataset once, so that training reads codes (--dataset codes) and runs no AugVAE."""
 
@@ -304,14 +305,14 @@ class CodesConfig(Settings):
     shard_size: int = setting(10000, "pictures in each shard of codes", at_least=1)
 
 
-@dataclass
+@dataclass(frozen=True)
 class BundleConfig(Settings):
     """The folder that generation needs. Every run writes one at its end, to <run folder>/bundle."""
 
     export: Optional[str] = setting(None, "do not train: write the bundle of ckpt_path to this folder")
 
 
-@dataclass
+@dataclass(frozen=True)
 class TrainBiARTConfig:
     """Everything train_biart.py can be told."""
 
@@ -330,32 +331,43 @@ class TrainBiARTConfig:
 # -------------------------------------------------------------------------------------------------- rules across fields
 
 
-def check_trainer(t: TrainerConfig) -> None:
-    """Refuse trainer settings that are out of range or contradict each other; put the original's names into ours."""
+Data = TypeVar("Data", bound=ImageDataConfig)
+
+
+def resolve_trainer(t: TrainerConfig) -> TrainerConfig:
+    """The same under one name for each thing: the original's names, short ones and `debug` put into the settings that
+    they stand for, so that the saved file can be read again.
+
+    Raises:
+        ConfigError: settings that contradict each other.
+    """
     if t.max_steps == 0:
         raise ConfigError("max_steps is 0; give at least 1, or -1 for no limit.")
     if t.val_percent_check < 100 and t.limit_val_batches is not None:
         raise ConfigError("val_percent_check and limit_val_batches both limit validation; give one of them.")
     if t.gpu_dist is False and t.gpus * t.nodes > 1:
         raise ConfigError(f"gpu_dist: false contradicts gpus {t.gpus} on {t.nodes} node(s). Drop it, or set gpus: 1.")
-    if t.gpu_dist and t.strategy == "auto":
-        t.strategy = "ddp"
     if t.resume and not t.ckpt_path:
         raise ConfigError(
             "resume needs ckpt_path: the checkpoint to continue from (a rerun with --backup needs neither)."
         )
-    t.precision = PRECISIONS.get(t.precision, t.precision)
-    t.limit_train_batches = batch_limit("limit_train_batches", t.limit_train_batches)
-    if t.limit_train_batches == 0:
+    limits = {name: batch_limit(name, getattr(t, name)) for name in ("limit_train_batches", "limit_val_batches")}
+    if limits["limit_train_batches"] == 0:
         raise ConfigError("limit_train_batches is 0: nothing would be trained. eval_vae.py evaluates without training.")
-    t.limit_val_batches = batch_limit("limit_val_batches", t.limit_val_batches)
-    if t.val_percent_check < 100:  # from here on under one name, so that the saved file can be read again
-        t.limit_val_batches, t.val_percent_check = t.val_percent_check / 100, 100.0
+    if t.val_percent_check < 100:
+        limits["limit_val_batches"] = t.val_percent_check / 100
+    steps = {}
     if t.debug:
-        t.limit_train_batches = 100 if t.limit_train_batches is None else t.limit_train_batches
-        t.limit_val_batches = 100 if t.limit_val_batches is None else t.limit_val_batches
-        t.backup_steps = min(t.backup_steps, 10)
-        t.image_log_steps = min(t.image_log_steps, 10)
+        limits = {name: 100 if limit is None else limit for name, limit in limits.items()}
+        steps = {"backup_steps": min(t.backup_steps, 10), "image_log_steps": min(t.image_log_steps, 10)}
+    return replace(
+        t,
+        strategy="ddp" if t.gpu_dist and t.strategy == "auto" else t.strategy,
+        precision=PRECISIONS.get(t.precision, t.precision),
+        val_percent_check=100.0,
+        **limits,
+        **steps,
+    )
 
 
 def batch_limit(name: str, value: float | None) -> float | int | None:
@@ -367,11 +379,15 @@ def batch_limit(name: str, value: float | None) -> float | int | None:
     return int(value)
 
 
-def check_data(d: ImageDataConfig, resolution: int | None) -> None:
-    """Resolve the original's names for the layout and refuse contradictions.
+def resolve_data(d: Data, resolution: int | None, default: str = "imagefolder") -> Data:
+    """The same with its layout under one name, in place of the original's.
 
     Args:
         resolution: of the model, None where a checkpoint decides it.
+        default: the layout where none is named.
+
+    Raises:
+        ConfigError: settings that contradict each other.
     """
     named = {layout for flag, layout in ((d.fake_data, "fake"), (d.web_dataset, "webdataset")) if flag}
     if d.fake_data:
@@ -380,46 +396,46 @@ def check_data(d: ImageDataConfig, resolution: int | None) -> None:
         if not d.fake_data:
             raise ConfigError(f"dataset: {d.dataset} contradicts web_dataset: true. Give one of them.")
         named = {"fake"}
-    d.dataset = named.pop() if named else d.dataset or "imagefolder"
-    d.fake_data, d.web_dataset = d.dataset == "fake", d.dataset == "webdataset"
     if resolution is not None and d.img_size not in (None, resolution):
         raise ConfigError(f"img_size {d.img_size} contradicts resolution {resolution}; they must be equal: give one.")
+    dataset = named.pop() if named else d.dataset or default
+    return replace(d, dataset=dataset, fake_data=dataset == "fake", web_dataset=dataset == "webdataset")
 
 
 FAKE_LIMITS = {"epochs": 1, "limit_train_batches": 2, "limit_val_batches": 1}
 
 
-def limit_fake_data(t: TrainerConfig, flags: set[str]) -> None:
-    """Bound a run on generated pictures to a few batches and keep no backups, unless flags ask otherwise.
+def limit_fake_data(t: TrainerConfig, given: Mapping[str, str]) -> TrainerConfig:
+    """Bound a run on generated images to a few batches and keep no backups, unless flags ask otherwise.
 
-    A recipe's own length and backups (YAML) are meant for pictures: a second smoke test would find the first finished.
+    A recipe's own length and backups (YAML) are meant for images: a second smoke test would find the first finished.
     """
-    if "backup" not in flags:
-        t.backup = False
-    if flags & {"epochs", "max_steps", "limit_train_batches", "limit_val_batches", "val_percent_check", "debug"}:
-        return
-    for name, value in FAKE_LIMITS.items():
-        setattr(t, name, value)
+    flags = {leaf for leaf, source in given.items() if source.startswith("--")}
+    lengths = {"epochs", "max_steps", "limit_train_batches", "limit_val_batches", "val_percent_check", "debug"}
+    limits = {} if flags & lengths else FAKE_LIMITS
+    return replace(t, backup=t.backup and "backup" in flags, **limits)
 
 
-def check_train_vae(config: TrainVAEConfig, given: dict[str, str]) -> None:
-    """Refuse a train_vae configuration that could never work, before anything is built or written.
+def resolve_train_vae(config: TrainVAEConfig, given: Mapping[str, str]) -> TrainVAEConfig:
+    """The configuration of a run of train_vae, as far as it is known before a checkpoint or the machine is looked at.
 
     Args:
         given: settings that were given, and where: {leaf: "--leaf" or "file.yaml"}, as `cli.parse` returns.
+
+    Raises:
+        ConfigError: a configuration that could never work, before anything is built or written.
     """
-    check_trainer(config.trainer)
-    check_data(config.data, None if config.optim.pretrained_path else config.model.resolution)
-    if config.data.fake_data:
-        limit_fake_data(config.trainer, {leaf for leaf, source in given.items() if source.startswith("--")})
-    elif not config.data.train_dir:
-        raise ConfigError("train_dir is not given: name a folder of pictures, or try --fake_data.")
     o = config.optim
+    t, data = config.trainer, config.data
+    t = resolve_trainer(t)
+    data = resolve_data(data, None if o.pretrained_path else config.model.resolution)
+    if data.fake_data:
+        t = limit_fake_data(t, given)
+    elif not data.train_dir:
+        raise ConfigError("train_dir is not given: name a folder of pictures, or try --fake_data.")
     for name in ("in_channels", "out_channels"):
         if getattr(config.model, name) != 3:
             raise ConfigError(f"{name} is {getattr(config.model, name)}, but pictures are read as RGB: it must be 3.")
-    if o.pretrained_path and o.codebook_init == "data":
-        o.codebook_init = "normal"  # a recipe's way to begin; pretrained weights have begun already
     if o.lr_decay and o.lr_cosine:
         raise ConfigError("lr_decay and lr_cosine are two schedules; give one of them.")
     if o.warmup_steps and not o.lr_cosine:
@@ -431,24 +447,89 @@ def check_train_vae(config: TrainVAEConfig, given: dict[str, str]) -> None:
             f"finetune keeps one level, but attn_resolutions is {list(config.model.attn_resolutions)}. "
             "Give the level to keep, for instance attn_resolutions: [32]."
         )
-    if o.optimizer == "muon" and config.trainer.strategy == "fsdp":
+    if o.optimizer == "muon" and t.strategy == "fsdp":
         raise ConfigError("optimizer: muon needs whole kernels, which strategy: fsdp shards. Use ddp, or adamw.")
-    if not o.pretrained_path:  # else the checkpoint decides the shape
+    if o.pretrained_path:  # the checkpoint decides the shape, and its codebook has begun already
+        o = replace(o, codebook_init="normal")
+    else:
         config.model.validate()
+    return replace(config, data=data, optim=o, trainer=t)
 
 
-def check_eval_vae(config: EvalVAEConfig) -> None:
-    """Refuse an eval_vae configuration that could never work. The model section is the checkpoint's own."""
-    check_trainer(config.trainer)
-    if not config.trainer.ckpt_path:
+def resolve_eval_vae(config: EvalVAEConfig) -> EvalVAEConfig:
+    """The configuration of eval_vae, but for the model section, which is the checkpoint's: `with_evaluated_shape`.
+
+    Raises:
+        ConfigError: a configuration that could never work.
+    """
+    t, d = resolve_trainer(config.trainer), resolve_data(config.data, None)
+    if not t.ckpt_path:
         raise ConfigError("ckpt_path is not given: name the checkpoint, folder or hub id of the AugVAE to evaluate.")
-    check_data(config.data, None)
-    d = config.data
     if not (d.fake_data or d.test_dir or d.val_dir):
         raise ConfigError("Neither test_dir nor val_dir is given: name a folder of pictures, or try --fake_data.")
+    return replace(config, data=d, trainer=t)
 
 
-def idle_flags_vae(config: TrainVAEConfig, given: dict[str, str]) -> list[str]:
+def with_pretrained_shape(config: TrainVAEConfig, pretrained: AugVAEConfig, given: Collection[str]) -> TrainVAEConfig:
+    """The configuration of a run that begins with a pretrained AugVAE: its shape, and what was given for training.
+
+    Args:
+        given: settings that were given: those that contradict the pretrained shape are refused, defaults yield.
+
+    Raises:
+        ConfigError: the settings contradict the pretrained model, or it has no such level.
+    """
+    o, there = config.optim, f"pretrained_path {config.optim.pretrained_path}"
+    if o.finetune and pretrained.single_level is not None:
+        raise ConfigError(
+            f"{there} is an AugVAE-SL (level {pretrained.single_level}) already; "
+            "fine-tune from an AugVAE-ML, or drop finetune to train this one on."
+        )
+    free = training_only(AugVAEConfig)
+    fixed = {f.name for f in fields(AugVAEConfig)} - free - {"double_z"}
+    if o.finetune:
+        fixed -= {"attn_resolutions", "single_level"}
+    contradictions = [
+        f"{name}: {getattr(config.model, name)} in the settings, {getattr(pretrained, name)} in the checkpoint"
+        for name in sorted(fixed & set(given))
+        if getattr(config.model, name) != getattr(pretrained, name)
+    ]
+    if contradictions:
+        raise ConfigError(f"{there} has another shape:\n  " + "\n  ".join(contradictions))
+    if config.data.img_size not in (None, pretrained.resolution):
+        raise ConfigError(
+            f"img_size: {config.data.img_size}, but {o.pretrained_path} takes pictures of "
+            f"{pretrained.resolution} px. Drop it."
+        )
+    model = replace(pretrained, **{name: getattr(config.model, name) for name in free & set(given)})
+    if o.finetune:  # the recipe names the level to keep, and can be run again
+        (level,) = config.model.attn_resolutions
+        if level not in pretrained.attn_resolutions:
+            raise ConfigError(
+                f"attn_resolutions: [{level}] is not a level of {o.pretrained_path}, which has "
+                f"{list(pretrained.attn_resolutions)}."
+            )
+        model = replace(model, attn_resolutions=(level,))
+    return replace(config, model=model)
+
+
+def with_evaluated_shape(config: EvalVAEConfig, model: AugVAEConfig, given: Collection[str]) -> EvalVAEConfig:
+    """The configuration of an evaluation with the checkpoint's own shape, which data checks and logs then see.
+
+    Other model settings of a YAML file that serves training as well are the checkpoint's to know.
+
+    Raises:
+        ConfigError: resolution or img_size was given and is another.
+    """
+    for name, value in (("resolution", config.model.resolution), ("img_size", config.data.img_size)):
+        if name in given and value not in (None, model.resolution):
+            raise ConfigError(
+                f"{name}: {value}, but {config.trainer.ckpt_path} takes pictures of {model.resolution} px. Drop it."
+            )
+    return replace(config, model=model)
+
+
+def idle_flags_vae(config: TrainVAEConfig, given: Mapping[str, str]) -> list[str]:
     """Flags that were given but change nothing, each with the reason: a script says so in one line each."""
     lpips = config.loss.loss_type.startswith("lpips")
     idle = {
@@ -459,7 +540,9 @@ def idle_flags_vae(config: TrainVAEConfig, given: dict[str, str]) -> list[str]:
     return idle_flags(config, given, idle)
 
 
-def idle_flags(config, given: dict[str, str], more: dict[str, tuple[bool, str]]) -> list[str]:
+def idle_flags(
+    config: TrainVAEConfig | TrainBiARTConfig, given: Mapping[str, str], more: dict[str, tuple[bool, str]]
+) -> list[str]:
     """Flags given without effect, as `flag: reason`: those of every training, and `more`, {flag: (idle?, reason)}."""
     t = config.trainer
     idle = {
@@ -473,38 +556,41 @@ def idle_flags(config, given: dict[str, str], more: dict[str, tuple[bool, str]])
     return [f"{n}: {why}" for n, (off, why) in idle.items() if off and given.get(n, "").startswith("--")]
 
 
-def check_train_biart(config: TrainBiARTConfig, given: dict[str, str]) -> None:
-    """Refuse a train_biart configuration that could never work, before anything is built or written.
-
-    Args:
-        given: where each given setting came from, as `cli.parse` says it.
-    """
-    check_trainer(config.trainer)
-    if config.optim.pretrained_path and config.trainer.resume:
+def resolve_train_biart(config: TrainBiARTConfig, given: Mapping[str, str]) -> TrainBiARTConfig:
+    """As `resolve_train_vae`, for train_biart."""
+    t = resolve_trainer(config.trainer)
+    if config.optim.pretrained_path and t.resume:
         raise ConfigError("pretrained_path begins a run and resume continues one: give one of them.")
     if config.bundle.export:
-        _check_export(config)
-        return
-    check_pairs(config.data)
-    if config.data.fake_data:
-        limit_fake_data(config.trainer, {leaf for leaf, source in given.items() if source.startswith("--")})
+        if not t.ckpt_path:
+            raise ConfigError(
+                "export needs ckpt_path: the checkpoint or run folder of train_biart.py to make a bundle of."
+            )
+        if config.codes.extract_codes:
+            raise ConfigError("export and extract_codes are two tasks; give one of them.")
+        return replace(config, trainer=t)
+    data = resolve_pairs(config.data)
+    if data.fake_data:
+        t = limit_fake_data(t, given)
     elif not (config.vae.vae_path or config.optim.pretrained_path):
         raise ConfigError("vae_path is not given: name the AugVAE of train_vae.py, or try --fake_data.")
-    _check_optim(config.optim, config.trainer)
-    if config.sampling.guidance != 1 and not config.loss.reference_dropout:
-        raise ConfigError(
-            f"guidance {config.sampling.guidance} needs reference_dropout above 0 in training; 0.1 is usual."
-        )
-    c = config.codes
-    if c.extract_codes and config.data.dataset == "codes":
+    o, c, guidance = config.optim, config.codes, config.sampling.guidance
+    if o.muon_learning_rate is not None and o.optimizer != "muon":
+        raise ConfigError("muon_learning_rate has no effect without optimizer: muon.")
+    if o.optimizer == "muon" and t.strategy == "fsdp":
+        raise ConfigError("optimizer: muon needs whole matrices, and strategy: fsdp cuts them. Use adamw or ddp.")
+    if guidance != 1 and not config.loss.reference_dropout:
+        raise ConfigError(f"guidance {guidance} needs reference_dropout above 0 in training; 0.1 is usual.")
+    if c.extract_codes and data.dataset == "codes":
         raise ConfigError("extract_codes reads pictures, but dataset is codes: train on them, or name pictures.")
     if c.crops_per_image > 1 and not c.extract_codes:
         raise ConfigError(f"crops_per_image {c.crops_per_image} has no effect without extract_codes.")
-    if c.crops_per_image > 1 and config.data.dataset == "shapes":
+    if c.crops_per_image > 1 and data.dataset == "shapes":
         raise ConfigError("crops_per_image cuts objects of shapes in two, which captions still name: leave it at 1.")
+    return replace(config, data=data, trainer=t)
 
 
-def idle_flags_biart(config: TrainBiARTConfig, given: dict[str, str]) -> list[str]:
+def idle_flags_biart(config: TrainBiARTConfig, given: Mapping[str, str]) -> list[str]:
     """Flags that were given but change nothing, each with the reason, as `idle_flags_vae` names train_vae's."""
     dataset, trained = config.data.dataset, "the tokenizer is not trained: "
     saved = config.trainer.resume or config.optim.pretrained_path
@@ -527,13 +613,11 @@ def idle_flags_biart(config: TrainBiARTConfig, given: dict[str, str]) -> list[st
     return idle_flags(config, given, idle)
 
 
-def check_pairs(d: PairDataConfig) -> None:
-    """Resolve the layout's names and defaults, and refuse what is missing or contradicts."""
-    if d.dataset is None and not (d.fake_data or d.web_dataset):
-        d.dataset = "pairs"
-    check_data(d, d.img_size)
+def resolve_pairs(d: PairDataConfig) -> PairDataConfig:
+    """As `resolve_data`, for images with captions; raises ConfigError also for what is missing."""
+    d = resolve_data(d, d.img_size, default="pairs")
     if d.dataset in ("shapes", "fake"):
-        return
+        return d
     captions = {"karpathy": "dataset_coco.json", "table": "the .csv, .tsv or .jsonl with image paths and captions"}
     if d.dataset in captions and not d.train_captions:
         raise ConfigError(f"train_captions is not given; dataset {d.dataset} needs it: {captions[d.dataset]}.")
@@ -543,17 +627,4 @@ def check_pairs(d: PairDataConfig) -> None:
         for name in ("train_captions", "val_captions"):
             if getattr(d, name):
                 raise ConfigError(f"{name} has no effect with dataset {d.dataset}: choose coco, karpathy or table.")
-
-
-def _check_export(config: TrainBiARTConfig) -> None:
-    if not config.trainer.ckpt_path:
-        raise ConfigError("export needs ckpt_path: the checkpoint or run folder of train_biart.py to make a bundle of.")
-    if config.codes.extract_codes:
-        raise ConfigError("export and extract_codes are two tasks; give one of them.")
-
-
-def _check_optim(o: BiARTOptimConfig, t: TrainerConfig) -> None:
-    if o.muon_learning_rate is not None and o.optimizer != "muon":
-        raise ConfigError("muon_learning_rate has no effect without optimizer: muon.")
-    if o.optimizer == "muon" and t.strategy == "fsdp":
-        raise ConfigError("optimizer: muon needs whole matrices, and strategy: fsdp cuts them. Use adamw or ddp.")
+    return d

@@ -29,7 +29,7 @@ from latent_verse.runs import write_whole
 ATTRIBUTES = ("count", "colour", "shape", "size", "layout")  # of World.compare; "all" is what counts
 
 
-@dataclass
+@dataclass(frozen=True)
 class ShapesConfig(Settings):
     """What is judged."""
 
@@ -40,7 +40,7 @@ class ShapesConfig(Settings):
     seed: int = setting(0, "seed of scenes, captions and draws", at_least=0)
 
 
-@dataclass
+@dataclass(frozen=True)
 class ShapesDrawConfig(SamplingSettings):
     """How pictures are drawn; captions are the likeliest ones."""
 
@@ -55,7 +55,7 @@ class ShapesDrawConfig(SamplingSettings):
         return super().is_greedy and not self.rerank
 
 
-@dataclass
+@dataclass(frozen=True)
 class ShapesWriteConfig(Settings):
     """Where results go."""
 
@@ -66,7 +66,7 @@ class ShapesWriteConfig(Settings):
     gpus: int = setting(1, "0 is the CPU, 1 the GPU, or the CPU where there is none", at_least=0, at_most=1)
 
 
-@dataclass
+@dataclass(frozen=True)
 class ShapesEvalConfig:
     """Everything this command can be told."""
 
