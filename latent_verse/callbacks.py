@@ -19,6 +19,7 @@ from pytorch_lightning.callbacks import TQDMProgressBar
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 
 from latent_verse import runs
+from latent_verse.config import UserError
 from latent_verse.runs import Run
 
 
@@ -291,7 +292,7 @@ class SavedPictures(pl.Callback):
             save_image(grid, self.folder / "grid.png")
 
 
-class Diverged(RuntimeError):
+class Diverged(UserError):
     """The network that trains has no finite outputs any more."""
 
 

@@ -10,8 +10,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from latent_verse.callbacks import Diverged
+from latent_verse.checkpoint import CheckpointError
 from latent_verse.config import ConfigError, EvalVAEConfig, TrainVAEConfig, setting
-from latent_verse.config.cli import leaves, parse, to_yaml
+from latent_verse.config.cli import leaves, one_line_errors, parse, to_yaml
+from latent_verse.data import DataError
+from latent_verse.text import TokenizerError
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = {"train_vae.py": TrainVAEConfig, "eval_vae.py": EvalVAEConfig}
@@ -368,6 +372,22 @@ except KeyError:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     on = before != "gc.disable()"
     assert done.stdout.split() == [str(on), str(on and not kept), str(on), str(kept)], done.stderr
+
+
+def test_a_mistake_of_the_user_is_one_line_and_any_other_error_keeps_its_traceback(capsys):
+    def program(error: BaseException | None) -> int:
+        if error:
+            raise error
+        return 0
+
+    wrapped = one_line_errors(program)
+    assert wrapped(None) == 0
+    for kind in (ConfigError, CheckpointError, DataError, TokenizerError, Diverged):
+        assert wrapped(kind("what to do")) == 2
+        assert capsys.readouterr().err == "error: what to do\n"
+    for kind in (ValueError, RuntimeError, KeyboardInterrupt):
+        with pytest.raises(kind):
+            wrapped(kind("ours"))
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -10,13 +10,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import gc
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-from latent_verse.config.settings import ConfigError, as_plain, check_value, closest
+from latent_verse.config.settings import ConfigError, UserError, as_plain, check_value, closest
 
 Config = TypeVar("Config")
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
@@ -219,18 +220,21 @@ def quick_imports() -> Iterator[None]:
         gc.enable()
 
 
-@contextlib.contextmanager
-def errors_to_exit_code(*kinds: type[BaseException]) -> Iterator[list[int]]:
-    """Print mistakes of the user (ConfigError and `kinds`) as one line on stderr, not as a traceback.
+def one_line_errors(program: Callable[..., int]) -> Callable[..., int]:
+    """Decorate a program that returns its exit code: a mistake of the user becomes one line on stderr and the code 2.
 
-    Yields a list that is empty, or holds the exit code 2 after such an error.
+    Any other exception is a mistake of ours, and keeps its traceback.
     """
-    codes: list[int] = []
-    try:
-        yield codes
-    except (ConfigError, *kinds) as error:
-        print(f"error: {error}", file=sys.stderr)
-        codes.append(2)
+
+    @functools.wraps(program)
+    def wrapped(*args, **kwargs) -> int:
+        try:
+            return program(*args, **kwargs)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+
+    return wrapped
 
 
 # ----------------------------------------------------------------------------------------------------- annotated types
