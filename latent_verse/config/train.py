@@ -29,11 +29,11 @@ class ImageDataConfig(Settings):
         ("imagefolder", "flat", "webdataset", "fake"),
     )
     fake_data: bool = setting(False, "original's name for --dataset fake: a bounded smoke test without pictures")
-    web_dataset: bool = setting(False, "original's name for --dataset webdataset")
+    web_dataset: bool = setting(False, "original's name for --dataset webdataset", hidden=True)
     dataset_size: Optional[int] = setting(
         None, "samples an epoch of webdataset or fake; counted where not given", at_least=1
     )
-    img_size: Optional[int] = setting(None, "original's second name of resolution; must equal it")
+    img_size: Optional[int] = setting(None, "original's second name of resolution; must equal it", hidden=True)
     resize_ratio: float = setting(
         0.75, "smallest share of a picture's area that a training crop takes, up to 1", above=0, at_most=1
     )
@@ -54,7 +54,9 @@ class TrainerConfig(Settings):
     seed: int = setting(42, "seed of weights, data order and augmentation", at_least=0, below=2**32)
     gpus: int = setting(1, "GPUs on each node; 0 is the CPU", at_least=0)
     nodes: int = setting(1, "machines that train together", at_least=1)
-    gpu_dist: Optional[bool] = setting(None, "original's flag for training on several GPUs; follows from gpus")
+    gpu_dist: Optional[bool] = setting(
+        None, "original's flag for training on several GPUs; follows from gpus", hidden=True
+    )
     accelerator: str = setting(
         "auto",
         "auto, cpu (gpus is then the number of processes), gpu, or another of Lightning's",
@@ -73,7 +75,11 @@ class TrainerConfig(Settings):
         None, "batches of a validation: a count, or a share below 1", at_least=0
     )
     val_percent_check: float = setting(
-        100.0, "original's name: percentage of the validation data to use, 0 to 100", at_least=0, at_most=100
+        100.0,
+        "original's name: percentage of the validation data to use, 0 to 100",
+        at_least=0,
+        at_most=100,
+        hidden=True,
     )
     num_sanity_val_steps: int = setting(0, "validation batches tried before training", at_least=0)
     accumulate_grad_batches: int = setting(1, "batches whose gradients are added up for one step", at_least=1)
