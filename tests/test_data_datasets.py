@@ -8,11 +8,10 @@ import re
 import pytest
 from PIL import Image
 
-from latent_verse.config import ImageDataConfig
-from latent_verse.config_biart import DATASETS, PairDataConfig
-from latent_verse.config_datasets import EVAL_DATASETS, IMAGE_DATASETS, PAIR_DATASETS, setting_of
-from latent_verse.config_eval import DATASETS as EVALUATED
-from latent_verse.config_eval import EvalDataConfig
+from latent_verse.config.datasets import EVAL_DATASETS, IMAGE_DATASETS, PAIR_DATASETS, setting_of
+from latent_verse.config.evaluate import DATASETS as EVALUATED
+from latent_verse.config.evaluate import EvalDataConfig
+from latent_verse.config.train import DATASETS, ImageDataConfig, PairDataConfig
 from latent_verse.data import DataError
 from latent_verse.data.datasets import IMAGES, PAIRS, open_images, open_pairs, source_of
 from latent_verse.evaluation.pairs import Pairs

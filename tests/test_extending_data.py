@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from latent_verse.config_datasets import IMAGE_DATASETS, PAIR_DATASETS
-from latent_verse.config_eval import EvalDataConfig
+from latent_verse.config.datasets import IMAGE_DATASETS, PAIR_DATASETS
+from latent_verse.config.evaluate import EvalDataConfig
 from latent_verse.data import DataError
 from latent_verse.data.datasets import IMAGES, PAIRS
 from latent_verse.evaluation.pairs import Pairs

@@ -1,10 +1,10 @@
-"""Every dataset of both stages by name, and what opens a split of it. The settings they need: config_datasets.py.
+"""Every dataset of both stages by name, and what opens a split of it. The settings they need: config/datasets.py.
 
     open_images(config.data, resolution, seed)     {"train": dataset, "val": dataset}, val where it is given
     open_pairs(config.data, resolution, seed)      the same with captions
 
 A dataset is `Shards`, or is read by index: a `MapDataset`. To add one, write its class, add a function that opens a
-split of it to IMAGES or PAIRS, and its name with the settings it needs to config_datasets.py (docs/extending.md).
+split of it to IMAGES or PAIRS, and its name with the settings it needs to config/datasets.py (docs/extending.md).
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from latent_verse.config import ImageDataConfig
-from latent_verse.config_biart import PairDataConfig
-from latent_verse.config_datasets import IMAGE_DATASETS, PAIR_DATASETS, Layout, setting_of
+from latent_verse.config.datasets import IMAGE_DATASETS, PAIR_DATASETS, Layout, setting_of
+from latent_verse.config.train import ImageDataConfig, PairDataConfig
 from latent_verse.data import DataError
 from latent_verse.data.captions import CocoCaptions, FakePairs, KarpathyCaptions, PairFolder, TableCaptions
 from latent_verse.data.codes import CodesDataset

@@ -31,8 +31,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from latent_verse.config import ImageDataConfig
-from latent_verse.config_biart import PairDataConfig
+from latent_verse.config.train import ImageDataConfig, PairDataConfig
 from latent_verse.data import DataError
 from latent_verse.data.datasets import MapDataset
 from latent_verse.data.pairs import CaptionEncoder, PairCollate, text_of
