@@ -9,9 +9,8 @@ import pytest
 from PIL import Image
 
 from latent_verse.config.datasets import EVAL_DATASETS, IMAGE_DATASETS, PAIR_DATASETS, setting_of
-from latent_verse.config.evaluate import DATASETS as EVALUATED
 from latent_verse.config.evaluate import EvalDataConfig
-from latent_verse.config.train import DATASETS, ImageDataConfig, PairDataConfig
+from latent_verse.config.train import ImageDataConfig, PairDataConfig
 from latent_verse.data import DataError
 from latent_verse.data.datasets import IMAGES, PAIRS, open_images, open_pairs, source_of
 from latent_verse.evaluation.pairs import Pairs
@@ -22,14 +21,10 @@ STAGES = [(IMAGE_DATASETS, IMAGES, ImageDataConfig), (PAIR_DATASETS, PAIRS, Pair
 
 @pytest.mark.parametrize(("layouts", "openers", "config"), STAGES, ids=["images", "pairs"])
 def test_every_dataset_has_its_needs_and_what_opens_it(layouts, openers, config):
-    assert tuple(layouts) == tuple(openers) == config.__dataclass_fields__["dataset"].metadata["choices"]
+    assert tuple(layouts) == tuple(openers) == tuple(config.__dataclass_fields__["dataset"].metadata["choices"])
     settings = set(config.__dataclass_fields__)
     for layout in layouts.values():
         assert {setting_of("train", name) for name in (*layout.needs, *layout.reads)} <= settings
-
-
-def test_the_choices_of_the_settings_are_the_tables():
-    assert (tuple(PAIR_DATASETS), EVAL_DATASETS) == (DATASETS, EVALUATED)
 
 
 @pytest.mark.parametrize("name", PAIR_DATASETS)
@@ -38,8 +33,6 @@ def test_a_needed_setting_that_is_absent_is_named(name):
     if needs:
         with pytest.raises(DataError, match=f"{setting_of('train', needs[0])} is not set"):
             open_pairs(PairDataConfig(dataset=name), R)
-    with pytest.raises(DataError, match=f"'no such'; choose .*{name}"):
-        open_pairs(PairDataConfig(dataset="no such"), R)
 
 
 @pytest.fixture
