@@ -1,4 +1,4 @@
-"""checkpoint.py: every file an AugVAE can be in gives the same model; every other file a clear refusal."""
+"""checkpoints/: every file an AugVAE can be in gives the same model; every other file a clear refusal."""
 
 from __future__ import annotations
 
@@ -16,15 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from latent_verse.augvae.model import AugVAE
 from latent_verse.augvae.training import LitAugVAE
-from latent_verse.checkpoint import (
-    CheckpointError,
-    agree_with_checkpoint,
-    check_resumable,
-    find_checkpoint,
-    load_augvae,
-    load_for_training,
-    read_ckpt,
-)
+from latent_verse.checkpoints.augvae import agree_with_checkpoint, load_augvae, load_for_training
+from latent_verse.checkpoints.files import CheckpointError, check_resumable, find_checkpoint, newest, read_ckpt
 from latent_verse.config import ConfigError, EvalVAEConfig, TrainerConfig, TrainVAEConfig, VAEOptimConfig, as_plain
 
 SINGLE = pytest.mark.parametrize("single_level", [None, 8, 4, 2])
@@ -147,6 +140,16 @@ def test_a_run_folder_gives_its_best_or_else_its_newest(tiny_augvae, tmp_path):
     assert find_checkpoint(tmp_path / "run").name == "best-epoch=2-step=2.ckpt"
     expected = tiny_augvae(seed=2).codebook.weight
     assert torch.equal(load_augvae(tmp_path / "run").codebook.weight, expected)
+
+
+def test_the_newest_is_that_of_the_highest_step(tmp_path):
+    names = ["best-epoch=9-step=9.ckpt", "best-epoch=10-step=10.ckpt", "last-epoch=1-step=11.ckpt", "step=12.ckpt.tmp"]
+    files = [tmp_path / name for name in names]
+    for order in (files, files[::-1]):
+        assert newest(order).name == "last-epoch=1-step=11.ckpt"
+        assert newest(order, "best-").name == "best-epoch=10-step=10.ckpt"
+    assert newest([]) is None
+    assert newest([tmp_path / "model.ckpt"]) is None
 
 
 def test_the_weights_file_of_a_folder_stands_for_the_folder(tiny_augvae, tiny_images, tmp_path):

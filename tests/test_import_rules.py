@@ -68,7 +68,7 @@ def test_the_reader_sees_every_kind_of_import(tmp_path, monkeypatch):
 
 def test_there_is_something_to_read():
     names = {name(path) for path in LIBRARY}
-    assert {"latent_verse/augvae/model.py", "latent_verse/biart/model.py", "latent_verse/checkpoint.py"} <= names
+    assert {"latent_verse/augvae/model.py", "latent_verse/biart/model.py", "latent_verse/checkpoints/files.py"} <= names
     assert {"train_vae.py", "eval_vae.py"} <= {name(path) for path in SCRIPTS}
 
 
@@ -88,13 +88,13 @@ def test_lightning_appears_only_in_its_rooms():
 
 
 def test_only_the_command_line_knows_argparse_and_yaml():
-    knows = {"latent_verse/cli.py": {"argparse", "omegaconf", "yaml"}, "latent_verse/checkpoint.py": {"argparse"}}
+    knows = {"latent_verse/cli.py": {"argparse", "omegaconf", "yaml"}, "latent_verse/checkpoints/files.py": {"argparse"}}
     parsers = {"argparse", "omegaconf", "yaml", "click", "typer", "optparse", "hydra"}
     assert_none({name(p): (roots(p) & parsers) - knows.get(name(p), set()) for p in [*LIBRARY, *SCRIPTS]})
 
 
 def test_checkpoint_uses_argparse_for_the_released_files_namespace_alone():
-    tree = ast.parse((ROOT / "latent_verse" / "checkpoint.py").read_text())
+    tree = ast.parse((ROOT / "latent_verse" / "checkpoints" / "files.py").read_text())
     used = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and ast.unparse(n.value) == "argparse"}
     assert used == {"Namespace"}
 
@@ -105,7 +105,7 @@ def test_only_checkpoint_reads_pickles(path):
     tree = ast.parse(path.read_text())
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
     found = [node for node in calls if ast.unparse(node.func).endswith(readers)]
-    if name(path) != "latent_verse/checkpoint.py":
+    if name(path) != "latent_verse/checkpoints/files.py":
         assert not found, [node.lineno for node in found]
         assert not {"torch.load", "pickle", "dill", "cloudpickle", "joblib"} & imports(path)
         return
@@ -144,7 +144,7 @@ def test_the_networks_import_torch_only(file):
         ("biart/model.py", {"biart.sequence", "config", "recompute"}),
         ("biart/repeat.py", set()),
         ("biart/sampling.py", {"biart.model", "biart.repeat", "biart.sequence", "config"}),
-        ("runs.py", {"config"}),
+        ("runs.py", {"checkpoints.files", "config", "files"}),
         ("cli.py", {"config"}),
         ("config.py", set()),
         ("text.py", {"config", "data"}),

@@ -10,7 +10,7 @@ import pytest
 
 from latent_verse import runs
 from latent_verse.config import ConfigError, TrainVAEConfig, as_plain
-from latent_verse.runs import Run, newest, open_run, stem, write_whole
+from latent_verse.runs import Run, open_run, states, stem
 
 CONFIG = as_plain(TrainVAEConfig())
 
@@ -38,8 +38,8 @@ def begin(log_dir, name="a", backup_dir=None, config=CONFIG, steps=(), last=(), 
 
 def continued(log_dir, name="a", backup_dir=None, config=CONFIG) -> str | None:
     """The name of the file that a rerun continues from."""
-    run = open_run(str(log_dir), name, True, backup_dir, config)
-    return run.continue_from and run.continue_from.name
+    found = states(open_run(str(log_dir), name, True, backup_dir, config))
+    return found[0].name if found else None
 
 
 # ---------------------------------------------------------------------------------------------------------- free names
@@ -48,7 +48,7 @@ def continued(log_dir, name="a", backup_dir=None, config=CONFIG) -> str | None:
 def test_without_backup_a_taken_name_is_left_alone(tmp_path):
     for expected in ("a", "a-2", "a-3"):
         run = open_run(str(tmp_path), "a", False, None, CONFIG)
-        assert (run.folder, run.continue_from) == (tmp_path / expected, None)
+        assert (run.folder, states(run)) == (tmp_path / expected, [])
         assert not run.folder.exists()  # nothing is written yet
         run.folder.mkdir()
     assert open_run(str(tmp_path), "b", False, None, CONFIG).folder.name == "b"
@@ -58,7 +58,7 @@ def test_without_backup_an_interrupted_run_is_not_continued(tmp_path):
     begin(tmp_path, steps=[5])
     run = open_run(str(tmp_path), "a", False, None, CONFIG)
     assert run.folder.name == "a-2"
-    assert run.continue_from is None
+    assert not states(run)
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/a"])
@@ -81,13 +81,13 @@ def test_with_backup_a_rerun_is_the_same_run(tmp_path):
     first = begin(tmp_path, steps=[5])
     again = open_run(str(tmp_path), "a", True, None, CONFIG)
     assert (again.folder, again.id) == (first.folder, first.id)
-    assert again.continue_from == first.folder / "backups" / "step=5.ckpt"
+    assert states(again) == [first.folder / "backups" / "step=5.ckpt"]
 
 
 def test_a_run_that_saved_nothing_starts_anew_in_its_folder(tmp_path):
     first = begin(tmp_path)
     again = open_run(str(tmp_path), "a", True, None, CONFIG)
-    assert (again.id, again.continue_from) == (first.id, None)
+    assert (again.id, states(again)) == (first.id, [])
 
 
 def test_a_run_that_saved_nothing_may_begin_with_other_settings(tmp_path):
@@ -183,7 +183,7 @@ def test_another_runs_backups_in_a_shared_folder_are_never_picked(tmp_path):
     assert fake.backups() != mine.backups()
     assert fake.backups().parent == mine.backups().parent == tmp_path / "backups"
     assert continued(tmp_path / "mine", "a", shared) == "step=3.ckpt"
-    assert open_run(str(tmp_path / "new"), "a", True, shared, CONFIG).continue_from is None
+    assert continued(tmp_path / "new", "a", shared) is None
 
 
 def test_a_deleted_and_begun_again_run_does_not_find_its_old_backups(tmp_path):
@@ -198,16 +198,6 @@ def test_a_deleted_and_begun_again_run_does_not_find_its_old_backups(tmp_path):
 # --------------------------------------------------------------------------------------------------------------- names
 
 
-def test_newest(tmp_path):
-    names = ["best-epoch=9-step=9.ckpt", "best-epoch=10-step=10.ckpt", "last-epoch=1-step=11.ckpt", "step=12.ckpt.tmp"]
-    files = [tmp_path / name for name in names]
-    for order in (files, files[::-1]):
-        assert newest(order).name == "last-epoch=1-step=11.ckpt"
-        assert newest(order, "best-").name == "best-epoch=10-step=10.ckpt"
-    assert newest([]) is None
-    assert newest([tmp_path / "model.ckpt"]) is None
-
-
 @pytest.mark.parametrize(
     ("checkpoint", "name"),
     [
@@ -220,22 +210,6 @@ def test_newest(tmp_path):
 )
 def test_stem(checkpoint, name):
     assert stem(checkpoint) == name
-
-
-def test_write_whole_replaces_and_leaves_nothing_behind(tmp_path, monkeypatch):
-    file = tmp_path / "metrics.json"
-    write_whole(file, "old")
-    write_whole(file, "new")
-    assert file.read_text() == "new"
-    assert [p.name for p in tmp_path.iterdir()] == ["metrics.json"]
-
-    def killed(*args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "replace", killed)
-    with pytest.raises(KeyboardInterrupt):
-        write_whole(file, "half")
-    assert file.read_text() == "new"
 
 
 def test_start_writes_what_a_rerun_reads(tmp_path):

@@ -238,13 +238,13 @@ def test_a_checkpoint_of_another_shape_is_refused_and_one_of_another_dropout_is_
     resume = [*world, "--resume", "--ckpt_path", str(file), "--max_steps", "2", "--name", "b"]
     capsys.readouterr()
     for flags, message in (
-        (["--n_embd", "32"], "n_embd: 16 there, 32 now"),
-        (["--text_len", "9"], "text_len: 8 there, 9 now"),
-        (["--pos_by_modality"], "pos_by_modality: False there, True now"),
+        (["--n_embd", "32"], "n_embd: 16 then, 32 now"),
+        (["--text_len", "9"], "text_len: 8 then, 9 now"),
+        (["--pos_by_modality"], "pos_by_modality: False then, True now"),
     ):
         assert train_biart.main([*resume, *flags]) == 2
         error = capsys.readouterr().err
-        assert f"{file} is of a model with other settings" in error and message in error
+        assert f"{file} is of a model with different settings" in error and message in error
     assert train_biart.main([*resume, "--resid_pdrop", "0.2"]) == 0
     bundle = str(tmp_path / "runs/a/bundle")
     capsys.readouterr()

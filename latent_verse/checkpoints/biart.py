@@ -9,8 +9,9 @@ from typing import Any
 
 from latent_verse.augvae.model import AugVAE
 from latent_verse.biart.model import PRESETS, BiART
-from latent_verse.bundle import find_bundle, load_bundle
-from latent_verse.checkpoint import CheckpointError, fill, find_checkpoint, load_augvae, read_ckpt
+from latent_verse.checkpoints.augvae import load_augvae
+from latent_verse.checkpoints.bundle import find_bundle, load_bundle
+from latent_verse.checkpoints.files import CheckpointError, fill, find_checkpoint, read_ckpt
 from latent_verse.config import BiARTConfig, ConfigError
 from latent_verse.config_biart import TrainBiARTConfig
 from latent_verse.text import Tokenizer, TokenizerError, unpack_tokenizer

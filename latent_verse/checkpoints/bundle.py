@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +11,10 @@ import torch
 
 from latent_verse.augvae.model import AugVAE
 from latent_verse.biart.model import BiART
-from latent_verse.checkpoint import (
-    FORMAT,
-    WEIGHTS,
-    CheckpointError,
-    fetch_from_hub,
-    fill,
-    fingerprint,
-    first_line,
-    load_augvae,
-    save_augvae,
-)
+from latent_verse.checkpoints.augvae import FORMAT, WEIGHTS, load_augvae, save_augvae
+from latent_verse.checkpoints.files import CheckpointError, fetch_from_hub, fill, fingerprint, first_line
 from latent_verse.config import BiARTConfig, ConfigError, as_plain
-from latent_verse.runs import write_whole
+from latent_verse.files import replacing, write_json
 from latent_verse.text import Tokenizer, TokenizerError, load_tokenizer
 
 BUNDLE = "latent_verse/bundle"
@@ -55,16 +45,12 @@ def save_bundle(directory: str | os.PathLike, vae: AugVAE, biart: BiART, tokeniz
         "info": info,
         "fingerprints": fingerprints(vae, biart, tokenizer),
     }
-    write_whole(directory / "config.json", json.dumps(content, indent=2) + "\n")
+    write_json(directory / "config.json", content)
     save_augvae(vae, directory / "vae")
-    unfinished = directory / f".{BIART_WEIGHTS}.tmp"
-    save_file({key: tensor.contiguous() for key, tensor in biart.state_dict().items()}, unfinished)
-    os.replace(unfinished, directory / BIART_WEIGHTS)
-    (directory / "tokenizer").mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".tokenizer-", dir=directory) as folder:
-        tokenizer.save(folder)
-        for file in sorted(Path(folder).iterdir()):
-            os.replace(file, directory / "tokenizer" / file.name)
+    with replacing(directory / BIART_WEIGHTS) as unfinished:
+        save_file({key: tensor.contiguous() for key, tensor in biart.state_dict().items()}, unfinished)
+    with replacing(directory / "tokenizer") as unfinished:
+        tokenizer.save(unfinished)
 
 
 def find_bundle(path: str | os.PathLike) -> Path:

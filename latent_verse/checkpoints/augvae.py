@@ -1,0 +1,214 @@
+"""Reading and writing an AugVAE: this project's and released .ckpt files, and folders of safetensors."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from latent_verse.augvae.model import AugVAE
+from latent_verse.checkpoints.files import (
+    TRAINING_ONLY,
+    CheckpointError,
+    fetch_from_hub,
+    fill,
+    find_checkpoint,
+    read_ckpt,
+)
+from latent_verse.config import AugVAEConfig, ConfigError, TrainVAEConfig, as_plain
+from latent_verse.files import replacing, write_json
+
+FORMAT = "latent_verse/augvae"
+WEIGHTS = "model.safetensors"
+
+
+def load_augvae(path: str | os.PathLike) -> AugVAE:
+    """An AugVAE, -ML or -SL told apart by content, from any file it can be in. Evaluation mode, on the CPU.
+
+    Args:
+        path: this project's or a released .ckpt, a run folder (its best checkpoint), a folder with config.json and
+            model.safetensors, or a hub id.
+
+    Raises:
+        CheckpointError: see the class.
+    """
+    local = find_checkpoint(Path(path))
+    if local.is_file() and local.name == WEIGHTS:
+        local = local.parent
+    if local.is_file() or (local.suffix == ".ckpt" and not local.is_dir()):  # an absent one: the error names others
+        return _augvae_from_ckpt(local)
+    if not local.is_dir():
+        local = fetch_from_hub(str(path), ("config.json", WEIGHTS))
+    return _augvae_from_folder(local)
+
+
+def load_for_training(config: TrainVAEConfig, given: set[str]) -> AugVAE:
+    """The AugVAE a run of train_vae begins with: new, from pretrained weights, or single-level from a multi-level one.
+
+    Args:
+        given: settings that were given: those that contradict the pretrained model's shape are refused, defaults yield.
+
+    Raises:
+        CheckpointError: see the class.
+        ConfigError: the settings contradict the pretrained model, or it has no such level.
+    """
+    o = config.optim
+    if o.pretrained_path is None:
+        return AugVAE(config.model)
+    pretrained = load_augvae(o.pretrained_path)
+    if o.finetune and pretrained.config.single_level is not None:
+        raise ConfigError(
+            f"pretrained_path {o.pretrained_path} is an AugVAE-SL (level {pretrained.config.single_level}) already; "
+            "fine-tune from an AugVAE-ML, or drop finetune to train this one on."
+        )
+    _check_agrees(config, pretrained.config, given)
+    if config.data.img_size not in (None, pretrained.config.resolution):
+        raise ConfigError(
+            f"img_size: {config.data.img_size}, but {o.pretrained_path} takes pictures of "
+            f"{pretrained.config.resolution} px. Drop it."
+        )
+    free = {name: getattr(config.model, name) for name in TRAINING_ONLY & given}
+    model = AugVAE(dataclasses.replace(pretrained.config, **free))
+    model.load_state_dict(pretrained.state_dict())
+    if o.finetune:
+        (level,) = config.model.attn_resolutions
+        if level not in model.levels:
+            raise ConfigError(
+                f"attn_resolutions: [{level}] is not a level of {o.pretrained_path}, which has {list(model.levels)}."
+            )
+        # what the run folder keeps: the recipe, with the shape that the checkpoint gave it
+        config.model = dataclasses.replace(model.config, attn_resolutions=(level,))
+        return model.to_single_level(level).train()
+    config.model = model.config
+    return model.train()
+
+
+def agree_with_checkpoint(config: TrainVAEConfig, model: AugVAEConfig, given: set[str]) -> None:
+    """Let data checks and logs see the checkpoint's own shape; refuse an img_size or resolution that is not its.
+
+    Other model settings of a YAML file that serves training as well are the checkpoint's to know.
+
+    Raises:
+        ConfigError: resolution or img_size was given and is another.
+    """
+    for name, value in (("resolution", config.model.resolution), ("img_size", config.data.img_size)):
+        if name in given and value not in (None, model.resolution):
+            raise ConfigError(
+                f"{name}: {value}, but {config.trainer.ckpt_path} takes pictures of {model.resolution} px. Drop it."
+            )
+    config.model = model
+
+
+def _check_agrees(config: TrainVAEConfig, pretrained: AugVAEConfig, given: set[str]) -> None:
+    fixed = {f.name for f in dataclasses.fields(AugVAEConfig)} - TRAINING_ONLY - {"double_z"}
+    if config.optim.finetune:
+        fixed -= {"attn_resolutions", "single_level"}
+    contradictions = [
+        f"{name}: {getattr(config.model, name)} in the settings, {getattr(pretrained, name)} in the checkpoint"
+        for name in sorted(fixed & given)
+        if getattr(config.model, name) != getattr(pretrained, name)
+    ]
+    if contradictions:
+        raise ConfigError(
+            f"pretrained_path {config.optim.pretrained_path} has another shape:\n  " + "\n  ".join(contradictions)
+        )
+
+
+def save_augvae(model: AugVAE, directory: str | os.PathLike) -> None:
+    """Write `config.json` and `model.safetensors`; each file appears whole or not at all."""
+    from safetensors.torch import save_model
+
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    with replacing(directory / WEIGHTS) as unfinished:
+        save_model(model, str(unfinished))
+    write_json(directory / "config.json", {"format": FORMAT, "config": as_plain(model.config)})
+
+
+# Set here because a network may not import the readers of its files.
+AugVAE.from_pretrained = staticmethod(load_augvae)
+AugVAE.save_pretrained = save_augvae
+
+
+def _augvae_from_folder(directory: Path) -> AugVAE:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    for name in ("config.json", WEIGHTS):
+        if not (directory / name).is_file():
+            raise CheckpointError(
+                f"{directory} holds no {name}; AugVAE.save_pretrained writes config.json and {WEIGHTS}."
+            )
+    try:
+        content = json.loads((directory / "config.json").read_text())
+        if content.get("format") != FORMAT:
+            raise CheckpointError(f"{directory}/config.json has format {content.get('format')!r}, not {FORMAT!r}.")
+        model = AugVAE(_config(content["config"], directory / "config.json"))
+        stored = load_file(directory / WEIGHTS)
+    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{directory} is damaged: {error}") from error
+    # shared tensors are stored once
+    shared = _shared_keys(model)
+    state = {key: stored[name] for key, names in shared.items() for name in names if name in stored}
+    state.update({key: value for key, value in stored.items() if key not in shared})
+    fill(model, state, directory / WEIGHTS)
+    return model.eval()
+
+
+def _augvae_from_ckpt(file: Path) -> AugVAE:
+    content = read_ckpt(file)
+    own = content.get("latent_verse")
+    if own is not None:
+        if own.get("kind") != "augvae":
+            raise CheckpointError(f"{file} is a checkpoint of {own.get('kind')}, not of an AugVAE.")
+        model = AugVAE(_config(own.get("model") or {}, file))
+        state = {k.removeprefix("model."): v for k, v in content["state_dict"].items() if k.startswith("model.")}
+    elif "hyper_parameters" in content and any(k.startswith("quantizers.") for k in content["state_dict"]):
+        state = {k: v for k, v in content["state_dict"].items() if not k.startswith("loss.")}  # frozen LPIPS
+        model = AugVAE(_released_config(content["hyper_parameters"], state, file))
+    else:
+        raise CheckpointError(f"{file} is a checkpoint, but neither this project's nor a released AugVAE.")
+    fill(model, state, file)
+    return model.eval()
+
+
+def _released_config(hyper_parameters: dict[str, Any], state: dict[str, torch.Tensor], file: Path) -> AugVAEConfig:
+    """The configuration of a released file. Levels are counted in the weights: -SL files kept -ML's settings."""
+    args = hyper_parameters.get("args", hyper_parameters)
+    args = args if isinstance(args, dict) else vars(args)
+    values = {f.name: args[f.name] for f in dataclasses.fields(AugVAEConfig) if f.name in args}
+    missing = {"resolution", "ch_mult"} - values.keys()
+    if missing:
+        raise CheckpointError(f"{file}: its hyper_parameters lack {', '.join(sorted(missing))}.")
+    first = values["resolution"] // 2 ** (len(values["ch_mult"]) - 1)
+
+    def count(prefix):
+        return len({k.split(".")[1] for k in state if k.startswith(prefix)})
+
+    levels = [first // 2**i for i in range(count("pre_quants."))]
+    single = levels[count("encoders.") - 1] if count("connectors.") else None
+    return _config({**values, "attn_resolutions": levels, "single_level": single}, file)
+
+
+def _config(values: dict[str, Any], file: Path) -> AugVAEConfig:
+    try:
+        config = AugVAEConfig(**values)
+        config.validate()
+    except (TypeError, ConfigError) as error:
+        raise CheckpointError(
+            f"{file}: its settings do not describe an AugVAE this version can build: {error}"
+        ) from error
+    return config
+
+
+def _shared_keys(model: nn.Module) -> dict[str, list[str]]:
+    """Every key whose tensor other keys share -> all keys of that tensor."""
+    by_tensor: dict[int, list[str]] = {}
+    for key, tensor in model.state_dict(keep_vars=True).items():
+        by_tensor.setdefault(id(tensor), []).append(key)
+    return {key: keys for keys in by_tensor.values() if len(keys) > 1 for key in keys}
