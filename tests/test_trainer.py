@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -10,14 +11,16 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import TQDMProgressBar
 
-from latent_verse import callbacks, trainer
+from latent_verse import trainer
 from latent_verse.augvae.model import AugVAE
 from latent_verse.augvae.training import LitAugVAE
-from latent_verse.callbacks import Backup, Interrupted, ProgressBar
 from latent_verse.config import TrainerConfig, TrainVAEConfig
 from latent_verse.evaluation.reconstruction import ReconstructionMetrics
 from latent_verse.runs import Run
 from latent_verse.trainer import compiles_by_default, make_trainer
+from latent_verse.training import progress_bar
+from latent_verse.training.backups import Backup, Interrupted
+from latent_verse.training.progress_bar import ProgressBar
 
 
 @pytest.mark.parametrize(
@@ -124,7 +127,7 @@ def test_memory_format_of_weights_and_activations(tiny_config, tiny_images, devi
 )
 def test_the_bar_reads_figures_five_times_a_second_and_at_either_end(monkeypatch, refresh_rate, max_steps, drawn):
     seen, clock = [], [0.0]
-    monkeypatch.setattr(callbacks.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(progress_bar.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(TQDMProgressBar, "on_train_batch_end", lambda self, *args: seen.append(args[-1]))
     bar = ProgressBar(refresh_rate)
     for batch_idx in range(10 if max_steps < 0 else max_steps):
@@ -132,6 +135,13 @@ def test_the_bar_reads_figures_five_times_a_second_and_at_either_end(monkeypatch
         bar.on_train_batch_end(now, None, None, None, batch_idx)
         clock[0] += 0.0501
     assert seen == drawn
+
+
+@pytest.mark.parametrize(("out", "err"), [(True, True), (False, True), (True, False), (False, False)])
+def test_the_bar_is_for_terminals(monkeypatch, out, err):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: out)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: err)
+    assert ProgressBar(1).is_enabled == (out and err)
 
 
 def test_a_signal_is_not_broadcast_before_every_step_and_one_before_training_counts():
