@@ -152,10 +152,11 @@ class TextImageSamples(pl.Callback):
         network = pl_module.network
         text_BL = trainer.datamodule.caption_ids(e.captions, network.vocab.pad).to(device)
         codes_BN = pl_module.codes(e.x.to(device))
-        settings = {name: getattr(s, name) for name in ("temperature", "top_k", "top_p", "guidance")}
-        settings |= {"seed": 0, "reference_dropout_trained": pl_module.config.loss.reference_dropout > 0}
+        null_trained = pl_module.config.loss.reference_dropout > 0
         try:
-            sampled_BN = sampling.generate(network, text_BL, TEXT_TO_IMAGE, **settings)
+            sampled_BN = sampling.generate(
+                network, text_BL, TEXT_TO_IMAGE, seed=0, reference_dropout_trained=null_trained, **s.arguments()
+            )
             sampled_BL = sampling.generate(network, codes_BN, IMAGE_TO_TEXT, temperature=0)
         except sampling.NotFinite as error:
             raise Diverged(
