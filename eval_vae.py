@@ -26,12 +26,14 @@ def run(config: EvalVAEConfig, given: dict[str, str]) -> int:
 
         from latent_verse import runs
         from latent_verse.augvae.training import LitAugVAE
-        from latent_verse.callbacks import ProgressBar, SavedPictures
-        from latent_verse.checkpoint import CheckpointError, load_augvae
+        from latent_verse.checkpoints.augvae import load_augvae
+        from latent_verse.checkpoints.files import CheckpointError
         from latent_verse.data import DataError
         from latent_verse.data.module import ImageDataModule
         from latent_verse.evaluation.reconstruction import ReconstructionMetrics, table
         from latent_verse.trainer import choose_devices, choose_strategy, quiet_lightning
+        from latent_verse.training.image_logging import SavedPictures
+        from latent_verse.training.progress_bar import ProgressBar
 
     with errors_to_exit_code(CheckpointError, DataError) as code:
         t = config.trainer

@@ -21,7 +21,7 @@ def run(config: GenerateConfig, task: str) -> int:
     """Load the model and do the task."""
     with quick_imports():
         from latent_verse import generation
-        from latent_verse.checkpoint import CheckpointError
+        from latent_verse.checkpoints.files import CheckpointError
         from latent_verse.data import DataError
         from latent_verse.text import TokenizerError
 

@@ -28,10 +28,9 @@ def run(config: TrainBiARTConfig, given: dict[str, str]) -> int:
 
         from latent_verse import biart_run
         from latent_verse.biart.training import LitBiART
-        from latent_verse.callbacks import RunFolder, TextImageSamples
-        from latent_verse.checkpoint import starting_point
+        from latent_verse.checkpoints.biart import take_over
+        from latent_verse.checkpoints.files import starting_point
         from latent_verse.config import as_plain
-        from latent_verse.pretrained import take_over
         from latent_verse.runs import open_run, states
         from latent_verse.text import TokenizerError
         from latent_verse.trainer import (
@@ -45,6 +44,8 @@ def run(config: TrainBiARTConfig, given: dict[str, str]) -> int:
             make_trainer,
             say,
         )
+        from latent_verse.training.backups import RunFolder
+        from latent_verse.training.image_logging import TextImageSamples
 
     with errors_to_exit_code(*MISTAKES, TokenizerError) as code:
         t = config.trainer

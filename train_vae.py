@@ -24,8 +24,8 @@ def run(config: TrainVAEConfig, given: dict[str, str]) -> int:
 
         from latent_verse import runs
         from latent_verse.augvae.training import LitAugVAE
-        from latent_verse.callbacks import RunFolder
-        from latent_verse.checkpoint import load_for_training, starting_point
+        from latent_verse.checkpoints.augvae import load_for_training
+        from latent_verse.checkpoints.files import starting_point
         from latent_verse.config import as_plain
         from latent_verse.data.module import ImageDataModule
         from latent_verse.trainer import (
@@ -38,6 +38,7 @@ def run(config: TrainVAEConfig, given: dict[str, str]) -> int:
             make_trainer,
             say,
         )
+        from latent_verse.training.backups import RunFolder
 
     with errors_to_exit_code(*MISTAKES) as code:
         t = config.trainer

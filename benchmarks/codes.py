@@ -26,7 +26,7 @@ from latent_verse.augvae.model import AugVAE
 from latent_verse.biart.model import PRESETS, BiART
 from latent_verse.biart.training import LitBiART
 from latent_verse.config import AugVAEConfig, BiARTConfig
-from latent_verse.config_biart import TrainBiARTConfig
+from latent_verse.config.train import TrainBiARTConfig
 from latent_verse.optimizer import adamw
 
 # (codebook, widths) by the side of the picture: the released shape at 256 px, small ones for a CPU

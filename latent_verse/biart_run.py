@@ -10,21 +10,15 @@ import torch
 
 from latent_verse.augvae.model import AugVAE
 from latent_verse.biart.model import PRESETS, BiART
-from latent_verse.checkpoint import (
-    CheckpointError,
-    check_resumable,
-    find_checkpoint,
-    fingerprint,
-    load_augvae,
-    read_ckpt,
-)
+from latent_verse.checkpoints.augvae import load_augvae
+from latent_verse.checkpoints.biart import Pretrained, load_checkpoint
+from latent_verse.checkpoints.files import CheckpointError, check_resumable, find_checkpoint, fingerprint, read_ckpt
 from latent_verse.config import AugVAEConfig, BiARTConfig, ConfigError
 from latent_verse.config.train import TrainBiARTConfig
 from latent_verse.data.codes import TOKENIZER, check_codes, extract, work_of
 from latent_verse.data.pair_module import PairDataModule
 from latent_verse.data.pairs import all_captions, open_pairs, source_of, work_of_shards
 from latent_verse.pipeline import LVerse
-from latent_verse.pretrained import Pretrained, load_checkpoint
 from latent_verse.text import BPETokenizer, Tokenizer, TokenizerError, load_tokenizer, pack_tokenizer, unpack_tokenizer
 from latent_verse.trainer import say
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from latent_verse import runs
 from latent_verse.config import ConfigError
-from latent_verse.config_generate import GenerateConfig
+from latent_verse.config.generate import GenerateConfig
 from latent_verse.data import DataError
 from latent_verse.data.images import EXTENSIONS, describe_files, walk
 from latent_verse.pictures import grid, load_image, save_png, to_pictures

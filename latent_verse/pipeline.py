@@ -24,8 +24,8 @@ from torch import Tensor
 from latent_verse.augvae.model import AugVAE
 from latent_verse.biart.model import BiART
 from latent_verse.biart.sequence import IMAGE_TO_TEXT, TEXT_TO_IMAGE
-from latent_verse.bundle import fingerprints, load_bundle, save_bundle
-from latent_verse.checkpoint import CheckpointError
+from latent_verse.checkpoints.bundle import fingerprints, load_bundle, save_bundle
+from latent_verse.checkpoints.files import CheckpointError
 from latent_verse.config import ConfigError
 from latent_verse.drawing import LARGEST_CHUNK, Drawing
 from latent_verse.pictures import Picture, load_image, to_pictures

@@ -23,12 +23,14 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from latent_verse import runs
-from latent_verse.callbacks import Backup, Diverged, ImageGrids, Interrupted, ProcessState, ProgressBar, RunFolder
-from latent_verse.checkpoint import CheckpointError
+from latent_verse.checkpoints.files import CheckpointError
 from latent_verse.config import ConfigError, TrainerConfig, TrainVAEConfig
 from latent_verse.config.train import TrainBiARTConfig
 from latent_verse.data import DataError
 from latent_verse.runs import Run
+from latent_verse.training.backups import Backup, Interrupted, ProcessState, RunFolder
+from latent_verse.training.image_logging import Diverged, ImageGrids
+from latent_verse.training.progress_bar import ProgressBar
 
 # the user's, found while a run is built or trains
 MISTAKES = (CheckpointError, DataError, Diverged, MisconfigurationException)

@@ -17,7 +17,7 @@ from PIL import Image
 import generate
 from latent_verse import cli, generation
 from latent_verse.config import ConfigError, setting
-from latent_verse.config_generate import TASKS, USED, DrawConfig, GenerateConfig, WhatConfig, WriteConfig
+from latent_verse.config.generate import TASKS, USED, DrawConfig, GenerateConfig, WhatConfig, WriteConfig
 from latent_verse.pipeline import LVerse
 from tests.test_pipeline import make_lverse, one_thread, photo, same  # noqa: F401 (a fixture)
 

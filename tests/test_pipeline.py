@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from latent_verse.biart.model import BiART
 from latent_verse.biart.sampling import beam_search, log_likelihood
-from latent_verse.bundle import BUNDLE_FILES
-from latent_verse.checkpoint import CheckpointError, fingerprint
+from latent_verse.checkpoints.bundle import BUNDLE_FILES
+from latent_verse.checkpoints.files import CheckpointError, fingerprint
 from latent_verse.config import BiARTConfig, ConfigError
 from latent_verse.data import DataError
 from latent_verse.data.transforms import centre_crop, to_unit_range
@@ -516,5 +516,5 @@ def test_public_signatures_are_those_of_the_design():
 
 
 def test_importing_the_package_stays_light():
-    code = "import latent_verse, latent_verse.config_generate, sys; sys.exit('torch' in sys.modules)"
+    code = "import latent_verse, latent_verse.config.generate, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

@@ -16,7 +16,7 @@ from latent_verse.augvae.training import LitAugVAE
 from latent_verse.biart.model import BiART
 from latent_verse.biart.training import LitBiART
 from latent_verse.config import BiARTConfig, TrainerConfig, TrainVAEConfig, VAELossConfig
-from latent_verse.config_biart import TrainBiARTConfig
+from latent_verse.config.train import TrainBiARTConfig
 from latent_verse.recompute import Recomputing, checkpoint_activations
 from tests.fake_cuda import Kept
 

@@ -24,8 +24,7 @@ from latent_verse.biart.model import PRESETS
 from latent_verse.biart.sequence import IMAGE_TO_TEXT, TEXT_TO_IMAGE
 from latent_verse.biart.training import LitBiART
 from latent_verse.biart_run import FAKE_VAE
-from latent_verse.callbacks import TextImageSamples
-from latent_verse.checkpoint import read_ckpt
+from latent_verse.checkpoints.files import read_ckpt
 from latent_verse.config import ConfigError
 from latent_verse.config.train import PRESETS as PRESET_NAMES
 from latent_verse.config.train import PairDataConfig, TrainBiARTConfig, resolve_train_biart
@@ -33,6 +32,7 @@ from latent_verse.data.codes import CodesDataset
 from latent_verse.pipeline import LVerse
 from latent_verse.text import ClipTokenizer, load_tokenizer
 from latent_verse.trainer import ease_smoke_test
+from latent_verse.training.image_logging import TextImageSamples
 
 TINY = shlex.split(
     "--n_layer 1 --n_head 2 --n_embd 16 --tokenizer bpe --bpe_vocab_size 300 --text_len 8 --batch_size 4 "

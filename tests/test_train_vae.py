@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 import train_vae
-from latent_verse.checkpoint import load_augvae
+from latent_verse.checkpoints.augvae import load_augvae
 from tests.runs_on_pictures import SMALL, write_pictures
 
 REPO = Path(__file__).parent.parent
@@ -229,7 +229,7 @@ def test_killed_between_the_last_batch_and_the_end_of_an_epoch(tmp_path, picture
 
 
 def test_stop_at_the_end_of_an_epoch(tmp_path, pictures, monkeypatch, capsys):
-    from latent_verse.callbacks import Backup
+    from latent_verse.training.backups import Backup
 
     original = Backup.on_train_batch_end
 
@@ -247,7 +247,7 @@ def test_stop_at_the_end_of_an_epoch(tmp_path, pictures, monkeypatch, capsys):
 
 
 def test_a_damaged_newest_backup_yields_to_the_one_before(tmp_path, pictures, monkeypatch):
-    from latent_verse.callbacks import Backup
+    from latent_verse.training.backups import Backup
 
     original = Backup.on_train_batch_end
 

@@ -19,7 +19,7 @@ from latent_verse.evaluation.reconstruction import ReconstructionMetrics
 from latent_verse.runs import Run
 from latent_verse.trainer import compiles_by_default, make_trainer
 from latent_verse.training import progress_bar
-from latent_verse.training.backups import Backup, Interrupted
+from latent_verse.training.backups import Backup, Interrupted, RunFolder
 from latent_verse.training.progress_bar import ProgressBar
 
 

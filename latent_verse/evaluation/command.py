@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from latent_verse import runs
-from latent_verse.checkpoint import CheckpointError
-from latent_verse.cli import errors_to_exit_code
+from latent_verse.checkpoints.files import CheckpointError
 from latent_verse.config import ConfigError, as_plain
-from latent_verse.config_eval import EvalBiARTConfig
+from latent_verse.config.cli import errors_to_exit_code
+from latent_verse.config.evaluate import EvalBiARTConfig
 from latent_verse.data import DataError
 from latent_verse.data.shapes import ShapesDataset, World
 from latent_verse.demo_page import commit, machine

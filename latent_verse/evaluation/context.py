@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from latent_verse.config_eval import EvalBiARTConfig
+from latent_verse.config.evaluate import EvalBiARTConfig
 from latent_verse.evaluation import networks
 from latent_verse.evaluation.figures import Figures
 from latent_verse.evaluation.page import Case, Gallery, choose

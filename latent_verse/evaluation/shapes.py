@@ -192,7 +192,7 @@ def check(config: ShapesEvalConfig) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Judge and print; 0 when done, 2 for a mistake in the settings or the model."""
-    from latent_verse.checkpoint import CheckpointError
+    from latent_verse.checkpoints.files import CheckpointError
 
     with errors_to_exit_code(CheckpointError, DataError) as code:
         config, _ = parse(ShapesEvalConfig, argv, __doc__)

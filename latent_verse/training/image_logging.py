@@ -10,7 +10,7 @@ from torch import Tensor
 
 from latent_verse.biart import sampling
 from latent_verse.biart.sequence import IMAGE_TO_TEXT, TEXT_TO_IMAGE
-from latent_verse.config_biart import SamplingConfig
+from latent_verse.config.train import SamplingConfig
 from latent_verse.files import replacing, write_text
 from latent_verse.text import Tokenizer
 from latent_verse.training.backups import RunFolder
