@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from dataclasses import dataclass, field
-from typing import Optional, Tuple  # OmegaConf reads these annotations at run time
+from typing import ClassVar, Optional, Tuple  # OmegaConf reads these annotations at run time
 
 
 class ConfigError(ValueError):
@@ -50,6 +50,7 @@ class AugVAEConfig:
     z_channels: int = setting(256, "channels of the feature maps between the networks")
     codebook_dim: int = setting(256, "length of a code vector")
     num_tokens: int = setting(8192, "codes in the codebook")
+    quantizer: str = setting("ema", "how vectors become codes; ema: a codebook of moving averages, as released")
     quant_beta: float = setting(0.25, "weight of the commitment loss")
     quant_ema_decay: float = setting(0.99, "decay of the codebook's moving averages")
     quant_ema_eps: float = setting(1e-5, "Laplace smoothing of the cluster sizes")
@@ -57,6 +58,11 @@ class AugVAEConfig:
         0.0, "restart codes whose average use a batch falls below this, from encoder outputs; 0 never does (release)"
     )
     single_level: Optional[int] = setting(None, "keep only this level's codes (AugVAE-SL); null keeps all (AugVAE-ML)")
+
+    # settings that change how the model trains, not which weights it has
+    TRAINING_ONLY: ClassVar = frozenset(
+        {"dropout", "quant_beta", "quant_ema_decay", "quant_ema_eps", "restart_threshold"}
+    )
 
     def __post_init__(self):
         for name in ("ch_mult", "attn_resolutions"):  # lists from YAML become hashable
@@ -136,6 +142,8 @@ class BiARTConfig:
     embd_pdrop: float = setting(0.0, "dropout after the embeddings")
     resid_pdrop: float = setting(0.0, "dropout on each residual branch")
     attn_pdrop: float = setting(0.0, "dropout on the attention weights")
+
+    TRAINING_ONLY: ClassVar = frozenset({"embd_pdrop", "resid_pdrop", "attn_pdrop"})  # as AugVAEConfig's
 
     def __post_init__(self):
         for name in ("text_vocab", "image_vocab", "text_len", "image_len", "n_layer", "n_head", "n_embd"):

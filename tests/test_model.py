@@ -75,7 +75,7 @@ def test_codes_leave_the_model_as_it_is_in_training_mode(tiny_augvae, tiny_image
     assert model.training
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     model(tiny_images())  # while a training pass does change the book
-    assert not torch.equal(model.codebook.weight, before["quantizers.0.embedding.weight"])
+    assert not torch.equal(model.quantizer.embedding.weight, before["quantizers.0.embedding.weight"])
 
 
 def test_evaluation_does_not_change_the_codebook(tiny_augvae, tiny_images):
@@ -312,7 +312,7 @@ def test_single_level_decodes_through_a_connector_where_a_level_is_missing(tiny_
 def test_to_single_level_keeps_mode_and_type(tiny_augvae):
     single = tiny_augvae().double().train().to_single_level(4)
     assert single.training
-    assert single.pre_quants[0].weight.dtype == single.codebook.weight.dtype == torch.float64
+    assert single.pre_quants[0].weight.dtype == single.quantizer.embedding.weight.dtype == torch.float64
 
 
 def test_single_level_of_what_is_not_there_is_refused(tiny_augvae):
@@ -328,7 +328,7 @@ def test_single_level_of_what_is_not_there_is_refused(tiny_augvae):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_keeps_the_codebook_in_float32(tiny_augvae, tiny_images, dtype):
     model = tiny_augvae().to(dtype)
-    book = {n: b.dtype for n, b in model.codebook.named_buffers()}
+    book = {n: b.dtype for n, b in model.quantizer.embedding.named_buffers()}
     assert book == dict.fromkeys(("weight", "cluster_size", "embed_avg"), torch.float32)
     assert model.encoders[0].conv_in.weight.dtype == dtype
     x = tiny_images().to(dtype)
@@ -340,7 +340,7 @@ def test_half_precision_keeps_the_codebook_in_float32(tiny_augvae, tiny_images, 
 
 
 def test_double_precision_takes_the_codebook_along(tiny_augvae):
-    assert tiny_augvae().double().codebook.weight.dtype == torch.float64
+    assert tiny_augvae().double().quantizer.embedding.weight.dtype == torch.float64
 
 
 @pytest.mark.parametrize("single_level", SINGLE)
@@ -367,7 +367,8 @@ def test_initialise_codebook_takes_vectors_of_all_levels(tiny_augvae, tiny_image
     vectors = torch.cat([z.permute(0, 2, 3, 1).reshape(-1, 8) for z in model.features(x)])
     model.initialise_codebook(x)
     # 168 vectors for 400 codes: each is a code, and each code is one of them
-    distance = torch.cdist(vectors, model.codebook.weight, compute_mode="donot_use_mm_for_euclid_dist")  # exact
+    codes = model.quantizer.embedding.weight
+    distance = torch.cdist(vectors, codes, compute_mode="donot_use_mm_for_euclid_dist")  # exact
     assert distance.min(0).values.max() < 1e-3
     assert distance.min(1).values.max() < 1e-3
 

@@ -108,6 +108,6 @@ def test_six_training_steps_are_the_releases(name):
         got = [value.item() for value in (total, rec_loss, embed_loss, perplexity)]
         assert got == pytest.approx(expected, rel=1e-7), f"step on seed {seed}"
     after = figures["after_training"]
-    assert_picture(model.codebook.weight, after["codebook"], rel=1e-7)
-    assert_picture(model.codebook.cluster_size, after["cluster_size"], rel=1e-7)
+    assert_picture(model.quantizer.embedding.weight, after["codebook"], rel=1e-7)
+    assert_picture(model.quantizer.embedding.cluster_size, after["cluster_size"], rel=1e-7)
     assert_forward(model.eval(), after["forward"], rel=1e-7)

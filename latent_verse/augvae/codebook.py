@@ -1,7 +1,8 @@
-"""The vector quantiser with an exponential-moving-average codebook (van den Oord et al. 2017, appendix A.1).
+"""Quantisers: what turns AugVAE's vectors into codes and back. `QUANTIZERS` is the table of those there are.
 
-No one-hot matrix is ever made, and of the N x K distance matrix only a slice at a time: counts come from scatter_add,
-sums from index_add. Distances and statistics are float32 (float64 for float64 input) under any autocast.
+"ema" is the release's, whose codebook is an exponential moving average (van den Oord et al. 2017, appendix A.1). It
+never makes a one-hot matrix, and holds only a slice of the N x K distance matrix at a time: counts come from
+scatter_add, sums from index_add. Distances and statistics are float32 (float64 for float64 input) under any autocast.
 
 Shapes: N vectors, K codes, D code dimension; B batch, H height, W width.
 """
@@ -9,12 +10,15 @@ Shapes: N vectors, K codes, D code dimension; B batch, H height, W width.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from einops import rearrange
 from torch import nn
 
+from latent_verse.config import AugVAEConfig, ConfigError
 from latent_verse.precision import LOW_PRECISION, keeping_float32
 
 # Elements of the distance matrix held at a time: a sixteenth of it within these bounds. 4 MiB in float32 fit in a CPU's
@@ -27,7 +31,7 @@ BLOCK = 64  # columns of the distance matrix that `least` looks at together
 
 
 @contextlib.contextmanager
-def full_precision_matmul(device_type: str):
+def full_precision_matmul(device_type: str) -> Iterator[None]:
     """No autocast and no TF32 inside: either picks wrong codes (1.3 % of vectors in bf16 at K = 8192)."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
@@ -65,6 +69,15 @@ def count(indices: torch.Tensor, num_tokens: int) -> torch.Tensor:
     return flat_N.new_zeros(num_tokens).scatter_add_(0, flat_N, flat_N.new_ones(()).expand_as(flat_N))
 
 
+def to_vectors(z_BDHW: torch.Tensor) -> torch.Tensor:
+    """Maps (B, D, H, W) -> their vectors (B * H * W, D), row by row: contiguous, and float32 where z is half precision.
+
+    A copy where z has contiguous channels: what follows reads whole vectors, and is several times slower over a view.
+    """
+    z_ND = rearrange(z_BDHW, "b d h w -> (b h w) d").contiguous()
+    return z_ND.float() if z_ND.dtype in LOW_PRECISION else z_ND
+
+
 def add_vectors(z_BDHW: torch.Tensor, x_ND: torch.Tensor) -> torch.Tensor:
     """Maps plus vectors (B * H * W, D), which take no gradient, in the maps' memory format.
 
@@ -85,6 +98,43 @@ def perplexity(counts: torch.Tensor) -> torch.Tensor:
     """exp(entropy) of how often codes were used; `counts` is (..., K), of any dtype. Original formula (eps 1e-10)."""
     p = counts.to(torch.float64) / counts.sum(-1, keepdim=True).clamp(min=1)
     return torch.exp(-(p * torch.log(p + 1e-10)).sum(-1))
+
+
+class Quantizer(nn.Module):
+    """What AugVAE asks of a quantiser; `QUANTIZERS` holds the classes that answer. All levels share one instance.
+
+    Attributes:
+        codebook_size: K, the number of codes: 0 to K - 1.
+    """
+
+    codebook_size: int
+
+    def forward(self, z_BDHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Quantise maps; in training mode a codebook may learn from them.
+
+        Args:
+            z_BDHW: the encoder's vectors, of any floating-point type.
+
+        Returns:
+            z_q (B, D, H, W) of z's type, whose gradient reaches z; codes (B, H, W) int64; loss (), to be added.
+        """
+        raise NotImplementedError
+
+    def nearest(self, z_ND: torch.Tensor) -> torch.Tensor:
+        """Vectors of float32 or float64, as `to_vectors` makes them -> codes (N,) int64. Nothing is learnt."""
+        raise NotImplementedError
+
+    def lookup(self, codes: torch.Tensor) -> torch.Tensor:
+        """Codes (...) int64 -> their vectors (..., D)."""
+        raise NotImplementedError
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether `initialise` is of use: there is a codebook, and it has seen no data."""
+        return False
+
+    def initialise(self, z_ND: torch.Tensor) -> None:
+        """Start the codebook, where there is one, from encoder outputs. A collective under torch.distributed."""
 
 
 class Codebook(nn.Module):
@@ -203,26 +253,35 @@ class Codebook(nn.Module):
         self.embed_avg.copy_(torch.where(dead_K[:, None], fresh_KD * use, self.embed_avg))
 
 
-class Quantizer(nn.Module):
+class EMAQuantizer(Quantizer):
     """Nearest code, straight-through gradient, commitment loss; in training mode the codebook learns.
 
-    `embedding` is the codebook; the name is the release's.
+    Args:
+        embedding: the codebook; the name is the release's.
+        beta: weight of the commitment loss.
     """
 
     def __init__(self, embedding: Codebook, beta: float):
         super().__init__()
         self.embedding = embedding
+        self.codebook_size = len(embedding.weight)
         self.beta = beta
+
+    @classmethod
+    def from_config(cls, config: AugVAEConfig) -> EMAQuantizer:
+        """A quantiser with the codebook that the quant_* settings describe."""
+        c = config
+        codebook = Codebook(c.num_tokens, c.codebook_dim, c.quant_ema_decay, c.quant_ema_eps, c.restart_threshold)
+        return cls(codebook, c.quant_beta)
 
     @torch.compiler.disable  # collectives and in-place statistics; the convolutions around it are what compiles
     def forward(self, z_BDHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """z (B, D, H, W) -> (quantised z of the same shape and dtype, codes (B, H, W) int64, commitment loss)."""
+        """As `Quantizer.forward`; the loss is the commitment loss, times beta."""
         B, D, H, W = z_BDHW.shape
         dtype = z_BDHW.dtype
         if dtype in LOW_PRECISION:
             z_BDHW = z_BDHW.float()
-        # (N, D) in memory too: what follows reads whole vectors, and is several times slower over a transposed view
-        z_ND = z_BDHW.permute(0, 2, 3, 1).reshape(-1, D).contiguous()
+        z_ND = to_vectors(z_BDHW)
         indices_N = self.embedding.nearest(z_ND.detach())
         to_code_ND = self.lookup(indices_N).sub_(z_ND)  # before the update, as the original
         if self.training:
@@ -232,6 +291,30 @@ class Quantizer(nn.Module):
         quantised_BDHW = add_vectors(z_BDHW, to_code_ND.detach())
         return quantised_BDHW.to(dtype), indices_N.view(B, H, W), loss
 
-    def lookup(self, indices: torch.Tensor) -> torch.Tensor:
-        """Codes (...) int64 -> code vectors (..., D)."""
-        return F.embedding(indices, self.embedding.weight)
+    def nearest(self, z_ND: torch.Tensor) -> torch.Tensor:
+        return self.embedding.nearest(z_ND)
+
+    def lookup(self, codes: torch.Tensor) -> torch.Tensor:
+        return F.embedding(codes, self.embedding.weight)
+
+    @property
+    def is_fresh(self) -> bool:
+        return self.embedding.is_fresh
+
+    def initialise(self, z_ND: torch.Tensor) -> None:
+        self.embedding.initialise(z_ND)
+
+
+# AugVAEConfig.quantizer -> what makes it
+QUANTIZERS: dict[str, Callable[[AugVAEConfig], Quantizer]] = {"ema": EMAQuantizer.from_config}
+
+
+def make_quantizer(config: AugVAEConfig) -> Quantizer:
+    """The quantiser that `config.quantizer` names.
+
+    Raises:
+        ConfigError: `QUANTIZERS` has no such entry, or the entry cannot work with the other settings.
+    """
+    if config.quantizer not in QUANTIZERS:
+        raise ConfigError(f"quantizer is {config.quantizer!r}; it must be one of: {', '.join(QUANTIZERS)}.")
+    return QUANTIZERS[config.quantizer](config)

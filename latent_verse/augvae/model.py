@@ -14,9 +14,10 @@ import itertools
 from typing import NamedTuple
 
 import torch
+from einops import rearrange
 from torch import nn
 
-from latent_verse.augvae.codebook import Codebook, Quantizer, count, perplexity
+from latent_verse.augvae.codebook import Quantizer, count, make_quantizer, perplexity, to_vectors
 from latent_verse.augvae.layers import Decoder, Encoder
 from latent_verse.config import AugVAEConfig
 
@@ -69,15 +70,8 @@ class AugVAE(nn.Module):
         for convs in (self.pre_quants, self.post_quants):  # weights are shared by the levels, biases are not
             for conv in convs[1:]:
                 conv.weight = convs[0].weight
-        codebook = Codebook(
-            config.num_tokens,
-            config.codebook_dim,
-            config.quant_ema_decay,
-            config.quant_ema_eps,
-            config.restart_threshold,
-        )
-        quantizer = Quantizer(codebook, config.quant_beta)
-        self.quantizers = nn.ModuleList([quantizer] * len(levels))  # one module: shared buffers would come apart
+        # one module for all levels: shared buffers would come apart
+        self.quantizers = nn.ModuleList([make_quantizer(config)] * len(levels))
 
         if config.single_level is not None:
             self._drop_other_levels(levels.index(config.single_level))
@@ -97,9 +91,14 @@ class AugVAE(nn.Module):
     # ------------------------------------------------------------------------------------------------------ properties
 
     @property
-    def codebook(self) -> Codebook:
-        """The codebook that all levels share."""
-        return self.quantizers[0].embedding
+    def quantizer(self) -> Quantizer:
+        """The quantiser that all levels share."""
+        return self.quantizers[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie, and images and codes must."""
+        return self.pre_quants[0].weight.device
 
     @property
     def levels(self) -> tuple[int, ...]:
@@ -144,7 +143,7 @@ class AugVAE(nn.Module):
             quantizer(z_BDHW) for quantizer, z_BDHW in zip(self.quantizers, self.features(x_BCHW), strict=False)
         ]
         z_q, indices, losses = (list(column) for column in zip(*quantised, strict=True))
-        counts_K = count(torch.cat([level.flatten() for level in indices]), self.config.num_tokens)
+        counts_K = count(torch.cat([level.flatten() for level in indices]), self.quantizer.codebook_size)
         embed_loss = torch.stack(losses).sum()
         return Encoded(z_q, indices, embed_loss, perplexity(counts_K).to(embed_loss.dtype))
 
@@ -173,11 +172,9 @@ class AugVAE(nn.Module):
 
         The codebook is not updated, also in training mode.
         """
-        z = self.features(x_BCHW)[-len(self.code_levels) :]
-        low = [level.permute(0, 2, 3, 1).to(self.codebook.weight.dtype) for level in z]
-        return torch.cat(
-            [self.codebook.nearest(z.reshape(-1, z.shape[-1])).view(z.shape[:3]).flatten(1) for z in low], dim=1
-        )
+        maps = self.features(x_BCHW)[-len(self.code_levels) :]
+        codes = [self.quantizer.nearest(to_vectors(z_BDHW)) for z_BDHW in maps]
+        return torch.cat([c_N.view(len(x_BCHW), r * r) for c_N, r in zip(codes, self.code_levels, strict=True)], dim=1)
 
     @torch.no_grad()
     def decode_codes(self, codes_BN: torch.Tensor) -> torch.Tensor:
@@ -191,25 +188,30 @@ class AugVAE(nn.Module):
                 f"codes have shape {tuple(codes_BN.shape)}; levels {self.code_levels} of this AugVAE take "
                 f"(B, {self.num_codes})."
             )
-        if codes_BN.numel() and not 0 <= int(codes_BN.min()) <= int(codes_BN.max()) < self.config.num_tokens:
+        K = self.quantizer.codebook_size
+        if codes_BN.numel() and not 0 <= int(codes_BN.min()) <= int(codes_BN.max()) < K:
             raise ValueError(
-                f"codes run from {int(codes_BN.min())} to {int(codes_BN.max())}; this codebook has 0 to "
-                f"{self.config.num_tokens - 1}. Were they made by another AugVAE?"
+                f"codes run from {int(codes_BN.min())} to {int(codes_BN.max())}; this codebook has 0 to {K - 1}. "
+                "Were they made by another AugVAE?"
             )
-        z_q = []
         dtype = self.post_quants[0].weight.dtype
-        for part_BN, level in zip(
-            codes_BN.split([r * r for r in self.code_levels], dim=1), self.code_levels, strict=True
-        ):
-            z_BND = self.quantizers[0].lookup(part_BN)
-            z_q.append(z_BND.transpose(1, 2).reshape(len(part_BN), z_BND.shape[-1], level, level).to(dtype))
+        parts = codes_BN.split([r * r for r in self.code_levels], dim=1)
+        z_q = [
+            rearrange(self.quantizer.lookup(part_BN), "b (h w) d -> b d h w", h=r).to(dtype)
+            for part_BN, r in zip(parts, self.code_levels, strict=True)
+        ]
         return self.decode(z_q).clamp(-1, 1)
 
     @torch.no_grad()
     def initialise_codebook(self, x_BCHW: torch.Tensor) -> None:
-        """Start the codebook from encoder outputs for these images, all levels together. A collective under DDP."""
-        vectors = [z.permute(0, 2, 3, 1).reshape(-1, z.shape[1]) for z in self.features(x_BCHW)]
-        self.codebook.initialise(torch.cat(vectors).to(self.codebook.weight.dtype))
+        """Start the codebook from encoder outputs for images (B, C, R, R) in [-1, 1], all levels together.
+
+        A collective under torch.distributed.
+
+        Raises:
+            ValueError: as `features`.
+        """
+        self.quantizer.initialise(torch.cat([to_vectors(z_BDHW) for z_BDHW in self.features(x_BCHW)]))
 
     # -------------------------------------------------------------------------------------------------- other forms
 

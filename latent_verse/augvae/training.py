@@ -90,7 +90,7 @@ class LitAugVAE(pl.LightningModule):
     def on_train_batch_start(self, batch, batch_idx: int) -> None:
         """Start the codebook from the first batch, where codebook_init asks for it."""
         first = self.global_step == 0 and batch_idx == 0
-        if first and self.config.optim.codebook_init == "data" and self.model.codebook.is_fresh:
+        if first and self.config.optim.codebook_init == "data" and self.model.quantizer.is_fresh:
             self.model.initialise_codebook(batch[0].to(self._weights_dtype))
 
     # ----------------------------------------------------------------------------------------------------------- steps
