@@ -23,6 +23,7 @@ def run(config: TrainVAEConfig, given: dict[str, str]) -> int:
         import pytorch_lightning as pl
 
         from latent_verse import runs
+        from latent_verse.augvae.perceptual import LOSSES
         from latent_verse.augvae.training import LitAugVAE
         from latent_verse.checkpoint import load_for_training, starting_point
         from latent_verse.data.module import ImageDataModule
@@ -40,7 +41,7 @@ def run(config: TrainVAEConfig, given: dict[str, str]) -> int:
         data = ImageDataModule(config.data, model.config.resolution, t.seed)
         data.setup("fit")
         trainer = make_trainer(t, run, config, to_yaml(config), data.has_val)
-        announce(t, run, start_from, without_effect(config, given))
+        announce(t, run, start_from, without_effect(config, given, LOSSES[config.loss.loss_type].uses_lpips))
         if not start_from:
             base, size, processes = config.optim.learning_rate, config.data.batch_size, trainer.world_size
             say(f"Learning rate: {base:g} x {processes} processes x batch {size} = {base * processes * size:g}")

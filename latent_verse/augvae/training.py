@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from latent_verse.augvae.model import AugVAE, Encoded
-from latent_verse.augvae.perceptual import ReconstructionLoss, fetch_vgg16
+from latent_verse.augvae.perceptual import LOSSES, ReconstructionLoss, fetch_vgg16
 from latent_verse.config import TrainVAEConfig, as_plain
 from latent_verse.evaluation.codebook import CodebookUsage
 from latent_verse.evaluation.mean import Mean
@@ -30,11 +30,10 @@ class LitAugVAE(pl.LightningModule):
         super().__init__()
         self.model = model
         self.config = config
+        self.loss_type = LOSSES[config.loss.loss_type]
         self.loss: ReconstructionLoss | None = None  # made in configure_model; eval_vae needs none
         self._configured = False
-        names = ["total_loss", "rec_loss", "embed_loss", "perplexity"]
-        if config.loss.loss_type.startswith("lpips"):
-            names.append("lpips_loss")
+        names = ["total_loss", *self.loss_type.terms, "embed_loss", "perplexity"]
         self.val_means = nn.ModuleDict({name: Mean() for name in names})
         self.usage = nn.ModuleDict(
             {stage: CodebookUsage(model.levels, model.config.num_tokens) for stage in ("train_usage", "val_usage")}
@@ -51,9 +50,12 @@ class LitAugVAE(pl.LightningModule):
     # ----------------------------------------------------------------------------------------------------- preparation
 
     def prepare_data(self) -> None:
-        """Fetch LPIPS' backbone, in one process a node."""
-        c = self.config
-        if c.loss.loss_type.startswith("lpips") and self.test_metrics is None and not c.data.fake_data:
+        """Fetch LPIPS' backbone where the loss has LPIPS, in one process a node.
+
+        Raises:
+            ConfigError: as `fetch_vgg16`.
+        """
+        if self.loss_type.uses_lpips and self.test_metrics is None and not self.config.data.fake_data:
             fetch_vgg16()
 
     def configure_model(self) -> None:
@@ -63,7 +65,7 @@ class LitAugVAE(pl.LightningModule):
         self._configured = True
         c = self.config
         if self.test_metrics is None:
-            self.loss = ReconstructionLoss(c.loss.loss_type, c.loss.p_loss_weight, untrained=c.data.fake_data)
+            self.loss = self.loss_type(c.loss, untrained=c.data.fake_data)
         networks = [*self.model.encoders, *self.model.decoders]
         if c.trainer.activation_checkpointing:
             checkpoint_activations(self.model)
