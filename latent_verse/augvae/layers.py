@@ -11,6 +11,7 @@ import itertools
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import nn
 
 from latent_verse.recompute import Recomputing
@@ -61,12 +62,11 @@ class AttnBlock(nn.Module):
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
-        B, C, H, W = x_BCHW.shape
         h_BCHW = self.norm(x_BCHW)
-        # one head: (B, 1, T, C); scale 1/sqrt(C) is scaled_dot_product_attention's own
-        q, k, v = (f(h_BCHW).flatten(2).transpose(1, 2).unsqueeze(1) for f in (self.q, self.k, self.v))
-        h_BTC = F.scaled_dot_product_attention(q, k, v).squeeze(1)
-        return x_BCHW + self.proj_out(h_BTC.transpose(1, 2).reshape(B, C, H, W))
+        # one head; the scale 1/sqrt(C) is scaled_dot_product_attention's own
+        q, k, v = (rearrange(f(h_BCHW), "b c h w -> b 1 (h w) c") for f in (self.q, self.k, self.v))
+        h_B1TC = F.scaled_dot_product_attention(q, k, v)
+        return x_BCHW + self.proj_out(rearrange(h_B1TC, "b 1 (h w) c -> b c h w", h=x_BCHW.shape[2]))
 
 
 class Downsample(nn.Module):
@@ -98,7 +98,7 @@ class Upsample(nn.Module):
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
         with torch.autocast(x_BCHW.device.type, enabled=False):  # sums of weights in the weights' precision
             kernel = F.linear(self.conv.weight.flatten(2), self.windows)
-        kernel = kernel.unflatten(2, (4, 4)).transpose(0, 1)  # (out, in, 16) -> (in, out, 4, 4)
+        kernel = rearrange(kernel, "o i (h w) -> i o h w", h=4)
         return F.conv_transpose2d(x_BCHW, kernel, self.conv.bias, stride=2, padding=1)
 
 

@@ -111,8 +111,11 @@ class LitAugVAE(pl.LightningModule):
         trains_on_cpu = device.type == "cpu" and self.test_metrics is None
         return torch.contiguous_format if trains_on_cpu else torch.channels_last
 
-    def _through(self, x_BCHW: torch.Tensor) -> tuple[Encoded, torch.Tensor]:
-        """Encode and decode, in the dtype of the weights (bf16-true and 64 differ from the images')."""
+    def reconstruct(self, x_BCHW: torch.Tensor) -> tuple[Encoded, torch.Tensor]:
+        """Images in [-1, 1] -> what `AugVAE.encode` gives, and the reconstruction, of the weights' type and format.
+
+        The images' type differs from the weights' under --precision bf16-true and 64.
+        """
         x_BCHW = x_BCHW.to(self._weights_dtype).contiguous(memory_format=self._memory_format)
         encoded = self.model.encode(x_BCHW)
         return encoded, self.model.decode(encoded.z_q)
@@ -120,11 +123,12 @@ class LitAugVAE(pl.LightningModule):
     def _nothing_in(self, x_BCHW: torch.Tensor) -> bool:
         """Whether a batch is empty. A sharded model computes all the same: its gathers wait for every process."""
         if len(x_BCHW) == 0 and self.device_mesh is not None:
-            self._through(x_BCHW.new_zeros(1, *x_BCHW.shape[1:]))
+            self.reconstruct(x_BCHW.new_zeros(1, *x_BCHW.shape[1:]))
         return len(x_BCHW) == 0
 
-    def _losses(self, x_BCHW: torch.Tensor, stage: str):
-        encoded, reconstruction_BCHW = self._through(x_BCHW)
+    def _losses(self, x_BCHW: torch.Tensor, stage: str) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """({name: value ()} of all that is logged, the reconstruction)."""
+        encoded, reconstruction_BCHW = self.reconstruct(x_BCHW)
         parts = self.loss(reconstruction_BCHW, x_BCHW)
         total = sum(parts.values()) + self.config.loss.codebook_weight * encoded.embed_loss
         self.usage[f"{stage}_usage"].update(encoded.indices)
@@ -136,9 +140,10 @@ class LitAugVAE(pl.LightningModule):
         parts, reconstruction_BCHW = self._losses(batch[0], "train")
         for name, value in parts.items():
             self.log(f"train/{name}", value, prog_bar=name in ("total_loss", "rec_loss", "perplexity"))
-        self.epoch_loss = self.epoch_loss.to(self.device)
-        self.epoch_loss += torch.stack([parts["total_loss"].detach().double(), self.epoch_loss.new_ones(())])
-        out = {"loss": parts["total_loss"]}
+        total = parts["total_loss"]
+        self.epoch_loss = self.epoch_loss.to(total.device)
+        self.epoch_loss += torch.stack([total.detach().double(), self.epoch_loss.new_ones(())])
+        out = {"loss": total}
         if self.config.trainer.log_images:
             out |= {"x": batch[0].detach(), "xrec": reconstruction_BCHW.detach()}
         return out
@@ -168,7 +173,7 @@ class LitAugVAE(pl.LightningModule):
             x_BCHW = x_BCHW[: max(0, -(-(self.test_limit - t.global_rank) // t.world_size) - first)]
         if self._nothing_in(x_BCHW):
             return None
-        encoded, reconstruction_BCHW = self._through(x_BCHW)
+        encoded, reconstruction_BCHW = self.reconstruct(x_BCHW)
         self.test_metrics.update(x_BCHW, reconstruction_BCHW, encoded.indices)
         return {"x": x_BCHW, "xrec": reconstruction_BCHW.float().clamp(-1, 1)}
 
@@ -251,5 +256,5 @@ class LitAugVAE(pl.LightningModule):
         """Undo `process_state`."""
         self.epoch_loss = state["epoch_loss"].to(self.device)
         usage = self.usage["train_usage"]
-        usage.counts_LK = state["train_counts"].to(usage.counts_LK.device)
-        usage._update_count = 1  # torchmetrics would warn of a metric that was never updated
+        usage.update([usage.counts_LK.new_empty(0)] * len(self.model.levels))  # torchmetrics warns of one without any
+        usage.counts_LK += state["train_counts"].to(usage.counts_LK.device)
