@@ -29,8 +29,9 @@ def adamw(parameters: list, **settings) -> torch.optim.AdamW:
     tensors = [p for group in parameters for p in (group["params"] if isinstance(group, dict) else [group])]
     fused = all(p.device.type in FUSED_ON and p.is_floating_point() and not hasattr(p, "device_mesh") for p in tensors)
     optimizer = torch.optim.AdamW(parameters, fused=True if fused and tensors else None, **settings)
-    # The kernel could undo the scale of fp16 gradients itself. Told so, Lightning refuses gradient_clip_val, in bf16
-    # too (its issue 21435); not told, it undoes the scale before it clips, which is right for every optimiser.
+    # The fused kernel can undo the scale of fp16 gradients itself and says so by this attribute. Lightning then refuses
+    # gradient_clip_val, in bf16 too (its issue 21435). Where it is False, Lightning undoes the scale before it clips,
+    # which is right for every optimiser. The attribute is private to torch; tests/test_optimizer.py holds its effect.
     optimizer._step_supports_amp_scaling = False
     return optimizer
 
@@ -60,13 +61,18 @@ def _iterate_on_gram(x_NRC: Tensor, iterations: int) -> Tensor:
     Rounding in the small product grows by a^2 an iteration: float32 keeps 3 digits or more, bfloat16 would diverge.
     """
     a, b, c = COEFFICIENTS
-    gram, whole = x_NRC @ x_NRC.mT, None
-    for iteration in range(iterations):
+
+    def polynomial(gram: Tensor) -> Tensor:
         z = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         z.diagonal(dim1=1, dim2=2).add_(a)
-        whole = z if whole is None else z @ whole
-        if iteration < iterations - 1:
-            gram = z @ gram @ z
+        return z
+
+    gram = x_NRC @ x_NRC.mT
+    z = whole = polynomial(gram)
+    for _ in range(iterations - 1):
+        gram = z @ gram @ z
+        z = polynomial(gram)
+        whole = z @ whole
     return whole @ x_NRC
 
 
@@ -120,18 +126,18 @@ class MuonAdamW(torch.optim.Optimizer):
         return loss
 
     def _muon_step(self, group: dict) -> None:
-        by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
+        by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = defaultdict(list)
         for p in group["params"]:
             if p.grad is not None:
-                by_shape[p.shape].append(p)
-        for shape, params in by_shape.items():
-            directions = []
-            for p in params:
+                by_shape[p.shape].append((p, p.grad))
+        for shape, pairs in by_shape.items():
+            params, directions = [p for p, _ in pairs], []
+            for p, grad in pairs:
                 state = self.state[p]
                 if not state:
                     state["momentum"] = torch.zeros_like(p)
-                state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-                directions.append(p.grad.lerp(state["momentum"], group["momentum"]).flatten(1))
+                state["momentum"].lerp_(grad, 1 - group["momentum"])
+                directions.append(grad.lerp(state["momentum"], group["momentum"]).flatten(1))
             updates = [u.view(shape) for u in orthogonalise(torch.stack(directions)).unbind()]
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
             longest = max(shape[0], math.prod(shape[1:]))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,7 @@ class Recomputing(nn.Module):
         """
         if not (self.activation_checkpointing and torch.is_grad_enabled()):
             return part(x)
-        how = {}
+        how: dict[str, Any] = {}
         if torch.compiler.is_compiling():
             how["context_fn"] = functools.partial(create_selective_checkpoint_contexts, PRODUCTS)
         return checkpoint(part, x, use_reentrant=False, preserve_rng_state=dropout > 0, **how)

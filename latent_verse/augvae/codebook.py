@@ -144,6 +144,10 @@ class Codebook(nn.Module):
     the model is cast to half precision, where averages of small increments would stand still.
     """
 
+    weight: torch.Tensor
+    cluster_size: torch.Tensor
+    embed_avg: torch.Tensor
+
     def __init__(self, num_tokens: int, dim: int, decay: float, eps: float, restart_threshold: float):
         super().__init__()
         self.decay = decay
@@ -241,7 +245,7 @@ class Codebook(nn.Module):
 
         Written without a data-dependent size: a dead code takes the candidate of its rank among the dead.
         """
-        dead_K = self.cluster_size < self.restart_threshold
+        dead_K = torch.lt(self.cluster_size, self.restart_threshold)
         candidates_MD = self._candidates(z_ND, 256)
         rank_K = dead_K.cumsum(0) - 1
         dead_K &= rank_K < len(candidates_MD)  # the others wait for the next batch
@@ -313,8 +317,15 @@ def make_quantizer(config: AugVAEConfig) -> Quantizer:
     """The quantiser that `config.quantizer` names.
 
     Raises:
-        ConfigError: `QUANTIZERS` has no such entry, or the entry cannot work with the other settings.
+        ConfigError: `QUANTIZERS` has no such entry, or its number of codes is not num_tokens.
     """
-    if config.quantizer not in QUANTIZERS:
-        raise ConfigError(f"quantizer is {config.quantizer!r}; it must be one of: {', '.join(QUANTIZERS)}.")
-    return QUANTIZERS[config.quantizer](config)
+    name = config.quantizer
+    if name not in QUANTIZERS:
+        raise ConfigError(f"quantizer is {name!r}; it must be one of: {', '.join(QUANTIZERS)}.")
+    quantizer = QUANTIZERS[name](config)
+    if quantizer.codebook_size != config.num_tokens:
+        raise ConfigError(
+            f"num_tokens is {config.num_tokens}, but with codebook_dim {config.codebook_dim} the quantizer {name} has "
+            f"{quantizer.codebook_size} codes. Set num_tokens: {quantizer.codebook_size}."
+        )
+    return quantizer

@@ -8,12 +8,14 @@ Shapes: B batch, C channels, H height, W width, T = H * W positions.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
+from latent_verse.config import AugVAEConfig
 from latent_verse.recompute import Recomputing
 
 
@@ -88,6 +90,8 @@ class Upsample(nn.Module):
     to be held for the backward pass.
     """
 
+    windows: torch.Tensor
+
     def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
@@ -122,7 +126,7 @@ class Middle(nn.Module):
 class Stage(nn.Module):
     """The blocks at one resolution, each followed by attention where asked for; then a change of resolution."""
 
-    def __init__(self, widths: list[int], dropout: float, attend: bool, norm: str, resample: dict[str, nn.Module]):
+    def __init__(self, widths: list[int], dropout: float, attend: bool, norm: str, resample: Mapping[str, nn.Module]):
         super().__init__()
         pairs = list(itertools.pairwise(widths))
         self.block = nn.ModuleList(ResnetBlock(i, o, dropout, norm) for i, o in pairs)
@@ -145,38 +149,26 @@ class Encoder(Recomputing):
     """(B, in_channels, R, R) -> (B, z_channels, R / 2**(len(ch_mult) - 1), same).
 
     Args:
-        resolution: R, of the input; stages whose resolution is in `attn_resolutions` get attention if `use_attn`.
+        c: the settings that all networks share.
+        ch_mult: of this network, one factor of hidden_dim a stage.
+        resolution: R.
+        attend_at: the resolution whose stage gets attention, with `use_attn`.
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        z_channels: int,
-        hidden_dim: int,
-        ch_mult: tuple[int, ...],
-        num_res_blocks: int,
-        dropout: float,
-        resolution: int,
-        attn_resolutions: tuple[int, ...],
-        use_attn: bool,
-        norm: str,
-    ):
+    def __init__(self, c: AugVAEConfig, in_channels: int, ch_mult: tuple[int, ...], resolution: int, attend_at: int):
         super().__init__()
-        self.conv_in = nn.Conv2d(in_channels, hidden_dim, 3, padding=1)
+        width = c.hidden_dim
+        self.conv_in = nn.Conv2d(in_channels, width, 3, padding=1)
         self.down = nn.ModuleList()
-        width = hidden_dim
         for i, mult in enumerate(ch_mult):
-            widths = [width] + [hidden_dim * mult] * num_res_blocks
+            widths = [width] + [c.hidden_dim * mult] * c.num_res_blocks
             width = widths[-1]
-            last = i == len(ch_mult) - 1
-            attend = use_attn and resolution in attn_resolutions
-            resample = {} if last else {"downsample": Downsample(width)}
-            self.down.append(Stage(widths, dropout, attend, norm, resample))
-            if not last:
-                resolution //= 2
-        self.mid = Middle(width, dropout, use_attn, norm)
-        self.norm_out = make_norm(norm, width)
-        self.conv_out = nn.Conv2d(width, z_channels, 3, padding=1)
+            attend = c.use_attn and resolution // 2**i == attend_at
+            resample = {"downsample": Downsample(width)} if i < len(ch_mult) - 1 else {}
+            self.down.append(Stage(widths, c.dropout, attend, c.norm, resample))
+        self.mid = Middle(width, c.dropout, c.use_attn, c.norm)
+        self.norm_out = make_norm(c.norm, width)
+        self.conv_out = nn.Conv2d(width, c.z_channels, 3, padding=1)
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
         h_BCHW = self.conv_in(x_BCHW)
@@ -186,34 +178,34 @@ class Encoder(Recomputing):
 
 
 class Decoder(Recomputing):
-    """(B, in_channels, r, r) -> (B, out_channels, R, R), R = `resolution` = r * 2**(len(ch_mult) - 1)."""
+    """(B, in_channels, r, r) -> (B, out_channels, R, R), R = `resolution` = r * 2**(len(ch_mult) - 1).
+
+    Args:
+        c, ch_mult, attend_at: as an Encoder's; the first factor is of the last stage to run.
+    """
 
     def __init__(
         self,
+        c: AugVAEConfig,
         in_channels: int,
         out_channels: int,
-        hidden_dim: int,
         ch_mult: tuple[int, ...],
-        num_res_blocks: int,
-        dropout: float,
         resolution: int,
-        attn_resolutions: tuple[int, ...],
-        use_attn: bool,
-        norm: str,
+        attend_at: int,
     ):
         super().__init__()
-        width = hidden_dim * ch_mult[-1]
+        width = c.hidden_dim * ch_mult[-1]
         self.conv_in = nn.Conv2d(in_channels, width, 3, padding=1)
-        self.mid = Middle(width, dropout, use_attn, norm)
+        self.mid = Middle(width, c.dropout, c.use_attn, c.norm)
         stages = []
         for i in reversed(range(len(ch_mult))):
-            widths = [width] + [hidden_dim * ch_mult[i]] * (num_res_blocks + 1)
+            widths = [width] + [c.hidden_dim * ch_mult[i]] * (c.num_res_blocks + 1)
             width = widths[-1]
-            attend = use_attn and resolution // 2**i in attn_resolutions
+            attend = c.use_attn and resolution // 2**i == attend_at
             resample = {"upsample": Upsample(width)} if i else {}
-            stages.append(Stage(widths, dropout, attend, norm, resample))
+            stages.append(Stage(widths, c.dropout, attend, c.norm, resample))
         self.up = nn.ModuleList(reversed(stages))  # released order: up.0 is the last to run
-        self.norm_out = make_norm(norm, width)
+        self.norm_out = make_norm(c.norm, width)
         self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
 
     def forward(self, z_BCHW: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from einops import rearrange
@@ -44,61 +44,55 @@ class AugVAE(nn.Module):
         super().__init__()
         config.validate()
         self.config = config
-        levels = config.attn_resolutions
-        outer = {"ch_mult": config.ch_mult, "resolution": config.resolution, "attn_resolutions": levels[:1]}
-        inner = [
-            {"ch_mult": INNER_CH_MULT, "resolution": above, "attn_resolutions": (level,)}
-            for above, level in itertools.pairwise(levels)
-        ]
-        common = {
-            name: getattr(config, name)
-            for name in ("z_channels", "hidden_dim", "num_res_blocks", "dropout", "use_attn", "norm")
-        }
-        z = common.pop("z_channels")
+        levels, z = config.attn_resolutions, config.z_channels
+        # (ch_mult, resolution, attend_at). The original gives an inner decoder attention at the level it reads and an
+        # inner encoder at the one it writes: the same level of the pair.
+        outer = (config.ch_mult, config.resolution, levels[0])
+        inner = [(INNER_CH_MULT, above, level) for above, level in itertools.pairwise(levels)]
+        encoders = [Encoder(config, config.in_channels, *outer), *(Encoder(config, z, *stage) for stage in inner)]
+        decoders = [Decoder(config, 2 * z, z, *stage) for stage in reversed(inner)]
+        decoders.append(Decoder(config, 2 * z, config.out_channels, *outer))
+        deepest = decoders[0]  # nothing has been decoded before it: it reads z channels, not 2z
+        deepest.conv_in = nn.Conv2d(z, deepest.conv_in.out_channels, 3, padding=1)
+        depth = len(levels) if config.single_level is None else levels.index(config.single_level) + 1
+        decoders = decoders[-depth:]
+        self.encoders = nn.ModuleList(encoders[:depth])
+        self.decoders = nn.ModuleList(decoders)
 
-        self.encoders = nn.ModuleList([Encoder(config.in_channels, z, **common, **outer)])
-        self.encoders.extend(Encoder(z, z, **common, **stage) for stage in inner)
-        # the original gives an inner decoder attention at the level it reads, an inner encoder at the one it writes:
-        # the same level of the pair
-        self.decoders = nn.ModuleList(Decoder(2 * z, z, **common, **stage) for stage in reversed(inner))
-        self.decoders.append(Decoder(2 * z, config.out_channels, **common, **outer))
-        deepest = self.decoders[0].conv_in  # nothing has been decoded before it: it reads z channels, not 2z
-        self.decoders[0].conv_in = nn.Conv2d(z, deepest.out_channels, 3, padding=1)
-
-        self.pre_quants = nn.ModuleList(nn.Conv2d(z, config.codebook_dim, 1) for _ in levels)
-        self.post_quants = nn.ModuleList(nn.Conv2d(config.codebook_dim, z, 1) for _ in levels)
-        for convs in (self.pre_quants, self.post_quants):  # weights are shared by the levels, biases are not
+        pre_quants = [nn.Conv2d(z, config.codebook_dim, 1) for _ in levels]
+        post_quants = [nn.Conv2d(config.codebook_dim, z, 1) for _ in levels]
+        for convs in (pre_quants, post_quants):  # weights are shared by the levels, biases are not
             for conv in convs[1:]:
                 conv.weight = convs[0].weight
+        self.pre_quants, self.post_quants = nn.ModuleList(pre_quants), nn.ModuleList(post_quants)
         # one module for all levels: shared buffers would come apart
         self.quantizers = nn.ModuleList([make_quantizer(config)] * len(levels))
 
         if config.single_level is not None:
-            self._drop_other_levels(levels.index(config.single_level))
-
-    def _drop_other_levels(self, kept: int) -> None:
-        z = self.config.z_channels
-        self.encoders = self.encoders[: kept + 1]
-        self.decoders = self.decoders[len(self.decoders) - 1 - kept :]
-        self.connectors = nn.ModuleList(
-            nn.Identity() if decoder.conv_in.in_channels == z else nn.Conv2d(z, 2 * z, 1) for decoder in self.decoders
-        )
-        # These stay in the state dict, as in a release, but take no part: DDP must not wait for their gradients.
-        # The original reads every single level through the first post_quant.
-        for conv in [*self.pre_quants[kept + 1 :], *self.post_quants[1:]]:
-            conv.bias.requires_grad_(False)
+            self.connectors = nn.ModuleList(
+                nn.Identity() if decoder.conv_in.in_channels == z else nn.Conv2d(z, 2 * z, 1) for decoder in decoders
+            )
+            # The unused ones stay in the state dict, as in a release, but DDP must not wait for their gradients.
+            # The original reads every single level through the first post_quant.
+            for conv in [*pre_quants[depth:], *post_quants[1:]]:
+                cast(nn.Parameter, conv.bias).requires_grad_(False)
 
     # ------------------------------------------------------------------------------------------------------ properties
 
     @property
     def quantizer(self) -> Quantizer:
         """The quantiser that all levels share."""
-        return self.quantizers[0]
+        return cast(Quantizer, self.quantizers[0])
 
     @property
     def device(self) -> torch.device:
-        """Where the weights lie, and images and codes must."""
-        return self.pre_quants[0].weight.device
+        """The device of the weights, which images and codes must be on."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the weights, which images must have. A codebook stays float32 in half precision."""
+        return next(self.parameters()).dtype
 
     @property
     def levels(self) -> tuple[int, ...]:
@@ -154,12 +148,11 @@ class AugVAE(nn.Module):
             for connector, decoder in zip(self.connectors, self.decoders, strict=True):
                 h_BCHW = decoder(connector(h_BCHW))
             return h_BCHW
-        h_BCHW = None
+        decoded: list[torch.Tensor] = []  # from the levels below, if any
         # the original pairs the *first* post_quant (its bias: the weight is shared) with the smallest level
         for post_quant, z_BDHW, decoder in zip(self.post_quants, reversed(z_q), self.decoders, strict=True):
-            q_BCHW = post_quant(z_BDHW)
-            h_BCHW = decoder(q_BCHW if h_BCHW is None else torch.cat((q_BCHW, h_BCHW), dim=1))
-        return h_BCHW
+            decoded = [decoder(torch.cat([post_quant(z_BDHW), *decoded], dim=1))]
+        return decoded[0]
 
     def forward(self, x_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Images (B, C, R, R) in [-1, 1] -> (reconstruction of the same shape, embed_loss, perplexity)."""
@@ -194,10 +187,9 @@ class AugVAE(nn.Module):
                 f"codes run from {int(codes_BN.min())} to {int(codes_BN.max())}; this codebook has 0 to {K - 1}. "
                 "Were they made by another AugVAE?"
             )
-        dtype = self.post_quants[0].weight.dtype
         parts = codes_BN.split([r * r for r in self.code_levels], dim=1)
         z_q = [
-            rearrange(self.quantizer.lookup(part_BN), "b (h w) d -> b d h w", h=r).to(dtype)
+            rearrange(self.quantizer.lookup(part_BN), "b (h w) d -> b d h w", h=r).to(self.dtype)
             for part_BN, r in zip(parts, self.code_levels, strict=True)
         ]
         return self.decode(z_q).clamp(-1, 1)
@@ -227,7 +219,7 @@ class AugVAE(nn.Module):
                 f"this AugVAE has one level ({self.config.single_level}) already; start from an AugVAE-ML."
             )
         single = AugVAE(dataclasses.replace(self.config, single_level=resolution))
-        single.to(device=self.pre_quants[0].weight.device, dtype=self.pre_quants[0].weight.dtype)
+        single.to(device=self.device, dtype=self.dtype)
         single.encoders.load_state_dict(self.encoders[: len(single.encoders)].state_dict())
         single.decoders.load_state_dict(self.decoders[-len(single.decoders) :].state_dict())
         for name in ("pre_quants", "post_quants", "quantizers"):

@@ -93,13 +93,9 @@ class LitAugVAE(pl.LightningModule):
         """Start the codebook from the first batch, where codebook_init asks for it."""
         first = self.global_step == 0 and batch_idx == 0
         if first and self.config.optim.codebook_init == "data" and self.model.quantizer.is_fresh:
-            self.model.initialise_codebook(batch[0].to(self._weights_dtype))
+            self.model.initialise_codebook(batch[0].to(self.model.dtype))
 
     # ----------------------------------------------------------------------------------------------------------- steps
-
-    @property
-    def _weights_dtype(self) -> torch.dtype:
-        return self.model.pre_quants[0].weight.dtype
 
     @property
     def _memory_format(self) -> torch.memory_format:
@@ -116,7 +112,7 @@ class LitAugVAE(pl.LightningModule):
 
         The images' type differs from the weights' under --precision bf16-true and 64.
         """
-        x_BCHW = x_BCHW.to(self._weights_dtype).contiguous(memory_format=self._memory_format)
+        x_BCHW = x_BCHW.to(self.model.dtype).contiguous(memory_format=self._memory_format)
         encoded = self.model.encode(x_BCHW)
         return encoded, self.model.decode(encoded.z_q)
 
