@@ -177,7 +177,7 @@ def test_offline_and_uncached_says_which_file_and_which_losses_need_none(tmp_pat
     message = str(error.value)
     assert str(tmp_path / "torch" / "hub" / "checkpoints" / "vgg16-397923af.pth") in message
     assert VGG16_Weights.IMAGENET1K_V1.url in message
-    assert "mse, l1 or smooth_l1" in message
+    assert "mse, l1, smooth_l1" in message and "lpips" not in message
     assert "no network" in message
 
 

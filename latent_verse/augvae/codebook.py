@@ -21,13 +21,13 @@ from torch import nn
 from latent_verse.config import AugVAEConfig, ConfigError
 from latent_verse.precision import LOW_PRECISION, keeping_float32
 
-# Elements of the distance matrix held at a time: a sixteenth of it within these bounds. 4 MiB in float32 fit in a CPU's
-# caches; 32 MiB in a large GPU's, which with fewer would wait for its kernels to be launched.
+# Elements of the distance matrix held at a time: a sixteenth of it, within these bounds. 4 MiB of float32 fit in the
+# caches of a CPU and 32 MiB in those of a large GPU, which would wait for kernel launches if there were fewer.
 AT_LEAST, AT_MOST = 2**18, {"cpu": 2**20, "cuda": 2**23}
-# Codes compared at a time. Of a book that does not fit in a CPU's caches a slice has few rows, and each reads it all.
+# Codes compared at a time. If a codebook exceeds a CPU's caches, slices have few rows, and each reads all of it.
 CODES = {"cpu": 2**12}
-LARGE_MAP = 2**18  # elements of a picture's map from which `add_vectors` transposes it by itself
-BLOCK = 64  # columns of the distance matrix that `least` looks at together
+LARGE_MAP = 2**18  # elements of one image's map from which `add_vectors` transposes image by image
+BLOCK = 64  # columns of the distance matrix that `least` compares together
 
 
 @contextlib.contextmanager
@@ -43,15 +43,15 @@ def full_precision_matmul(device_type: str) -> Iterator[None]:
 
 
 def world_size() -> int:
-    """Processes that train together; 1 outside torch.distributed."""
+    """The number of processes that train together; 1 outside torch.distributed."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def least(x_NK: torch.Tensor, values_N: torch.Tensor, index_N: torch.Tensor) -> None:
-    """Write each row's least element and its index (int64), the first of equal ones. K is a multiple of BLOCK.
+    """Write each row's minimum and its index (int64), the first of equal ones. K must be a multiple of BLOCK.
 
-    A CPU's `min` with indices does not use vector instructions; `amin` does. So there the least value of each block is
-    found first, then the block, then the place in that one block: 3 to 6 times faster, with the same answer.
+    On a CPU, `min` with indices uses no vector instructions, but `amin` does. There we take the minimum of each block,
+    then the best block, then the index within it: 3 to 6 times faster, with the same result.
     """
     if x_NK.device.type != "cpu":
         torch.min(x_NK, dim=1, out=(values_N, index_N))
@@ -63,8 +63,10 @@ def least(x_NK: torch.Tensor, values_N: torch.Tensor, index_N: torch.Tensor) -> 
 
 
 def count(indices: torch.Tensor, num_tokens: int) -> torch.Tensor:
-    """How often each code is among `indices` (any shape), (K,) int64: torch.bincount's, which waits for a GPU to look
-    for the largest index before it knows the size of its answer."""
+    """How often each code occurs in `indices` (any shape): (K,) int64, K = num_tokens.
+
+    torch.bincount gives the same, but waits for the GPU: the size of its result depends on the largest index.
+    """
     flat_N = indices.flatten()
     return flat_N.new_zeros(num_tokens).scatter_add_(0, flat_N, flat_N.new_ones(()).expand_as(flat_N))
 
@@ -79,10 +81,10 @@ def to_vectors(z_BDHW: torch.Tensor) -> torch.Tensor:
 
 
 def add_vectors(z_BDHW: torch.Tensor, x_ND: torch.Tensor) -> torch.Tensor:
-    """Maps plus vectors (B * H * W, D), which take no gradient, in the maps' memory format.
+    """Maps plus vectors (B * H * W, D), in the maps' memory format. The vectors take no gradient.
 
-    A CPU adds large maps of two layouts slower than it transposes the one, picture by picture (4 to 6 times at
-    64 x 64 x 256: addresses far apart by a power of two share few lines of its caches).
+    On a CPU, large maps of different layouts add slowly: addresses that are powers of two apart share few cache lines.
+    Transposing one of them first, image by image, is 4 to 6 times faster at 64 x 64 x 256.
     """
     B, D, H, W = z_BDHW.shape
     x_BND = x_ND.view(B, H * W, D)
@@ -95,7 +97,7 @@ def add_vectors(z_BDHW: torch.Tensor, x_ND: torch.Tensor) -> torch.Tensor:
 
 
 def perplexity(counts: torch.Tensor) -> torch.Tensor:
-    """exp(entropy) of how often codes were used; `counts` is (..., K), of any dtype. Original formula (eps 1e-10)."""
+    """exp(entropy) of how often codes were used, (...) float64; counts (..., K). The original's formula (eps 1e-10)."""
     p = counts.to(torch.float64) / counts.sum(-1, keepdim=True).clamp(min=1)
     return torch.exp(-(p * torch.log(p + 1e-10)).sum(-1))
 
@@ -138,10 +140,16 @@ class Quantizer(nn.Module):
 
 
 class Codebook(nn.Module):
-    """K code vectors of length D with the moving averages they are the ratio of.
+    """K code vectors of length D, and the two moving averages whose ratio they are.
 
     State-dict names are the release's: `weight` (K, D), `cluster_size` (K,), `embed_avg` (K, D). All stay float32 when
-    the model is cast to half precision, where averages of small increments would stand still.
+    the model is cast to half precision, which would round small increments away.
+
+    Args:
+        num_tokens, dim: K and D.
+        decay: of the moving averages, per update.
+        eps: Laplace smoothing of the cluster sizes.
+        restart_threshold: codes with a smaller cluster size are moved onto encoder outputs; 0 never does.
     """
 
     weight: torch.Tensor
@@ -163,7 +171,7 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def nearest(self, z_ND: torch.Tensor) -> torch.Tensor:
-        """Index of the nearest code by Euclidean distance, (N,) int64. |z|^2 is the same for all codes: left out."""
+        """Index of the nearest code by Euclidean distance, (N,) int64. |z|^2, the same for all codes, is left out."""
         K = len(self.weight)
         columns = CODES.get(z_ND.device.type, K)
         with full_precision_matmul(z_ND.device.type):
@@ -174,12 +182,12 @@ class Codebook(nn.Module):
         return torch.stack([index_N + first for _, index_N, first in found]).gather(0, part_N[None])[0]
 
     def _nearest_among(self, z_ND: torch.Tensor, first: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Distance, but for |z|^2, to the nearest of codes `first` to `end`, and its index among them, (N,) each."""
+        """Squared distance less |z|^2 to the nearest of codes `first` to `end`, and its index among them, (N,) each."""
         codes_KD = self.weight[first:end]
         N, K, kind = len(z_ND), len(codes_KD), z_ND.device.type
         norm_K = torch.linalg.vector_norm(codes_KD, dim=1).square()
         rows = max(1, min(N, min(max(N * K // 16, AT_LEAST), AT_MOST.get(kind, AT_LEAST)) // K))
-        # one buffer for all slices, since fresh memory costs a CPU more than the sums; whole blocks, see `least`
+        # One buffer for all slices: on a CPU, new memory costs more than the sums. It holds whole blocks for `least`.
         buffer_NK = z_ND.new_empty(rows, -(-K // BLOCK) * BLOCK)
         buffer_NK[:, K:] = torch.inf
         distance_N, index_N = z_ND.new_empty(N), torch.empty(N, dtype=torch.int64, device=z_ND.device)
@@ -192,15 +200,16 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def update(self, z_ND: torch.Tensor, indices_N: torch.Tensor) -> None:
-        """One step of the moving averages, from the vectors of all processes; every process ends with the same book.
+        """One step of the moving averages, from the vectors z_ND and their codes on all processes.
 
-        Under torch.distributed this is a collective: every process must call it, in the same order.
+        All processes then hold the same codebook. Under torch.distributed this is a collective: every process must call
+        it, in the same order.
         """
         K, D = self.weight.shape
-        # one tensor for both statistics, so that processes need one all-reduce
+        # one tensor for both statistics, so that one all-reduce is enough
         stats = z_ND.new_zeros(K * D + K)
         sums_KD, counts_K = stats[: K * D].view(K, D), stats[K * D :]
-        sums_KD.index_add_(0, indices_N, z_ND)  # contiguous: rows with gaps take a CPU nine times as long
+        sums_KD.index_add_(0, indices_N, z_ND)  # contiguous: with gaps between rows, a CPU takes nine times as long
         counts_K.copy_(count(indices_N, K))
         if world_size() > 1:
             dist.all_reduce(stats)
@@ -214,9 +223,9 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def initialise(self, z_ND: torch.Tensor) -> None:
-        """Set every code to a random encoder output, the same on all processes; codes beyond the vectors repeat them.
+        """Set every code to a random vector of z_ND; if there are fewer vectors than codes, they repeat.
 
-        A collective under torch.distributed, as `update`.
+        All processes then hold the same codebook. A collective under torch.distributed, as `update`.
         """
         candidates_MD = self._candidates(z_ND, len(self.weight))
         order_K = torch.arange(len(self.weight), device=z_ND.device) % len(candidates_MD)
@@ -226,11 +235,11 @@ class Codebook(nn.Module):
 
     @property
     def is_fresh(self) -> bool:
-        """True until the first update or initialisation (a release's book starts with cluster sizes of zero)."""
+        """True until the first update or initialisation: as released, cluster sizes start at zero."""
         return not bool(self.cluster_size.any())
 
     def _candidates(self, z_ND: torch.Tensor, at_most: int) -> torch.Tensor:
-        """Random vectors of all processes, (M, D): identical everywhere, since all gather the same draws."""
+        """Random vectors of all processes, (M, D): every process gathers the same."""
         processes = world_size()
         n = min(len(z_ND), -(-at_most // processes))
         picked = z_ND[torch.randperm(len(z_ND), device=z_ND.device)[:n]].to(self.weight.dtype).contiguous()
@@ -241,16 +250,16 @@ class Codebook(nn.Module):
         return gathered
 
     def _restart(self, z_ND: torch.Tensor) -> None:
-        """Move codes that have fallen out of use onto encoder outputs, with averages to match (Jukebox, section 3.2).
+        """Move codes that are no longer used onto encoder outputs, with averages to match (Jukebox, section 3.2).
 
-        Written without a data-dependent size: a dead code takes the candidate of its rank among the dead.
+        No tensor's size depends on the data: the nth dead code takes the nth candidate.
         """
         dead_K = torch.lt(self.cluster_size, self.restart_threshold)
         candidates_MD = self._candidates(z_ND, 256)
         rank_K = dead_K.cumsum(0) - 1
         dead_K &= rank_K < len(candidates_MD)  # the others wait for the next batch
         fresh_KD = candidates_MD[rank_K.clamp(0, len(candidates_MD) - 1)]
-        # start with the average use a code would have, or it would be dead again at the next batch
+        # start with the average cluster size, or the code would be dead again at the next batch
         use = self.cluster_size.mean().clamp(min=self.restart_threshold)
         self.weight.copy_(torch.where(dead_K[:, None], fresh_KD, self.weight))
         self.cluster_size.copy_(torch.where(dead_K, use, self.cluster_size))

@@ -20,19 +20,19 @@ from latent_verse.recompute import Recomputing
 
 
 class PixelNorm(nn.LayerNorm):
-    """LayerNorm over the channels of each position by itself (ConvNeXt's), so that nothing is shared over a picture."""
+    """LayerNorm over the channels of each position (as in ConvNeXt): no position depends on another."""
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
         return super().forward(x_BCHW.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 def make_norm(kind: str, channels: int) -> nn.Module:
-    """The norm of AugVAEConfig.norm: GroupNorm with the 32 groups of the release, or PixelNorm; the same keys."""
+    """The norm that AugVAEConfig.norm names: GroupNorm with the release's 32 groups, or PixelNorm; the same keys."""
     return nn.GroupNorm(32, channels, eps=1e-6) if kind == "group" else PixelNorm(channels, eps=1e-6)
 
 
 class ResnetBlock(Recomputing):
-    """norm -> swish -> conv, twice, plus the input (through a 1x1 convolution where the width changes)."""
+    """norm -> swish -> conv, twice, plus the input (through a 1x1 convolution if the width changes)."""
 
     def __init__(self, in_channels: int, out_channels: int, dropout: float, norm: str):
         super().__init__()
@@ -85,9 +85,9 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     """Double height and width by nearest neighbour, then convolve (3x3).
 
-    Both at once: each output pixel sees but 2x2 pixels of the input, whose weights are sums of the 3x3 ones. That is a
-    transposed convolution of 4x4 with stride 2, with 4 products a pixel and channel in place of 9, and nothing enlarged
-    to be held for the backward pass.
+    Both are done at once. Each output pixel sees only 2x2 pixels of the input, whose weights are sums of the 3x3 ones:
+    a transposed 4x4 convolution with stride 2. It takes 4 products per pixel and channel instead of 9, and keeps
+    nothing enlarged for the backward pass.
     """
 
     windows: torch.Tensor
@@ -95,7 +95,7 @@ class Upsample(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-        # (16, 9): the 4x4 kernel's entries are sums over the 2x2 windows of the 3x3 one, turned by half
+        # (16, 9): the entries of the 4x4 kernel are sums over the 2x2 windows of the 3x3 one, rotated by 180 degrees
         along = torch.tensor([[0.0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])
         self.register_buffer("windows", torch.kron(along, along), persistent=False)
 
@@ -107,7 +107,7 @@ class Upsample(nn.Module):
 
 
 class Middle(nn.Module):
-    """Two residual blocks at the narrowest point, with attention between them where asked for."""
+    """Two residual blocks at the smallest resolution, with attention between them if `use_attn`."""
 
     def __init__(self, channels: int, dropout: float, use_attn: bool, norm: str):
         super().__init__()
@@ -124,7 +124,7 @@ class Middle(nn.Module):
 
 
 class Stage(nn.Module):
-    """The blocks at one resolution, each followed by attention where asked for; then a change of resolution."""
+    """The blocks at one resolution, each followed by attention if `attend`; then a change of resolution."""
 
     def __init__(self, widths: list[int], dropout: float, attend: bool, norm: str, resample: Mapping[str, nn.Module]):
         super().__init__()

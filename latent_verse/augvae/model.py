@@ -1,10 +1,11 @@
 """AugVAE: a multi-level VQ-VAE with one shared codebook, and its single-level form (paper section 3.1).
 
-Level 0 is the largest. Encoder 0 reads the picture, each further encoder halves the *unquantised* map of the one
-before. Decoding runs from the smallest level up, every decoder after the first reading (codes of its level, what was
-decoded so far). The single-level form keeps one level's codes; 1x1 `connectors` stand in for the missing others.
+Level 0 is the largest. Encoder 0 reads the image; each further encoder halves the *unquantised* map of the one before.
+Decoding runs from the smallest level up: every decoder after the first reads the codes of its level and what has been
+decoded so far. The single-level form keeps one level's codes; 1x1 `connectors` replace the missing inputs.
 
-Shapes: B batch, C channels, H height, W width, D code dimension, N codes a picture.
+Shapes: B batch, C channels, H height, W width, R resolution of an image, h of a level, D code dimension, K codes in the
+codebook, N codes of an image.
 """
 
 from __future__ import annotations
@@ -21,14 +22,17 @@ from latent_verse.augvae.codebook import Quantizer, count, make_quantizer, perpl
 from latent_verse.augvae.layers import Decoder, Encoder
 from latent_verse.config import AugVAEConfig
 
-INNER_CH_MULT = (2, 4)  # of every encoder and decoder between two levels, as released
+INNER_CH_MULT = (2, 4)  # of each encoder and decoder between two levels, as released
 
 
 class Encoded(NamedTuple):
-    """What `AugVAE.encode` gives; the lists hold one entry a level, largest first.
+    """What `AugVAE.encode` returns; the lists hold one entry per level, largest first.
 
-    z_q: quantised maps (B, D, h, h). indices: codes (B, h, h) int64. embed_loss: sum of the levels' commitment losses.
-    perplexity: of the codes of all levels together.
+    Attributes:
+        z_q: quantised maps (B, D, h, h).
+        indices: codes (B, h, h) int64.
+        embed_loss: sum of the levels' quantiser losses, ().
+        perplexity: of the codes of all levels together, ().
     """
 
     z_q: list[torch.Tensor]
@@ -38,7 +42,11 @@ class Encoded(NamedTuple):
 
 
 class AugVAE(nn.Module):
-    """AugVAE-ML, or AugVAE-SL where `config.single_level` is set. State-dict names are those of the release."""
+    """AugVAE-ML, or AugVAE-SL if `config.single_level` is set. State-dict names are those of the release.
+
+    Raises:
+        ConfigError: the configuration cannot be built.
+    """
 
     def __init__(self, config: AugVAEConfig):
         super().__init__()
@@ -96,26 +104,26 @@ class AugVAE(nn.Module):
 
     @property
     def levels(self) -> tuple[int, ...]:
-        """Resolutions that `encode` quantises at, largest first. For -SL down to its own, which is the last."""
+        """Resolutions at which `encode` quantises, largest first. The last one of an AugVAE-SL is its own level."""
         return self.config.attn_resolutions[: len(self.encoders)]
 
     @property
     def code_levels(self) -> tuple[int, ...]:
-        """Resolutions whose codes a picture is stored as and decoded from, largest first."""
+        """Resolutions whose codes stand for an image, largest first."""
         return self.config.attn_resolutions if self.config.single_level is None else (self.config.single_level,)
 
     @property
     def num_codes(self) -> int:
-        """Codes of one picture, N."""
+        """N, the number of codes of one image."""
         return sum(level * level for level in self.code_levels)
 
     # ----------------------------------------------------------------------------------------------------- computation
 
     def features(self, x_BCHW: torch.Tensor) -> list[torch.Tensor]:
-        """Images (B, C, R, R) in [-1, 1] -> unquantised vectors of every level, (B, D, h, h), largest first.
+        """Images (B, C, R, R) in [-1, 1] -> unquantised maps of all `levels`, (B, D, h, h), largest first.
 
         Raises:
-            ValueError: channels or sides of the images are not the model's.
+            ValueError: the images' channels or size differ from the model's.
         """
         expected = (self.config.in_channels, self.config.resolution, self.config.resolution)
         if x_BCHW.dim() != 4 or tuple(x_BCHW.shape[1:]) != expected:
@@ -131,8 +139,14 @@ class AugVAE(nn.Module):
         return out
 
     def encode(self, x_BCHW: torch.Tensor) -> Encoded:
-        """Quantise images (B, C, R, R) in [-1, 1] at every level. In training mode the codebook learns, level by level:
-        a later level is already quantised with what the earlier ones changed, as in the original."""
+        """Quantise images (B, C, R, R) in [-1, 1] at all `levels`.
+
+        In training mode the codebook learns, level by level: as in the original, each level is quantised with the
+        codebook that the levels before it have changed.
+
+        Raises:
+            ValueError: as `features`.
+        """
         quantised = [
             quantizer(z_BDHW) for quantizer, z_BDHW in zip(self.quantizers, self.features(x_BCHW), strict=False)
         ]
@@ -142,7 +156,11 @@ class AugVAE(nn.Module):
         return Encoded(z_q, indices, embed_loss, perplexity(counts_K).to(embed_loss.dtype))
 
     def decode(self, z_q: list[torch.Tensor]) -> torch.Tensor:
-        """Quantised maps as `encode` gives them, or of `code_levels` alone -> images (B, C, R, R), about [-1, 1]."""
+        """Quantised maps -> images (B, C, R, R), whose values may exceed [-1, 1].
+
+        Args:
+            z_q: maps (B, D, h, h) of all `levels`, as `encode` returns them, or of `code_levels` only.
+        """
         if self.config.single_level is not None:
             h_BCHW = self.post_quants[0](z_q[-1])
             for connector, decoder in zip(self.connectors, self.decoders, strict=True):
@@ -155,7 +173,11 @@ class AugVAE(nn.Module):
         return decoded[0]
 
     def forward(self, x_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Images (B, C, R, R) in [-1, 1] -> (reconstruction of the same shape, embed_loss, perplexity)."""
+        """Images (B, C, R, R) in [-1, 1] -> (reconstruction of the same shape, embed_loss (), perplexity ()).
+
+        Raises:
+            ValueError: as `features`.
+        """
         encoded = self.encode(x_BCHW)
         return self.decode(encoded.z_q), encoded.embed_loss, encoded.perplexity
 
@@ -163,7 +185,10 @@ class AugVAE(nn.Module):
     def codes(self, x_BCHW: torch.Tensor) -> torch.Tensor:
         """Images (B, C, R, R) in [-1, 1] -> codes (B, N) int64 of `code_levels`, largest first, row by row.
 
-        The codebook is not updated, also in training mode.
+        The codebook does not learn from them, not even in training mode.
+
+        Raises:
+            ValueError: as `features`.
         """
         maps = self.features(x_BCHW)[-len(self.code_levels) :]
         codes = [self.quantizer.nearest(to_vectors(z_BDHW)) for z_BDHW in maps]
@@ -171,10 +196,10 @@ class AugVAE(nn.Module):
 
     @torch.no_grad()
     def decode_codes(self, codes_BN: torch.Tensor) -> torch.Tensor:
-        """Codes (B, N) int64, as `codes` gives them -> images (B, C, R, R) clamped to [-1, 1].
+        """Codes (B, N) int64 in [0, K), as `codes` returns them -> images (B, C, R, R) clamped to [-1, 1].
 
         Raises:
-            ValueError: a picture has not N codes, or a code is not in the codebook.
+            ValueError: their number is not N, or a code is not in the codebook.
         """
         if codes_BN.dim() != 2 or codes_BN.shape[1] != self.num_codes:
             raise ValueError(
@@ -208,7 +233,9 @@ class AugVAE(nn.Module):
     # -------------------------------------------------------------------------------------------------- other forms
 
     def to_single_level(self, resolution: int) -> AugVAE:
-        """A new AugVAE-SL that keeps the level of this side; weights are copied, connectors are new. To be fine-tuned.
+        """A new AugVAE-SL that keeps the level of this resolution. It needs fine-tuning: its connectors are untrained.
+
+        All other weights are copied. Device, dtype and training mode are this model's.
 
         Raises:
             ValueError: this model is single-level already.

@@ -22,14 +22,16 @@ from latent_verse.config import ConfigError, VAELossConfig
 
 
 def vgg16_file() -> Path:
-    """Where torchvision caches VGG16's weights ($TORCH_HOME, or ~/.cache/torch)."""
+    """The file in which torchvision caches VGG16's weights, under $TORCH_HOME or ~/.cache/torch."""
     from torchvision.models import VGG16_Weights
 
     return Path(torch.hub.get_dir()) / "checkpoints" / VGG16_Weights.IMAGENET1K_V1.url.rsplit("/", 1)[1]
 
 
 def fetch_vgg16() -> None:
-    """Download VGG16's weights into torchvision's cache, hash checked, unless they lie there. For one process a node.
+    """Download VGG16's weights into torchvision's cache and check their hash, unless they are there already.
+
+    Call it in one process per node.
 
     Raises:
         ConfigError: they are absent and cannot be downloaded; says which file to put where.
@@ -43,17 +45,17 @@ def fetch_vgg16() -> None:
         weights.get_state_dict(progress=True, check_hash=True, map_location="cpu")
     except Exception as error:  # urllib, ssl and socket raise kinds of their own
         raise ConfigError(
-            f"LPIPS needs VGG16's weights, which are neither at {vgg16_file()} nor could be downloaded ({error}). Put "
-            f"{weights.url} there from a machine with a network, or train with --loss_type mse, l1 or smooth_l1, "
-            "which need no file."
+            f"LPIPS needs VGG16's weights: {vgg16_file()} does not exist, and the download failed ({error}). Download "
+            f"{weights.url} elsewhere and put it there, or train with --loss_type "
+            f"{', '.join(name for name, loss in LOSSES.items() if not loss.uses_lpips)}, which need no file."
         ) from error
 
 
 class LPIPS:
-    """LPIPS (VGG16) of images in [-1, 1]: (B, 3, H, W) twice -> (B,) float32. Not a module: see the file's head.
+    """LPIPS (VGG16) of images in [-1, 1]: (B, 3, H, W) twice -> (B,) float32. Not a module: see the top of this file.
 
     Args:
-        untrained: random VGG weights, the same in every process, for smoke tests on a machine without the file.
+        untrained: random VGG16 weights, the same in every process, for smoke tests on a machine without the file.
     """
 
     def __init__(self, untrained: bool = False):
@@ -67,7 +69,7 @@ class LPIPS:
         self.net.eval().requires_grad_(False)
 
     def to(self, device: torch.device) -> LPIPS:
-        """Move the network."""
+        """Move the network to a device."""
         self.net.to(device)
         return self
 
@@ -77,15 +79,15 @@ class LPIPS:
 
 
 class ReconstructionLoss:
-    """What a reconstruction costs: the mean of `pixel`. Base class of all `LOSSES`, which may add terms.
+    """The loss of a reconstruction: the mean of `pixel`. Base class of all `LOSSES`, which may add terms.
 
     Attributes:
-        terms: the names of what `compute` gives. Each is logged; the loss is their sum.
-        uses_lpips: whether `fetch_vgg16` has to be called first, and p_loss_weight counts.
+        terms: the names of what `compute` returns. Each is logged; the loss is their sum.
+        uses_lpips: whether `fetch_vgg16` must be called first, and p_loss_weight has an effect.
 
     Args:
-        config: the settings of all losses, of which each reads its own.
-        untrained: frozen networks may have random weights where trained ones are absent, with a warning.
+        config: the settings of all losses; each reads its own.
+        untrained: if weights of a frozen network are missing, take random ones and warn. For fake data.
     """
 
     terms: ClassVar[tuple[str, ...]] = ("rec_loss",)
@@ -96,14 +98,14 @@ class ReconstructionLoss:
         self.config = config
 
     def to(self, device: torch.device) -> None:
-        """Move what has weights."""
+        """Move frozen networks to a device."""
 
     def compute(self, reconstruction_BCHW: Tensor, x_BCHW: Tensor) -> dict[str, Tensor]:
-        """{term: value ()} for images of one type, float32 or float64. The input lies in [-1, 1], outputs about it."""
+        """{term: value ()} of images (B, C, H, W), float32 or float64; x in [-1, 1], the reconstruction about so."""
         return {"rec_loss": self.pixel(reconstruction_BCHW, x_BCHW)}
 
     def __call__(self, reconstruction_BCHW: Tensor, x_BCHW: Tensor) -> dict[str, Tensor]:
-        """As `compute`, for images of any floating-point type and under any autocast: no term is half precision."""
+        """As `compute`, for images of any floating-point type and under any autocast, which is switched off."""
         dtype = torch.promote_types(reconstruction_BCHW.dtype, torch.float32)
         with torch.autocast(x_BCHW.device.type, enabled=False):
             return self.compute(reconstruction_BCHW.to(dtype), x_BCHW.to(dtype))
@@ -132,7 +134,7 @@ class WithLPIPS(ReconstructionLoss):
         stand_in = untrained and not vgg16_file().is_file()
         if stand_in:
             warnings.warn(
-                f"LPIPS runs on untrained VGG16 weights: {vgg16_file()} is absent and the data is fake. "
+                f"LPIPS uses untrained VGG16 weights: {vgg16_file()} does not exist, and the data is fake. "
                 "Its values mean nothing.",
                 stacklevel=2,
             )
