@@ -21,12 +21,16 @@ import torch
 from torch import nn
 
 from latent_verse.augvae.model import AugVAE
-from latent_verse.config import AugVAEConfig, BiARTConfig, ConfigError, TrainVAEConfig, as_plain
+from latent_verse.config import AugVAEConfig, ConfigError, TrainVAEConfig, as_plain
 from latent_verse.runs import newest
 
 FORMAT = "latent_verse/augvae"
 WEIGHTS = "model.safetensors"
-TRAINING_ONLY = AugVAEConfig.TRAINING_ONLY | BiARTConfig.TRAINING_ONLY
+# settings of the model section that change how it trains, not which weights it has; the second line is BiART's
+TRAINING_ONLY = frozenset(
+    {"dropout", "quant_beta", "quant_ema_decay", "quant_ema_eps", "restart_threshold"}
+    | {"embd_pdrop", "resid_pdrop", "attn_pdrop"}
+)
 
 
 class CheckpointError(ValueError):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from dataclasses import dataclass, field
-from typing import ClassVar, Optional, Tuple  # OmegaConf reads these annotations at run time
+from typing import Optional, Tuple  # OmegaConf reads these annotations at run time
 
 
 class ConfigError(ValueError):
@@ -58,11 +58,6 @@ class AugVAEConfig:
         0.0, "restart codes whose average use a batch falls below this, from encoder outputs; 0 never does (release)"
     )
     single_level: Optional[int] = setting(None, "keep only this level's codes (AugVAE-SL); null keeps all (AugVAE-ML)")
-
-    # settings that change how the model trains, not which weights it has
-    TRAINING_ONLY: ClassVar = frozenset(
-        {"dropout", "quant_beta", "quant_ema_decay", "quant_ema_eps", "restart_threshold"}
-    )
 
     def __post_init__(self):
         for name in ("ch_mult", "attn_resolutions"):  # lists from YAML become hashable
@@ -142,8 +137,6 @@ class BiARTConfig:
     embd_pdrop: float = setting(0.0, "dropout after the embeddings")
     resid_pdrop: float = setting(0.0, "dropout on each residual branch")
     attn_pdrop: float = setting(0.0, "dropout on the attention weights")
-
-    TRAINING_ONLY: ClassVar = frozenset({"embd_pdrop", "resid_pdrop", "attn_pdrop"})  # as AugVAEConfig's
 
     def __post_init__(self):
         for name in ("text_vocab", "image_vocab", "text_len", "image_len", "n_layer", "n_head", "n_embd"):
