@@ -49,15 +49,15 @@ def in_two_processes(folder, work, *arguments) -> list:
 
 
 def batch(step: int) -> torch.Tensor:
-    """The joined batch of a step: four pictures, of which each process gets two."""
+    """The joined batch of a step: four images, of which each process gets two."""
     return torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(step), dtype=torch.float64) * 2 - 1
 
 
-def train(module: nn.Module, model: AugVAE, pictures) -> dict[str, torch.Tensor]:
+def train(module: nn.Module, model: AugVAE, images) -> dict[str, torch.Tensor]:
     """Some SGD steps; returns the state and the last gradients. SGD: AdamW would blow up rounding of tiny gradients."""
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
     for step in range(STEPS):
-        x = pictures(step)
+        x = images(step)
         optimizer.zero_grad()
         reconstruction, embed_loss, _ = module(x)
         ((reconstruction - x).square().mean() + embed_loss).backward()

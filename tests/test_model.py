@@ -62,7 +62,7 @@ def test_decode_takes_the_code_levels_alone(tiny_augvae, tiny_images):
     assert torch.equal(model.decode(z_q), model.decode(z_q[-1:]))
 
 
-def test_every_picture_is_coded_by_itself(tiny_augvae, tiny_images):
+def test_every_image_is_coded_by_itself(tiny_augvae, tiny_images):
     model, x = tiny_augvae(), tiny_images(4)
     assert torch.equal(model.codes(x), torch.cat([model.codes(one[None]) for one in x]))
 
@@ -89,7 +89,7 @@ def test_evaluation_does_not_change_the_codebook(tiny_augvae, tiny_images):
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 15, 16), (2, 3, 32, 32), (2, 1, 16, 16), (3, 16, 16)])
-def test_pictures_of_another_shape_are_refused(tiny_augvae, shape):
+def test_images_of_another_shape_are_refused(tiny_augvae, shape):
     with pytest.raises(ValueError, match=r"this AugVAE takes \(B, 3, 16, 16\)"):
         tiny_augvae()(torch.zeros(shape))
     with pytest.raises(ValueError, match="images have shape"):
@@ -221,7 +221,7 @@ def test_attention_block_is_softmax_attention_over_positions():
 
 @pytest.mark.parametrize("size", [(4, 4), (1, 1), (3, 5)])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_upsampling_is_the_convolution_of_the_enlarged_picture(size, memory_format):
+def test_upsampling_is_the_convolution_of_the_enlarged_image(size, memory_format):
     layer = Upsample(6).double().to(memory_format=memory_format)
     x = torch.randn(2, 6, *size, dtype=torch.float64).to(memory_format=memory_format).requires_grad_()
     enlarged = x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
@@ -253,7 +253,7 @@ def test_pixel_norm_keeps_far_pixels_apart(tiny_augvae, tiny_images):
         model = tiny_augvae(norm=norm, num_res_blocks=1, use_attn=False)
         stage = model.encoders[0].down[0]
         with torch.no_grad():
-            before, after = (stage(model.encoders[0].conv_in(picture)) for picture in (x, changed))
+            before, after = (stage(model.encoders[0].conv_in(image)) for image in (x, changed))
         moved[norm] = not torch.equal(before[:, :, -2:, -2:], after[:, :, -2:, -2:])
     assert moved == {"group": True, "pixel": False}
     assert tiny_augvae(norm="pixel").state_dict().keys() == tiny_augvae().state_dict().keys()
@@ -341,6 +341,13 @@ def test_half_precision_keeps_the_codebook_in_float32(tiny_augvae, tiny_images, 
 
 def test_double_precision_takes_the_codebook_along(tiny_augvae):
     assert tiny_augvae().double().quantizer.embedding.weight.dtype == torch.float64
+
+
+def test_device_and_dtype_are_those_of_the_weights(tiny_augvae):
+    model = tiny_augvae()
+    assert (model.device, model.dtype) == (torch.device("cpu"), torch.float32)
+    model = model.to(device="meta", dtype=torch.bfloat16)
+    assert (model.device, model.dtype) == (torch.device("meta"), torch.bfloat16)
 
 
 @pytest.mark.parametrize("single_level", SINGLE)

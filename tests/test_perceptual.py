@@ -50,7 +50,7 @@ def make_loss(name: str, **settings) -> ReconstructionLoss:
 
 
 @pytest.fixture
-def pictures():
+def images():
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.rand(2, 3, 32, 32, generator=generator) * 2 - 1 for _ in range(2))
     return a, b
@@ -59,8 +59,8 @@ def pictures():
 # ------------------------------------------------------------------------------------------------------------ formulas
 
 
-def test_pixel_losses(pictures):
-    a, b = pictures
+def test_pixel_losses(images):
+    a, b = images
     d = (a - b).double()
     expected = {
         "mse": d.square().mean(),
@@ -76,8 +76,8 @@ def test_pixel_losses(pictures):
 
 @pytest.mark.parametrize(("name", "pixel"), [("lpips_l2", "mse"), ("lpips_l1", "l1")])
 @pytest.mark.usefixtures("with_lpips")
-def test_lpips_losses_add_the_weighted_mean_distance(pictures, lpips, name, pixel):
-    a, b = pictures
+def test_lpips_losses_add_the_weighted_mean_distance(images, lpips, name, pixel):
+    a, b = images
     parts = make_loss(name, p_loss_weight=0.3)(a, b)
     assert parts["rec_loss"] == make_loss(pixel)(a, b)["rec_loss"]
     assert parts["lpips_loss"].item() == pytest.approx(0.3 * lpips(a, b).mean().item(), rel=1e-6)
@@ -86,8 +86,8 @@ def test_lpips_losses_add_the_weighted_mean_distance(pictures, lpips, name, pixe
 
 @pytest.mark.usefixtures("with_lpips")
 @pytest.mark.parametrize("name", LOSSES)
-def test_a_loss_has_the_terms_it_says(pictures, name):
-    assert tuple(make_loss(name)(*pictures)) == LOSSES[name].terms
+def test_a_loss_has_the_terms_it_says(images, name):
+    assert tuple(make_loss(name)(*images)) == LOSSES[name].terms
 
 
 def test_every_loss_of_the_table_is_a_choice_of_the_setting():
@@ -95,8 +95,8 @@ def test_every_loss_of_the_table_is_a_choice_of_the_setting():
     assert set(field.metadata["choices"]) == LOSSES.keys()
 
 
-def test_losses_are_float32_under_autocast_and_float64_for_float64(pictures):
-    a, b = pictures
+def test_losses_are_float32_under_autocast_and_float64_for_float64(images):
+    a, b = images
     loss = make_loss("mse")
     exact = loss(a, b)["rec_loss"]
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -108,8 +108,8 @@ def test_losses_are_float32_under_autocast_and_float64_for_float64(pictures):
 # --------------------------------------------------------------------------------------------------------------- LPIPS
 
 
-def test_lpips_is_a_distance_of_each_picture(pictures, lpips):
-    a, b = pictures
+def test_lpips_is_a_distance_of_each_image(images, lpips):
+    a, b = images
     distance = lpips(a, b)
     assert distance.shape == (2,)
     assert (distance > 0).all()
@@ -118,16 +118,16 @@ def test_lpips_is_a_distance_of_each_picture(pictures, lpips):
     assert torch.equal(lpips(a, a), torch.zeros(2))
 
 
-def test_lpips_is_frozen_deterministic_and_in_evaluation_mode(pictures, lpips):
-    a, b = pictures
+def test_lpips_is_frozen_deterministic_and_in_evaluation_mode(images, lpips):
+    a, b = images
     assert not any(module.training for module in lpips.net.modules())
     assert not any(p.requires_grad for p in lpips.net.parameters())
     assert any(isinstance(module, torch.nn.Dropout) for module in lpips.net.modules())  # what made the original random
     assert torch.equal(lpips(a, b), lpips(a, b))
 
 
-def test_lpips_is_float32_under_autocast(pictures, lpips):
-    a, b = pictures
+def test_lpips_is_float32_under_autocast(images, lpips):
+    a, b = images
     exact = lpips(a, b)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         under = lpips(a, b)
@@ -135,8 +135,8 @@ def test_lpips_is_float32_under_autocast(pictures, lpips):
     assert torch.equal(under, exact)
 
 
-def test_gradient_flows_to_the_reconstruction(pictures, lpips):
-    a, b = pictures
+def test_gradient_flows_to_the_reconstruction(images, lpips):
+    a, b = images
     a = a.clone().requires_grad_()
     lpips(a, b).sum().backward()
     assert a.grad.isfinite().all()
@@ -144,8 +144,8 @@ def test_gradient_flows_to_the_reconstruction(pictures, lpips):
 
 
 @pytest.mark.parametrize("value", [None, 0.0, 1.0])
-def test_gradient_is_finite_at_identical_pictures(pictures, lpips, value):
-    a = pictures[0] if value is None else torch.full_like(pictures[0], value)
+def test_gradient_is_finite_at_identical_images(images, lpips, value):
+    a = images[0] if value is None else torch.full_like(images[0], value)
     a = a.clone().requires_grad_()
     lpips(a, a.detach().clone()).sum().backward()
     assert a.grad.isfinite().all()
@@ -198,7 +198,7 @@ def test_preparing_the_data_fetches_only_what_is_needed(tiny_augvae):
         prepare("lpips_l1", False)
 
 
-def test_untrained_stand_in_warns_once_and_is_the_same_everywhere(lpips, pictures):
+def test_untrained_stand_in_warns_once_and_is_the_same_everywhere(lpips, images):
     torch.manual_seed(7)
     state = torch.get_rng_state()
     with pytest.warns(UserWarning) as caught:
@@ -211,7 +211,7 @@ def test_untrained_stand_in_warns_once_and_is_the_same_everywhere(lpips, picture
         assert torch.equal(ours, theirs), name
 
 
-def test_weights_in_the_cache_are_used(monkeypatch, pictures, lpips, tmp_path):
+def test_weights_in_the_cache_are_used(monkeypatch, images, lpips, tmp_path):
     monkeypatch.setattr(WeightsEnum, "get_state_dict", READ_CACHE)
     assert vgg16_file().is_relative_to(tmp_path)  # made-up weights must never reach the person's own cache
     generator = torch.Generator().manual_seed(5)
@@ -230,7 +230,7 @@ def test_weights_in_the_cache_are_used(monkeypatch, pictures, lpips, tmp_path):
         loss = LOSSES["lpips_l2"](VAELossConfig(), untrained=True)  # trained weights win where they are cached
     found = {tuple(p.shape): p for p in loss.lpips.net.parameters() if p.dim() == 4 and p.shape[-1] == 3}
     assert torch.equal(found[64, 3, 3, 3], state["features.0.weight"])
-    a, b = pictures
+    a, b = images
     assert not torch.allclose(loss.lpips(a, b), lpips(a, b))
     # the private class that LPIPS is made of is what torchmetrics' public metric computes
     public = LearnedPerceptualImagePatchSimilarity(net_type="vgg")
