@@ -394,3 +394,8 @@ def fingerprint(model: nn.Module) -> str:
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
+
+
+# Set here because a network must not import the reader of its files.
+AugVAE.save_pretrained = save_augvae
+AugVAE.from_pretrained = staticmethod(load_augvae)

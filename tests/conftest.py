@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import latent_verse.checkpoint  # noqa: F401  it gives AugVAE its save_pretrained
 from latent_verse.augvae.model import AugVAE
 from latent_verse.config import AugVAEConfig
 

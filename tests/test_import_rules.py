@@ -138,7 +138,7 @@ def test_the_networks_import_torch_and_einops_only(file):
         ("augvae/codebook.py", {"config", "precision"}),
         ("precision.py", set()),
         ("recompute.py", set()),
-        ("augvae/model.py", {"augvae.codebook", "augvae.layers", "config", "checkpoint"}),
+        ("augvae/model.py", {"augvae.codebook", "augvae.layers", "config"}),
         ("augvae/perceptual.py", {"config"}),
         ("biart/sequence.py", {"config"}),
         ("biart/model.py", {"biart.sequence", "config", "recompute"}),
@@ -155,13 +155,6 @@ def test_rooms_import_no_more_of_the_package_than_they_may(file, allowed):
     modules = {f"latent_verse.{m}" for m in allowed}
     extra = {m for m in own(path) if m not in modules and not any(m.startswith(f"{a}.") for a in modules)}
     assert not extra - {"latent_verse"}
-
-
-def test_model_imports_checkpoint_late_only():
-    """checkpoint.py imports the model: at the top of the file this would be a circle."""
-    tree = ast.parse((ROOT / "latent_verse" / "augvae" / "model.py").read_text())
-    top = [node.module for node in tree.body if isinstance(node, ast.ImportFrom)]
-    assert "latent_verse.checkpoint" not in top
 
 
 def test_settings_need_the_standard_library_alone():

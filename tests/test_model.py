@@ -10,6 +10,7 @@ from torch import nn
 
 from latent_verse.augvae.layers import AttnBlock, Upsample, make_norm
 from latent_verse.augvae.model import AugVAE
+from latent_verse.checkpoint import load_augvae, save_augvae
 from latent_verse.config import AugVAEConfig, ConfigError
 
 SINGLE = [None, 8, 4, 2]
@@ -353,6 +354,7 @@ def test_device_and_dtype_are_those_of_the_weights(tiny_augvae):
 @pytest.mark.parametrize("single_level", SINGLE)
 def test_save_pretrained_round_trip(tiny_augvae, tiny_images, tmp_path, single_level):
     model = tiny_augvae(single_level=single_level, quant_beta=0.5, use_attn=True).train()
+    assert AugVAE.save_pretrained is save_augvae and AugVAE.from_pretrained is load_augvae
     model.save_pretrained(tmp_path / "a" / "b")
     assert sorted(p.name for p in (tmp_path / "a" / "b").iterdir()) == ["config.json", "model.safetensors"]
     again = AugVAE.from_pretrained(tmp_path / "a" / "b")

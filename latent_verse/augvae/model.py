@@ -252,16 +252,3 @@ class AugVAE(nn.Module):
         for name in ("pre_quants", "post_quants", "quantizers"):
             getattr(single, name).load_state_dict(getattr(self, name).state_dict())
         return single.train(self.training)
-
-    def save_pretrained(self, directory) -> None:
-        """Write config.json and model.safetensors to `directory` (made if absent), to be read by `from_pretrained`."""
-        from latent_verse.checkpoint import save_augvae
-
-        save_augvae(self, directory)
-
-    @classmethod
-    def from_pretrained(cls, directory_or_id) -> AugVAE:
-        """Load what `save_pretrained` wrote, from a folder or a Hugging Face hub id. Evaluation mode, on the CPU."""
-        from latent_verse.checkpoint import load_augvae
-
-        return load_augvae(directory_or_id)
