@@ -23,6 +23,7 @@ def run(config: TrainVAEConfig, given: dict[str, str]) -> int:
         import pytorch_lightning as pl
 
         from latent_verse import runs
+        from latent_verse.augvae.perceptual import LOSSES
         from latent_verse.augvae.training import LitAugVAE
         from latent_verse.checkpoints.augvae import load_for_training
         from latent_verse.checkpoints.files import starting_point
@@ -52,7 +53,7 @@ def run(config: TrainVAEConfig, given: dict[str, str]) -> int:
         data.setup("fit")
         yaml_text, config = to_yaml(config), decide_compile(config)
         trainer = make_trainer(t, RunFolder(run, as_plain(config), yaml_text), data.has_val)
-        announce(t, run, start_from, idle_flags_vae(config, given))
+        announce(t, run, start_from, idle_flags_vae(config, given, LOSSES[config.loss.loss_type].uses_lpips))
         if not start_from:
             base, size, processes = config.optim.learning_rate, config.data.batch_size, trainer.world_size
             say(f"Learning rate: {base:g} x {processes} processes x batch {size} = {base * processes * size:g}")

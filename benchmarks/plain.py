@@ -37,7 +37,7 @@ def one_hot_update(book: Codebook, flat_ND: Tensor, hot_NK: Tensor) -> None:
 
 
 def one_hot_forward(book: Codebook, z_BDHW: Tensor, learn: bool = True, beta: float = BETA):
-    """The plain formulation of Quantizer.forward (van den Oord et al. 2017, appendix A.1)."""
+    """The plain formulation of EMAQuantizer.forward (van den Oord et al. 2017, appendix A.1)."""
     z_BHWD = z_BDHW.permute(0, 2, 3, 1)
     flat_ND = z_BHWD.reshape(-1, z_BHWD.shape[-1])
     weight = book.weight.clone()

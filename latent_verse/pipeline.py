@@ -269,7 +269,7 @@ class LVerse(Drawing):
         """
         images = _listed(images, (Image.Image, str, os.PathLike), "images")
         resolution, size = self.vae.config.resolution, self._vae_chunk()
-        device = self.vae.codebook.weight.device
+        device = self.vae.device
         out = []
         for start in range(0, len(images), size):
             x_BCHW = torch.stack([load_image(image, resolution) for image in images[start : start + size]])
@@ -291,7 +291,7 @@ class LVerse(Drawing):
         return self.biart.vocab.pad_text(ids)
 
     def _pictures(self, codes_RDN: Tensor) -> list[list[Image.Image]]:
-        device, draws = self.vae.codebook.weight.device, codes_RDN.shape[1]
+        device, draws = self.vae.device, codes_RDN.shape[1]
         pictures = []
         for part_BN in codes_RDN.flatten(0, 1).split(self._vae_chunk()):
             pictures += to_pictures(self.vae.decode_codes(part_BN.to(device)))

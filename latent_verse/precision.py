@@ -1,4 +1,4 @@
-"""What stays float32 where everything around it is cast to half precision."""
+"""What stays float32 when the module around it is cast to half precision."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ LOW_PRECISION = (float16, bfloat16)
 
 
 def keeping_float32(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """`fn`, as nn.Module._apply takes it, without casts to half precision; its moves to a device remain.
+    """`fn`, as nn.Module._apply takes it, without its casts to half precision; moves to a device remain.
 
-    For running sums and averages, which would stand still in half precision.
+    For running sums and averages: half precision would round small increments away.
     """
 
     def kept(tensor: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import latent_verse.checkpoint  # noqa: F401  it gives AugVAE its save_pretrained
 import pytest
 import torch
 
@@ -42,7 +43,7 @@ def tiny_augvae(tiny_config):
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.05 * torch.randn_like(parameter))
-            book = model.codebook
+            book = model.quantizer.embedding
             book.weight.mul_(0.3)
             book.cluster_size.uniform_(0.5, 2.0)
             book.embed_avg.copy_(book.weight * book.cluster_size[:, None])

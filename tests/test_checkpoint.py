@@ -146,8 +146,8 @@ def test_a_run_folder_gives_its_best_or_else_its_newest(tiny_augvae, tmp_path):
     assert find_checkpoint(tmp_path / "run").name == "last-epoch=10-step=10.ckpt"
     own_ckpt(tiny_augvae(seed=2), tmp_path / "run" / "checkpoints" / "best-epoch=2-step=2.ckpt")
     assert find_checkpoint(tmp_path / "run").name == "best-epoch=2-step=2.ckpt"
-    expected = tiny_augvae(seed=2).codebook.weight
-    assert torch.equal(load_augvae(tmp_path / "run").codebook.weight, expected)
+    expected = tiny_augvae(seed=2).quantizer.embedding.weight
+    assert torch.equal(load_augvae(tmp_path / "run").quantizer.embedding.weight, expected)
 
 
 def test_the_newest_is_that_of_the_highest_step(tmp_path):
@@ -410,7 +410,7 @@ def test_training_starts_anew_or_from_weights(tiny_augvae, tiny_config, tmp_path
     assert again.training
     assert again.config == run.model == dataclasses.replace(model.config, quant_beta=0.7)
     assert again.quantizers[0].beta == 0.7
-    assert torch.equal(again.codebook.weight, model.codebook.weight)
+    assert torch.equal(again.quantizer.embedding.weight, model.quantizer.embedding.weight)
 
 
 def test_fine_tuning_starts_from_the_level(tiny_augvae, tiny_config, tmp_path):

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from latent_verse.augvae import codebook as codebook_module
-from latent_verse.augvae.codebook import Codebook, Quantizer, count, perplexity
+from latent_verse.augvae.codebook import Codebook, EMAQuantizer, count, perplexity
 
 
 def make_book(K=20, D=4, decay=0.9, eps=1e-5, restart_threshold=0.0, seed=0) -> Codebook:
@@ -58,7 +58,7 @@ class OneHot:
 )
 def test_steps_equal_the_one_hot_formulation(decay, eps, beta):
     book = make_book(decay=decay, eps=eps).double()
-    quantizer, plain = Quantizer(book, beta).train(), OneHot(book, beta)
+    quantizer, plain = EMAQuantizer(book, beta).train(), OneHot(book, beta)
     for seed in range(6):
         z = vectors(2 * 4 * 3 * 5, 1, seed).view(2, 4, 3, 5).double()
         quantised, indices, loss = quantizer(z)
@@ -91,12 +91,12 @@ def test_count_is_bincount(shape):
 def test_evaluation_changes_nothing():
     book = make_book()
     before = {k: v.clone() for k, v in book.state_dict().items()}
-    Quantizer(book, 0.25).eval()(torch.randn(2, 4, 3, 3))
+    EMAQuantizer(book, 0.25).eval()(torch.randn(2, 4, 3, 3))
     assert all(torch.equal(v, before[k]) for k, v in book.state_dict().items())
 
 
 def test_gradient_passes_straight_through_and_commitment_pulls_to_the_code():
-    quantizer = Quantizer(make_book().double(), 0.25).eval()
+    quantizer = EMAQuantizer(make_book().double(), 0.25).eval()
     z = torch.randn(2, 4, 3, 3, dtype=torch.float64, requires_grad=True)
     quantised, indices, loss = quantizer(z)
     weights = torch.randn_like(quantised)
@@ -153,9 +153,9 @@ def test_nearest_with_books_that_do_not_fill_their_last_block(K):
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_the_memory_format_of_the_input_is_kept_and_changes_nothing(memory_format):
     z = vectors(2 * 3 * 5).view(2, 3, 5, 4).permute(0, 3, 1, 2)
-    quantised, indices, loss = Quantizer(make_book(), 0.25)(z.clone(memory_format=memory_format))
+    quantised, indices, loss = EMAQuantizer(make_book(), 0.25)(z.clone(memory_format=memory_format))
     assert quantised.is_contiguous(memory_format=memory_format)
-    plain, plain_indices, plain_loss = Quantizer(make_book(), 0.25)(z)
+    plain, plain_indices, plain_loss = EMAQuantizer(make_book(), 0.25)(z)
     assert torch.equal(quantised, plain) and torch.equal(indices, plain_indices) and torch.equal(loss, plain_loss)
 
 
@@ -174,7 +174,7 @@ class LargestTensor(TorchDispatchMode):
 def test_no_tensor_of_n_times_k_is_made(monkeypatch):
     monkeypatch.setattr(codebook_module, "AT_MOST", {"cpu": 2**14})
     N, K = 2048, 1024
-    quantizer = Quantizer(make_book(K=K, restart_threshold=0.1), 0.25).train()
+    quantizer = EMAQuantizer(make_book(K=K, restart_threshold=0.1), 0.25).train()
     with LargestTensor() as largest:
         quantizer(vectors(N).view(2, 32, 32, 4).permute(0, 3, 1, 2))
     assert 2**13 < largest.elements <= 2**14
@@ -194,7 +194,7 @@ def test_bf16_autocast_changes_neither_codes_nor_statistics():
     assert (low.argmin(1) != book.nearest(flat)).any()
     results = []
     for enabled in (False, True):
-        quantizer = Quantizer(make_book(K=512, D=16), 0.25).train()
+        quantizer = EMAQuantizer(make_book(K=512, D=16), 0.25).train()
         quantizer.embedding.weight.copy_(book.weight)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
             quantised, indices, loss = quantizer(z)
@@ -221,7 +221,7 @@ def test_matmul_precision_is_highest_inside_and_restored_after(setting):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_input_stays_finite_over_many_updates(dtype):
     torch.manual_seed(0)
-    quantizer = Quantizer(Codebook(64, 8, 0.99, 1e-5, 0.0), 0.25).to(dtype).train()  # fresh: cluster sizes of zero
+    quantizer = EMAQuantizer(Codebook(64, 8, 0.99, 1e-5, 0.0), 0.25).to(dtype).train()  # fresh: cluster sizes of zero
     for seed in range(300):
         quantised, _, loss = quantizer(vectors(64, 8, seed % 7).view(1, 8, 8, 8).to(dtype))
         assert quantised.dtype == dtype

@@ -418,12 +418,12 @@ def test_flags_idle_flags_vae_are_named():
     config, given = parse(
         TrainVAEConfig, ["--fake_data", "--backup_steps", "5", "--p_loss_weight", "2", "--strategy", "ddp"], ""
     )
-    named = idle_flags_vae(resolve_train_vae(config, given), given)
+    named = idle_flags_vae(resolve_train_vae(config, given), given, uses_lpips=False)
     assert [line.split(":")[0] for line in named] == ["backup_steps", "p_loss_weight", "strategy"]
     config, given = parse(
         TrainVAEConfig, ["--fake_data", "--backup", "--backup_steps", "5", "--loss_type", "lpips_l1"], ""
     )
-    assert idle_flags_vae(resolve_train_vae(config, given), given) == []
+    assert idle_flags_vae(resolve_train_vae(config, given), given, uses_lpips=True) == []
 
 
 def test_percentage_survives_the_saved_file(tmp_path):

@@ -11,7 +11,7 @@ import torch
 from benchmarks.augvae import SHAPES
 from benchmarks.measure import PeakBytes
 from benchmarks.plain import BETA, DECAY, EPS, one_hot_forward, plain_augvae
-from latent_verse.augvae.codebook import Codebook, Quantizer
+from latent_verse.augvae.codebook import Codebook, EMAQuantizer
 from latent_verse.augvae.model import AugVAE
 from latent_verse.augvae.training import LitAugVAE
 from latent_verse.biart import sampling
@@ -47,19 +47,21 @@ def test_augvae_trains_without_waiting(tiny_config, autocast, single_level, rest
     config = TrainVAEConfig(
         model=tiny_config(single_level=single_level, restart_threshold=restart_threshold),
         loss=VAELossConfig(loss_type="mse"),
-        trainer=TrainerConfig(activation_checkpointing=True),
+        trainer=TrainerConfig(activation_checkpointing=True, log_images=True),
     )
+    logged = {}
     with fake_cuda(autocast=autocast) as waits:
         module = LitAugVAE(AugVAE(config.model), config).train()
+        module.log = lambda name, value, **kwargs: logged.update({name: value})
         module.configure_model()
-        parts, reconstruction = module._losses(pictures(2, 16), "train")
-        assert on_gpu(reconstruction, *parts.values())
+        out = module.training_step([pictures(2, 16)], 0)
+        assert on_gpu(*out.values(), *logged.values()) and logged
         assert module.model.encoders[0].conv_in.weight.is_contiguous(memory_format=torch.channels_last)
         module.eval().validation_step([pictures(2, 16)], 0)
     assert not waits.seen
     # statistics of the codebook are float32, and what the last convolution gives is autocast's dtype
-    assert module.model.codebook.embed_avg.dtype == torch.float32
-    assert reconstruction.dtype == (autocast or torch.float32)
+    assert module.model.quantizer.embedding.embed_avg.dtype == torch.float32
+    assert out["xrec"].dtype == (autocast or torch.float32)
 
 
 def test_augvae_looks_at_its_codebook_once_to_start_it_from_data(tiny_config):
@@ -176,7 +178,7 @@ def test_the_quantiser_takes_an_eighth_of_one_hots_memory(N, K, D):
         with fake_cuda():
             book = Codebook(K, D, DECAY, EPS, 0.0)
             z_BDHW = torch.empty(1, N, 1, D).permute(0, 3, 1, 2)  # channels last
-            quantise = Quantizer(book, BETA).train()
+            quantise = EMAQuantizer(book, BETA).train()
             with PeakBytes() as count:
                 quantise(z_BDHW) if way == "ours" else one_hot_forward(book, z_BDHW)
         taken[way] = count.peak

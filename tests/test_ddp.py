@@ -49,15 +49,15 @@ def in_two_processes(folder, work, *arguments) -> list:
 
 
 def batch(step: int) -> torch.Tensor:
-    """The joined batch of a step: four pictures, of which each process gets two."""
+    """The joined batch of a step: four images, of which each process gets two."""
     return torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(step), dtype=torch.float64) * 2 - 1
 
 
-def train(module: nn.Module, model: AugVAE, pictures) -> dict[str, torch.Tensor]:
+def train(module: nn.Module, model: AugVAE, images) -> dict[str, torch.Tensor]:
     """Some SGD steps; returns the state and the last gradients. SGD: AdamW would blow up rounding of tiny gradients."""
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
     for step in range(STEPS):
-        x = pictures(step)
+        x = images(step)
         optimizer.zero_grad()
         reconstruction, embed_loss, _ = module(x)
         ((reconstruction - x).square().mean() + embed_loss).backward()
@@ -77,14 +77,14 @@ def train_part(rank: int, model: AugVAE) -> dict[str, torch.Tensor]:
 )
 def test_two_processes_equal_one_on_the_joined_batch(tiny_augvae, tmp_path, single_level, use_attn):
     model = tiny_augvae(single_level=single_level, use_attn=use_attn).double().train()
-    before = model.codebook.weight.clone()
+    before = model.quantizer.embedding.weight.clone()
     first, second = in_two_processes(tmp_path, train_part, copy.deepcopy(model))
     joined = train(model, model, batch)
     assert first.keys() == second.keys() == joined.keys()
     for name in joined:
         assert torch.equal(first[name], second[name]), f"{name} differs between the processes"
         torch.testing.assert_close(first[name], joined[name], rtol=1e-5, atol=1e-8, msg=lambda m, n=name: f"{n}: {m}")
-    assert not torch.allclose(model.codebook.weight, before, rtol=1e-2)
+    assert not torch.allclose(model.quantizer.embedding.weight, before, rtol=1e-2)
 
 
 def uneven_codebook(rank: int, threshold: float, initialise: bool) -> dict[str, torch.Tensor]:
@@ -117,7 +117,7 @@ def test_initialisation_and_restart_are_the_same_on_both(tmp_path, threshold, in
 def initialise_model(rank: int, model: AugVAE) -> dict[str, torch.Tensor]:
     torch.manual_seed(rank)
     model.initialise_codebook(batch(0)[rank * 2 : rank * 2 + 2])
-    return {k: v.clone() for k, v in model.codebook.state_dict().items()}
+    return {k: v.clone() for k, v in model.quantizer.embedding.state_dict().items()}
 
 
 def test_initialising_a_model_gives_one_codebook(tiny_augvae, tmp_path):
@@ -125,4 +125,4 @@ def test_initialising_a_model_gives_one_codebook(tiny_augvae, tmp_path):
     first, second = in_two_processes(tmp_path, initialise_model, model)
     for name in first:
         assert torch.equal(first[name], second[name]), name
-    assert not torch.equal(first["weight"], model.codebook.weight)
+    assert not torch.equal(first["weight"], model.quantizer.embedding.weight)

@@ -10,6 +10,7 @@ from torch import nn
 
 from latent_verse.augvae.layers import AttnBlock, Upsample, make_norm
 from latent_verse.augvae.model import AugVAE
+from latent_verse.checkpoints.augvae import load_augvae, save_augvae
 from latent_verse.config import AugVAEConfig, ConfigError
 
 SINGLE = [None, 8, 4, 2]
@@ -62,7 +63,7 @@ def test_decode_takes_the_code_levels_alone(tiny_augvae, tiny_images):
     assert torch.equal(model.decode(z_q), model.decode(z_q[-1:]))
 
 
-def test_every_picture_is_coded_by_itself(tiny_augvae, tiny_images):
+def test_every_image_is_coded_by_itself(tiny_augvae, tiny_images):
     model, x = tiny_augvae(), tiny_images(4)
     assert torch.equal(model.codes(x), torch.cat([model.codes(one[None]) for one in x]))
 
@@ -75,7 +76,7 @@ def test_codes_leave_the_model_as_it_is_in_training_mode(tiny_augvae, tiny_image
     assert model.training
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     model(tiny_images())  # while a training pass does change the book
-    assert not torch.equal(model.codebook.weight, before["quantizers.0.embedding.weight"])
+    assert not torch.equal(model.quantizer.embedding.weight, before["quantizers.0.embedding.weight"])
 
 
 def test_evaluation_does_not_change_the_codebook(tiny_augvae, tiny_images):
@@ -89,7 +90,7 @@ def test_evaluation_does_not_change_the_codebook(tiny_augvae, tiny_images):
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 15, 16), (2, 3, 32, 32), (2, 1, 16, 16), (3, 16, 16)])
-def test_pictures_of_another_shape_are_refused(tiny_augvae, shape):
+def test_images_of_another_shape_are_refused(tiny_augvae, shape):
     with pytest.raises(ValueError, match=r"this AugVAE takes \(B, 3, 16, 16\)"):
         tiny_augvae()(torch.zeros(shape))
     with pytest.raises(ValueError, match="images have shape"):
@@ -220,7 +221,7 @@ def test_attention_block_is_softmax_attention_over_positions():
 
 @pytest.mark.parametrize("size", [(4, 4), (1, 1), (3, 5)])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_upsampling_is_the_convolution_of_the_enlarged_picture(size, memory_format):
+def test_upsampling_is_the_convolution_of_the_enlarged_image(size, memory_format):
     layer = Upsample(6).double().to(memory_format=memory_format)
     x = torch.randn(2, 6, *size, dtype=torch.float64).to(memory_format=memory_format).requires_grad_()
     enlarged = x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
@@ -252,7 +253,7 @@ def test_pixel_norm_keeps_far_pixels_apart(tiny_augvae, tiny_images):
         model = tiny_augvae(norm=norm, num_res_blocks=1, use_attn=False)
         stage = model.encoders[0].down[0]
         with torch.no_grad():
-            before, after = (stage(model.encoders[0].conv_in(picture)) for picture in (x, changed))
+            before, after = (stage(model.encoders[0].conv_in(image)) for image in (x, changed))
         moved[norm] = not torch.equal(before[:, :, -2:, -2:], after[:, :, -2:, -2:])
     assert moved == {"group": True, "pixel": False}
     assert tiny_augvae(norm="pixel").state_dict().keys() == tiny_augvae().state_dict().keys()
@@ -311,7 +312,7 @@ def test_single_level_decodes_through_a_connector_where_a_level_is_missing(tiny_
 def test_to_single_level_keeps_mode_and_type(tiny_augvae):
     single = tiny_augvae().double().train().to_single_level(4)
     assert single.training
-    assert single.pre_quants[0].weight.dtype == single.codebook.weight.dtype == torch.float64
+    assert single.pre_quants[0].weight.dtype == single.quantizer.embedding.weight.dtype == torch.float64
 
 
 def test_single_level_of_what_is_not_there_is_refused(tiny_augvae):
@@ -327,7 +328,7 @@ def test_single_level_of_what_is_not_there_is_refused(tiny_augvae):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_keeps_the_codebook_in_float32(tiny_augvae, tiny_images, dtype):
     model = tiny_augvae().to(dtype)
-    book = {n: b.dtype for n, b in model.codebook.named_buffers()}
+    book = {n: b.dtype for n, b in model.quantizer.embedding.named_buffers()}
     assert book == dict.fromkeys(("weight", "cluster_size", "embed_avg"), torch.float32)
     assert model.encoders[0].conv_in.weight.dtype == dtype
     x = tiny_images().to(dtype)
@@ -339,12 +340,20 @@ def test_half_precision_keeps_the_codebook_in_float32(tiny_augvae, tiny_images, 
 
 
 def test_double_precision_takes_the_codebook_along(tiny_augvae):
-    assert tiny_augvae().double().codebook.weight.dtype == torch.float64
+    assert tiny_augvae().double().quantizer.embedding.weight.dtype == torch.float64
+
+
+def test_device_and_dtype_are_those_of_the_weights(tiny_augvae):
+    model = tiny_augvae()
+    assert (model.device, model.dtype) == (torch.device("cpu"), torch.float32)
+    model = model.to(device="meta", dtype=torch.bfloat16)
+    assert (model.device, model.dtype) == (torch.device("meta"), torch.bfloat16)
 
 
 @pytest.mark.parametrize("single_level", SINGLE)
 def test_save_pretrained_round_trip(tiny_augvae, tiny_images, tmp_path, single_level):
     model = tiny_augvae(single_level=single_level, quant_beta=0.5, use_attn=True).train()
+    assert AugVAE.save_pretrained is save_augvae and AugVAE.from_pretrained is load_augvae
     model.save_pretrained(tmp_path / "a" / "b")
     assert sorted(p.name for p in (tmp_path / "a" / "b").iterdir()) == ["config.json", "model.safetensors"]
     again = AugVAE.from_pretrained(tmp_path / "a" / "b")
@@ -366,7 +375,8 @@ def test_initialise_codebook_takes_vectors_of_all_levels(tiny_augvae, tiny_image
     vectors = torch.cat([z.permute(0, 2, 3, 1).reshape(-1, 8) for z in model.features(x)])
     model.initialise_codebook(x)
     # 168 vectors for 400 codes: each is a code, and each code is one of them
-    distance = torch.cdist(vectors, model.codebook.weight, compute_mode="donot_use_mm_for_euclid_dist")  # exact
+    codes = model.quantizer.embedding.weight
+    distance = torch.cdist(vectors, codes, compute_mode="donot_use_mm_for_euclid_dist")  # exact
     assert distance.min(0).values.max() < 1e-3
     assert distance.min(1).values.max() < 1e-3
 

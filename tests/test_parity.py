@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from latent_verse.augvae.model import AugVAE
 from latent_verse.config import AugVAEConfig
-from tests.parity_figures import ADAMW, CONFIG, FIGURES, SEEDS
+from tests.parity_figures import ADAMW, CONFIG, RELEASED, SEEDS
 
 
 def noise(key: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -45,14 +45,14 @@ def images(seed: int) -> torch.Tensor:
 
 
 def parity_model(name: str) -> AugVAE:
-    model = AugVAE(AugVAEConfig(**CONFIG, single_level=FIGURES[name]["single_level"])).double()
+    model = AugVAE(AugVAEConfig(**CONFIG, single_level=RELEASED[name]["single_level"])).double()
     state = {k: torch.from_numpy(np.asarray(recipe(k, tuple(v.shape)))) for k, v in model.state_dict().items()}
     model.load_state_dict(state)
     return model.eval()
 
 
-def assert_picture(tensor: torch.Tensor, figures: tuple, rel: float) -> None:
-    mean, std, first = figures
+def assert_statistics(tensor: torch.Tensor, released: tuple, rel: float) -> None:
+    mean, std, first = released
     # a mean is a sum of numbers of either sign: its rounding scales with their size, not with its own
     assert tensor.mean().item() == pytest.approx(mean, rel=rel, abs=rel * std)
     assert tensor.std(correction=0).item() == pytest.approx(std, rel=rel)
@@ -60,17 +60,17 @@ def assert_picture(tensor: torch.Tensor, figures: tuple, rel: float) -> None:
 
 
 @torch.no_grad()
-def assert_forward(model: AugVAE, figures: dict, rel: float) -> None:
+def assert_forward(model: AugVAE, released: dict, rel: float) -> None:
     x = images(1)
     encoded = model.encode(x)
-    assert encoded.embed_loss.item() == pytest.approx(figures["embed_loss"], rel=rel)
-    assert encoded.perplexity.item() == pytest.approx(figures["perplexity"], rel=rel)
+    assert encoded.embed_loss.item() == pytest.approx(released["embed_loss"], rel=rel)
+    assert encoded.perplexity.item() == pytest.approx(released["perplexity"], rel=rel)
     seen = [(codes.shape[-1], int(codes.sum()), codes[0].flatten()[:16].tolist()) for codes in encoded.indices]
-    assert seen == figures["levels"]
-    assert_picture(model.decode(encoded.z_q), figures["reconstruction"], rel)
+    assert seen == released["levels"]
+    assert_statistics(model.decode(encoded.z_q), released["reconstruction"], rel)
     codes = model.codes(x)
-    assert (codes.shape[1], int(codes.sum())) == figures["sequence"]
-    # decode_codes clamps to [-1, 1]; the figures are of the picture before that
+    assert (codes.shape[1], int(codes.sum())) == released["sequence"]
+    # decode_codes clamps to [-1, 1]; the released values are of the image before that
     clamp = torch.Tensor.clamp
     unclamped = []
     try:
@@ -78,26 +78,26 @@ def assert_forward(model: AugVAE, figures: dict, rel: float) -> None:
         decoded = model.decode_codes(codes)
     finally:
         torch.Tensor.clamp = clamp
-    assert_picture(unclamped[-1], figures["decode_from_sequence"], rel)
+    assert_statistics(unclamped[-1], released["decode_from_sequence"], rel)
     assert torch.equal(decoded, unclamped[-1].clamp(-1, 1))
     reconstruction, embed_loss, perplexity = model(x)
     assert torch.equal(reconstruction, model.decode(encoded.z_q))
     assert (embed_loss, perplexity) == (encoded.embed_loss, encoded.perplexity)
 
 
-@pytest.mark.parametrize("name", FIGURES)
+@pytest.mark.parametrize("name", RELEASED)
 def test_forward_pass_is_the_releases(name):
     model = parity_model(name)
-    assert len(model.state_dict()) == FIGURES[name]["keys"]
-    assert_forward(model, FIGURES[name]["forward"], rel=1e-9)
+    assert len(model.state_dict()) == RELEASED[name]["keys"]
+    assert_forward(model, RELEASED[name]["forward"], rel=1e-9)
 
 
-@pytest.mark.parametrize("name", FIGURES)
+@pytest.mark.parametrize("name", RELEASED)
 def test_six_training_steps_are_the_releases(name):
-    figures = FIGURES[name]
+    released = RELEASED[name]
     model = parity_model(name).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], **ADAMW)
-    for seed, expected in zip(SEEDS, figures["steps"], strict=True):
+    for seed, expected in zip(SEEDS, released["steps"], strict=True):
         x = images(seed)
         reconstruction, embed_loss, perplexity = model(x)
         rec_loss = F.mse_loss(reconstruction, x)
@@ -107,7 +107,7 @@ def test_six_training_steps_are_the_releases(name):
         optimizer.step()
         got = [value.item() for value in (total, rec_loss, embed_loss, perplexity)]
         assert got == pytest.approx(expected, rel=1e-7), f"step on seed {seed}"
-    after = figures["after_training"]
-    assert_picture(model.codebook.weight, after["codebook"], rel=1e-7)
-    assert_picture(model.codebook.cluster_size, after["cluster_size"], rel=1e-7)
+    after = released["after_training"]
+    assert_statistics(model.quantizer.embedding.weight, after["codebook"], rel=1e-7)
+    assert_statistics(model.quantizer.embedding.cluster_size, after["cluster_size"], rel=1e-7)
     assert_forward(model.eval(), after["forward"], rel=1e-7)

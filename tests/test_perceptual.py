@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import urllib.error
 import warnings
 
 import pytest
 import torch
+from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 from torchvision.models import VGG16_Weights
 from torchvision.models._api import WeightsEnum
 
-from latent_verse.augvae.perceptual import LPIPS, ReconstructionLoss, fetch_vgg16, vgg16_file
+from latent_verse.augvae.perceptual import LOSSES, LPIPS, ReconstructionLoss, fetch_vgg16, vgg16_file
 from latent_verse.augvae.training import LitAugVAE
 from latent_verse.config import ConfigError, ImageDataConfig, TrainVAEConfig, VAELossConfig
 
@@ -38,7 +40,17 @@ def lpips() -> LPIPS:
 
 
 @pytest.fixture
-def pictures():
+def with_lpips(monkeypatch, lpips) -> None:
+    """Losses take the one LPIPS of this file: building another costs seconds."""
+    monkeypatch.setattr("latent_verse.augvae.perceptual.LPIPS", lambda untrained: lpips)
+
+
+def make_loss(name: str, **settings) -> ReconstructionLoss:
+    return LOSSES[name](VAELossConfig(loss_type=name, **settings))
+
+
+@pytest.fixture
+def images():
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.rand(2, 3, 32, 32, generator=generator) * 2 - 1 for _ in range(2))
     return a, b
@@ -47,8 +59,8 @@ def pictures():
 # ------------------------------------------------------------------------------------------------------------ formulas
 
 
-def test_pixel_losses(pictures):
-    a, b = pictures
+def test_pixel_losses(images):
+    a, b = images
     d = (a - b).double()
     expected = {
         "mse": d.square().mean(),
@@ -56,40 +68,48 @@ def test_pixel_losses(pictures):
         "smooth_l1": torch.where(d.abs() < 1, d.square() / 2, d.abs() - 0.5).mean(),
     }
     for name, value in expected.items():
-        parts = ReconstructionLoss(name, 0.1)(a, b)
+        parts = make_loss(name)(a, b)
         assert parts.keys() == {"rec_loss"}
         assert parts["rec_loss"].item() == pytest.approx(value.item(), rel=1e-6)
     assert len({value.item() for value in expected.values()}) == 3
 
 
 @pytest.mark.parametrize(("name", "pixel"), [("lpips_l2", "mse"), ("lpips_l1", "l1")])
-def test_lpips_losses_add_the_weighted_mean_distance(pictures, lpips, name, pixel):
-    a, b = pictures
-    loss = ReconstructionLoss(pixel, 0.3)
-    loss.lpips = lpips  # building another costs seconds
-    parts = loss(a, b)
-    assert parts["rec_loss"] == ReconstructionLoss(pixel, 0.3)(a, b)["rec_loss"]
+@pytest.mark.usefixtures("with_lpips")
+def test_lpips_losses_add_the_weighted_mean_distance(images, lpips, name, pixel):
+    a, b = images
+    parts = make_loss(name, p_loss_weight=0.3)(a, b)
+    assert parts["rec_loss"] == make_loss(pixel)(a, b)["rec_loss"]
     assert parts["lpips_loss"].item() == pytest.approx(0.3 * lpips(a, b).mean().item(), rel=1e-6)
     assert parts["lpips_loss"] > 0
-    from latent_verse.augvae.perceptual import PIXEL_LOSSES
-
-    assert PIXEL_LOSSES[name] is PIXEL_LOSSES[pixel]
 
 
-def test_losses_are_float32_under_autocast_and_float64_for_float64(pictures):
-    a, b = pictures
-    exact = ReconstructionLoss("mse", 0.1)(a, b)["rec_loss"]
+@pytest.mark.usefixtures("with_lpips")
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_has_the_terms_it_says(images, name):
+    assert tuple(make_loss(name)(*images)) == LOSSES[name].terms
+
+
+def test_every_loss_of_the_table_is_a_choice_of_the_setting():
+    (field,) = [f for f in dataclasses.fields(VAELossConfig) if f.name == "loss_type"]
+    assert set(field.metadata["choices"]) == LOSSES.keys()
+
+
+def test_losses_are_float32_under_autocast_and_float64_for_float64(images):
+    a, b = images
+    loss = make_loss("mse")
+    exact = loss(a, b)["rec_loss"]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(ReconstructionLoss("mse", 0.1)(a, b)["rec_loss"], exact)
-    assert ReconstructionLoss("mse", 0.1)(a.bfloat16(), b)["rec_loss"].dtype == torch.float32
-    assert ReconstructionLoss("mse", 0.1)(a.double(), b.double())["rec_loss"].dtype == torch.float64
+        assert torch.equal(loss(a, b)["rec_loss"], exact)
+    assert loss(a.bfloat16(), b)["rec_loss"].dtype == torch.float32
+    assert loss(a.double(), b.double())["rec_loss"].dtype == torch.float64
 
 
 # --------------------------------------------------------------------------------------------------------------- LPIPS
 
 
-def test_lpips_is_a_distance_of_each_picture(pictures, lpips):
-    a, b = pictures
+def test_lpips_is_a_distance_of_each_image(images, lpips):
+    a, b = images
     distance = lpips(a, b)
     assert distance.shape == (2,)
     assert (distance > 0).all()
@@ -98,16 +118,16 @@ def test_lpips_is_a_distance_of_each_picture(pictures, lpips):
     assert torch.equal(lpips(a, a), torch.zeros(2))
 
 
-def test_lpips_is_frozen_deterministic_and_in_evaluation_mode(pictures, lpips):
-    a, b = pictures
+def test_lpips_is_frozen_deterministic_and_in_evaluation_mode(images, lpips):
+    a, b = images
     assert not any(module.training for module in lpips.net.modules())
     assert not any(p.requires_grad for p in lpips.net.parameters())
     assert any(isinstance(module, torch.nn.Dropout) for module in lpips.net.modules())  # what made the original random
     assert torch.equal(lpips(a, b), lpips(a, b))
 
 
-def test_lpips_is_float32_under_autocast(pictures, lpips):
-    a, b = pictures
+def test_lpips_is_float32_under_autocast(images, lpips):
+    a, b = images
     exact = lpips(a, b)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         under = lpips(a, b)
@@ -115,8 +135,8 @@ def test_lpips_is_float32_under_autocast(pictures, lpips):
     assert torch.equal(under, exact)
 
 
-def test_gradient_flows_to_the_reconstruction(pictures, lpips):
-    a, b = pictures
+def test_gradient_flows_to_the_reconstruction(images, lpips):
+    a, b = images
     a = a.clone().requires_grad_()
     lpips(a, b).sum().backward()
     assert a.grad.isfinite().all()
@@ -124,15 +144,15 @@ def test_gradient_flows_to_the_reconstruction(pictures, lpips):
 
 
 @pytest.mark.parametrize("value", [None, 0.0, 1.0])
-def test_gradient_is_finite_at_identical_pictures(pictures, lpips, value):
-    a = pictures[0] if value is None else torch.full_like(pictures[0], value)
+def test_gradient_is_finite_at_identical_images(images, lpips, value):
+    a = images[0] if value is None else torch.full_like(images[0], value)
     a = a.clone().requires_grad_()
     lpips(a, a.detach().clone()).sum().backward()
     assert a.grad.isfinite().all()
 
 
-def test_lpips_is_in_no_state_dict_and_lightning_does_not_put_it_in_train_mode(tiny_augvae, lpips, monkeypatch):
-    monkeypatch.setattr("latent_verse.augvae.perceptual.LPIPS", lambda untrained: lpips)
+@pytest.mark.usefixtures("with_lpips")
+def test_lpips_is_in_no_state_dict_and_lightning_does_not_put_it_in_train_mode(tiny_augvae, lpips):
     config = TrainVAEConfig(data=ImageDataConfig(fake_data=True), loss=VAELossConfig(loss_type="lpips_l2"))
     lit = LitAugVAE(tiny_augvae(), config)
     with pytest.warns(UserWarning, match="untrained VGG16"):
@@ -157,7 +177,7 @@ def test_offline_and_uncached_says_which_file_and_which_losses_need_none(tmp_pat
     message = str(error.value)
     assert str(tmp_path / "torch" / "hub" / "checkpoints" / "vgg16-397923af.pth") in message
     assert VGG16_Weights.IMAGENET1K_V1.url in message
-    assert "mse, l1 or smooth_l1" in message
+    assert "mse, l1, smooth_l1" in message and "lpips" not in message
     assert "no network" in message
 
 
@@ -178,11 +198,11 @@ def test_preparing_the_data_fetches_only_what_is_needed(tiny_augvae):
         prepare("lpips_l1", False)
 
 
-def test_untrained_stand_in_warns_once_and_is_the_same_everywhere(lpips, pictures):
+def test_untrained_stand_in_warns_once_and_is_the_same_everywhere(lpips, images):
     torch.manual_seed(7)
     state = torch.get_rng_state()
     with pytest.warns(UserWarning) as caught:
-        loss = ReconstructionLoss("lpips_l2", 0.1, untrained=True)
+        loss = LOSSES["lpips_l2"](VAELossConfig(), untrained=True)
     assert len(caught) == 1
     assert "untrained VGG16" in str(caught[0].message) and "mean nothing" in str(caught[0].message)
     assert torch.equal(torch.get_rng_state(), state)  # it draws from no generator but its own
@@ -191,7 +211,7 @@ def test_untrained_stand_in_warns_once_and_is_the_same_everywhere(lpips, picture
         assert torch.equal(ours, theirs), name
 
 
-def test_weights_in_the_cache_are_used(monkeypatch, pictures, lpips, tmp_path):
+def test_weights_in_the_cache_are_used(monkeypatch, images, lpips, tmp_path):
     monkeypatch.setattr(WeightsEnum, "get_state_dict", READ_CACHE)
     assert vgg16_file().is_relative_to(tmp_path)  # made-up weights must never reach the person's own cache
     generator = torch.Generator().manual_seed(5)
@@ -207,8 +227,11 @@ def test_weights_in_the_cache_are_used(monkeypatch, pictures, lpips, tmp_path):
     torch.save(state, vgg16_file())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        loss = ReconstructionLoss("lpips_l2", 0.1, untrained=True)  # trained weights win where they are cached
+        loss = LOSSES["lpips_l2"](VAELossConfig(), untrained=True)  # trained weights win where they are cached
     found = {tuple(p.shape): p for p in loss.lpips.net.parameters() if p.dim() == 4 and p.shape[-1] == 3}
     assert torch.equal(found[64, 3, 3, 3], state["features.0.weight"])
-    a, b = pictures
+    a, b = images
     assert not torch.allclose(loss.lpips(a, b), lpips(a, b))
+    # the private class that LPIPS is made of is what torchmetrics' public metric computes
+    public = LearnedPerceptualImagePatchSimilarity(net_type="vgg")
+    torch.testing.assert_close(loss.lpips(a, b).mean(), public(a, b))

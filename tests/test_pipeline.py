@@ -179,7 +179,7 @@ def test_parts_that_were_not_trained_together_are_refused(tiny_augvae, model, bu
 def test_dtype_is_the_transformers_alone(bundle, tmp_path):
     model = LVerse.from_pretrained(bundle, device="cpu", dtype="bfloat16")
     assert model.biart.head.weight.dtype == torch.bfloat16
-    assert model.vae.codebook.weight.dtype == torch.float32
+    assert model.vae.quantizer.embedding.weight.dtype == torch.float32
     assert len(model.text_to_image(["a"], 2, seed=0)[0]) == 2
     model.save_pretrained(tmp_path / "half")
     assert LVerse.from_pretrained(tmp_path / "half", device="cpu").biart.head.weight.dtype == torch.bfloat16

@@ -425,4 +425,4 @@ def test_precisions(tmp_path, pictures, precision):
     assert train_vae.main(small(tmp_path, *on(pictures), "--precision", precision, "--codebook_init", "data")) == 0
     losses = figures(tmp_path / "runs" / "run")
     assert len(losses) == 3 and all(0 < v < 10 for v in losses.values())
-    assert load_augvae(tmp_path / "runs" / "run").codebook.weight.dtype == torch.float32
+    assert load_augvae(tmp_path / "runs" / "run").quantizer.embedding.weight.dtype == torch.float32

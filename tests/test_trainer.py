@@ -86,8 +86,7 @@ def test_training_is_compiled_and_validation_is_not(tiny_config, tiny_images, mo
         module.validation_step([tiny_images()], 0)
     assert not compiled
     module.train()
-    parts, _ = module._losses(tiny_images(), "train")
-    parts["total_loss"].backward()
+    module.training_step([tiny_images()], 0)["loss"].backward()
     assert compiled
     torch._dynamo.reset()
 
@@ -117,7 +116,7 @@ def test_memory_format_of_weights_and_activations(tiny_config, tiny_images, devi
             if isinstance(layer, torch.nn.Conv2d) and layer.kernel_size == (3, 3):
                 assert layer.weight.is_contiguous(memory_format=memory_format)
                 layer.register_forward_hook(lambda _, x, y: formats.add(y.is_contiguous(memory_format=memory_format)))
-        _, reconstruction = module._through(tiny_images())
+        _, reconstruction = module.reconstruct(tiny_images())
     assert formats == {True}
     torch.testing.assert_close(reconstruction, expected, rtol=1e-3, atol=1e-4)
 

@@ -1,4 +1,4 @@
-"""LitAugVAE: AugVAE under Lightning. Steps, logging and the optimiser; the maths is the model's.
+"""LitAugVAE: AugVAE under Lightning. Steps, logging and the optimiser; the mathematics is in the model.
 
 Shapes: B batch, C channels, H height, W width.
 """
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from latent_verse.augvae.model import AugVAE, Encoded
-from latent_verse.augvae.perceptual import ReconstructionLoss, fetch_vgg16
+from latent_verse.augvae.perceptual import LOSSES, ReconstructionLoss, fetch_vgg16
 from latent_verse.config import TrainVAEConfig, as_plain
 from latent_verse.evaluation.codebook import CodebookUsage
 from latent_verse.evaluation.mean import Mean
@@ -23,106 +23,109 @@ from latent_verse.trainer import uncompiled
 class LitAugVAE(pl.LightningModule):
     """Trains an AugVAE (-ML or -SL) on batches (images (B, C, H, W) in [-1, 1], ...).
 
-    A batch may be empty in validation, where a process has run out of pictures before the others.
+    In validation a batch may be empty: its process has run out of images before the others.
     """
 
     def __init__(self, model: AugVAE, config: TrainVAEConfig):
         super().__init__()
         self.model = model
         self.config = config
+        self.loss_type = LOSSES[config.loss.loss_type]
         self.loss: ReconstructionLoss | None = None  # made in configure_model; eval_vae needs none
         self._configured = False
-        names = ["total_loss", "rec_loss", "embed_loss", "perplexity"]
-        if config.loss.loss_type.startswith("lpips"):
-            names.append("lpips_loss")
+        names = ["total_loss", *self.loss_type.terms, "embed_loss", "perplexity"]
         self.val_means = nn.ModuleDict({name: Mean() for name in names})
         self.usage = nn.ModuleDict(
             {stage: CodebookUsage(model.levels, model.config.num_tokens) for stage in ("train_usage", "val_usage")}
         )
-        self.test_metrics: ReconstructionMetrics | None = None  # set by eval_vae
+        self.test_metrics: ReconstructionMetrics | None = None  # eval_vae sets it
         self.test_limit: int | None = None
         self.test_results: dict | None = None
-        # sum and number of this epoch's training losses: saved, so that a resumed epoch has the same mean
+        # sum and number of this epoch's training losses; saved, so that a resumed epoch has the same mean
         self.epoch_loss = torch.zeros(2, dtype=torch.float64)
-        # Not Lightning's to step: it would do so after the epoch's checkpoint is written, and a resume would miss it.
+        # We step it: Lightning would do so after the epoch's checkpoint is written, and a resumed run would miss it.
         self.plateau: torch.optim.lr_scheduler.ReduceLROnPlateau | None = None
         self.plateau_state: dict | None = None
 
     # ----------------------------------------------------------------------------------------------------- preparation
 
     def prepare_data(self) -> None:
-        """Fetch LPIPS' backbone, in one process a node."""
-        c = self.config
-        if c.loss.loss_type.startswith("lpips") and self.test_metrics is None and not c.data.fake_data:
+        """Fetch LPIPS' backbone if the loss uses LPIPS, in one process per node.
+
+        Raises:
+            ConfigError: as `fetch_vgg16`.
+        """
+        if self.loss_type.uses_lpips and self.test_metrics is None and not self.config.data.fake_data:
             fetch_vgg16()
 
     def configure_model(self) -> None:
-        """Shard the networks under --strategy fsdp, compile them under --compile, have them hold less if asked to."""
-        if self._configured:  # Lightning calls this once a fit, validate or test
+        """Shard the networks (--strategy fsdp), compile them (--compile), checkpoint their activations."""
+        if self._configured:  # Lightning calls this once per fit, validate or test
             return
         self._configured = True
         c = self.config
         if self.test_metrics is None:
-            self.loss = ReconstructionLoss(c.loss.loss_type, c.loss.p_loss_weight, untrained=c.data.fake_data)
+            self.loss = self.loss_type(c.loss, untrained=c.data.fake_data)
         networks = [*self.model.encoders, *self.model.decoders]
         if c.trainer.activation_checkpointing:
             checkpoint_activations(self.model)
         if c.trainer.compile:
             for network in networks:
-                network.compile(dynamic=False)  # each network has its own sizes; dynamic ones would be slower
+                network.compile(dynamic=False)  # each network has one input size; dynamic sizes are slower
         if self.device_mesh is not None:
             from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
             for network in networks:
                 fully_shard(network, mesh=self.device_mesh["data_parallel"])
             fully_shard(self.model, mesh=self.device_mesh["data_parallel"])
-            for method in ("encode", "decode", "initialise_codebook"):  # what is called in place of forward
+            for method in ("encode", "decode", "initialise_codebook"):  # called instead of forward
                 register_fsdp_forward_method(self.model, method)
-        else:  # fully_shard takes contiguous weights only
+        else:  # fully_shard accepts contiguous weights only
             self.model.to(memory_format=self._memory_format)
 
     def on_fit_start(self) -> None:
-        """Bring the loss to the device: it is no module, so Lightning does not."""
+        """Move the loss to the device: it is not a module, so Lightning does not."""
         self.loss.to(self.device)
 
     on_validation_start = on_fit_start
 
     def on_train_batch_start(self, batch, batch_idx: int) -> None:
-        """Start the codebook from the first batch, where codebook_init asks for it."""
+        """Start the codebook from the first batch if codebook_init is data."""
         first = self.global_step == 0 and batch_idx == 0
-        if first and self.config.optim.codebook_init == "data" and self.model.codebook.is_fresh:
-            self.model.initialise_codebook(batch[0].to(self._weights_dtype))
+        if first and self.config.optim.codebook_init == "data" and self.model.quantizer.is_fresh:
+            self.model.initialise_codebook(batch[0].to(self.model.dtype))
 
     # ----------------------------------------------------------------------------------------------------------- steps
 
     @property
-    def _weights_dtype(self) -> torch.dtype:
-        return self.model.pre_quants[0].weight.dtype
-
-    @property
     def _memory_format(self) -> torch.memory_format:
-        """Channels last, which tensor cores want; contiguous where a CPU trains.
+        """Channels last, which suits tensor cores; contiguous for training on a CPU.
 
-        There convolutions run forward faster with channels last, but GroupNorm runs back seven times slower.
+        There, channels last makes the forward pass of convolutions faster but GroupNorm's backward pass seven times
+        slower.
         """
         device = self._trainer.strategy.root_device if self._trainer else self.device
         trains_on_cpu = device.type == "cpu" and self.test_metrics is None
         return torch.contiguous_format if trains_on_cpu else torch.channels_last
 
-    def _through(self, x_BCHW: torch.Tensor) -> tuple[Encoded, torch.Tensor]:
-        """Encode and decode, in the dtype of the weights (bf16-true and 64 differ from the images')."""
-        x_BCHW = x_BCHW.to(self._weights_dtype).contiguous(memory_format=self._memory_format)
+    def reconstruct(self, x_BCHW: torch.Tensor) -> tuple[Encoded, torch.Tensor]:
+        """Images in [-1, 1] -> what `AugVAE.encode` gives, and the reconstruction, of the weights' type and format.
+
+        The images' type differs from the weights' under --precision bf16-true and 64.
+        """
+        x_BCHW = x_BCHW.to(self.model.dtype).contiguous(memory_format=self._memory_format)
         encoded = self.model.encode(x_BCHW)
         return encoded, self.model.decode(encoded.z_q)
 
     def _nothing_in(self, x_BCHW: torch.Tensor) -> bool:
-        """Whether a batch is empty. A sharded model computes all the same: its gathers wait for every process."""
+        """Whether a batch is empty. A sharded model must run all the same: its gathers wait for every process."""
         if len(x_BCHW) == 0 and self.device_mesh is not None:
-            self._through(x_BCHW.new_zeros(1, *x_BCHW.shape[1:]))
+            self.reconstruct(x_BCHW.new_zeros(1, *x_BCHW.shape[1:]))
         return len(x_BCHW) == 0
 
-    def _losses(self, x_BCHW: torch.Tensor, stage: str):
-        encoded, reconstruction_BCHW = self._through(x_BCHW)
+    def _losses(self, x_BCHW: torch.Tensor, stage: str) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """({name: value ()} of all that is logged, the reconstruction)."""
+        encoded, reconstruction_BCHW = self.reconstruct(x_BCHW)
         parts = self.loss(reconstruction_BCHW, x_BCHW)
         total = sum(parts.values()) + self.config.loss.codebook_weight * encoded.embed_loss
         self.usage[f"{stage}_usage"].update(encoded.indices)
@@ -130,19 +133,20 @@ class LitAugVAE(pl.LightningModule):
         return parts, reconstruction_BCHW
 
     def training_step(self, batch, batch_idx: int):
-        """One step; returns the loss and, for the image grids, input and reconstruction."""
+        """One step; returns the loss and, if images are logged, input and reconstruction."""
         parts, reconstruction_BCHW = self._losses(batch[0], "train")
         for name, value in parts.items():
             self.log(f"train/{name}", value, prog_bar=name in ("total_loss", "rec_loss", "perplexity"))
-        self.epoch_loss = self.epoch_loss.to(self.device)
-        self.epoch_loss += torch.stack([parts["total_loss"].detach().double(), self.epoch_loss.new_ones(())])
-        out = {"loss": parts["total_loss"]}
+        total = parts["total_loss"]
+        self.epoch_loss = self.epoch_loss.to(total.device)
+        self.epoch_loss += torch.stack([total.detach().double(), self.epoch_loss.new_ones(())])
+        out = {"loss": total}
         if self.config.trainer.log_images:
             out |= {"x": batch[0].detach(), "xrec": reconstruction_BCHW.detach()}
         return out
 
     def on_train_batch_end(self, outputs, batch, batch_idx: int) -> None:
-        """At max_steps, also in the middle of an epoch, ask Lightning to validate before it stops."""
+        """At max_steps, even in the middle of an epoch, let Lightning validate before it stops."""
         if self.global_step == self.trainer.max_steps:
             self.trainer.should_stop = True
 
@@ -158,25 +162,27 @@ class LitAugVAE(pl.LightningModule):
         return {"x": x_BCHW, "xrec": reconstruction_BCHW} if self.config.trainer.log_images else None
 
     def test_step(self, batch, batch_idx: int):
-        """Add a batch to `test_metrics`; returns input and reconstruction for the pictures on disk."""
+        """Add a batch to `test_metrics`; returns input and reconstruction, to be written to disk."""
         x_BCHW = batch[0]
         t = self.trainer
-        if self.test_limit is not None:  # picture j of the batch is number (batch * size + j) * processes + rank
+        if self.test_limit is not None:  # image j of the batch is number (batch * size + j) * processes + rank
             first = batch_idx * self.config.data.batch_size
             x_BCHW = x_BCHW[: max(0, -(-(self.test_limit - t.global_rank) // t.world_size) - first)]
         if self._nothing_in(x_BCHW):
             return None
-        encoded, reconstruction_BCHW = self._through(x_BCHW)
+        encoded, reconstruction_BCHW = self.reconstruct(x_BCHW)
         self.test_metrics.update(x_BCHW, reconstruction_BCHW, encoded.indices)
         return {"x": x_BCHW, "xrec": reconstruction_BCHW.float().clamp(-1, 1)}
 
     def on_test_epoch_end(self) -> None:
-        """Compute here, on the device: once the test is over Lightning has moved the metrics to the CPU."""
+        """Compute the metrics while they are on the device: after the test, Lightning moves them to the CPU."""
         self.test_results = self.test_metrics.compute()
 
     def on_train_epoch_end(self) -> None:
-        """Log the epoch's mean loss over all processes, which lr_decay watches (the original watched the last batch's),
-        and how much of the codebook is used."""
+        """Log the epoch's mean loss over all processes, which lr_decay watches, and how much of the codebook is used.
+
+        The original's lr_decay watched the loss of the last batch.
+        """
         sums = self.trainer.strategy.reduce(self.epoch_loss.clone(), reduce_op="sum")
         mean = (sums[0] / sums[1].clamp(min=1)).float()
         self.log("train/total_loss_epoch", mean)
@@ -189,7 +195,7 @@ class LitAugVAE(pl.LightningModule):
         self._log_usage("train")
 
     def on_validation_epoch_end(self) -> None:
-        """Log the means over all pictures and processes."""
+        """Log the means over all images and processes."""
         for name, mean in self.val_means.items():
             self.log(f"val/{name}", mean.compute(), prog_bar=name == "total_loss")
             mean.reset()
@@ -203,7 +209,7 @@ class LitAugVAE(pl.LightningModule):
     # ------------------------------------------------------------------------------------------------------- optimiser
 
     def configure_optimizers(self):
-        """AdamW or Muon; the rate is base x processes over all nodes x batch size, as the original's, and never 0."""
+        """AdamW or Muon. As in the original, the rate is learning_rate x processes over all nodes x batch_size."""
         o = self.config.optim
         rate = o.learning_rate * max(1, self.trainer.world_size) * self.config.data.batch_size
         trainable = [p for p in self.model.parameters() if p.requires_grad]
@@ -227,7 +233,7 @@ class LitAugVAE(pl.LightningModule):
     # ----------------------------------------------------------------------------------------------------- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        """Make the file describe itself, with plain types only."""
+        """Let the file describe itself, in plain types only."""
         checkpoint["latent_verse"] = {
             "kind": "augvae",
             "model": as_plain(self.model.config),
@@ -236,18 +242,18 @@ class LitAugVAE(pl.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        """Keep the schedule's state until the optimiser exists."""
+        """Keep the state of lr_decay's schedule until the optimiser exists."""
         self.plateau_state = checkpoint["latent_verse"].get("plateau")
-        if self.plateau is not None and self.plateau_state:  # sharded strategies restore after the optimiser is made
+        if self.plateau is not None and self.plateau_state:  # sharded strategies restore after making the optimiser
             self.plateau.load_state_dict(self.plateau_state)
 
     def process_state(self) -> dict:
-        """What differs between processes and is not in the state dict: see callbacks.ProcessState."""
+        """What differs between processes and is not in the state dict; callbacks.ProcessState saves it."""
         return {"epoch_loss": self.epoch_loss.cpu(), "train_counts": self.usage["train_usage"].counts_LK.cpu()}
 
     def load_process_state(self, state: dict) -> None:
-        """Undo `process_state`."""
+        """Restore what `process_state` returned."""
         self.epoch_loss = state["epoch_loss"].to(self.device)
         usage = self.usage["train_usage"]
-        usage.counts_LK = state["train_counts"].to(usage.counts_LK.device)
-        usage._update_count = 1  # torchmetrics would warn of a metric that was never updated
+        usage.update([usage.counts_LK.new_empty(0)] * len(self.model.levels))  # torchmetrics warns of one without any
+        usage.counts_LK += state["train_counts"].to(usage.counts_LK.device)

@@ -165,3 +165,8 @@ def _shared_keys(model: nn.Module) -> dict[str, list[str]]:
     for key, tensor in model.state_dict(keep_vars=True).items():
         by_tensor.setdefault(id(tensor), []).append(key)
     return {key: keys for keys in by_tensor.values() if len(keys) > 1 for key in keys}
+
+
+# Set here because a network must not import the reader of its files.
+AugVAE.save_pretrained = save_augvae
+AugVAE.from_pretrained = staticmethod(load_augvae)

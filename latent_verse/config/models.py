@@ -35,6 +35,7 @@ class AugVAEConfig(Settings):
     z_channels: int = setting(256, "channels of the feature maps between the networks", at_least=1)
     codebook_dim: int = setting(256, "length of a code vector", at_least=1)
     num_tokens: int = setting(8192, "codes in the codebook", at_least=1)
+    quantizer: str = setting("ema", "how vectors become codes; ema: a codebook of moving averages, as released")
     quant_beta: float = setting(0.25, "weight of the commitment loss", training_only=True, at_least=0)
     quant_ema_decay: float = setting(
         0.99, "decay of the codebook's moving averages", training_only=True, at_least=0, at_most=1

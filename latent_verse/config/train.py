@@ -529,11 +529,14 @@ def with_evaluated_shape(config: EvalVAEConfig, model: AugVAEConfig, given: Coll
     return replace(config, model=model)
 
 
-def idle_flags_vae(config: TrainVAEConfig, given: Mapping[str, str]) -> list[str]:
-    """Flags that were given but change nothing, each with the reason: a script says so in one line each."""
-    lpips = config.loss.loss_type.startswith("lpips")
+def idle_flags_vae(config: TrainVAEConfig, given: Mapping[str, str], uses_lpips: bool) -> list[str]:
+    """Flags that were given but change nothing, each with the reason: a script says so in one line each.
+
+    Args:
+        uses_lpips: whether the loss does (latent_verse.augvae.perceptual.LOSSES knows).
+    """
     idle = {
-        "p_loss_weight": (not lpips, f"loss_type {config.loss.loss_type} has no LPIPS"),
+        "p_loss_weight": (not uses_lpips, f"loss_type {config.loss.loss_type} has no LPIPS"),
         "resize_ratio": (config.data.fake_data, "the data is fake"),
         "codebook_init": (bool(config.optim.pretrained_path), "the codebook comes from pretrained_path"),
     }
