@@ -10,6 +10,7 @@ is computed over the next token's modality only, which the layout (`sequence.py`
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from latent_verse.biart.sequence import IGNORE, Sequences, Vocabulary, target_modality
+from latent_verse.biart.sequence import DIRECTIONS, IGNORE, Sequences, Vocabulary, target_modality
 from latent_verse.config import BiARTConfig
 from latent_verse.recompute import Recomputing
 
@@ -26,6 +27,16 @@ PRESETS = {
     "12x768": {"n_layer": 12, "n_head": 12, "n_embd": 768},  # GPT-2 small
     "24x1024": {"n_layer": 24, "n_head": 16, "n_embd": 1024},  # the paper's BiART, by its depth and width
 }
+
+
+def loss_weights(reference_weight: float, text: float = 1.0, image: float = 1.0) -> dict[str, float]:
+    """The weights of `BiART.loss`: each modality's own, and that of a reference `reference_weight` times as large."""
+    own = {"text": text, "image": image}
+    return {
+        f"{direction}/{modality}": own[modality] * (1.0 if modality == target_modality(direction) else reference_weight)
+        for direction in DIRECTIONS
+        for modality in own
+    }
 
 
 class KVCache:
@@ -200,35 +211,45 @@ class BiART(nn.Module):
     def loss(
         self,
         sequences: Sequences,
-        reference_weight: float,
+        weights: Mapping[str, float],
         chunk: int | None = None,
-        token_share: dict[str, Tensor] | None = None,
+        token_share: Mapping[str, Tensor] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Cross-entropy on the targets plus `reference_weight` times that on the references.
+        """The weighted sum of the cross-entropies of text and image in both directions.
 
-        Each is a mean over its counted tokens, so that a long modality does not outweigh a short one; directions are
-        weighted by their share of the rows. Returns the loss and, detached, the mean of each "direction/modality",
-        in nats per token. With `reference_weight` 0 the references' heads are not computed.
+        Each is a mean over its counted tokens, so that a long modality does not outweigh a short one. Directions are
+        weighted by their share of the rows.
 
-        `token_share`: what each "direction/modality" counts beside other processes, `Sequences.counted` over the mean
-        of all processes', so that the mean of their losses is a mean over all their tokens.
+        Args:
+            weights: for each "direction/modality", the weight of its mean, the direction's share of the rows not
+                included. 0 leaves that head out. See `loss_weights`.
+            chunk: see `token_losses`.
+            token_share: for each "direction/modality", this process's number of counted tokens (`Sequences.counted`)
+                over the mean number of all processes, so that the mean of their losses is a mean over all their tokens.
+
+        Returns:
+            The loss, and the mean of each "direction/modality" that was computed, detached, in nats per token.
+
+        Raises:
+            KeyError: a "direction/modality" of the batch has no weight.
         """
         features_BTC = self.features(sequences.idx_BT, sequences.seg_BT)
-        total, means, weight_VC = 0.0, {}, {}  # a head's weight is taken once: each taking costs in the backward pass
+        total, means = features_BTC.new_zeros((), dtype=torch.float32), {}
+        weight_VC: dict[str, Tensor] = {}  # each head's weight is read once: every read costs in the backward pass
         for direction, rows in sequences.parts():
             share = (rows.stop - rows.start) / len(features_BTC)
             for modality, class_BT in (("text", sequences.text_BL), ("image", sequences.codes_BN)):
-                weight = 1.0 if modality == target_modality(direction) else reference_weight
+                name = f"{direction}/{modality}"
+                weight = share * weights[name]
                 if weight == 0:
                     continue
-                here = features_BTC[rows, self.vocab.positions(direction, modality)]
-                class_BT = class_BT[rows]
                 if modality not in weight_VC:
                     weight_VC[modality] = self.head_weight(modality)
-                name = f"{direction}/{modality}"
+                here_BTC = features_BTC[rows, self.vocab.positions(direction, modality)]
+                class_BT = class_BT[rows]
                 counted = (class_BT != IGNORE).sum().clamp(min=1)  # all references of a batch may be dropped
-                mean = self.token_losses(here, class_BT, weight_VC[modality], chunk).sum() / counted
-                total = total + share * weight * mean * (1.0 if token_share is None else token_share[name])
+                mean = self.token_losses(here_BTC, class_BT, weight_VC[modality], chunk).sum() / counted
+                total = total + weight * mean * (1.0 if token_share is None else token_share[name])
                 means[name] = mean.detach()
         return total, means
 

@@ -14,8 +14,8 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from latent_verse.biart.model import BiART
-from latent_verse.biart.sequence import DIRECTIONS, IGNORE, TEXT_TO_IMAGE, Sequences, target_modality
+from latent_verse.biart.model import BiART, loss_weights
+from latent_verse.biart.sequence import DIRECTIONS, IGNORE, IMAGE_TO_TEXT, TEXT_TO_IMAGE, Sequences, target_modality
 from latent_verse.config import as_plain
 from latent_verse.config_biart import TrainBiARTConfig
 from latent_verse.evaluation.mean import Mean
@@ -23,7 +23,6 @@ from latent_verse.optimizer import MuonAdamW, adamw, warm_up_then_cosine
 from latent_verse.recompute import checkpoint_activations
 from latent_verse.trainer import uncompiled
 
-OTHER = {"text": "image", "image": "text"}
 NO_TOKEN = -1  # fills captions in batches from the loader, which does not know BiART's vocabulary
 
 
@@ -45,8 +44,9 @@ class LitBiART(pl.LightningModule):
         self.config = config
         self.about = about
         self._frozen = (vae.eval().requires_grad_(False),)  # in a tuple, where nn.Module does not look for modules
-        names = [f"{d}/{m}" for d in DIRECTIONS for m in ("text", "image") if self._weight(d, m)]
-        self.val_means = nn.ModuleDict({name: Mean() for name in names})
+        c = config.loss
+        self.weights = loss_weights(c.reference_weight, text=c.text_loss_weight, image=c.image_loss_weight)
+        self.val_means = nn.ModuleDict({name: Mean() for name, weight in self.weights.items() if weight})
         self._configured = False
         self._tokens, self._since = 0, 0.0
 
@@ -59,12 +59,6 @@ class LitBiART(pl.LightningModule):
     def network(self) -> BiART:
         """The weights to validate, draw with and export: the averaged ones where there are any."""
         return self.model if self.ema is None else self.ema
-
-    def _weight(self, direction: str, modality: str) -> float:
-        """What the loss of a modality counts in a direction, that direction's share of the batch apart."""
-        c = self.config.loss
-        own = c.text_loss_weight if modality == "text" else c.image_loss_weight
-        return own * (1.0 if modality == target_modality(direction) else c.reference_weight)
 
     # ----------------------------------------------------------------------------------------------------- preparation
 
@@ -128,21 +122,7 @@ class LitBiART(pl.LightningModule):
         self, model: BiART, sequences: Sequences, token_share: dict[str, Tensor] | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted loss of a batch, and the mean of each "direction/modality" in nats per token, detached."""
-        c = self.config.loss
-        if c.text_loss_weight == c.image_loss_weight:
-            total, means = model.loss(sequences, c.reference_weight, c.loss_chunk, token_share)
-            return c.image_loss_weight * total, means
-        total, means = 0.0, {}
-        tensors = (sequences.idx_BT, sequences.seg_BT, sequences.text_BL, sequences.codes_BN)
-        for direction, rows in sequences.parts():  # BiART.loss weighs a reference against its target: one at a time
-            count = rows.stop - rows.start
-            part = Sequences(*(t[rows] for t in tensors), count if direction == TEXT_TO_IMAGE else 0)
-            target = target_modality(direction)
-            own, other = self._weight(direction, target), self._weight(direction, OTHER[target])
-            value, parts = model.loss(part, other / own, c.loss_chunk, token_share)
-            total = total + count / len(sequences.idx_BT) * own * value
-            means |= parts
-        return total, means
+        return model.loss(sequences, self.weights, self.config.loss.loss_chunk, token_share)
 
     def token_share(self, sequences: Sequences) -> dict[str, Tensor] | None:
         """This process's share of the tokens of all, times their number: BiART.loss's; None where there is but one.
@@ -201,13 +181,12 @@ class LitBiART(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the means over all tokens of all processes, and the loss that they make."""
-        share = {d: self.config.loss.text_to_image_share for d in DIRECTIONS}
-        share = {d: s if d == TEXT_TO_IMAGE else 1 - s for d, s in share.items()}
+        forth = self.config.loss.text_to_image_share
+        shares = {TEXT_TO_IMAGE: forth, IMAGE_TO_TEXT: 1 - forth}
         total = 0.0
         for name, mean in self.val_means.items():
-            direction, modality = name.split("/")
             value = mean.compute()
-            total = total + share[direction] * self._weight(direction, modality) * value
+            total = total + shares[name.split("/")[0]] * self.weights[name] * value
             self.log(f"val/{name}_loss", value)
             mean.reset()
         self.log("val/total_loss", total, prog_bar=True)
