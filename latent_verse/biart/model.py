@@ -154,24 +154,34 @@ class BiART(nn.Module):
             for last in (block.attn.proj, block.mlp[2]):
                 nn.init.normal_(last.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return self.head.weight.device
+
     # -------------------------------------------------------------------------------------------------- forward pass
+
+    def positions(self, pos_T: Tensor, image_first_B1: Tensor) -> Tensor:
+        """What is added to the embeddings at the places pos_T of the sequence: (T, C), or (B, T, C) by modality.
+
+        Training, prefill and decoding all learn from here where they are. `image_first_B1` says which rows begin with
+        their image.
+        """
+        if self.config.pos_by_modality:  # text has the first L + 1 rows of the table, whichever modality comes first
+            turned_T = (pos_T + self.vocab.text_len + 1) % self.pos_emb.shape[1]
+            pos_T = torch.where(image_first_B1, turned_T, pos_T)
+        return F.embedding(pos_T, self.pos_emb[0])
+
+    def _embed(self, idx_BT: Tensor, seg_BT: Tensor, pos_T: Tensor, image_first_B1: Tensor) -> Tensor:
+        return self.drop(self.tok_emb(idx_BT) + self.seg_emb(seg_BT) + self.positions(pos_T, image_first_B1))
 
     def features(self, idx_BT: Tensor, seg_BT: Tensor) -> Tensor:
         """Joint ids and segments -> features_BTC, from which the heads read the next token."""
-        if self.config.pos_by_modality:
-            pos_T = torch.arange(idx_BT.shape[1], device=idx_BT.device)
-            position = self._within_modality(pos_T, idx_BT[:, :1] == self.vocab.begin_image)
-        else:
-            position = self.pos_emb[:, : idx_BT.shape[1]]  # a slice: its gradient costs less than a look-up's
-        x_BTC = self.drop(self.tok_emb(idx_BT) + self.seg_emb(seg_BT) + position)
+        pos_T = torch.arange(idx_BT.shape[1], device=idx_BT.device)
+        x_BTC = self._embed(idx_BT, seg_BT, pos_T, idx_BT[:, :1] == self.vocab.begin_image)
         for block in self.blocks:
             x_BTC = block(x_BTC)
         return self.ln_f(x_BTC)
-
-    def _within_modality(self, pos_T: Tensor, image_first_B1: Tensor) -> Tensor:
-        """Embeddings of places in the sequence: text has the first L + 1 rows, whichever modality comes first."""
-        turned_T = (pos_T + self.vocab.text_len + 1) % self.pos_emb.shape[1]
-        return F.embedding(torch.where(image_first_B1, turned_T, pos_T), self.pos_emb[0])
 
     def forward(self, idx_BT: Tensor, seg_BT: Tensor) -> Tensor:
         """Joint ids and segments -> logits_BTV of the next token over the whole joint vocabulary."""
@@ -273,9 +283,7 @@ class BiART(nn.Module):
         return self._cached(idx_B1, seg_B1, cache, pos_1, slots, mask_TS)
 
     def _cached(self, idx_BT, seg_BT, cache: KVCache, pos_T: Tensor, slots: int, mask_TS: Tensor | None) -> Tensor:
-        by_modality = self.config.pos_by_modality
-        position = self._within_modality(pos_T, cache.image_first_B1) if by_modality else self.pos_emb[:, pos_T]
-        x_BTC = self.tok_emb(idx_BT) + self.seg_emb(seg_BT) + position
+        x_BTC = self._embed(idx_BT, seg_BT, pos_T, cache.image_first_B1)
         for block, k_BHSD, v_BHSD in zip(self.blocks, cache.k_LBHSD, cache.v_LBHSD, strict=True):
             # With its hooks, but not compiled: samples drawn in training would compile each number of slots anew.
             x_BTC = block._call_impl(x_BTC, Past(k_BHSD, v_BHSD, pos_T, slots, mask_TS))

@@ -157,7 +157,7 @@ def generate(
     """
     vocab, modality = model.vocab, target_modality(direction)
     check_settings(temperature, top_k, top_p, guidance, vocab.num_classes(modality), reference_dropout_trained)
-    device, batch, total = model.pos_emb.device, len(reference), vocab.length(modality)
+    device, batch, total = model.device, len(reference), vocab.length(modality)
     reference = reference.to(device)
     prefix_BK = reference.new_zeros(batch, 0) if prefix_BK is None else prefix_BK.to(device).long()
     known = prefix_BK.shape[1]
@@ -240,7 +240,7 @@ def beam_search(
         raise ValueError(f"beam_size is {beam_size}; it must be at least 1.")
     if length_penalty < 0:
         raise ValueError(f"length_penalty is {length_penalty}; it must be 0 or above.")
-    device, batch = model.pos_emb.device, len(codes_BN)
+    device, batch = model.device, len(codes_BN)
     idx_BT, seg_BT = vocab.prompt(codes_BN.to(device), IMAGE_TO_TEXT)
     position = idx_BT.shape[1]
     with _evaluating(model):
@@ -302,7 +302,7 @@ def log_likelihood(model: BiART, text_BL: Tensor, codes_BN: Tensor, given: str, 
     if given not in ("text", "image"):
         raise ValueError(f"given is {given!r}; it must be 'text' or 'image'.")
     direction = TEXT_TO_IMAGE if given == "text" else IMAGE_TO_TEXT
-    device, modality = model.pos_emb.device, target_modality(direction)
+    device, modality = model.device, target_modality(direction)
     dropped = 1.0 if alone else 0.0
     sequences = model.vocab.pack(text_BL.to(device), codes_BN.to(device), direction, reference_dropout=dropped)
     class_BT = sequences.text_BL if modality == "text" else sequences.codes_BN
