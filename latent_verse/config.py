@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from dataclasses import dataclass, field
-from typing import Optional, Tuple  # OmegaConf reads these annotations at run time
+from typing import Any, Optional, Tuple  # OmegaConf reads these annotations at run time
 
 
 class ConfigError(ValueError):
@@ -120,7 +120,19 @@ class AugVAEConfig:
 
 
 @dataclass(frozen=True)
-class BiARTConfig:
+class BiARTVariant:
+    """What may differ between two transformers of one size. A run's settings and the transformer's own both have it."""
+
+    pos_by_modality: bool = setting(
+        False, "count positions within the text and within the image, so that a place means the same in both directions"
+    )
+    embd_pdrop: float = setting(0.0, "dropout after the embeddings")
+    resid_pdrop: float = setting(0.0, "dropout on each residual branch")
+    attn_pdrop: float = setting(0.0, "dropout on the attention weights")
+
+
+@dataclass(frozen=True)
+class BiARTConfig(BiARTVariant):
     """The joint transformer (paper section 3.2). Vocabulary and lengths follow from the tokenizer and the AugVAE."""
 
     text_vocab: int = setting(49408, "text ids the tokenizer can produce")
@@ -129,13 +141,7 @@ class BiARTConfig:
     image_len: int = setting(1024, "codes of one image")
     n_layer: int = setting(12, "transformer blocks")
     n_head: int = setting(12, "attention heads")
-    n_embd: int = setting(768, "width of the residual stream")
-    pos_by_modality: bool = setting(
-        False, "count positions within the text and within the image, so that a place means the same in both directions"
-    )
-    embd_pdrop: float = setting(0.0, "dropout after the embeddings")
-    resid_pdrop: float = setting(0.0, "dropout on each residual branch")
-    attn_pdrop: float = setting(0.0, "dropout on the attention weights")
+    n_embd: int = setting(768, "width of the residual stream, a multiple of n_head")
 
     def __post_init__(self):
         for name in ("text_vocab", "image_vocab", "text_len", "image_len", "n_layer", "n_head", "n_embd"):
@@ -143,6 +149,45 @@ class BiARTConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1.")
         if self.n_embd % self.n_head:
             raise ConfigError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}.")
+
+
+# Sizes by name, layers x channels. They are our choice: no source we could read gives the depth and width of the
+# paper's BiART.
+PRESETS = {
+    "tiny": {"n_layer": 4, "n_head": 4, "n_embd": 192},  # minutes on a CPU
+    "12x768": {"n_layer": 12, "n_head": 12, "n_embd": 768},  # GPT-2 small
+    "24x1024": {"n_layer": 24, "n_head": 16, "n_embd": 1024},  # GPT-2 medium
+}
+
+
+def _instead_of_preset(name: str) -> Any:
+    """The setting `name` of BiARTConfig for a run that takes its size from a preset: null keeps the preset's."""
+    (of_model,) = (f for f in dataclasses.fields(BiARTConfig) if f.name == name)
+    return field(
+        default=None, metadata={**of_model.metadata, "help": f"{of_model.metadata['help']}; default the preset's"}
+    )
+
+
+@dataclass(frozen=True)
+class BiARTModelConfig(BiARTVariant):
+    """What a run says of the transformer's shape; the rest of it follows from tokenizer and AugVAE."""
+
+    preset: str = setting("12x768", "depth and width, layers x channels; n_* change single ones", tuple(PRESETS))
+    n_layer: Optional[int] = _instead_of_preset("n_layer")
+    n_head: Optional[int] = _instead_of_preset("n_head")
+    n_embd: Optional[int] = _instead_of_preset("n_embd")
+
+    def resolve(self, text_vocab: int, image_vocab: int, text_len: int, image_len: int) -> BiARTConfig:
+        """The transformer's whole shape.
+
+        Raises:
+            ConfigError: n_embd is not a multiple of n_head, or a number is below 1.
+        """
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "preset"}
+        size = {name: preset if own[name] is None else own[name] for name, preset in PRESETS[self.preset].items()}
+        return BiARTConfig(
+            text_vocab=text_vocab, image_vocab=image_vocab, text_len=text_len, image_len=image_len, **{**own, **size}
+        )
 
 
 # ----------------------------------------------------------------------------------------------- runs: shared sections

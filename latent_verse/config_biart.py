@@ -1,7 +1,6 @@
 """Every setting of stage 2's runs (train_biart.py), as `config.py` holds those of stage 1, whose parts are used here.
 
-The transformer's own shape is `config.BiARTConfig`: vocabulary and lengths follow from the tokenizer and the AugVAE,
-so that a run names only what is free.
+The transformer's shape is in `config.py`.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Optional, Tuple  # OmegaConf reads these annotations at run time
 
 from latent_verse.config import (
+    BiARTModelConfig,
     ConfigError,
     ImageDataConfig,
     TrainerConfig,
@@ -21,24 +21,7 @@ from latent_verse.config import (
     setting,
 )
 
-PRESETS = ("tiny", "12x768", "24x1024")  # biart.model.PRESETS holds their numbers
 DATASETS = ("pairs", "coco", "karpathy", "table", "webdataset", "codes", "shapes", "fake")
-
-
-@dataclass
-class BiARTModelConfig:
-    """Shape of the transformer; the rest of it follows from tokenizer and AugVAE."""
-
-    preset: str = setting("12x768", "depth and width, layers x channels; n_* below change single ones", PRESETS)
-    n_layer: Optional[int] = setting(None, "transformer blocks; default the preset's")
-    n_head: Optional[int] = setting(None, "attention heads; default the preset's")
-    n_embd: Optional[int] = setting(None, "width of the residual stream, a multiple of n_head; default the preset's")
-    pos_by_modality: bool = setting(
-        False, "count positions within the text and within the image, so that a place means the same in both directions"
-    )
-    embd_pdrop: float = setting(0.0, "dropout after the embeddings")
-    resid_pdrop: float = setting(0.0, "dropout on each residual branch")
-    attn_pdrop: float = setting(0.0, "dropout on the attention weights")
 
 
 @dataclass

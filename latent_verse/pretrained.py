@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from latent_verse.augvae.model import AugVAE
-from latent_verse.biart.model import PRESETS, BiART
+from latent_verse.biart.model import BiART
 from latent_verse.bundle import find_bundle, load_bundle
-from latent_verse.checkpoint import CheckpointError, fill, find_checkpoint, load_augvae, read_ckpt
-from latent_verse.config import BiARTConfig, ConfigError
+from latent_verse.checkpoint import TRAINING_ONLY, CheckpointError, fill, find_checkpoint, load_augvae, read_ckpt
+from latent_verse.config import PRESETS, BiARTConfig, ConfigError
 from latent_verse.config_biart import TrainBiARTConfig
 from latent_verse.text import Tokenizer, TokenizerError, unpack_tokenizer
 
@@ -111,7 +112,8 @@ def take_over(config: TrainBiARTConfig, given: dict[str, str]) -> Pretrained | N
     pretrained = load_pretrained(path)
     m, t = config.model, config.text
     there = pretrained.biart.config
-    shape = {name: getattr(there, name) for name in (*PRESETS[m.preset], "pos_by_modality")}
+    names = {f.name for f in dataclasses.fields(m)} - {"preset"} - TRAINING_ONLY
+    shape = {name: getattr(there, name) for name in names}
     found = shape | {"text_len": there.text_len, "tokenizer": pretrained.tokenizer.name}
     asked = {k: (v, f" (preset {m.preset})") for k, v in PRESETS[m.preset].items() if "preset" in given}
     for name in found:
@@ -125,8 +127,7 @@ def take_over(config: TrainBiARTConfig, given: dict[str, str]) -> Pretrained | N
     ]
     if differ:
         raise ConfigError(f"pretrained_path {path} is another BiART:\n  " + "\n  ".join(differ))
-    for name, value in shape.items():
-        setattr(m, name, value)
+    config.model = dataclasses.replace(m, **shape)
     t.text_len, t.tokenizer = found["text_len"], found["tokenizer"]
     if not given.get("vae_path", "").startswith("--"):
         config.vae.vae_path = None

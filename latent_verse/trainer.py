@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import inspect
 import logging
@@ -70,7 +71,7 @@ def ease_smoke_test(config, given: dict[str, str]) -> None:
     shapes = {"preset", "n_layer", "n_head", "n_embd", "pretrained_path"}
     if hasattr(config.model, "preset") and not given.keys() & shapes:
         rank_zero_info(f"Smoke test on a CPU: preset tiny in place of {config.model.preset} (or --preset NAME).")
-        config.model.preset = "tiny"
+        config.model = dataclasses.replace(config.model, preset="tiny")
     flagged = given.get("batch_size", "").startswith("--")
     if config.data.batch_size > 1 and not flagged:
         rank_zero_info(f"Smoke test on a CPU: batch_size 1 in place of {config.data.batch_size} (or --batch_size N).")

@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from latent_verse.biart.model import PRESETS, BiART, KVCache, loss_weights
+from latent_verse.biart.model import BiART, KVCache, loss_weights
 from latent_verse.biart.sequence import DIRECTIONS, IGNORE, IMAGE_TO_TEXT, TEXT_TO_IMAGE, target_modality
-from latent_verse.config import BiARTConfig
+from latent_verse.config import PRESETS, BiARTConfig, BiARTModelConfig, BiARTVariant, ConfigError, as_plain
 
 CONFIG = BiARTConfig(text_vocab=11, image_vocab=13, text_len=5, image_len=7, n_layer=2, n_head=2, n_embd=32)
 BY_MODALITY = dataclasses.replace(CONFIG, pos_by_modality=True)
@@ -318,6 +318,26 @@ def test_state_dict_keys_are_the_contract():
     expected = {f"blocks.{i}.{n}.{k}" for i in range(2) for n in block for k in ("weight", "bias")}
     expected |= {"tok_emb.weight", "seg_emb.weight", "pos_emb", "ln_f.weight", "ln_f.bias", "head.weight"}
     assert set(BiART(CONFIG).state_dict()) == expected
+
+
+def test_a_run_names_a_preset_and_what_differs_from_it():
+    run = BiARTModelConfig(preset="tiny", n_embd=64)
+    lengths = {"text_vocab": 5, "image_vocab": 6, "text_len": 7, "image_len": 8}
+    assert run.resolve(**lengths) == BiARTConfig(**lengths, n_layer=4, n_head=4, n_embd=64)
+    with pytest.raises(ConfigError, match=r"n_embd 64.*n_head 3"):
+        dataclasses.replace(run, n_head=3).resolve(**lengths)
+    for variant in dataclasses.fields(BiARTVariant):  # each setting reaches the transformer without being named again
+        value = True if variant.default is False else 0.25
+        whole = dataclasses.replace(run, **{variant.name: value}).resolve(**lengths)
+        assert getattr(whole, variant.name) == value
+
+
+def test_a_shape_saved_by_an_earlier_version_is_read():
+    """What checkpoints and bundles hold: BiARTConfig as a dictionary, in any order, without settings added since."""
+    saved = {"text_vocab": 11, "image_vocab": 13, "text_len": 5, "image_len": 7, "n_layer": 2, "n_head": 2}
+    saved |= {"n_embd": 32, "embd_pdrop": 0.0, "resid_pdrop": 0.0, "attn_pdrop": 0.0}
+    assert BiARTConfig(**saved) == CONFIG
+    assert set(as_plain(CONFIG)) == {*saved, "pos_by_modality"}
 
 
 def test_presets_parameters_and_flops():

@@ -15,10 +15,18 @@ from latent_verse.augvae.codebook import Codebook, Quantizer
 from latent_verse.augvae.model import AugVAE
 from latent_verse.augvae.training import LitAugVAE
 from latent_verse.biart import sampling
-from latent_verse.biart.model import PRESETS, BiART, loss_weights
+from latent_verse.biart.model import BiART, loss_weights
 from latent_verse.biart.sequence import DIRECTIONS, TEXT_TO_IMAGE
 from latent_verse.biart.training import NO_TOKEN, LitBiART
-from latent_verse.config import AugVAEConfig, BiARTConfig, TrainerConfig, TrainVAEConfig, VAELossConfig, VAEOptimConfig
+from latent_verse.config import (
+    PRESETS,
+    AugVAEConfig,
+    BiARTConfig,
+    TrainerConfig,
+    TrainVAEConfig,
+    VAELossConfig,
+    VAEOptimConfig,
+)
 from latent_verse.config_biart import BiARTLossConfig, TrainBiARTConfig
 from latent_verse.evaluation.reconstruction import ReconstructionMetrics
 from latent_verse.optimizer import MuonAdamW, adamw

@@ -22,12 +22,6 @@ from latent_verse.biart.sequence import DIRECTIONS, IGNORE, Sequences, Vocabular
 from latent_verse.config import BiARTConfig
 from latent_verse.recompute import Recomputing
 
-PRESETS = {
-    "tiny": {"n_layer": 4, "n_head": 4, "n_embd": 192},  # minutes on a CPU
-    "12x768": {"n_layer": 12, "n_head": 12, "n_embd": 768},  # GPT-2 small
-    "24x1024": {"n_layer": 24, "n_head": 16, "n_embd": 1024},  # the paper's BiART, by its depth and width
-}
-
 
 def loss_weights(reference_weight: float, text: float = 1.0, image: float = 1.0) -> dict[str, float]:
     """The weights of `BiART.loss`: each modality's own, and that of a reference `reference_weight` times as large."""
