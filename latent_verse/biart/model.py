@@ -174,8 +174,16 @@ class BiART(nn.Module):
         pos_T = torch.arange(idx_BT.shape[1], device=idx_BT.device)
         x_BTC = self._embed(idx_BT, seg_BT, pos_T, idx_BT[:, :1] == self.vocab.begin_image)
         for block in self.blocks:
-            x_BTC = block(x_BTC)
+            x_BTC = self.call_block(block, x_BTC)
         return self.ln_f(x_BTC)
+
+    @staticmethod
+    def call_block(block: nn.Module, x_BTC: Tensor) -> Tensor:
+        """block(x_BTC), for training to replace by its compiled form.
+
+        Cached decoding calls blocks directly: it would have them compiled anew for each number of slots.
+        """
+        return block(x_BTC)
 
     def forward(self, idx_BT: Tensor, seg_BT: Tensor) -> Tensor:
         """Joint ids and segments -> logits_BTV of the next token over the whole joint vocabulary."""
@@ -279,8 +287,7 @@ class BiART(nn.Module):
     def _cached(self, idx_BT, seg_BT, cache: KVCache, pos_T: Tensor, slots: int, mask_TS: Tensor | None) -> Tensor:
         x_BTC = self._embed(idx_BT, seg_BT, pos_T, cache.image_first_B1)
         for block, k_BHSD, v_BHSD in zip(self.blocks, cache.k_LBHSD, cache.v_LBHSD, strict=True):
-            # With its hooks, but not compiled: samples drawn in training would compile each number of slots anew.
-            x_BTC = block._call_impl(x_BTC, Past(k_BHSD, v_BHSD, pos_T, slots, mask_TS))
+            x_BTC = block(x_BTC, Past(k_BHSD, v_BHSD, pos_T, slots, mask_TS))
         return self.ln_f(x_BTC)
 
     # -------------------------------------------------------------------------------------------------- for training

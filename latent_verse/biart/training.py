@@ -71,8 +71,7 @@ class LitBiART(pl.LightningModule):
         if self.config.trainer.activation_checkpointing:
             checkpoint_activations(self.model)
         if self.config.trainer.compile:
-            for block in self.model.blocks:
-                block.compile(dynamic=False)  # the blocks share what is compiled
+            self.model.call_block = torch.compile(BiART.call_block, dynamic=False)  # once, for all blocks
             if self.config.loss.loss_chunk is None:  # chunks hold no logits as it is, and would all be compiled apart
                 # logits stay in the heads' precision: neither their float32 copy nor its log-softmax is ever held
                 self.model.token_losses = torch.compile(BiART.token_losses)
