@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from latent_verse.biart.model import BiART, KVCache
-from latent_verse.biart.repeat import Repeat, can_capture
+from latent_verse.biart.repeat import CUDAGraphs, can_capture
 from latent_verse.biart.sequence import IGNORE, IMAGE_TO_TEXT, TEXT_TO_IMAGE, target_modality
 
 
@@ -178,7 +178,7 @@ def generate(
     done_B = torch.zeros(batch, dtype=torch.bool, device=device)
     bad = torch.zeros((), dtype=torch.bool, device=device)
     position = idx_RT.shape[1]
-    # What changes from token to token lives in tensors, so that a CUDA graph can repeat a step (see `Repeat`).
+    # What changes from token to token lives in tensors, so that a CUDA graph can replay a step.
     pos_1, step_1 = torch.tensor([position], device=device), torch.tensor([known], device=device)
     with _evaluating(model):
         weight_VC = model.head_weight(modality)
@@ -186,7 +186,7 @@ def generate(
         feature_RC = model.prefill(idx_RT, seg_RT, cache)[:, -1].clone()
         id_B = torch.empty(batch, dtype=torch.long, device=device)
 
-        def draw() -> None:
+        def sample_token() -> None:
             """The token at step_1, from the features before it."""
             logits_BV = F.linear(feature_RC, weight_VC).float()
             if guidance != 1:
@@ -200,16 +200,16 @@ def generate(
             id_B.copy_(vocab.to_ids(class_B, modality))
             target_BN.index_copy_(1, step_1, (id_B if modality == "text" else class_B)[:, None])
 
-        def advance_and_draw(slots: int) -> None:
+        def advance_and_sample(slots: int) -> None:
             """Read the token just drawn, and draw the next one."""
             idx_R1 = (id_B if guidance == 1 else id_B.repeat(2))[:, None]
             feature_RC.copy_(model.decode(idx_R1, seg_R1, cache, pos_1, slots)[:, 0])
             pos_1.add_(1)
             step_1.add_(1)
-            draw()
+            sample_token()
 
-        repeat = Repeat(advance_and_draw, can_capture(model, device))
-        draw()
+        run_step = CUDAGraphs(advance_and_sample, can_capture(model, device))
+        sample_token()
         _check_finite(bad)  # at once, rather than after all tokens: later ones do not wait for the device
         if progress is not None:
             progress(known + 1, total)
@@ -218,7 +218,7 @@ def generate(
         for step in range(known + 1, total):
             if modality == "text" and (step - known) % ask_every == 0 and bool(done_B.all()):
                 break
-            repeat(cache.slots(position))
+            run_step(cache.slots(position))
             position += 1
             if progress is not None:
                 progress(step + 1, total)
