@@ -1,4 +1,4 @@
-"""LitBiART's weights, shares and padding, and the optimiser MuonAdamW; whole runs are in test_train_biart.py."""
+"""LitBiART's losses, shares, averages and optimisers, and MuonAdamW; whole runs are in test_train_biart.py."""
 
 from __future__ import annotations
 
@@ -268,7 +268,7 @@ def test_validation_uses_the_averaged_weights_where_there_are_any(averaged):
     ],
 )
 def test_the_loss_of_validation_weighs_directions_by_their_shares(changes, weights_of):
-    """And is one of all tokens, though batches are of other sizes and captions of other lengths."""
+    """And is a mean over all tokens, though batches differ in size and captions in length."""
     module, (codes, text) = lit(**changes)
     found = run(module, [], [[codes[:4], text[:4]], [codes[4:], text[4:]], [codes[:0], text[:0]]]).callback_metrics
     share = changes.get("text_to_image_share", 0.5)
@@ -284,7 +284,7 @@ def test_the_loss_of_validation_weighs_directions_by_their_shares(changes, weigh
 
 
 def record_packed(monkeypatch) -> dict[bool, list]:
-    """What the network is given to learn or judge, by whether it is in training mode."""
+    """What the network learns (True) and is validated on (False)."""
     seen = {True: [], False: []}
     loss = BiART.loss
 
@@ -297,7 +297,7 @@ def record_packed(monkeypatch) -> dict[bool, list]:
 
 
 @pytest.mark.parametrize(
-    ("dropouts", "shares"),  # of captions and pictures given, then of pictures and captions to be made
+    ("dropouts", "shares"),  # of captions and images given, then of images and captions to be generated
     [
         ({}, (0, 0, 0, 0)),
         ({"reference_dropout": 1.0}, (1, 1, 0, 0)),
@@ -313,7 +313,7 @@ def test_dropouts_hide_their_share_in_training_and_nothing_in_validation(monkeyp
     batch = [torch.randint(0, 7, (many, 5)), torch.randint(0, 11, (many, 3))]
     seen = record_packed(monkeypatch)
     run(module, [batch], [batch])
-    (packed,), (judged,) = seen[True], seen[False]
+    (packed,), (validated,) = seen[True], seen[False]
     hidden_BT = packed.idx_BT == vocab.null
     assert not hidden_BT[:, 0].any()
     rows = {TEXT_TO_IMAGE: slice(0, many // 2), IMAGE_TO_TEXT: slice(many // 2, many)}
@@ -321,7 +321,7 @@ def test_dropouts_hide_their_share_in_training_and_nothing_in_validation(monkeyp
     for (direction, modality), share in zip(parts, shares, strict=True):
         found = hidden_BT[rows[direction], vocab.positions(direction, modality)][:, 1:].float().mean()  # [0] begins it
         assert found.item() == pytest.approx(share, abs=0.04 if 0 < share < 1 else 0)
-    assert len(judged.idx_BT) == 2 * many and not (judged.idx_BT == vocab.null).any()
+    assert len(validated.idx_BT) == 2 * many and not (validated.idx_BT == vocab.null).any()
 
 
 @pytest.mark.parametrize("text_loss_weight", [1.0, 3.0])
