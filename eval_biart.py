@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import sys
 
-from latent_verse.cli import errors_to_exit_code, parse, quick_imports, to_yaml
-from latent_verse.config_eval import EvalBiARTConfig, check_eval_biart
+from latent_verse.config.cli import errors_to_exit_code, parse, quick_imports, to_yaml
+from latent_verse.config.evaluate import EvalBiARTConfig, resolve_eval_biart
 
 
 def main(argv: list[str] | None = None) -> int:
     """Evaluate; 0 when done, 2 for a mistake in the settings, the model, pictures or captions."""
     with errors_to_exit_code() as code:
         config, given = parse(EvalBiARTConfig, argv, __doc__)
-        tasks = check_eval_biart(config, given)
+        config, tasks = resolve_eval_biart(config, given)
     return code[0] if code else run(config, tasks)
 
 

@@ -7,15 +7,15 @@ import json
 import math
 import sys
 
-from latent_verse.cli import errors_to_exit_code, parse, quick_imports, to_yaml
-from latent_verse.config import EvalVAEConfig, check_eval_vae
+from latent_verse.config import EvalVAEConfig, resolve_eval_vae, with_evaluated_shape
+from latent_verse.config.cli import errors_to_exit_code, parse, quick_imports, to_yaml
 
 
 def main(argv: list[str] | None = None) -> int:
     """Evaluate; 0 when done, 2 for a mistake in the settings, data or checkpoint."""
     with errors_to_exit_code() as code:
         config, given = parse(EvalVAEConfig, argv, __doc__)
-        check_eval_vae(config)
+        config = resolve_eval_vae(config)
     return code[0] if code else run(config, given)
 
 
@@ -27,7 +27,7 @@ def run(config: EvalVAEConfig, given: dict[str, str]) -> int:
         from latent_verse import runs
         from latent_verse.augvae.training import LitAugVAE
         from latent_verse.callbacks import ProgressBar, SavedPictures
-        from latent_verse.checkpoint import CheckpointError, agree_with_checkpoint, load_augvae
+        from latent_verse.checkpoint import CheckpointError, load_augvae
         from latent_verse.data import DataError
         from latent_verse.data.module import ImageDataModule
         from latent_verse.evaluation.reconstruction import ReconstructionMetrics, table
@@ -36,7 +36,7 @@ def run(config: EvalVAEConfig, given: dict[str, str]) -> int:
     with errors_to_exit_code(CheckpointError, DataError) as code:
         t = config.trainer
         model = load_augvae(t.ckpt_path)
-        agree_with_checkpoint(config, model.config, given)
+        config = with_evaluated_shape(config, model.config, given)
         accelerator, devices = choose_devices(t)
         place = runs.open_run(t.log_dir, t.name or f"eval-{runs.stem(t.ckpt_path)}", False, None, {}).folder
         fake = config.data.fake_data

@@ -5,15 +5,15 @@ from __future__ import annotations
 
 import sys
 
-from latent_verse.cli import errors_to_exit_code, parse, quick_imports
-from latent_verse.config_generate import GenerateConfig, check_generate
+from latent_verse.config.cli import errors_to_exit_code, parse, quick_imports
+from latent_verse.config.generate import GenerateConfig, resolve_generate
 
 
 def main(argv: list[str] | None = None) -> int:
     """Generate; 0 when done, 2 for a mistake in the settings, the model, pictures or texts."""
     with errors_to_exit_code() as code:
         config, given = parse(GenerateConfig, argv, __doc__)
-        task = check_generate(config, given)
+        config, task = resolve_generate(config, given)
     return code[0] if code else run(config, task)
 
 

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import sys
 
-from latent_verse.cli import errors_to_exit_code, parse, quick_imports, to_yaml
-from latent_verse.config_biart import TrainBiARTConfig, check_train_biart, without_effect
+from latent_verse.config.cli import errors_to_exit_code, parse, quick_imports, to_yaml
+from latent_verse.config.train import TrainBiARTConfig, idle_flags_biart, resolve_train_biart
 
 
 def main(argv: list[str] | None = None) -> int:
     """Train; 0 when done or interrupted and saved, 2 for a mistake in the settings, data or checkpoint."""
     with errors_to_exit_code() as code:
         config, given = parse(TrainBiARTConfig, argv, __doc__)
-        check_train_biart(config, given)
+        config = resolve_train_biart(config, given)
     return code[0] if code else run(config, given)
 
 
@@ -38,6 +38,7 @@ def run(config: TrainBiARTConfig, given: dict[str, str]) -> int:
             MISTAKES,
             announce,
             choose_devices,
+            decide_compile,
             default_name,
             ease_smoke_test,
             fit,
@@ -49,11 +50,11 @@ def run(config: TrainBiARTConfig, given: dict[str, str]) -> int:
         t = config.trainer
         if config.bundle.export:
             return biart_run.export_by_command(config)
-        pretrained = take_over(config, given)
-        vae = biart_run.frozen_vae(config, pretrained)
+        config, pretrained = take_over(config, given)
+        config, vae = biart_run.frozen_vae(config, pretrained)
         if config.codes.extract_codes:
             return biart_run.extract_codes(config, vae, choose_devices(t)[0], pretrained)
-        ease_smoke_test(config, given)
+        config = ease_smoke_test(config, given)
         yaml_file = next((s for s in given.values() if not s.startswith("--")), None)
         name = default_name(t, yaml_file, "biart", config.data.fake_data)
         run = open_run(t.log_dir, name, t.backup, t.backup_dir, as_plain(config))
@@ -62,10 +63,10 @@ def run(config: TrainBiARTConfig, given: dict[str, str]) -> int:
         data, tokenizer, about = biart_run.open_data(config, vae, start_from, pretrained)
         model = biart_run.new_biart(config, vae, tokenizer, start_from, pretrained)
         del pretrained  # its weights would stay in memory as long as the run lasts
-        trainer = make_trainer(t, run, config, to_yaml(config), data.has_val)
-        folder = next(c for c in trainer.callbacks if isinstance(c, RunFolder))
-        trainer.callbacks.insert(1, TextImageSamples(folder, config.sampling, tokenizer))
-        announce(t, run, start_from, without_effect(config, given))
+        yaml_text, config = to_yaml(config), decide_compile(config)
+        folder = RunFolder(run, as_plain(config), yaml_text)
+        trainer = make_trainer(t, folder, data.has_val, [TextImageSamples(folder, config.sampling, tokenizer)])
+        announce(t, run, start_from, idle_flags_biart(config, given))
         say(biart_run.summary(config, model, tokenizer))
         if fit(trainer, t, run, LitBiART(model, vae, config, about), data, start_from) and trainer.is_global_zero:
             file = biart_run.export_bundle(run.folder, run.folder / "bundle", vae=vae)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -38,8 +39,8 @@ def lit(**settings) -> tuple[LitBiART, list[torch.Tensor]]:
     """With settings of the loss, the optimiser and the trainer; and a batch of six."""
     config = TrainBiARTConfig()
     for name, value in settings.items():
-        (section,) = (c for c in (config.loss, config.optim, config.trainer) if hasattr(c, name))
-        setattr(section, name, value)
+        (section,) = (s for s in ("loss", "optim", "trainer") if hasattr(getattr(config, s), name))
+        config = replace(config, **{section: replace(getattr(config, section), **{name: value})})
     shape = {"text_vocab": 11, "image_vocab": 7, "text_len": 3, "image_len": 5, "n_layer": 1, "n_head": 2, "n_embd": 16}
     torch.manual_seed(0)
     batch = [torch.randint(0, 7, (6, 5)), torch.tensor([[1, 2, -1]] * 3 + [[4, -1, -1]] * 3)]

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from latent_verse.cli import leaves, parse, to_yaml
 from latent_verse.config import ConfigError, EvalVAEConfig, TrainVAEConfig, setting
+from latent_verse.config.cli import leaves, parse, to_yaml
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = {"train_vae.py": TrainVAEConfig, "eval_vae.py": EvalVAEConfig}
@@ -354,7 +354,7 @@ def test_quick_imports_collect_no_garbage_and_keep_only_what_they_made(before, k
     """A program's own imports; not those of whoever has PyTorch already, nor where nothing is collected anyway."""
     code = f"""
 import gc
-from latent_verse.cli import quick_imports
+from latent_verse.config.cli import quick_imports
 {before}
 on = gc.isenabled()
 try:
