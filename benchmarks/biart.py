@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from benchmarks import heads
 from benchmarks.measure import PEAK_BF16, Row, absent, matmul_rate, peak_bytes, peer, race, row
 from benchmarks.plain import MinGPT, embeddings, gpt2, x_transformer
-from latent_verse.biart.model import PRESETS, BiART
+from latent_verse.biart.model import BiART
 from latent_verse.biart.sequence import Sequences
 from latent_verse.biart.training import LitBiART
-from latent_verse.config import BiARTConfig, TrainerConfig
+from latent_verse.config import PRESETS, BiARTConfig, TrainerConfig
 from latent_verse.config.train import TrainBiARTConfig
 from latent_verse.optimizer import adamw
 

@@ -23,9 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.measure import Row, peer, race, row
 from latent_verse.augvae.model import AugVAE
-from latent_verse.biart.model import PRESETS, BiART
+from latent_verse.biart.model import BiART
 from latent_verse.biart.training import LitBiART
-from latent_verse.config import AugVAEConfig, BiARTConfig
+from latent_verse.config import PRESETS, AugVAEConfig, BiARTConfig
 from latent_verse.config.train import TrainBiARTConfig
 from latent_verse.optimizer import adamw
 

@@ -22,8 +22,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.measure import Row, peak_bytes, peer, race, row, seconds
 from latent_verse.augvae.model import AugVAE
-from latent_verse.biart.model import PRESETS, BiART
-from latent_verse.config import AugVAEConfig, BiARTConfig
+from latent_verse.biart.model import BiART
+from latent_verse.config import PRESETS, AugVAEConfig, BiARTConfig
 from latent_verse.data.images import EXTENSIONS, PathList, walk
 from latent_verse.data.module import EpochBatches
 

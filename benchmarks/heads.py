@@ -28,7 +28,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.measure import Row, peak_bytes, peer, race, row
-from latent_verse.biart.model import BiART
+from latent_verse.biart.model import BiART, loss_weights
 from latent_verse.biart.sequence import DIRECTIONS, IGNORE, Sequences
 from latent_verse.config import BiARTConfig
 
@@ -77,7 +77,7 @@ def make_step(variant: str, sizes: dict, batch: int, device: str, dtype: str, ch
             loss = full_loss(model, features, sequences)
         else:  # BiART.loss itself, on given features
             model.features = lambda idx, seg: features
-            loss, _ = model.loss(sequences, REFERENCE_WEIGHT, chunk if "chunked" in variant else None)
+            loss, _ = model.loss(sequences, loss_weights(REFERENCE_WEIGHT), chunk if "chunked" in variant else None)
         model.zero_grad(set_to_none=True)
         features.grad = None
         loss.backward()

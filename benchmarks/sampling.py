@@ -29,10 +29,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.measure import Row, absent, copy_bandwidth, peak_bytes, peer, race, row, seconds
 from benchmarks.plain import MinGPT, embeddings, gpt2
 from latent_verse.biart import sampling as library
-from latent_verse.biart.model import PRESETS, BiART, KVCache
+from latent_verse.biart.model import BiART, KVCache
 from latent_verse.biart.sampling import generate
 from latent_verse.biart.sequence import TEXT_TO_IMAGE
-from latent_verse.config import BiARTConfig
+from latent_verse.config import PRESETS, BiARTConfig
 
 
 @torch.no_grad()

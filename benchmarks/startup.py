@@ -89,8 +89,8 @@ def _seconds_until(pattern: bytes, arguments: tuple[str, ...] | list[str]) -> tu
 def bundle(folder: Path) -> Path:
     """A bundle of a small random AugVAE-SL (64 px, 256 codes) and a tiny BiART."""
     from latent_verse.augvae.model import AugVAE
-    from latent_verse.biart.model import PRESETS, BiART
-    from latent_verse.config import AugVAEConfig, BiARTConfig
+    from latent_verse.biart.model import BiART
+    from latent_verse.config import PRESETS, AugVAEConfig, BiARTConfig
     from latent_verse.pipeline import LVerse
     from latent_verse.text import BPETokenizer
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from latent_verse.augvae.model import AugVAE
-from latent_verse.biart.model import PRESETS, BiART
+from latent_verse.biart.model import BiART
 from latent_verse.checkpoints.augvae import load_augvae
 from latent_verse.checkpoints.biart import Pretrained, load_checkpoint
 from latent_verse.checkpoints.files import CheckpointError, check_resumable, find_checkpoint, fingerprint, read_ckpt
-from latent_verse.config import AugVAEConfig, BiARTConfig, ConfigError
+from latent_verse.config import AugVAEConfig, ConfigError
 from latent_verse.config.train import TrainBiARTConfig
 from latent_verse.data.codes import TOKENIZER, check_codes, extract, work_of
 from latent_verse.data.pair_module import PairDataModule
@@ -166,20 +166,13 @@ def new_biart(
         CheckpointError: start_from is of a transformer of another shape.
         ConfigError: its width is no multiple of its heads, top_k exceeds the codebook.
     """
-    m = config.model
-    shape = {name: value if getattr(m, name) is None else getattr(m, name) for name, value in PRESETS[m.preset].items()}
     if config.sampling.top_k is not None and config.sampling.top_k > vae.config.num_tokens:
         raise ConfigError(f"top_k is {config.sampling.top_k}, but the codebook has {vae.config.num_tokens} codes.")
-    whole = BiARTConfig(
+    whole = config.model.resolve(
         text_vocab=tokenizer.vocab_size,
         image_vocab=vae.config.num_tokens,
         text_len=config.text.text_len,
         image_len=vae.num_codes,
-        pos_by_modality=m.pos_by_modality,
-        embd_pdrop=m.embd_pdrop,
-        resid_pdrop=m.resid_pdrop,
-        attn_pdrop=m.attn_pdrop,
-        **shape,
     )
     if start_from:
         check_resumable(start_from, "biart", whole)

@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from latent_verse.biart.model import PRESETS, BiART, KVCache
+from latent_verse.biart.model import BiART, KVCache, loss_weights
 from latent_verse.biart.sequence import DIRECTIONS, IGNORE, IMAGE_TO_TEXT, TEXT_TO_IMAGE, target_modality
-from latent_verse.config import BiARTConfig
+from latent_verse.config import PRESETS, BiARTConfig, BiARTModelConfig, BiARTVariant, ConfigError, as_plain
 
 CONFIG = BiARTConfig(text_vocab=11, image_vocab=13, text_len=5, image_len=7, n_layer=2, n_head=2, n_embd=32)
 BY_MODALITY = dataclasses.replace(CONFIG, pos_by_modality=True)
@@ -105,7 +105,7 @@ def test_loss_equals_the_full_masked_softmax_gradients_included(chunk):
     model = lively()
     vocab, weight = model.vocab, 0.3
     sequences = vocab.pack(*pairs(model), 1, reference_dropout=0.5, generator=torch.Generator().manual_seed(5))
-    loss, means = model.loss(sequences, weight, chunk)
+    loss, means = model.loss(sequences, loss_weights(weight), chunk)
     loss.backward()
     gradients = {n: p.grad.clone() for n, p in model.named_parameters()}
     model.zero_grad()
@@ -141,7 +141,7 @@ def test_loss_by_hand():
         model.head.weight[0, 0] = math.log(3)
     text_BL, codes_BN = model.vocab.pad_text([[0, 1], [0]]), torch.tensor([[0, 1], [2, 3]])
     # Text classes 0, 1, 2, end: p(0) = 3/6, the others 1/6. Row 0 has the reference 0, 1, end; row 1 the target 0, end.
-    loss, means = model.loss(model.vocab.pack(text_BL, codes_BN, 1), reference_weight=0.5)
+    loss, means = model.loss(model.vocab.pack(text_BL, codes_BN, 1), loss_weights(0.5))
     assert means["text_to_image/image"].item() == pytest.approx(math.log(4))
     assert means["text_to_image/text"].item() == pytest.approx((math.log(2) + 2 * math.log(6)) / 3)
     assert means["image_to_text/text"].item() == pytest.approx((math.log(2) + math.log(6)) / 2)
@@ -154,11 +154,50 @@ def test_loss_by_hand():
 def test_loss_without_references_and_with_all_of_them_dropped():
     model = lively()
     text_BL, codes_BN = pairs(model)
-    loss, means = model.loss(model.vocab.pack(text_BL, codes_BN, 2), reference_weight=0)
+    loss, means = model.loss(model.vocab.pack(text_BL, codes_BN, 2), loss_weights(0))
     assert set(means) == {"text_to_image/image", "image_to_text/text"}
     assert loss.item() == pytest.approx(sum(m.item() for m in means.values()) / 2)
-    loss, means = model.loss(model.vocab.pack(text_BL, codes_BN, 2, reference_dropout=1.0), reference_weight=0.5)
+    loss, means = model.loss(model.vocab.pack(text_BL, codes_BN, 2, reference_dropout=1.0), loss_weights(0.5))
     assert loss.isfinite() and means["text_to_image/text"] == 0
+
+
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_weighted_loss_equals_a_forward_pass_for_each_direction_gradients_included(chunk):
+    """The plain formulation: split the batch, weigh the reference against the target, then the modalities."""
+    model = lively()
+    vocab, own, reference_weight = model.vocab, {"text": 4.0, "image": 0.5}, 0.3
+    sequences = vocab.pack(*pairs(model), 1)
+    loss, means = model.loss(sequences, loss_weights(reference_weight, **own), chunk)
+    loss.backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+
+    expected = 0.0
+    for direction, rows in sequences.parts():
+        features_BTC = model.features(sequences.idx_BT[rows], sequences.seg_BT[rows])
+        classes = {"text": sequences.text_BL[rows], "image": sequences.codes_BN[rows]}
+        for modality, class_BT in classes.items():
+            logits_BTV = model.modality_logits(features_BTC[:, vocab.positions(direction, modality)], modality)
+            mean = F.cross_entropy(logits_BTV.flatten(0, 1), class_BT.flatten(), ignore_index=IGNORE)
+            torch.testing.assert_close(means[f"{direction}/{modality}"], mean.detach())
+            weight = own[modality] * (1 if modality == target_modality(direction) else reference_weight)
+            expected = expected + (rows.stop - rows.start) / len(sequences.idx_BT) * weight * mean
+    torch.testing.assert_close(loss, expected)
+    expected.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_a_batch_is_read_once_and_heads_without_weight_are_left_out(monkeypatch):
+    model, passes = lively(), []
+    features = model.features
+    monkeypatch.setattr(model, "features", lambda *args: passes.append(len(args[0])) or features(*args))
+    sequences = model.vocab.pack(*pairs(model), 1)
+    weights = loss_weights(0.5, text=2.0) | {"text_to_image/text": 0}
+    _, means = model.loss(sequences, weights)
+    assert passes == [4] and set(means) == set(weights) - {"text_to_image/text"}
+    with pytest.raises(KeyError, match="image_to_text"):
+        model.loss(sequences, {f"text_to_image/{modality}": 1.0 for modality in ("text", "image")})
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -176,10 +215,12 @@ def test_losses_of_two_processes_average_to_that_of_the_joined_batch(direction):
     assert all(c[1 - at].tolist() == [0, 0] for c in counted)
     average = sum(counted) / 2
     shares = [dict(zip((f"{direction}/text", f"{direction}/image"), (c / average)[at], strict=True)) for c in counted]
-    losses = [model.loss(half, 0.5, token_share=share)[0] for half, share in zip(halves, shares, strict=True)]
-    expected = model.loss(joined[0], 0.5)[0]
+    losses = [
+        model.loss(half, loss_weights(0.5), token_share=share)[0] for half, share in zip(halves, shares, strict=True)
+    ]
+    expected = model.loss(joined[0], loss_weights(0.5))[0]
     torch.testing.assert_close(sum(losses) / 2, expected)
-    assert abs(sum(model.loss(half, 0.5)[0] for half in halves) / 2 - expected) > 1e-3
+    assert abs(sum(model.loss(half, loss_weights(0.5))[0] for half in halves) / 2 - expected) > 1e-3
 
 
 def test_modality_logits_are_the_full_heads_rows():
@@ -279,6 +320,26 @@ def test_state_dict_keys_are_the_contract():
     assert set(BiART(CONFIG).state_dict()) == expected
 
 
+def test_a_run_names_a_preset_and_what_differs_from_it():
+    run = BiARTModelConfig(preset="tiny", n_embd=64)
+    lengths = {"text_vocab": 5, "image_vocab": 6, "text_len": 7, "image_len": 8}
+    assert run.resolve(**lengths) == BiARTConfig(**lengths, n_layer=4, n_head=4, n_embd=64)
+    with pytest.raises(ConfigError, match=r"n_embd 64.*n_head 3"):
+        dataclasses.replace(run, n_head=3).resolve(**lengths)
+    for variant in dataclasses.fields(BiARTVariant):  # each setting reaches the transformer without being named again
+        value = True if variant.default is False else 0.25
+        whole = dataclasses.replace(run, **{variant.name: value}).resolve(**lengths)
+        assert getattr(whole, variant.name) == value
+
+
+def test_a_shape_saved_by_an_earlier_version_is_read():
+    """What checkpoints and bundles hold: BiARTConfig as a dictionary, in any order, without settings added since."""
+    saved = {"text_vocab": 11, "image_vocab": 13, "text_len": 5, "image_len": 7, "n_layer": 2, "n_head": 2}
+    saved |= {"n_embd": 32, "embd_pdrop": 0.0, "resid_pdrop": 0.0, "attn_pdrop": 0.0}
+    assert BiARTConfig(**saved) == CONFIG
+    assert set(as_plain(CONFIG)) == {*saved, "pos_by_modality"}
+
+
 def test_presets_parameters_and_flops():
     for name, sizes in PRESETS.items():
         config = BiARTConfig(**sizes)
@@ -303,7 +364,7 @@ def test_loss_and_decoding_trace_without_graph_breaks():
     torch._dynamo.reset()
 
     def loss(idx_BT, seg_BT, text_BL, codes_BN):
-        return model.loss(type(sequences)(idx_BT, seg_BT, text_BL, codes_BN, 2), 0.1)[0]
+        return model.loss(type(sequences)(idx_BT, seg_BT, text_BL, codes_BN, 2), loss_weights(0.1))[0]
 
     compiled = torch.compile(loss, backend="eager", fullgraph=True, dynamic=False)
     arguments = sequences.idx_BT, sequences.seg_BT, sequences.text_BL, sequences.codes_BN
@@ -321,8 +382,7 @@ def test_loss_and_decoding_trace_without_graph_breaks():
     torch._dynamo.reset()
 
 
-def test_cached_decoding_leaves_compiled_blocks_alone():
-    """They serve training; samples drawn meanwhile would have them compiled again for each number of slots."""
+def test_blocks_are_compiled_once_for_all_and_cached_decoding_compiles_nothing():
     model, compiled = lively(), []
 
     def backend(graph, inputs):
@@ -331,15 +391,15 @@ def test_cached_decoding_leaves_compiled_blocks_alone():
 
     sequences = model.vocab.pack(*pairs(model), 2)
     idx_BT, seg_BT = sequences.idx_BT, sequences.seg_BT
-    for block in model.blocks:
-        block.compile(backend=backend)
+    torch._dynamo.reset()
+    model.call_block = torch.compile(BiART.call_block, dynamic=False, backend=backend)
     with torch.no_grad():
         cache = KVCache(CONFIG, 4, "cpu", torch.float32)
         model.prefill(idx_BT[:, :6], seg_BT[:, :6], cache)
         feature_B1C = model.decode(idx_BT[:, 6:7], seg_BT[:, 6:7], cache, torch.tensor([6]), cache.slots(6))
         assert not compiled
         expected = model.features(idx_BT, seg_BT)
-    assert compiled
+    assert len(compiled) == 1 < len(model.blocks)
     torch.testing.assert_close(feature_B1C[:, 0], expected[:, 6], atol=1e-5, rtol=1e-5)
     torch._dynamo.reset()
 
@@ -360,7 +420,7 @@ def test_a_few_steps_learn_both_directions_of_one_batch():
     sequences = model.vocab.pack(*pairs(model), 2)
     optimizer = torch.optim.AdamW(model.parameter_groups(0.01), lr=1e-2)
     for _ in range(60):
-        loss, means = model.loss(sequences, 0.1)
+        loss, means = model.loss(sequences, loss_weights(0.1))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -370,8 +430,8 @@ def test_a_few_steps_learn_both_directions_of_one_batch():
 def test_bfloat16_weights_run():
     model = lively().bfloat16()
     sequences = model.vocab.pack(*pairs(model), 2)
-    loss, _ = model.loss(sequences, 0.1)
-    reference, _ = model.float().loss(sequences, 0.1)
+    loss, _ = model.loss(sequences, loss_weights(0.1))
+    reference, _ = model.float().loss(sequences, loss_weights(0.1))
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, reference, rtol=0.05, atol=0.05)
 
@@ -409,7 +469,7 @@ def test_import_is_light():
 def test_text_to_image_alone_and_the_other_way_alone():
     model = lively()
     text_BL, codes_BN = pairs(model)
-    forth, _ = model.loss(model.vocab.pack(text_BL[:2], codes_BN[:2], TEXT_TO_IMAGE), 0.5)
-    back, _ = model.loss(model.vocab.pack(text_BL[2:], codes_BN[2:], IMAGE_TO_TEXT), 0.5)
-    both, _ = model.loss(model.vocab.pack(text_BL, codes_BN, 2), 0.5)
+    forth, _ = model.loss(model.vocab.pack(text_BL[:2], codes_BN[:2], TEXT_TO_IMAGE), loss_weights(0.5))
+    back, _ = model.loss(model.vocab.pack(text_BL[2:], codes_BN[2:], IMAGE_TO_TEXT), loss_weights(0.5))
+    both, _ = model.loss(model.vocab.pack(text_BL, codes_BN, 2), loss_weights(0.5))
     torch.testing.assert_close(both, (forth + back) / 2)

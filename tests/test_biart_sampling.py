@@ -67,8 +67,8 @@ def test_greedy_is_identical_to_the_plain_loop(direction, guidance, bucket):
     for seed in range(3):
         model = lively(seed=seed)
         reference = references(model, direction)
-        drawn = generate(model, reference, direction, temperature=0, guidance=guidance, bucket=bucket)
-        assert torch.equal(drawn, plain_greedy(model, reference, direction, guidance))
+        sampled = generate(model, reference, direction, temperature=0, guidance=guidance, bucket=bucket)
+        assert torch.equal(sampled, plain_greedy(model, reference, direction, guidance))
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -90,10 +90,10 @@ def test_first_token_frequencies_are_the_softmaxs(direction, settings):
         p[order[int((p[order].cumsum(0) < 0.8).sum()) + 1 :]] = 0
     p = p / p.sum()
     n = 20_000
-    drawn = generate(model, reference.expand(n, -1), direction, seed=0, **settings)[:, 0]
+    sampled = generate(model, reference.expand(n, -1), direction, seed=0, **settings)[:, 0]
     if target_modality(direction) == "text":
-        drawn = torch.where(drawn == model.vocab.pad, model.vocab.text_vocab, drawn)
-    counts = torch.bincount(drawn, minlength=len(p)).double()
+        sampled = torch.where(sampled == model.vocab.pad, model.vocab.text_vocab, sampled)
+    counts = torch.bincount(sampled, minlength=len(p)).double()
     assert (counts[p == 0] == 0).all()
     assert (counts / n - p).abs().max() < 0.02
     kept = p > 0
@@ -110,8 +110,8 @@ def test_whole_sequences_follow_the_models_distribution():
     every = torch.tensor(list(itertools.product(range(4), repeat=2)))
     p = log_likelihood(model, text_BL.expand(16, -1), every, given="text").total_B.exp()
     assert p.sum().item() == pytest.approx(1, abs=1e-5)
-    drawn = generate(model, text_BL.expand(n, -1), TEXT_TO_IMAGE, seed=1)
-    counts = torch.bincount(drawn[:, 0] * 4 + drawn[:, 1], minlength=16)
+    sampled = generate(model, text_BL.expand(n, -1), TEXT_TO_IMAGE, seed=1)
+    counts = torch.bincount(sampled[:, 0] * 4 + sampled[:, 1], minlength=16)
     assert (counts / n - p).abs().max() < 0.015
 
 
@@ -123,20 +123,20 @@ def test_top_k_and_top_p_stay_within_their_sets():
     u_B = torch.rand(5000)
     u_B[:2] = torch.tensor([0.0, 1 - 2**-24])  # the least and the largest that rand gives
     for k in (1, 5, 50):
-        drawn = choose(logits_BV, u_B, 1.0, top_k=k)
-        assert set(drawn.tolist()) <= set(order[:k].tolist())
-        assert k > 5 or len(set(drawn.tolist())) == k
+        sampled = choose(logits_BV, u_B, 1.0, top_k=k)
+        assert set(sampled.tolist()) <= set(order[:k].tolist())
+        assert k > 5 or len(set(sampled.tolist())) == k
     for top_p in (1e-6, 0.3, 0.9, 1.0):
         nucleus = order[: int((p[order].cumsum(0) < top_p).sum()) + 1]
-        drawn = choose(logits_BV, u_B, 1.0, top_p=top_p)
-        assert set(drawn.tolist()) <= set(nucleus.tolist())
+        sampled = choose(logits_BV, u_B, 1.0, top_p=top_p)
+        assert set(sampled.tolist()) <= set(nucleus.tolist())
     # Both: top_p is of what top_k left.
     kept = (p[order[:5]] / p[order[:5]].sum()).cumsum(0)
     both = order[: int((kept < 0.6).sum()) + 1]
     assert set(choose(logits_BV, u_B, 1.0, top_k=5, top_p=0.6).tolist()) == set(both.tolist())
 
 
-def test_impossible_classes_are_never_drawn_and_tiny_temperatures_are_greedy():
+def test_impossible_classes_are_never_sampled_and_tiny_temperatures_are_greedy():
     logits_BV = torch.full((1000, 8), -math.inf)
     logits_BV[:, 3:5] = 0
     u_B = torch.linspace(0, 1 - 2**-24, 1000)
@@ -195,7 +195,7 @@ def test_guidance_one_is_no_guidance_and_costs_nothing(monkeypatch):
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
-def test_completion_keeps_its_prefix_and_draws_the_rest_as_if_it_had_drawn_it(direction, guidance):
+def test_completion_keeps_its_prefix_and_samples_the_rest_as_if_it_had_sampled_it(direction, guidance):
     model = lively()
     reference = references(model, direction)
     whole = generate(model, reference, direction, seed=9, guidance=guidance)
@@ -210,13 +210,13 @@ def test_completion_keeps_its_prefix_and_draws_the_rest_as_if_it_had_drawn_it(di
         assert torch.equal(generate(model, reference, direction, prefix_BK=full), full)
 
 
-def test_null_references_draw_without_a_text():
+def test_null_references_sample_without_a_text():
     model = lively()
     null = model.vocab.null_reference(4, TEXT_TO_IMAGE)
-    drawn = generate(model, null, TEXT_TO_IMAGE, seed=0)
-    assert drawn.shape == (4, 7) and drawn.max() < 13
+    sampled = generate(model, null, TEXT_TO_IMAGE, seed=0)
+    assert sampled.shape == (4, 7) and sampled.max() < 13
     reference = references(model, TEXT_TO_IMAGE)
-    assert torch.equal(drawn, generate(model, reference, TEXT_TO_IMAGE, seed=0, guidance=0.0))
+    assert torch.equal(sampled, generate(model, reference, TEXT_TO_IMAGE, seed=0, guidance=0.0))
 
 
 def test_text_stops_at_its_end():
@@ -280,7 +280,7 @@ def test_beam_search_with_enough_beams_finds_the_best_caption(seed, length_penal
         assert score_B[row].item() == pytest.approx(score_M.max().item(), abs=1e-5)
 
 
-def test_one_beam_reads_like_greedy_and_more_beams_never_score_worse_than_their_caption():
+def test_one_beam_scores_like_greedy_and_more_beams_never_score_worse_than_their_caption():
     model = lively()
     codes_BN = references(model, IMAGE_TO_TEXT, batch=8)
     for beam_size in (2, 6):
@@ -335,7 +335,7 @@ def test_logits_that_are_not_finite_are_reported():
         log_likelihood(model, references(model, TEXT_TO_IMAGE), references(model, IMAGE_TO_TEXT), "text")
 
 
-def test_dropout_is_off_while_sampling_and_the_mode_is_put_back():
+def test_dropout_is_off_while_sampling_and_the_mode_is_restored():
     config = BiARTConfig(**{**vars(CONFIG), "embd_pdrop": 0.5, "resid_pdrop": 0.5, "attn_pdrop": 0.5})
     model = lively(config)
     reference = references(model, TEXT_TO_IMAGE)
@@ -349,8 +349,8 @@ def test_bfloat16_weights_and_autocast_sample():
     model = lively()
     reference = references(model, TEXT_TO_IMAGE)
     with torch.autocast("cpu", torch.bfloat16):
-        drawn = generate(model, reference, TEXT_TO_IMAGE, seed=0, guidance=2.0)
-    assert drawn.shape == (4, 7) and drawn.max() < 13
+        sampled = generate(model, reference, TEXT_TO_IMAGE, seed=0, guidance=2.0)
+    assert sampled.shape == (4, 7) and sampled.max() < 13
     model = model.bfloat16()
     assert generate(model, reference, TEXT_TO_IMAGE, seed=0, top_p=0.9).max() < 13
     text_BL, _ = beam_search(model, references(model, IMAGE_TO_TEXT), 3)

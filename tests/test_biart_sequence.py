@@ -80,11 +80,11 @@ def test_reference_dropout_nulls_the_reference_and_its_loss_only():
 
 def test_reference_dropout_is_per_sample_with_the_probability_and_the_generator():
     text_BL, codes_BN = torch.randint(10, (4000, 3)), torch.randint(6, (4000, 4))
-    draw = [VOCAB.pack(text_BL, codes_BN, 2000, 0.1, torch.Generator().manual_seed(3)).idx_BT for _ in range(2)]
-    assert torch.equal(*draw)
-    share = (draw[0][:, 1] == NULL).float().mean()
+    packed = [VOCAB.pack(text_BL, codes_BN, 2000, 0.1, torch.Generator().manual_seed(3)).idx_BT for _ in range(2)]
+    assert torch.equal(*packed)
+    share = (packed[0][:, 1] == NULL).float().mean()
     assert 0.08 < share < 0.12
-    assert torch.equal((draw[0][:, 1] == NULL), (draw[0][:, 3] == NULL))
+    assert torch.equal((packed[0][:, 1] == NULL), (packed[0][:, 3] == NULL))
 
 
 @pytest.mark.parametrize(
@@ -132,9 +132,9 @@ def test_prompt_is_the_beginning_of_the_packed_sequence():
     [
         ([[10, 1, 2]], [[0, 0, 0, 0]], r"the id 10, outside of \[0, 10\)"),
         ([[-1, 1, 2]], [[0, 0, 0, 0]], "the id -1"),
-        ([[PAD, 1, PAD]], [[0, 0, 0, 0]], "goes on after a pad"),
+        ([[PAD, 1, PAD]], [[0, 0, 0, 0]], "after a pad"),
         ([[1, 2]], [[0, 0, 0, 0]], r"shape \(1, 2\).*text_len=3"),
-        ([[1, 2, 3]], [[0, 6, 0, 0]], r"hold 6, outside of \[0, 6\).*AugVAE"),
+        ([[1, 2, 3]], [[0, 6, 0, 0]], r"6, outside of \[0, 6\).*AugVAE"),
         ([[1, 2, 3]], [[0, 0, 0]], r"shape \(1, 3\)"),
         ([[1, 2, 3], [1, 2, 3]], [[0, 0, 0, 0]], "pairs"),
         ([[NULL, NULL, NULL]], [[0, 0, 0, 0]], "the id 19"),
@@ -149,11 +149,11 @@ def test_unknown_direction_and_bad_prefix_are_refused():
     text_BL, codes_BN = torch.tensor([[1, 2, 3]]), torch.tensor([[0, 1, 2, 3]])
     with pytest.raises(ValueError, match=r"'sideways'.*text_to_image, image_to_text"):
         VOCAB.pack(text_BL, codes_BN, "sideways")
-    with pytest.raises(ValueError, match="2 rows text_to_image in a batch of 1"):
+    with pytest.raises(ValueError, match=r"2 rows.*batch of 1"):
         VOCAB.pack(text_BL, codes_BN, 2)
-    with pytest.raises(ValueError, match="prefix holds ids"):
+    with pytest.raises(ValueError, match=r"prefix.*\[0, 6\)"):
         VOCAB.prompt(text_BL, TEXT_TO_IMAGE, torch.tensor([[6]]))
-    with pytest.raises(ValueError, match="prefix of 5"):
+    with pytest.raises(ValueError, match=r"prefix.* 5 tokens.* 4"):
         VOCAB.prompt(text_BL, TEXT_TO_IMAGE, torch.zeros(1, 5, dtype=torch.long))
 
 

@@ -15,10 +15,18 @@ from latent_verse.augvae.codebook import Codebook, EMAQuantizer
 from latent_verse.augvae.model import AugVAE
 from latent_verse.augvae.training import LitAugVAE
 from latent_verse.biart import sampling
-from latent_verse.biart.model import PRESETS, BiART
+from latent_verse.biart.model import BiART, loss_weights
 from latent_verse.biart.sequence import DIRECTIONS, TEXT_TO_IMAGE
 from latent_verse.biart.training import NO_TOKEN, LitBiART
-from latent_verse.config import AugVAEConfig, BiARTConfig, TrainerConfig, TrainVAEConfig, VAELossConfig, VAEOptimConfig
+from latent_verse.config import (
+    PRESETS,
+    AugVAEConfig,
+    BiARTConfig,
+    TrainerConfig,
+    TrainVAEConfig,
+    VAELossConfig,
+    VAEOptimConfig,
+)
 from latent_verse.config.train import BiARTLossConfig, TrainBiARTConfig
 from latent_verse.evaluation.reconstruction import ReconstructionMetrics
 from latent_verse.optimizer import MuonAdamW, adamw
@@ -225,7 +233,7 @@ def test_biart_trains_32_sequences_in_40_gb(monkeypatch):
             text_BL = torch.full((32, vocab.text_len), 5)
             sequences = vocab.pack(text_BL, torch.zeros(32, vocab.image_len, dtype=torch.long), 16, validate=False)
             with Kept(model) as kept:
-                model.loss(sequences, reference_weight=0.1)
+                model.loss(sequences, loss_weights(0.1))
             held.append(kept.bytes + 12 * model.num_parameters())
     assert held[0] < 40e9
     assert held[1] < 0.8 * held[0]

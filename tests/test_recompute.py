@@ -13,7 +13,7 @@ from torch._dynamo.backends.common import aot_autograd
 from benchmarks.biart import sequences_of
 from latent_verse.augvae.model import AugVAE
 from latent_verse.augvae.training import LitAugVAE
-from latent_verse.biart.model import BiART
+from latent_verse.biart.model import BiART, loss_weights
 from latent_verse.biart.training import LitBiART
 from latent_verse.config import BiARTConfig, TrainerConfig, TrainVAEConfig, VAELossConfig
 from latent_verse.config.train import TrainBiARTConfig
@@ -42,7 +42,7 @@ def make(tiny_config):
         if kind == "biart":
             model = BiART(BiARTConfig(**BIART, resid_pdrop=0.1)).train()
             sequences = sequences_of(model, 4, "cpu")
-            return model, lambda: model.loss(sequences, reference_weight=0.1)[0]
+            return model, lambda: model.loss(sequences, loss_weights(0.1))[0]
         changes = {"norm": "pixel", "dropout": 0.3} if kind.endswith("dropout") else {"use_attn": True}
         model = AugVAE(tiny_config(**changes)).train()
         x_BCHW = torch.rand(2, 3, 16, 16) * 2 - 1

@@ -1,4 +1,4 @@
-"""Decoding as a CUDA graph would repeat it: a step recorded operator by operator and run again on the same memory."""
+"""CUDA graphs of decoding: on a CPU, a step recorded operator by operator and run again on the same memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from latent_verse.biart import sampling
 from latent_verse.biart.model import BiART
-from latent_verse.biart.repeat import Repeat, can_capture
+from latent_verse.biart.repeat import CUDAGraphs, can_capture
 from latent_verse.biart.sampling import generate
 from latent_verse.biart.sequence import DIRECTIONS, TEXT_TO_IMAGE
 from latent_verse.config import BiARTConfig
@@ -45,23 +45,24 @@ class Recorder(TorchDispatchMode):
                     kept.copy_(new)
 
 
-class Recorded(Repeat):
-    """`Repeat` with a Recorder for a CUDA graph, which counts how often it replayed."""
+class RecordedGraphs:
+    """`CUDAGraphs` with a Recorder in place of each graph; counts how often they were replayed."""
 
     replays = 0
 
     def __init__(self, step, capture):
-        super().__init__(step, False)
+        self.step, self.warm, self.recorders = step, set(), {}
 
     def __call__(self, slots: int) -> None:
-        if slots in self._graphs:
-            self._graphs[slots].replay()
-            Recorded.replays += 1
-        elif slots in self._warm:
-            with Recorder() as self._graphs[slots]:
+        if slots in self.recorders:
+            self.recorders[slots].replay()
+            RecordedGraphs.replays += 1
+        elif slots in self.warm:
+            with Recorder() as self.recorders[slots]:
                 self.step(slots)
         else:
-            super().__call__(slots)
+            self.warm.add(slots)
+            self.step(slots)
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -75,7 +76,7 @@ class Recorded(Repeat):
         {"top_p": 0.8, "guidance": 1.5},
     ],
 )
-def test_a_repeated_step_draws_the_same(direction, settings, monkeypatch):
+def test_a_replayed_step_samples_the_same(direction, settings, monkeypatch):
     torch.manual_seed(0)
     model = BiART(CONFIG).eval()
     with torch.no_grad():
@@ -84,16 +85,16 @@ def test_a_repeated_step_draws_the_same(direction, settings, monkeypatch):
     reference = torch.randint(0, 9, (3, CONFIG.text_len if image else CONFIG.image_len))
     plain = generate(model, reference, direction, seed=5, bucket=4, **settings)
     assert torch.equal(plain, generate(model, reference, direction, seed=5, bucket=1, **settings))
-    monkeypatch.setattr(sampling, "Repeat", Recorded)
-    Recorded.replays = 0
+    monkeypatch.setattr(sampling, "CUDAGraphs", RecordedGraphs)
+    RecordedGraphs.replays = 0
     assert torch.equal(plain, generate(model, reference, direction, seed=5, bucket=4, **settings))
-    assert Recorded.replays > (1 if image else -1)  # a text may end early
+    assert RecordedGraphs.replays > (1 if image else -1)  # a text may end early
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("settings", [{"temperature": 0}, {"temperature": 0.9, "guidance": 2.0}, {"top_p": 0.8}])
-def test_cuda_graphs_draw_what_the_same_kernels_draw_one_by_one(direction, settings, monkeypatch):
+def test_cuda_graphs_sample_what_the_same_kernels_sample_one_by_one(direction, settings, monkeypatch):
     torch.manual_seed(0)
     model = BiART(CONFIG).cuda().eval()
     image = direction == TEXT_TO_IMAGE
@@ -109,9 +110,9 @@ def test_nothing_is_captured_on_a_cpu():
     model = BiART(CONFIG)
     assert not can_capture(model, torch.device("cpu"))
     calls = []
-    repeat = Repeat(calls.append, capture=False)
+    run_step = CUDAGraphs(calls.append, capture=False)
     for slots in (4, 4, 8):
-        repeat(slots)
+        run_step(slots)
     assert calls == [4, 4, 8]
 
 
@@ -125,7 +126,7 @@ def test_autocast_and_sharded_parameters_are_not_captured(monkeypatch):
     assert not can_capture(model, cuda)
 
 
-def test_where_a_capture_fails_decoding_goes_on_without(monkeypatch):
+def test_decoding_continues_without_graphs_if_a_capture_fails(monkeypatch):
     class Stream:
         def wait_stream(self, other):
             pass
@@ -143,10 +144,10 @@ def test_where_a_capture_fails_decoding_goes_on_without(monkeypatch):
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
     calls = []
-    repeat = Repeat(calls.append, capture=True)
-    repeat(4)
+    run_step = CUDAGraphs(calls.append, capture=True)
+    run_step(4)
     with pytest.warns(UserWarning, match="not permitted"):
-        repeat(4)
-    repeat(4)
-    repeat(8)
+        run_step(4)
+    run_step(4)
+    run_step(8)
     assert calls == [4, 4, 4, 8]

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from latent_verse.augvae.model import AugVAE
-from latent_verse.biart.model import PRESETS, BiART
+from latent_verse.biart.model import BiART
 from latent_verse.checkpoints.augvae import load_augvae
 from latent_verse.checkpoints.bundle import find_bundle, load_bundle
 from latent_verse.checkpoints.files import CheckpointError, fill, find_checkpoint, read_ckpt
-from latent_verse.config import BiARTConfig, ConfigError
+from latent_verse.config import PRESETS, BiARTConfig, BiARTModelConfig, ConfigError, training_only
 from latent_verse.config.train import TrainBiARTConfig
 from latent_verse.text import Tokenizer, TokenizerError, unpack_tokenizer
 
@@ -113,7 +113,8 @@ def take_over(config: TrainBiARTConfig, given: Mapping[str, str]) -> tuple[Train
     pretrained = load_pretrained(path)
     m, t = config.model, config.text
     there = pretrained.biart.config
-    shape = {name: getattr(there, name) for name in (*PRESETS[m.preset], "pos_by_modality")}
+    names = {f.name for f in fields(m)} - {"preset"} - training_only(BiARTModelConfig)
+    shape = {name: getattr(there, name) for name in names}
     text = {"text_len": there.text_len, "tokenizer": pretrained.tokenizer.name}
     asked = {k: (v, f" (preset {m.preset})") for k, v in PRESETS[m.preset].items() if "preset" in given}
     for name in (*shape, *text):

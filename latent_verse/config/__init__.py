@@ -8,7 +8,7 @@ generate.py   generate.py
 cli.py        flags and YAML files -> these dataclasses; the only file that knows argparse and YAML
 """
 
-from latent_verse.config.models import AugVAEConfig, BiARTConfig
+from latent_verse.config.models import PRESETS, AugVAEConfig, BiARTConfig, BiARTModelConfig, BiARTVariant
 from latent_verse.config.settings import (
     ConfigError,
     SamplingSettings,
@@ -40,8 +40,11 @@ from latent_verse.config.train import (
 __all__ = [
     "FAKE_LIMITS",
     "PRECISIONS",
+    "PRESETS",
     "AugVAEConfig",
     "BiARTConfig",
+    "BiARTModelConfig",
+    "BiARTVariant",
     "ConfigError",
     "EvalVAEConfig",
     "ImageDataConfig",

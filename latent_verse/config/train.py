@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Optional, Tuple, TypeVar  # OmegaConf reads these annotations at run time
 
-from latent_verse.config.models import AugVAEConfig
+from latent_verse.config.models import AugVAEConfig, BiARTModelConfig
 from latent_verse.config.settings import ConfigError, SamplingSettings, Settings, setting, training_only
 
 # names of precision that are short, and Lightning's
@@ -163,24 +163,7 @@ class EvalVAEConfig(TrainVAEConfig):
 
 # --------------------------------------------------------------------------------------------------------------- BiART
 
-PRESETS = ("tiny", "12x768", "24x1024")  # biart.model.PRESETS holds their numbers
 DATASETS = ("pairs", "coco", "karpathy", "table", "webdataset", "codes", "shapes", "fake")
-
-
-@dataclass(frozen=True)
-class BiARTModelConfig(Settings):
-    """Shape of the transformer; the rest of it follows from tokenizer and AugVAE."""
-
-    preset: str = setting("12x768", "depth and width, layers x channels; n_* below change single ones", PRESETS)
-    n_layer: Optional[int] = setting(None, "transformer blocks; default the preset's")
-    n_head: Optional[int] = setting(None, "attention heads; default the preset's")
-    n_embd: Optional[int] = setting(None, "width of the residual stream, a multiple of n_head; default the preset's")
-    pos_by_modality: bool = setting(
-        False, "count positions within the text and within the image, so that a place means the same in both directions"
-    )
-    embd_pdrop: float = setting(0.0, "dropout after the embeddings")
-    resid_pdrop: float = setting(0.0, "dropout on each residual branch")
-    attn_pdrop: float = setting(0.0, "dropout on the attention weights")
 
 
 @dataclass(frozen=True)
