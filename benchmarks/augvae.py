@@ -23,7 +23,8 @@ from benchmarks.plain import PlainMuon, enlarge_then_convolve, plain_augvae
 from latent_verse.augvae.layers import Upsample
 from latent_verse.augvae.model import AugVAE
 from latent_verse.augvae.training import LitAugVAE
-from latent_verse.config import AugVAEConfig, TrainerConfig, TrainVAEConfig, VAELossConfig
+from latent_verse.config import AugVAEConfig
+from latent_verse.config.train import TrainerConfig, TrainVAEConfig, VAELossConfig
 from latent_verse.evaluation.reconstruction import ReconstructionMetrics
 from latent_verse.optimizer import MuonAdamW, adamw
 

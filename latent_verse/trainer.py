@@ -8,8 +8,8 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -23,19 +23,24 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from latent_verse import runs
-from latent_verse.checkpoints.files import CheckpointError
-from latent_verse.config import ConfigError, TrainerConfig, TrainVAEConfig
-from latent_verse.config.train import TrainBiARTConfig
-from latent_verse.data import DataError
+from latent_verse.config import ConfigError
+from latent_verse.config.train import TrainBiARTConfig, TrainerConfig, TrainVAEConfig
 from latent_verse.runs import Run
 from latent_verse.training.backups import Backup, Interrupted, ProcessState, RunFolder
-from latent_verse.training.image_logging import Diverged, ImageGrids
+from latent_verse.training.image_logging import ImageGrids
 from latent_verse.training.progress_bar import ProgressBar
 
-# the user's, found while a run is built or trains
-MISTAKES = (CheckpointError, DataError, Diverged, MisconfigurationException)
 Training = TypeVar("Training", TrainVAEConfig, TrainBiARTConfig)
 say = rank_zero_only(print)  # one process speaks for all
+
+
+@contextmanager
+def as_config_error() -> Iterator[None]:
+    """Decorate what hands settings to Lightning: its refusal of some becomes a ConfigError."""
+    try:
+        yield
+    except MisconfigurationException as error:
+        raise ConfigError(str(error)) from error
 
 
 def choose_devices(t: TrainerConfig) -> tuple[str, int]:
@@ -94,6 +99,7 @@ def decide_compile(config: Training) -> Training:
     return replace(config, trainer=replace(t, compile=compile))
 
 
+@as_config_error()
 def make_trainer(t: TrainerConfig, folder: RunFolder, has_val: bool, more: Sequence[pl.Callback] = ()) -> pl.Trainer:
     """A Trainer that logs to the run's folder, keeps its best and last checkpoints, backs up and can be interrupted.
 
@@ -150,6 +156,7 @@ def announce(t: TrainerConfig, run: Run, start_from: Path | None, idle: list[str
         say(f"ckpt_path {t.ckpt_path} is not read without --resume: this run starts anew.")
 
 
+@as_config_error()
 def fit(trainer: pl.Trainer, t: TrainerConfig, run: Run, module: pl.LightningModule, data, start_from) -> bool:
     """Train to the end; False where the run was interrupted, and saved. Says so, and where nothing was left to do."""
     failed = True
@@ -158,14 +165,14 @@ def fit(trainer: pl.Trainer, t: TrainerConfig, run: Run, module: pl.LightningMod
         failed = False
     except Interrupted as stopped:
         failed = False
-        again = "the same command continues there" if t.backup else "continue with --resume --ckpt_path and that file"
+        again = "rerun the command to resume" if t.backup else "resume with --resume --ckpt_path and that file"
         say(f"{stopped}; {again}.")
         return False
     finally:
         if t.logger == "wandb":
             close_wandb(failed)
     if start_from and trainer.global_step == runs.step_of(start_from):
-        say(f"{run.folder} was finished already. Raise --epochs to go on, or give another --name.")
+        say(f"{run.folder} was finished already. Raise --epochs to train longer, or give another --name.")
     return True
 
 

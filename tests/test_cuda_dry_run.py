@@ -18,16 +18,15 @@ from latent_verse.biart import sampling
 from latent_verse.biart.model import BiART, loss_weights
 from latent_verse.biart.sequence import DIRECTIONS, TEXT_TO_IMAGE
 from latent_verse.biart.training import NO_TOKEN, LitBiART
-from latent_verse.config import (
-    PRESETS,
-    AugVAEConfig,
-    BiARTConfig,
+from latent_verse.config import PRESETS, AugVAEConfig, BiARTConfig
+from latent_verse.config.train import (
+    BiARTLossConfig,
+    TrainBiARTConfig,
     TrainerConfig,
     TrainVAEConfig,
     VAELossConfig,
     VAEOptimConfig,
 )
-from latent_verse.config.train import BiARTLossConfig, TrainBiARTConfig
 from latent_verse.evaluation.reconstruction import ReconstructionMetrics
 from latent_verse.optimizer import MuonAdamW, adamw
 from latent_verse.recompute import checkpoint_activations

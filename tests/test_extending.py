@@ -15,7 +15,8 @@ from latent_verse.augvae.model import AugVAE
 from latent_verse.augvae.perceptual import LOSSES
 from latent_verse.augvae.training import LitAugVAE
 from latent_verse.checkpoints.augvae import load_augvae, save_augvae
-from latent_verse.config import ConfigError, TrainVAEConfig, VAELossConfig
+from latent_verse.config import ConfigError
+from latent_verse.config.train import TrainVAEConfig, VAELossConfig
 from tests.runs_on_pictures import SMALL
 
 PAGE = Path(__file__).parent.parent / "docs" / "extending.md"

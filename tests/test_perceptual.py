@@ -14,7 +14,8 @@ from torchvision.models._api import WeightsEnum
 
 from latent_verse.augvae.perceptual import LOSSES, LPIPS, ReconstructionLoss, fetch_vgg16, vgg16_file
 from latent_verse.augvae.training import LitAugVAE
-from latent_verse.config import ConfigError, ImageDataConfig, TrainVAEConfig, VAELossConfig
+from latent_verse.config import ConfigError
+from latent_verse.config.train import ImageDataConfig, TrainVAEConfig, VAELossConfig
 
 READ_CACHE = WeightsEnum.get_state_dict  # torchvision's own, which `empty_cache` replaces
 VGG16_CONVS = [(0, 3, 64), (2, 64, 64), (5, 64, 128), (7, 128, 128), (10, 128, 256), (12, 256, 256), (14, 256, 256)]

@@ -15,8 +15,8 @@ from latent_verse.augvae.model import AugVAE
 from latent_verse.augvae.training import LitAugVAE
 from latent_verse.biart.model import BiART, loss_weights
 from latent_verse.biart.training import LitBiART
-from latent_verse.config import BiARTConfig, TrainerConfig, TrainVAEConfig, VAELossConfig
-from latent_verse.config.train import TrainBiARTConfig
+from latent_verse.config import BiARTConfig
+from latent_verse.config.train import TrainBiARTConfig, TrainerConfig, TrainVAEConfig, VAELossConfig
 from latent_verse.recompute import Recomputing, checkpoint_activations
 from tests.fake_cuda import Kept
 

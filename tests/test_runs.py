@@ -9,7 +9,8 @@ import os
 import pytest
 
 from latent_verse import runs
-from latent_verse.config import ConfigError, TrainVAEConfig, as_plain
+from latent_verse.config import ConfigError, as_plain
+from latent_verse.config.train import TrainVAEConfig
 from latent_verse.runs import Run, open_run, states, stem
 
 CONFIG = as_plain(TrainVAEConfig())

@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from latent_verse.config import ConfigError, VAELossConfig
+from latent_verse.config import ConfigError
+from latent_verse.config.train import VAELossConfig
 
 
 def vgg16_file() -> Path:

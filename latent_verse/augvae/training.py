@@ -11,7 +11,8 @@ from torch import nn
 
 from latent_verse.augvae.model import AugVAE, Encoded
 from latent_verse.augvae.perceptual import LOSSES, ReconstructionLoss, fetch_vgg16
-from latent_verse.config import TrainVAEConfig, as_plain
+from latent_verse.config import as_plain
+from latent_verse.config.train import TrainVAEConfig
 from latent_verse.evaluation.codebook import CodebookUsage
 from latent_verse.evaluation.mean import Mean
 from latent_verse.evaluation.reconstruction import ReconstructionMetrics

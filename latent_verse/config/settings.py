@@ -36,12 +36,14 @@ def setting(
     at_most: float | None = None,
     below: float | None = None,
     training_only: bool = False,
+    hidden: bool = False,
 ) -> Any:
     """A dataclass field with its one-line help and its range, which holds for each item of a list.
 
     Args:
         choices: the allowed values, where they are a fixed set.
         training_only: of a model's setting: it changes how the model trains, not which weights it has.
+        hidden: left out of --help: a name of the original's that has no use here, but works.
     """
     bounds = {"at least": at_least, "above": above, "at most": at_most, "below": below}
     metadata = {
@@ -49,6 +51,7 @@ def setting(
         "choices": choices,
         "bounds": {name: bound for name, bound in bounds.items() if bound is not None},
         "training_only": training_only,
+        "hidden": hidden,
     }
     return field(default=default, metadata=metadata)
 
@@ -65,13 +68,15 @@ class Settings:
 class SamplingSettings(Settings):
     """How tokens are sampled from the model's distribution, wherever images or captions are generated."""
 
-    temperature: float = setting(1.0, "temperature of images; 0 takes the likeliest codes", at_least=0)
-    top_k: Optional[int] = setting(None, "sample from the k likeliest codes", at_least=1)
+    temperature: float = setting(
+        1.0, "sampling temperature for images; 0 always takes the most likely code", at_least=0
+    )
+    top_k: Optional[int] = setting(None, "sample only from the k most likely tokens", at_least=1)
     top_p: Optional[float] = setting(
-        None, "sample from the likeliest codes that make up this probability", above=0, at_most=1
+        None, "sample only from the most likely tokens that together reach this probability", above=0, at_most=1
     )
     guidance: float = setting(
-        1.0, "classifier-free guidance: above 1 follows the text more closely, 1 is none", at_least=0
+        1.0, "classifier-free guidance scale: above 1 follows the input more closely; 1 is off", at_least=0
     )
 
     def __post_init__(self) -> None:

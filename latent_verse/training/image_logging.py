@@ -10,6 +10,7 @@ from torch import Tensor
 
 from latent_verse.biart import sampling
 from latent_verse.biart.sequence import IMAGE_TO_TEXT, TEXT_TO_IMAGE
+from latent_verse.config import UserError
 from latent_verse.config.train import SamplingConfig
 from latent_verse.files import replacing, write_text
 from latent_verse.text import Tokenizer
@@ -92,7 +93,7 @@ class SavedPictures(pl.Callback):
             save_image(grid, self.folder / "grid.png")
 
 
-class Diverged(RuntimeError):
+class Diverged(UserError):
     """The outputs of the network in training are no longer finite."""
 
 
