@@ -27,6 +27,7 @@ def run(config: EvalVAEConfig, given: Mapping[str, str]) -> int:
         from latent_verse import runs
         from latent_verse.augvae.training import LitAugVAE
         from latent_verse.checkpoints.augvae import load_augvae
+        from latent_verse.data.datasets import open_images
         from latent_verse.data.module import ImageDataModule
         from latent_verse.evaluation.reconstruction import ReconstructionMetrics, table
         from latent_verse.trainer import choose_devices, choose_strategy, quiet_lightning
@@ -39,8 +40,7 @@ def run(config: EvalVAEConfig, given: Mapping[str, str]) -> int:
     accelerator, devices = choose_devices(t)
     place = runs.open_run(t.log_dir, t.name or f"eval-{runs.stem(t.ckpt_path)}", False, None, {}).folder
     fake = config.data.fake_data
-    data = ImageDataModule(config.data, model.config.resolution, t.seed)
-    data.setup("test")
+    data = ImageDataModule(open_images(config.data, model.config.resolution, t.seed, ["test"]), config.data, t.seed)
     lit = LitAugVAE(model, config)
     lit.test_metrics = ReconstructionMetrics(
         model.levels, model.config.num_tokens, model.config.resolution, with_networks=not fake

@@ -28,6 +28,7 @@ def run(config: TrainVAEConfig, given: Mapping[str, str]) -> int:
         from latent_verse.checkpoints.augvae import load_for_training
         from latent_verse.checkpoints.files import starting_point
         from latent_verse.config import as_plain
+        from latent_verse.data.datasets import open_images
         from latent_verse.data.module import ImageDataModule
         from latent_verse.trainer import (
             announce,
@@ -47,8 +48,7 @@ def run(config: TrainVAEConfig, given: Mapping[str, str]) -> int:
     name = default_name(t, yaml_file, "augvae", config.data.fake_data)
     run = runs.open_run(t.log_dir, name, t.backup, t.backup_dir, as_plain(config))
     start_from = starting_point(runs.states(run), t.ckpt_path if t.resume else None, "augvae", model.config)
-    data = ImageDataModule(config.data, model.config.resolution, t.seed)
-    data.setup("fit")
+    data = ImageDataModule(open_images(config.data, model.config.resolution, t.seed), config.data, t.seed)
     yaml_text, config = to_yaml(config), decide_compile(config)
     trainer = make_trainer(t, RunFolder(run, as_plain(config), yaml_text), data.has_val)
     announce(t, run, start_from, idle_flags_vae(config, given, LOSSES[config.loss.loss_type].uses_lpips))

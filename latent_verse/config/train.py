@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Optional, Tuple, TypeVar  # OmegaConf reads these annotations at run time
 
+from latent_verse.config.datasets import IMAGE_DATASETS, PAIR_DATASETS, check_files
 from latent_verse.config.models import AugVAEConfig, BiARTModelConfig
 from latent_verse.config.settings import ConfigError, SamplingSettings, Settings, setting, training_only
 
@@ -26,7 +27,7 @@ class ImageDataConfig(Settings):
     dataset: Optional[str] = setting(
         None,
         "layout: class folders, any folder, tar shards, or generated images; default imagefolder",
-        ("imagefolder", "flat", "webdataset", "fake"),
+        IMAGE_DATASETS,
     )
     fake_data: bool = setting(False, "same as --dataset fake: a short smoke test without any images")
     web_dataset: bool = setting(False, "same as --dataset webdataset", hidden=True)
@@ -181,8 +182,6 @@ class EvalVAEConfig(TrainVAEConfig):
 
 # --------------------------------------------------------------------------------------------------------------- BiART
 
-DATASETS = ("pairs", "coco", "karpathy", "table", "webdataset", "codes", "shapes", "fake")
-
 
 @dataclass(frozen=True)
 class FrozenVAEConfig(Settings):
@@ -213,7 +212,9 @@ class PairDataConfig(ImageDataConfig):
     val_dir: Optional[str] = setting(None, "validation data, given like train_dir; default for karpathy: train_dir")
     test_dir: Optional[str] = setting(None, "images for evaluation; default val_dir")
     dataset: Optional[str] = setting(
-        None, "layout: name.jpg with name.txt, caption files, tar shards, codes, or generated; default pairs", DATASETS
+        None,
+        "layout: name.jpg with name.txt, caption files, tar shards, codes, or generated; default pairs",
+        PAIR_DATASETS,
     )
     train_captions: Optional[str] = setting(
         None, "caption file of coco (default ../annotations/captions_<folder>.json) or karpathy, or the table itself"
@@ -441,8 +442,7 @@ def resolve_train_vae(config: TrainVAEConfig, given: Mapping[str, str]) -> Train
     data = resolve_data(data, None if o.pretrained_path else config.model.resolution)
     if data.fake_data:
         t = limit_fake_data(t, given)
-    elif not data.train_dir:
-        raise ConfigError("train_dir is not given: name a folder of images, or try --fake_data.")
+    check_files(IMAGE_DATASETS, data, "train")
     for name in ("in_channels", "out_channels"):
         if getattr(config.model, name) != 3:
             raise ConfigError(f"{name} is {getattr(config.model, name)}, but images are read as RGB: it must be 3.")
@@ -608,6 +608,7 @@ def resolve_train_biart(config: TrainBiARTConfig, given: Mapping[str, str]) -> T
 def idle_flags_biart(config: TrainBiARTConfig, given: Mapping[str, str]) -> list[str]:
     """As `idle_flags_vae`, for train_biart."""
     dataset, trained = config.data.dataset, "the tokenizer is not trained: "
+    layout = PAIR_DATASETS[dataset]
     saved = config.trainer.resume or config.optim.pretrained_path
     why = (
         f"{trained}it comes from the checkpoint"
@@ -620,9 +621,9 @@ def idle_flags_biart(config: TrainBiARTConfig, given: Mapping[str, str]) -> list
     )
     idle = {
         "bpe_vocab_size": (saved or dataset == "codes" or config.text.tokenizer != "bpe", why),
-        "resize_ratio": (dataset in ("codes", "shapes", "fake"), f"dataset {dataset} is not cropped"),
-        "world": (dataset != "shapes", "the data is not shapes"),
-        "val_size": (dataset not in ("shapes", "fake"), f"dataset {dataset} is validated on all its pairs"),
+        "resize_ratio": (not layout.has_effect("resize_ratio"), f"dataset {dataset} is not cropped"),
+        "world": (not layout.has_effect("world"), "the data is not shapes"),
+        "val_size": (not layout.has_effect("val_size"), f"dataset {dataset} is validated on all its pairs"),
         "muon_momentum": (config.optim.optimizer != "muon", "optimizer is not muon"),
     }
     return idle_flags(config, given, idle)
@@ -631,15 +632,5 @@ def idle_flags_biart(config: TrainBiARTConfig, given: Mapping[str, str]) -> list
 def resolve_pairs(d: PairDataConfig) -> PairDataConfig:
     """As `resolve_data`, for images with captions; raises ConfigError also for what is missing."""
     d = resolve_data(d, d.img_size, default="pairs")
-    if d.dataset in ("shapes", "fake"):
-        return d
-    captions = {"karpathy": "dataset_coco.json", "table": "the .csv, .tsv or .jsonl with image paths and captions"}
-    if d.dataset in captions and not d.train_captions:
-        raise ConfigError(f"train_captions is not given; dataset {d.dataset} needs it: {captions[d.dataset]}.")
-    if d.dataset != "table" and not d.train_dir:
-        raise ConfigError("train_dir is not given: name the training images, or try --fake_data or --dataset shapes.")
-    if d.dataset not in ("coco", "karpathy", "table"):
-        for name in ("train_captions", "val_captions"):
-            if getattr(d, name):
-                raise ConfigError(f"{name} has no effect with dataset {d.dataset}: choose coco, karpathy or table.")
+    check_files(PAIR_DATASETS, d, "train")
     return d

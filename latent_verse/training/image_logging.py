@@ -151,7 +151,7 @@ class TextImageSamples(pl.Callback):
         """Generate and write, on all processes alike (a sharded network needs them all). Returns the shares correct."""
         e, s, n, device = self._examples, self.settings, self.settings.num_samples, pl_module.device
         network = pl_module.network
-        text_BL = trainer.datamodule.caption_ids(e.captions, network.vocab.pad).to(device)
+        text_BL = e.text_BL.to(device)
         codes_BN = pl_module.codes(e.x.to(device))
         null_trained = pl_module.config.loss.reference_dropout > 0
         try:
