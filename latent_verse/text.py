@@ -53,7 +53,7 @@ class PackedTokenizer(TypedDict):
 
 
 class Tokenizer:
-    """What both tokenizers share. A subclass defines `name`, `_ids`, `decode` and `save`.
+    """What both tokenizers share; a subclass adds `name`, `_ids`, `decode` and `save`.
 
     Attributes:
         vocab_size: ids are in [0, vocab_size).
@@ -74,9 +74,15 @@ class Tokenizer:
         raise NotImplementedError
 
     def decode(self, ids: Sequence[int]) -> str:
+        """The text of one list of ids.
+
+        Raises:
+            TokenizerError: an id is outside the vocabulary.
+        """
         raise NotImplementedError
 
     def save(self, folder: str | Path) -> None:
+        """Write a folder that `load_tokenizer` reads."""
         raise NotImplementedError
 
     def encode(self, text: str) -> list[int]:
@@ -130,11 +136,7 @@ class Tokenizer:
         return cut
 
     def decode_batch(self, batch: Iterable[Sequence[int]]) -> list[str]:
-        """The text of each list of ids.
-
-        Raises:
-            TokenizerError: an id is outside the vocabulary.
-        """
+        """The text of each list of ids."""
         return [self.decode(ids) for ids in batch]
 
     def _check_ids(self, ids: Sequence[int]) -> list[int]:
@@ -194,11 +196,7 @@ class ClipTokenizer(Tokenizer):
         return [encoding.ids for encoding in self._bpe.encode_batch_fast(words)]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The cleaned text, without CLIP's own start and end of text.
-
-        Raises:
-            TokenizerError: an id is outside the vocabulary.
-        """
+        """The cleaned text, without CLIP's own start and end of text."""
         return self._bpe.decode(self._check_ids(ids)).replace(WORD_END, " ").strip()
 
     def save(self, folder: str | Path) -> None:
@@ -261,11 +259,7 @@ class BPETokenizer(Tokenizer):
         return [e.ids if text.strip() else [] for text, e in zip(texts, self._bpe.encode_batch(texts), strict=True)]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The normalised text; bytes that form no character become U+FFFD.
-
-        Raises:
-            TokenizerError: an id is outside the vocabulary.
-        """
+        """The normalised text; bytes that form no character become U+FFFD."""
         return self._bpe.decode(self._check_ids(ids)).removeprefix(" ")
 
     def save(self, folder: str | Path) -> None:
