@@ -17,7 +17,7 @@ from latent_verse.config import ConfigError
 from latent_verse.config_generate import GenerateConfig
 from latent_verse.data import DataError
 from latent_verse.data.images import EXTENSIONS, describe_files, walk
-from latent_verse.pictures import grid, load_image, save_png, to_pictures
+from latent_verse.pictures import grid, load_image, save_png, to_images
 from latent_verse.pipeline import LVerse
 
 GROUP = 1024  # pictures that are held in memory to be captioned
@@ -93,7 +93,7 @@ def complete(model: LVerse, config: GenerateConfig, folder: Path) -> None:
     about = [
         {"text": text, "completed": name, "rows": config.what.rows} for text, name in zip(texts, given, strict=True)
     ]
-    _write_pictures(folder, model, config, about, pictures, [to_pictures(image[None]) for image in given.values()])
+    _write_pictures(folder, model, config, about, pictures, [to_images(image[None]) for image in given.values()])
 
 
 def caption(model: LVerse, config: GenerateConfig, folder: Path) -> None:

@@ -24,8 +24,8 @@ from latent_verse.config import BiARTConfig, ConfigError
 from latent_verse.data import DataError
 from latent_verse.data.transforms import centre_crop, to_unit_range
 from latent_verse.drawing import sample_seeds
-from latent_verse.pictures import grid, load_image, to_pictures
-from latent_verse.pipeline import LVerse
+from latent_verse.pictures import grid, load_image, to_images
+from latent_verse.pipeline import LVerse, best_device
 from latent_verse.text import BPETokenizer, TokenizerError
 
 TEXTS = ["a red circle", "two small blue squares", "красный круг", "赤い丸 🔴", ""]
@@ -62,6 +62,13 @@ def model(tiny_augvae):
 def bundle(model, tmp_path):
     model.save_pretrained(tmp_path / "bundle")
     return tmp_path / "bundle"
+
+
+def decoded_codes(model, monkeypatch) -> list[torch.Tensor]:
+    """A list that collects the codes of all images that the model decodes from now on."""
+    decoded, decode = [], model.vae.decode_codes
+    monkeypatch.setattr(model.vae, "decode_codes", lambda codes: decoded.append(codes.clone()) or decode(codes))
+    return decoded
 
 
 def photo(width=30, height=20, mode="RGB", seed=0):
@@ -220,18 +227,20 @@ def test_seeds_are_all_different():
 
 
 def test_rerank_keeps_what_the_score_ranks_first(model, monkeypatch):
-    """The chosen codes are the argmax, in each group of N draws, of log p(text | codes)."""
-    settings = {"temperature": 1.0, "top_k": None, "top_p": None, "guidance": 1.0}
+    """The chosen codes are the argmax, in each group of N samples, of log p(text | codes)."""
+    decoded = decoded_codes(model, monkeypatch)
     text_TL = model.encode_texts(TEXTS[:3])
-    draws = model._draw(text_TL, "text_to_image", 8, 0, 5, settings)
-    kept = model._draw(text_TL, "text_to_image", 2, 4, 5, settings)
+    model.text_to_image(TEXTS[:3], 8, seed=5)
+    samples = torch.cat(decoded).view(3, 8, 16)
+    decoded.clear()
+    model.text_to_image(TEXTS[:3], 2, rerank=4, seed=5)
+    kept = torch.cat(decoded).view(3, 2, 16)
     for t in range(3):
-        total = log_likelihood(model.biart, text_TL[t : t + 1].expand(8, -1), draws[t], "image").total_B
+        total = log_likelihood(model.biart, text_TL[t : t + 1].expand(8, -1), samples[t], "image").total_B
         for w in range(2):
             group = slice(4 * w, 4 * w + 4)
             assert total[group].max() > total[group].min()
-            assert torch.equal(kept[t, w], draws[t, group][total[group].argmax()])
-    assert same(model.text_to_image(TEXTS[:3], 2, rerank=4, seed=5), model._pictures(kept))
+            assert torch.equal(kept[t, w], samples[t, group][total[group].argmax()])
 
 
 def test_score_is_the_log_likelihood_of_every_pair(model):
@@ -268,16 +277,14 @@ def test_reconstruct_is_what_the_codes_hold(model):
     picture = photo()
     with torch.no_grad():
         x_BCHW = to_unit_range(centre_crop(picture, 16))[None]
-        expected = to_pictures(model.vae.decode(model.vae.encode(x_BCHW).z_q).clamp(-1, 1))
+        expected = to_images(model.vae.decode(model.vae.encode(x_BCHW).z_q).clamp(-1, 1))
     (found,) = model.reconstruct([picture])
     assert np.abs(np.asarray(found, dtype=int) - np.asarray(expected[0], dtype=int)).max() <= 1
 
 
 @pytest.mark.parametrize("text", [None, "a red circle", ["a red circle", "赤い丸"]])
-def test_complete_keeps_the_rows_exactly_and_draws_the_rest(model, monkeypatch, text):
-    decoded = []
-    decode = model.vae.decode_codes
-    monkeypatch.setattr(model.vae, "decode_codes", lambda codes: decoded.append(codes.clone()) or decode(codes))
+def test_complete_keeps_the_rows_exactly_and_generates_the_rest(model, monkeypatch, text):
+    decoded = decoded_codes(model, monkeypatch)
     pictures = [photo(seed=i) for i in range(2)]
     given = model.codes(pictures)
     rows = model.complete(pictures, 2, text, num_images=3, seed=1)
@@ -291,30 +298,29 @@ def test_complete_keeps_the_rows_exactly_and_draws_the_rest(model, monkeypatch, 
 
 @pytest.mark.parametrize("text", ["a red circle", ["a red circle", "two small blue squares"]])
 def test_complete_keeps_what_the_score_ranks_first(model, monkeypatch, text):
-    """Of each group of N draws after the same rows the one with the largest log p(its text | codes)."""
-    decoded = []
-    decode = model.vae.decode_codes
-    monkeypatch.setattr(model.vae, "decode_codes", lambda codes: decoded.append(codes.clone()) or decode(codes))
+    """Of each group of N samples after the same rows, the one with the largest log p(its text | codes)."""
+    decoded = decoded_codes(model, monkeypatch)
     pictures = [photo(seed=i) for i in range(2)]
     given = model.codes(pictures).view(2, 4, 4)
     model.complete(pictures, 1, text, num_images=8, seed=3)
-    draws = torch.cat(decoded).view(2, 8, 16)
+    samples = torch.cat(decoded).view(2, 8, 16)
     decoded.clear()
-    model.batch_size = 3  # rows of different pictures in one chunk
+    model.batch_size = 3  # rows of different images in one batch
     rows = model.complete(pictures, 1, text, num_images=2, rerank=4, seed=3)
     kept = torch.cat(decoded).view(2, 2, 16)
     text_TL = model.encode_texts([text] * 2 if isinstance(text, str) else text)
     chosen = set()
     for i in range(2):
-        assert torch.equal(draws[i, :, :4], given[i, 0].expand(8, -1))
-        total = log_likelihood(model.biart, text_TL[i : i + 1].expand(8, -1), draws[i], "image").total_B
+        assert torch.equal(samples[i, :, :4], given[i, 0].expand(8, -1))
+        total = log_likelihood(model.biart, text_TL[i : i + 1].expand(8, -1), samples[i], "image").total_B
         for w in range(2):
             group = slice(4 * w, 4 * w + 4)
             best = total[group].argmax()
-            assert torch.equal(kept[i, w], draws[i, group][best])
+            assert torch.equal(kept[i, w], samples[i, group][best])
             chosen.add(int(best))
     assert len(chosen) > 1  # not always the first
-    assert [len(row) for row in rows] == [2, 2] and same(rows, model._pictures(kept))
+    assert [len(row) for row in rows] == [2, 2]
+    assert same(rows, [to_images(model.vae.decode_codes(codes)) for codes in kept])
 
 
 def test_complete_refuses_what_it_cannot_do(model, tiny_augvae):
@@ -323,7 +329,7 @@ def test_complete_refuses_what_it_cannot_do(model, tiny_augvae):
             model.complete([photo()], rows)
     with pytest.raises(ConfigError, match="follow a text"):
         model.complete([photo()], 2, guidance=2.0)
-    with pytest.raises(ConfigError, match="3 texts for 1 pictures"):
+    with pytest.raises(ConfigError, match="3 texts for 1 "):
         model.complete([photo()], 2, ["a", "b", "c"])
     with pytest.raises(ConfigError, match="AugVAE-SL"):
         make_lverse(tiny_augvae()).complete([photo()], 2)
@@ -357,8 +363,6 @@ def test_several_levels_of_codes_work_both_ways(tiny_augvae):
         ({"temperature": 0, "num_images": 2}, r"num_images \(generate.py: num\) has no effect at temperature 0"),
         ({"temperature": 0, "rerank": 2}, "rerank has no effect at temperature 0"),
         ({"temperature": 0, "top_k": 3}, "top_k has no effect at temperature 0"),
-        ({"topk": 3}, "text_to_image has no setting topk. Did you mean top_k"),
-        ({"beam_width": 3}, "text_to_image has no setting beam_width"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(model, settings, message):
@@ -372,10 +376,14 @@ def test_settings_of_captions_that_make_no_sense_are_refused(model):
         ({"beams": 0}, "beams is 0"),
         ({"beams": 2, "temperature": 1.0}, "beams search for the one likeliest"),
         ({"temperature": 1.0, "top_k": 999}, "top_k is 999"),
-        ({"num_captoins": 3}, "Did you mean num_captions"),
     ):
         with pytest.raises(ConfigError, match=message):
             model.image_to_text([photo()], **settings)
+
+
+def test_a_mistyped_setting_is_named(model):
+    with pytest.raises(TypeError, match="topk"):
+        model.text_to_image(["a"], topk=3)
 
 
 def test_guidance_needs_dropped_references_in_training(tiny_augvae):
@@ -426,10 +434,10 @@ def test_pictures_that_cannot_be_used_are_refused(model, tmp_path):
         ([], ConfigError, "images is an empty list"),
         (tmp_path / "absent.png", DataError, "absent.png cannot be read"),
         ([str(tmp_path / "broken.png")], DataError, "broken.png cannot be read"),
-        ([3], DataError, "int is no picture"),
+        ([3], DataError, "int"),
         ([torch.zeros(3, 4)], DataError, "shape"),
         (torch.zeros(2, 8, 8), DataError, r"shape \(2, 8, 8\)"),
-        (torch.full((3, 8, 8), 200.0), DataError, r"runs from 200 to 200; give floats in \[-1, 1\]"),
+        (torch.full((3, 8, 8), 200.0), DataError, r"200 to 200; give floats in \[-1, 1\]"),
         (torch.full((3, 8, 8), float("nan")), DataError, "give floats"),
         (torch.zeros(3, 8, 8, dtype=torch.int64), DataError, "give floats"),
     ):
@@ -462,7 +470,7 @@ def test_tensors_paths_and_pictures_are_the_same_to_it(tmp_path):
     assert torch.equal(load_image(to_unit_range(x_CHW), 16), expected)
     assert torch.equal(load_image(expected, 16), expected)
     assert load_image(torch.zeros(1, 8, 8), 16).shape == (3, 16, 16)
-    assert torch.equal(load_image(to_pictures(expected[None])[0], 16), expected)
+    assert torch.equal(load_image(to_images(expected[None])[0], 16), expected)
 
 
 def test_an_upright_picture_is_made_of_exif_orientation(tmp_path):
@@ -485,14 +493,28 @@ def test_grid_holds_every_picture_and_any_text():
     assert grid([("x", [photo(300, 200)])]).width >= 300
 
 
-def test_progress_goes_to_stderr_and_leaves_the_result_alone(model, capsys):
+def test_progress_goes_to_a_terminal_alone_and_does_not_change_the_result(model, capsys, monkeypatch):
     quiet = model.text_to_image(["a", "b"], 2, rerank=2, seed=1)
-    assert capsys.readouterr() == ("", "")
     model.progress, model.batch_size = True, 3
     assert same(quiet, model.text_to_image(["a", "b"], 2, rerank=2, seed=1))
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert same(quiet, model.text_to_image(["a", "b"], 2, rerank=2, seed=1))
+    model.image_to_text([photo()])
     model.image_to_text([photo()], beams=2)
     out, err = capsys.readouterr()
-    assert out == "" and "drawing" in err and "scoring" in err and "writing" in err
+    assert out == "" and all(task in err for task in ("images", "scoring", "texts", "captions"))
+    assert err.count("100%") == 4  # every bar, however early a text ends
+
+
+def test_the_device_is_cuda_then_mps_then_cpu(bundle, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert best_device() == "cpu" and LVerse.from_pretrained(bundle).device == torch.device("cpu")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert best_device() == "mps"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert best_device() == "cuda"
 
 
 def test_training_mode_and_gradients_are_left_alone(model):
