@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Optional, Tuple
 
 import pytest
@@ -55,7 +56,7 @@ def test_text_gives_pictures_with_metadata_an_index_and_a_grid(bundle, tmp_path,
     out = tmp_path / "out"
     argv = ["--text", *TEXTS, "--num", 2, "--guidance", 2, "--rerank", 2, "--top_k", 20, "--seed", 7, "--out", out]
     assert run(bundle, *argv) == 0
-    assert "4 pictures written" in capsys.readouterr().out
+    assert "4 images written" in capsys.readouterr().out
     names = ["0000_00.png", "0000_01.png", "0001_00.png", "0001_01.png"]
     assert sorted(p.name for p in out.iterdir()) == [*names, "grid.png", "pictures.jsonl"]
     model = LVerse.from_pretrained(bundle, device="cpu")
@@ -117,7 +118,7 @@ def test_unreadable_pictures_of_a_folder_are_left_out_and_one_named_is_an_error(
     (pictures / "a.png").unlink()
     (pictures / "deep" / "b.webp").unlink()
     assert run(bundle, "--image", pictures, "--out", tmp_path / "out2") == 2
-    assert "not one of 1 pictures can be read" in capsys.readouterr().err
+    assert str(pictures / "broken.jpg") in capsys.readouterr().err
     assert not (tmp_path / "out2").exists()
 
 
@@ -127,7 +128,7 @@ def test_score_prints_a_table(bundle, pictures, capsys):
     model = LVerse.from_pretrained(bundle, device="cpu")
     files = [pictures / "a.png", pictures / "deep" / "b.webp"]
     tables = [model.score(files, TEXTS, given=given).flatten() for given in ("image", "text")]
-    assert len(rows) == 5 and "log p(text | picture)" in rows[0]
+    assert len(rows) == 5 and "log p(text | image)" in rows[0]
     for i, row in enumerate(rows[1:]):
         assert [float(x) for x in row.split()[:2]] == pytest.approx([float(t[i]) for t in tables], abs=2e-3)
         assert row.endswith(TEXTS[i % 2]) and str(files[i // 2]) in row
@@ -202,7 +203,7 @@ def test_a_seed_that_was_drawn_is_recorded_and_draws_the_same(bundle, tmp_path):
         (["--text", "a", "--top_k", "many"], "top_k: 'many'"),
         (["--text", "a " * 99, "--text_too_long", "error"], "the limit text_len is 48"),
         (["--image", "absent.png"], "absent.png does not exist"),
-        (["--image", "EMPTY"], "no picture below"),
+        (["--image", "EMPTY"], "no image below EMPTY"),
         (["--text_file", "absent.txt"], "absent.txt cannot be read"),
         (["--text_file", "BLANK"], "holds no text"),
         (["--text", "a", "--model", "nowhere"], "nowhere does not exist"),
@@ -217,8 +218,24 @@ def test_mistakes_are_one_line_and_code_2(bundle, pictures, tmp_path, capsys, mo
     places = {"PICTURES": pictures, "EMPTY": tmp_path / "empty", "BLANK": tmp_path / "blank.txt"}
     assert run(bundle, *(places.get(a, a) for a in argv)) == 2
     error = capsys.readouterr().err
-    assert message in error and "Traceback" not in error
+    assert message.replace("EMPTY", str(tmp_path / "empty")) in error and "Traceback" not in error
     assert not list(tmp_path.glob("generated*"))
+
+
+def test_the_gpu_flag_chooses_the_device(bundle, monkeypatch, capsys):
+    """--gpus 1 is cuda or mps, whichever this machine has; --gpus 0 is the CPU."""
+    devices = []
+    monkeypatch.setattr(LVerse, "from_pretrained", lambda model, device: devices.append(device) or SimpleNamespace())
+    config = GenerateConfig(what=WhatConfig(model=bundle))
+    for cuda, mps, expected in ((True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda here=cuda: here)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda here=mps: here)
+        generation.load(config)
+        assert devices.pop() == expected
+        assert ("No GPU" in capsys.readouterr().err) == (expected == "cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    generation.load(GenerateConfig(what=WhatConfig(model=bundle), write=WriteConfig(gpus=0)))
+    assert devices == ["cpu"] and capsys.readouterr().err == ""
 
 
 def test_a_model_is_needed(capsys):
