@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,10 +17,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import latent_verse
+from latent_verse.augvae.model import AugVAE
 from latent_verse.biart.model import BiART
 from latent_verse.biart.sampling import beam_search, log_likelihood
 from latent_verse.bundle import BUNDLE_FILES
-from latent_verse.checkpoint import CheckpointError, fingerprint
+from latent_verse.checkpoint import CheckpointError, fingerprint, load_augvae
 from latent_verse.config import BiARTConfig, ConfigError
 from latent_verse.data import DataError
 from latent_verse.data.transforms import centre_crop, to_unit_range
@@ -540,3 +543,15 @@ def test_public_signatures_are_those_of_the_design():
 def test_importing_the_package_stays_light():
     code = "import latent_verse, latent_verse.config_generate, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_the_package_gives_its_public_names():
+    assert (latent_verse.LVerse, latent_verse.AugVAE, latent_verse.BiART) == (LVerse, AugVAE, BiART)
+    assert latent_verse.load_augvae is load_augvae
+    assert set(latent_verse.__all__) <= set(dir(latent_verse)) and latent_verse.__version__
+    from latent_verse import LVerse as imported
+
+    assert imported is LVerse
+    with pytest.raises(AttributeError, match="LVers"):
+        latent_verse.LVers  # noqa: B018
+    assert (Path(latent_verse.__file__).parent / "py.typed").is_file()
