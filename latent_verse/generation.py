@@ -19,6 +19,7 @@ from latent_verse.config import ConfigError
 from latent_verse.config_generate import GenerateConfig
 from latent_verse.data import DataError
 from latent_verse.data.images import EXTENSIONS, describe_files, walk
+from latent_verse.files import write_text
 from latent_verse.pictures import grid, load_image, save_png, to_images
 from latent_verse.pipeline import LVerse, best_device
 
@@ -119,7 +120,7 @@ def caption_images(model: LVerse, config: GenerateConfig, settings: dict[str, An
             lines.append({"image": name, "captions": found, "settings": settings, "model": model.fingerprints})
             print("\n".join(f"{name}: {text}" for text in found))
         folder.mkdir(parents=True, exist_ok=True)
-        runs.write_whole(folder / "captions.jsonl", _jsonl(lines))  # after each group: a later image may be an error
+        write_text(folder / "captions.jsonl", _jsonl(lines))  # after each group: a later image may be an error
     if not lines:
         raise _none_readable(files)
     print(f"Written to {folder / 'captions.jsonl'}")
@@ -224,7 +225,7 @@ def _write_images(
             metadata = {key: value if isinstance(value, str) else json.dumps(value) for key, value in lines[-1].items()}
             save_png(image, folder / file, metadata | {"seed": str(settings["seed"]), "Software": "L-Verse"})
         rows.append((str(source["text"]), [*(originals[i] if originals else ()), *row]))
-    runs.write_whole(folder / "pictures.jsonl", _jsonl(lines))
+    write_text(folder / "pictures.jsonl", _jsonl(lines))
     save_png(grid(rows[:GRID_ROWS]), folder / "grid.png", {"settings": json.dumps(settings)})
     shown = f"the first {GRID_ROWS} rows" if len(rows) > GRID_ROWS else "all of them"
     print(f"{len(lines)} images written to {folder}, {shown} in {folder / 'grid.png'} (seed {settings['seed']})")

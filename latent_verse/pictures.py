@@ -17,6 +17,7 @@ from torch import Tensor
 
 from latent_verse.data import DataError
 from latent_verse.data.transforms import centre_crop, decode_rgb, to_unit_range
+from latent_verse.files import replacing
 
 ImageLike = Image.Image | str | os.PathLike | Tensor  # what `load_image` takes
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
@@ -81,9 +82,8 @@ def save_png(image: Image.Image, path: Path, about: dict[str, str]) -> None:
     info = PngInfo()
     for key, value in about.items():
         info.add_text(key, value)
-    unfinished = path.with_name(f".{path.name}.tmp")
-    image.save(unfinished, format="PNG", pnginfo=info)
-    os.replace(unfinished, path)
+    with replacing(path) as unfinished:
+        image.save(unfinished, format="PNG", pnginfo=info)
 
 
 def grid(rows: list[tuple[str, list[Image.Image]]], side: int = 128, gap: int = 8) -> Image.Image:

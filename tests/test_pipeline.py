@@ -23,28 +23,16 @@ from latent_verse.biart.model import BiART
 from latent_verse.biart.sampling import beam_search, log_likelihood
 from latent_verse.bundle import BUNDLE_FILES
 from latent_verse.checkpoint import CheckpointError, fingerprint, load_augvae
-from latent_verse.config import BiARTConfig, ConfigError
+from latent_verse.config import ConfigError
 from latent_verse.data import DataError
 from latent_verse.data.transforms import centre_crop, to_unit_range
 from latent_verse.drawing import sample_seeds
 from latent_verse.pictures import grid, load_image, to_images
 from latent_verse.pipeline import LVerse, best_device
-from latent_verse.text import BPETokenizer, TokenizerError
+from latent_verse.text import TokenizerError
+from tests.stand_ins import make_lverse, photo, same
 
 TEXTS = ["a red circle", "two small blue squares", "красный круг", "赤い丸 🔴", ""]
-
-
-def make_lverse(vae, reference_dropout=0.1, **changes) -> LVerse:
-    """A model whose predictions differ visibly: 16 px, 4 x 4 codes (or those of `vae`), captions of 24 tokens."""
-    tokenizer = BPETokenizer.train(["a red circle", "two small blue squares"] * 2, 280)
-    config = {"text_vocab": tokenizer.vocab_size, "image_vocab": vae.config.num_tokens, "image_len": vae.num_codes}
-    config |= {"text_len": 24, "n_layer": 2, "n_head": 2, "n_embd": 32} | changes
-    torch.manual_seed(0)
-    biart = BiART(BiARTConfig(**config)).eval()
-    with torch.no_grad():
-        for parameter in biart.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
-    return LVerse(vae, biart, tokenizer, {"reference_dropout": reference_dropout})
 
 
 @pytest.fixture(autouse=True)
@@ -74,27 +62,16 @@ def decoded_codes(model, monkeypatch) -> list[torch.Tensor]:
     return decoded
 
 
-def photo(width=30, height=20, mode="RGB", seed=0):
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3)).astype(np.uint8)
-    return Image.fromarray(pixels).convert(mode)
-
-
-def same(a, b, within=1) -> bool:
-    """Whether two lists of lists of pictures are equal. Other batch sizes may round a pixel the other way."""
-    a, b = (np.array([[np.asarray(p) for p in row] for row in rows], dtype=int) for rows in (a, b))
-    return a.shape == b.shape and np.abs(a - b).max() <= within
-
-
 # ------------------------------------------------------------------------------------------------------------- bundles
 
 
-def test_bundle_gives_the_same_pictures_captions_and_scores(model, bundle):
+def test_bundle_gives_the_same_images_captions_and_scores(model, bundle):
     loaded = LVerse.from_pretrained(bundle, device="cpu")
-    drawn = model.text_to_image(TEXTS, 2, guidance=2.0, rerank=2, top_k=9, seed=3)
-    assert same(drawn, loaded.text_to_image(TEXTS, 2, guidance=2.0, rerank=2, top_k=9, seed=3), within=0)
-    pictures = [row[0] for row in drawn]
-    assert model.image_to_text(pictures) == loaded.image_to_text(pictures)
-    assert torch.equal(model.score(pictures, TEXTS), loaded.score(pictures, TEXTS))
+    sampled = model.text_to_image(TEXTS, 2, guidance=2.0, rerank=2, top_k=9, seed=3)
+    assert same(sampled, loaded.text_to_image(TEXTS, 2, guidance=2.0, rerank=2, top_k=9, seed=3), within=0)
+    images = [row[0] for row in sampled]
+    assert model.image_to_text(images) == loaded.image_to_text(images)
+    assert torch.equal(model.score(images, TEXTS), loaded.score(images, TEXTS))
     assert loaded.info == model.info and loaded.fingerprints == model.fingerprints
     assert not loaded.biart.training and not loaded.vae.training
 
@@ -198,23 +175,23 @@ def test_dtype_is_the_transformers_alone(bundle, tmp_path):
             LVerse.from_pretrained(bundle, dtype=wrong)
 
 
-# ------------------------------------------------------------------------------------------------------------- drawing
+# -------------------------------------------------------------------------------------------------- images and captions
 
 
-def test_pictures_depend_on_seed_and_text_and_not_on_the_batch(model):
+def test_images_depend_on_seed_and_text_and_not_on_the_batch(model):
     settings = {"temperature": 0.9, "guidance": 1.5, "seed": 11}
-    drawn = model.text_to_image(TEXTS, 3, **settings)
-    assert [len(row) for row in drawn] == [3] * len(TEXTS)
-    assert all(p.mode == "RGB" and p.size == (16, 16) for row in drawn for p in row)
-    assert len({p.tobytes() for row in drawn for p in row}) == 3 * len(TEXTS)
+    sampled = model.text_to_image(TEXTS, 3, **settings)
+    assert [len(row) for row in sampled] == [3] * len(TEXTS)
+    assert all(p.mode == "RGB" and p.size == (16, 16) for row in sampled for p in row)
+    assert len({p.tobytes() for row in sampled for p in row}) == 3 * len(TEXTS)
     for batch_size in (1, 2, 7):
         model.batch_size = batch_size
-        assert same(drawn, model.text_to_image(TEXTS, 3, **settings))
-    assert same(drawn[3:4], model.text_to_image(TEXTS[3], 3, **settings))
-    assert same([drawn[1][:2]], model.text_to_image([TEXTS[1]], 2, **settings))
-    assert not same(drawn, model.text_to_image(TEXTS, 3, **settings | {"seed": 12}))
+        assert same(sampled, model.text_to_image(TEXTS, 3, **settings))
+    assert same(sampled[3:4], model.text_to_image(TEXTS[3], 3, **settings))
+    assert same([sampled[1][:2]], model.text_to_image([TEXTS[1]], 2, **settings))
+    assert not same(sampled, model.text_to_image(TEXTS, 3, **settings | {"seed": 12}))
     first, second = model.text_to_image(["a", "a"], seed=1)
-    assert not same([first], [second])  # asked for twice, drawn twice
+    assert not same([first], [second])  # asked for twice, sampled twice
     torch.manual_seed(4)
     unseeded = model.text_to_image(["a"])
     assert not same(unseeded, model.text_to_image(["a"]))
@@ -247,55 +224,55 @@ def test_rerank_keeps_what_the_score_ranks_first(model, monkeypatch):
 
 
 def test_score_is_the_log_likelihood_of_every_pair(model):
-    pictures = [photo(seed=i) for i in range(3)]
-    codes, text = model.codes(pictures), model.encode_texts(TEXTS)
+    images = [photo(seed=i) for i in range(3)]
+    codes, text = model.codes(images), model.encode_texts(TEXTS)
     assert len(codes.unique(dim=0)) == 3
     for given in ("image", "text"):
         model.batch_size = 4
-        table = model.score(pictures, TEXTS, given=given)
+        table = model.score(images, TEXTS, given=given)
         assert table.shape == (3, len(TEXTS)) and table.dtype == torch.float32
         for i in range(3):
             for t in range(len(TEXTS)):
                 alone = log_likelihood(model.biart, text[t : t + 1], codes[i : i + 1], given).total_B
                 torch.testing.assert_close(table[i, t], alone[0], atol=1e-3, rtol=1e-5)
     with pytest.raises(ConfigError, match="given is 'sound'"):
-        model.score(pictures, TEXTS, given="sound")
+        model.score(images, TEXTS, given="sound")
 
 
 def test_captions_greedy_sampled_and_by_beams(model):
-    pictures = [photo(seed=i) for i in range(5)]
-    greedy = model.image_to_text(pictures)
-    assert [len(row) for row in greedy] == [1] * 5 and greedy == model.image_to_text(pictures, seed=9)
-    sampled = model.image_to_text(pictures, 3, temperature=1.0, seed=2)
+    images = [photo(seed=i) for i in range(5)]
+    greedy = model.image_to_text(images)
+    assert [len(row) for row in greedy] == [1] * 5 and greedy == model.image_to_text(images, seed=9)
+    sampled = model.image_to_text(images, 3, temperature=1.0, seed=2)
     assert [len(row) for row in sampled] == [3] * 5 and len({c for row in sampled for c in row}) > 5
     model.batch_size = 2
-    assert sampled == model.image_to_text(pictures, 3, temperature=1.0, seed=2)
-    assert sampled[4:] == model.image_to_text(pictures[4], 3, temperature=1.0, seed=2)
-    ids = model.biart.vocab.unpad_text(beam_search(model.biart, model.codes(pictures), 3)[0])
-    assert model.image_to_text(pictures, beams=3) == [[model.tokenizer.decode(row)] for row in ids]
-    assert model.image_to_text(pictures, temperature=1.0, top_k=1, guidance=2.0) != greedy
+    assert sampled == model.image_to_text(images, 3, temperature=1.0, seed=2)
+    assert sampled[4:] == model.image_to_text(images[4], 3, temperature=1.0, seed=2)
+    ids = model.biart.vocab.unpad_text(beam_search(model.biart, model.codes(images), 3)[0])
+    assert model.image_to_text(images, beams=3) == [[model.tokenizer.decode(row)] for row in ids]
+    assert model.image_to_text(images, temperature=1.0, top_k=1, guidance=2.0) != greedy
 
 
 def test_reconstruct_is_what_the_codes_hold(model):
-    picture = photo()
+    image = photo()
     with torch.no_grad():
-        x_BCHW = to_unit_range(centre_crop(picture, 16))[None]
+        x_BCHW = to_unit_range(centre_crop(image, 16))[None]
         expected = to_images(model.vae.decode(model.vae.encode(x_BCHW).z_q).clamp(-1, 1))
-    (found,) = model.reconstruct([picture])
+    (found,) = model.reconstruct([image])
     assert np.abs(np.asarray(found, dtype=int) - np.asarray(expected[0], dtype=int)).max() <= 1
 
 
 @pytest.mark.parametrize("text", [None, "a red circle", ["a red circle", "赤い丸"]])
 def test_complete_keeps_the_rows_exactly_and_generates_the_rest(model, monkeypatch, text):
     decoded = decoded_codes(model, monkeypatch)
-    pictures = [photo(seed=i) for i in range(2)]
-    given = model.codes(pictures)
-    rows = model.complete(pictures, 2, text, num_images=3, seed=1)
+    images = [photo(seed=i) for i in range(2)]
+    given = model.codes(images)
+    rows = model.complete(images, 2, text, num_images=3, seed=1)
     assert [len(row) for row in rows] == [3, 3]
     codes = torch.cat(decoded).view(2, 3, 4, 4)
     assert torch.equal(codes[:, :, :2], given.view(2, 1, 4, 4)[:, :, :2].expand(-1, 3, -1, -1))
     assert not torch.equal(codes[:, :, 2:], given.view(2, 1, 4, 4)[:, :, 2:].expand(-1, 3, -1, -1))
-    alone = model.complete(pictures[1], 2, text[1] if isinstance(text, list) else text, num_images=3, seed=1)
+    alone = model.complete(images[1], 2, text[1] if isinstance(text, list) else text, num_images=3, seed=1)
     assert same(alone, rows[1:])
 
 
@@ -303,13 +280,13 @@ def test_complete_keeps_the_rows_exactly_and_generates_the_rest(model, monkeypat
 def test_complete_keeps_what_the_score_ranks_first(model, monkeypatch, text):
     """Of each group of N samples after the same rows, the one with the largest log p(its text | codes)."""
     decoded = decoded_codes(model, monkeypatch)
-    pictures = [photo(seed=i) for i in range(2)]
-    given = model.codes(pictures).view(2, 4, 4)
-    model.complete(pictures, 1, text, num_images=8, seed=3)
+    images = [photo(seed=i) for i in range(2)]
+    given = model.codes(images).view(2, 4, 4)
+    model.complete(images, 1, text, num_images=8, seed=3)
     samples = torch.cat(decoded).view(2, 8, 16)
     decoded.clear()
     model.batch_size = 3  # rows of different images in one batch
-    rows = model.complete(pictures, 1, text, num_images=2, rerank=4, seed=3)
+    rows = model.complete(images, 1, text, num_images=2, rerank=4, seed=3)
     kept = torch.cat(decoded).view(2, 2, 16)
     text_TL = model.encode_texts([text] * 2 if isinstance(text, str) else text)
     chosen = set()
@@ -344,8 +321,8 @@ def test_complete_refuses_what_it_cannot_do(model, tiny_augvae):
 
 def test_several_levels_of_codes_work_both_ways(tiny_augvae):
     model = make_lverse(tiny_augvae())
-    drawn = model.text_to_image(["a"], seed=0)
-    assert drawn[0][0].size == (16, 16) and len(model.image_to_text(drawn[0])) == 1
+    sampled = model.text_to_image(["a"], seed=0)
+    assert sampled[0][0].size == (16, 16) and len(model.image_to_text(sampled[0])) == 1
 
 
 # ------------------------------------------------------------------------------------------------- what cannot be used
@@ -391,12 +368,12 @@ def test_a_mistyped_setting_is_named(model):
 
 def test_guidance_needs_dropped_references_in_training(tiny_augvae):
     model = make_lverse(tiny_augvae(single_level=4), reference_dropout=0)
-    for draw in (
+    for call in (
         lambda: model.text_to_image(["a"], guidance=2.0),
         lambda: model.image_to_text([photo()], guidance=2.0),
     ):
         with pytest.raises(ConfigError, match="reference_dropout above 0"):
-            draw()
+            call()
     del model.info["reference_dropout"]
     with pytest.raises(ConfigError, match="reference_dropout above 0"):
         LVerse(model.vae, model.biart, model.tokenizer, {}).text_to_image(["a"], guidance=2.0)
@@ -418,8 +395,8 @@ def test_texts_that_cannot_be_used_are_refused(model):
 def test_too_long_texts_are_cut_with_a_warning_or_refused(model):
     long = "круг " * 30
     with pytest.warns(UserWarning, match=r"text 1 has \d+ tokens, text_len is 24: cut to 'круг"):
-        drawn = model.text_to_image(["a", long], seed=0)
-    assert len(drawn) == 2
+        sampled = model.text_to_image(["a", long], seed=0)
+    assert len(sampled) == 2
     model.too_long = "error"
     with pytest.raises(TokenizerError, match="limit text_len is 24"):
         model.text_to_image(["a", long])
@@ -431,7 +408,7 @@ def test_too_long_texts_are_cut_with_a_warning_or_refused(model):
         model.text_to_image(["a"])
 
 
-def test_pictures_that_cannot_be_used_are_refused(model, tmp_path):
+def test_images_that_cannot_be_used_are_refused(model, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n no more")
     for images, error, message in (
         ([], ConfigError, "images is an empty list"),
@@ -450,25 +427,25 @@ def test_pictures_that_cannot_be_used_are_refused(model, tmp_path):
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "1", "P", "CMYK", "YCbCr", "I;16", "HSV"])
 @pytest.mark.parametrize("size", [(16, 16), (1, 1), (50, 20), (7, 90)])
-def test_pictures_of_any_mode_and_size_are_taken(model, mode, size):
-    picture = photo(*size).convert("L").convert("I").point(lambda v: v * 257) if mode == "I;16" else photo(*size)
-    picture = picture.convert(mode)
-    x_CHW = load_image(picture, 16)
+def test_images_of_any_mode_and_size_are_accepted(model, mode, size):
+    image = photo(*size).convert("L").convert("I").point(lambda v: v * 257) if mode == "I;16" else photo(*size)
+    image = image.convert(mode)
+    x_CHW = load_image(image, 16)
     assert x_CHW.shape == (3, 16, 16) and x_CHW.abs().max() <= 1
     if mode in ("RGB", "L", "RGBA", "1"):  # as from a file
         file = io.BytesIO()
-        picture.save(file, "PNG")
+        image.save(file, "PNG")
         assert torch.equal(load_image(Image.open(file), 16), x_CHW)
-    assert len(model.image_to_text(picture)) == 1
+    assert len(model.image_to_text(image)) == 1
 
 
-def test_tensors_paths_and_pictures_are_the_same_to_it(tmp_path):
-    picture = photo(40, 24)
-    picture.save(tmp_path / "a.png")
-    expected = load_image(picture, 16)
+def test_a_tensor_a_path_and_an_image_give_the_same_result(tmp_path):
+    image = photo(40, 24)
+    image.save(tmp_path / "a.png")
+    expected = load_image(image, 16)
     assert torch.equal(load_image(tmp_path / "a.png", 16), expected)
     assert torch.equal(load_image(str(tmp_path / "a.png"), 16), expected)
-    x_CHW = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    x_CHW = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     assert torch.equal(load_image(x_CHW, 16), expected)
     assert torch.equal(load_image(to_unit_range(x_CHW), 16), expected)
     assert torch.equal(load_image(expected, 16), expected)
@@ -476,16 +453,16 @@ def test_tensors_paths_and_pictures_are_the_same_to_it(tmp_path):
     assert torch.equal(load_image(to_images(expected[None])[0], 16), expected)
 
 
-def test_an_upright_picture_is_made_of_exif_orientation(tmp_path):
-    picture, exif = photo(16, 16), Image.Exif()
+def test_exif_orientation_is_applied(tmp_path):
+    image, exif = photo(16, 16), Image.Exif()
     exif[0x0112] = 3
-    picture.save(tmp_path / "turned.png", exif=exif)
+    image.save(tmp_path / "turned.png", exif=exif)
     with Image.open(tmp_path / "turned.png") as turned:
-        assert torch.equal(load_image(turned, 16), load_image(picture.rotate(180), 16))
-    assert torch.equal(load_image(tmp_path / "turned.png", 16), load_image(picture.rotate(180), 16))
+        assert torch.equal(load_image(turned, 16), load_image(image.rotate(180), 16))
+    assert torch.equal(load_image(tmp_path / "turned.png", 16), load_image(image.rotate(180), 16))
 
 
-def test_grid_holds_every_picture_and_any_text():
+def test_grid_holds_every_image_and_any_text():
     rows = [
         ("a red circle " * 40, [photo(16, 16), photo(16, 16)]),
         ("赤い丸" * 99, [photo(16, 16)]),
