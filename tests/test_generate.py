@@ -20,7 +20,7 @@ from latent_verse import cli, generation
 from latent_verse.config import ConfigError, setting
 from latent_verse.config_generate import TASKS, USED, DrawConfig, GenerateConfig, WhatConfig, WriteConfig
 from latent_verse.pipeline import LVerse
-from tests.stand_ins import make_lverse, photo, same
+from tests.tiny_lverse import make_lverse, photo, same
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -30,7 +30,7 @@ from latent_verse.drawing import sample_seeds
 from latent_verse.pictures import grid, load_image, to_images
 from latent_verse.pipeline import LVerse, best_device
 from latent_verse.text import TokenizerError
-from tests.stand_ins import make_lverse, photo, same
+from tests.tiny_lverse import make_lverse, photo, same
 
 TEXTS = ["a red circle", "two small blue squares", "красный круг", "赤い丸 🔴", ""]
 
