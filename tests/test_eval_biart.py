@@ -24,7 +24,7 @@ from latent_verse.config import ConfigError
 from latent_verse.config_eval import EFFECTS, TASKS, EvalBiARTConfig, EvalDataConfig, check_eval_biart
 from latent_verse.data.shapes import World
 from latent_verse.evaluation import networks
-from latent_verse.evaluation.figures import Figures
+from latent_verse.evaluation.figures import Records
 from latent_verse.evaluation.page import choose
 from latent_verse.evaluation.pairs import Pairs, ordered
 from latent_verse.pictures import load_image
@@ -108,10 +108,17 @@ def test_one_command_gives_every_figure_with_all_that_is_needed_to_judge_it(bund
     )
 
     said = capsys.readouterr().out
-    assert "best by CLIP of 2 drawn" in said and "missing: captions/meteor" in said and "java: false" in said
+    assert "best by CLIP of 2 images" in said and "missing: captions/meteor" in said and "java: false" in said
     run_folder = tmp_path / "runs" / "run"
     page = (run_folder / "index.html").read_text()
-    for heading in ("Pictures drawn for texts", "Captions written for pictures", "Best", "Median", "Worst", "Missing"):
+    for heading in (
+        "Images generated for texts",
+        "Captions generated for images",
+        "Best",
+        "Median",
+        "Worst",
+        "Missing",
+    ):
         assert f">{heading}<" in page
     assert page.count("data:image/png;base64,") >= 9 and not re.search(r"(src|href)=.http", page)
     written = json.loads((run_folder / "captions.json").read_text())
@@ -148,8 +155,8 @@ def test_likelihoods_are_the_models(bundle, pairs, tmp_path):
     model = LVerse.from_pretrained(bundle, device="cpu")
     data = Pairs(EvalDataConfig(dataset="pairs", test_dir=str(pairs)), 16, 0)
     total = 0.0
-    for d in data.draw(3, 0):
-        codes = model.codes([data.picture(d.index)])
+    for d in data.sample(3, 0):
+        codes = model.codes([data.image(d.index)])
         total += log_likelihood(model.biart, model.encode_texts([d.caption]), codes, "text").total_B.item()
     figure = out["figures"]["likelihood/image_given_text/bits_per_code"]
     assert figure["value"] == pytest.approx(-total / math.log(2) / 3 / 16, rel=1e-4)
@@ -246,7 +253,7 @@ def test_classification_holds_a_batch_of_pictures_and_passes_over_broken_ones(
     assert run(tmp_path, *flags, name="broken")["figures"]["zero_shot/text_given_image/top_1"]["samples"] == 5
     argv = [*map(str, flags), "--class_pictures", "1", "--gpus", "0", "--log_dir", str(tmp_path / "runs")]
     assert eval_biart.main(argv) == 2
-    assert "classes_dir: none of the 1 pictures asked for" in capsys.readouterr().err
+    assert "classes_dir: none of the 1 images" in capsys.readouterr().err
 
 
 def test_what_a_late_task_needs_is_asked_for_first(tiny_augvae, pairs, tmp_path, capsys):
@@ -265,7 +272,7 @@ def test_results_of_other_settings_are_kept(bundle, pairs, tmp_path, capsys):
     assert not (folder / "metrics-1.json").exists()
     for number in (1, 2):
         run(tmp_path, *flags, "--likelihood_pairs", number + 1)
-        assert f"kept as metrics-{number}.json" in capsys.readouterr().out
+        assert f"metrics-{number}.json" in capsys.readouterr().out
     assert json.loads((folder / "metrics-1.json").read_text())["figures"] == first["figures"]
     names = ("metrics{}.json", "index{}.html", "config{}.yaml")
     assert {p.name for p in folder.iterdir()} == {name.format(end) for name in names for end in ("", "-1", "-2")}
@@ -301,7 +308,8 @@ def test_a_lower_precision_is_said_with_every_figure(bundle, pairs, tmp_path, ca
 def test_processes_that_torchrun_has_started_are_joined(monkeypatch):
     import socket
 
-    from latent_verse.evaluation.ranks import Ranks, launch
+    from latent_verse.evaluation.ranks import launch
+    from latent_verse.metrics.processes import Ranks
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -353,7 +361,7 @@ def test_pictures_without_captions_have_no_clip_score(pairs, tmp_path, stand_ins
     made = write_pairs(tmp_path / "made", 5)
     (made / "p002.txt").unlink()
     out = run(tmp_path, "--generated_dir", made, "--test_dir", pairs, "--fid_resolution", 16, "--is_splits", 1)
-    assert "1 of 5 pictures have no caption" in out["missing"]["generation/clip_score"]
+    assert "1 of 5 images have no caption" in out["missing"]["generation/clip_score"]
     assert out["figures"]["generation/fid_0"]["samples"] == 5
 
 
@@ -361,9 +369,9 @@ def test_too_few_pictures_leave_their_figures_missing(pairs, tmp_path, stand_ins
     made = write_pairs(tmp_path / "made", 1)
     out = run(tmp_path, "--generated_dir", made, "--test_dir", pairs, "--fid_resolution", 16)
     for name, reason in (
-        ("fid_8", "at least 2 pictures of each side, got 1 and 12"),
-        ("inception_score", "at least is_splits 10 pictures, got 1"),
-        ("recall", "more than prc_neighbours 3 pictures of each side, got 1 and 12"),
+        ("fid_8", "at least 2 images of each set, got 1 generated and 12 reference images"),
+        ("inception_score", "is_splits 10 images, got 1"),
+        ("recall", "prc_neighbours 3 images of each set, got 1 generated and 12 reference images"),
     ):
         assert reason in out["missing"][f"generation/{name}"]
     assert set(out["figures"]) == {"generation/clip_score"}
@@ -410,9 +418,9 @@ def test_the_truth_of_shapes_is_exact_for_an_oracle(bundle, tmp_path, monkeypatc
             return [[self.world.render(self.scene_of(t))] * count for t in texts], torch.zeros(len(texts), count)
 
         def image_to_text(self, images, **settings):
-            from latent_verse.evaluation.context import as_image
+            from latent_verse.evaluation.context import as_pil
 
-            images = [as_image(x) if torch.is_tensor(x) else x for x in images]
+            images = [as_pil(x) if torch.is_tensor(x) else x for x in images]
             return super().image_to_text(images)
 
         def encode_texts(self, texts):
@@ -448,14 +456,14 @@ def test_the_truth_of_shapes_is_exact_for_an_oracle(bundle, tmp_path, monkeypatc
 
 
 def test_a_wrong_step_makes_a_trip_wrong():
-    from latent_verse.evaluation.round_trips import Trip, judge
+    from latent_verse.evaluation.round_trips import Trip, check_trip
 
     world = World.preset("small")
     oracle = Oracle(world)
     scene = oracle.scene_of("a red square")
     good, other = "a red square", "a blue square"
     draw = lambda text: world.render(oracle.scene_of(text))  # noqa: E731
-    right = judge(world, scene, good, Trip(good, draw(good), draw(good), good))
+    right = check_trip(world, scene, good, Trip(good, draw(good), draw(good), good))
     assert right["image_text_image"]["all"] and right["text_image_text"]["all"]
     for trip, name in (
         (Trip(other, draw(other), draw(good), good), "image_text_image"),  # false words, drawn faithfully
@@ -463,7 +471,7 @@ def test_a_wrong_step_makes_a_trip_wrong():
         (Trip(good, draw(good), draw(other), other), "text_image_text"),
         (Trip(good, draw(good), draw(good), other), "text_image_text"),
     ):
-        judged = judge(world, scene, good, trip)
+        judged = check_trip(world, scene, good, trip)
         assert not judged[name]["all"] and not judged[name]["colour"] and judged[name]["shape"]
         assert sum(judged[n]["all"] for n in judged) == 1
 
@@ -471,7 +479,7 @@ def test_a_wrong_step_makes_a_trip_wrong():
 def test_shapes_of_another_size_than_the_models_are_refused(bundle, tmp_path, capsys):
     argv = ["--model", bundle, "--dataset", "shapes", "--gpus", 0, "--log_dir", tmp_path / "runs"]
     assert eval_biart.main([*map(str, argv)]) == 2
-    assert "pictures of 32 px, but 16 px" in capsys.readouterr().err
+    assert "32 px, but 16 px" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------------------- compare
@@ -479,16 +487,16 @@ def test_shapes_of_another_size_than_the_models_are_refused(bundle, tmp_path, ca
 
 def test_two_runs_side_by_side(tmp_path, capsys):
     for name, value, samples, own in (("a", 40.0, 100, {"dtype": "float32"}), ("b", 30.0, 50, {})):
-        figures = Figures({"biart": name}, 0)
-        figures.add("generation/fid_0", value, samples=samples, library="x 1.0", protocol="p")
-        figures.add("generation/fid_8", 1.0, samples=7, library="x 1.0", protocol="p", **own)
-        figures.add("captions/cider", 0.5, samples=7, library="x 1.0", protocol="p", drawn=1)
+        records = Records({"biart": name}, 0)
+        records.add("generation/fid_0", value, samples=samples, library="x 1.0", protocol="p")
+        records.add("generation/fid_8", 1.0, samples=7, library="x 1.0", protocol="p", **own)
+        records.add("captions/cider", 0.5, samples=7, library="x 1.0", protocol="p", drawn=1)
         if name == "a":
-            figures.add("captions/spice", 0.2, samples=7, library="x 1.0", protocol="p")
+            records.add("captions/spice", 0.2, samples=7, library="x 1.0", protocol="p")
         else:
-            figures.miss("captions/spice", "no Java")
+            records.miss("captions/spice", "no Java")
         (tmp_path / name).mkdir()
-        (tmp_path / name / "metrics.json").write_text(json.dumps(figures.as_json()))
+        (tmp_path / name / "metrics.json").write_text(json.dumps(records.as_json()))
     assert eval_biart.main(["--compare", str(tmp_path / "a"), str(tmp_path / "b" / "metrics.json")]) == 0
     head, fid, drawn_elsewhere, cider, spice = capsys.readouterr().out.splitlines()
     assert head.split() == [str(tmp_path / "a"), str(tmp_path / "b" / "metrics.json"), "difference"]
@@ -498,15 +506,15 @@ def test_two_runs_side_by_side(tmp_path, capsys):
     assert spice.split() == ["captions/spice", "0.2", "missing"]
     (tmp_path / "b" / "metrics.json").write_text("{}")
     assert eval_biart.main(["--compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 2
-    assert "holds no figures" in capsys.readouterr().err
+    assert str(tmp_path / "b" / "metrics.json") in capsys.readouterr().err
     assert eval_biart.main(["--compare", str(tmp_path / "a"), str(tmp_path / "none")]) == 2
     assert "does not exist" in capsys.readouterr().err
 
 
 def test_a_figure_that_is_no_number_is_missing():
-    figures = Figures({}, 0)
-    figures.add("x", float("nan"), samples=3, library="l 1.0", protocol="p")
-    assert not figures.values and "nan on 3 samples" in figures.missing["x"]
+    records = Records({}, 0)
+    records.add("x", float("nan"), samples=3, library="l 1.0", protocol="p")
+    assert not records.values and "nan on 3 samples" in records.missing["x"]
 
 
 @pytest.mark.parametrize(
@@ -521,7 +529,7 @@ def test_a_figure_that_is_no_number_is_missing():
     ],
 )
 def test_best_median_and_worst(scores, count, expected):
-    assert choose(scores, count) == expected
+    assert tuple(choose(scores, count).values()) == expected
 
 
 # ------------------------------------------------------------------------------------------------------------ mistakes

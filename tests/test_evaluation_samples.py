@@ -17,13 +17,13 @@ from latent_verse.config_eval import EvalDataConfig
 from latent_verse.data import DataError
 from latent_verse.evaluation import samples
 from latent_verse.evaluation.pairs import Pairs, ordered
-from latent_verse.evaluation.ranks import Ranks
+from latent_verse.metrics.processes import Ranks
 from tests.stand_ins import write_pairs
 from tests.test_ddp import in_two_processes
 from tests.test_pipeline import make_lverse, one_thread  # noqa: F401 (a fixture)
 
 TEXTS = ["a red circle", "two small blue squares", "a red circle", "a red", "a blue circle"]
-SETTINGS = {"temperature": 1.0, "top_k": None, "top_p": None, "guidance": 1.0}
+SAMPLING = {"temperature": 1.0, "top_k": None, "top_p": None, "guidance": 1.0}
 
 
 @pytest.fixture
@@ -32,8 +32,8 @@ def model(tiny_augvae):
 
 
 def draw(model, folder, ranks=None, batch_size=2, **changes):
-    options = {"candidates": 2, "seed": 3, "batch_size": batch_size, "settings": SETTINGS} | changes
-    samples.draw(model, TEXTS, folder, ranks or Ranks(), **options)
+    options = {"candidates": 2, "seed": 3, "batch_size": batch_size, "sampling": SAMPLING} | changes
+    samples.generate(model, TEXTS, folder, ranks or Ranks(), **options)
     return {p.name: np.asarray(Image.open(p)).astype(int) for p in sorted(folder.glob("*.png"))}
 
 
@@ -173,7 +173,7 @@ def test_plain_folders_take_captions_from_beside(tmp_path):
         ("{", "line 1 is not"),
         ('{"text": "x"}', "line 1 is not"),
         ('{"file": "gone.png", "text": "x"}', "gone.png does not exist"),
-        ('{"file": "p000.png"}\n{"file": "p001.png"}\n{"file": "p001.png", "number": 1}', r"\[1, 2\] pictures"),
+        ('{"file": "p000.png"}\n{"file": "p001.png"}\n{"file": "p001.png", "number": 1}', r"\[1, 2\] images"),
     ],
 )
 def test_an_index_that_does_not_fit_is_refused(tmp_path, content, message):
@@ -186,11 +186,11 @@ def test_an_index_that_does_not_fit_is_refused(tmp_path, content, message):
 def test_no_pictures(tmp_path):
     with pytest.raises(DataError, match="is no folder"):
         samples.read_groups(tmp_path / "none")
-    with pytest.raises(DataError, match="no picture below"):
+    with pytest.raises(DataError, match="no image below"):
         samples.read_groups(tmp_path)
     (tmp_path / "x.png").write_bytes(b"no")
     with pytest.raises(DataError, match=r"x\.png cannot be read"):
-        samples.read_picture(tmp_path / "x.png", 16)
+        samples.read_image(tmp_path / "x.png", 16)
 
 
 # ---------------------------------------------------------------------------------------------------------- fixed draw
@@ -204,13 +204,13 @@ def test_the_draw_is_of_different_pictures_first_and_of_the_names_alone(tmp_path
     write_pairs(tmp_path / "a", 6, captions=3)
     shutil.copytree(tmp_path / "a", tmp_path / "deep" / "b")
     one, other = pairs_of(tmp_path / "a"), pairs_of(tmp_path / "deep" / "b")
-    drawn = one.draw(8, 0)
-    assert drawn == other.draw(8, 0) and one.about(drawn, 0) == other.about(drawn, 0)
+    drawn = one.sample(8, 0)
+    assert drawn == other.sample(8, 0) and one.about(drawn, 0) == other.about(drawn, 0)
     assert len({d.index for d in drawn[:6]}) == 6 and len({d.index for d in drawn}) == 6
     assert all(d.caption in one.captions(d.index) for d in drawn)
-    assert one.draw(4, 0) == drawn[:4]
-    assert one.draw(8, 1) != drawn
-    everything = one.draw(10**6, 0)
+    assert one.sample(4, 0) == drawn[:4]
+    assert one.sample(8, 1) != drawn
+    everything = one.sample(10**6, 0)
     assert len(everything) == len(set(everything)) == 18
     assert one.about(drawn, 0)["captions"] == 8 and one.about(drawn, 0)["pictures"] == 6
 
@@ -246,7 +246,7 @@ def test_names_and_ids(tmp_path):
         assert Pairs(own, 32, 0).image_ids() == Pairs(own, 32, 0).names
     shapes = Pairs(EvalDataConfig(dataset="shapes", test_size=4), 32, 0)
     assert shapes.image_ids() == [0, 1, 2, 3] and shapes.made_up
-    assert shapes.captions(2) and shapes.scene(2) and shapes.picture(2).shape == (3, 32, 32)
+    assert shapes.captions(2) and shapes.scene(2) and shapes.image(2).shape == (3, 32, 32)
 
 
 def test_settings_are_named_as_eval_biart_names_them(tmp_path):

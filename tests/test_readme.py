@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from latent_verse import demo
 from latent_verse.cli import parse
 from latent_verse.config import EvalVAEConfig, TrainVAEConfig, check_eval_vae, check_train_vae
 from latent_verse.config_biart import TrainBiARTConfig, check_train_biart
 from latent_verse.config_eval import EvalBiARTConfig, check_eval_biart
 from latent_verse.config_generate import GenerateConfig, check_generate
+from latent_verse.demo import run as demo
 
 REPO = Path(__file__).parent.parent
 PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]

@@ -71,24 +71,24 @@ def oracle():
 
 @pytest.mark.parametrize("split", ["val", "heldout"])
 def test_an_oracle_is_right_in_everything(oracle, split):
-    figures, cases = evaluate(oracle, SMALL, split, 25, 0, ShapesDrawConfig(rerank=3))
+    results, cases = evaluate(oracle, SMALL, split, 25, 0, ShapesDrawConfig(rerank=3))
     for name in ("text_to_image", "image_to_text", "reranked"):
-        assert (figures[name]["right"], figures[name]["total"]) == (25, 25)
-        assert figures[name]["attributes"] == {a: {"right": 25, "total": 25} for a in ATTRIBUTES}
-    assert figures["reconstruction"] == {"right": 25, "total": 25}
-    assert figures["reranked"]["drawn"] == 3
+        assert (results[name]["right"], results[name]["total"]) == (25, 25)
+        assert results[name]["attributes"] == {a: {"right": 25, "total": 25} for a in ATTRIBUTES}
+    assert results["reconstruction"] == {"right": 25, "total": 25}
+    assert results["reranked"]["drawn"] == 3
     assert len({SMALL.key(case.scene) for case in cases}) == 25
     assert {SMALL.split_of(case.scene) for case in cases} == {split}
     assert all(all(case.right.values()) and len(case.right) == 4 for case in cases)
 
 
 def test_a_blind_model_is_right_in_next_to_nothing():
-    figures, _ = evaluate(Blind(), SMALL, "val", 40, 0, ShapesDrawConfig())
-    assert figures["text_to_image"]["right"] <= 2
-    assert figures["image_to_text"]["right"] <= 2
-    assert figures["reconstruction"]["right"] == 0
-    assert figures["text_to_image"]["attributes"]["count"]["right"] > 5  # some attribute agrees by chance
-    assert "reranked" not in figures
+    results, _ = evaluate(Blind(), SMALL, "val", 40, 0, ShapesDrawConfig())
+    assert results["text_to_image"]["right"] <= 2
+    assert results["image_to_text"]["right"] <= 2
+    assert results["reconstruction"]["right"] == 0
+    assert results["text_to_image"]["attributes"]["count"]["right"] > 5  # some attribute agrees by chance
+    assert "reranked" not in results
 
 
 def test_only_what_the_picture_shows_counts(oracle):
@@ -98,9 +98,9 @@ def test_only_what_the_picture_shows_counts(oracle):
         def text_to_image(self, texts, **settings):
             return [[SMALL.render(SMALL.scene(0))] for _ in texts]
 
-    figures, cases = evaluate(Wrong(), SMALL, "val", 10, 0, ShapesDrawConfig())
-    assert figures["image_to_text"]["right"] == 10
-    assert figures["text_to_image"]["right"] == sum(case.right["text_to_image"] for case in cases) < 3
+    results, cases = evaluate(Wrong(), SMALL, "val", 10, 0, ShapesDrawConfig())
+    assert results["image_to_text"]["right"] == 10
+    assert results["text_to_image"]["right"] == sum(case.right["text_to_image"] for case in cases) < 3
 
 
 def test_the_seed_decides_and_settings_reach_the_model(oracle):
@@ -124,17 +124,17 @@ def test_more_scenes_than_there_are(oracle):
 
 
 def test_write_json(oracle, tmp_path):
-    figures, cases = evaluate(oracle, SMALL, "val", 5, 0, ShapesDrawConfig(rerank=2))
-    shapes.write_json(tmp_path / "new" / "val.json", figures, cases, samples=2)
+    results, cases = evaluate(oracle, SMALL, "val", 5, 0, ShapesDrawConfig(rerank=2))
+    shapes.write_json(tmp_path / "new" / "val.json", results, cases, samples=2)
     written = json.loads((tmp_path / "new" / "val.json").read_text())
-    assert written["text_to_image"] == figures["text_to_image"]
+    assert written["text_to_image"] == results["text_to_image"]
     assert len(written["cases"]) == 5
     first = written["cases"][0]
-    assert SMALL.parse_image(Image.open(tmp_path / "new" / first["picture"])) == SMALL.parse_image(cases[0].picture)
+    assert SMALL.parse_image(Image.open(tmp_path / "new" / first["picture"])) == SMALL.parse_image(cases[0].image)
     assert {"drawn", "reranked", "reconstruction", "text", "written", "right"} <= first.keys()
     assert "picture" not in written["cases"][2]
     assert len(list((tmp_path / "new" / "val_samples").iterdir())) == 8
-    assert "5 of 5  100.0%" in shapes.table(figures, "title")
+    assert "5 of 5  100.0%" in shapes.table(results, "title")
 
 
 @pytest.fixture
@@ -194,4 +194,4 @@ def test_mistakes(flags, words, capsys):
 
 def test_a_bundle_of_another_resolution(bundle, capsys):
     assert shapes.main(["--model", str(bundle), "--world", "full", "--count", "2", "--gpus", "0"]) == 2
-    assert "trained on something else" in capsys.readouterr().err
+    assert "world: full" in capsys.readouterr().err

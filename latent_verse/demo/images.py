@@ -1,0 +1,36 @@
+"""The demo's first stage: images of a shapes world with captions, to train on and to validate with.
+
+python -m latent_verse.demo.images --world small --out demo         writes demo/data/train and demo/data/val
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from latent_verse.cli import errors_to_exit_code, parse
+from latent_verse.data.shapes import World, write_pairs
+from latent_verse.demo.run import VAL_PAIRS, DemoConfig, DemoSettings, check, train_pairs
+
+CAPTIONS = 8  # of each image
+
+
+def write_images(s: DemoSettings) -> None:
+    """Write <out>/data/train, <out>/data/val and, at the end, the file <out>/data/finished."""
+    world, folder, pairs = World.preset(s.world), Path(s.out).expanduser() / "data", train_pairs(s)
+    write_pairs(world, folder / "train", pairs, "train", captions=CAPTIONS)
+    write_pairs(world, folder / "val", min(VAL_PAIRS, pairs), "val", captions=CAPTIONS)
+    (folder / "finished").touch()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write the images; 0 when done, 2 for a mistake in the settings."""
+    with errors_to_exit_code() as code:
+        config, _ = parse(DemoConfig, argv, __doc__)
+        check(config.demo)
+        write_images(config.demo)
+    return code[0] if code else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
