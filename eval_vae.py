@@ -30,7 +30,7 @@ def run(config: EvalVAEConfig, given: dict[str, str]) -> int:
         from latent_verse.checkpoint import CheckpointError, agree_with_checkpoint, load_augvae
         from latent_verse.data import DataError
         from latent_verse.data.module import ImageDataModule
-        from latent_verse.evaluation.reconstruction import ReconstructionMetrics, table
+        from latent_verse.metrics.reconstruction import ReconstructionMetrics, table
         from latent_verse.trainer import choose_devices, choose_strategy, quiet_lightning
 
     with errors_to_exit_code(CheckpointError, DataError) as code:

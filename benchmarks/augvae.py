@@ -24,7 +24,7 @@ from latent_verse.augvae.layers import Upsample
 from latent_verse.augvae.model import AugVAE
 from latent_verse.augvae.training import LitAugVAE
 from latent_verse.config import AugVAEConfig, TrainerConfig, TrainVAEConfig, VAELossConfig
-from latent_verse.evaluation.reconstruction import ReconstructionMetrics
+from latent_verse.metrics.reconstruction import ReconstructionMetrics
 from latent_verse.optimizer import MuonAdamW, adamw
 
 SHAPES = {

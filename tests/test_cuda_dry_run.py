@@ -20,7 +20,7 @@ from latent_verse.biart.sequence import DIRECTIONS, TEXT_TO_IMAGE
 from latent_verse.biart.training import NO_TOKEN, LitBiART
 from latent_verse.config import AugVAEConfig, BiARTConfig, TrainerConfig, TrainVAEConfig, VAELossConfig, VAEOptimConfig
 from latent_verse.config_biart import BiARTLossConfig, TrainBiARTConfig
-from latent_verse.evaluation.reconstruction import ReconstructionMetrics
+from latent_verse.metrics.reconstruction import ReconstructionMetrics
 from latent_verse.optimizer import MuonAdamW, adamw
 from latent_verse.recompute import checkpoint_activations
 from tests.fake_cuda import DEVICE, Kept, fake_cuda

@@ -23,10 +23,10 @@ from latent_verse.cli import parse
 from latent_verse.config import ConfigError
 from latent_verse.config_eval import EFFECTS, TASKS, EvalBiARTConfig, EvalDataConfig, check_eval_biart
 from latent_verse.data.shapes import World
-from latent_verse.evaluation import networks
 from latent_verse.evaluation.figures import Records
 from latent_verse.evaluation.page import choose
 from latent_verse.evaluation.pairs import Pairs, ordered
+from latent_verse.metrics import networks
 from latent_verse.pictures import load_image
 from latent_verse.pipeline import LVerse
 from tests.stand_ins import Colours, Words, write_pairs
@@ -199,7 +199,7 @@ def test_the_same_command_goes_on_and_keeps_its_reference(bundle, pairs, tmp_pat
         LVerse, "draw_scored", lambda self, texts, *a, **k: drawn.append(texts) or original(self, texts, *a, **k)
     )
     monkeypatch.setattr(
-        "latent_verse.evaluation.generation.save_reference", lambda *a: pytest.fail("the reference is there already")
+        "latent_verse.metrics.image_quality.save_reference", lambda *a: pytest.fail("the reference is there already")
     )
     again = run(tmp_path, *flags)
     assert [len(texts) for texts in drawn] == [1]
@@ -216,7 +216,7 @@ def test_a_cached_reference_of_other_pictures_or_fewer_features_is_refused(bundl
     assert f["generation/precision"]["samples"] == f["generation/precision"]["references"] == 6
     argv = [*map(str, flags), "--gpus", "0", "--log_dir", str(tmp_path / "runs")]
     assert eval_biart.main([*argv, "--prc_pictures", "9"]) == 2
-    assert "prc_pictures: 6 in it, 9 asked for" in capsys.readouterr().err
+    assert "prc_pictures: 6 then, 9 now" in capsys.readouterr().err
     Image.new("RGB", (20, 20)).save(pairs / "p004.png")  # another picture under the same name
     assert eval_biart.main(argv) == 2
     assert "files: " in capsys.readouterr().err

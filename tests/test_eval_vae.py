@@ -121,15 +121,15 @@ def test_lpips_where_the_weights_are_and_only_where_they_are_the_right_ones(tmp_
     pictures = write_pictures(tmp_path / "pictures", 3)
     refused = evaluate(tmp_path, model, "--test_dir", str(pictures))["missing"]["lpips"]
     assert "damaged or another network" in refused and "397923af" in refused
-    monkeypatch.setattr("latent_verse.evaluation.networks.sha256", lambda path: "397923af" + 56 * "0")
+    monkeypatch.setattr("latent_verse.metrics.networks.sha256", lambda path: "397923af" + 56 * "0")
     results = evaluate(tmp_path, model, "--test_dir", str(pictures))
     assert results["lpips"] > 0 and set(results["missing"]) == {"rfid"}
 
 
 def test_rfid_goes_through_the_code_that_judges_generated_pictures(tmp_path, model, monkeypatch):
     """With a stand-in for Inception: the rFID of eval_vae is that of the written files by eval_biart's functions."""
-    from latent_verse.evaluation import generation, networks
     from latent_verse.evaluation.samples import read_image
+    from latent_verse.metrics import image_quality, networks
     from latent_verse.metrics.processes import Ranks
     from tests.stand_ins import Colours
 
@@ -141,9 +141,9 @@ def test_rfid_goes_through_the_code_that_judges_generated_pictures(tmp_path, mod
     for name in ("original_images", "generated_images"):
         files = sorted((results["run"] / name).iterdir())
         options = {"radii": (0,), "batch_size": 4, "keep_features": 0, "keep_logits": False}
-        side = generation.extract_features(lambda i, f=files: read_image(f[i], 16), 7, Colours(), Ranks(), **options)
+        side = image_quality.extract_features(lambda i, f=files: read_image(f[i], 16), 7, Colours(), Ranks(), **options)
         sides.append(side.moments[0])
-    assert results["rfid"] == pytest.approx(generation.frechet_distance(*sides), rel=1e-6)
+    assert results["rfid"] == pytest.approx(image_quality.frechet_distance(*sides), rel=1e-6)
     assert results["rfid"] > 1
 
 

@@ -9,8 +9,8 @@ import shutil
 import pytest
 
 from latent_verse.data import DataError
-from latent_verse.evaluation import captions
-from latent_verse.evaluation.captions import diversity, plain_words, read_captions_file, score
+from latent_verse.metrics import captions
+from latent_verse.metrics.captions import diversity, plain_words, read_captions_file, score
 
 needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="no Java on this machine")
 WRITTEN = ["A man rides a horse.", "two dogs play on the grass", "a red bus, isn't it?"]

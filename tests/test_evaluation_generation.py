@@ -12,10 +12,10 @@ from PIL import Image, ImageFilter
 from latent_verse.config import ConfigError
 from latent_verse.data import DataError
 from latent_verse.data.images import ImageDataset2
-from latent_verse.evaluation import generation, networks
-from latent_verse.evaluation.generation import Moments, extract_features, frechet_distance
-from latent_verse.evaluation.networks import NetworkMissing, Weights
 from latent_verse.evaluation.samples import read_image
+from latent_verse.metrics import image_quality, networks
+from latent_verse.metrics.image_quality import Moments, extract_features, frechet_distance
+from latent_verse.metrics.networks import NetworkMissing, Weights
 from latent_verse.metrics.processes import Ranks
 from tests.stand_ins import Colours, write_pairs
 from tests.test_ddp import in_two_processes
@@ -79,10 +79,10 @@ def test_fid_k_blurs_both_sides_after_resizing():
     x = pictures(1)[0]
     pil = Image.fromarray(x.permute(1, 2, 0).numpy())
     expected = torch.from_numpy(np.array(pil.filter(ImageFilter.GaussianBlur(2)))).permute(2, 0, 1)
-    assert torch.equal(generation.blur(x, 2), expected) and not torch.equal(expected, x)
-    assert torch.equal(generation.blur(x, 0), x)
+    assert torch.equal(image_quality.blur(x, 2), expected) and not torch.equal(expected, x)
+    assert torch.equal(image_quality.blur(x, 0), x)
     side = extract_features(pictures(5).__getitem__, 5, Colours(), Ranks(), **OPTIONS)
-    features = Colours()(torch.stack([generation.blur(x, 2) for x in pictures(5)]))
+    features = Colours()(torch.stack([image_quality.blur(x, 2) for x in pictures(5)]))
     assert torch.allclose(side.moments[2].sum_F, features.double().sum(0))
 
 
@@ -127,7 +127,7 @@ def test_two_processes_measure_what_one_does(tmp_path):
 
 
 def summed(rank: int) -> dict[str, torch.Tensor]:
-    metric = generation.FrechetDistance(12)
+    metric = image_quality.FrechetDistance(12)
     if rank == 0:  # the other process has had no picture
         metric.update(Colours()(torch.stack(pictures(9))), real=True)
         metric.update(Colours()(torch.stack(pictures(9, 1))), real=False)
@@ -150,8 +150,8 @@ def test_reference_statistics_come_back_from_their_file(tmp_path):
         extract_features(x.__getitem__, 20, Colours(), Ranks(), **OPTIONS) for x in (pictures(20), pictures(20, 1))
     )
     about, file = {"network": "mean colours", "resolution": 16}, tmp_path / "deep" / "reference.npz"
-    generation.save_reference(file, real, about)
-    again = generation.load_reference(file, about, (0, 2))
+    image_quality.save_reference(file, real, about)
+    again = image_quality.load_reference(file, about, (0, 2))
     for k in (0, 2):
         assert frechet_distance(again.moments[k], made.moments[k]) == pytest.approx(
             frechet_distance(real.moments[k], made.moments[k]), rel=1e-7
@@ -166,25 +166,25 @@ def test_reference_statistics_come_back_from_their_file(tmp_path):
 @pytest.mark.parametrize(
     ("about", "radii", "message"),
     [
-        ({"network": "other", "resolution": 16}, (0,), "network: 'mean colours' in it, 'other' asked for"),
-        ({"network": "mean colours", "resolution": 32}, (0,), "resolution: 16 in it, 32 asked for"),
+        ({"network": "other", "resolution": 16}, (0,), "network: 'mean colours' then, 'other' now"),
+        ({"network": "mean colours", "resolution": 32}, (0,), "resolution: 16 then, 32 now"),
         ({"network": "mean colours", "resolution": 16}, (0, 4), "blur radius 4 is not in it"),
     ],
 )
 def test_statistics_of_something_else_are_refused(tmp_path, about, radii, message):
     side = extract_features(pictures(5).__getitem__, 5, Colours(), Ranks(), **OPTIONS)
-    generation.save_reference(tmp_path / "r.npz", side, {"network": "mean colours", "resolution": 16})
+    image_quality.save_reference(tmp_path / "r.npz", side, {"network": "mean colours", "resolution": 16})
     with pytest.raises(DataError, match=message):
-        generation.load_reference(tmp_path / "r.npz", about, radii)
+        image_quality.load_reference(tmp_path / "r.npz", about, radii)
 
 
 def test_what_is_no_file_of_statistics_is_refused(tmp_path):
     (tmp_path / "r.npz").write_bytes(b"no")
     with pytest.raises(DataError, match=r"[rs]\.npz"):
-        generation.load_reference(tmp_path / "r.npz", {}, (0,))
+        image_quality.load_reference(tmp_path / "r.npz", {}, (0,))
     np.savez(tmp_path / "s.npz", mu=np.zeros(3))
     with pytest.raises(DataError, match=r"[rs]\.npz"):
-        generation.load_reference(tmp_path / "s.npz", {}, (0,))
+        image_quality.load_reference(tmp_path / "s.npz", {}, (0,))
 
 
 # ------------------------------------------------------------------------------------------------------- other figures
@@ -192,26 +192,26 @@ def test_what_is_no_file_of_statistics_is_refused(tmp_path):
 
 def test_inception_score_of_sure_and_even_classes_is_their_number():
     sure = {i: np.eye(4, dtype=np.float32)[i % 4] * 100 for i in range(40)}
-    assert generation.inception_score(sure, 1)["inception_score"] == pytest.approx(4, rel=1e-4)
+    assert image_quality.inception_score(sure, 1)["inception_score"] == pytest.approx(4, rel=1e-4)
     unsure = {i: np.zeros(4, np.float32) for i in range(40)}
-    assert generation.inception_score(unsure, 5) == pytest.approx({"inception_score": 1, "inception_score_std": 0})
+    assert image_quality.inception_score(unsure, 5) == pytest.approx({"inception_score": 1, "inception_score_std": 0})
     with pytest.raises(ValueError, match="is_splits 50 images, got 40"):
-        generation.inception_score(unsure, 50)
+        image_quality.inception_score(unsure, 50)
 
 
-def side_of(features_NF: torch.Tensor) -> generation.ImageFeatures:
-    return generation.ImageFeatures({}, {i: row.numpy() for i, row in enumerate(features_NF.float())})
+def side_of(features_NF: torch.Tensor) -> image_quality.ImageFeatures:
+    return image_quality.ImageFeatures({}, {i: row.numpy() for i, row in enumerate(features_NF.float())})
 
 
 def test_precision_is_of_what_is_made_and_recall_of_what_is_real():
     real = torch.rand(60, 2, generator=torch.Generator().manual_seed(0))
     narrow = 0.5 + 0.01 * torch.rand(60, 2, generator=torch.Generator().manual_seed(1))
-    out = generation.precision_recall(side_of(narrow), side_of(real), 3)
+    out = image_quality.precision_recall(side_of(narrow), side_of(real), 3)
     assert out["precision"] == 1 and out["recall"] < 0.1
-    assert generation.precision_recall(side_of(real), side_of(real), 3) == {"precision": 1, "recall": 1}
-    assert generation.precision_recall(side_of(real + 9), side_of(real), 3) == {"precision": 0, "recall": 0}
+    assert image_quality.precision_recall(side_of(real), side_of(real), 3) == {"precision": 1, "recall": 1}
+    assert image_quality.precision_recall(side_of(real + 9), side_of(real), 3) == {"precision": 0, "recall": 0}
     with pytest.raises(ValueError, match="prc_neighbours 3 images of each set, got 3 generated and 60 reference"):
-        generation.precision_recall(side_of(real[:3]), side_of(real), 3)
+        image_quality.precision_recall(side_of(real[:3]), side_of(real), 3)
 
 
 def test_one_function_resizes_and_crops(tmp_path, monkeypatch):
@@ -314,7 +314,7 @@ def test_clip_itself_with_weights_of_its_shape(tmp_path):
     torch.save(net.state_dict(), file)
     network = networks.open_clip_network("RN50-quickgelu", str(file))
     images = [Image.fromarray(x.permute(1, 2, 0).numpy()) for x in pictures(2)]
-    scores = generation.clip_scores(network, images, ["a dog", "a cat"])
+    scores = image_quality.clip_scores(network, images, ["a dog", "a cat"])
     a, b = network.images(images), network.texts(["a dog", "a cat"])
     assert torch.allclose(a.norm(dim=1), torch.ones(2), atol=1e-5)
     assert scores == pytest.approx((100 * (a * b).sum(1)).tolist(), abs=1e-3)

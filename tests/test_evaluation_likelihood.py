@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 from latent_verse.biart.sampling import log_likelihood
 from latent_verse.config import ConfigError
-from latent_verse.evaluation import likelihood
-from latent_verse.evaluation.likelihood import Scores, corrected, ranks_of_truth, retrieval
+from latent_verse.metrics import likelihood
+from latent_verse.metrics.likelihood import Scores, corrected, ranks_of_truth, retrieval
 from latent_verse.metrics.processes import Ranks
 from tests.test_ddp import in_two_processes
 from tests.test_pipeline import make_lverse, one_thread  # noqa: F401 (a fixture)

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from latent_verse.augvae.codebook import perplexity
-from latent_verse.evaluation.codebook import CodebookUsage
-from latent_verse.evaluation.mean import Mean
-from latent_verse.evaluation.networks import INCEPTION, inception_file
-from latent_verse.evaluation.reconstruction import ReconstructionMetrics, table
+from latent_verse.metrics.codebook_usage import CodebookUsage
+from latent_verse.metrics.networks import INCEPTION, inception_file
+from latent_verse.metrics.reconstruction import ReconstructionMetrics, table
+from latent_verse.metrics.running import Mean
 
 LEVELS, K = (4, 2), 16
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from latent_verse.demo.page import Curves, Report, read_curves, write_page
-from latent_verse.evaluation.intervals import wilson
+from latent_verse.metrics.intervals import wilson
 
 
 def results_of(folder: Path, split: str, total: int = 4) -> dict:

@@ -18,7 +18,7 @@ from latent_verse.biart.model import BiART
 from latent_verse.biart.sequence import DIRECTIONS, IGNORE, TEXT_TO_IMAGE, Sequences, target_modality
 from latent_verse.config import as_plain
 from latent_verse.config_biart import TrainBiARTConfig
-from latent_verse.evaluation.mean import Mean
+from latent_verse.metrics.running import Mean
 from latent_verse.optimizer import MuonAdamW, adamw, warm_up_then_cosine
 from latent_verse.recompute import checkpoint_activations
 from latent_verse.trainer import uncompiled

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from latent_verse.evaluation.intervals import wilson
 from latent_verse.evaluation.shapes import ATTRIBUTES
+from latent_verse.files import write_text
 from latent_verse.html import embedded, render
-from latent_verse.runs import write_whole
+from latent_verse.metrics.intervals import wilson
 
 TEXT_COLOUR = "#7a828c"  # of curves' axes: readable on white and on black
 COLOURS = ("#3b82f6", "#f97316", "#10b981", "#a855f7")
@@ -103,7 +103,7 @@ def write_page(folder: Path, report: Report) -> Path:
         facts=report.facts,
     )
     path = folder / "index.html"
-    write_whole(path, page)
+    write_text(path, page)
     return path
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from latent_verse.demo.page import Curves, Report, read_curves, write_page
+from latent_verse.files import write_text
 from latent_verse.machine import commit, machine
-from latent_verse.runs import write_whole
 
 SPLITS = ("unseen", "heldout")
 VAE_COLUMNS = {"train/rec_loss": "train", "val/rec_loss": "validation"}
@@ -30,7 +30,7 @@ def write(out: Path, world: str, stages: list[tuple[str, str, str]], seconds: di
     splits = {split: json.loads((out / f"{split}.json").read_text()) for split in SPLITS}
     facts = machine() | {"commit": commit()}
     metrics = gather(world, splits, seconds) | {"facts": facts, "commands": [command for _, _, command in stages]}
-    write_whole(out / "metrics.json", json.dumps(metrics, indent=1))
+    write_text(out / "metrics.json", json.dumps(metrics, indent=1))
     sampling = splits["unseen"]["draw"]
     codes = json.loads((out / "codes" / "train" / "codes.json").read_text())
     about = {

@@ -32,7 +32,7 @@ from latent_verse.config import ConfigError, TrainVAEConfig, setting
 from latent_verse.config_biart import TrainBiARTConfig
 from latent_verse.data.shapes import PRESETS, World
 from latent_verse.demo import results
-from latent_verse.runs import write_whole
+from latent_verse.files import write_text
 
 ROOT = Path(__file__).parents[2]
 PREFIX = {"small": "demo", "full": "demo_full"}  # of the recipes' names in configs/
@@ -184,7 +184,7 @@ class StagesFile:
             "seconds": round(so_far + seconds, 2),
             "finished": finished,
         }
-        write_whole(self.file, json.dumps(self.stages, indent=1))
+        write_text(self.file, json.dumps(self.stages, indent=1))
 
 
 def _recipe(stage: Stage) -> str:

@@ -14,12 +14,14 @@ from latent_verse.config import ConfigError, as_plain
 from latent_verse.config_eval import EvalBiARTConfig
 from latent_verse.data import DataError
 from latent_verse.data.shapes import ShapesDataset, World
-from latent_verse.evaluation import likelihood, page, picture_tasks, text_tasks
+from latent_verse.evaluation import page, picture_tasks, text_tasks
 from latent_verse.evaluation.context import Context
 from latent_verse.evaluation.figures import Records
 from latent_verse.evaluation.pairs import Pairs
 from latent_verse.evaluation.ranks import device
+from latent_verse.files import write_text
 from latent_verse.machine import commit, machine
+from latent_verse.metrics import likelihood
 from latent_verse.metrics.processes import Ranks
 from latent_verse.text import TokenizerError
 
@@ -149,8 +151,8 @@ def write(c: Context, tasks: tuple[str, ...], about: dict[str, dict | None], yam
         "settings": as_plain(c.config),
     }
     keep_earlier(c.folder, content["settings"])
-    runs.write_whole(c.folder / "metrics.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-    runs.write_whole(c.folder / "config.yaml", yaml_text)
+    write_text(c.folder / "metrics.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    write_text(c.folder / "config.yaml", yaml_text)
     title = f"{evaluated} on {c.pairs.source}"
     about_run = facts | {"captions": draw, "checkpoint": c.records.checkpoint}
     page.write(c.folder / "index.html", title, c.records.values, c.records.missing, c.galleries, about_run, yaml_text)

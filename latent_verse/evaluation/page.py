@@ -12,8 +12,8 @@ from pathlib import Path
 from PIL import Image
 
 from latent_verse.evaluation.figures import Record, interval, selection, shown
+from latent_verse.files import write_text
 from latent_verse.html import embedded, render
-from latent_verse.runs import write_whole
 
 
 @dataclass(frozen=True)
@@ -70,4 +70,4 @@ def write(
         shown=shown,
         embedded=embedded,
     )
-    write_whole(path, page)
+    write_text(path, page)

@@ -10,14 +10,15 @@ from pathlib import Path
 from torch import Tensor
 
 from latent_verse.data.shapes import World
-from latent_verse.evaluation import captions, generation, round_trips, samples, shapes
+from latent_verse.evaluation import round_trips, samples, shapes
 from latent_verse.evaluation.context import Context, as_pil
 from latent_verse.evaluation.figures import OWN
-from latent_verse.evaluation.generation import ImageFeatures
-from latent_verse.evaluation.intervals import wilson
 from latent_verse.evaluation.pairs import ordered
 from latent_verse.evaluation.samples import Group, read_image
 from latent_verse.machine import versions
+from latent_verse.metrics import captions, image_quality
+from latent_verse.metrics.image_quality import ImageFeatures
+from latent_verse.metrics.intervals import wilson
 
 CROP = "both sides resized (shorter side, bilinear, antialiased) and centre-cropped to {r} px, 8-bit"
 Scores = list[list[float]]  # of the images of each caption
@@ -102,7 +103,7 @@ def report_images(
     report_fid(c, prefix, real, generated, more)
     network, library = c.inception.described, versions("torch-fidelity")
     try:
-        scores = c.ranks.share(lambda: generation.inception_score(generated.logits, g.is_splits))
+        scores = c.ranks.share(lambda: image_quality.inception_score(generated.logits, g.is_splits))
         protocol = f"{g.is_splits} splits, shuffled with seed 2020, classes of {network}"
         for name, value in scores.items():
             better = {} if name.endswith("_std") else {"better": "higher"}
@@ -111,7 +112,7 @@ def report_images(
     except ValueError as error:
         c.records.miss(f"{prefix}inception_score", str(error))
     try:
-        scores = c.ranks.share(lambda: generation.precision_recall(generated, real, g.prc_neighbours))
+        scores = c.ranks.share(lambda: image_quality.precision_recall(generated, real, g.prc_neighbours))
         protocol = f"manifolds of {g.prc_neighbours} nearest neighbours in the features of {network}"
         for name, value in scores.items():
             about = {"samples": len(generated.features), "references": len(real.features), "better": "higher"}
@@ -138,15 +139,15 @@ def reference(c: Context, numbers: set[int] | None) -> ImageFeatures | None:
     about["prc_pictures"] = min(g.prc_pictures, len(taken))
     path = Path(g.reference_stats).expanduser() if g.reference_stats else c.folder / "reference.npz"
     if c.ranks.share(path.is_file):
-        return generation.load_reference(path, about, g.blur_radii)
+        return image_quality.load_reference(path, about, g.blur_radii)
     found = _features(c, lambda i: c.pairs.image(taken[i]), len(taken), keep_logits=False)
-    c.ranks.share(lambda: generation.save_reference(path, found, about))
+    c.ranks.share(lambda: image_quality.save_reference(path, found, about))
     return found
 
 
-def _features(c: Context, read: generation.ReadImage, count: int, keep_logits: bool = True) -> ImageFeatures:
+def _features(c: Context, read: image_quality.ReadImage, count: int, keep_logits: bool = True) -> ImageFeatures:
     g = c.config.generation
-    return generation.extract_features(
+    return image_quality.extract_features(
         read,
         count,
         c.inception,
@@ -172,7 +173,7 @@ def report_fid(c: Context, prefix: str, real: ImageFeatures, generated: ImageFea
         blurred = f", both blurred (Pillow GaussianBlur, radius {k})" if k else ""
         protocol = f"{CROP.format(r=c.resolution)}{blurred}; {c.inception.described}; against {a.count} pictures"
         about = {"library": versions("torchmetrics", "torch-fidelity"), "protocol": protocol, "references": a.count}
-        value = generation.frechet_distance(a, b)
+        value = image_quality.frechet_distance(a, b)
         c.records.add(name, value, samples=b.count, better="lower", **about, **more)
 
 
@@ -201,7 +202,7 @@ def score_by_clip(c: Context, groups: Sequence[Group]) -> Scores | None:
             scores[i] = []
         for n in range(count):
             images = [as_pil(read_image(groups[i].files[n], c.resolution)) for i in part]
-            values = generation.clip_scores(c.clip, images, [groups[i].text for i in part])
+            values = image_quality.clip_scores(c.clip, images, [groups[i].text for i in part])
             for i, value in zip(part, values, strict=True):
                 scores[i].append(value)
     return list(c.ranks.gather(scores).values())
@@ -276,7 +277,7 @@ def _report_regenerated(
         return
     values: dict[int, tuple[float, float]] = {}
     for i in c.ranks.mine(len(trips)):
-        [to_text] = generation.clip_scores(c.clip, [trips[i].regenerated], [texts[i]])
+        [to_text] = image_quality.clip_scores(c.clip, [trips[i].regenerated], [texts[i]])
         one_D, other_D = c.clip.images([as_pil(images[i]), trips[i].regenerated])
         values[i] = (to_text, 100 * float(one_D @ other_D))
     to_text, to_image = zip(*c.ranks.gather(values).values(), strict=True)

@@ -24,10 +24,10 @@ from latent_verse.config import ConfigError
 from latent_verse.data import DataError
 from latent_verse.data.images import EXTENSIONS
 from latent_verse.data.transforms import centre_crop, decode_rgb, mix_seed
+from latent_verse.files import differences, write_text
 from latent_verse.metrics.processes import Ranks
 from latent_verse.pictures import save_png
 from latent_verse.pipeline import LVerse
-from latent_verse.runs import write_whole
 
 INDEX = "pictures.jsonl"
 ABOUT = "settings.json"  # of the images in the folder, which takes no others
@@ -128,12 +128,9 @@ def _claim(folder: Path, about: dict[str, object]) -> None:
     if not file.is_file():
         if any(folder.glob("*.png")):
             raise ConfigError(f"{folder} holds images of unknown origin. Give another --name, or remove them.")
-        write_whole(file, json.dumps(about, indent=1) + "\n")
+        write_text(file, json.dumps(about, indent=1) + "\n")
         return
-    before = json.loads(file.read_text())
-    changed = [
-        f"{key}: {before.get(key)!r} then, {value!r} now" for key, value in about.items() if before.get(key) != value
-    ]
+    changed = differences(json.loads(file.read_text()), about)
     if changed:
         raise ConfigError(
             f"{folder} holds images of different settings:\n  " + "\n  ".join(changed) + "\nGive the old settings to "
@@ -153,7 +150,7 @@ def write_index(folder: Path, texts: Sequence[str], candidates: int) -> None:
             with Image.open(file) as image:
                 log_p = float(image.text["log_p"])
             lines.append(json.dumps({"file": file.name, "text": text, "number": j, "log_p": log_p}, ensure_ascii=False))
-    write_whole(folder / INDEX, "\n".join(lines) + "\n")
+    write_text(folder / INDEX, "\n".join(lines) + "\n")
 
 
 # ------------------------------------------------------------------------------------------------------------- reading

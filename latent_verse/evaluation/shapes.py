@@ -23,8 +23,8 @@ from latent_verse.cli import errors_to_exit_code, parse
 from latent_verse.config import ConfigError, setting
 from latent_verse.data import DataError
 from latent_verse.data.shapes import PRESETS, SPLITS, Scene, ShapesDataset, World
-from latent_verse.evaluation.intervals import wilson
-from latent_verse.runs import write_whole
+from latent_verse.files import write_text
+from latent_verse.metrics.intervals import wilson
 
 if TYPE_CHECKING:
     from latent_verse.pipeline import LVerse
@@ -167,7 +167,7 @@ def write_json(path: Path, results: dict[str, Any], cases: list[Case], samples: 
                     image.save(place / f"{i:04d}_{name}.png")
                     about[name] = f"{place.name}/{i:04d}_{name}.png"
         listed.append(about)
-    write_whole(path, json.dumps(results | {"cases": listed}, indent=1))
+    write_text(path, json.dumps(results | {"cases": listed}, indent=1))
 
 
 def table(results: dict[str, Any], title: str) -> str:

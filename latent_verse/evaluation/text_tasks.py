@@ -12,13 +12,14 @@ from torch import Tensor
 
 from latent_verse.data import DataError
 from latent_verse.data.images import ImageDataset
-from latent_verse.evaluation import captions, likelihood, samples
+from latent_verse.evaluation import samples
 from latent_verse.evaluation.context import Context, as_pil
 from latent_verse.evaluation.figures import OWN
-from latent_verse.evaluation.intervals import wilson
 from latent_verse.evaluation.pairs import ordered
+from latent_verse.files import write_text
 from latent_verse.machine import versions
-from latent_verse.runs import write_whole
+from latent_verse.metrics import captions, likelihood
+from latent_verse.metrics.intervals import wilson
 
 LOG_P = {"image": "text_given_image", "text": "image_given_text"}  # by what is given
 
@@ -51,7 +52,7 @@ def caption(c: Context) -> dict[str, object]:
     for name, value in captions.diversity(scores.words).items():
         c.records.add(f"captions/{name}", value, library=OWN, protocol=scores.tokenizer, **about)
     if c.ranks.is_first:
-        write_whole(c.folder / "captions.json", captions.coco_results(ids, generated))
+        write_text(c.folder / "captions.json", captions.coco_results(ids, generated))
     key = next((name for name in ("cider", "rouge_l") if name in scores.each), None)
     if key:
 

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torchmetrics.image import FrechetInceptionDistance
 
 from latent_verse.data import DataError
-from latent_verse.evaluation.networks import ClipNetwork
+from latent_verse.files import differences, replacing
+from latent_verse.metrics.networks import ClipNetwork
 from latent_verse.metrics.processes import Ranks
 
 ReadImage = Callable[[int], Tensor | None]  # image i as uint8 (3, R, R), None if it cannot be read
@@ -189,9 +190,8 @@ def save_reference(path: Path, reference: ImageFeatures, about: dict[str, object
         sigma_FF = (m.outer_FF - m.count * torch.outer(mean_F, mean_F)) / max(m.count - 1, 1)
         arrays |= {f"mu_{k}": mean_F.numpy(), f"sigma_{k}": sigma_FF.numpy(), "count": m.count}
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.tmp.npz")
-    np.savez(unfinished, **arrays)
-    os.replace(unfinished, path)
+    with replacing(path) as unfinished, unfinished.open("wb") as file:
+        np.savez(file, **arrays)
 
 
 def load_reference(path: Path, about: dict[str, object], radii: Sequence[int]) -> ImageFeatures:
@@ -209,12 +209,7 @@ def load_reference(path: Path, about: dict[str, object], radii: Sequence[int]) -
         raise DataError(
             f"reference_stats: {path} holds no reference statistics of eval_biart.py: {error!r}. Give another file."
         ) from error
-    other = [
-        f"{key}: {found.get(key)!r} in it, {value!r} asked for"
-        for key, value in about.items()
-        if found.get(key) != value
-    ]
-    other += [f"blur radius {k} is not in it" for k in radii if f"mu_{k}" not in arrays]
+    other = differences(found, about) + [f"blur radius {k} is not in it" for k in radii if f"mu_{k}" not in arrays]
     if other:
         raise DataError(
             f"reference_stats: {path} is of another reference set or network ({'; '.join(other)}). "

@@ -16,12 +16,12 @@ from torch import nn
 from torchmetrics.image import StructuralSimilarityIndexMeasure
 
 from latent_verse.augvae.perceptual import LPIPS
-from latent_verse.evaluation import networks
-from latent_verse.evaluation.codebook import CodebookUsage
-from latent_verse.evaluation.generation import FrechetDistance
-from latent_verse.evaluation.mean import Count, Mean
-from latent_verse.evaluation.networks import NetworkMissing
 from latent_verse.machine import versions
+from latent_verse.metrics import networks
+from latent_verse.metrics.codebook_usage import CodebookUsage
+from latent_verse.metrics.image_quality import FrechetDistance
+from latent_verse.metrics.networks import NetworkMissing
+from latent_verse.metrics.running import Count, Mean
 
 SSIM_WINDOW = 11  # side of SSIM's Gaussian window
 
