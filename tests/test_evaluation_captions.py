@@ -54,12 +54,12 @@ def test_bleu_and_rouge_by_hand(no_java):
 
 
 def test_cider_by_hand(no_java):
-    """Two pictures of one word each: of the four n-gram lengths one matches, so a quarter of 10."""
+    """Two images of one word each: of the four n-gram lengths one matches, so a quarter of 10."""
     assert score(["x", "y"], [["x"], ["y"]]).each["cider"] == pytest.approx([2.5, 2.5])
     assert score(["x", "y"], [["x", "z"], ["y"]]).each["cider"] == pytest.approx([1.25, 2.5])
 
 
-def test_cider_needs_several_pictures(no_java):
+def test_cider_needs_several_images(no_java):
     out = score(["a man"], [["a man"]])
     assert "cider" not in out.metrics and "more than one image" in out.missing["cider"]
 
@@ -98,7 +98,7 @@ def test_with_java_captions_of_no_words_score_nothing():
 # ------------------------------------------------------------------------------------------------------ without Java
 
 
-def test_without_java_the_others_are_given_and_the_reason_is_named(no_java):
+def test_without_java_the_others_are_computed_and_the_reason_is_named(no_java):
     out = score(WRITTEN, REFERENCES)
     assert out.metrics.keys() == {*captions.BLEU_NAMES, "rouge_l", "cider"}
     assert out.missing.keys() == {"meteor", "spice"}
@@ -107,7 +107,7 @@ def test_without_java_the_others_are_given_and_the_reason_is_named(no_java):
     assert set(score(WRITTEN, REFERENCES, java=False).missing.values()) == {"needs Java, which java: false turns off"}
 
 
-def test_java_that_fails_leaves_its_figures_missing(monkeypatch, tmp_path):
+def test_if_java_fails_its_metrics_are_missing(monkeypatch, tmp_path):
     broken = tmp_path / "java"
     broken.write_text("#!/bin/sh\nexit 1\n")
     broken.chmod(0o755)
@@ -117,7 +117,7 @@ def test_java_that_fails_leaves_its_figures_missing(monkeypatch, tmp_path):
     assert out.metrics["bleu_1"] > 0.3
 
 
-def test_without_the_package_its_name_is_given(monkeypatch):
+def test_without_the_package_its_name_is_reported(monkeypatch):
     monkeypatch.setattr(captions.importlib.util, "find_spec", lambda name: None)
     out = score(WRITTEN, REFERENCES)
     assert not out.metrics and "pip install pycocoevalcap" in out.missing["cider"] and out.words[0][:2] == ["a", "man"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import random
 
@@ -13,41 +12,11 @@ from PIL import Image
 
 from latent_verse.data import DataError
 from latent_verse.data.shapes import ShapesDataset, World
-from latent_verse.data.shapes_drawing import Obj, Scene
 from latent_verse.evaluation import shapes
 from latent_verse.evaluation.shapes import ATTRIBUTES, ShapesDrawConfig, evaluate
+from tests.stand_ins import Oracle
 
 SMALL = World.preset("small")
-
-
-class Oracle:
-    """Draws what a text says, in cells of which all is true, and writes what it reads in a picture."""
-
-    def __init__(self, world: World = SMALL):
-        self.world = world
-        self.calls: list[dict] = []
-
-    def text_to_image(self, texts, **settings):
-        self.calls.append(settings)
-        return [[self.world.render(self.scene_of(text))] for text in texts]
-
-    def scene_of(self, text) -> Scene:
-        asked, side = self.world.parse_caption(text), self.world.image_size // self.world.grid
-        for cells in itertools.permutations(range(self.world.grid**2), len(asked.things)):
-            corners = [divmod(cell, self.world.grid) for cell in cells]
-            objects = [
-                Obj(t.shape, t.colour, "large", column * side + side // 2, row * side + side // 2)
-                for t, (row, column) in zip(asked.things, corners, strict=True)
-            ]
-            if self.world.satisfies(Scene(tuple(objects)), asked):
-                return Scene(tuple(objects))
-        raise AssertionError(text)
-
-    def image_to_text(self, images, **settings):
-        return [[self.world.caption(self.world.parse_image(image), random.Random(0))] for image in images]
-
-    def reconstruct(self, images):
-        return [image.copy() for image in images]
 
 
 class Blind(Oracle):
@@ -66,7 +35,7 @@ class Blind(Oracle):
 
 @pytest.fixture(scope="module")
 def oracle():
-    return Oracle()
+    return Oracle(SMALL)
 
 
 @pytest.mark.parametrize("split", ["val", "heldout"])
@@ -83,7 +52,7 @@ def test_an_oracle_is_right_in_everything(oracle, split):
 
 
 def test_a_blind_model_is_right_in_next_to_nothing():
-    results, _ = evaluate(Blind(), SMALL, "val", 40, 0, ShapesDrawConfig())
+    results, _ = evaluate(Blind(SMALL), SMALL, "val", 40, 0, ShapesDrawConfig())
     assert results["text_to_image"]["right"] <= 2
     assert results["image_to_text"]["right"] <= 2
     assert results["reconstruction"]["right"] == 0
@@ -91,14 +60,14 @@ def test_a_blind_model_is_right_in_next_to_nothing():
     assert "reranked" not in results
 
 
-def test_only_what_the_picture_shows_counts(oracle):
-    """A right caption of a wrongly drawn picture: each direction is judged by its own reference."""
+def test_only_what_the_image_shows_counts(oracle):
+    """Right captions beside wrong images: each direction is checked against its own reference."""
 
     class Wrong(Oracle):
         def text_to_image(self, texts, **settings):
             return [[SMALL.render(SMALL.scene(0))] for _ in texts]
 
-    results, cases = evaluate(Wrong(), SMALL, "val", 10, 0, ShapesDrawConfig())
+    results, cases = evaluate(Wrong(SMALL), SMALL, "val", 10, 0, ShapesDrawConfig())
     assert results["image_to_text"]["right"] == 10
     assert results["text_to_image"]["right"] == sum(case.right["text_to_image"] for case in cases) < 3
 
@@ -139,7 +108,7 @@ def test_write_json(oracle, tmp_path):
 
 @pytest.fixture
 def bundle(tmp_path):
-    """A random model for pictures of 32 px."""
+    """A random model for images of 32 px."""
     import torch
 
     from latent_verse.augvae.model import AugVAE
@@ -159,18 +128,18 @@ def bundle(tmp_path):
 
 
 def test_command(bundle, tmp_path, capsys):
-    file = tmp_path / "judged.json"
+    file = tmp_path / "results.json"
     flags = ["--model", str(bundle), "--count", "4", "--gpus", "0", "--rerank", "2"]
     assert shapes.main([*flags, "--json", str(file), "--samples", "1"]) == 0
-    judged = json.loads(file.read_text())
-    assert (judged["world"], judged["split"], judged["count"]) == ("small", "val", 4)
-    assert judged["text_to_image"]["total"] == judged["image_to_text"]["total"] == 4
-    assert judged["draw"]["temperature"] == 1.0
+    written = json.loads(file.read_text())
+    assert (written["world"], written["split"], written["count"]) == ("small", "val", 4)
+    assert written["text_to_image"]["total"] == written["image_to_text"]["total"] == 4
+    assert written["draw"]["temperature"] == 1.0
     assert "of 4" in capsys.readouterr().out
     again = tmp_path / "again.json"
     assert shapes.main([*flags, "--json", str(again)]) == 0
     same = ("text_to_image", "image_to_text", "reranked", "reconstruction")
-    assert {k: judged[k] for k in same} == {k: json.loads(again.read_text())[k] for k in same}
+    assert {k: written[k] for k in same} == {k: json.loads(again.read_text())[k] for k in same}
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,6 @@ from latent_verse.data.shapes import Scene, World
 from latent_verse.evaluation.samples import Sampling, calls
 from latent_verse.evaluation.shapes import ATTRIBUTES
 from latent_verse.metrics.processes import Ranks
-from latent_verse.pictures import Picture
 from latent_verse.pipeline import LVerse
 
 
@@ -59,7 +58,7 @@ def travel(
         world, scenes: of shapes, to check each step against the truth.
     """
 
-    def caption(images: Sequence[Picture]) -> list[str]:
+    def caption(images: Sequence[Image.Image] | Sequence[Tensor]) -> list[str]:
         mine, found = list(ranks.mine(len(images))), {}
         for start in range(0, len(mine), batch_size):
             part = mine[start : start + batch_size]
