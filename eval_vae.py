@@ -29,7 +29,7 @@ def run(config: EvalVAEConfig, given: Mapping[str, str]) -> int:
         from latent_verse.checkpoints.augvae import load_augvae
         from latent_verse.data.datasets import open_images
         from latent_verse.data.module import ImageDataModule
-        from latent_verse.evaluation.reconstruction import ReconstructionMetrics, table
+        from latent_verse.metrics.reconstruction import ReconstructionMetrics, table
         from latent_verse.trainer import choose_devices, choose_strategy, quiet_lightning
         from latent_verse.training.image_logging import SavedPictures
         from latent_verse.training.progress_bar import ProgressBar

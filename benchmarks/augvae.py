@@ -25,7 +25,7 @@ from latent_verse.augvae.model import AugVAE
 from latent_verse.augvae.training import LitAugVAE
 from latent_verse.config import AugVAEConfig
 from latent_verse.config.train import TrainerConfig, TrainVAEConfig, VAELossConfig
-from latent_verse.evaluation.reconstruction import ReconstructionMetrics
+from latent_verse.metrics.reconstruction import ReconstructionMetrics
 from latent_verse.optimizer import MuonAdamW, adamw
 
 SHAPES = {

@@ -27,7 +27,7 @@ from latent_verse.augvae.model import AugVAE
 from latent_verse.biart.model import BiART
 from latent_verse.config import AugVAEConfig, BiARTConfig
 from latent_verse.evaluation import samples
-from latent_verse.evaluation.ranks import Ranks
+from latent_verse.metrics.processes import Ranks
 from latent_verse.pipeline import LVerse
 from latent_verse.text import BPETokenizer, load_tokenizer
 
@@ -98,14 +98,14 @@ def main(argv: list[str] | None = None) -> int:
 
     model = random_model(args.size, args.device, getattr(torch, args.dtype))
     settings = {"temperature": 1.0, "top_k": None, "top_p": None, "guidance": args.guidance}
-    options = {"candidates": args.candidates, "seed": 0, "batch_size": args.batch_size, "settings": settings}
+    options = {"candidates": args.candidates, "seed": 0, "batch_size": args.batch_size, "sampling": settings}
     texts = captions(args.captions)
     with tempfile.TemporaryDirectory() as folder:
         warm = texts[: min(args.batch_size, len(texts))]
-        samples.draw(model, warm, Path(folder) / "warm", Ranks(), **options)
+        samples.generate(model, warm, Path(folder) / "warm", Ranks(), **options)
         spent = timed(model, args.device)
         begin = time.perf_counter()
-        samples.draw(model, texts, Path(folder) / "all", Ranks(), **options)
+        samples.generate(model, texts, Path(folder) / "all", Ranks(), **options)
         total = time.perf_counter() - begin
         assert len(list((Path(folder) / "all").glob("*.png"))) == args.captions * args.candidates
     spent["codes"] -= spent["scores"] + spent["decoding"]

@@ -27,7 +27,7 @@ from latent_verse.config.train import (
     VAELossConfig,
     VAEOptimConfig,
 )
-from latent_verse.evaluation.reconstruction import ReconstructionMetrics
+from latent_verse.metrics.reconstruction import ReconstructionMetrics
 from latent_verse.optimizer import MuonAdamW, adamw
 from latent_verse.recompute import checkpoint_activations
 from tests.fake_cuda import DEVICE, Kept, fake_cuda

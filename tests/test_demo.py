@@ -1,4 +1,4 @@
-"""demo.py: the order of its stages, what is skipped, stopped and continued, and a miniature demo from end to end."""
+"""The demo: the order of its stages, what is skipped, stopped and resumed, and a miniature demo from end to end."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from latent_verse import demo, demo_page
 from latent_verse.config import ConfigError
 from latent_verse.config.cli import parse
 from latent_verse.config.train import TrainBiARTConfig, TrainVAEConfig, resolve_train_biart, resolve_train_vae
 from latent_verse.data.shapes import PRESETS
-from latent_verse.demo import DemoSettings, Record, Stage, Stopped
+from latent_verse.demo import images, results
+from latent_verse.demo import run as demo
+from latent_verse.demo.run import DemoConfig, DemoSettings, Stage, StagesFile, Stopped
 from latent_verse.evaluation import shapes
 
 MINIATURE = {
@@ -84,13 +85,25 @@ def test_plan_of_the_shipped_recipes(world, tmp_path):
             resolve_train_vae(*parse(TrainVAEConfig, stage.command[1:], ""))
         elif stage.command[0] == "train_biart.py":
             resolve_train_biart(*parse(TrainBiARTConfig, stage.command[1:], ""))
-        elif stage.command[0] == "-m":
+        elif stage.command[1] == images.__name__:
+            parse(DemoConfig, stage.command[2:], "")
+        else:
+            assert stage.command[:2] == ["-m", shapes.__name__]
             shapes.check(parse(shapes.ShapesEvalConfig, stage.command[2:], "")[0])
 
 
 def test_paths_below_the_repository_are_shown_short():
     assert demo.shown_path(demo.ROOT / "demo" / "runs") == os.path.join("demo", "runs")
     assert demo.shown_path(Path("/elsewhere/demo")) == "/elsewhere/demo"
+
+
+def test_the_images_of_the_first_stage(tmp_path):
+    (stage, *_) = demo.plan(DemoSettings(train_pairs=3), tmp_path)
+    assert images.main(stage.command[2:]) == 0 and demo.is_done(stage, tmp_path)
+    for split in ("train", "val"):
+        files = {p.suffix: p for p in (tmp_path / "data" / split).iterdir()}
+        assert len(list((tmp_path / "data" / split).iterdir())) == 6
+        assert len(files[".txt"].read_text().splitlines()) == 8
 
 
 # ------------------------------------------------------------------------------- stages, by processes that cost nothing
@@ -101,7 +114,7 @@ def stages(tmp_path, monkeypatch):
     """Replaces the plan by the stages that the test puts into this list, and the page by a file."""
     planned: list[Stage] = []
     monkeypatch.setattr(demo, "plan", lambda s, out: planned)
-    monkeypatch.setattr(demo_page, "write", lambda out, world, stages, seconds: (out, seconds))
+    monkeypatch.setattr(results, "write", lambda out, world, stages, seconds: (out, seconds))
     return planned
 
 
@@ -126,8 +139,8 @@ def test_finished_stages_are_skipped(tmp_path, stages, capfd):
     assert "first: done before" in capfd.readouterr().out
 
 
-def test_what_rests_on_a_lost_output_is_made_again_or_refused(tmp_path, stages):
-    """Or the page would show old figures beside a new model."""
+def test_what_depends_on_a_lost_output_is_made_again_or_refused(tmp_path, stages):
+    """Otherwise the page would show old results beside a new model."""
     names = ("first", "second", "third")
     stages += [python(name, touch(tmp_path, name)) for name in names]
     stages[2] = dataclasses.replace(stages[2], again=True)
@@ -136,12 +149,12 @@ def test_what_rests_on_a_lost_output_is_made_again_or_refused(tmp_path, stages):
     demo.run(settings(tmp_path))
     assert (tmp_path / "out" / "log").read_text() == "first second third second third "
     (tmp_path / "out" / "first.done").unlink()
-    with pytest.raises(ConfigError, match="lacks the output of its stage first, though second, which rests on it"):
+    with pytest.raises(ConfigError, match="output of its stage first, but has that of second"):
         demo.run(settings(tmp_path))
 
 
 def test_seconds_are_those_of_what_is_there(tmp_path):
-    record, stage = Record(tmp_path / "stages.json"), python("first", "pass")
+    record, stage = StagesFile(tmp_path / "stages.json"), python("first", "pass")
     for seconds, finished in ((2.0, False), (1.0, True)):
         record.add(stage, seconds, finished)
     assert record.stages["first"]["seconds"] == 3.0
@@ -153,7 +166,7 @@ def test_seconds_are_those_of_what_is_there(tmp_path):
 def test_a_world_that_has_changed(tmp_path, monkeypatch):
     s = settings(tmp_path)
     (tmp_path / "out").mkdir()
-    record = Record(tmp_path / "out" / "stages.json")
+    record = StagesFile(tmp_path / "out" / "stages.json")
     record.add(demo.plan(s, tmp_path / "out")[0], 1.0, True)
     monkeypatch.setitem(PRESETS, "small", dataclasses.replace(PRESETS["small"], counts=(1, 1)))
     with pytest.raises(ConfigError, match="version of the world"):
@@ -177,11 +190,11 @@ def test_a_stage_without_its_output_is_not_finished(tmp_path, stages):
     stages.append(python("first", "pass"))
     with pytest.raises(Stopped, match="ended early"):
         demo.run(settings(tmp_path))
-    assert not Record(tmp_path / "out" / "stages.json").stages["first"]["finished"]
+    assert not StagesFile(tmp_path / "out" / "stages.json").stages["first"]["finished"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_told_to_stop_the_stage_saves_first(tmp_path, stages, number):
+def test_a_stopped_stage_saves_first(tmp_path, stages, number):
     out = tmp_path / "out"
     stages.append(
         python(
@@ -211,20 +224,20 @@ time.sleep(60)
     before = signal.getsignal(number)
     thread = threading.Thread(target=interrupt)
     thread.start()
-    with pytest.raises(Stopped, match="goes on from here") as stopped:
+    with pytest.raises(Stopped, match="to resume") as stopped:
         demo.run(settings(tmp_path))
     thread.join()
     assert stopped.value.code == 128 + number
     assert signal.getsignal(number) == before
     demo.run(settings(tmp_path))
-    assert Record(out / "stages.json").stages["first"]["finished"]
+    assert StagesFile(out / "stages.json").stages["first"]["finished"]
 
 
 def test_two_demos_in_one_folder(tmp_path, stages):
     (tmp_path / "out").mkdir()
     with open(tmp_path / "out" / ".lock", "w") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
-        with pytest.raises(ConfigError, match="still at work"):
+        with pytest.raises(ConfigError, match="still running"):
             demo.run(settings(tmp_path))
 
 
@@ -232,7 +245,7 @@ def test_another_demo_in_the_folder(tmp_path, stages):
     stages.append(python("first", touch(tmp_path, "first")))
     demo.run(settings(tmp_path))
     stages[0] = python("first", touch(tmp_path, "first") + "; 1")
-    with pytest.raises(ConfigError, match="made otherwise"):
+    with pytest.raises(ConfigError, match="different settings"):
         demo.run(settings(tmp_path))
 
 
@@ -240,13 +253,13 @@ def test_a_recipe_that_has_changed(tmp_path, recipes):
     s = settings(tmp_path, recipes)
     planned = demo.plan(s, tmp_path / "out")
     (tmp_path / "out").mkdir()
-    record = Record(tmp_path / "out" / "stages.json")
+    record = StagesFile(tmp_path / "out" / "stages.json")
     record.add(planned[1], 1.0, True)
-    Record(record.file).check_same(planned)
+    StagesFile(record.file).check_same(planned)
     with open(recipes / "demo_augvae_ml.yaml", "a") as file:
         file.write("# changed\n")
     with pytest.raises(ConfigError, match="AugVAE-ML"):
-        Record(record.file).check_same(planned)
+        StagesFile(record.file).check_same(planned)
 
 
 @pytest.mark.parametrize(
@@ -270,10 +283,10 @@ def test_mistakes(flags, words, tmp_path, capsys):
 def test_metrics():
     def split(right: int) -> dict:
         names = ("text_to_image", "image_to_text", "reconstruction")
-        figures = {name: {"right": right, "total": 10} for name in names}
-        return figures | {"draw": {"temperature": 0.0}, "reranked": {"right": right + 1, "total": 10, "drawn": 8}}
+        scores = {name: {"right": right, "total": 10} for name in names}
+        return scores | {"draw": {"temperature": 0.0}, "reranked": {"right": right + 1, "total": 10, "drawn": 8}}
 
-    metrics = demo_page.gather("small", {"unseen": split(9), "heldout": split(5)}, {"codes": 1.5, "biart": 2.0})
+    metrics = results.gather("small", {"unseen": split(9), "heldout": split(5)}, {"codes": 1.5, "biart": 2.0})
     assert metrics["text_to_image"]["unseen"] == {"right": 9, "total": 10}
     assert metrics["text_to_image"]["reranked"] == {"right": 10, "total": 10, "drawn": 8, "split": "unseen"}
     assert metrics["image_to_text"] == {"unseen": {"right": 9, "total": 10}, "heldout": {"right": 5, "total": 10}}
@@ -281,8 +294,8 @@ def test_metrics():
 
 
 @pytest.mark.slow
-def test_a_miniature_demo_interrupted_and_continued(tmp_path, recipes):
-    """The real scripts: stopped while AugVAE trains, continued, and the page and figures that come of it."""
+def test_a_miniature_demo_interrupted_and_resumed(tmp_path, recipes):
+    """The real scripts: stopped while AugVAE trains, resumed, and the page and metrics that result."""
     out = tmp_path / "out"
     flags = f"--recipes {recipes} --out {out} --train_pairs 16 --count 4 --rerank 2 --gpus 0".split()
     command = [sys.executable, "-m", "latent_verse.demo", *flags]
@@ -294,12 +307,12 @@ def test_a_miniature_demo_interrupted_and_continued(tmp_path, recipes):
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=200)[0]
     assert process.returncode in (130, 0), said  # 0 where it was too quick to be stopped
-    record = Record(out / "stages.json")
+    record = StagesFile(out / "stages.json")
     assert record.stages["pictures"]["finished"]
 
     again = subprocess.run(command, cwd=demo.ROOT, capture_output=True, text=True, timeout=500)
     assert again.returncode == 0, again.stdout + again.stderr
-    assert "pictures and captions: done before" in again.stdout
+    assert "images and captions: done before" in again.stdout
     if process.returncode and not record.stages["augvae_ml"]["finished"]:
         assert "Continuing from" in again.stdout
     metrics = json.loads((out / "metrics.json").read_text())
@@ -312,9 +325,10 @@ def test_a_miniature_demo_interrupted_and_continued(tmp_path, recipes):
     names = ["pictures", "augvae_ml", "augvae_sl", "codes", "biart", "unseen", "heldout", "total"]
     assert list(metrics["seconds"]) == names and all(s > 0 for s in metrics["seconds"].values())
     page = (out / "index.html").read_text()
-    assert page.count("train_biart.py --config") == 2 and "AugVAE-ML: error" in page and "BiART: loss" in page
+    assert page.count("train_biart.py --config") == 2
+    assert "AugVAE-ML: reconstruction error" in page and "BiART: loss" in page
     assert "BiART: share of a few validation scenes that is right" in page
-    assert "drawn at temperature 1 for which" in page
+    assert "sampled at temperature 1 for which" in page
 
     third = subprocess.run(command, cwd=demo.ROOT, capture_output=True, text=True, timeout=100)
     assert third.returncode == 0 and third.stdout.count("done before") == 7

@@ -23,15 +23,12 @@ from latent_verse.config import ConfigError
 from latent_verse.config.cli import parse
 from latent_verse.config.evaluate import EFFECTS, TASKS, EvalBiARTConfig, EvalDataConfig, resolve_eval_biart
 from latent_verse.data.shapes import World
-from latent_verse.evaluation import networks
-from latent_verse.evaluation.figures import Figures
-from latent_verse.evaluation.page import choose
 from latent_verse.evaluation.pairs import Pairs, ordered
+from latent_verse.metrics import networks
 from latent_verse.pictures import load_image
 from latent_verse.pipeline import LVerse
-from tests.stand_ins import Colours, Words, write_pairs
+from tests.stand_ins import Colours, Oracle, Words, write_pairs
 from tests.test_pipeline import make_lverse, one_thread  # noqa: F401 (a fixture)
-from tests.test_shapes_evaluation import Oracle
 
 REPO = Path(__file__).parent.parent
 
@@ -70,7 +67,7 @@ def run(tmp_path, *flags, name="run"):
 # --------------------------------------------------------------------------------------------------------- everything
 
 
-def test_one_command_gives_every_figure_with_all_that_is_needed_to_judge_it(bundle, pairs, tmp_path, stand_ins, capsys):
+def test_one_command_reports_every_metric_with_all_that_identifies_it(bundle, pairs, tmp_path, stand_ins, capsys):
     classes = tmp_path / "classes"
     for name, first in (("red_thing", 0), ("blue", 6)):
         (classes / name).mkdir(parents=True)
@@ -79,14 +76,14 @@ def test_one_command_gives_every_figure_with_all_that_is_needed_to_judge_it(bund
     flags = ["--candidates", 2, "--is_splits", 2, "--classes_dir", classes, "--retrieval_pictures", 5]
     out = run(tmp_path, "--model", bundle, "--test_dir", pairs, *flags, "--round_trip_pairs", 6)
     model = LVerse.from_pretrained(bundle, device="cpu")
-    for name, figure in out["figures"].items():
-        assert math.isfinite(figure["value"]), name
-        assert re.search(r"\w \d+\.\d", figure["library"]) and figure["samples"] > 0 and figure["protocol"], name
-        assert figure["seed"] == 0 and figure["checkpoint"] == model.fingerprints, name
+    for name, record in out["figures"].items():
+        assert math.isfinite(record["value"]), name
+        assert re.search(r"\w \d+\.\d", record["library"]) and record["samples"] > 0 and record["protocol"], name
+        assert record["seed"] == 0 and record["checkpoint"] == model.fingerprints, name
     names = set(out["figures"])
     for selection in ("", "best_of_2_by_model/", "best_of_2_by_clip/"):
-        for figure in ("fid_0", "fid_1", "fid_2", "fid_4", "fid_8", "inception_score", "precision", "recall"):
-            assert f"generation/{selection}{figure}" in names
+        for metric in ("fid_0", "fid_1", "fid_2", "fid_4", "fid_8", "inception_score", "precision", "recall"):
+            assert f"generation/{selection}{metric}" in names
         assert out["figures"][f"generation/{selection}clip_score"]["drawn"] == 2
     assert names >= {"captions/bleu_4", "captions/cider", "captions/rouge_l", "captions/distinct_2"}
     assert names >= {f"retrieval/text_given_image/image_to_text/r@{k}" for k in (1, 5, 10)}
@@ -108,10 +105,17 @@ def test_one_command_gives_every_figure_with_all_that_is_needed_to_judge_it(bund
     )
 
     said = capsys.readouterr().out
-    assert "best by CLIP of 2 drawn" in said and "missing: captions/meteor" in said and "java: false" in said
+    assert "best by CLIP of 2 images" in said and "missing: captions/meteor" in said and "java: false" in said
     run_folder = tmp_path / "runs" / "run"
     page = (run_folder / "index.html").read_text()
-    for heading in ("Pictures drawn for texts", "Captions written for pictures", "Best", "Median", "Worst", "Missing"):
+    for heading in (
+        "Images generated for texts",
+        "Captions generated for images",
+        "Best",
+        "Median",
+        "Worst",
+        "Missing",
+    ):
         assert f">{heading}<" in page
     assert page.count("data:image/png;base64,") >= 9 and not re.search(r"(src|href)=.http", page)
     written = json.loads((run_folder / "captions.json").read_text())
@@ -122,8 +126,8 @@ def test_one_command_gives_every_figure_with_all_that_is_needed_to_judge_it(bund
     assert config.generation.candidates == 2
 
 
-def test_figures_are_those_of_the_files(bundle, pairs, tmp_path, stand_ins):
-    """FID, CLIP score and log p once more from what the run has written, by torchmetrics and the network."""
+def test_metrics_are_those_of_the_files(bundle, pairs, tmp_path, stand_ins):
+    """FID and CLIP score once more from what the run has written, by torchmetrics and the network."""
     from torchmetrics.image import FrechetInceptionDistance
 
     out = run(tmp_path, "--model", bundle, "--test_dir", pairs, "--tasks", "generation", "--eval_captions", 9)[
@@ -132,14 +136,14 @@ def test_figures_are_those_of_the_files(bundle, pairs, tmp_path, stand_ins):
     metric = FrechetInceptionDistance(feature=Colours())
     files = sorted((tmp_path / "runs" / "run" / "samples").glob("*.png"))
     assert len(files) == 9
-    drawn = [Image.open(file) for file in files]
+    images = [Image.open(file) for file in files]
     as_tensor = lambda image: torch.from_numpy(np.array(image)).permute(2, 0, 1)  # noqa: E731
-    metric.update(torch.stack([as_tensor(image) for image in drawn]), real=False)
+    metric.update(torch.stack([as_tensor(image) for image in images]), real=False)
     real = [((load_image(path, 16) + 1) * 127.5).round().to(torch.uint8) for path in sorted(pairs.glob("*.png"))]
     metric.update(torch.stack(real), real=True)
     assert out["generation/fid_0"]["value"] == pytest.approx(metric.compute().item(), rel=1e-3)
-    texts = [image.text["text"] for image in drawn]
-    cosine = (Words().images(drawn) * Words().texts(texts)).sum(1).mean().item()
+    texts = [image.text["text"] for image in images]
+    cosine = (Words().images(images) * Words().texts(texts)).sum(1).mean().item()
     assert out["generation/clip_score"]["value"] == pytest.approx(100 * cosine, rel=1e-4)
 
 
@@ -148,21 +152,21 @@ def test_likelihoods_are_the_models(bundle, pairs, tmp_path):
     model = LVerse.from_pretrained(bundle, device="cpu")
     data = Pairs(EvalDataConfig(dataset="pairs", test_dir=str(pairs)), 16, 0)
     total = 0.0
-    for d in data.draw(3, 0):
-        codes = model.codes([data.picture(d.index)])
+    for d in data.sample(3, 0):
+        codes = model.codes([data.image(d.index)])
         total += log_likelihood(model.biart, model.encode_texts([d.caption]), codes, "text").total_B.item()
-    figure = out["figures"]["likelihood/image_given_text/bits_per_code"]
-    assert figure["value"] == pytest.approx(-total / math.log(2) / 3 / 16, rel=1e-4)
-    assert figure["interval"][0] < figure["value"] < figure["interval"][1] and figure["samples"] == 3
+    record = out["figures"]["likelihood/image_given_text/bits_per_code"]
+    assert record["value"] == pytest.approx(-total / math.log(2) / 3 / 16, rel=1e-4)
+    assert record["interval"][0] < record["value"] < record["interval"][1] and record["samples"] == 3
 
 
 def test_a_single_pair_has_no_interval(bundle, pairs, tmp_path):
     out = run(tmp_path, "--model", bundle, "--test_dir", pairs, "--tasks", "likelihood", "--likelihood_pairs", 1)
     assert len(out["figures"]) == 6
-    assert not any("interval" in figure or "standard_error" in figure for figure in out["figures"].values())
+    assert not any("interval" in record or "standard_error" in record for record in out["figures"].values())
 
 
-def test_without_networks_all_the_rest_is_given_and_files_and_places_are_named(bundle, pairs, tmp_path, capsys):
+def test_without_networks_the_rest_still_runs_and_the_missing_files_are_named(bundle, pairs, tmp_path, capsys):
     flags = ["--tasks", "generation", "captions", "--candidates", 2]
     out = run(tmp_path, "--model", bundle, "--test_dir", pairs, *flags)
     assert out["missing"]["generation/best_of_2_by_clip/clip_score"] == out["missing"]["generation/clip_score"]
@@ -174,48 +178,48 @@ def test_without_networks_all_the_rest_is_given_and_files_and_places_are_named(b
         and "https://" in out["missing"]["generation/clip_score"]
     )
     said = capsys.readouterr().out
-    assert said.count(str(place)) == 1  # for all the figures that it is needed for
+    assert said.count(str(place)) == 1  # for all the metrics that need it
     assert not place.exists()
 
 
-# ------------------------------------------------------------------------------------------------ continuing, caching
+# -------------------------------------------------------------------------------------------------- resuming, caching
 
 
-def test_the_same_command_goes_on_and_keeps_its_reference(bundle, pairs, tmp_path, stand_ins, monkeypatch):
+def test_a_rerun_resumes_and_keeps_its_reference(bundle, pairs, tmp_path, stand_ins, monkeypatch):
     flags = ["--model", bundle, "--test_dir", pairs, "--tasks", "generation", "--reference_stats", tmp_path / "ref.npz"]
     first = run(tmp_path, *flags)
     folder = tmp_path / "runs" / "run"
     (folder / "samples" / "000002_00.png").unlink()
-    drawn = []
+    generated = []
     original = LVerse.draw_scored
     monkeypatch.setattr(
-        LVerse, "draw_scored", lambda self, texts, *a, **k: drawn.append(texts) or original(self, texts, *a, **k)
+        LVerse, "draw_scored", lambda self, texts, *a, **k: generated.append(texts) or original(self, texts, *a, **k)
     )
     monkeypatch.setattr(
-        "latent_verse.evaluation.generation.save_reference", lambda *a: pytest.fail("the reference is there already")
+        "latent_verse.metrics.image_quality.save_reference", lambda *a: pytest.fail("the reference is there already")
     )
     again = run(tmp_path, *flags)
-    assert [len(texts) for texts in drawn] == [1]
-    for name, figure in first["figures"].items():
-        assert again["figures"][name]["value"] == pytest.approx(figure["value"], rel=1e-4, abs=1e-4), name
+    assert [len(texts) for texts in generated] == [1]
+    for name, record in first["figures"].items():
+        assert again["figures"][name]["value"] == pytest.approx(record["value"], rel=1e-4, abs=1e-4), name
     other = run(tmp_path, *flags, name="other-run")  # the cached statistics serve another run
     assert other["figures"]["generation/fid_4"]["value"] == pytest.approx(first["figures"]["generation/fid_4"]["value"])
 
 
-def test_a_cached_reference_of_other_pictures_or_fewer_features_is_refused(bundle, pairs, tmp_path, stand_ins, capsys):
+def test_a_cached_reference_of_other_images_or_fewer_features_is_refused(bundle, pairs, tmp_path, stand_ins, capsys):
     flags = ["--generated_dir", pairs, "--test_dir", pairs, "--fid_resolution", 16, "--is_splits", 1]
     flags += ["--reference_stats", tmp_path / "ref.npz", "--prc_pictures", 6]
     f = run(tmp_path, *flags)["figures"]
     assert f["generation/precision"]["samples"] == f["generation/precision"]["references"] == 6
     argv = [*map(str, flags), "--gpus", "0", "--log_dir", str(tmp_path / "runs")]
     assert eval_biart.main([*argv, "--prc_pictures", "9"]) == 2
-    assert "prc_pictures: 6 in it, 9 asked for" in capsys.readouterr().err
-    Image.new("RGB", (20, 20)).save(pairs / "p004.png")  # another picture under the same name
+    assert "prc_pictures: 6 then, 9 now" in capsys.readouterr().err
+    Image.new("RGB", (20, 20)).save(pairs / "p004.png")  # another image under the same name
     assert eval_biart.main(argv) == 2
     assert "files: " in capsys.readouterr().err
 
 
-def test_a_late_mistake_loses_nothing_that_was_measured(bundle, pairs, tmp_path, capsys):
+def test_a_late_mistake_loses_no_results(bundle, pairs, tmp_path, capsys):
     bare = tmp_path / "classes"
     bare.mkdir()
     flags = ["--model", bundle, "--test_dir", pairs, "--tasks", "likelihood", "zero_shot", "--classes_dir", bare]
@@ -226,9 +230,7 @@ def test_a_late_mistake_loses_nothing_that_was_measured(bundle, pairs, tmp_path,
     assert out["tasks"] == ["likelihood"] and "likelihood/text_given_image/bits_per_token" in out["figures"]
 
 
-def test_classification_holds_a_batch_of_pictures_and_passes_over_broken_ones(
-    bundle, pairs, tmp_path, capsys, monkeypatch
-):
+def test_classification_reads_images_batch_by_batch_and_skips_broken_ones(bundle, pairs, tmp_path, capsys, monkeypatch):
     classes = tmp_path / "classes"
     for name, first in (("red", 0), ("blue", 6)):
         (classes / name).mkdir(parents=True)
@@ -242,14 +244,14 @@ def test_classification_holds_a_batch_of_pictures_and_passes_over_broken_ones(
     assert run(tmp_path, *flags, "--batch_size", 2, name="batches")["figures"] == whole["figures"]
     assert held == [2, 2, 2]
     first = ordered(sorted(str(file.relative_to(classes)) for file in classes.glob("*/*.png")), 0)[0]
-    sorted(classes.glob("*/*.png"))[first].write_bytes(b"no picture")
+    sorted(classes.glob("*/*.png"))[first].write_bytes(b"no image")
     assert run(tmp_path, *flags, name="broken")["figures"]["zero_shot/text_given_image/top_1"]["samples"] == 5
     argv = [*map(str, flags), "--class_pictures", "1", "--gpus", "0", "--log_dir", str(tmp_path / "runs")]
     assert eval_biart.main(argv) == 2
-    assert "classes_dir: none of the 1 pictures asked for" in capsys.readouterr().err
+    assert "classes_dir: none of the 1 images" in capsys.readouterr().err
 
 
-def test_what_a_late_task_needs_is_asked_for_first(tiny_augvae, pairs, tmp_path, capsys):
+def test_what_a_late_task_needs_is_checked_first(tiny_augvae, pairs, tmp_path, capsys):
     make_lverse(tiny_augvae(single_level=4), reference_dropout=0.0).save_pretrained(tmp_path / "bundle")
     flags = ["--model", tmp_path / "bundle", "--test_dir", pairs, "--prior_weight", 1, "--gpus", 0]
     assert eval_biart.main([*map(str, flags), "--log_dir", str(tmp_path / "runs")]) == 2
@@ -257,7 +259,7 @@ def test_what_a_late_task_needs_is_asked_for_first(tiny_augvae, pairs, tmp_path,
     assert "Give --prior pool" in captured.err and "likelihood ..." not in captured.out
 
 
-def test_results_of_other_settings_are_kept(bundle, pairs, tmp_path, capsys):
+def test_results_of_different_settings_are_kept(bundle, pairs, tmp_path, capsys):
     flags = ["--model", bundle, "--test_dir", pairs, "--tasks", "likelihood"]
     first = run(tmp_path, *flags)
     assert run(tmp_path, *flags)["figures"] == first["figures"]
@@ -265,13 +267,13 @@ def test_results_of_other_settings_are_kept(bundle, pairs, tmp_path, capsys):
     assert not (folder / "metrics-1.json").exists()
     for number in (1, 2):
         run(tmp_path, *flags, "--likelihood_pairs", number + 1)
-        assert f"kept as metrics-{number}.json" in capsys.readouterr().out
+        assert f"metrics-{number}.json" in capsys.readouterr().out
     assert json.loads((folder / "metrics-1.json").read_text())["figures"] == first["figures"]
     names = ("metrics{}.json", "index{}.html", "config{}.yaml")
     assert {p.name for p in folder.iterdir()} == {name.format(end) for name in names for end in ("", "-1", "-2")}
 
 
-def test_runs_of_other_tasks_have_folders_of_their_own(bundle, pairs, tmp_path):
+def test_runs_of_other_tasks_have_their_own_folders(bundle, pairs, tmp_path):
     argv = ["--model", bundle, "--test_dir", pairs, "--gpus", 0, "--log_dir", tmp_path / "runs", "--tasks"]
     assert eval_biart.main([*map(str, argv), "likelihood"]) == 0
     assert eval_biart.main([*map(str, argv), "retrieval", "--retrieval_pictures", "2"]) == 0
@@ -288,45 +290,20 @@ def test_captions_that_are_too_long_are_cut_and_counted(bundle, pairs, tmp_path,
     assert not [w for w in recwarn if "cut to" in str(w.message)]
 
 
-def test_a_lower_precision_is_said_with_every_figure(bundle, pairs, tmp_path, capsys):
+def test_a_lower_precision_is_named_with_every_metric(bundle, pairs, tmp_path, capsys):
     flags = ["--model", bundle, "--test_dir", pairs, "--tasks", "generation", "likelihood"]
     out = run(tmp_path, *flags, "--dtype", "bfloat16")
-    assert all(figure["dtype"] == "bfloat16" for figure in out["figures"].values())
+    assert all(record["dtype"] == "bfloat16" for record in out["figures"].values())
     assert capsys.readouterr().out.count("bfloat16") == len(out["figures"])
     argv = [*map(str, flags), "--gpus", "0", "--log_dir", str(tmp_path / "runs"), "--name", "run"]
     assert eval_biart.main(argv) == 2
     assert "dtype: 'bfloat16' then, 'float32' now" in capsys.readouterr().err
 
 
-def test_processes_that_torchrun_has_started_are_joined(monkeypatch):
-    import socket
-
-    from latent_verse.evaluation.ranks import Ranks, launch
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    for name, value in (("RANK", 0), ("WORLD_SIZE", 1), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", port)):
-        monkeypatch.setenv(name, str(value))
-    seen = []
-    assert (
-        launch(lambda ranks, extra: seen.append((ranks, extra, torch.distributed.is_initialized())) or 2, 4, "x") == 2
-    )
-    assert seen == [(Ranks(0, 1), "x", True)] and not torch.distributed.is_initialized()
-
-
-def test_other_settings_in_the_same_folder_are_refused(bundle, pairs, tmp_path, capsys):
-    flags = ["--model", bundle, "--test_dir", pairs, "--tasks", "generation"]
-    run(tmp_path, *flags)
-    argv = [*map(str, flags), "--gpus", "0", "--log_dir", str(tmp_path / "runs"), "--name", "run", "--guidance", "2"]
-    assert eval_biart.main(argv) == 2
-    assert "guidance: 1.0 then, 2.0 now" in capsys.readouterr().err
-
-
 # ---------------------------------------------------------------------------------------------- other systems' outputs
 
 
-def test_another_systems_pictures_by_the_same_command(bundle, pairs, tmp_path, stand_ins):
+def test_another_systems_images_by_the_same_command(bundle, pairs, tmp_path, stand_ins):
     texts = ["a red circle", "a blue circle", "a green circle"]
     flags = ["--text", *texts, "--num", 2, "--out", tmp_path / "made", "--gpus", 0]
     assert generate.main(["--model", str(bundle), *map(str, flags)]) == 0
@@ -336,45 +313,45 @@ def test_another_systems_pictures_by_the_same_command(bundle, pairs, tmp_path, s
     f = out["figures"]
     assert f["generation/fid_0"]["samples"] == 3 and f["generation/fid_0"]["drawn"] == 2
     assert f["generation/best_of_2_by_clip/clip_score"]["value"] >= f["generation/clip_score"]["value"]
-    assert "generation/best_of_2_by_model/fid_0" not in f  # the model's own score is not known
+    assert "generation/best_of_2_by_model/fid_0" not in f  # no log p by the model is known
     assert f["generation/fid_0"]["checkpoint"].keys() == {"generated_dir"} and not any(
         n.startswith("captions") for n in f
     )
     own = run(tmp_path, "--model", bundle, "--test_dir", pairs, "--tasks", "generation", name="own")
     flags = ["--generated_dir", tmp_path / "runs" / "own" / "samples", "--test_dir", pairs, "--fid_resolution", 16]
     again = run(tmp_path, *flags, name="again")
-    for name, figure in own["figures"].items():
-        assert again["figures"][name]["value"] == pytest.approx(figure["value"], rel=1e-6), name
+    for name, record in own["figures"].items():
+        assert again["figures"][name]["value"] == pytest.approx(record["value"], rel=1e-6), name
     assert out["about"]["generation"]["generated_dir"]["captions_of_the_draw"] == 0
     assert again["about"]["generation"]["generated_dir"]["captions_of_the_draw"] == 24
 
 
-def test_pictures_without_captions_have_no_clip_score(pairs, tmp_path, stand_ins):
+def test_images_without_captions_have_no_clip_score(pairs, tmp_path, stand_ins):
     made = write_pairs(tmp_path / "made", 5)
     (made / "p002.txt").unlink()
     out = run(tmp_path, "--generated_dir", made, "--test_dir", pairs, "--fid_resolution", 16, "--is_splits", 1)
-    assert "1 of 5 pictures have no caption" in out["missing"]["generation/clip_score"]
+    assert "1 of 5 images have no caption" in out["missing"]["generation/clip_score"]
     assert out["figures"]["generation/fid_0"]["samples"] == 5
 
 
-def test_too_few_pictures_leave_their_figures_missing(pairs, tmp_path, stand_ins):
+def test_with_too_few_images_metrics_are_missing(pairs, tmp_path, stand_ins):
     made = write_pairs(tmp_path / "made", 1)
     out = run(tmp_path, "--generated_dir", made, "--test_dir", pairs, "--fid_resolution", 16)
     for name, reason in (
-        ("fid_8", "at least 2 pictures of each side, got 1 and 12"),
-        ("inception_score", "at least is_splits 10 pictures, got 1"),
-        ("recall", "more than prc_neighbours 3 pictures of each side, got 1 and 12"),
+        ("fid_8", "at least 2 images of each set, got 1 generated and 12 reference images"),
+        ("inception_score", "is_splits 10 images, got 1"),
+        ("recall", "prc_neighbours 3 images of each set, got 1 generated and 12 reference images"),
     ):
         assert reason in out["missing"][f"generation/{name}"]
     assert set(out["figures"]) == {"generation/clip_score"}
 
 
-def test_the_pictures_of_the_data_themselves_are_at_distance_nothing(pairs, tmp_path, stand_ins):
+def test_the_reference_images_have_no_distance_from_themselves(pairs, tmp_path, stand_ins):
     out = run(tmp_path, "--generated_dir", pairs, "--test_dir", pairs, "--fid_resolution", 16, "--is_splits", 1)[
         "figures"
     ]
     for k in (0, 1, 2, 4, 8):
-        assert out[f"generation/fid_{k}"]["value"] == pytest.approx(0, abs=0.01)  # of squares of hundreds
+        assert out[f"generation/fid_{k}"]["value"] == pytest.approx(0, abs=0.01)  # sums of squares of hundreds
     assert out["generation/precision"]["value"] == out["generation/recall"]["value"] == 1
 
 
@@ -395,14 +372,14 @@ def test_another_systems_captions_by_the_same_command(pairs, tmp_path, capsys):
     assert again["figures"]["captions/cider"]["value"] == out["figures"]["captions/cider"]["value"]
     assert again["figures"]["captions/cider"]["written"] == "captions of captions.json"
     assert eval_biart.main(["--compare", str(tmp_path / "runs" / "run"), str(tmp_path / "runs" / "again")]) == 0
-    assert "not comparable" not in capsys.readouterr().out  # who wrote them is no part of the protocol
+    assert "not comparable" not in capsys.readouterr().out  # the author is no part of the protocol
 
 
 # -------------------------------------------------------------------------------------------------------------- shapes
 
 
 def test_the_truth_of_shapes_is_exact_for_an_oracle(bundle, tmp_path, monkeypatch):
-    """A model that draws and writes what is true is right in everything, there and back, with binomial intervals."""
+    """A model that generates only what is true is right in everything, round trips included."""
     world = World.preset("small")
 
     class Perfect(Oracle):
@@ -410,9 +387,9 @@ def test_the_truth_of_shapes_is_exact_for_an_oracle(bundle, tmp_path, monkeypatc
             return [[self.world.render(self.scene_of(t))] * count for t in texts], torch.zeros(len(texts), count)
 
         def image_to_text(self, images, **settings):
-            from latent_verse.evaluation.context import as_image
+            from latent_verse.evaluation.context import as_pil
 
-            images = [as_image(x) if torch.is_tensor(x) else x for x in images]
+            images = [as_pil(x) if torch.is_tensor(x) else x for x in images]
             return super().image_to_text(images)
 
         def encode_texts(self, texts):
@@ -438,9 +415,9 @@ def test_the_truth_of_shapes_is_exact_for_an_oracle(bundle, tmp_path, monkeypatc
     for split in ("val", "heldout"):
         for direction in ("text_to_image", "image_to_text"):
             for attribute in ("all", "count", "colour", "shape", "size", "layout"):
-                figure = f[f"shapes/{split}/{direction}/{attribute}"]
-                assert figure["value"] == 1 and figure["samples"] == 12
-                assert figure["interval"] == pytest.approx([0.757, 1], abs=1e-3)
+                record = f[f"shapes/{split}/{direction}/{attribute}"]
+                assert record["value"] == 1 and record["samples"] == 12
+                assert record["interval"] == pytest.approx([0.757, 1], abs=1e-3)
         assert f[f"shapes/{split}/reconstruction/all"]["value"] == 1
     for trip in ("image_text_image", "text_image_text"):
         assert f[f"round_trip/{trip}/shapes/all"]["value"] == 1 and f[f"round_trip/{trip}/shapes/all"]["samples"] == 8
@@ -448,80 +425,30 @@ def test_the_truth_of_shapes_is_exact_for_an_oracle(bundle, tmp_path, monkeypatc
 
 
 def test_a_wrong_step_makes_a_trip_wrong():
-    from latent_verse.evaluation.round_trips import Trip, judge
+    from latent_verse.evaluation.round_trips import Trip, check_trip
 
     world = World.preset("small")
     oracle = Oracle(world)
     scene = oracle.scene_of("a red square")
     good, other = "a red square", "a blue square"
-    draw = lambda text: world.render(oracle.scene_of(text))  # noqa: E731
-    right = judge(world, scene, good, Trip(good, draw(good), draw(good), good))
+    render = lambda text: world.render(oracle.scene_of(text))  # noqa: E731
+    right = check_trip(world, scene, good, Trip(good, render(good), render(good), good))
     assert right["image_text_image"]["all"] and right["text_image_text"]["all"]
     for trip, name in (
-        (Trip(other, draw(other), draw(good), good), "image_text_image"),  # false words, drawn faithfully
-        (Trip(good, draw(other), draw(good), good), "image_text_image"),
-        (Trip(good, draw(good), draw(other), other), "text_image_text"),
-        (Trip(good, draw(good), draw(good), other), "text_image_text"),
+        (Trip(other, render(other), render(good), good), "image_text_image"),  # a wrong caption, rendered faithfully
+        (Trip(good, render(other), render(good), good), "image_text_image"),
+        (Trip(good, render(good), render(other), other), "text_image_text"),
+        (Trip(good, render(good), render(good), other), "text_image_text"),
     ):
-        judged = judge(world, scene, good, trip)
-        assert not judged[name]["all"] and not judged[name]["colour"] and judged[name]["shape"]
-        assert sum(judged[n]["all"] for n in judged) == 1
+        found = check_trip(world, scene, good, trip)
+        assert not found[name]["all"] and not found[name]["colour"] and found[name]["shape"]
+        assert sum(trip_found["all"] for trip_found in found.values()) == 1
 
 
-def test_shapes_of_another_size_than_the_models_are_refused(bundle, tmp_path, capsys):
+def test_shapes_of_another_size_than_the_model_are_refused(bundle, tmp_path, capsys):
     argv = ["--model", bundle, "--dataset", "shapes", "--gpus", 0, "--log_dir", tmp_path / "runs"]
     assert eval_biart.main([*map(str, argv)]) == 2
-    assert "images of 32 px, but 16 px" in capsys.readouterr().err
-
-
-# ------------------------------------------------------------------------------------------------------------- compare
-
-
-def test_two_runs_side_by_side(tmp_path, capsys):
-    for name, value, samples, own in (("a", 40.0, 100, {"dtype": "float32"}), ("b", 30.0, 50, {})):
-        figures = Figures({"biart": name}, 0)
-        figures.add("generation/fid_0", value, samples=samples, library="x 1.0", protocol="p")
-        figures.add("generation/fid_8", 1.0, samples=7, library="x 1.0", protocol="p", **own)
-        figures.add("captions/cider", 0.5, samples=7, library="x 1.0", protocol="p", drawn=1)
-        if name == "a":
-            figures.add("captions/spice", 0.2, samples=7, library="x 1.0", protocol="p")
-        else:
-            figures.miss("captions/spice", "no Java")
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "metrics.json").write_text(json.dumps(figures.as_json()))
-    assert eval_biart.main(["--compare", str(tmp_path / "a"), str(tmp_path / "b" / "metrics.json")]) == 0
-    head, fid, drawn_elsewhere, cider, spice = capsys.readouterr().out.splitlines()
-    assert head.split() == [str(tmp_path / "a"), str(tmp_path / "b" / "metrics.json"), "difference"]
-    assert fid.split()[:4] == ["generation/fid_0", "40", "30", "-10"] and "not comparable: samples 100 and 50" in fid
-    assert drawn_elsewhere.split() == ["generation/fid_8", "1", "1", "+0"]
-    assert cider.split() == ["captions/cider", "0.5", "0.5", "+0"]
-    assert spice.split() == ["captions/spice", "0.2", "missing"]
-    (tmp_path / "b" / "metrics.json").write_text("{}")
-    assert eval_biart.main(["--compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 2
-    assert "holds no figures" in capsys.readouterr().err
-    assert eval_biart.main(["--compare", str(tmp_path / "a"), str(tmp_path / "none")]) == 2
-    assert "does not exist" in capsys.readouterr().err
-
-
-def test_a_figure_that_is_no_number_is_missing():
-    figures = Figures({}, 0)
-    figures.add("x", float("nan"), samples=3, library="l 1.0", protocol="p")
-    assert not figures.values and "nan on 3 samples" in figures.missing["x"]
-
-
-@pytest.mark.parametrize(
-    ("scores", "count", "expected"),
-    [
-        ([5, 1, 4, 2, 3, 0, 6], 2, ([6, 0], [2, 4], [5, 1])),
-        ([1, 2, 3], 5, ([2], [1], [0])),
-        ([7], 3, ([0], [], [])),
-        ([1, 2], 1, ([1], [], [0])),
-        ([], 3, ([], [], [])),
-        ([1, 1, 1, 1, 1, 1], 2, ([0, 1], [2, 3], [5, 4])),
-    ],
-)
-def test_best_median_and_worst(scores, count, expected):
-    assert choose(scores, count) == expected
+    assert "32 px, but 16 px" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------------------ mistakes
@@ -530,7 +457,7 @@ def test_best_median_and_worst(scores, count, expected):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("", "Nothing to evaluate"),
+        ("", "--generated_dir"),
         ("--model x", "test_dir is not given"),
         ("--model x --dataset table", "test_captions is not given"),
         ("--model x --dataset karpathy --test_dir d", "dataset_coco.json"),
@@ -572,8 +499,8 @@ def test_mistakes(tmp_path, capsys, flags, message):
     assert message in capsys.readouterr().err
 
 
-def test_every_setting_of_a_task_says_which():
-    """A new setting without its tasks would be one that is taken silently where it changes nothing."""
+def test_every_setting_of_a_task_names_the_task():
+    """Otherwise a new setting would be accepted silently by runs that do not read it."""
     config = EvalBiARTConfig()
     free = {"java", "classes_dir", "class_names"}  # of the machine; checked by rules of their own
     sections = (config.generation, config.captions, config.likelihood, config.networks)
@@ -621,8 +548,8 @@ def test_help_answers_without_torch():
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_figures_of_one(bundle, pairs, tmp_path):
-    """Through the command line; Inception and CLIP are absent, tests of the parts cover them."""
+def test_two_processes_give_the_metrics_of_one(bundle, pairs, tmp_path):
+    """By the command line, without Inception and CLIP, which tests of the parts cover."""
     flags = ["--model", bundle, "--test_dir", pairs, "--candidates", 2, "--round_trip_pairs", 5, "--batch_size", 3]
     one = run(tmp_path, *flags)
     argv = [*flags, "--log_dir", tmp_path / "runs", "--name", "two", "--no-java", "--gpus", 2, "--accelerator", "cpu"]
@@ -633,8 +560,8 @@ def test_two_processes_give_the_figures_of_one(bundle, pairs, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     two = json.loads((tmp_path / "runs" / "two" / "metrics.json").read_text())
     assert two["figures"].keys() == one["figures"].keys() and two["missing"] == one["missing"]
-    for name, figure in one["figures"].items():
-        assert two["figures"][name]["value"] == pytest.approx(figure["value"], rel=1e-3, abs=1e-9), name
+    for name, record in one["figures"].items():
+        assert two["figures"][name]["value"] == pytest.approx(record["value"], rel=1e-3, abs=1e-9), name
     assert done.stdout.count("Written to") == 1
     broken = subprocess.run(
         [sys.executable, str(REPO / "eval_biart.py"), *map(str, argv), "--guidance", "2"],

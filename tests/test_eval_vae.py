@@ -38,7 +38,7 @@ def evaluate(tmp_path: Path, model: Path, *more: str) -> dict:
     return json.loads((run / "metrics.json").read_text()) | {"run": run}
 
 
-def test_figures_files_and_table(tmp_path, model, capsys):
+def test_metrics_files_and_table(tmp_path, model, capsys):
     pictures = write_pictures(tmp_path / "pictures", 11)
     results = evaluate(tmp_path, model, "--test_dir", str(pictures), "--batch_size", "4", "--save_images", "6")
     assert results["images"] == 11 and results["skipped"] == 0
@@ -57,7 +57,7 @@ def test_figures_files_and_table(tmp_path, model, capsys):
     assert "psnr" in said and "missing" in said and str(run) in said
 
 
-def test_written_pictures_give_the_printed_figures(tmp_path, model):
+def test_written_images_give_the_printed_metrics(tmp_path, model):
     """The originals on disk are the centre crops, unstretched, and the metrics are those of the pairs."""
     import numpy as np
 
@@ -76,7 +76,7 @@ def test_written_pictures_give_the_printed_figures(tmp_path, model):
     assert results["l1"] == pytest.approx(np.abs(a - b).mean(), rel=0.02)
 
 
-def test_limit_and_batch_size_do_not_change_the_figures(tmp_path, model):
+def test_limit_and_batch_size_do_not_change_the_metrics(tmp_path, model):
     pictures = write_pictures(tmp_path / "pictures", 9)
     common = ["--test_dir", str(pictures), "--eval_images", "7", "--save_images", "0"]
     a, b = (evaluate(tmp_path, model, *common, "--batch_size", n) for n in ("7", "3"))
@@ -89,7 +89,7 @@ def test_limit_and_batch_size_do_not_change_the_figures(tmp_path, model):
 def test_fake_data_and_yaml_of_training(tmp_path, model):
     results = evaluate(tmp_path, model, "--fake_data", "--eval_images", "5")
     assert results["images"] == 5 and results["missing"]["lpips"] == "not computed on fake data"
-    yaml = REPO / "configs" / "tiny_augvae_sl.yaml"  # finetune, another shape: the checkpoint knows better
+    yaml = REPO / "configs" / "tiny_augvae_sl.yaml"  # finetune, another shape: those of the checkpoint count
     flags = [
         "--config",
         str(yaml),
@@ -102,7 +102,7 @@ def test_fake_data_and_yaml_of_training(tmp_path, model):
     assert evaluate(tmp_path, model, *flags)["images"] == 2
 
 
-def test_corrupt_pictures_are_counted_not_scored(tmp_path, model):
+def test_corrupt_images_are_counted_not_scored(tmp_path, model):
     pictures = write_pictures(tmp_path / "pictures", 5)
     (pictures / "class0" / "bad.png").write_bytes(b"not a picture")
     cut = next(pictures.rglob("000.png")).read_bytes()
@@ -111,8 +111,8 @@ def test_corrupt_pictures_are_counted_not_scored(tmp_path, model):
     assert results["images"] == 5 and results["skipped"] == 2
 
 
-def test_lpips_where_the_weights_are_and_only_where_they_are_the_right_ones(tmp_path, model, monkeypatch):
-    """With (random) VGG weights in torchvision's place: refused by their hash; with the right hash computed."""
+def test_lpips_needs_the_right_weights(tmp_path, model, monkeypatch):
+    """Random VGG weights where torchvision keeps its own: refused by their hash; used if the hash is the right one."""
     from torchvision.models import vgg16
 
     place = Path(torch.hub.get_dir()) / "checkpoints"
@@ -121,16 +121,16 @@ def test_lpips_where_the_weights_are_and_only_where_they_are_the_right_ones(tmp_
     pictures = write_pictures(tmp_path / "pictures", 3)
     refused = evaluate(tmp_path, model, "--test_dir", str(pictures))["missing"]["lpips"]
     assert "damaged or another network" in refused and "397923af" in refused
-    monkeypatch.setattr("latent_verse.evaluation.networks.sha256", lambda path: "397923af" + 56 * "0")
+    monkeypatch.setattr("latent_verse.metrics.networks.sha256", lambda path: "397923af" + 56 * "0")
     results = evaluate(tmp_path, model, "--test_dir", str(pictures))
     assert results["lpips"] > 0 and set(results["missing"]) == {"rfid"}
 
 
-def test_rfid_goes_through_the_code_that_judges_generated_pictures(tmp_path, model, monkeypatch):
+def test_rfid_is_computed_by_the_code_for_generated_images(tmp_path, model, monkeypatch):
     """With a stand-in for Inception: the rFID of eval_vae is that of the written files by eval_biart's functions."""
-    from latent_verse.evaluation import generation, networks
-    from latent_verse.evaluation.ranks import Ranks
-    from latent_verse.evaluation.samples import read_picture
+    from latent_verse.evaluation.samples import read_image
+    from latent_verse.metrics import image_quality, networks
+    from latent_verse.metrics.processes import Ranks
     from tests.stand_ins import Colours
 
     monkeypatch.setattr(networks, "open_inception", lambda download=False: Colours())
@@ -141,9 +141,9 @@ def test_rfid_goes_through_the_code_that_judges_generated_pictures(tmp_path, mod
     for name in ("original_images", "generated_images"):
         files = sorted((results["run"] / name).iterdir())
         options = {"radii": (0,), "batch_size": 4, "keep_features": 0, "keep_logits": False}
-        side = generation.measure(lambda i, f=files: read_picture(f[i], 16), 7, Colours(), Ranks(), **options)
+        side = image_quality.extract_features(lambda i, f=files: read_image(f[i], 16), 7, Colours(), Ranks(), **options)
         sides.append(side.moments[0])
-    assert results["rfid"] == pytest.approx(generation.frechet(*sides), rel=1e-6)
+    assert results["rfid"] == pytest.approx(image_quality.frechet_distance(*sides), rel=1e-6)
     assert results["rfid"] > 1
 
 
@@ -153,7 +153,7 @@ def test_rfid_goes_through_the_code_that_judges_generated_pictures(tmp_path, mod
         (["--fake_data"], "ckpt_path is not given"),
         (["--ckpt_path", "{model}"], "Neither test_dir nor val_dir is given"),
         (["--ckpt_path", "nowhere.ckpt", "--fake_data"], "nowhere.ckpt does not exist"),
-        (["--ckpt_path", "{model}", "--fake_data", "--resolution", "64"], "takes images of 16 px"),
+        (["--ckpt_path", "{model}", "--fake_data", "--resolution", "64"], "16 px"),
         (["--ckpt_path", "{model}", "--test_dir", "no-such-folder"], "no-such-folder"),
         (["--ckpt_path", "{model}", "--fake_data", "--eval_images", "0"], "eval_images is 0"),
     ],
@@ -165,7 +165,7 @@ def test_mistakes(tmp_path, model, capsys, flags, message):
 
 
 @pytest.mark.slow
-def test_more_processes_than_pictures(tmp_path, model):
+def test_more_processes_than_images(tmp_path, model):
     pictures = write_pictures(tmp_path / "pictures", 3)
     flags = ["--ckpt_path", str(model), "--log_dir", str(tmp_path / "runs"), *FLAGS, "--test_dir", str(pictures)]
     done = subprocess.run(
@@ -185,7 +185,7 @@ def test_configs_with_lpips_need_no_vgg_to_evaluate(tmp_path, model):
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_figures_of_one(tmp_path, model, one_thread):
+def test_two_processes_give_the_metrics_of_one(tmp_path, model, one_thread):
     pictures = write_pictures(tmp_path / "pictures", 11)  # 6 and 5: the last batch of one process is empty
     common = ["--test_dir", str(pictures), "--batch_size", "5", "--save_images", "11"]
     one = evaluate(tmp_path, model, *common)

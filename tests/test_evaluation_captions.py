@@ -9,8 +9,8 @@ import shutil
 import pytest
 
 from latent_verse.data import DataError
-from latent_verse.evaluation import captions
-from latent_verse.evaluation.captions import diversity, plain_words, read_captions_file, score
+from latent_verse.metrics import captions
+from latent_verse.metrics.captions import diversity, plain_words, read_captions_file, score
 
 needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="no Java on this machine")
 WRITTEN = ["A man rides a horse.", "two dogs play on the grass", "a red bus, isn't it?"]
@@ -32,36 +32,36 @@ def no_java(monkeypatch, tmp_path):
 def test_the_references_themselves_score_highest(no_java):
     texts = ["a man rides a brown horse", "two dogs play on green grass", "one red bus stands here"]
     out = score(texts, [[text] for text in texts])
-    assert out.figures == pytest.approx(
+    assert out.metrics == pytest.approx(
         {"bleu_1": 1, "bleu_2": 1, "bleu_3": 1, "bleu_4": 1, "rouge_l": 1, "cider": 10}, rel=1e-6
     )
     assert out.each["cider"] == pytest.approx([10, 10, 10])
     strange = score(texts, [["x y z"]] * 3)
-    assert strange.figures["bleu_1"] == pytest.approx(0, abs=1e-6) and strange.figures["cider"] == 0
+    assert strange.metrics["bleu_1"] == pytest.approx(0, abs=1e-6) and strange.metrics["cider"] == 0
 
 
 def test_bleu_and_rouge_by_hand(no_java):
     out = score(["the cat sat", "b"], [["the cat sat on the mat"], ["b"]])
     # 4 of 4 words match, and 7 are asked for: brevity penalty e^(1 - 7/4)
-    assert out.figures["bleu_1"] == pytest.approx(math.exp(1 - 7 / 4), rel=1e-6)
-    assert out.figures["bleu_2"] == pytest.approx(math.exp(1 - 7 / 4), rel=1e-6)
+    assert out.metrics["bleu_1"] == pytest.approx(math.exp(1 - 7 / 4), rel=1e-6)
+    assert out.metrics["bleu_2"] == pytest.approx(math.exp(1 - 7 / 4), rel=1e-6)
     recall, precision, beta = 3 / 6, 1.0, 1.2
     rouge = (1 + beta**2) * precision * recall / (recall + beta**2 * precision)
     assert out.each["rouge_l"] == pytest.approx([rouge, 1])
-    assert out.figures["rouge_l"] == pytest.approx((rouge + 1) / 2)
+    assert out.metrics["rouge_l"] == pytest.approx((rouge + 1) / 2)
     clipped = score(["a a a a", "b"], [["a man"], ["b"]])  # a word counts as often as a reference has it
-    assert clipped.figures["bleu_1"] == pytest.approx(2 / 5, rel=1e-6)
+    assert clipped.metrics["bleu_1"] == pytest.approx(2 / 5, rel=1e-6)
 
 
 def test_cider_by_hand(no_java):
-    """Two pictures of one word each: of the four n-gram lengths one matches, so a quarter of 10."""
+    """Two images of one word each: of the four n-gram lengths one matches, so a quarter of 10."""
     assert score(["x", "y"], [["x"], ["y"]]).each["cider"] == pytest.approx([2.5, 2.5])
     assert score(["x", "y"], [["x", "z"], ["y"]]).each["cider"] == pytest.approx([1.25, 2.5])
 
 
-def test_cider_needs_several_pictures(no_java):
+def test_cider_needs_several_images(no_java):
     out = score(["a man"], [["a man"]])
-    assert "cider" not in out.figures and "more than one picture" in out.missing["cider"]
+    assert "cider" not in out.metrics and "more than one image" in out.missing["cider"]
 
 
 @needs_java
@@ -81,8 +81,8 @@ def test_with_java_all_but_spice_are_the_librarys_own():
     for name, scorer in (("rouge_l", Rouge()), ("cider", Cider()), ("meteor", Meteor())):
         expected[name], each = scorer.compute_score(gts, res)
         assert out.each[name] == pytest.approx(list(each))
-    assert out.figures == pytest.approx(expected)
-    assert 0 < out.figures["meteor"] < 1
+    assert out.metrics == pytest.approx(expected)
+    assert 0 < out.metrics["meteor"] < 1
     assert set(out.missing) == ({"spice"} if captions.spice_missing() else set())
 
 
@@ -98,31 +98,29 @@ def test_with_java_captions_of_no_words_score_nothing():
 # ------------------------------------------------------------------------------------------------------ without Java
 
 
-def test_without_java_the_others_are_given_and_the_reason_is_named(no_java):
+def test_without_java_the_others_are_computed_and_the_reason_is_named(no_java):
     out = score(WRITTEN, REFERENCES)
-    assert out.figures.keys() == {*captions.BLEU_NAMES, "rouge_l", "cider"}
+    assert out.metrics.keys() == {*captions.BLEU_NAMES, "rouge_l", "cider"}
     assert out.missing.keys() == {"meteor", "spice"}
     assert "no `java` on this machine" in out.missing["meteor"]
     assert out.tokenizer == captions.PLAIN and "in place of PTBTokenizer" in out.tokenizer
-    assert set(score(WRITTEN, REFERENCES, java=False).missing.values()) == {
-        "needs Java, which java: false leaves alone"
-    }
+    assert set(score(WRITTEN, REFERENCES, java=False).missing.values()) == {"needs Java, which java: false turns off"}
 
 
-def test_java_that_fails_leaves_its_figures_missing(monkeypatch, tmp_path):
+def test_if_java_fails_its_metrics_are_missing(monkeypatch, tmp_path):
     broken = tmp_path / "java"
     broken.write_text("#!/bin/sh\nexit 1\n")
     broken.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     out = score(WRITTEN, REFERENCES)
     assert out.tokenizer == captions.PLAIN and "failed" in out.missing["meteor"]
-    assert out.figures["bleu_1"] > 0.3
+    assert out.metrics["bleu_1"] > 0.3
 
 
-def test_without_the_package_its_name_is_given(monkeypatch):
+def test_without_the_package_its_name_is_reported(monkeypatch):
     monkeypatch.setattr(captions.importlib.util, "find_spec", lambda name: None)
     out = score(WRITTEN, REFERENCES)
-    assert not out.figures and "pip install pycocoevalcap" in out.missing["cider"] and out.words[0][:2] == ["a", "man"]
+    assert not out.metrics and "pip install pycocoevalcap" in out.missing["cider"] and out.words[0][:2] == ["a", "man"]
 
 
 def test_words_without_java_are_nearly_the_fields():
@@ -196,9 +194,9 @@ def test_what_is_written_is_read_again_and_by_coco(tmp_path, capsys):
     [
         (
             [{"image_id": 42, "caption": "x"}, {"image_id": 9, "caption": "x"}],
-            r"no caption for 1 of 3 pictures .*: 7\)",
+            r"no caption for 1 of 3 images .*: 7\)",
         ),
-        ([{"image_id": 1, "caption": "x"}], "not one of its pictures|are not the data's"),
+        ([{"image_id": 1, "caption": "x"}], "none of its images"),
         ([{"image_id": 42}], "entry 0"),
         ([{"image_id": 42, "captions": []}], "entry 0"),
         ([{"image_id": 42, "caption": 3}], "caption of entry 0"),

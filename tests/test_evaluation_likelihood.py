@@ -10,9 +10,9 @@ import torch.nn.functional as F
 
 from latent_verse.biart.sampling import log_likelihood
 from latent_verse.config import ConfigError
-from latent_verse.evaluation import likelihood
-from latent_verse.evaluation.likelihood import Scores, corrected, ranks_of_truth, retrieval
-from latent_verse.evaluation.ranks import Ranks
+from latent_verse.metrics import likelihood
+from latent_verse.metrics.likelihood import Scores, corrected, ranks_of_truth, retrieval
+from latent_verse.metrics.processes import Ranks
 from tests.test_ddp import in_two_processes
 from tests.test_pipeline import make_lverse, one_thread  # noqa: F401 (a fixture)
 
@@ -36,7 +36,7 @@ def texts_of(model):
         return model.encode_texts(TEXTS)
 
 
-def test_every_picture_is_scored_with_every_text(model, codes):
+def test_every_image_is_scored_with_every_text(model, codes):
     text_TL = texts_of(model)
     scores = likelihood.score_all(model, codes, text_TL, Ranks())
     for i in range(5):
@@ -49,7 +49,7 @@ def test_every_picture_is_scored_with_every_text(model, codes):
 
 
 def test_alone_is_the_models_own_log_p_without_a_reference(model, codes):
-    """By the network itself: all tokens of the reference are null."""
+    """Computed by the network itself: all tokens of the reference are null."""
     text_TL = texts_of(model)
     scores = likelihood.score_all(model, codes, text_TL, Ranks())
     vocab = model.biart.vocab
@@ -62,7 +62,7 @@ def test_alone_is_the_models_own_log_p_without_a_reference(model, codes):
     assert alone.tokens_BT[0, :3].sum().item() == pytest.approx(first_three, rel=1e-4)
     assert scores.text_alone_T[0].item() == pytest.approx(alone.total_B.item(), rel=1e-5)
     assert scores.text_alone_T[0] != scores.text_given_image_IT[0, 0]
-    for i in range(5):  # the text that stands beside it makes no difference
+    for i in range(5):  # the text in the pair makes no difference
         other = log_likelihood(model.biart, text_TL[1:2], codes[i : i + 1], "text", alone=True).total_B.item()
         assert scores.image_alone_I[i].item() == pytest.approx(other, rel=1e-5)
 

@@ -1,4 +1,4 @@
-"""Drawing to disk: the same pictures however they are shared, batched or interrupted; the fixed draw; any folder in."""
+"""Images on disk: the same however they are shared, batched or interrupted; the fixed sample; any folder in."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from latent_verse.config.evaluate import EvalDataConfig
 from latent_verse.data import DataError
 from latent_verse.evaluation import samples
 from latent_verse.evaluation.pairs import Pairs, ordered
-from latent_verse.evaluation.ranks import Ranks
+from latent_verse.metrics.processes import Ranks
 from tests.stand_ins import write_pairs
 from tests.test_ddp import in_two_processes
 from tests.test_pipeline import make_lverse, one_thread  # noqa: F401 (a fixture)
 
 TEXTS = ["a red circle", "two small blue squares", "a red circle", "a red", "a blue circle"]
-SETTINGS = {"temperature": 1.0, "top_k": None, "top_p": None, "guidance": 1.0}
+SAMPLING = {"temperature": 1.0, "top_k": None, "top_p": None, "guidance": 1.0}
 
 
 @pytest.fixture
@@ -31,9 +31,9 @@ def model(tiny_augvae):
     return make_lverse(tiny_augvae(single_level=4))
 
 
-def draw(model, folder, ranks=None, batch_size=2, **changes):
-    options = {"candidates": 2, "seed": 3, "batch_size": batch_size, "settings": SETTINGS} | changes
-    samples.draw(model, TEXTS, folder, ranks or Ranks(), **options)
+def generated(model, folder, ranks=None, batch_size=2, **changes):
+    options = {"candidates": 2, "seed": 3, "batch_size": batch_size, "sampling": SAMPLING} | changes
+    samples.generate(model, TEXTS, folder, ranks or Ranks(), **options)
     return {p.name: np.asarray(Image.open(p)).astype(int) for p in sorted(folder.glob("*.png"))}
 
 
@@ -56,68 +56,68 @@ class Counting:
         return self.model.draw_scored(texts, *args, **kwargs)
 
 
-def test_pictures_carry_their_text_and_score_and_an_index_lists_them(model, tmp_path):
-    drawn = draw(model, tmp_path)
-    assert list(drawn) == [f"{i:06d}_{j:02d}.png" for i in range(5) for j in range(2)]
+def test_images_carry_their_text_and_score_and_an_index_lists_them(model, tmp_path):
+    found = generated(model, tmp_path)
+    assert list(found) == [f"{i:06d}_{j:02d}.png" for i in range(5) for j in range(2)]
     groups = samples.read_groups(tmp_path)
     assert [group.text for group in groups] == TEXTS and all(len(group.files) == 2 for group in groups)
-    picture = Image.open(groups[1].files[1])
-    assert picture.text["text"] == TEXTS[1] and float(picture.text["log_p"]) == groups[1].log_p[1]
+    image = Image.open(groups[1].files[1])
+    assert image.text["text"] == TEXTS[1] and float(image.text["log_p"]) == groups[1].log_p[1]
     [[low, high]] = [sorted(groups[1].log_p)]
     assert low < high < 0
 
 
-def test_scores_are_those_of_the_codes_that_were_drawn(model):
-    pictures, log_p = model.draw_scored(TEXTS[:2], 3, seed=5)
-    assert log_p.shape == (2, 3) and [len(row) for row in pictures] == [3, 3]
-    assert [[np.asarray(p).tolist() for p in row] for row in pictures] == [
+def test_scores_are_those_of_the_codes_that_were_sampled(model):
+    images, log_p = model.draw_scored(TEXTS[:2], 3, seed=5)
+    assert log_p.shape == (2, 3) and [len(row) for row in images] == [3, 3]
+    assert [[np.asarray(p).tolist() for p in row] for row in images] == [
         [np.asarray(p).tolist() for p in row] for row in model.text_to_image(TEXTS[:2], 3, seed=5)
     ]
     best = model.text_to_image(TEXTS[:2], 1, rerank=3, seed=5)  # what re-ranking in the pipeline takes
-    for row, values, [chosen] in zip(pictures, log_p, best, strict=True):
+    for row, values, [chosen] in zip(images, log_p, best, strict=True):
         assert np.array_equal(np.asarray(row[int(values.argmax())]), np.asarray(chosen))
 
 
-def test_the_batch_changes_nothing_and_the_same_text_gives_new_pictures(model, tmp_path):
-    one, all_at_once = draw(model, tmp_path / "a", batch_size=1), draw(model, tmp_path / "b", batch_size=9)
+def test_the_batch_changes_nothing_and_the_same_text_gives_new_images(model, tmp_path):
+    one, all_at_once = generated(model, tmp_path / "a", batch_size=1), generated(model, tmp_path / "b", batch_size=9)
     assert same(one, all_at_once)
     assert not np.array_equal(one["000000_00.png"], one["000002_00.png"])
     assert not np.array_equal(one["000000_00.png"], one["000000_01.png"])
-    other = draw(model, tmp_path / "c", seed=4)
+    other = generated(model, tmp_path / "c", seed=4)
     assert not np.array_equal(one["000001_00.png"], other["000001_00.png"])
 
 
-def test_an_interrupted_run_goes_on_and_gives_what_an_uninterrupted_one_does(model, tmp_path):
-    whole = draw(model, tmp_path / "whole")
+def test_an_interrupted_run_resumes_and_gives_what_an_uninterrupted_one_does(model, tmp_path):
+    whole = generated(model, tmp_path / "whole")
     stopped = Counting(model, stop_after=1)
     with pytest.raises(KeyboardInterrupt):
-        draw(stopped, tmp_path / "run")
+        generated(stopped, tmp_path / "run")
     done = {p.name for p in (tmp_path / "run").glob("*.png")}
     assert 0 < len(done) < 10 and not (tmp_path / "run" / samples.INDEX).exists()
     before = {name: (tmp_path / "run" / name).stat().st_mtime_ns for name in done}
     resumed = Counting(model)
-    assert same(whole, draw(resumed, tmp_path / "run"))
+    assert same(whole, generated(resumed, tmp_path / "run"))
     assert sum(map(len, resumed.calls)) == 5 - len(done) // 2
     assert all((tmp_path / "run" / name).stat().st_mtime_ns == before[name] for name in done)
     again = Counting(model)
-    draw(again, tmp_path / "run")
+    generated(again, tmp_path / "run")
     assert not again.calls
 
 
-def test_half_a_caption_is_drawn_again(model, tmp_path):
-    whole = draw(model, tmp_path)
+def test_half_a_caption_is_generated_again(model, tmp_path):
+    whole = generated(model, tmp_path)
     (tmp_path / "000003_01.png").unlink()
     counting = Counting(model)
-    assert same(whole, draw(counting, tmp_path)) and counting.calls == [[TEXTS[3]]]
+    assert same(whole, generated(counting, tmp_path)) and counting.calls == [[TEXTS[3]]]
 
 
 def part(rank: int, model, folder) -> dict[str, torch.Tensor]:
-    drawn = draw(model, folder, Ranks(rank, 2))
-    return {name: torch.from_numpy(x) for name, x in drawn.items()}
+    found = generated(model, folder, Ranks(rank, 2))
+    return {name: torch.from_numpy(x) for name, x in found.items()}
 
 
-def test_two_processes_draw_what_one_does(model, tmp_path):
-    whole = draw(model, tmp_path / "one")
+def test_two_processes_generate_what_one_does(model, tmp_path):
+    whole = generated(model, tmp_path / "one")
     (tmp_path / "results").mkdir()
     first, second = in_two_processes(tmp_path / "results", part, model, tmp_path / "two")
     assert first.keys() == second.keys() == whole.keys()
@@ -126,20 +126,20 @@ def test_two_processes_draw_what_one_does(model, tmp_path):
     assert len(samples.read_groups(tmp_path / "two")) == 5
 
 
-def test_a_folder_of_another_draw_is_refused(model, tmp_path):
-    draw(model, tmp_path)
+def test_a_folder_of_different_settings_is_refused(model, tmp_path):
+    generated(model, tmp_path)
     with pytest.raises(ConfigError, match=r"(?s)seed: 3 then, 4 now.*--generated_dir"):
-        draw(model, tmp_path, seed=4)
+        generated(model, tmp_path, seed=4)
     with pytest.raises(ConfigError, match="candidates: 2 then, 3 now"):
-        draw(model, tmp_path, candidates=3)
+        generated(model, tmp_path, candidates=3)
     with torch.no_grad():
         model.biart.ln_f.bias.add_(1)
     del model.fingerprints
     with pytest.raises(ConfigError, match="model: "):
-        draw(model, tmp_path)
+        generated(model, tmp_path)
     (tmp_path / samples.ABOUT).unlink()
     with pytest.raises(ConfigError, match="unknown origin"):
-        draw(model, tmp_path)
+        generated(model, tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------- any system's folder
@@ -173,7 +173,7 @@ def test_plain_folders_take_captions_from_beside(tmp_path):
         ("{", "line 1 is not"),
         ('{"text": "x"}', "line 1 is not"),
         ('{"file": "gone.png", "text": "x"}', "gone.png does not exist"),
-        ('{"file": "p000.png"}\n{"file": "p001.png"}\n{"file": "p001.png", "number": 1}', r"\[1, 2\] pictures"),
+        ('{"file": "p000.png"}\n{"file": "p001.png"}\n{"file": "p001.png", "number": 1}', r"\[1, 2\] images"),
     ],
 )
 def test_an_index_that_does_not_fit_is_refused(tmp_path, content, message):
@@ -183,40 +183,40 @@ def test_an_index_that_does_not_fit_is_refused(tmp_path, content, message):
         samples.read_groups(tmp_path)
 
 
-def test_no_pictures(tmp_path):
+def test_no_images(tmp_path):
     with pytest.raises(DataError, match="is no folder"):
         samples.read_groups(tmp_path / "none")
-    with pytest.raises(DataError, match="no picture below"):
+    with pytest.raises(DataError, match="no image below"):
         samples.read_groups(tmp_path)
     (tmp_path / "x.png").write_bytes(b"no")
     with pytest.raises(DataError, match=r"x\.png cannot be read"):
-        samples.read_picture(tmp_path / "x.png", 16)
+        samples.read_image(tmp_path / "x.png", 16)
 
 
-# ---------------------------------------------------------------------------------------------------------- fixed draw
+# -------------------------------------------------------------------------------------------------------- fixed sample
 
 
 def pairs_of(folder, seed=0) -> Pairs:
     return Pairs(EvalDataConfig(dataset="pairs", test_dir=str(folder)), 16, seed)
 
 
-def test_the_draw_is_of_different_pictures_first_and_of_the_names_alone(tmp_path):
+def test_the_sample_is_of_different_images_first_and_of_the_names_alone(tmp_path):
     write_pairs(tmp_path / "a", 6, captions=3)
     shutil.copytree(tmp_path / "a", tmp_path / "deep" / "b")
     one, other = pairs_of(tmp_path / "a"), pairs_of(tmp_path / "deep" / "b")
-    drawn = one.draw(8, 0)
-    assert drawn == other.draw(8, 0) and one.about(drawn, 0) == other.about(drawn, 0)
-    assert len({d.index for d in drawn[:6]}) == 6 and len({d.index for d in drawn}) == 6
-    assert all(d.caption in one.captions(d.index) for d in drawn)
-    assert one.draw(4, 0) == drawn[:4]
-    assert one.draw(8, 1) != drawn
-    everything = one.draw(10**6, 0)
+    found = one.sample(8, 0)
+    assert found == other.sample(8, 0) and one.about(found, 0) == other.about(found, 0)
+    assert len({d.index for d in found[:6]}) == 6 and len({d.index for d in found}) == 6
+    assert all(d.caption in one.captions(d.index) for d in found)
+    assert one.sample(4, 0) == found[:4]
+    assert one.sample(8, 1) != found
+    everything = one.sample(10**6, 0)
     assert len(everything) == len(set(everything)) == 18
-    assert one.about(drawn, 0)["captions"] == 8 and one.about(drawn, 0)["pictures"] == 6
+    assert one.about(found, 0)["captions"] == 8 and one.about(found, 0)["pictures"] == 6
 
 
-def test_the_draw_is_pinned():
-    """Another version, machine or Python must not draw others: by `printf 0/a | sha256sum` and so on."""
+def test_the_sample_is_pinned():
+    """Another version, machine or Python must not choose others: by `printf 0/a | sha256sum` and so on."""
     assert ordered(["a", "b", "c", "d"], 0) == [2, 1, 3, 0]
 
 
@@ -246,7 +246,7 @@ def test_names_and_ids(tmp_path):
         assert Pairs(own, 32, 0).image_ids() == Pairs(own, 32, 0).names
     shapes = Pairs(EvalDataConfig(dataset="shapes", test_size=4), 32, 0)
     assert shapes.image_ids() == [0, 1, 2, 3] and shapes.made_up
-    assert shapes.captions(2) and shapes.scene(2) and shapes.picture(2).shape == (3, 32, 32)
+    assert shapes.captions(2) and shapes.scene(2) and shapes.image(2).shape == (3, 32, 32)
 
 
 def test_settings_are_named_as_eval_biart_names_them(tmp_path):
@@ -277,5 +277,5 @@ def test_random_state_is_left_alone(model, tmp_path):
     expected = torch.rand(2), random.random()
     torch.manual_seed(1)
     random.seed(1)
-    draw(model, tmp_path)
+    generated(model, tmp_path)
     assert torch.equal(torch.rand(2), expected[0]) and random.random() == expected[1]

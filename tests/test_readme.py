@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from latent_verse import demo
 from latent_verse.config.cli import parse
 from latent_verse.config.evaluate import EvalBiARTConfig, resolve_eval_biart
 from latent_verse.config.generate import GenerateConfig, resolve_generate
@@ -21,6 +20,7 @@ from latent_verse.config.train import (
     resolve_train_biart,
     resolve_train_vae,
 )
+from latent_verse.demo import run as demo
 
 REPO = Path(__file__).parent.parent
 PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]

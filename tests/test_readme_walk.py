@@ -19,7 +19,7 @@ import eval_vae
 import generate
 import train_biart
 import train_vae
-from latent_verse.evaluation import networks
+from latent_verse.metrics import networks
 from tests.runs_on_pictures import SMALL, write_pictures
 from tests.stand_ins import Colours, Words, write_pairs
 from tests.test_pipeline import one_thread  # noqa: F401 (a fixture)

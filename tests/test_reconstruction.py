@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from latent_verse.augvae.codebook import perplexity
-from latent_verse.evaluation.codebook import CodebookUsage
-from latent_verse.evaluation.mean import Mean
-from latent_verse.evaluation.networks import INCEPTION, inception_file
-from latent_verse.evaluation.reconstruction import ReconstructionMetrics, table
+from latent_verse.metrics.codebook_usage import CodebookUsage
+from latent_verse.metrics.networks import INCEPTION, inception_file
+from latent_verse.metrics.reconstruction import ReconstructionMetrics, table
+from latent_verse.metrics.running import Mean
 
 LEVELS, K = (4, 2), 16
 
@@ -24,7 +24,7 @@ def empty_cache(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.hub, "_hub_dir", None)
 
 
-def pictures(n=5, side=16):
+def images(n=5, side=16):
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(n, 3, side, side, generator=generator) * 2 - 1
     noise = torch.randn(n, 3, side, side, generator=generator)
@@ -61,8 +61,8 @@ def ssim(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("sizes", [[5], [2, 2, 1], [0, 3, 0, 2, 0], [1, 1, 1, 1, 1]])
-def test_figures_are_means_over_pictures_however_they_are_batched(sizes):
-    x, reconstruction = pictures()
+def test_metrics_are_means_over_images_however_they_are_batched(sizes):
+    x, reconstruction = images()
     assert reconstruction.abs().max() > 1  # clamped before it is compared
     out = measure(x, reconstruction, sizes)
     a, b = (x.double() + 1) / 2, (reconstruction.clamp(-1, 1).double() + 1) / 2
@@ -71,7 +71,7 @@ def test_figures_are_means_over_pictures_however_they_are_batched(sizes):
     assert out["mse"] == pytest.approx(mse.mean().item(), rel=1e-5)
     assert out["l1"] == pytest.approx((a - b).abs().mean().item(), rel=1e-5)
     assert out["psnr"] == pytest.approx((10 * torch.log10(1 / mse)).mean().item(), rel=1e-5)
-    assert out["psnr"] != pytest.approx(10 * math.log10(1 / mse.mean()), rel=1e-2)  # the mean's PSNR is another figure
+    assert out["psnr"] != pytest.approx(10 * math.log10(1 / mse.mean()), rel=1e-2)  # not that of the mean
     assert out["ssim"] == pytest.approx(ssim(a, b).mean().item(), rel=1e-4)
 
 
@@ -85,13 +85,13 @@ def test_known_values():
 
 
 def test_half_precision_reconstructions_are_compared_in_float32():
-    x, reconstruction = pictures()
+    x, reconstruction = images()
     low = reconstruction.bfloat16()
     assert measure(x, low, [5])["mse"] == pytest.approx(measure(x, low.float(), [5])["mse"], rel=1e-6)
 
 
 def test_missing_networks_are_named_and_never_zero():
-    out = measure(*pictures(), [5])
+    out = measure(*images(), [5])
     assert not {"lpips", "rfid"} & out.keys()
     assert out["missing"].keys() == {"lpips", "rfid"}
     assert "vgg16-397923af.pth" in out["missing"]["lpips"] and "https://" in out["missing"]["lpips"]
@@ -106,12 +106,12 @@ def test_missing_networks_are_named_and_never_zero():
 
 
 def test_fake_data_leaves_the_networks_out():
-    out = measure(*pictures(), [5], with_networks=False)
+    out = measure(*images(), [5], with_networks=False)
     assert out["missing"] == {"lpips": "not computed on fake data", "rfid": "not computed on fake data"}
 
 
-def test_pictures_smaller_than_the_window_have_no_ssim():
-    out = measure(*pictures(side=8), [5])
+def test_images_smaller_than_the_window_have_no_ssim():
+    out = measure(*images(side=8), [5])
     assert "ssim" not in out
     assert "8 px" in out["missing"]["ssim"]
     assert out["psnr"] > 0
@@ -121,7 +121,7 @@ def test_pictures_smaller_than_the_window_have_no_ssim():
 
 
 class Brightness(nn.Module):
-    """One feature a picture: its mean 8-bit value."""
+    """One feature an image: its mean 8-bit value."""
 
     num_features = 1
 
@@ -130,15 +130,15 @@ class Brightness(nn.Module):
         return x_BCHW.float().mean(dim=(1, 2, 3))[:, None]
 
 
-def flat_pictures(levels: list[int]) -> torch.Tensor:
-    """Pictures of one 8-bit value each, in [-1, 1]."""
+def flat_images(levels: list[int]) -> torch.Tensor:
+    """Images of one 8-bit value each, in [-1, 1]."""
     return (torch.tensor(levels, dtype=torch.float32) / 255 * 2 - 1)[:, None, None, None].expand(-1, 3, 16, 16)
 
 
 @pytest.mark.parametrize("sizes", [[4], [3, 1], [2, 0, 2]])
 def test_rfid_of_one_feature_is_the_closed_form(sizes):
     real, made = [100, 110, 120, 150], [60, 100, 130, 200]
-    out = measure(flat_pictures(real), flat_pictures(made), sizes, fid_features=Brightness())
+    out = measure(flat_images(real), flat_images(made), sizes, fid_features=Brightness())
     a, b = torch.tensor(real, dtype=torch.float64), torch.tensor(made, dtype=torch.float64)
     assert out["rfid"] == pytest.approx(((a.mean() - b.mean()) ** 2 + (a.std() - b.std()) ** 2).item(), rel=1e-4)
     assert "rfid" not in out["missing"]
@@ -146,14 +146,14 @@ def test_rfid_of_one_feature_is_the_closed_form(sizes):
 
 def test_rfid_of_a_shift_is_its_square_and_of_the_same_is_zero():
     real = [100, 110, 120, 150]
-    shifted = flat_pictures([v + 7 for v in real])
-    assert measure(flat_pictures(real), shifted, [4], fid_features=Brightness())["rfid"] == pytest.approx(49, rel=1e-4)
-    same = measure(flat_pictures(real), flat_pictures(real), [4], fid_features=Brightness())["rfid"]
+    shifted = flat_images([v + 7 for v in real])
+    assert measure(flat_images(real), shifted, [4], fid_features=Brightness())["rfid"] == pytest.approx(49, rel=1e-4)
+    same = measure(flat_images(real), flat_images(real), [4], fid_features=Brightness())["rfid"]
     assert same == pytest.approx(0, abs=1e-3)
 
 
-def test_rfid_of_a_single_picture_is_missing():
-    out = measure(flat_pictures([100]), flat_pictures([100]), [1], fid_features=Brightness())
+def test_rfid_of_a_single_image_is_missing():
+    out = measure(flat_images([100]), flat_images([100]), [1], fid_features=Brightness())
     assert "rfid" not in out
     assert "at least 2" in out["missing"]["rfid"]
 
@@ -176,7 +176,7 @@ def test_codebook_usage_counts_over_batches_and_by_level():
 
 
 def test_codebook_usage_is_in_the_results_and_empty_batches_add_nothing():
-    x, reconstruction = pictures()
+    x, reconstruction = images()
     whole, parts = measure(x, reconstruction, [5]), measure(x, reconstruction, [0, 5, 0])
     counts = torch.bincount(codes(5)[0].flatten(), minlength=K)
     assert whole["codes_used_4"] == (counts > 0).sum()
@@ -202,15 +202,15 @@ def test_a_mean_weighs_its_values_and_shows_nan():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_figures_survive_a_run_in_half_precision(dtype):
-    """Lightning casts a module with all it holds; sums in half precision would stand still after some 256 pictures."""
+def test_metrics_survive_a_run_in_half_precision(dtype):
+    """Lightning casts a module with all it holds; sums in half precision would stop growing after some 256 images."""
     metrics = ReconstructionMetrics((2,), 4, 4, with_networks=False).to(dtype)
     x = torch.zeros(8, 3, 4, 4, dtype=dtype)
     for error in [0.5] * 150 + [0.25] * 150:
         metrics.update(x, x + error, [torch.zeros(8, 2, 2, dtype=torch.int64)])
-    figures = metrics.compute()
-    assert figures["images"] == 2400
-    assert figures["l1"] == pytest.approx(0.375 / 2, rel=1e-4)
-    assert figures["mse"] == pytest.approx((0.25**2 + 0.125**2) / 2, rel=1e-4)
+    out = metrics.compute()
+    assert out["images"] == 2400
+    assert out["l1"] == pytest.approx(0.375 / 2, rel=1e-4)
+    assert out["mse"] == pytest.approx((0.25**2 + 0.125**2) / 2, rel=1e-4)
     metrics.psnr.reset()
     assert metrics.psnr.sum.dtype == torch.float32

@@ -1,4 +1,4 @@
-"""report.py: a page that stands alone, says what the figures say, and survives whatever the texts hold."""
+"""The demo's page: it stands alone, says what the metrics say, and escapes whatever the texts hold."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from latent_verse.evaluation.intervals import wilson
-from latent_verse.report import Curves, Report, read_curves, write_report
+from latent_verse.demo.page import Curves, Report, read_curves, write_page
+from latent_verse.metrics.intervals import wilson
 
 
-def judged(folder: Path, split: str, total: int = 4) -> dict:
-    """What evaluation/shapes.py writes, with pictures for two cases."""
+def results_of(folder: Path, split: str, total: int = 4) -> dict:
+    """What evaluation/shapes.py writes, with images for two cases."""
     cases = []
     for i in range(total):
         right = {"text_to_image": i > 0, "image_to_text": i > 1, "reconstruction": True}
@@ -44,7 +44,7 @@ def report(tmp_path) -> Report:
     return Report(
         title="A demo",
         metrics=metrics,
-        splits={name: judged(tmp_path, name) for name in ("unseen", "heldout")},
+        splits={name: results_of(tmp_path, name) for name in ("unseen", "heldout")},
         folder=tmp_path,
         stages=[("AugVAE", 61.4, "python train_vae.py --config a.yaml"), ("BiART", 120.0, "python train_biart.py")],
         curves=[Curves("Loss", "nats", {"train": [(0, 2.0), (10, 1.0)], "validation": [(10, 1.1)]}, log_scale=True)],
@@ -65,7 +65,7 @@ class Checker(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.sources += [value for name, value in attrs if name in ("src", "href")]
-        if tag not in ("img", "meta"):
+        if tag not in ("img", "meta", "wbr"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):
@@ -76,19 +76,19 @@ class Checker(HTMLParser):
 
 
 def test_the_page_stands_alone(report, tmp_path):
-    page = write_report(tmp_path, report).read_text()
+    page = write_page(tmp_path, report).read_text()
     checked = Checker(page)
     assert checked.sources and all(source.startswith("data:image/") for source in checked.sources)
     assert not re.search(r"url\(|@import|<script|<link", page)
     pngs = [s for s in checked.sources if s.startswith("data:image/png")]
     assert base64.b64decode(pngs[0].split(",")[1]) == (tmp_path / "unseen0drawn.png").read_bytes()
-    # of two scenes a split: drawn, given, and for half of them given and rebuilt
+    # of two scenes a split: generated, given, and for half of them given and its reconstruction
     assert len(pngs) == 2 * (2 + 2 + 2)
     assert not list(tmp_path.glob(".*"))
 
 
-def test_the_page_says_what_the_figures_say(report, tmp_path):
-    page = write_report(tmp_path, report).read_text()
+def test_the_page_says_what_the_metrics_say(report, tmp_path):
+    page = write_page(tmp_path, report).read_text()
     text = Checker(page).text
     for words in (
         "3 of 4",
@@ -99,18 +99,18 @@ def test_the_page_says_what_the_figures_say(report, tmp_path):
         "python train_biart.py",
         "61 s",
         "abc",
-        "among those drawn at temperature 0.75",
+        "among those sampled at temperature 0.75",
     ):
         assert words in text
     assert "3.0 min" in text
     assert text.count("✓ right") + text.count("✗ wrong") == 2 * (2 + 2 + 1)
     assert text.count("✗ wrong") == 2 * (1 + 2)
-    assert "<b>a & 0</b>" in text and "<b>a &" not in page  # shown as it is, not taken for markup
+    assert "<b>a & 0</b>" in text and "<b>a &" not in page  # escaped
     assert "prefers-color-scheme: dark" in page and "width=device-width" in page
 
 
 def test_curves_are_drawn(report, tmp_path):
-    (source,) = [s for s in Checker(write_report(tmp_path, report).read_text()).sources if "svg" in s]
+    (source,) = [s for s in Checker(write_page(tmp_path, report).read_text()).sources if "svg" in s]
     svg = base64.b64decode(source.split(",")[1]).decode()
     assert "<svg" in svg and "nats" in svg and "validation" in svg
 
@@ -123,8 +123,8 @@ def test_wilson_interval(right, total, low, high):
     assert wilson(right, total) == pytest.approx((low, high), abs=1e-3)
 
 
-def test_curves_of_a_continued_run(tmp_path):
-    """Steps done again after an interruption count once, as they were the last time."""
+def test_curves_of_a_resumed_run(tmp_path):
+    """Steps repeated after an interruption count once: the later values."""
     for name, rows in (("logs", "0,2.0,\n10,1.5,3.0\n20,9.0,"), ("logs-2", "20,1.0,\n30,0.5,2.0")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.csv").write_text(f"step,train/loss,val/loss\n{rows}\n")

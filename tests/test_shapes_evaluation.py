@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import random
 
@@ -13,41 +12,11 @@ from PIL import Image
 
 from latent_verse.data import DataError
 from latent_verse.data.shapes import ShapesDataset, World
-from latent_verse.data.shapes_drawing import Obj, Scene
 from latent_verse.evaluation import shapes
 from latent_verse.evaluation.shapes import ATTRIBUTES, ShapesDrawConfig, evaluate
+from tests.stand_ins import Oracle
 
 SMALL = World.preset("small")
-
-
-class Oracle:
-    """Draws what a text says, in cells of which all is true, and writes what it reads in a picture."""
-
-    def __init__(self, world: World = SMALL):
-        self.world = world
-        self.calls: list[dict] = []
-
-    def text_to_image(self, texts, **settings):
-        self.calls.append(settings)
-        return [[self.world.render(self.scene_of(text))] for text in texts]
-
-    def scene_of(self, text) -> Scene:
-        asked, side = self.world.parse_caption(text), self.world.image_size // self.world.grid
-        for cells in itertools.permutations(range(self.world.grid**2), len(asked.things)):
-            corners = [divmod(cell, self.world.grid) for cell in cells]
-            objects = [
-                Obj(t.shape, t.colour, "large", column * side + side // 2, row * side + side // 2)
-                for t, (row, column) in zip(asked.things, corners, strict=True)
-            ]
-            if self.world.satisfies(Scene(tuple(objects)), asked):
-                return Scene(tuple(objects))
-        raise AssertionError(text)
-
-    def image_to_text(self, images, **settings):
-        return [[self.world.caption(self.world.parse_image(image), random.Random(0))] for image in images]
-
-    def reconstruct(self, images):
-        return [image.copy() for image in images]
 
 
 class Blind(Oracle):
@@ -66,41 +35,41 @@ class Blind(Oracle):
 
 @pytest.fixture(scope="module")
 def oracle():
-    return Oracle()
+    return Oracle(SMALL)
 
 
 @pytest.mark.parametrize("split", ["val", "heldout"])
 def test_an_oracle_is_right_in_everything(oracle, split):
-    figures, cases = evaluate(oracle, SMALL, split, 25, 0, ShapesDrawConfig(rerank=3))
+    results, cases = evaluate(oracle, SMALL, split, 25, 0, ShapesDrawConfig(rerank=3))
     for name in ("text_to_image", "image_to_text", "reranked"):
-        assert (figures[name]["right"], figures[name]["total"]) == (25, 25)
-        assert figures[name]["attributes"] == {a: {"right": 25, "total": 25} for a in ATTRIBUTES}
-    assert figures["reconstruction"] == {"right": 25, "total": 25}
-    assert figures["reranked"]["drawn"] == 3
+        assert (results[name]["right"], results[name]["total"]) == (25, 25)
+        assert results[name]["attributes"] == {a: {"right": 25, "total": 25} for a in ATTRIBUTES}
+    assert results["reconstruction"] == {"right": 25, "total": 25}
+    assert results["reranked"]["drawn"] == 3
     assert len({SMALL.key(case.scene) for case in cases}) == 25
     assert {SMALL.split_of(case.scene) for case in cases} == {split}
     assert all(all(case.right.values()) and len(case.right) == 4 for case in cases)
 
 
 def test_a_blind_model_is_right_in_next_to_nothing():
-    figures, _ = evaluate(Blind(), SMALL, "val", 40, 0, ShapesDrawConfig())
-    assert figures["text_to_image"]["right"] <= 2
-    assert figures["image_to_text"]["right"] <= 2
-    assert figures["reconstruction"]["right"] == 0
-    assert figures["text_to_image"]["attributes"]["count"]["right"] > 5  # some attribute agrees by chance
-    assert "reranked" not in figures
+    results, _ = evaluate(Blind(SMALL), SMALL, "val", 40, 0, ShapesDrawConfig())
+    assert results["text_to_image"]["right"] <= 2
+    assert results["image_to_text"]["right"] <= 2
+    assert results["reconstruction"]["right"] == 0
+    assert results["text_to_image"]["attributes"]["count"]["right"] > 5  # some attribute agrees by chance
+    assert "reranked" not in results
 
 
-def test_only_what_the_picture_shows_counts(oracle):
-    """A right caption of a wrongly drawn picture: each direction is judged by its own reference."""
+def test_only_what_the_image_shows_counts(oracle):
+    """Right captions beside wrong images: each direction is checked against its own reference."""
 
     class Wrong(Oracle):
         def text_to_image(self, texts, **settings):
             return [[SMALL.render(SMALL.scene(0))] for _ in texts]
 
-    figures, cases = evaluate(Wrong(), SMALL, "val", 10, 0, ShapesDrawConfig())
-    assert figures["image_to_text"]["right"] == 10
-    assert figures["text_to_image"]["right"] == sum(case.right["text_to_image"] for case in cases) < 3
+    results, cases = evaluate(Wrong(SMALL), SMALL, "val", 10, 0, ShapesDrawConfig())
+    assert results["image_to_text"]["right"] == 10
+    assert results["text_to_image"]["right"] == sum(case.right["text_to_image"] for case in cases) < 3
 
 
 def test_the_seed_decides_and_settings_reach_the_model(oracle):
@@ -124,22 +93,22 @@ def test_more_scenes_than_there_are(oracle):
 
 
 def test_write_json(oracle, tmp_path):
-    figures, cases = evaluate(oracle, SMALL, "val", 5, 0, ShapesDrawConfig(rerank=2))
-    shapes.write_json(tmp_path / "new" / "val.json", figures, cases, samples=2)
+    results, cases = evaluate(oracle, SMALL, "val", 5, 0, ShapesDrawConfig(rerank=2))
+    shapes.write_json(tmp_path / "new" / "val.json", results, cases, samples=2)
     written = json.loads((tmp_path / "new" / "val.json").read_text())
-    assert written["text_to_image"] == figures["text_to_image"]
+    assert written["text_to_image"] == results["text_to_image"]
     assert len(written["cases"]) == 5
     first = written["cases"][0]
-    assert SMALL.parse_image(Image.open(tmp_path / "new" / first["picture"])) == SMALL.parse_image(cases[0].picture)
+    assert SMALL.parse_image(Image.open(tmp_path / "new" / first["picture"])) == SMALL.parse_image(cases[0].image)
     assert {"drawn", "reranked", "reconstruction", "text", "written", "right"} <= first.keys()
     assert "picture" not in written["cases"][2]
     assert len(list((tmp_path / "new" / "val_samples").iterdir())) == 8
-    assert "5 of 5  100.0%" in shapes.table(figures, "title")
+    assert "5 of 5  100.0%" in shapes.table(results, "title")
 
 
 @pytest.fixture
 def bundle(tmp_path):
-    """A random model for pictures of 32 px."""
+    """A random model for images of 32 px."""
     import torch
 
     from latent_verse.augvae.model import AugVAE
@@ -159,18 +128,18 @@ def bundle(tmp_path):
 
 
 def test_command(bundle, tmp_path, capsys):
-    file = tmp_path / "judged.json"
+    file = tmp_path / "results.json"
     flags = ["--model", str(bundle), "--count", "4", "--gpus", "0", "--rerank", "2"]
     assert shapes.main([*flags, "--json", str(file), "--samples", "1"]) == 0
-    judged = json.loads(file.read_text())
-    assert (judged["world"], judged["split"], judged["count"]) == ("small", "val", 4)
-    assert judged["text_to_image"]["total"] == judged["image_to_text"]["total"] == 4
-    assert judged["draw"]["temperature"] == 1.0
+    written = json.loads(file.read_text())
+    assert (written["world"], written["split"], written["count"]) == ("small", "val", 4)
+    assert written["text_to_image"]["total"] == written["image_to_text"]["total"] == 4
+    assert written["draw"]["temperature"] == 1.0
     assert "of 4" in capsys.readouterr().out
     again = tmp_path / "again.json"
     assert shapes.main([*flags, "--json", str(again)]) == 0
     same = ("text_to_image", "image_to_text", "reranked", "reconstruction")
-    assert {k: judged[k] for k in same} == {k: json.loads(again.read_text())[k] for k in same}
+    assert {k: written[k] for k in same} == {k: json.loads(again.read_text())[k] for k in same}
 
 
 @pytest.mark.parametrize(
@@ -194,4 +163,4 @@ def test_mistakes(flags, words, capsys):
 
 def test_a_bundle_of_another_resolution(bundle, capsys):
     assert shapes.main(["--model", str(bundle), "--world", "full", "--count", "2", "--gpus", "0"]) == 2
-    assert "trained on something else" in capsys.readouterr().err
+    assert "world: full" in capsys.readouterr().err

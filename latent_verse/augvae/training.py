@@ -13,9 +13,9 @@ from latent_verse.augvae.model import AugVAE, Encoded
 from latent_verse.augvae.perceptual import LOSSES, ReconstructionLoss, fetch_vgg16
 from latent_verse.config import as_plain
 from latent_verse.config.train import TrainVAEConfig
-from latent_verse.evaluation.codebook import CodebookUsage
-from latent_verse.evaluation.mean import Mean
-from latent_verse.evaluation.reconstruction import ReconstructionMetrics
+from latent_verse.metrics.codebook_usage import CodebookUsage
+from latent_verse.metrics.reconstruction import ReconstructionMetrics
+from latent_verse.metrics.running import Mean
 from latent_verse.optimizer import MuonAdamW, adamw, warm_up_then_cosine
 from latent_verse.recompute import checkpoint_activations
 from latent_verse.trainer import uncompiled

@@ -27,7 +27,7 @@ from latent_verse.biart.sequence import (
 )
 from latent_verse.config import as_plain
 from latent_verse.config.train import TrainBiARTConfig
-from latent_verse.evaluation.mean import Mean
+from latent_verse.metrics.running import Mean
 from latent_verse.optimizer import MuonAdamW, adamw, warm_up_then_cosine
 from latent_verse.recompute import checkpoint_activations
 from latent_verse.trainer import uncompiled

@@ -1,9 +1,9 @@
-"""The pictures and captions that an evaluation reads, and the fixed draw of captions.
+"""The images and captions that an evaluation reads, and the fixed sample of captions that it generates images for.
 
-The draw is a function of the seed and of the pictures' names alone: not of the order of files, the machine, or the
-version of a random number generator. Pictures are ordered by SHA-256 of "<seed>/<name>"; each pass over them takes one
-more caption of every picture, which are ordered likewise ("<seed>/<name>/<number>"). So the first 30,000 of COCO's
-validation set are 30,000 different pictures with one caption each.
+The sample is a function of the seed and of the images' names alone: not of the order of files, the machine, or the
+version of a random number generator. Images are ordered by SHA-256 of "<seed>/<name>"; each pass over them takes one
+more caption of every image, in the order of SHA-256 of "<seed>/<name>/<number>". So the first 30,000 of COCO's
+validation set are 30,000 different images with one caption each.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from latent_verse.data.shapes import Scene
 
 GENERATED_SIZES = {"shapes": 256, "fake": 32}  # pairs where test_size does not say
 COCO_NAME = re.compile(r"(?:^|_)(\d{12})$")  # 000000391895.jpg, COCO_val2014_000000391895.jpg
-DRAW_RULE = "pictures by SHA-256 of seed/name, one caption each by SHA-256 of seed/name/number; then the next captions"
+RULE = "pictures by SHA-256 of seed/name, one caption each by SHA-256 of seed/name/number; then the next captions"
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """One caption of the draw: of picture `index`."""
+class Sample:
+    """One caption of the fixed sample: of image `index`."""
 
     index: int
     caption: str
 
 
 class Pairs:
-    """A dataset of pairs as evaluation sees it: pictures by number, all captions of each, names that stay the same.
+    """A dataset of pairs as evaluation sees it: images by number, all captions of each, and names that never change.
 
     Attributes:
-        names: of each picture: its file's name, with the folders that tell it from others; a number where made up.
-        ids: of each picture, in the captions file; empty where that does not tell them all apart.
+        names: of each image: its file's name, with the folders that distinguish it from others; a number if made up.
+        ids: of each image, in the captions file; empty if they do not identify all images.
         made_up: whether there are no files.
-        unreadable: numbers of pictures that could not be read; complete once all have been asked for.
+        unreadable: numbers of images that could not be read; complete once all have been asked for.
 
     Raises:
         DataError: naming the setting and the file.
@@ -66,8 +66,8 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.names)
 
-    def picture(self, i: int) -> Tensor | None:
-        """Picture i as uint8 (3, R, R), by the one resizing and cropping of evaluation; None where unreadable."""
+    def image(self, i: int) -> Tensor | None:
+        """Image i as uint8 (3, R, R), resized and cropped as everywhere in evaluation; None if it cannot be read."""
         item = self.dataset[(0, i)]
         if item is None:
             self.unreadable.add(i)
@@ -75,21 +75,21 @@ class Pairs:
         return item[0]
 
     def identity(self, i: int) -> str:
-        """What tells picture i from another of its name: name and bytes of its file."""
+        """What distinguishes image i from another one of its name: the name and the size of its file."""
         path = self.dataset.image_path(i)
         there = path is not None and os.path.isfile(path)
         return f"{self.names[i]} {os.path.getsize(path)}" if there else self.names[i]
 
     def captions(self, i: int) -> list[str]:
-        """All captions of picture i."""
+        """All captions of image i."""
         return [str(caption) for caption in self.dataset.captions(i)]
 
     def scene(self, i: int) -> Scene:
-        """The truth behind picture i of shapes."""
+        """The true scene of image i of shapes."""
         return self.dataset.scene(i)
 
     def image_ids(self) -> list[int | str]:
-        """The captions file's ids, or those that COCO's file names hold; else numbers of made-up ones, or the names."""
+        """The captions file's ids, or those in COCO's file names; else the names, or numbers for made-up images."""
         if self.ids:
             return self.ids
         stems = [os.path.splitext(os.path.basename(name))[0] for name in self.names]
@@ -100,38 +100,38 @@ class Pairs:
                 return ids
         return [int(name) if name.isdigit() else name for name in self.names]
 
-    def draw(self, count: int, seed: int) -> list[Drawn]:
-        """The first `count` captions of the fixed draw, or all there are."""
+    def sample(self, count: int, seed: int) -> list[Sample]:
+        """The first `count` captions of the fixed sample, or all there are."""
         order = ordered(self.names, seed)
         captions = {}
-        drawn: list[Drawn] = []
+        chosen: list[Sample] = []
         turn = 0
-        while len(drawn) < count:
-            before = len(drawn)
+        while len(chosen) < count:
+            before = len(chosen)
             for i in order:
                 if i not in captions:
                     numbered = list(enumerate(self.captions(i)))
                     numbered.sort(key=lambda pair, i=i: _rank(f"{seed}/{self.names[i]}/{pair[0]}"))
                     captions[i] = [caption for _, caption in numbered]
                 if turn < len(captions[i]):
-                    drawn.append(Drawn(i, captions[i][turn]))
-                if len(drawn) == count:
+                    chosen.append(Sample(i, captions[i][turn]))
+                if len(chosen) == count:
                     break
-            if len(drawn) == before:
+            if len(chosen) == before:
                 break
             turn += 1
-        return drawn
+        return chosen
 
-    def about(self, drawn: list[Drawn], seed: int) -> dict[str, Any]:
-        """The draw as metrics.json states it, with a hash of its names and captions."""
-        lines = "\n".join(json.dumps([self.names[d.index], d.caption], ensure_ascii=False) for d in drawn)
+    def about(self, chosen: list[Sample], seed: int) -> dict[str, int | str]:
+        """The sample as metrics.json describes it, with a hash of its names and captions."""
+        lines = "\n".join(json.dumps([self.names[s.index], s.caption], ensure_ascii=False) for s in chosen)
         digest = hashlib.sha256(lines.encode("utf-8", "replace")).hexdigest()[:16]
-        pictures = len({d.index for d in drawn})
-        return {"captions": len(drawn), "pictures": pictures, "seed": seed, "rule": DRAW_RULE, "sha256": digest}
+        images = len({s.index for s in chosen})
+        return {"captions": len(chosen), "pictures": images, "seed": seed, "rule": RULE, "sha256": digest}
 
 
 def ordered(names: Sequence[str], seed: int) -> list[int]:
-    """The numbers of names in the order of the draw."""
+    """The numbers of names in the order of the fixed sample."""
     return sorted(range(len(names)), key=lambda i: _rank(f"{seed}/{names[i]}"))
 
 

@@ -1,4 +1,4 @@
-"""The tasks that judge pictures: generation, round trips, and the exact truth of shapes. Measurements -> figures."""
+"""The tasks that evaluate images: generation, round trips, and the exact truth of shapes. Measurements -> records."""
 
 from __future__ import annotations
 
@@ -6,82 +6,127 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+from torch import Tensor
 
 from latent_verse.data.shapes import World
-from latent_verse.evaluation import captions, generation, round_trips, samples, shapes
-from latent_verse.evaluation.context import Context, as_image
-from latent_verse.evaluation.figures import OWN, library
-from latent_verse.evaluation.intervals import wilson
+from latent_verse.evaluation import round_trips, samples, shapes
+from latent_verse.evaluation.context import Context, as_pil
+from latent_verse.evaluation.figures import OWN
 from latent_verse.evaluation.pairs import ordered
-from latent_verse.evaluation.samples import Group, read_picture
+from latent_verse.evaluation.samples import Group, read_image
+from latent_verse.machine import versions
+from latent_verse.metrics import captions, image_quality
+from latent_verse.metrics.image_quality import ImageFeatures
+from latent_verse.metrics.intervals import wilson
 
 CROP = "both sides resized (shorter side, bilinear, antialiased) and centre-cropped to {r} px, 8-bit"
+Scores = list[list[float]]  # of the images of each caption
 
 
-def generate(c: Context) -> dict[str, Any]:
-    """Draw pictures, or read another system's, and judge them; returns what metrics.json says of the draw."""
-    j, g = c.config.judged, c.config.generation
-    drawn = c.pairs.draw(g.eval_captions, c.seed)
-    about: dict[str, Any] = {}
-    if j.generated_dir:
-        groups = samples.read_groups(Path(j.generated_dir).expanduser())
+def generate(c: Context) -> dict[str, object]:
+    """Generate images, or read another system's, and evaluate them; returns what metrics.json says of them."""
+    judged, g = c.config.judged, c.config.generation
+    chosen = c.pairs.sample(g.eval_captions, c.seed)
+    about: dict[str, object] = {}
+    if judged.generated_dir:
+        groups = samples.read_groups(Path(judged.generated_dir).expanduser())
         digest = c.ranks.share(lambda: samples.fingerprint_files([f for group in groups for f in group.files]))
         checkpoint = {"generated_dir": digest}
-        texts = {d.caption for d in drawn}
+        texts = {sample.caption for sample in chosen}
         found = {"captions": len(groups), "captions_of_the_draw": sum(group.text in texts for group in groups)}
         about["generated_dir"] = found | {"candidates": len(groups[0].files), "sha256": digest}
     else:
-        folder, checkpoint = c.folder / "samples", c.model.fingerprints
-        options = {"candidates": g.candidates, "seed": c.seed, "batch_size": c.config.write.batch_size}
-        options["dtype"] = c.config.write.dtype
-        samples.draw(c.model, [d.caption for d in drawn], folder, c.ranks, settings=c.drawing, **options)
+        folder, checkpoint, texts = c.folder / "samples", c.model.fingerprints, [sample.caption for sample in chosen]
+        samples.generate(
+            c.model,
+            texts,
+            folder,
+            c.ranks,
+            candidates=g.candidates,
+            seed=c.seed,
+            batch_size=c.config.write.batch_size,
+            sampling=c.sampling,
+            dtype=c.config.write.dtype,
+        )
         groups = samples.read_groups(folder)
-        about["draw"] = c.pairs.about(drawn, c.seed) | {"cut_to_text_len": c.cut([d.caption for d in drawn])}
-    real = reference(c, {d.index for d in drawn} if g.reference == "drawn" else None)
+        about["draw"] = c.pairs.about(chosen, c.seed) | {"cut_to_text_len": c.cut(texts)}
+    real = reference(c, {sample.index for sample in chosen} if g.reference == "drawn" else None)
     clip = score_by_clip(c, groups)
-    for prefix, chosen, how in selections(groups, clip):
-        selected = {"drawn": len(groups[0].files), "selected_by": how, "checkpoint": checkpoint}
-        files = [group.files[n] for group, n in zip(groups, chosen, strict=True)]
-        judge_files(c, f"generation/{prefix}", files, real, selected)
-        numbers = list(enumerate(chosen))
+    for name, numbers, how in selections(groups, clip):
+        prefix = f"generation/{name}"
+        more = {"drawn": len(groups[0].files), "selected_by": how, "checkpoint": checkpoint}
+        files = [group.files[n] for group, n in zip(groups, numbers, strict=True)]
+        report_images(c, prefix, files, real, more)
+        more["better"] = "higher"
         if clip is not None:
-            values = [clip[i][n] for i, n in numbers]
-            add_mean(
-                c, f"generation/{prefix}clip_score", values, library("open_clip_torch"), clip_protocol(c), selected
-            )
+            values = [scores[n] for scores, n in zip(clip, numbers, strict=True)]
+            library = versions("open_clip_torch")
+            c.records.add_mean(f"{prefix}clip_score", values, library=library, protocol=clip_protocol(c), **more)
         if all(group.log_p[0] is not None for group in groups):
-            values = [groups[i].log_p[n] for i, n in numbers]
+            values = [group.log_p[n] for group, n in zip(groups, numbers, strict=True)]
             protocol = "mean of the model's log p(text | the codes it drew), in nats"
-            add_mean(c, f"generation/{prefix}log_p_text", values, OWN, protocol, selected)
+            c.records.add_mean(f"{prefix}log_p_text", values, library=OWN, protocol=protocol, **more)
     show(c, groups, clip)
     return about
 
 
-def add_mean(c: Context, name: str, values: list[float], library: str, protocol: str, more: dict[str, Any]) -> None:
-    """The mean of a score over pictures as a figure."""
-    mean = sum(values) / len(values)
-    c.figures.add(name, mean, samples=len(values), library=library, protocol=protocol, better="higher", **more)
-
-
-def selections(groups: Sequence[Group], clip: list[list[float]] | None) -> list[tuple[str, list[int], str]]:
-    """(prefix of the figures' names, number of the picture taken for each caption, how it was chosen)."""
+def selections(groups: Sequence[Group], clip: Scores | None) -> list[tuple[str, list[int], str]]:
+    """(prefix of the metrics' names, number of the image taken for each caption, how it was chosen)."""
     count = len(groups[0].files)
+
+    def best(scores: Sequence[Sequence[float]]) -> list[int]:
+        return [max(range(count), key=of_caption.__getitem__) for of_caption in scores]
+
     found = [("", [0] * len(groups), "the first")]
-    if count > 1 and all(value is not None for group in groups for value in group.log_p):
-        best = [max(range(count), key=lambda n, v=group.log_p: v[n]) for group in groups]
-        found.append((f"best_of_{count}_by_model/", best, "best by the model's log p(text | image)"))
+    log_p = [group.log_p for group in groups]
+    if count > 1 and all(value is not None for of_caption in log_p for value in of_caption):
+        found.append((f"best_of_{count}_by_model/", best(log_p), "best by the model's log p(text | image)"))
     if count > 1 and clip is not None:
-        best = [max(range(count), key=lambda n, v=values: v[n]) for values in clip]
-        found.append((f"best_of_{count}_by_clip/", best, "best by CLIP"))
+        found.append((f"best_of_{count}_by_clip/", best(clip), "best by CLIP"))
     return found
 
 
-# ---------------------------------------------------------------------------------------------------------- statistics
+def report_images(
+    c: Context, prefix: str, files: Sequence[Path], real: ImageFeatures | None, more: dict[str, object]
+) -> None:
+    """Metrics of image files: FID, FID-k, Inception Score, precision and recall, or why they are missing.
+
+    A metric of your own goes here: see docs/extending_metrics.md.
+    """
+    g = c.config.generation
+    if real is None:
+        for name in (*(f"fid_{k}" for k in g.blur_radii), "inception_score", "precision", "recall"):
+            c.records.miss(prefix + name, c.inception)
+        return
+    generated = _features(c, lambda i: read_image(files[i], c.resolution), len(files))
+    report_fid(c, prefix, real, generated, more)
+    network, library = c.inception.described, versions("torch-fidelity")
+    try:
+        scores = c.ranks.share(lambda: image_quality.inception_score(generated.logits, g.is_splits))
+        protocol = f"{g.is_splits} splits, shuffled with seed 2020, classes of {network}"
+        for name, value in scores.items():
+            better = {} if name.endswith("_std") else {"better": "higher"}
+            about = {"samples": len(files), "library": library, "protocol": protocol}
+            c.records.add(prefix + name, value, **about, **better, **more)
+    except ValueError as error:
+        c.records.miss(f"{prefix}inception_score", str(error))
+    try:
+        scores = c.ranks.share(lambda: image_quality.precision_recall(generated, real, g.prc_neighbours))
+        protocol = f"manifolds of {g.prc_neighbours} nearest neighbours in the features of {network}"
+        for name, value in scores.items():
+            about = {"samples": len(generated.features), "references": len(real.features), "better": "higher"}
+            c.records.add(prefix + name, value, library=library, protocol=protocol, **about, **more)
+    except ValueError as error:
+        for name in ("precision", "recall"):
+            c.records.miss(prefix + name, str(error))
 
 
-def reference(c: Context, numbers: set[int] | None) -> generation.Side | None:
-    """FID's other side, from its file or made and kept; None where the network is missing."""
+# ------------------------------------------------------------------------------------------------------- FID's two sets
+
+
+def reference(c: Context, numbers: set[int] | None) -> ImageFeatures | None:
+    """The features of the reference images, from their file or computed and kept; None if the network is missing."""
     g = c.config.generation
     if isinstance(c.inception, str):
         return None
@@ -94,15 +139,15 @@ def reference(c: Context, numbers: set[int] | None) -> generation.Side | None:
     about["prc_pictures"] = min(g.prc_pictures, len(taken))
     path = Path(g.reference_stats).expanduser() if g.reference_stats else c.folder / "reference.npz"
     if c.ranks.share(path.is_file):
-        return generation.load_reference(path, about, g.blur_radii)
-    side = _measure(c, lambda i: c.pairs.picture(taken[i]), len(taken), keep_logits=False)
-    c.ranks.share(lambda: generation.save_reference(path, side, about))
-    return side
+        return image_quality.load_reference(path, about, g.blur_radii)
+    found = _features(c, lambda i: c.pairs.image(taken[i]), len(taken), keep_logits=False)
+    c.ranks.share(lambda: image_quality.save_reference(path, found, about))
+    return found
 
 
-def _measure(c: Context, read: generation.Read, count: int, keep_logits: bool = True) -> generation.Side:
+def _features(c: Context, read: image_quality.ReadImage, count: int, keep_logits: bool = True) -> ImageFeatures:
     g = c.config.generation
-    return generation.measure(
+    return image_quality.extract_features(
         read,
         count,
         c.inception,
@@ -116,178 +161,155 @@ def _measure(c: Context, read: generation.Read, count: int, keep_logits: bool = 
     )
 
 
-def judge_files(c: Context, prefix: str, files: Sequence[Path], real: generation.Side | None, more: dict) -> None:
-    """FID, FID-k, Inception Score, precision and recall of picture files, or why they are missing."""
-    g = c.config.generation
-    names = [f"fid_{k}" for k in g.blur_radii] + ["inception_score", "precision", "recall"]
-    if real is None:
-        for name in names:
-            c.figures.miss(prefix + name, c.inception)
-        return
-    made = _measure(c, lambda i: read_picture(files[i], c.resolution), len(files))
-    add_fid(c, prefix, real, made, more)
-    network = c.inception.described
-
-    def add(needed_for: tuple[str, ...], protocol: str, compute: Any, samples: int, **extra: Any) -> None:
-        try:
-            for key, value in c.ranks.share(compute).items():
-                about = {"library": library("torch-fidelity"), "protocol": protocol, **extra, **more}
-                about |= {} if key.endswith("_std") else {"better": "higher"}
-                c.figures.add(prefix + key, value, samples=samples, **about)
-        except ValueError as error:
-            for name in needed_for:
-                c.figures.miss(prefix + name, str(error))
-
-    protocol = f"{g.is_splits} splits, shuffled with seed 2020, classes of {network}"
-    add(("inception_score",), protocol, lambda: generation.inception_score(made.logits, g.is_splits), len(files))
-    protocol = f"manifolds of {g.prc_neighbours} nearest neighbours in the features of {network}"
-    both = {"references": len(real.features)}
-    compute = lambda: generation.precision_recall(made, real, g.prc_neighbours)  # noqa: E731
-    add(("precision", "recall"), protocol, compute, len(made.features), **both)
-
-
-def add_fid(c: Context, prefix: str, real: generation.Side, made: generation.Side, more: dict[str, Any]) -> None:
-    """FID-k of two sides."""
+def report_fid(c: Context, prefix: str, real: ImageFeatures, generated: ImageFeatures, more: dict[str, object]) -> None:
+    """FID-k of two sets of images."""
     for k in c.config.generation.blur_radii:
-        a, b = real.moments[k], made.moments[k]
+        a, b = real.moments[k], generated.moments[k]
+        name = f"{prefix}fid_{k}"
+        if min(a.count, b.count) < 2:
+            counts = f"{b.count} generated and {a.count} reference images"
+            c.records.miss(name, f"needs at least 2 images of each set, got {counts}")
+            continue
         blurred = f", both blurred (Pillow GaussianBlur, radius {k})" if k else ""
         protocol = f"{CROP.format(r=c.resolution)}{blurred}; {c.inception.described}; against {a.count} pictures"
-        about = {"library": library("torchmetrics", "torch-fidelity"), "protocol": protocol, "references": a.count}
-        if min(a.count, b.count) < 2:
-            c.figures.miss(f"{prefix}fid_{k}", f"needs at least 2 pictures of each side, got {b.count} and {a.count}")
-        else:
-            c.figures.add(
-                f"{prefix}fid_{k}", generation.frechet(a, b), samples=b.count, better="lower", **about, **more
-            )
+        about = {"library": versions("torchmetrics", "torch-fidelity"), "protocol": protocol, "references": a.count}
+        value = image_quality.frechet_distance(a, b)
+        c.records.add(name, value, samples=b.count, better="lower", **about, **more)
 
 
 # ---------------------------------------------------------------------------------------------------------------- CLIP
 
 
 def clip_protocol(c: Context) -> str:
-    """How CLIP scores are made."""
+    """How CLIP scores are computed."""
     return f"100 x cosine of a picture ({c.resolution} px) and its caption, mean over pictures; {c.clip.described}"
 
 
-def score_by_clip(c: Context, groups: Sequence[Group]) -> list[list[float]] | None:
-    """CLIP score of every picture with its caption; None, and the reason among the missing, where it cannot be."""
-    untold = sum(group.text is None for group in groups)
-    if untold or isinstance(c.clip, str):
-        reason = f"{untold} of {len(groups)} pictures have no caption: give pictures.jsonl, or name.txt beside name.png"
-        count = len(groups[0].files)
+def score_by_clip(c: Context, groups: Sequence[Group]) -> Scores | None:
+    """CLIP score of every image with its caption; None if it cannot be computed, which is recorded with the reason."""
+    without = sum(group.text is None for group in groups)
+    count = len(groups[0].files)
+    if without or isinstance(c.clip, str):
+        reason = f"{without} of {len(groups)} images have no caption: give pictures.jsonl, or name.txt beside name.png"
         for prefix in ("", *([f"best_of_{count}_by_clip/"] if count > 1 else [])):
-            c.figures.miss(f"generation/{prefix}clip_score", reason if untold else c.clip)
+            c.records.miss(f"generation/{prefix}clip_score", reason if without else c.clip)
         return None
     scores: dict[int, list[float]] = {}
-    mine, size, count = c.ranks.mine(len(groups)), c.config.write.batch_size, len(groups[0].files)
+    mine, size = c.ranks.mine(len(groups)), c.config.write.batch_size
     for start in c.ranks.follow(range(0, len(mine), size), "CLIP"):
         part = mine[start : start + size]
         for i in part:
             scores[i] = []
         for n in range(count):
-            pictures = [as_image(read_picture(groups[i].files[n], c.resolution)) for i in part]
-            values = generation.clip_scores(c.clip, pictures, [groups[i].text for i in part])
+            images = [as_pil(read_image(groups[i].files[n], c.resolution)) for i in part]
+            values = image_quality.clip_scores(c.clip, images, [groups[i].text for i in part])
             for i, value in zip(part, values, strict=True):
                 scores[i].append(value)
     return list(c.ranks.gather(scores).values())
 
 
-def show(c: Context, groups: Sequence[Group], clip: list[list[float]] | None) -> None:
-    """The first pictures drawn, by CLIP or by the model's own score."""
+def show(c: Context, groups: Sequence[Group], clip: Scores | None) -> None:
+    """Put the first image of each caption on the page, by CLIP score or by the model's own."""
     if clip is not None:
         scores, scored = [values[0] for values in clip], "ordered by CLIP score"
     elif all(group.log_p[0] is not None for group in groups):
-        scores, scored = [group.log_p[0] for group in groups], "ordered by the model's log p(text | picture), in nats"
+        scores, scored = [group.log_p[0] for group in groups], "ordered by the model's log p(text | image), in nats"
     else:
         return
-    case = lambda i: (as_image(read_picture(groups[i].files[0], c.resolution)), groups[i].text, "")  # noqa: E731
-    c.add_gallery("Pictures drawn for texts", scored, scores, case)
+    case = lambda i: (as_pil(read_image(groups[i].files[0], c.resolution)), groups[i].text, "")  # noqa: E731
+    c.add_gallery("Images generated for texts", scored, scores, case)
 
 
 # --------------------------------------------------------------------------------------------------------- round trips
 
 
 def round_trip(c: Context) -> None:
-    """Picture -> caption -> picture and text -> picture -> caption."""
-    drawn, pictures = c.readable(c.pairs.draw(c.config.likelihood.round_trip_pairs, c.seed))
-    texts, world = [d.caption for d in drawn], c.pairs.world
-    scenes = [c.pairs.scene(d.index) for d in drawn] if world else []
-    options = {"seed": c.seed, "beams": c.config.captions.beams, "settings": c.drawing}
-    options["batch_size"] = c.config.write.batch_size
-    trips = round_trips.travel(c.model, pictures, texts, c.ranks, world=world, scenes=scenes, **options)
+    """Image -> caption -> image and text -> image -> caption."""
+    chosen, images = c.readable(c.pairs.sample(c.config.likelihood.round_trip_pairs, c.seed))
+    texts, world = [sample.caption for sample in chosen], c.pairs.world
+    trips = round_trips.travel(
+        c.model,
+        images,
+        texts,
+        c.ranks,
+        seed=c.seed,
+        beams=c.config.captions.beams,
+        batch_size=c.config.write.batch_size,
+        sampling=c.sampling,
+        world=world,
+        scenes=[c.pairs.scene(sample.index) for sample in chosen] if world else [],
+    )
     count = len(trips)
     if world:
+        protocol = "share of trips both of whose steps are true, by the exact readers of shapes"
         for name in ("image_text_image", "text_image_text"):
-            for attribute in round_trips.ATTRIBUTES:
+            for attribute in (*shapes.ATTRIBUTES, "all"):
                 right = sum(trip.right[name][attribute] for trip in trips)
-                protocol = "share of trips both of whose steps are true, by the exact readers of shapes"
-                about = {"library": OWN, "protocol": protocol, "interval": wilson(right, count), "better": "higher"}
-                c.figures.add(f"round_trip/{name}/shapes/{attribute}", right / count, samples=count, **about)
-    own = [trip.reworded for trip in trips]
+                _report_share(c, f"round_trip/{name}/shapes/{attribute}", right, count, protocol)
+    own = [trip.recaptioned for trip in trips]
     scores = c.ranks.share(lambda: captions.score(own, [[text] for text in texts], c.config.captions.java))
-    for name, value in scores.figures.items():
+    for name, value in scores.metrics.items():
         protocol = f"caption of the picture drawn for a text, against that text alone; {scores.tokenizer}"
-        about = {"library": library("pycocoevalcap"), "protocol": protocol, "better": "higher"}
-        c.figures.add(f"round_trip/text_image_text/{name}", value, samples=count, **about)
+        about = {"library": versions("pycocoevalcap"), "protocol": protocol, "better": "higher"}
+        c.records.add(f"round_trip/text_image_text/{name}", value, samples=count, **about)
     for name, reason in scores.missing.items():
-        c.figures.miss(f"round_trip/text_image_text/{name}", reason)
-    _redrawn(c, pictures, texts, trips)
+        c.records.miss(f"round_trip/text_image_text/{name}", reason)
+    _report_regenerated(c, images, texts, trips)
     if "rouge_l" in scores.each:
-        case = lambda i: (trips[i].drawn, texts[i], f"written for it: {own[i]}")  # noqa: E731
-        c.add_gallery("Text to picture to text", "ordered by ROUGE-L of the last text", scores.each["rouge_l"], case)
+        case = lambda i: (trips[i].generated, texts[i], f"its caption: {own[i]}")  # noqa: E731
+        c.add_gallery("Text to image to text", "ordered by ROUGE-L of the last text", scores.each["rouge_l"], case)
 
 
-def _redrawn(c: Context, pictures: list, texts: list[str], trips: list[round_trips.Trip]) -> None:
-    """The pictures that come back, against those that went, and their captions."""
+def _report_regenerated(
+    c: Context, images: Sequence[Tensor], texts: Sequence[str], trips: Sequence[round_trips.Trip]
+) -> None:
+    """The images at the end of image -> caption -> image, against the first ones and their captions."""
     prefix = "round_trip/image_text_image/"
     if isinstance(c.inception, str):
         for k in c.config.generation.blur_radii:
-            c.figures.miss(f"{prefix}fid_{k}", c.inception)
+            c.records.miss(f"{prefix}fid_{k}", c.inception)
     else:
-        back = [round_trips.as_uint8(trip.redrawn) for trip in trips]
-        real, made = (_measure(c, side.__getitem__, len(side), keep_logits=False) for side in (pictures, back))
-        add_fid(c, prefix, real, made, {})
+        back = [round_trips.as_uint8(trip.regenerated) for trip in trips]
+        real, generated = (_features(c, of.__getitem__, len(of), keep_logits=False) for of in (images, back))
+        report_fid(c, prefix, real, generated, {})
     if isinstance(c.clip, str):
-        c.figures.miss(f"{prefix}clip_score", c.clip)
+        c.records.miss(f"{prefix}clip_score", c.clip)
         return
     values: dict[int, tuple[float, float]] = {}
     for i in c.ranks.mine(len(trips)):
-        [to_text] = generation.clip_scores(c.clip, [trips[i].redrawn], [texts[i]])
-        one_D, other_D = c.clip.images([as_image(pictures[i]), trips[i].redrawn])
+        [to_text] = image_quality.clip_scores(c.clip, [trips[i].regenerated], [texts[i]])
+        one_D, other_D = c.clip.images([as_pil(images[i]), trips[i].regenerated])
         values[i] = (to_text, 100 * float(one_D @ other_D))
-    to_text, to_picture = zip(*c.ranks.gather(values).values(), strict=True)
-    about = {"samples": len(trips), "library": library("open_clip_torch"), "better": "higher"}
-    c.figures.add(f"{prefix}clip_score", sum(to_text) / len(trips), protocol=clip_protocol(c), **about)
+    to_text, to_image = zip(*c.ranks.gather(values).values(), strict=True)
+    about = {"library": versions("open_clip_torch"), "better": "higher"}
+    c.records.add_mean(f"{prefix}clip_score", to_text, protocol=clip_protocol(c), **about)
     protocol = f"100 x cosine of the picture given and the one that came back; {c.clip.described}"
-    c.figures.add(f"{prefix}clip_similarity", sum(to_picture) / len(trips), protocol=protocol, **about)
+    c.records.add_mean(f"{prefix}clip_similarity", to_image, protocol=protocol, **about)
 
 
 # --------------------------------------------------------------------------------------------------------------- shapes
 
 
-def shapes_truth(c: Context) -> dict[str, Any]:
+def shapes_truth(c: Context) -> dict[str, object]:
     """Exact truth on unseen scenes and on held-out combinations, per attribute; returns the counts."""
     g, d = c.config.generation, c.config.data
-    rerank = {"rerank": g.candidates, "rerank_temperature": g.temperature} if g.candidates > 1 else {}
-    settings = shapes.ShapesDrawConfig(**c.drawing, **rerank)
+    reranked = {"rerank": g.candidates, "rerank_temperature": g.temperature} if g.candidates > 1 else {}
+    settings = shapes.ShapesDrawConfig(**c.sampling, **reranked)
     world, counts = World.preset(d.world), {}
     for split in ("val", "heldout"):
         found = c.ranks.share(lambda s=split: shapes.evaluate(c.model, world, s, len(c.pairs), c.seed, settings)[0])
         counts[split] = found
-        for direction, f in found.items():
-            drawn = f.get("drawn", 1)
-            name = (
-                f"shapes/{split}/text_to_image/best_of_{drawn}_by_model" if drawn > 1 else f"shapes/{split}/{direction}"
-            )
-            parts = {"all": f, **f.get("attributes", {})}
-            for attribute, part in parts.items():
-                low_high = wilson(part["right"], part["total"])
-                protocol = (
-                    f"share that is true of different scenes of {d.world}/{split}, by the exact readers of shapes"
-                )
-                about = {"library": OWN, "protocol": protocol, "interval": low_high, "better": "higher"}
-                if drawn > 1:
-                    about |= {"drawn": drawn, "selected_by": "best by the model's log p(text | image)"}
-                share = part["right"] / part["total"]
-                c.figures.add(f"{name}/{attribute}", share, samples=part["total"], **about)
+        protocol = f"share that is true of different scenes of {d.world}/{split}, by the exact readers of shapes"
+        for direction, result in found.items():
+            name, more = f"shapes/{split}/{direction}", {}
+            if "drawn" in result:
+                name = f"shapes/{split}/text_to_image/best_of_{result['drawn']}_by_model"
+                more = {"drawn": result["drawn"], "selected_by": "best by the model's log p(text | image)"}
+            for attribute, part in {"all": result, **result.get("attributes", {})}.items():
+                _report_share(c, f"{name}/{attribute}", part["right"], part["total"], protocol, **more)
     return json.loads(json.dumps(counts))
+
+
+def _report_share(c: Context, name: str, right: int, total: int, protocol: str, **more: object) -> None:
+    about = {"library": OWN, "protocol": protocol, "interval": wilson(right, total), "better": "higher"}
+    c.records.add(name, right / total, samples=total, **about, **more)

@@ -1,11 +1,11 @@
-"""How much of what a bundle draws and writes is true, by the shapes world's exact readers. From the repository root:
+"""How much of what a bundle generates is true, by the shapes world's exact readers. From the repository root:
 
     python -m latent_verse.evaluation.shapes --model results/run/bundle --world small --split val --count 500
 
-Text to image: a picture is drawn for the caption of every scene, read back (`World.parse_image`), and right if the
-scene found there satisfies the caption. Image to text: a caption is written for the true picture of every scene, and
-right if the scene satisfies it. Reconstructions are right if the same is read from them as from the picture: what
-text to image can reach at most. No scene comes twice, and the same seed gives the same scenes, captions and draws.
+Text to image: an image is generated for the caption of every scene and read back (`World.parse_image`); it is right if
+the scene found there satisfies the caption. Image to text: a caption is generated for the image of every scene; it is
+right if the scene satisfies it. A reconstruction is right if the same scene is read from it as from the image: an upper
+bound for text to image. No scene occurs twice, and the same seed gives the same scenes, captions and samples.
 """
 
 from __future__ import annotations
@@ -15,15 +15,18 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 from PIL import Image
 
 from latent_verse.config import ConfigError, SamplingSettings, Settings, setting
 from latent_verse.config.cli import one_line_errors, parse
 from latent_verse.data.shapes import PRESETS, SPLITS, Scene, ShapesDataset, World
-from latent_verse.evaluation.intervals import wilson
-from latent_verse.runs import write_whole
+from latent_verse.files import write_text
+from latent_verse.metrics.intervals import wilson
+
+if TYPE_CHECKING:
+    from latent_verse.pipeline import LVerse
 
 ATTRIBUTES = ("count", "colour", "shape", "size", "layout")  # of World.compare; "all" is what counts
 
@@ -74,104 +77,112 @@ class ShapesEvalConfig:
 
 @dataclass
 class Case:
-    """One scene and all that was made of it. `drawn`, `reranked` answer `text`; `written` answers `picture`."""
+    """One scene, and everything generated for it.
+
+    Attributes:
+        text, image: caption and image of the scene.
+        generated, reranked: images for `text`.
+        caption: for `image`.
+        right: by direction: reconstruction, text_to_image, image_to_text, reranked.
+    """
 
     scene: Scene
     text: str
-    picture: Image.Image
+    image: Image.Image
     reconstruction: Image.Image
-    drawn: Image.Image
-    written: str
+    generated: Image.Image
+    caption: str
     reranked: Image.Image | None
-    right: dict[str, bool]  # by direction: reconstruction, text_to_image, image_to_text, reranked
+    right: dict[str, bool]
 
 
 def evaluate(
-    model: Any, world: World, split: str, count: int, seed: int, draw: ShapesDrawConfig
-) -> tuple[dict[str, Any], list[Case]]:
-    """Judge a model, an `LVerse` or what has its methods, on the first `count` scenes of a split.
+    model: LVerse, world: World, split: str, count: int, seed: int, draw: ShapesDrawConfig
+) -> tuple[dict[str, dict], list[Case]]:
+    """Evaluate a model on the first `count` scenes of a split.
 
     Returns:
-        The figures, {text_to_image, image_to_text, reconstruction: {right, total, ...}, ...}, text_to_image and
-        image_to_text with {attribute: {right, total}} and, where draw.rerank is set, `reranked` apart; and the cases.
+        The results, {text_to_image, image_to_text, reconstruction: {right, total, ...}, ...}, text_to_image and
+        image_to_text with {attribute: {right, total}} and, if draw.rerank is set, `reranked` besides; and the cases.
 
     Raises:
         DataError: the split has fewer scenes.
-        ConfigError: settings of drawing that cannot be used.
+        ConfigError: sampling settings that cannot be used.
     """
     data = ShapesDataset(world, split, count, seed)
     scenes = [data.scene(i) for i in range(count)]
     texts = [data.captions(i, 1)[0] for i in range(count)]
-    pictures = [world.render(scene) for scene in scenes]
+    images = [world.render(scene) for scene in scenes]
     settings = draw.arguments() | {"seed": seed}
-    reconstructions = model.reconstruct(pictures)
+    reconstructions = model.reconstruct(images)
     first = settings | {"top_k": None, "top_p": None} if draw.temperature == 0 else settings
-    drawn = [row[0] for row in model.text_to_image(texts, **first)]
-    written = [row[0] for row in model.image_to_text(pictures, seed=seed)]
+    generated = [row[0] for row in model.text_to_image(texts, **first)]
+    captions = [row[0] for row in model.image_to_text(images, seed=seed)]
     reranked: list[Image.Image | None] = [None] * count
     if draw.rerank:
         settings |= {"temperature": draw.rerank_temperature}
         best = model.text_to_image(texts, rerank=draw.rerank, **settings)
         reranked = [row[0] for row in best]
 
-    judged: dict[str, list[dict[str, bool]]] = {"text_to_image": [], "image_to_text": [], "reranked": []}
+    reports: dict[str, list[dict[str, bool]]] = {"text_to_image": [], "image_to_text": [], "reranked": []}
     cases = []
-    made = zip(scenes, texts, pictures, reconstructions, drawn, written, reranked, strict=True)
-    for scene, text, picture, reconstruction, picture_drawn, caption, chosen in made:
-        asked = world.parse_caption(text)
-        reports = {
-            "text_to_image": world.compare(world.parse_image(picture_drawn), asked),
-            "image_to_text": world.compare(scene, world.parse_caption(caption)),
+    for parts in zip(scenes, texts, images, reconstructions, generated, captions, reranked, strict=True):
+        case = Case(*parts, right={})
+        asked = world.parse_caption(case.text)
+        found = {
+            "text_to_image": world.compare(world.parse_image(case.generated), asked),
+            "image_to_text": world.compare(case.scene, world.parse_caption(case.caption)),
         }
-        if chosen is not None:
-            reports["reranked"] = world.compare(world.parse_image(chosen), asked)
-        for name, report in reports.items():
-            judged[name].append(report)
-        right = {name: report["all"] for name, report in reports.items()}
-        right["reconstruction"] = world.key(world.parse_image(reconstruction)) == world.key(scene)
-        cases.append(Case(scene, text, picture, reconstruction, picture_drawn, caption, chosen, right))
+        if case.reranked is not None:
+            found["reranked"] = world.compare(world.parse_image(case.reranked), asked)
+        for name, report in found.items():
+            reports[name].append(report)
+        case.right = {name: report["all"] for name, report in found.items()}
+        case.right["reconstruction"] = world.key(world.parse_image(case.reconstruction)) == world.key(case.scene)
+        cases.append(case)
 
-    figures: dict[str, Any] = {name: _figures(judged[name]) for name in ("text_to_image", "image_to_text")}
+    results: dict[str, dict] = {name: _counts(reports[name]) for name in ("text_to_image", "image_to_text")}
     if draw.rerank:
-        figures["reranked"] = _figures(judged["reranked"]) | {"drawn": draw.rerank}
-    figures["reconstruction"] = {"right": sum(case.right["reconstruction"] for case in cases), "total": count}
-    return figures, cases
+        results["reranked"] = _counts(reports["reranked"]) | {"drawn": draw.rerank}
+    results["reconstruction"] = {"right": sum(case.right["reconstruction"] for case in cases), "total": count}
+    return results, cases
 
 
-def _figures(reports: list[dict[str, bool]]) -> dict[str, Any]:
-    def share(name: str) -> dict[str, int]:
+def _counts(reports: list[dict[str, bool]]) -> dict[str, Any]:
+    def count(name: str) -> dict[str, int]:
         return {"right": sum(report[name] for report in reports), "total": len(reports)}
 
-    return share("all") | {"attributes": {name: share(name) for name in ATTRIBUTES}}
+    return count("all") | {"attributes": {name: count(name) for name in ATTRIBUTES}}
 
 
-def write_json(path: Path, figures: dict[str, Any], cases: list[Case], samples: int) -> None:
-    """Write the figures and every case's texts and marks; the pictures of the first `samples` cases beside it."""
+def write_json(path: Path, results: dict[str, Any], cases: list[Case], samples: int) -> None:
+    """Write the results and every case's texts and marks; the images of the first `samples` cases beside it."""
     place = path.with_name(f"{path.stem}_samples")
     path.parent.mkdir(parents=True, exist_ok=True)
     listed = []
     for i, case in enumerate(cases):
-        about: dict[str, Any] = {"text": case.text, "written": case.written, "right": case.right}
+        about: dict[str, Any] = {"text": case.text, "written": case.caption, "right": case.right}
         if i < samples:
             place.mkdir(exist_ok=True)
-            for name in ("picture", "reconstruction", "drawn", "reranked"):
-                if (picture := getattr(case, name)) is not None:
-                    picture.save(place / f"{i:04d}_{name}.png")
+            images = {"picture": case.image, "reconstruction": case.reconstruction, "drawn": case.generated}
+            for name, image in (images | {"reranked": case.reranked}).items():
+                if image is not None:
+                    image.save(place / f"{i:04d}_{name}.png")
                     about[name] = f"{place.name}/{i:04d}_{name}.png"
         listed.append(about)
-    write_whole(path, json.dumps(figures | {"cases": listed}, indent=1))
+    write_text(path, json.dumps(results | {"cases": listed}, indent=1))
 
 
-def table(figures: dict[str, Any], title: str) -> str:
-    """The figures as lines to print."""
+def table(results: dict[str, Any], title: str) -> str:
+    """The results as lines to print."""
     lines = [title]
     for name in ("reconstruction", "text_to_image", "reranked", "image_to_text"):
-        if name in figures:
-            f = figures[name]
-            parts = "  ".join(f"{a} {s['right'] / s['total']:.2f}" for a, s in f.get("attributes", {}).items())
-            note = f"  (best of {f['drawn']}, chosen by the model)" if "drawn" in f else ""
-            share, (low, high) = f["right"] / f["total"], wilson(f["right"], f["total"])
-            head = f"  {name.replace('_', ' '):<15} {f['right']:>4} of {f['total']} {share:7.1%}"
+        if name in results:
+            r = results[name]
+            parts = "  ".join(f"{a} {s['right'] / s['total']:.2f}" for a, s in r.get("attributes", {}).items())
+            note = f"  (best of {r['drawn']}, chosen by the model)" if "drawn" in r else ""
+            share, (low, high) = r["right"] / r["total"], wilson(r["right"], r["total"])
+            head = f"  {name.replace('_', ' '):<15} {r['right']:>4} of {r['total']} {share:7.1%}"
             lines.append(f"{head}  (95 %: {low:.1%} to {high:.1%})  {parts}{note}")
     return "\n".join(lines)
 
@@ -189,7 +200,7 @@ def check(config: ShapesEvalConfig) -> None:
 
 @one_line_errors
 def main(argv: list[str] | None = None) -> int:
-    """Judge and print; 0 when done, 2 for a mistake in the settings or the model."""
+    """Evaluate and print; 0 when done, 2 for a mistake in the settings or the model."""
     config, _ = parse(ShapesEvalConfig, argv, __doc__)
     check(config)
     run(config)
@@ -197,27 +208,30 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(config: ShapesEvalConfig) -> None:
-    """Load the model, judge, print and write. Raises as `evaluate`; CheckpointError for the model."""
-    import torch
+    """Load the model, evaluate, print and write.
 
+    Raises:
+        CheckpointError: the bundle cannot be loaded.
+        ConfigError, DataError: as `evaluate`, or the bundle's resolution is not the world's.
+    """
+    from latent_verse.evaluation.ranks import device
     from latent_verse.pipeline import LVerse
 
     w = config.what
-    device = "cuda" if config.write.gpus and torch.cuda.is_available() else "cpu"
-    model = LVerse.from_pretrained(w.model, device=device)
+    model = LVerse.from_pretrained(w.model, device=device(config.write.gpus))
     world = World.preset(w.world)
     if model.vae.config.resolution != world.image_size:
         raise ConfigError(
-            f"world: {w.world} has pictures of {world.image_size} px, but {w.model} draws "
-            f"{model.vae.config.resolution} px: it was trained on something else."
+            f"world: {w.world} has images of {world.image_size} px, but {w.model} generates "
+            f"{model.vae.config.resolution} px: it was trained on another world or data set."
         )
     model.progress = True
     started = time.perf_counter()
-    figures, cases = evaluate(model, world, w.split, w.count, w.seed, config.draw)
+    results, cases = evaluate(model, world, w.split, w.count, w.seed, config.draw)
     about = asdict(config.what) | {"draw": asdict(config.draw), "seconds": round(time.perf_counter() - started, 1)}
-    print(table(figures, f"{w.model}: {w.count} scenes of {w.world}/{w.split}"))
+    print(table(results, f"{w.model}: {w.count} scenes of {w.world}/{w.split}"))
     if config.write.json:
-        write_json(Path(config.write.json), about | figures, cases, config.write.samples)
+        write_json(Path(config.write.json), about | results, cases, config.write.samples)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What only a bidirectional likelihood model can be asked: retrieval, classification and held-out likelihoods.
+"""Metrics of a bidirectional likelihood model: retrieval, zero-shot classification and held-out likelihoods.
 
-No other network takes part: everything is log p(text | image) and log p(image | text) of the model itself, in nats of
-its own tokens and codes.
+No other network is involved: everything is log p(text | image) and log p(image | text) of the model itself, in nats,
+over its own tokens and codes.
 
 Shapes: I images, T texts (captions or class names), N codes of an image, L text tokens, B pairs.
 """
@@ -11,13 +11,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from latent_verse.augvae.model import AugVAE
+from latent_verse.biart.model import BiART
 from latent_verse.config import ConfigError
-from latent_verse.evaluation.ranks import Ranks
+from latent_verse.metrics.processes import Ranks
 
 GIVEN = ("image", "text")  # log p(text | image), log p(image | text)
 RECALLS = (1, 5, 10)
@@ -27,13 +29,29 @@ NO_PRIOR = (
 )
 
 
+class LikelihoodModel(Protocol):
+    """What is asked of a model: an `LVerse` has it.
+
+    Attributes:
+        null_trained: whether it was trained with reference_dropout, so that it has log p without a reference.
+    """
+
+    vae: AugVAE
+    biart: BiART
+    null_trained: bool
+
+    def log_p(self, text_BL: Tensor, codes_BN: Tensor, given: str, alone: bool = False) -> Tensor:
+        """log p(text | codes) for given="image", log p(codes | text) for "text"; `alone`: without the reference."""
+        ...
+
+
 @dataclass
 class Scores:
     """Every image with every text, and what the corrections need.
 
     Attributes:
         text_given_image_IT, image_given_text_IT: log p in nats, float64.
-        text_alone_T, image_alone_I: log p without a reference; None where the model never learnt it.
+        text_alone_T, image_alone_I: log p without a reference; None for a model that never learnt it.
         tokens_T: tokens of each text, its end included.
     """
 
@@ -44,17 +62,18 @@ class Scores:
     tokens_T: Tensor
 
 
-def token_counts(model: Any, text_TL: Tensor) -> Tensor:
-    """Tokens of each text that its log p is a sum over: with the end of the text, where there is room for it."""
+def token_counts(model: LikelihoodModel, text_TL: Tensor) -> Tensor:
+    """Tokens of each text that its log p is a sum over: with the end of the text, if there is room for it."""
     return ((text_TL != model.biart.vocab.pad).sum(1) + 1).clamp(max=text_TL.shape[1])
 
 
-def score_all(model: Any, codes_IN: Tensor, text_TL: Tensor, ranks: Ranks, given: Sequence[str] = GIVEN) -> Scores:
+def score_all(
+    model: LikelihoodModel, codes_IN: Tensor, text_TL: Tensor, ranks: Ranks, given: Sequence[str] = GIVEN
+) -> Scores:
     """Score every image with every text, the images shared among processes; the same Scores in each.
 
     Args:
-        model: an `LVerse`.
-        given: which of the two likelihoods; the other's matrix is empty.
+        given: which of the two likelihoods; the matrix of the other is empty.
     """
     rows: dict[int, list[Tensor]] = {}
     T = len(text_TL)
@@ -77,14 +96,14 @@ def score_all(model: Any, codes_IN: Tensor, text_TL: Tensor, ranks: Ranks, given
 
 
 def corrected(scores: Scores, given: str, length_power: float, prior_weight: float, prior: str) -> Tensor:
-    """The matrix (I, T) to rank by: log p, less prior_weight x log p of what is scored alone, the text's per length.
+    """The matrix (I, T) to rank by: log p, corrected by the candidate's prior and by the text's length.
 
-    For given="image" the text is scored: (log p(text | image) - w log p(text)) / tokens^length_power. For given="text"
-    the image is, whose length is always the same: log p(image | text) - w log p(image). prior "null" takes the model's
+    For given="image": (log p(text | image) - w log p(text)) / tokens^length_power, w being prior_weight. For
+    given="text": log p(image | text) - w log p(image), as all images have one length. The prior "null" is the model's
     log p without a reference, "pool" the mean likelihood over the references of the pool.
 
     Raises:
-        ConfigError: prior null of a model that was trained without reference_dropout.
+        ConfigError: prior null with a model that was trained without reference_dropout.
     """
     matrix_IT = scores.text_given_image_IT if given == "image" else scores.image_given_text_IT
     if prior_weight:
@@ -143,7 +162,7 @@ def class_ranks(matrix_IC: Tensor, label_I: Tensor) -> Tensor:
 
 @dataclass
 class HeldOut:
-    """log p of pairs in nats, float64 (B,), and what it is divided by."""
+    """log p of pairs in nats, float64 (B,), and the counts to divide it by."""
 
     text_given_image_B: Tensor
     image_given_text_B: Tensor
@@ -156,7 +175,7 @@ class HeldOut:
     def bits(self) -> dict[str, tuple[float, float]]:
         """{name: (bits, standard error)}: per token over all tokens, per code, per image dimension (3 R R).
 
-        The error of a single pair is not known: NaN.
+        A single pair has no error: NaN.
         """
         bits, out = math.log(2), {}
         tokens = self.tokens_B.sum().item()
@@ -172,7 +191,7 @@ class HeldOut:
 
     @staticmethod
     def _ratio(bits_B: Tensor, tokens_B: Tensor, tokens: float) -> tuple[float, float]:
-        """A ratio of sums, and its error by the delta method: long captions count as many tokens as they have."""
+        """A ratio of sums, and its error by the delta method: a long caption weighs more than a short one."""
         ratio = bits_B.sum().item() / tokens
         rest_B = bits_B - ratio * tokens_B
         return ratio, _standard_error(rest_B) * len(bits_B) / tokens
@@ -182,8 +201,8 @@ def _standard_error(values_B: Tensor) -> float:
     return (values_B.std() / math.sqrt(len(values_B))).item() if len(values_B) > 1 else math.nan
 
 
-def held_out(model: Any, codes_BN: Tensor, text_BL: Tensor, ranks: Ranks) -> HeldOut:
-    """log p of pairs in both directions, and of each half alone where the model has learnt that.
+def held_out(model: LikelihoodModel, codes_BN: Tensor, text_BL: Tensor, ranks: Ranks) -> HeldOut:
+    """log p of pairs in both directions, and of each half alone if the model has learnt that.
 
     The pairs are shared among processes; the same in each.
     """

@@ -1,8 +1,8 @@
-"""The networks that metrics are made of: where their weights lie, whether they are the right ones, how they are used.
+"""The networks that metrics use: where their weights are, whether they are the right ones, and how to call them.
 
-Absent ones are named as missing, with file and place; nothing is downloaded unasked. Every file is checked against the
-hash that its publisher put into its name or address before it is read: a damaged or exchanged network gives figures
-that look right. Tests put small stand-ins in place of `open_inception` and `open_clip_network`.
+If weights are missing, the error says which file to put where; nothing is downloaded unless asked for. Every file is
+checked against the hash that its publisher put into its name or address before it is read: a damaged or different
+network gives numbers that look right. Tests put small stand-ins in place of `open_inception` and `open_clip_network`.
 
 Shapes: B batch, H x W pixels, F features, D dimensions of CLIP's space.
 """
@@ -14,10 +14,9 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
@@ -31,19 +30,23 @@ CHUNK = 2**24  # bytes hashed at a time
 
 
 class NetworkMissing(ValueError):
-    """A network's weights are absent or are not what they should be. The message names file, place and source."""
+    """A network's weights are missing or are other weights. The message names the file and its source."""
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A file of published weights: its place, its source, and the first digits of its SHA-256, if published."""
+    """A file of published weights: where it belongs, its source, and the first digits of its SHA-256, if published."""
 
     file: Path
     url: str
     sha256: str
 
     def find(self, download: bool = False) -> Path:
-        """The file, checked. Raises NetworkMissing where it is absent and not downloaded, or another file."""
+        """The file, checked.
+
+        Raises:
+            NetworkMissing: it does not exist and may not be downloaded, or its hash is another one.
+        """
         if not self.file.is_file():
             if not download:
                 raise NetworkMissing(f"needs {self.file}, from {self.url}")
@@ -73,7 +76,7 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-# ----------------------------------------------------------------------------------------------------- where they lie
+# ---------------------------------------------------------------------------------------------------- where they are
 
 
 def inception_file() -> Path:
@@ -96,7 +99,10 @@ def vgg16_weights() -> Weights:
 
 
 def clip_weights(model: str, pretrained: str) -> Weights:
-    """Weights of an open_clip model, by a tag of open_clip's that has an address, or the file that `pretrained` names.
+    """Weights of an open_clip model.
+
+    Args:
+        pretrained: a tag of open_clip that has an address, or a file.
 
     Raises:
         NetworkMissing: no such tag.
@@ -155,26 +161,38 @@ def open_inception(download: bool = False) -> Inception:
 
 
 class ClipNetwork:
-    """An open_clip model: pictures and texts -> unit vectors (B, D) float32 on the CPU."""
+    """An open_clip model: images and texts -> unit vectors (B, D) float32 on the CPU."""
 
-    def __init__(self, model: nn.Module, preprocess: Any, tokenizer: Any, described: str, device: str = "cpu"):
+    def __init__(
+        self,
+        model: nn.Module,
+        preprocess: Callable[[Image.Image], Tensor],
+        tokenizer: Callable[[list[str]], Tensor],
+        described: str,
+        device: str = "cpu",
+    ):
         self.model, self.preprocess, self.tokenizer = model.to(device).eval(), preprocess, tokenizer
         self.described, self.device = described, device
 
     @torch.no_grad()
-    def images(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """Of pictures of any size: the model's own resizing to its input comes last."""
-        x_BCHW = torch.stack([self.preprocess(picture) for picture in pictures]).to(self.device)
+    def images(self, images: Sequence[Image.Image]) -> Tensor:
+        """Of images of any size, which the model's own preprocessing resizes."""
+        x_BCHW = torch.stack([self.preprocess(image) for image in images]).to(self.device)
         return self.model.encode_image(x_BCHW, normalize=True).float().cpu()
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> Tensor:
-        """Of texts; what exceeds the model's context is cut, as its tokenizer does."""
+        """Of texts; the model's tokenizer truncates those that exceed its context."""
         return self.model.encode_text(self.tokenizer(list(texts)).to(self.device), normalize=True).float().cpu()
 
 
 def open_clip_network(model: str, pretrained: str, device: str = "cpu", download: bool = False) -> ClipNetwork:
-    """CLIP by open_clip, from a checked file. Raises NetworkMissing; ConfigError for other files."""
+    """CLIP by open_clip, from a checked file.
+
+    Raises:
+        NetworkMissing: see `clip_weights` and `Weights.find`.
+        ConfigError: no such architecture, or a file that does not hold its weights.
+    """
     import open_clip
 
     if model not in open_clip.list_models():
@@ -183,9 +201,9 @@ def open_clip_network(model: str, pretrained: str, device: str = "cpu", download
         raise ConfigError(f"clip_model: {model} is no architecture of open_clip. {hint}")
     weights = clip_weights(model, pretrained)
     file = weights.find(download)
-    # of a file open_clip would not know what its tag says of the architecture and of the pictures' preparation
+    # given a file, open_clip would not know what the tag says about the architecture and the preprocessing
     tag = open_clip.pretrained.get_pretrained_cfg(model, pretrained)
-    logging.disable(logging.WARNING)  # it warns of random weights, which the file's are about to replace
+    logging.disable(logging.WARNING)  # it warns of random weights, which the file's replace below
     try:
         net, _, preprocess = open_clip.create_model_and_transforms(
             model,
@@ -197,13 +215,13 @@ def open_clip_network(model: str, pretrained: str, device: str = "cpu", download
         )
     finally:
         logging.disable(logging.NOTSET)
-    # OpenAI's files are TorchScript archives, which `weights_only` refuses: only those of known content may be
+    # OpenAI's files are TorchScript archives, which `weights_only` refuses: only files of known hash may be such
     try:
         open_clip.load_checkpoint(net, str(file), weights_only=not weights.sha256)
     except Exception as error:  # unpickling damaged bytes raises nearly anything
         reason = f"{type(error).__name__}: {str(error).strip()[:200]}"
         raise ConfigError(f"clip_weights: {file} cannot be read as weights of {model}: {reason}") from error
-    # a figure says which weights it is of: a tag's are known, a file's are not by its name
+    # a metric says whose weights it used: a tag identifies them, the name of a file does not
     known = pretrained if weights.sha256 else f"{Path(pretrained).name} (SHA-256 {sha256(file)[:16]})"
     described = f"CLIP {model} {known}"
     return ClipNetwork(net, preprocess, open_clip.get_tokenizer(model), described, device)

@@ -1,4 +1,4 @@
-"""How much of a codebook is in use: codes used and perplexity, a level and over many batches and processes."""
+"""How much of a codebook is in use: codes used and perplexity at each level, over many batches and processes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class CodebookUsage(Metric):
     def compute(self) -> dict[str, float]:
         """{"codes_used_R": codes used at least once, "perplexity_R": ...} for each level's resolution R."""
         used = (self.counts_LK > 0).sum(1).tolist()
-        spread = perplexity(self.counts_LK).tolist()
+        spread = perplexity(self.counts_LK.cpu()).tolist()  # in float64, which mps lacks
         out = {}
         for level, n, p in zip(self.levels, used, spread, strict=True):
             out[f"codes_used_{level}"] = float(n)

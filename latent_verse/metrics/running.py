@@ -1,4 +1,4 @@
-"""A weighted mean over batches and processes, and a count, which a half-precision run leaves exact."""
+"""Running mean and count over batches and processes, exact also in half-precision runs."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from latent_verse.precision import keeping_float32
 
 
 class Mean(Metric):
-    """Mean of all values given, each with its weight; NaN if one of them is, or if there is none.
+    """Weighted mean of all values; NaN if one of them is NaN, or if there are none.
 
-    torchmetrics' MeanMetric looks for NaN at each update, for which it waits for the device; told not to, it forgets
-    the weights (1.9). Cast to half precision with the module that holds it, its sums soon stand still; these do not.
+    torchmetrics' MeanMetric looks for NaN at each update and so waits for the device; without that check it ignores the
+    weights (version 1.9). Its sums are cast to half precision with the module that holds it, and then stop growing;
+    these stay float32.
     """
 
     full_state_update = False
@@ -38,7 +39,7 @@ class Mean(Metric):
 
 
 class Count(Metric):
-    """How many there were, in all batches and processes."""
+    """A count over all batches and processes."""
 
     full_state_update = False
     number: torch.Tensor

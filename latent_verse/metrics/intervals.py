@@ -1,4 +1,4 @@
-"""How sure a share is: binomial intervals."""
+"""Confidence intervals of shares."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 
 def wilson(right: int, total: int) -> tuple[float, float]:
-    """The 95 % interval of a share by Wilson's score, which stays within [0, 1] (0 of 0: all of it)."""
+    """Wilson's 95 % interval of the share right / total, which stays within [0, 1]; (0, 1) for 0 of 0."""
     if not total:
         return 0.0, 1.0
     z, p = 1.96, right / total

@@ -1,8 +1,8 @@
-"""Quality of reconstructions: PSNR, SSIM, L1, MSE, LPIPS, rFID; from torchmetrics, summed over processes by it.
+"""Quality of reconstructions: PSNR, SSIM, L1, MSE, LPIPS, rFID; torchmetrics sums them over processes.
 
 Everything is computed on images in [0, 1] with a data range of 1: (clamped reconstruction + 1) / 2 against
-(centre crop + 1) / 2, over all pictures, none counted twice. rFID compares reconstructions with those same crops, by
-the code of generation.py that judges generated pictures.
+(centre crop + 1) / 2, over all images, none counted twice. rFID compares reconstructions with those same crops, by the
+code that computes the FID of generated images.
 
 Shapes: B batch, C channels, H height, W width.
 """
@@ -16,12 +16,12 @@ from torch import nn
 from torchmetrics.image import StructuralSimilarityIndexMeasure
 
 from latent_verse.augvae.perceptual import LPIPS
-from latent_verse.evaluation import networks
-from latent_verse.evaluation.codebook import CodebookUsage
-from latent_verse.evaluation.figures import library
-from latent_verse.evaluation.generation import Frechet
-from latent_verse.evaluation.mean import Count, Mean
-from latent_verse.evaluation.networks import NetworkMissing
+from latent_verse.machine import versions
+from latent_verse.metrics import networks
+from latent_verse.metrics.codebook_usage import CodebookUsage
+from latent_verse.metrics.image_quality import FrechetDistance
+from latent_verse.metrics.networks import NetworkMissing
+from latent_verse.metrics.running import Count, Mean
 
 SSIM_WINDOW = 11  # side of SSIM's Gaussian window
 
@@ -31,9 +31,9 @@ class ReconstructionMetrics(nn.Module):
 
     Args:
         levels, num_tokens: of the AugVAE, for the use of its codebook.
-        resolution: side of the pictures.
+        resolution: side of the images.
         fid_features: network (B, C, H, W) uint8 -> (B, F) in place of InceptionV3; for tests.
-        with_networks: False leaves out LPIPS and rFID, as for fake data.
+        with_networks: False leaves out LPIPS and rFID, which mean nothing on fake data.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class ReconstructionMetrics(nn.Module):
         self.count = Count()
         self.ssim = self.fid = self.features = self.lpips_mean = self.lpips = None
         if resolution < SSIM_WINDOW:
-            self.missing["ssim"] = f"pictures of {resolution} px are smaller than its window of {SSIM_WINDOW}"
+            self.missing["ssim"] = f"images of {resolution} px are smaller than its window of {SSIM_WINDOW}"
         else:
             self.ssim = StructuralSimilarityIndexMeasure(data_range=1.0)
         if not with_networks:
@@ -64,7 +64,7 @@ class ReconstructionMetrics(nn.Module):
             self.missing["lpips"] = str(error)
         try:
             self.features = networks.open_inception() if fid_features is None else fid_features
-            self.fid = Frechet(self.features.num_features)
+            self.fid = FrechetDistance(self.features.num_features)
         except NetworkMissing as error:
             self.missing["rfid"] = str(error)
 
@@ -91,14 +91,14 @@ class ReconstructionMetrics(nn.Module):
             self.fid.update(self.features((b_BCHW * 255).round().to(torch.uint8)), real=False)
 
     def compute(self) -> dict[str, Any]:
-        """All figures, the number of pictures, and why a figure is missing. The same on every process."""
+        """All metrics, the number of images, and why a metric is missing. The same in every process."""
         images = int(self.count.compute())
-        figures = {"psnr": self.psnr, "ssim": self.ssim, "l1": self.l1, "mse": self.mse, "lpips": self.lpips_mean}
+        means = {"psnr": self.psnr, "ssim": self.ssim, "l1": self.l1, "mse": self.mse, "lpips": self.lpips_mean}
         out: dict[str, Any] = {"images": images}
-        out |= {name: metric.compute().item() for name, metric in figures.items() if metric is not None}
+        out |= {name: metric.compute().item() for name, metric in means.items() if metric is not None}
         if self.fid is not None:
             if images < 2:
-                self.missing["rfid"] = f"needs at least 2 pictures, got {images}"
+                self.missing["rfid"] = f"needs at least 2 images, got {images}"
             else:
                 out["rfid"] = self.fid.compute().item()
         out |= self.usage.compute()
@@ -109,7 +109,7 @@ class ReconstructionMetrics(nn.Module):
             "ssim": f"Gaussian window of {SSIM_WINDOW}, sigma 1.5",
             "lpips": "VGG16, linear weights v0.1",
             "rfid": f"{networks.Inception.described}, against the same centre crops, 8-bit",
-            "library": library("torchmetrics", "torch-fidelity"),
+            "library": versions("torchmetrics", "torch-fidelity"),
         }
         return out
 
@@ -118,7 +118,7 @@ UNITS = {"psnr": "dB, higher is better", "ssim": "to 1, higher is better", "rfid
 
 
 def table(results: dict[str, Any], title: str) -> str:
-    """The figures as lines to print; missing ones with the reason."""
+    """The metrics as lines to print; missing ones with the reason."""
     rows = [(k, f"{v:.4f}" if isinstance(v, float) else str(v), UNITS.get(k, "")) for k, v in results.items()
             if isinstance(v, (int, float))]  # fmt: skip
     rows = [(k, v.removesuffix(".0000") if k.startswith("codes_used") else v, u) for k, v, u in rows]

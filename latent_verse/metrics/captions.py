@@ -1,7 +1,7 @@
 """Quality of captions: BLEU-1..4, METEOR, ROUGE-L, CIDEr and SPICE by pycocoevalcap; diversity by counting.
 
-The field's tokenizer (Stanford's PTBTokenizer), METEOR and SPICE are Java programs. Where one cannot run, the figures
-that it is needed for are missing with the reason; the others are computed on another tokenizer's words, and say so.
+The field's tokenizer (Stanford's PTBTokenizer), METEOR and SPICE are Java programs. If one cannot run, the metrics that
+need it are missing, with the reason; the others are computed on another tokenizer's words, and their protocol says so.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from latent_verse.data import DataError
 
@@ -25,54 +24,54 @@ PTB = "PTBTokenizer (Stanford CoreNLP 3.4.1), lower case, punctuation removed"
 PLAIN = "a regular expression in place of PTBTokenizer: lower case, words and clitics, punctuation removed"
 _WORDS = re.compile(r"n't|'(?:s|m|d|re|ve|ll)\b|\w+?(?=n't\b)|[^\W_]+(?:[-.,/][^\W_]+)*")
 BLEU_NAMES = ("bleu_1", "bleu_2", "bleu_3", "bleu_4")
+JAVA_NAMES = ("meteor", "spice")
+Texts = dict[int, list[str]]  # by number of the image: captions, or references
+Scored = dict[str, tuple[float, Sequence[float]]]  # by metric: its value, and that of each image
 
 
 @dataclass
 class CaptionScores:
-    """Figures, those of each picture, and what is missing with the reason.
+    """Metrics over all images and of each, and what is missing, with the reason.
 
     Attributes:
-        figures: {"bleu_1": ..., "cider": ...}, on the library's own scale: CIDEr to 10, the others to 1.
-        each: {"cider": [of picture 0, ...], ...}, in the order of the captions.
+        metrics: {"bleu_1": ..., "cider": ...}, on the library's own scale: CIDEr to 10, the others to 1.
+        each: {"cider": [of image 0, ...], ...}, in the order of the captions.
         words: the captions as they were tokenized.
     """
 
-    figures: dict[str, float]
+    metrics: dict[str, float]
     each: dict[str, list[float]]
     missing: dict[str, str]
     tokenizer: str
     words: list[list[str]] = field(default_factory=list)
 
 
-def score(written: Sequence[str], references: Sequence[Sequence[str]], java: bool = True) -> CaptionScores:
-    """All figures of one caption a picture against its references.
+def score(generated: Sequence[str], references: Sequence[Sequence[str]], java: bool = True) -> CaptionScores:
+    """All metrics of one caption an image against the image's references.
 
     Args:
-        java: False leaves Java alone, as where there is none.
+        java: False does without Java, even if it is installed.
 
     Raises:
-        DataError: no captions, or a picture without references.
+        DataError: no captions, or an image without references.
     """
-    if not written or len(written) != len(references) or not all(references):
-        raise DataError(f"{len(written)} captions for {len(references)} pictures, each of which needs a reference.")
+    if not generated or len(generated) != len(references) or not all(references):
+        raise DataError(f"{len(generated)} captions for {len(references)} images, each of which needs a reference.")
     if importlib.util.find_spec("pycocoevalcap") is None:
         reason = "needs the package pycocoevalcap: pip install pycocoevalcap"
-        words = [plain_words(text) for text in written]
-        return CaptionScores(
-            {}, {}, dict.fromkeys((*BLEU_NAMES, "meteor", "rouge_l", "cider", "spice"), reason), PLAIN, words
-        )
-    without = _no_java(java)
-    tokenized, tokenizer, reason = _tokenize(written, references, without)
-    res, gts = tokenized
+        words = [plain_words(text) for text in generated]
+        missing = dict.fromkeys((*BLEU_NAMES, "rouge_l", "cider", *JAVA_NAMES), reason)
+        return CaptionScores({}, {}, missing, PLAIN, words)
+    res, gts, tokenizer, no_java = _tokenize(generated, references, _no_java(java))
     out = CaptionScores({}, {}, {}, tokenizer, [res[i][0].split() for i in res])
     _add(out, "bleu", lambda: _bleu(gts, res))
     _add(out, "rouge_l", lambda: _single("rouge.rouge", "Rouge", gts, res))
     if len(res) == 1:
-        out.missing["cider"] = "needs more than one picture: its weights are those of words over the pictures"
+        out.missing["cider"] = "needs more than one image: it weighs words by how many images they occur with"
     else:
         _add(out, "cider", lambda: _single("cider.cider", "Cider", gts, res))
-    if without or reason:
-        out.missing |= dict.fromkeys(("meteor", "spice"), without or reason)
+    if no_java:
+        out.missing |= dict.fromkeys(JAVA_NAMES, no_java)
         return out
     _add(out, "meteor", lambda: _meteor(gts, res))
     absent = spice_missing()
@@ -83,31 +82,31 @@ def score(written: Sequence[str], references: Sequence[Sequence[str]], java: boo
     return out
 
 
-def _add(out: CaptionScores, name: str, compute) -> None:
-    """Keep what a scorer gives: {name: (figure, of each)}. A Java program that fails leaves its figure missing."""
+def _add(out: CaptionScores, name: str, compute: Callable[[], Scored]) -> None:
+    """Keep what a scorer returns. If it fails, as Java programs may, the metric is missing."""
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # some of them print
             found = compute()
     except (OSError, ValueError, RuntimeError, AssertionError) as error:
         out.missing[name] = f"its scorer failed: {type(error).__name__}: {str(error).strip()[:200]}"
         return
-    for key, (figure, each) in found.items():
-        out.figures[key], out.each[key] = float(figure), [float(value) for value in each]
+    for key, (value, each) in found.items():
+        out.metrics[key], out.each[key] = float(value), [float(of_image) for of_image in each]
 
 
-def _bleu(gts, res) -> dict[str, Any]:
+def _bleu(gts: Texts, res: Texts) -> Scored:
     from pycocoevalcap.bleu.bleu import Bleu
 
-    figures, each = Bleu(4).compute_score(gts, res, verbose=0)
-    return {name: (figures[n], each[n]) for n, name in enumerate(BLEU_NAMES)}
+    values, each = Bleu(4).compute_score(gts, res, verbose=0)
+    return {name: (values[n], each[n]) for n, name in enumerate(BLEU_NAMES)}
 
 
-def _single(module: str, scorer: str, gts, res) -> dict[str, Any]:
+def _single(module: str, scorer: str, gts: Texts, res: Texts) -> Scored:
     make = getattr(importlib.import_module(f"pycocoevalcap.{module}"), scorer)
     return {{"Rouge": "rouge_l", "Cider": "cider"}[scorer]: make().compute_score(gts, res)}
 
 
-def _meteor(gts, res) -> dict[str, Any]:
+def _meteor(gts: Texts, res: Texts) -> Scored:
     from pycocoevalcap.meteor.meteor import Meteor
 
     scorer = Meteor()
@@ -117,20 +116,20 @@ def _meteor(gts, res) -> dict[str, Any]:
         scorer.meteor_p.kill()
 
 
-def _spice(gts, res) -> dict[str, Any]:
+def _spice(gts: Texts, res: Texts) -> Scored:
     import subprocess
 
     from pycocoevalcap.spice.spice import Spice
 
     try:
-        figure, each = Spice().compute_score(gts, res)
+        value, each = Spice().compute_score(gts, res)
     except subprocess.CalledProcessError as error:
         raise RuntimeError(f"{error}; SPICE 1.0 was written for Java 8") from error
-    return {"spice": (figure, [scores["All"]["f"] for scores in each])}
+    return {"spice": (value, [scores["All"]["f"] for scores in each])}
 
 
 def spice_missing() -> str:
-    """Why SPICE cannot run, or "": it needs Stanford CoreNLP 3.6.0, which pycocoevalcap would download unasked."""
+    """Why SPICE cannot run, or "": it needs Stanford CoreNLP 3.6.0, which pycocoevalcap would download by itself."""
     spec = importlib.util.find_spec("pycocoevalcap.spice")
     lib = Path(spec.submodule_search_locations[0]) / "lib"
     names = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
@@ -146,25 +145,26 @@ def spice_missing() -> str:
 
 def _no_java(wanted: bool) -> str:
     if not wanted:
-        return "needs Java, which java: false leaves alone"
+        return "needs Java, which java: false turns off"
     return "" if shutil.which("java") else "needs Java, and there is no `java` on this machine's PATH"
 
 
-def _tokenize(written, references, without: str) -> tuple[tuple[dict, dict], str, str]:
-    """((captions, references) as {number: [tokenized texts]}, which tokenizer, why not the field's or "")."""
-    res = {i: [" ".join(text.split())] for i, text in enumerate(written)}
+def _tokenize(
+    generated: Sequence[str], references: Sequence[Sequence[str]], no_java: str
+) -> tuple[Texts, Texts, str, str]:
+    """(captions, references, both tokenized; which tokenizer; why not the field's, or "")."""
+    res = {i: [" ".join(text.split())] for i, text in enumerate(generated)}
     gts = {i: [" ".join(text.split()) for text in texts] for i, texts in enumerate(references)}
-    reason = without
-    if not without:
+    if not no_java:
         try:
-            return (_ptb(res), _ptb(gts)), PTB, ""
+            return _ptb(res), _ptb(gts), PTB, ""
         except (OSError, ValueError) as error:  # Java does not start, or the package's folder is not writable
-            reason = f"needs PTBTokenizer, which failed: {type(error).__name__}: {error}"
-    plain = [{i: [" ".join(plain_words(text)) for text in texts] for i, texts in side.items()} for side in (res, gts)]
-    return (plain[0], plain[1]), PLAIN, reason
+            no_java = f"needs PTBTokenizer, which failed: {type(error).__name__}: {error}"
+    res, gts = ({i: [" ".join(plain_words(text)) for text in texts] for i, texts in of.items()} for of in (res, gts))
+    return res, gts, PLAIN, no_java
 
 
-def _ptb(texts: dict[int, list[str]]) -> dict[int, list[str]]:
+def _ptb(texts: Texts) -> Texts:
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
     with _quiet_stderr():
@@ -176,8 +176,8 @@ def _ptb(texts: dict[int, list[str]]) -> dict[int, list[str]]:
 
 
 @contextlib.contextmanager
-def _quiet_stderr():
-    """The tokenizer is a process that reports its speed there."""
+def _quiet_stderr() -> Iterator[None]:
+    """Silence stderr, where the tokenizer, a process of its own, reports its speed."""
     saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)
     try:
@@ -197,7 +197,11 @@ def plain_words(text: str) -> list[str]:
 
 
 def diversity(words: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Distinct 1-, 2-, 3-grams of all (Li et al., 2016), words used, words a caption, share of captions that differ."""
+    """Distinct among all 1-, 2-, 3-grams (Li et al., 2016), different words, words a caption, share of unique captions.
+
+    Args:
+        words: the tokenized captions.
+    """
     out = {}
     for n in (1, 2, 3):
         grams = [tuple(row[i : i + n]) for row in words for i in range(len(row) - n + 1)]
@@ -213,15 +217,15 @@ def diversity(words: Sequence[Sequence[str]]) -> dict[str, float]:
 
 
 def read_captions_file(path: Path, ids: Sequence[int | str], names: Sequence[str]) -> list[str]:
-    """The captions of another system, in the order of the data's pictures.
+    """The captions of another system, in the order of the data's images.
 
     Args:
         path: COCO results JSON ([{"image_id", "caption"}]), or JSON lines with `image` and `captions` (the first
             counts) or `caption`, as generate.py writes them.
-        ids, names: of the data's pictures; lines are found by id, by name, or by the name without folders.
+        ids, names: of the data's images; entries are matched by id, by name, or by the name without folders.
 
     Raises:
-        DataError: no such file, another format, a picture without a caption, or a caption without a picture.
+        DataError: no such file, another format, an image without a caption, or no caption of an image of the data.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -235,12 +239,12 @@ def read_captions_file(path: Path, ids: Sequence[int | str], names: Sequence[str
         )
     except ValueError as error:
         raise DataError(f"captions_file: {path} is neither COCO results JSON nor JSON lines ({error}).") from error
-    places: dict[Any, int] = {}
-    for i in reversed(range(len(names))):  # of equal short names the first
+    places: dict[int | str, int] = {}
+    for i in reversed(range(len(names))):  # of equal short names, the first one's
         places |= {os.path.basename(names[i]): i}
     places |= {name: i for i, name in enumerate(names)} | {found: i for i, found in enumerate(ids)}
     captions: dict[int, str] = {}
-    strange = []
+    unknown = []
     for number, entry in enumerate(entries):
         try:
             key = entry["image_id"] if "image_id" in entry else entry["image"]
@@ -256,23 +260,21 @@ def read_captions_file(path: Path, ids: Sequence[int | str], names: Sequence[str
             )
         place = places.get(key, places.get(os.path.basename(str(key))))
         if place is None:
-            strange.append(key)
+            unknown.append(key)
         else:
             captions.setdefault(place, caption)
-    bare = [str(ids[i]) for i in range(len(ids)) if i not in captions]
-    if strange and len(strange) == len(entries):
+    without = [str(ids[i]) for i in range(len(ids)) if i not in captions]
+    if unknown and len(unknown) == len(entries):
+        raise DataError(f"captions_file: none of its images ({unknown[0]!r}, ...) is in the data ({names[0]!r}, ...).")
+    if without:
         raise DataError(
-            f"captions_file: not one of its pictures ({strange[0]!r}, ...) is in the data ({names[0]!r}, ...)."
-        )
-    if bare:
-        raise DataError(
-            f"captions_file: {path} has no caption for {len(bare)} of {len(ids)} pictures (the first: {bare[0]}). The "
-            "field's figures are over all: complete it, or limit both with caption_pictures."
+            f"captions_file: {path} has no caption for {len(without)} of {len(ids)} images (the first: {without[0]}). "
+            "The field's metrics are over all images: complete the file, or limit both with caption_pictures."
         )
     return [captions[i] for i in range(len(ids))]
 
 
-def coco_results(ids: Sequence[int | str], written: Sequence[str]) -> str:
+def coco_results(ids: Sequence[int | str], captions: Sequence[str]) -> str:
     """The captions as COCO results JSON, for its evaluation server and other tools."""
-    rows = [{"image_id": i, "caption": text} for i, text in zip(ids, written, strict=True)]
+    rows = [{"image_id": i, "caption": text} for i, text in zip(ids, captions, strict=True)]
     return json.dumps(rows, ensure_ascii=False, indent=0) + "\n"
