@@ -186,11 +186,11 @@ def test_the_map_lists_every_file_of_every_room():
     rows = re.findall(r"^\| `(\w+)/` \| (.*?) \|", read("docs/architecture.md"), re.M)
     listed = {room: set(re.findall(r"`(\w+)/?`", files)) for room, files in rows}
     there: dict[str, set[str]] = {}
-    for name in SOURCES:
-        package, *folders, file = name.split("/")
-        if package == "latent_verse" and folders and file != "__main__.py":
-            there.setdefault(folders[0], set()).add([*folders, Path(file).stem][1])
-    assert listed == {room: files - {"__init__"} for room, files in there.items()}
+    for path in map(Path, SOURCES):
+        package, *below = path.with_suffix("").parts
+        if package == "latent_verse" and len(below) > 1:
+            there.setdefault(below[0], set()).add(below[1])
+    assert listed == {room: files - {"__init__", "__main__"} for room, files in there.items()}
 
 
 def test_readme_is_short():
