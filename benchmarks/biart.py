@@ -50,7 +50,7 @@ SIZES = {
 
 
 def sequences_of(model: BiART, batch: int, device: str) -> Sequences:
-    """A batch of made-up pairs, half of it each way."""
+    """A batch of random pairs, half of it in each direction."""
     vocab = model.vocab
     text_BL = torch.randint(vocab.text_vocab, (batch, vocab.text_len))
     text_BL[:, vocab.text_len // 2 :] = vocab.pad

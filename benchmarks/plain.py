@@ -58,7 +58,7 @@ def enlarge_then_convolve(layer: Upsample, x_BCHW: Tensor) -> Tensor:
 
 
 def plain_augvae(model: AugVAE) -> AugVAE:
-    """A copy of AugVAE with the one-hot quantiser and convolutions of enlarged pictures, contiguous (NCHW)."""
+    """A copy of AugVAE with the one-hot quantiser and convolutions of upsampled maps, contiguous (NCHW)."""
     copy = AugVAE(model.config).to(model.pre_quants[0].weight.device)
     copy.load_state_dict(model.state_dict())
     quantizer = copy.quantizers[0]

@@ -48,7 +48,7 @@ def make_step(variant: str, book: Codebook):
 
 
 def measure_times(args: argparse.Namespace) -> dict[str, dict]:
-    """Seconds of each way's fastest step, taken in turns so that a busy machine slows both, and what the first gave."""
+    """Seconds of each one's fastest step, timed alternately so that a busy machine slows both, and the first result."""
     results, steps = {}, {}
     for variant in VARIANTS:
         z_BDHW, book = inputs(args)
@@ -185,7 +185,7 @@ def _point(device: str, N: int, K: int, D: int, repeats: int, most: int, rate: f
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the table; 1 where the two ways disagree."""
+    """Print the table; 1 if the two implementations disagree."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--N", type=int, default=8192, help="vectors")
     parser.add_argument("--K", type=int, default=8192, help="codes")
