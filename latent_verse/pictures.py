@@ -16,7 +16,6 @@ from torch import Tensor
 
 from latent_verse.data import DataError
 from latent_verse.data.transforms import centre_crop, decode_rgb, to_unit_range
-from latent_verse.files import replacing
 
 Picture = Image.Image | str | os.PathLike | Tensor  # what `load_image` takes
 
@@ -75,8 +74,9 @@ def save_png(picture: Image.Image, path: Path, about: dict[str, str]) -> None:
     info = PngInfo()
     for key, value in about.items():
         info.add_text(key, value)
-    with replacing(path) as unfinished:
-        picture.save(unfinished, format="PNG", pnginfo=info)
+    unfinished = path.with_name(f".{path.name}.tmp")
+    picture.save(unfinished, format="PNG", pnginfo=info)
+    os.replace(unfinished, path)
 
 
 def grid(rows: list[tuple[str, list[Image.Image]]], side: int = 128, gap: int = 8) -> Image.Image:

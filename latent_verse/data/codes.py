@@ -29,7 +29,6 @@ from latent_verse.data.captions import CAPTION_DRAW, CROP_DRAW, CaptionList
 from latent_verse.data.images import SkipLog
 from latent_verse.data.shapes import Scene, ShapesDataset, World
 from latent_verse.data.transforms import UnreadableImage, mix_seed, to_unit_range
-from latent_verse.files import replacing, write_json
 
 FORMAT = "latent_verse/codes"
 META, UNFINISHED, TOKENIZER = "codes.json", "unfinished.json", "tokenizer"
@@ -106,7 +105,7 @@ def extract(
     elif folder.is_dir() and any(folder.iterdir()):
         raise DataError(f"extract_codes: {folder} holds something else; it is left alone. Name a new or empty folder.")
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / UNFINISHED, state)
+    _write_json(folder / UNFINISHED, state)
     tokenizer.save(folder / TOKENIZER)
     bar = tqdm(total=total, unit="picture", desc=f"codes to {folder}", disable=not progress)
     bar.update(sum(shard["pairs"] + shard["skipped"] for shard in state["shards"].values()))
@@ -116,12 +115,12 @@ def extract(
             if name not in state["shards"]:
                 write = (encode, tokenizer, plan, batch_size, pool, bar)
                 state["shards"][name] = _write_shard(folder / name, part(), *write)
-                write_json(folder / UNFINISHED, state)
+                _write_json(folder / UNFINISHED, state)
     for what in ("pairs", "captions", "skipped"):
         state[what] = sum(shard[what] for shard in state["shards"].values())
     if not state["pairs"]:
         raise DataError(f"extract_codes: none of {state['skipped']} pictures could be read; {folder} stays unfinished.")
-    write_json(folder / META, state)
+    _write_json(folder / META, state)
     (folder / UNFINISHED).unlink()
     return state
 
@@ -131,7 +130,8 @@ def _write_shard(path: Path, work: Iterator[Work], encode, tokenizer, plan, batc
     from webdataset import TarWriter
 
     counts = {"pairs": 0, "captions": 0, "skipped": 0}
-    with replacing(path) as unfinished, TarWriter(str(unfinished), encoder=False, mtime=0) as tar:
+    unfinished = path.with_name(f".{path.name}.tmp")
+    with TarWriter(str(unfinished), encoder=False, mtime=0) as tar:
         while batch := list(islice(work, batch_size)):
             loaded = list(pool.map(lambda item: _load(item[1]), batch))
             kept = [(name, x, captions) for (name, _, captions), x in zip(batch, loaded, strict=True) if x is not None]
@@ -147,6 +147,7 @@ def _write_shard(path: Path, work: Iterator[Work], encode, tokenizer, plan, batc
                     counts["pairs"] += 1
                     counts["captions"] += len(captions)
             bar.update(len(batch))
+    os.replace(unfinished, path)
     return counts
 
 
@@ -161,6 +162,12 @@ def _npy(array: np.ndarray) -> bytes:
     file = io.BytesIO()
     np.save(file, array, allow_pickle=False)
     return file.getvalue()
+
+
+def _write_json(path: Path, content: dict) -> None:
+    unfinished = path.with_name(f".{path.name}.tmp")
+    unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(unfinished, path)
 
 
 def _check_same(folder: Path, found: dict, plan: dict) -> None:
