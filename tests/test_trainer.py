@@ -19,7 +19,7 @@ from latent_verse.evaluation.reconstruction import ReconstructionMetrics
 from latent_verse.runs import Run
 from latent_verse.trainer import compiles_by_default, make_trainer
 from latent_verse.training import progress_bar
-from latent_verse.training.backups import Backup, Interrupted
+from latent_verse.training.backups import Backup, Interrupted, RunFolder
 from latent_verse.training.progress_bar import ProgressBar
 
 
@@ -41,7 +41,7 @@ from latent_verse.training.progress_bar import ProgressBar
 )
 def test_settings_reach_the_trainer(setting, value, attribute, found, tmp_path):
     t = TrainerConfig(gpus=0, logger="csv", refresh_rate=0, **{setting: value})
-    made = make_trainer(t, Run(tmp_path / "run", "0"), TrainVAEConfig(trainer=t), "", has_val=True)
+    made = make_trainer(t, RunFolder(Run(tmp_path / "run", "0"), {}, ""), has_val=True)
     assert getattr(made, attribute) == found
     assert not (tmp_path / "run").exists()  # nothing is written before all processes have met
 

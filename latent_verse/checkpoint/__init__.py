@@ -3,7 +3,6 @@
 from latent_verse.checkpoints.augvae import (  # noqa: F401
     FORMAT,
     WEIGHTS,
-    agree_with_checkpoint,
     load_augvae,
     load_for_training,
     save_augvae,

@@ -20,19 +20,14 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from latent_verse.config import AugVAEConfig, BiARTConfig, as_plain
+from latent_verse.config import AugVAEConfig, BiARTConfig, UserError, as_plain, training_only
 from latent_verse.files import differences
 
 Kind = Literal["augvae", "biart"]  # what a checkpoint says of itself
 STEP = re.compile(r"step=(\d+)\.ckpt$")
-# settings of the model section that change how it trains, not which weights it has; the second line is BiART's
-TRAINING_ONLY = frozenset(
-    {"dropout", "quant_beta", "quant_ema_decay", "quant_ema_eps", "restart_threshold"}
-    | {"embd_pdrop", "resid_pdrop", "attn_pdrop"}
-)
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint is missing, damaged, of another kind, or does not fit. The message names the file and the remedy."""
 
 
@@ -151,7 +146,7 @@ def check_resumable(file: str | os.PathLike, kind: Kind, model: AugVAEConfig | B
         raise CheckpointError(f"{file} is {what}; training of {kind} cannot resume from it. {remedy}")
     if model is not None:
         wanted, there = as_plain(model), own.get("model", {})
-        shape = {name: value for name, value in wanted.items() if name not in TRAINING_ONLY}
+        shape = {name: value for name, value in wanted.items() if name not in training_only(type(model))}
         defaults = {f.name: f.default for f in dataclasses.fields(model)}  # of settings newer than the file
         changed = differences(defaults | there, shape)
         if changed:

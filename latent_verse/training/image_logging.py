@@ -10,7 +10,8 @@ from torch import Tensor
 
 from latent_verse.biart import sampling
 from latent_verse.biart.sequence import IMAGE_TO_TEXT, TEXT_TO_IMAGE
-from latent_verse.config_biart import SamplingConfig
+from latent_verse.config import UserError
+from latent_verse.config.train import SamplingConfig
 from latent_verse.files import replacing, write_text
 from latent_verse.text import Tokenizer
 from latent_verse.training.backups import RunFolder
@@ -92,7 +93,7 @@ class SavedPictures(pl.Callback):
             save_image(grid, self.folder / "grid.png")
 
 
-class Diverged(RuntimeError):
+class Diverged(UserError):
     """The outputs of the network in training are no longer finite."""
 
 
@@ -152,8 +153,8 @@ class TextImageSamples(pl.Callback):
         network = pl_module.network
         text_BL = trainer.datamodule.caption_ids(e.captions, network.vocab.pad).to(device)
         codes_BN = pl_module.codes(e.x.to(device))
-        settings = {name: getattr(s, name) for name in ("temperature", "top_k", "top_p", "guidance")}
-        settings |= {"seed": 0, "reference_dropout_trained": pl_module.config.loss.reference_dropout > 0}
+        settings = s.arguments() | {"seed": 0}
+        settings["reference_dropout_trained"] = pl_module.config.loss.reference_dropout > 0
         try:
             sampled_BN = sampling.generate(network, text_BL, TEXT_TO_IMAGE, **settings)
             sampled_BL = sampling.generate(network, codes_BN, IMAGE_TO_TEXT, temperature=0)
