@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import latent_verse.checkpoint  # noqa: F401  it gives AugVAE its save_pretrained
 import pytest
 import torch
@@ -65,3 +67,23 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def killed(monkeypatch):
+    """Ends a run within a step, as by kill -9: `with killed(LitBiART, step=5): train_biart.main(...)`."""
+
+    @contextmanager
+    def kill(module: type, step: int, hook: str = "training_step"):
+        original = getattr(module, hook)
+
+        def dies(self, batch, batch_idx):
+            if self.global_step == step:
+                raise MemoryError("killed")
+            return original(self, batch, batch_idx)
+
+        with monkeypatch.context() as patch, pytest.raises(MemoryError):
+            patch.setattr(module, hook, dies)
+            yield
+
+    return kill

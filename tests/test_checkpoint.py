@@ -239,7 +239,7 @@ def test_truncated_files(tiny_augvae, tmp_path, write, share):
     whole = file.read_bytes()
     file.write_bytes(whole[: int(len(whole) * share)])
     message = refusal(file)
-    assert str(file) in message and "no whole checkpoint" in message
+    assert str(file) in message and "cut off" in message
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"\x89PNG\r\n\x1a\n" + bytes(100), b"PK\x03\x04" + bytes(100)])
@@ -379,9 +379,7 @@ def test_the_hub_out_of_reach(monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     message = refusal("someone/augvae")
-    assert (
-        "someone/augvae is no file or folder here, and could not be fetched from the hub: no route to host" in message
-    )
+    assert "someone/augvae is not a file" in message and "hub: no route to host" in message
     assert "second line" not in message
 
 

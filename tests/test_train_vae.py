@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,9 @@ import torch
 from PIL import Image
 
 import train_vae
+from latent_verse.augvae.training import LitAugVAE
 from latent_verse.checkpoints.augvae import load_augvae
+from latent_verse.training.backups import Backup
 from tests.runs_on_pictures import SMALL, write_pictures
 
 REPO = Path(__file__).parent.parent
@@ -203,23 +206,13 @@ def steps(backup: Path) -> int:
     return int(backup.stem.split("=")[1])
 
 
-def test_killed_between_the_last_batch_and_the_end_of_an_epoch(tmp_path, pictures, monkeypatch):
+def test_killed_between_the_last_batch_and_the_end_of_an_epoch(tmp_path, pictures, killed):
     """What an epoch adds up, its validation and its schedule are not lost, and not counted twice."""
     settings = ["--epochs", "4", "--backup", "--backup_steps", "1", "--lr_decay", "--learning_rate", "1e-3"]
     assert train_vae.main(small(tmp_path, *on(pictures), *settings, name="straight")) == 0
     flags = small(tmp_path, *on(pictures), *settings, name="cut")
-    from latent_verse.augvae.training import LitAugVAE
-
-    def killed(self, batch, batch_idx):
-        if self.global_step == 6:
-            raise KeyboardInterrupt  # in the validation that follows the last batch of the second epoch
-        return original(self, batch, batch_idx)
-
-    original = LitAugVAE.validation_step
-    monkeypatch.setattr(LitAugVAE, "validation_step", killed)
-    with pytest.raises(SystemExit):
+    with killed(LitAugVAE, step=6, hook="validation_step"):  # which follows the last batch of the second epoch
         train_vae.main(flags)
-    monkeypatch.setattr(LitAugVAE, "validation_step", original)
     assert train_vae.main(flags) == 0
     straight, cut = tmp_path / "runs" / "straight", tmp_path / "runs" / "cut"
     for key in ("train/total_loss", "train/total_loss_epoch", "val/total_loss", "train/codes_used_8", "lr-AdamW"):
@@ -228,37 +221,38 @@ def test_killed_between_the_last_batch_and_the_end_of_an_epoch(tmp_path, picture
         assert min(resumed) <= 5
 
 
-def test_stop_at_the_end_of_an_epoch(tmp_path, pictures, monkeypatch, capsys):
-    from latent_verse.training.backups import Backup
+@pytest.fixture
+def told_to_stop(monkeypatch):
+    """Stops a run as a signal does, once `when(trainer)` is true: `with told_to_stop(when): train_vae.main(...)`."""
 
-    original = Backup.on_train_batch_end
+    @contextmanager
+    def stop(when):
+        original = Backup.on_train_batch_end
 
-    def told(self, trainer, *rest):
-        self.told_to_stop |= trainer.is_last_batch
-        original(self, trainer, *rest)
+        def told(self, trainer, *rest):
+            self.told_to_stop |= when(trainer)
+            original(self, trainer, *rest)
 
-    monkeypatch.setattr(Backup, "on_train_batch_end", told)
+        with monkeypatch.context() as patch:
+            patch.setattr(Backup, "on_train_batch_end", told)
+            yield
+
+    return stop
+
+
+def test_stop_at_the_end_of_an_epoch(tmp_path, pictures, told_to_stop, capsys):
     flags = small(tmp_path, *on(pictures), "--epochs", "3", "--backup")
-    assert train_vae.main(flags) == 0
+    with told_to_stop(lambda trainer: trainer.is_last_batch):
+        assert train_vae.main(flags) == 0
     assert "stopped at step 3; saved" in capsys.readouterr().out
-    monkeypatch.setattr(Backup, "on_train_batch_end", original)
     assert train_vae.main(flags) == 0
     assert sorted(figures(tmp_path / "runs" / "run")) == list(range(9))
 
 
-def test_a_damaged_newest_backup_yields_to_the_one_before(tmp_path, pictures, monkeypatch):
-    from latent_verse.training.backups import Backup
-
-    original = Backup.on_train_batch_end
-
-    def told(self, trainer, *rest):
-        self.told_to_stop |= trainer.global_step == 5
-        original(self, trainer, *rest)
-
-    monkeypatch.setattr(Backup, "on_train_batch_end", told)
+def test_a_damaged_newest_backup_yields_to_the_one_before(tmp_path, pictures, told_to_stop):
     flags = small(tmp_path, *on(pictures), "--epochs", "3", "--backup", "--backup_steps", "1")
-    assert train_vae.main(flags) == 0
-    monkeypatch.setattr(Backup, "on_train_batch_end", original)
+    with told_to_stop(lambda trainer: trainer.global_step == 5):
+        assert train_vae.main(flags) == 0
     newest = tmp_path / "runs" / "run" / "backups" / "step=5.ckpt"
     newest.write_bytes(newest.read_bytes()[:3000])
     with pytest.warns(UserWarning, match="Trying the checkpoint before it"):
@@ -354,7 +348,7 @@ def test_wrong_checkpoints(tmp_path, pictures, capsys):
     cases.append((["--resume", "--ckpt_path", str(cut)], "cut off?"))
     weights = tmp_path / "weights"
     load_augvae(ml).save_pretrained(weights)
-    cases.append((["--resume", "--ckpt_path", str(weights / "model.safetensors")], "it is no Lightning checkpoint"))
+    cases.append((["--resume", "--ckpt_path", str(weights / "model.safetensors")], "contains only weights"))
     for flags, message in cases:
         assert train_vae.main(small(tmp_path, *on(pictures), *flags)) == 2
         assert message in capsys.readouterr().err
@@ -384,8 +378,6 @@ def test_loggers_work_offline(tmp_path, pictures, logger, monkeypatch):
     else:
         assert list(run.glob("wandb/offline-run-*"))
         # the next run of this process gets a run of its own, after a failed one as well
-        from latent_verse.augvae.training import LitAugVAE
-
         with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
             patch.setattr(LitAugVAE, "training_step", lambda *a: 1 / 0)
             train_vae.main([*flags, "--name", "failed"])

@@ -29,19 +29,19 @@ WEIGHTS = "model.safetensors"
 
 
 def load_augvae(path: str | os.PathLike) -> AugVAE:
-    """An AugVAE, -ML or -SL told apart by content, from any file it can be in. Evaluation mode, on the CPU.
+    """An AugVAE from any file that can hold one, in evaluation mode and on the CPU. The file says if it is -ML or -SL.
 
     Args:
         path: this project's or a released .ckpt, a run folder (its best checkpoint), a folder with config.json and
             model.safetensors, or a hub id.
 
     Raises:
-        CheckpointError: see the class.
+        CheckpointError: the file is missing, damaged, of another kind, or does not fit.
     """
     local = find_checkpoint(Path(path))
     if local.is_file() and local.name == WEIGHTS:
         local = local.parent
-    if local.is_file() or (local.suffix == ".ckpt" and not local.is_dir()):  # an absent one: the error names others
+    if local.is_file() or (local.suffix == ".ckpt" and not local.is_dir()):  # if missing: the error names others
         return _augvae_from_ckpt(local)
     if not local.is_dir():
         local = fetch_from_hub(str(path), ("config.json", WEIGHTS))
@@ -74,7 +74,10 @@ def load_for_training(config: TrainVAEConfig, given: Collection[str]) -> tuple[T
 
 
 def save_augvae(model: AugVAE, directory: str | os.PathLike) -> None:
-    """Write `config.json` and `model.safetensors`; each file appears whole or not at all."""
+    """Write `config.json` and `model.safetensors` to a folder, made if missing; each appears whole or not at all.
+
+    Tensors that levels share are stored once.
+    """
     from safetensors.torch import save_model
 
     directory = Path(directory)
@@ -106,7 +109,6 @@ def _augvae_from_folder(directory: Path) -> AugVAE:
         stored = load_file(directory / WEIGHTS)
     except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{directory} is damaged: {error}") from error
-    # shared tensors are stored once
     shared = _shared_keys(model)
     state = {key: stored[name] for key, names in shared.items() for name in names if name in stored}
     state.update({key: value for key, value in stored.items() if key not in shared})
@@ -132,7 +134,7 @@ def _augvae_from_ckpt(file: Path) -> AugVAE:
 
 
 def _released_config(hyper_parameters: dict[str, Any], state: dict[str, torch.Tensor], file: Path) -> AugVAEConfig:
-    """The configuration of a released file. Levels are counted in the weights: -SL files kept -ML's settings."""
+    """The configuration of a released file. Levels are counted in the weights, as -SL files kept -ML's settings."""
     args = hyper_parameters.get("args", hyper_parameters)
     args = args if isinstance(args, dict) else vars(args)
     values = {f.name: args[f.name] for f in dataclasses.fields(AugVAEConfig) if f.name in args}
@@ -141,7 +143,7 @@ def _released_config(hyper_parameters: dict[str, Any], state: dict[str, torch.Te
         raise CheckpointError(f"{file}: its hyper_parameters lack {', '.join(sorted(missing))}.")
     first = values["resolution"] // 2 ** (len(values["ch_mult"]) - 1)
 
-    def count(prefix):
+    def count(prefix: str) -> int:
         return len({k.split(".")[1] for k in state if k.startswith(prefix)})
 
     levels = [first // 2**i for i in range(count("pre_quants."))]
@@ -161,7 +163,7 @@ def _config(values: dict[str, Any], file: Path) -> AugVAEConfig:
 
 
 def _shared_keys(model: nn.Module) -> dict[str, list[str]]:
-    """Every key whose tensor other keys share -> all keys of that tensor."""
+    """Maps every key whose tensor has other keys too to all keys of that tensor."""
     by_tensor: dict[int, list[str]] = {}
     for key, tensor in model.state_dict(keep_vars=True).items():
         by_tensor.setdefault(id(tensor), []).append(key)

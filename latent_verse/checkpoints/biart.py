@@ -1,4 +1,4 @@
-"""What an earlier BiART hands on: weights, tokenizer and AugVAE, out of a bundle, run folder or checkpoint."""
+"""Loading a trained BiART, with its tokenizer and AugVAE, from a bundle, run folder or checkpoint."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ class Pretrained:
 
     Attributes:
         where: the checkpoint or bundle.
-        biart: evaluation mode, float32, on the CPU; the averaged weights, where the run kept them.
-        vae_fingerprint, vae_path: of its AugVAE: which, and where that lies or lay; None is a smoke test's random one.
+        biart: in evaluation mode, float32, on the CPU; with the averaged weights if the run kept them.
+        vae_fingerprint: of its AugVAE.
+        vae_path: where its AugVAE was when BiART was trained; None for a smoke test's random one.
         info: see `pipeline.LVerse`.
-        bundled: the AugVAE of a bundle.
+        bundled: the AugVAE of a bundle, None for a checkpoint.
     """
 
     where: Path
@@ -39,10 +40,10 @@ class Pretrained:
     bundled: AugVAE | None = None
 
     def augvae(self) -> AugVAE:
-        """Its AugVAE: of the bundle, of where it lay, or of the bundle that its run has written since.
+        """Its AugVAE: from the bundle, from `vae_path`, or from the bundle that its run has written since.
 
         Raises:
-            CheckpointError: it is at none of these places, or damaged.
+            CheckpointError: it is in none of these places, or damaged.
         """
         if self.bundled is not None:
             return self.bundled
@@ -51,21 +52,21 @@ class Pretrained:
             return load_augvae(beside)
         remedy = "Name it with --vae_path, or give the bundle that its run has written."
         if self.vae_path is None:
-            raise CheckpointError(f"{self.where} is a smoke test's, with a random AugVAE that is not kept. {remedy}")
+            raise CheckpointError(f"{self.where} is from a smoke test, whose random AugVAE is not kept. {remedy}")
         try:
             return load_augvae(self.vae_path)
         except CheckpointError as error:
-            raise CheckpointError(f"{self.where} was trained with an AugVAE that is gone: {error} {remedy}") from error
+            raise CheckpointError(f"The AugVAE that {self.where} was trained with is gone: {error} {remedy}") from error
 
 
 def load_pretrained(path: str | os.PathLike) -> Pretrained:
-    """BiART and what belongs to it.
+    """A trained BiART and what it was trained with.
 
     Args:
-        path: bundle, run folder of train_biart.py (its best checkpoint), checkpoint, or hub id of a bundle.
+        path: a bundle, a run folder of train_biart.py (its best checkpoint), a checkpoint, or the hub id of a bundle.
 
     Raises:
-        CheckpointError: absent, damaged or of another kind; the file is named.
+        CheckpointError: the file is missing, damaged or of another kind; the message names it.
     """
     file = find_checkpoint(Path(path))
     if file.is_file() or file.suffix == ".ckpt":
@@ -76,10 +77,10 @@ def load_pretrained(path: str | os.PathLike) -> Pretrained:
 
 
 def load_checkpoint(file: Path) -> Pretrained:
-    """The same of a checkpoint of train_biart.py.
+    """The same, from a checkpoint of train_biart.py.
 
     Raises:
-        CheckpointError: absent, damaged or of another kind.
+        CheckpointError: the file is missing, damaged or of another kind.
     """
     content = read_ckpt(file)
     about = content.get("latent_verse", {})

@@ -1,4 +1,4 @@
-"""Bundles: AugVAE, BiART and tokenizer in one folder, all that generation needs; written and read whole."""
+"""Bundles: AugVAE, BiART and tokenizer in one folder, all that generation needs."""
 
 from __future__ import annotations
 
@@ -23,11 +23,16 @@ TOKENIZER = "tokenizer/tokenizer_config.json"
 BUNDLE_FILES = ("config.json", f"vae/{WEIGHTS}", "vae/config.json", BIART_WEIGHTS, TOKENIZER)
 
 
-def save_bundle(directory: str | os.PathLike, vae: AugVAE, biart: BiART, tokenizer, info: dict[str, Any]) -> None:
-    """Write config.json, vae/, biart.safetensors and tokenizer/; each file appears whole or not at all.
+def save_bundle(
+    directory: str | os.PathLike, vae: AugVAE, biart: BiART, tokenizer: Tokenizer, info: dict[str, Any]
+) -> None:
+    """Write config.json, vae/, biart.safetensors and tokenizer/; each appears whole or not at all.
 
-    config.json comes first and records the fingerprints, so that a folder whose writing was interrupted is found out
-    when it is read, and may be written again.
+    config.json comes first and records the fingerprints. If writing is interrupted, `load_bundle` refuses the folder,
+    and it may be written again.
+
+    Args:
+        info: facts about training that generation needs, see `pipeline.LVerse`.
 
     Raises:
         CheckpointError: the folder holds something other than a bundle.
@@ -36,7 +41,7 @@ def save_bundle(directory: str | os.PathLike, vae: AugVAE, biart: BiART, tokeniz
 
     directory = Path(directory)
     if directory.exists() and not _may_become_bundle(directory):
-        raise CheckpointError(f"{directory} exists and is not a bundle; it is left alone. Name a new or empty folder.")
+        raise CheckpointError(f"{directory} exists and is not a bundle. Name a new or empty folder.")
     directory.mkdir(parents=True, exist_ok=True)
     content = {
         "format": BUNDLE,
@@ -57,7 +62,7 @@ def find_bundle(path: str | os.PathLike) -> Path:
     """The folder of a bundle: the path itself, or the copy of a hub id in Hugging Face's cache.
 
     Raises:
-        CheckpointError: it is a file, or neither here nor to be fetched.
+        CheckpointError: the path is a file, or does not exist and cannot be fetched.
     """
     folder = Path(path)
     if folder.is_file():
@@ -71,7 +76,7 @@ def load_bundle(path: str | os.PathLike) -> tuple[AugVAE, BiART, Tokenizer, dict
     """(AugVAE, BiART, tokenizer, info, fingerprints) of a bundle folder or hub id. Evaluation mode, on the CPU.
 
     Raises:
-        CheckpointError: the folder is absent, incomplete, damaged or of another kind; the file is named.
+        CheckpointError: the folder is missing, incomplete, damaged or of another kind; the message names the file.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -81,11 +86,11 @@ def load_bundle(path: str | os.PathLike) -> tuple[AugVAE, BiART, Tokenizer, dict
     for name in BUNDLE_FILES:
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder} is an incomplete bundle: it holds no {name}. Copy or export it again.")
-    with torch.random.fork_rng(devices=[]):  # the weights that are made first and then replaced are drawn at random
+    with torch.random.fork_rng(devices=[]):  # initial weights are random, and replaced at once
         vae = load_augvae(folder / "vae")
     try:
         tokenizer = load_tokenizer(folder / "tokenizer")
-        with torch.device("meta"):  # which for a large transformer would take a while
+        with torch.device("meta"):  # initialising a large transformer would take a while
             biart = BiART(BiARTConfig(**content["biart"]))
         stored = load_file(folder / BIART_WEIGHTS)
         info, recorded = dict(content["info"]), dict(content["fingerprints"])
@@ -103,13 +108,13 @@ def load_bundle(path: str | os.PathLike) -> tuple[AugVAE, BiART, Tokenizer, dict
     return vae, biart.eval(), tokenizer, info, recorded
 
 
-def fingerprints(vae: AugVAE, biart: BiART, tokenizer) -> dict[str, str]:
+def fingerprints(vae: AugVAE, biart: BiART, tokenizer: Tokenizer) -> dict[str, str]:
     """16 hexadecimal digits for each part of a bundle."""
     return {"vae": fingerprint(vae), "biart": fingerprint(biart), "tokenizer": tokenizer.fingerprint}
 
 
 def _may_become_bundle(path: Path) -> bool:
-    """Whether `save_bundle` may write here: an empty folder, or a bundle, whole or not."""
+    """Whether `save_bundle` may write here: an empty folder, or a bundle, complete or not."""
     if not path.is_dir():
         return False
     if not any(path.iterdir()):
