@@ -65,18 +65,12 @@ class GenerationConfig(SamplingSettings):
     """Text to image: which captions, how images are sampled, and what they are compared with."""
 
     eval_captions: int = setting(30000, "number of captions to generate images for, at most all there are", at_least=1)
-    candidates: int = setting(
-        1, "images per caption; if more than one, also re-ranked by the model and by CLIP", at_least=1
-    )
-    blur_radii: Tuple[int, ...] = setting(
-        (0, 1, 2, 4, 8), "blur radii k of FID-k; both image sets are blurred", at_least=0
-    )
+    candidates: int = setting(1, "images per caption; several are also re-ranked by the model and by CLIP", at_least=1)
+    blur_radii: Tuple[int, ...] = setting((0, 1, 2, 4, 8), "radii k of FID-k, which blurs both image sets", at_least=0)
     fid_resolution: Optional[int] = setting(
-        None, "resolution for FID, for both image sets; default the model's, else 256", at_least=1
+        None, "resolution for FID, both sets; default the model's, else 256", at_least=1
     )
-    reference: str = setting(
-        "all", "reference set for FID: all images, or only those of the sampled pairs", ("all", "drawn")
-    )
+    reference: str = setting("all", "reference set for FID: all images, or the sampled pairs' only", ("all", "drawn"))
     reference_stats: Optional[str] = setting(
         None,
         "file with the statistics of FID's reference set: read if it exists, else written; default in the run folder",
@@ -90,9 +84,7 @@ class GenerationConfig(SamplingSettings):
 class CaptionConfig(Settings):
     """Image to text."""
 
-    caption_pictures: Optional[int] = setting(
-        None, "generate captions for the first images, at most this many; default all", at_least=1
-    )
+    caption_pictures: Optional[int] = setting(None, "caption only this many images, the first; default all", at_least=1)
     beams: int = setting(1, "beam search for captions with this many beams; 1 is greedy", at_least=1)
     java: bool = setting(True, "use Java if installed, for the standard caption tokenizer, METEOR and SPICE")
 
@@ -102,25 +94,15 @@ class LikelihoodConfig(Settings):
     """What is measured with log p(text | image) and log p(image | text)."""
 
     likelihood_pairs: int = setting(1000, "sampled pairs to measure the held-out likelihood on", at_least=1)
-    retrieval_pictures: int = setting(
-        100, "images in the retrieval pool; each is scored with every caption", at_least=2
-    )
-    retrieval_captions: int = setting(
-        1, "captions per image in the retrieval pool; 5 in the Karpathy protocol", at_least=1
-    )
-    length_power: float = setting(
-        0.0, "divide log p(text | image) by its length to this power: 0 is the sum, 1 the mean", at_least=0
-    )
+    retrieval_pictures: int = setting(100, "images in the retrieval pool, each scored with every caption", at_least=2)
+    retrieval_captions: int = setting(1, "captions per image in the retrieval pool (Karpathy: 5)", at_least=1)
+    length_power: float = setting(0.0, "divide log p(text | image) by length to this power: 0 sum, 1 mean", at_least=0)
     prior_weight: float = setting(
         0.0, "weight of the candidate's prior log p, which is subtracted; 1 ranks by mutual information", at_least=0
     )
-    prior: str = setting(
-        "null", "how to estimate the prior log p: null is unconditional, pool the mean over the pool", ("null", "pool")
-    )
+    prior: str = setting("null", "estimate of the prior log p: unconditional, or mean over the pool", ("null", "pool"))
     classes_dir: Optional[str] = setting(None, "folder of class folders of images, for zero-shot classification")
-    class_names: Optional[str] = setting(
-        None, "class names, one `folder<TAB>name` per line; default the folders' names"
-    )
+    class_names: Optional[str] = setting(None, "class names, a `folder<TAB>name` per line; default folders' names")
     class_prompt: str = setting("a photo of a {}", "text that is scored for a class; {} stands for its name")
     class_pictures: Optional[int] = setting(None, "largest number of images to classify; default all", at_least=1)
     round_trip_pairs: int = setting(100, "sampled pairs for round trips, in both directions", at_least=2)
@@ -139,19 +121,13 @@ class NetworksConfig(Settings):
 class EvalWriteConfig(Settings):
     """Where results go, and which machine computes."""
 
-    name: Optional[str] = setting(
-        None, "name of the run folder in log_dir; default eval-<model or folder>-<tasks given>"
-    )
+    name: Optional[str] = setting(None, "name of the run folder in log_dir; default eval-<model>-<tasks given>")
     log_dir: str = setting("results", "folder that holds the run folders")
     seed: int = setting(0, "seed for the choice of pairs and for sampling", at_least=0)
     gpus: int = setting(1, "number of processes, each with one GPU; 0 is the CPU", at_least=0)
     accelerator: str = setting("auto", "auto, or cpu (then gpus is the number of processes)", ("auto", "cpu"))
-    dtype: str = setting(
-        "float32", "precision of BiART; lower precision is faster and is recorded with every metric", DTYPES
-    )
-    num_workers: Optional[int] = setting(
-        None, "threads that read and blur images; default depends on the machine", at_least=1
-    )
+    dtype: str = setting("float32", "precision of BiART; lower is faster and recorded with every metric", DTYPES)
+    num_workers: Optional[int] = setting(None, "threads that read and blur images; default by machine", at_least=1)
     batch_size: int = setting(64, "batch size for generating and for evaluating", at_least=1)
     page_cases: int = setting(8, "examples on the page, for each of best, median and worst", at_least=0)
 

@@ -42,9 +42,7 @@ class DrawConfig(SamplingSettings):
         at_least=0,
     )
     beams: int = setting(1, "beam search for captions with this many beams; 1 is greedy", at_least=1)
-    text_too_long: str = setting(
-        "truncate", "cut texts that are too long, or stop with an error", ("truncate", "error")
-    )
+    text_too_long: str = setting("truncate", "cut texts that are too long, or raise an error", ("truncate", "error"))
 
     def arguments(self) -> dict[str, Any]:
         """As `SamplingSettings.arguments`, with the seed."""
@@ -55,9 +53,7 @@ class DrawConfig(SamplingSettings):
 class WriteConfig(Settings):
     """Where results go, and which machine makes them."""
 
-    out: Optional[str] = setting(
-        None, "folder for the results, new or empty; default generated, or generated-2, ... if taken"
-    )
+    out: Optional[str] = setting(None, "folder for the results, new or empty; default generated, generated-2, ...")
     overwrite: bool = setting(False, "write into a folder that is not empty, and replace files of the same name")
     gpus: int = setting(1, "1 uses the GPU if there is one, 0 the CPU", at_least=0, at_most=1)
 

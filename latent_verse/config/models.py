@@ -18,14 +18,10 @@ class AugVAEConfig(Settings):
     in_channels: int = setting(3, "channels of the input image", at_least=1, hidden=True)
     out_channels: int = setting(3, "channels of the reconstruction", at_least=1, hidden=True)
     hidden_dim: int = setting(128, "width of the first convolution; a multiple of 32 with norm: group", at_least=1)
-    ch_mult: Tuple[int, ...] = setting(
-        (1, 2, 4), "width multipliers of the outer encoder and decoder, one per stage", at_least=1
-    )
+    ch_mult: Tuple[int, ...] = setting((1, 2, 4), "width multipliers of the outer networks, one per stage", at_least=1)
     num_res_blocks: int = setting(2, "residual blocks per stage", at_least=1)
     resolution: int = setting(256, "height and width of the images, in pixels", at_least=1)
-    attn_resolutions: Tuple[int, ...] = setting(
-        (64, 32, 16, 8), "side lengths of the code grids (levels), largest first"
-    )
+    attn_resolutions: Tuple[int, ...] = setting((64, 32, 16, 8), "sides of the code grids (levels), largest first")
     norm: str = setting(
         "group",
         "group: GroupNorm(32), as released; pixel: normalise each position alone, so that codes ignore distant pixels",
@@ -39,21 +35,15 @@ class AugVAEConfig(Settings):
     num_tokens: int = setting(8192, "codes in the codebook", at_least=1)
     quantizer: str = setting("ema", "how vectors become codes; ema: a codebook of moving averages, as released")
     quant_beta: float = setting(0.25, "weight of the commitment loss", training_only=True, at_least=0)
-    quant_ema_decay: float = setting(
-        0.99, "decay of the codebook's moving averages", training_only=True, at_least=0, at_most=1
-    )
-    quant_ema_eps: float = setting(
-        1e-5, "Laplace smoothing of the cluster sizes", training_only=True, at_least=0, at_most=1
-    )
+    quant_ema_decay: float = setting(0.99, "EMA decay of the codebook", training_only=True, at_least=0, at_most=1)
+    quant_ema_eps: float = setting(1e-5, "smoothing of the cluster sizes", training_only=True, at_least=0, at_most=1)
     restart_threshold: float = setting(
         0.0,
         "restart codes used less often than this per batch, from encoder outputs; 0 disables it (as released)",
         training_only=True,
         at_least=0,
     )
-    single_level: Optional[int] = setting(
-        None, "keep only this level's codes (AugVAE-SL); null keeps all levels (AugVAE-ML)"
-    )
+    single_level: Optional[int] = setting(None, "keep only this level (AugVAE-SL); null keeps all (AugVAE-ML)")
 
     def __post_init__(self):
         for name in ("ch_mult", "attn_resolutions"):  # lists from YAML become hashable

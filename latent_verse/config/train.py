@@ -32,16 +32,12 @@ class ImageDataConfig(Settings):
     fake_data: bool = setting(False, "same as --dataset fake: a short smoke test without any images")
     web_dataset: bool = setting(False, "same as --dataset webdataset", hidden=True)
     dataset_size: Optional[int] = setting(
-        None, "samples per epoch for webdataset or fake; counted if not given", at_least=1
+        None, "samples per epoch for webdataset (default counted) or fake", at_least=1
     )
     img_size: Optional[int] = setting(None, "the original's second name for resolution; must equal it", hidden=True)
-    resize_ratio: float = setting(
-        0.75, "smallest fraction of an image's area that a training crop covers", above=0, at_most=1
-    )
+    resize_ratio: float = setting(0.75, "smallest fraction of the area that a training crop covers", above=0, at_most=1)
     batch_size: int = setting(8, "images per step and process", at_least=1)
-    num_workers: Optional[int] = setting(
-        None, "data loader processes per training process; default depends on the machine", at_least=0
-    )
+    num_workers: Optional[int] = setting(None, "loader processes per training process; default by machine", at_least=0)
     prefetch_factor: int = setting(2, "batches that each loader process prefetches", at_least=1)
     shuffle_buffer: int = setting(1000, "size of webdataset's shuffle buffer, in samples", at_least=1)
 
@@ -55,28 +51,20 @@ class TrainerConfig(Settings):
     seed: int = setting(42, "seed for weights, data order and augmentation", at_least=0, below=2**32)
     gpus: int = setting(1, "GPUs on each node; 0 is the CPU", at_least=0)
     nodes: int = setting(1, "number of machines", at_least=1)
-    gpu_dist: Optional[bool] = setting(
-        None, "the original's flag for training on several GPUs; follows from gpus", hidden=True
-    )
+    gpu_dist: Optional[bool] = setting(None, "the original's flag for several GPUs; follows from gpus", hidden=True)
     accelerator: str = setting(
         "auto",
         "auto, cpu (then gpus is the number of processes), gpu, or another of Lightning's",
         ("auto", "cpu", "gpu", "cuda", "mps", "tpu"),
     )
-    strategy: str = setting(
-        "auto", "auto and ddp copy the model to each process; fsdp shards it", ("auto", "ddp", "fsdp")
-    )
-    precision: str = setting(
-        "32", "numeric precision of training, by its short name or by Lightning's", PRECISION_NAMES
-    )
+    strategy: str = setting("auto", "auto, ddp: a copy of the model per process; fsdp: shards", ("auto", "ddp", "fsdp"))
+    precision: str = setting("32", "numeric precision of training, by short name or Lightning's", PRECISION_NAMES)
     epochs: int = setting(100, "passes over the training data", at_least=1)
     max_steps: int = setting(-1, "stop after this many optimiser steps; -1 means no limit", at_least=-1)
     limit_train_batches: Optional[float] = setting(
-        None, "batches per training epoch: a count, or a fraction below 1", at_least=0
+        None, "batches per epoch: a count, or a fraction below 1", at_least=0
     )
-    limit_val_batches: Optional[float] = setting(
-        None, "batches per validation: a count, or a fraction below 1", at_least=0
-    )
+    limit_val_batches: Optional[float] = setting(None, "batches per validation: count, or fraction below 1", at_least=0)
     val_percent_check: float = setting(
         100.0,
         "the original's form of limit_val_batches: a percentage, 0 to 100",
@@ -98,17 +86,15 @@ class TrainerConfig(Settings):
     log_images: bool = setting(False, "log grids of images, also as PNG files in the run folder")
     image_log_steps: int = setting(1000, "steps between logged image grids", at_least=1)
     refresh_rate: int = setting(
-        1, "steps between updates of the progress bar, at most five per second; 0 hides it", at_least=0
+        1, "steps between updates of the progress bar (at most 5 per second); 0 hides it", at_least=0
     )
     backup: bool = setting(False, "save the whole state regularly; if interrupted, rerun the command to resume")
     backup_steps: int = setting(1000, "steps between backups", at_least=1)
-    backup_dir: Optional[str] = setting(
-        None, "folder for backups, with one sub-folder per run; default inside the run folder"
-    )
+    backup_dir: Optional[str] = setting(None, "folder for backups, one sub-folder per run; default in the run folder")
     resume: bool = setting(False, "resume training from ckpt_path")
     ckpt_path: Optional[str] = setting(None, "checkpoint or run folder to resume from, or to evaluate")
     debug: bool = setting(
-        False, "short run: 100 batches per epoch, backups and image grids every 10 steps, anomaly detection"
+        False, "short run: 100 batches per epoch, backups and grids every 10 steps, anomaly detection"
     )
 
 
@@ -149,9 +135,7 @@ class VAELossConfig(Settings):
         ("mse", "l1", "smooth_l1", "lpips_l1", "lpips_l2"),
     )
     p_loss_weight: float = setting(0.1, "weight of LPIPS in lpips_l1 and lpips_l2", above=0)
-    codebook_weight: float = setting(
-        1.0, "weight of the commitment loss, which already includes quant_beta", at_least=0
-    )
+    codebook_weight: float = setting(1.0, "weight of the commitment loss, which includes quant_beta", at_least=0)
 
 
 @dataclass(frozen=True)
@@ -197,9 +181,7 @@ class TextConfig(Settings):
     tokenizer: str = setting("clip", "CLIP's vocabulary, or a BPE vocabulary trained on the captions", ("clip", "bpe"))
     bpe_vocab_size: int = setting(4096, "largest vocabulary of a bpe tokenizer", at_least=256)
     text_len: int = setting(64, "length of a caption in tokens; shorter captions are padded", at_least=1)
-    text_too_long: str = setting(
-        "truncate", "cut captions that are too long, or stop with an error", ("truncate", "error")
-    )
+    text_too_long: str = setting("truncate", "cut captions that are too long, or raise an error", ("truncate", "error"))
 
 
 @dataclass(frozen=True)
@@ -207,7 +189,7 @@ class PairDataConfig(ImageDataConfig):
     """The images with captions, and how they are loaded."""
 
     train_dir: Optional[str] = setting(
-        None, "training data: pair folder, image folder (coco, karpathy), tar shards, or folder of codes"
+        None, "training data: pair folder, image folder (coco, karpathy), tar shards, or codes"
     )
     val_dir: Optional[str] = setting(None, "validation data, given like train_dir; default for karpathy: train_dir")
     test_dir: Optional[str] = setting(None, "images for evaluation; default val_dir")
@@ -234,9 +216,7 @@ class BiARTOptimConfig(Settings):
     pretrained_path: Optional[str] = setting(
         None, "BiART to start from: bundle, run folder, checkpoint or hub id; shape, tokenizer and AugVAE come with it"
     )
-    learning_rate: float = setting(
-        3e-4, "peak learning rate, used as given: not multiplied by processes or batch_size", above=0
-    )
+    learning_rate: float = setting(3e-4, "peak learning rate, not multiplied by processes or batch_size", above=0)
     optimizer: str = setting("adamw", "adamw for everything, or muon for the matrices of the blocks", ("adamw", "muon"))
     muon_learning_rate: Optional[float] = setting(
         None, "peak learning rate of muon, on AdamW's scale (update RMS 0.2 x rate); default learning_rate", above=0
@@ -246,7 +226,7 @@ class BiARTOptimConfig(Settings):
     betas: Tuple[float, float] = setting((0.9, 0.95), "beta1 and beta2 of AdamW", at_least=0, below=1)
     warmup_steps: int = setting(0, "linear warm-up steps", at_least=0)
     min_lr_ratio: float = setting(
-        0.1, "final learning rate as a fraction of the peak; 1 keeps it constant", at_least=0, at_most=1
+        0.1, "final learning rate as a fraction of the peak; 1: constant", at_least=0, at_most=1
     )
     ema_decay: float = setting(
         0.0, "EMA decay of the weights used for validation, sampling and export; 0 disables it", at_least=0, below=1
@@ -277,13 +257,13 @@ class BiARTLossConfig(Settings):
         at_most=0.5,
     )
     text_loss_weight: float = setting(
-        1.0, "weight of the loss on text tokens; for one direction only, set text_to_image_share", above=0
+        1.0, "loss weight of text tokens; for one direction, see text_to_image_share", above=0
     )
     image_loss_weight: float = setting(
-        1.0, "weight of the loss on image codes; for one direction only, set text_to_image_share", above=0
+        1.0, "loss weight of image codes; for one direction, see text_to_image_share", above=0
     )
     loss_chunk: Optional[int] = setting(
-        None, "compute logits for this many tokens at a time: less memory, more time", at_least=1
+        None, "compute logits for this many tokens at a time, to save memory", at_least=1
     )
 
 
@@ -292,13 +272,13 @@ class SamplingConfig(SamplingSettings):
     """Samples that are generated and logged during training; they have no effect on training."""
 
     num_samples: int = setting(
-        8, "validation pairs to generate samples for, in both directions; 0 disables it", at_least=0
+        8, "validation pairs to generate samples for, in both directions; 0 for none", at_least=0
     )
     num_judged: int = setting(
-        32, "validation scenes of shapes whose generated images and captions are checked exactly", at_least=0
+        32, "validation scenes of shapes whose samples are checked for truth; 0 for none", at_least=0
     )
     sample_every_n_epochs: int = setting(
-        1, "epochs between samples; log_images also generates them every image_log_steps", at_least=1
+        1, "epochs between samples; log_images adds one every image_log_steps", at_least=1
     )
 
 
@@ -309,9 +289,7 @@ class CodesConfig(Settings):
     extract_codes: Optional[str] = setting(
         None, "instead of training, write the codes of train_dir and val_dir to this folder's train/ and val/"
     )
-    crops_per_image: int = setting(
-        1, "crops per training image: the centre, then random ones (resize_ratio)", at_least=1
-    )
+    crops_per_image: int = setting(1, "crops per training image: centre, then random ones (resize_ratio)", at_least=1)
     shard_size: int = setting(10000, "images per shard of codes", at_least=1)
 
 
