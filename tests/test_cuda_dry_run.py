@@ -17,7 +17,7 @@ from latent_verse.augvae.training import LitAugVAE
 from latent_verse.biart import sampling
 from latent_verse.biart.model import BiART, loss_weights
 from latent_verse.biart.sequence import DIRECTIONS, TEXT_TO_IMAGE
-from latent_verse.biart.training import NO_TOKEN, LitBiART
+from latent_verse.biart.training import LitBiART
 from latent_verse.config import (
     PRESETS,
     AugVAEConfig,
@@ -127,7 +127,7 @@ def test_biart_trains_without_waiting(tiny_config, autocast, pos_by_modality, fr
         module = LitBiART(BiART(BiARTConfig(**sizes)), vae, config, {}).train()
         module.configure_model()
         x = pictures(4, 16) if from_images else torch.empty(4, 16, dtype=torch.int16)
-        text = torch.full((4, 6), NO_TOKEN)
+        text = torch.full((4, 6), module.model.vocab.pad)
         dropouts = {"reference_dropout": 0.1, "word_dropout": 0.1, "code_dropout": 0.1}
         total, means = module.loss(module.model, module.pack([x, text], 2, **dropouts))
         assert on_gpu(total, *means.values())
