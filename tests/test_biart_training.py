@@ -16,7 +16,7 @@ from latent_verse.biart.model import BiART, loss_weights
 from latent_verse.biart.sequence import IMAGE_TO_TEXT, TEXT_TO_IMAGE
 from latent_verse.biart.training import LitBiART
 from latent_verse.config import BiARTConfig
-from latent_verse.config_biart import TrainBiARTConfig
+from latent_verse.config.train import TrainBiARTConfig
 from latent_verse.optimizer import MuonAdamW, adamw, orthogonalise, warm_up_then_cosine
 
 

@@ -27,7 +27,7 @@ from latent_verse.config import (
     VAELossConfig,
     VAEOptimConfig,
 )
-from latent_verse.config_biart import BiARTLossConfig, TrainBiARTConfig
+from latent_verse.config.train import BiARTLossConfig, TrainBiARTConfig
 from latent_verse.evaluation.reconstruction import ReconstructionMetrics
 from latent_verse.optimizer import MuonAdamW, adamw
 from latent_verse.recompute import checkpoint_activations

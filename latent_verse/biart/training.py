@@ -26,7 +26,7 @@ from latent_verse.biart.sequence import (
     target_modality,
 )
 from latent_verse.config import as_plain
-from latent_verse.config_biart import TrainBiARTConfig
+from latent_verse.config.train import TrainBiARTConfig
 from latent_verse.evaluation.mean import Mean
 from latent_verse.optimizer import MuonAdamW, adamw, warm_up_then_cosine
 from latent_verse.recompute import checkpoint_activations
