@@ -17,7 +17,7 @@ from latent_verse.augvae.training import LitAugVAE
 from latent_verse.biart import sampling
 from latent_verse.biart.model import BiART, loss_weights
 from latent_verse.biart.sequence import DIRECTIONS, TEXT_TO_IMAGE
-from latent_verse.biart.training import NO_TOKEN, LitBiART
+from latent_verse.biart.training import LitBiART
 from latent_verse.config import PRESETS, AugVAEConfig, BiARTConfig
 from latent_verse.config.train import (
     BiARTLossConfig,
@@ -116,8 +116,8 @@ def test_optimisers_step_without_waiting(tiny_config, make):
 
 @PRECISIONS
 @pytest.mark.parametrize("pos_by_modality", [False, True])
-@pytest.mark.parametrize("from_pictures", [False, True])
-def test_biart_trains_without_waiting(tiny_config, autocast, pos_by_modality, from_pictures):
+@pytest.mark.parametrize("from_images", [False, True])
+def test_biart_trains_without_waiting(tiny_config, autocast, pos_by_modality, from_images):
     config = TrainBiARTConfig(
         loss=BiARTLossConfig(reference_dropout=0.1, word_dropout=0.1, code_dropout=0.1, text_loss_weight=2.0),
         trainer=TrainerConfig(activation_checkpointing=True),
@@ -127,8 +127,8 @@ def test_biart_trains_without_waiting(tiny_config, autocast, pos_by_modality, fr
         vae = AugVAE(tiny_config(single_level=4))
         module = LitBiART(BiART(BiARTConfig(**sizes)), vae, config, {}).train()
         module.configure_model()
-        x = pictures(4, 16) if from_pictures else torch.empty(4, 16, dtype=torch.int16)
-        text = torch.full((4, 6), NO_TOKEN)
+        x = pictures(4, 16) if from_images else torch.empty(4, 16, dtype=torch.int16)
+        text = torch.full((4, 6), module.model.vocab.pad)
         dropouts = {"reference_dropout": 0.1, "word_dropout": 0.1, "code_dropout": 0.1}
         total, means = module.loss(module.model, module.pack([x, text], 2, **dropouts))
         assert on_gpu(total, *means.values())
@@ -140,23 +140,23 @@ def test_biart_trains_without_waiting(tiny_config, autocast, pos_by_modality, fr
 @pytest.mark.parametrize(
     "settings", [{"temperature": 0}, {"top_k": 5, "seed": 1}, {"top_p": 0.9, "guidance": 2.0, "seed": 1}]
 )
-def test_drawing_waits_no_more_for_more_tokens(direction, settings, monkeypatch):
+def test_sampling_waits_no_more_for_more_tokens(direction, settings, monkeypatch):
     monkeypatch.setattr(sampling, "can_capture", lambda model, device: False)  # streams need a driver
     says, seen = {"generate": False, "_check_finite": False, "prompt": False}, []
-    # it asks two questions: whether all is allowed (yes), and whether anything follows a pad (no)
+    # check_text asks two questions with opposite answers: is everything allowed, does anything follow a pad?
     monkeypatch.setattr("latent_verse.biart.sequence.Vocabulary.check_text", lambda *args, **kwargs: None)
     for longer in (1, 4):
         sizes = {**vars(BIART), "image_len": 16 * longer, "text_len": 6 * longer}
         with fake_cuda(says) as waits:
             model = BiART(BiARTConfig(**sizes))
             length = sizes["text_len"] if direction == TEXT_TO_IMAGE else sizes["image_len"]
-            drawn = sampling.generate(model, torch.empty(2, length, dtype=torch.long), direction, **settings)
-            assert on_gpu(drawn)
+            sampled = sampling.generate(model, torch.empty(2, length, dtype=torch.long), direction, **settings)
+            assert on_gpu(sampled)
         seen.append(waits.seen)
     assert seen[0]["_check_finite"] == 2  # after the first token and the last
     if direction == TEXT_TO_IMAGE:
         assert seen[0] == seen[1]
-    else:  # captions that have ended are asked for at every eighth token
+    else:  # at every eighth token it asks whether all captions have ended
         assert seen[0].pop("generate", 0) == 0 and seen[1].pop("generate") == 2
         assert seen[0] == seen[1]
 

@@ -12,7 +12,6 @@ predicted.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -60,10 +59,10 @@ class Sequences:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Sequences:
         """The same batch on `device`."""
-        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return dataclasses.replace(
-            self, **{name: tensor.to(device, non_blocking=non_blocking) for name, tensor in tensors.items()}
+        idx_BT, seg_BT, text_BL, codes_BN = (
+            t.to(device, non_blocking=non_blocking) for t in (self.idx_BT, self.seg_BT, self.text_BL, self.codes_BN)
         )
+        return Sequences(idx_BT, seg_BT, text_BL, codes_BN, self.num_text_to_image)
 
     def classes(self, modality: Modality) -> Tensor:
         """`text_BL` or `codes_BN`."""

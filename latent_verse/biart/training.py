@@ -32,11 +32,9 @@ from latent_verse.optimizer import MuonAdamW, adamw, warm_up_then_cosine
 from latent_verse.recompute import checkpoint_activations
 from latent_verse.trainer import uncompiled
 
-NO_TOKEN = -1  # fills captions in batches from the loader, which does not know BiART's vocabulary
-
 
 class LitBiART(pl.LightningModule):
-    """Trains BiART on batches [images (B, C, H, W) in [-1, 1] or codes (B, N), text ids (B, L) filled with NO_TOKEN].
+    """Trains BiART on batches [images (B, C, H, W) in [-1, 1] or codes (B, N), text ids (B, L) filled with its pad].
 
     In validation a batch may be empty: a process may run out of pairs before the others.
 
@@ -120,10 +118,8 @@ class LitBiART(pl.LightningModule):
 
     def pack(self, batch: list[Tensor], rows: int, **dropouts: float) -> Sequences:
         """A loader's batch -> sequences, the first `rows` of them text to image; `dropouts` go to Vocabulary.pack."""
-        vocab = self.model.vocab
-        text_BL = batch[1].masked_fill(batch[1] == NO_TOKEN, vocab.pad)
         # ids and codes were checked where they were made; a check here would wait for the device
-        return vocab.pack(text_BL, self.codes(batch[0]), rows, validate=False, **dropouts)
+        return self.model.vocab.pack(batch[1], self.codes(batch[0]), rows, validate=False, **dropouts)
 
     def loss(
         self, model: BiART, sequences: Sequences, token_share: dict[str, Tensor] | None = None
