@@ -11,7 +11,6 @@ is gone is not taken for finished.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import fcntl
 import hashlib
 import json
@@ -27,9 +26,9 @@ from pathlib import Path
 from typing import Any, Optional
 
 from latent_verse import demo_page
-from latent_verse.cli import errors_to_exit_code, parse
-from latent_verse.config import ConfigError, TrainVAEConfig, setting
-from latent_verse.config_biart import TrainBiARTConfig
+from latent_verse.config import ConfigError, Settings, setting
+from latent_verse.config.cli import one_line_errors, parse
+from latent_verse.config.train import TrainBiARTConfig, TrainVAEConfig
 from latent_verse.data.shapes import PRESETS, World
 from latent_verse.runs import write_whole
 
@@ -40,20 +39,22 @@ VAL_PAIRS = 256  # for the curves and the choice among checkpoints
 SAMPLES = 24  # scenes of each split that the page shows
 
 
-@dataclass
-class DemoSettings:
+@dataclass(frozen=True)
+class DemoSettings(Settings):
     """Which demo, and where."""
 
-    world: str = setting("small", "small: minutes on a CPU; full: two hours, or a GPU", tuple(PRESETS))
-    out: str = setting("demo", "folder for everything; the same command continues what is there")
-    recipes: Optional[str] = setting(None, "folder of the three recipes, named as in configs/, the default")
-    train_pairs: Optional[int] = setting(None, "pictures with captions to train on; default 8000, for full 30000")
-    count: int = setting(500, "scenes to judge in each split")
-    rerank: int = setting(8, "pictures among which the model chooses, for the figures with re-ranking")
-    gpus: int = setting(1, "0 is the CPU, 1 the GPU, or the CPU where there is none")
+    world: str = setting(
+        "small", "world of shapes; small takes minutes on a CPU, full two hours or a GPU", tuple(PRESETS)
+    )
+    out: str = setting("demo", "folder for all outputs; rerun the command to resume")
+    recipes: Optional[str] = setting(None, "folder with the three recipes, named as in configs/, which is the default")
+    train_pairs: Optional[int] = setting(None, "number of training pairs; default 8000, or 30000 for full", at_least=1)
+    count: int = setting(500, "number of scenes to evaluate in each split", at_least=1)
+    rerank: int = setting(8, "number of images that the model chooses from, for the results with re-ranking")
+    gpus: int = setting(1, "1 uses the GPU if there is one, 0 the CPU", at_least=0, at_most=1)
 
 
-@dataclass
+@dataclass(frozen=True)
 class DemoConfig:
     """Everything the demo can be told."""
 
@@ -116,8 +117,7 @@ def plan(s: DemoSettings, out: Path) -> list[Stage]:
     folders = ["--dataset", "codes", "--train_dir", f"{at['codes']}/train", "--val_dir", f"{at['codes']}/val"]
     stages.append(Stage("biart", "BiART", [*start, *folders, *runs], f"runs/{recipe['biart'].stem}/bundle/config.json"))
 
-    draw = config.sampling
-    sampling = {name: getattr(draw, name) for name in ("temperature", "top_k", "top_p", "guidance")}
+    sampling = config.sampling.arguments()
     flags = [word for name, value in sampling.items() if value is not None for word in (f"--{name}", f"{value:g}")]
     judge = ["-m", "latent_verse.evaluation.shapes", "--model", f"{biart}/bundle", "--world", s.world, *flags]
     judge += ["--rerank", str(s.rerank), "--count", str(s.count), "--samples", str(min(SAMPLES, s.count))]
@@ -280,29 +280,18 @@ def run(s: DemoSettings) -> Path:
         return demo_page.write(out, s.world, [(g.name, g.title, g.shown()) for g in stages], seconds)
 
 
+@one_line_errors
 def main(argv: list[str] | None = None) -> int:
     """Run the demo; 0 when done, 2 for a mistake in the settings, 128 + signal when told to stop, 1 for a failure."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait busily slow each other down on few cores
-    with errors_to_exit_code() as code:
-        config, _ = parse(DemoConfig, argv, __doc__)
-        check(config.demo)
-        try:
-            page = run(config.demo)
-        except Stopped as stopped:
-            print(f"\n{stopped}", file=sys.stderr)
-            return stopped.code
-        print(f"\nThe page: {page}")
-    return code[0] if code else 0
-
-
-def check(s: DemoSettings) -> None:
-    """Raises ConfigError for settings out of range."""
-    for f in dataclasses.fields(s):
-        value = getattr(s, f.name)
-        if f.name in ("train_pairs", "count") and value is not None and value < 1:
-            raise ConfigError(f"{f.name} is {value}; it must be at least 1.")
-    if s.gpus not in (0, 1):
-        raise ConfigError(f"gpus is {s.gpus}; the demo uses one GPU (1) or the CPU (0).")
+    config, _ = parse(DemoConfig, argv, __doc__)
+    try:
+        page = run(config.demo)
+    except Stopped as stopped:
+        print(f"\n{stopped}", file=sys.stderr)
+        return stopped.code
+    print(f"\nThe page: {page}")
+    return 0
 
 
 if __name__ == "__main__":

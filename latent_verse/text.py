@@ -25,6 +25,8 @@ import regex
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
+from latent_verse.config import UserError
+
 VOCABULARY_FILE = "tokenizer.json"
 META_FILE = "tokenizer_config.json"
 TOO_LONG = ("truncate", "error")
@@ -40,7 +42,7 @@ CLIP_WORDS = regex.compile(
 WORD_END = "</w>"
 
 
-class TokenizerError(ValueError):
+class TokenizerError(UserError):
     """A caption, a vocabulary or a tokenizer folder cannot be used. The message says which one and what to do."""
 
 

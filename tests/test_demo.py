@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 
 from latent_verse import demo, demo_page
-from latent_verse.cli import parse
-from latent_verse.config import ConfigError, TrainVAEConfig, check_train_vae
-from latent_verse.config_biart import TrainBiARTConfig, check_train_biart
+from latent_verse.config import ConfigError
+from latent_verse.config.cli import parse
+from latent_verse.config.train import TrainBiARTConfig, TrainVAEConfig, resolve_train_biart, resolve_train_vae
 from latent_verse.data.shapes import PRESETS
 from latent_verse.demo import DemoSettings, Record, Stage, Stopped
 from latent_verse.evaluation import shapes
@@ -81,9 +81,9 @@ def test_plan_of_the_shipped_recipes(world, tmp_path):
     assert not any(demo.is_done(g, tmp_path) for g in stages)
     for stage in stages:  # and is one that the scripts accept
         if stage.command[0] == "train_vae.py":
-            check_train_vae(*parse(TrainVAEConfig, stage.command[1:], ""))
+            resolve_train_vae(*parse(TrainVAEConfig, stage.command[1:], ""))
         elif stage.command[0] == "train_biart.py":
-            check_train_biart(*parse(TrainBiARTConfig, stage.command[1:], ""))
+            resolve_train_biart(*parse(TrainBiARTConfig, stage.command[1:], ""))
         elif stage.command[0] == "-m":
             shapes.check(parse(shapes.ShapesEvalConfig, stage.command[2:], "")[0])
 

@@ -47,8 +47,7 @@ class Context:
     @property
     def drawing(self) -> dict[str, Any]:
         """The settings of drawing pictures."""
-        g = self.config.generation
-        return {"temperature": g.temperature, "top_k": g.top_k, "top_p": g.top_p, "guidance": g.guidance}
+        return self.config.generation.arguments()
 
     @functools.cached_property
     def inception(self) -> Any:

@@ -268,9 +268,8 @@ def _redrawn(c: Context, pictures: list, texts: list[str], trips: list[round_tri
 def shapes_truth(c: Context) -> dict[str, Any]:
     """Exact truth on unseen scenes and on held-out combinations, per attribute; returns the counts."""
     g, d = c.config.generation, c.config.data
-    settings = shapes.ShapesDrawConfig(**c.drawing)
-    if g.candidates > 1:
-        settings.rerank, settings.rerank_temperature = g.candidates, g.temperature
+    rerank = {"rerank": g.candidates, "rerank_temperature": g.temperature} if g.candidates > 1 else {}
+    settings = shapes.ShapesDrawConfig(**c.drawing, **rerank)
     world, counts = World.preset(d.world), {}
     for split in ("val", "heldout"):
         found = c.ranks.share(lambda s=split: shapes.evaluate(c.model, world, s, len(c.pairs), c.seed, settings)[0])
