@@ -11,7 +11,6 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypedDict
 
 import torch
 from einops import rearrange, repeat
@@ -21,20 +20,11 @@ from tqdm import tqdm
 from latent_verse.biart.model import BiART
 from latent_verse.biart.sampling import beam_search, check_settings, generate, log_likelihood
 from latent_verse.biart.sequence import target_modality
-from latent_verse.config import ConfigError
+from latent_verse.config import ConfigError, SamplingSettings
 from latent_verse.data.transforms import mix_seed
 
 BATCH_BYTES = 4 * 2**30  # that the largest tensors of one batch may take
 LARGEST_BATCH = 256
-
-
-class Sampling(TypedDict):
-    """How tokens are sampled: the keyword arguments of `biart.sampling.generate`."""
-
-    temperature: float
-    top_k: int | None
-    top_p: float | None
-    guidance: float
 
 
 @dataclass(frozen=True)
@@ -53,17 +43,16 @@ class Sampler:
     batch_size: int | None = None
     progress: bool = False
 
-    def check(self, direction: str, num: int, sampling: Sampling, rerank: int = 0) -> None:
-        """Refuse settings that cannot be used, before anything is computed.
+    def check(self, direction: str, num: int, sampling: SamplingSettings, rerank: int = 0) -> None:
+        """Refuse settings that do not suit the model or each other, before anything is computed.
 
         Raises:
-            ConfigError: a setting is out of range, has no effect, or needs a model that was trained differently.
+            ConfigError: a setting is too large, has no effect, or needs a model that was trained differently.
         """
         modality = target_modality(direction)
+        classes = self.biart.vocab.num_classes(modality)
         try:
-            check_settings(
-                **sampling, num_classes=self.biart.vocab.num_classes(modality), null_trained=self.null_trained
-            )
+            check_settings(**sampling.arguments(), num_classes=classes, null_trained=self.null_trained)
         except ValueError as error:
             raise ConfigError(str(error)) from None
         name = f"num_{'images' if modality == 'image' else 'captions'} (generate.py: num)"
@@ -71,18 +60,16 @@ class Sampler:
             raise ConfigError(f"{name} is {num}; it must be at least 1.")
         if rerank < 0:
             raise ConfigError(f"rerank is {rerank}; give the number of images to choose each from, or 0.")
-        if sampling["temperature"] == 0:
-            idle = {name: num > 1, "rerank": rerank > 1, "top_k": sampling["top_k"], "top_p": sampling["top_p"]}
-            for setting, given in idle.items():
-                if given:
-                    raise ConfigError(f"{setting} has no effect at temperature 0, which is greedy: raise temperature.")
+        for setting, value in ((name, num), ("rerank", rerank)):
+            if sampling.is_greedy and value > 1:
+                raise ConfigError(f"{setting} has no effect at temperature 0, which is greedy: raise temperature.")
 
     def sample(
         self,
         reference_RT: Tensor,
         direction: str,
         num: int,
-        sampling: Sampling,
+        sampling: SamplingSettings,
         seed: int | None,
         rerank: int = 0,
         prefix_RK: Tensor | None = None,
@@ -104,12 +91,12 @@ class Sampler:
         modality = target_modality(direction)
         tokens, parts = self.biart.vocab.length(modality), []
         with self._bar(f"sampling {modality}s", len(reference_BT) * tokens, "token") as bar:
-            for rows in self._batches(len(reference_BT), self._cache_bytes(1 if sampling["guidance"] == 1 else 2)):
+            for rows in self._batches(len(reference_BT), self._cache_bytes(1 if sampling.guidance == 1 else 2)):
                 target_BT = generate(
                     self.biart,
                     reference_BT[rows],
                     direction,
-                    **sampling,
+                    **sampling.arguments(),
                     seed=seeds[rows],
                     prefix_BK=None if prefix_BK is None else prefix_BK[rows],
                     reference_dropout_trained=self.null_trained,

@@ -70,35 +70,37 @@ def run(config: GenerateConfig, task: str) -> None:
         return
     folder = open_folder(config.write.out, config.write.overwrite)
     tasks = {"text": generate_images, "complete": complete_images, "image": caption_images}
-    tasks[task](load(config), config, config.draw.arguments(), folder)
+    tasks[task](load(config), config, folder)
 
 
 # --------------------------------------------------------------------------------------------------------------- tasks
 
 
-def generate_images(model: LVerse, config: GenerateConfig, settings: dict[str, Any], folder: Path) -> None:
+def generate_images(model: LVerse, config: GenerateConfig, folder: Path) -> None:
     """Images for texts: one PNG each, grid.png and pictures.jsonl."""
-    texts, rerank = read_texts(config), config.draw.rerank
-    images = model.text_to_image(texts, config.draw.num, **settings, rerank=rerank)
-    _write_images(folder, model, {**settings, "rerank": rerank}, [{"text": text} for text in texts], images)
+    texts = read_texts(config)
+    settings = config.draw.arguments() | {"rerank": config.draw.rerank}
+    images = model.text_to_image(texts, config.draw.num, **settings)
+    _write_images(folder, model, settings, [{"text": text} for text in texts], images)
 
 
-def complete_images(model: LVerse, config: GenerateConfig, settings: dict[str, Any], folder: Path) -> None:
+def complete_images(model: LVerse, config: GenerateConfig, folder: Path) -> None:
     """Images whose top was given: one PNG each, grid.png (the given image first) and pictures.jsonl."""
     given = dict(_some_readable(find_images([config.what.complete]), model.vae.config.resolution))
-    texts, rows, rerank = read_texts(config), config.what.rows, config.draw.rerank
+    texts, rows = read_texts(config), config.what.rows
     text = texts[0] if len(texts) == 1 else texts or None
-    images = model.complete(list(given.values()), rows, text, config.draw.num, **settings, rerank=rerank)
+    settings = config.draw.arguments() | {"rerank": config.draw.rerank}
+    images = model.complete(list(given.values()), rows, text, config.draw.num, **settings)
     texts = texts * len(given) if len(texts) == 1 else texts or [""] * len(given)
     about = [{"text": text, "completed": name, "rows": rows} for text, name in zip(texts, given, strict=True)]
     originals = [to_images(x_CHW[None]) for x_CHW in given.values()]
-    _write_images(folder, model, {**settings, "rerank": rerank}, about, images, originals)
+    _write_images(folder, model, settings, about, images, originals)
 
 
-def caption_images(model: LVerse, config: GenerateConfig, settings: dict[str, Any], folder: Path) -> None:
+def caption_images(model: LVerse, config: GenerateConfig, folder: Path) -> None:
     """Captions for images: printed, and captions.jsonl with one image a line."""
     files = find_images(config.what.image)
-    settings = {**settings, "beams": config.draw.beams}
+    settings = config.draw.arguments() | {"beams": config.draw.beams}
     lines: list[dict] = []
     for start in range(0, len(files), GROUP):
         group = _readable(files[start : start + GROUP], model.vae.config.resolution)

@@ -26,8 +26,8 @@ from latent_verse.biart.model import BiART
 from latent_verse.biart.sequence import IMAGE_TO_TEXT, TEXT_TO_IMAGE
 from latent_verse.checkpoints.bundle import fingerprints, load_bundle, save_bundle
 from latent_verse.checkpoints.files import CheckpointError
-from latent_verse.config import ConfigError
-from latent_verse.drawing import Sampler, Sampling
+from latent_verse.config import ConfigError, SamplingSettings
+from latent_verse.drawing import Sampler
 from latent_verse.pictures import ImageLike, load_image, to_images
 from latent_verse.text import TOO_LONG, Tokenizer
 
@@ -166,7 +166,7 @@ class LVerse:
             ConfigError: a setting cannot be used.
             TokenizerError: a text cannot be used.
         """
-        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, guidance=guidance)
+        sampling = SamplingSettings(temperature, top_k, top_p, guidance)
         self.sampler.check(TEXT_TO_IMAGE, num_images, sampling, rerank)
         text_RL = self.encode_texts(texts)
         return self._images(self.sampler.sample(text_RL, TEXT_TO_IMAGE, num_images, sampling, seed, rerank))
@@ -186,7 +186,7 @@ class LVerse:
         Raises:
             ConfigError, TokenizerError: as `text_to_image`.
         """
-        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, guidance=guidance)
+        sampling = SamplingSettings(temperature, top_k, top_p, guidance)
         self.sampler.check(TEXT_TO_IMAGE, num_images, sampling)
         text_RL = self.encode_texts(texts)
         codes_RSN = self.sampler.sample(text_RL, TEXT_TO_IMAGE, num_images, sampling, seed)
@@ -219,7 +219,7 @@ class LVerse:
             DataError: an image cannot be read.
             TokenizerError: a text cannot be used.
         """
-        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, guidance=guidance)
+        sampling = SamplingSettings(temperature, top_k, top_p, guidance)
         self.sampler.check(TEXT_TO_IMAGE, num_images, sampling, rerank)
         if len(self.vae.code_levels) != 1:
             raise ConfigError(
@@ -270,7 +270,7 @@ class LVerse:
             ConfigError: a setting cannot be used.
             DataError: an image cannot be read.
         """
-        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, guidance=guidance)
+        sampling = SamplingSettings(temperature, top_k, top_p, guidance)
         self.sampler.check(IMAGE_TO_TEXT, num_captions, sampling)
         if beams < 1:
             raise ConfigError(f"beams is {beams}; it must be at least 1.")

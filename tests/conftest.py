@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 
-import latent_verse.checkpoint  # noqa: F401  it gives AugVAE its save_pretrained
 import pytest
 import torch
 
+import latent_verse.checkpoints.augvae  # noqa: F401  it gives AugVAE its save_pretrained
 from latent_verse.augvae.model import AugVAE
 from latent_verse.config import AugVAEConfig
 
