@@ -22,11 +22,11 @@ from benchmarks.measure import Row, absent, cpu_has_bf16, peak_bytes, peer, race
 from benchmarks.plain import PlainMuon, enlarge_then_convolve, plain_augvae
 from latent_verse.augvae.layers import Upsample
 from latent_verse.augvae.model import AugVAE
-from latent_verse.augvae.training import LitAugVAE
 from latent_verse.config import AugVAEConfig
 from latent_verse.config.train import TrainerConfig, TrainVAEConfig, VAELossConfig
 from latent_verse.metrics.reconstruction import ReconstructionMetrics
-from latent_verse.optimizer import MuonAdamW, adamw
+from latent_verse.training.augvae import LitAugVAE
+from latent_verse.training.optimizer import MuonAdamW, adamw
 
 SHAPES = {
     "toy": {

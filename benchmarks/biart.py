@@ -21,10 +21,10 @@ from benchmarks.measure import PEAK_BF16, Row, absent, matmul_rate, peak_bytes, 
 from benchmarks.plain import MinGPT, embeddings, gpt2, x_transformer
 from latent_verse.biart.model import BiART
 from latent_verse.biart.sequence import Sequences
-from latent_verse.biart.training import LitBiART
 from latent_verse.config import PRESETS, BiARTConfig
 from latent_verse.config.train import TrainBiARTConfig, TrainerConfig
-from latent_verse.optimizer import adamw
+from latent_verse.training.biart import LitBiART
+from latent_verse.training.optimizer import adamw
 
 # preset, our batch, the peers' batch (they hold more), and what is compared; seq 1,088 = 64 + 1,024
 SIZES = {

@@ -26,10 +26,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from latent_verse.augvae.model import AugVAE
 from latent_verse.biart.model import BiART
 from latent_verse.config import AugVAEConfig, BiARTConfig
+from latent_verse.data.text import BPETokenizer, load_tokenizer
 from latent_verse.evaluation import samples
+from latent_verse.inference.pipeline import LVerse
 from latent_verse.metrics.processes import Ranks
-from latent_verse.pipeline import LVerse
-from latent_verse.text import BPETokenizer, load_tokenizer
 
 PROTOCOL = 30_000
 SIZES = {

@@ -24,10 +24,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.measure import Row, peer, race, row
 from latent_verse.augvae.model import AugVAE
 from latent_verse.biart.model import BiART
-from latent_verse.biart.training import LitBiART
 from latent_verse.config import PRESETS, AugVAEConfig, BiARTConfig
 from latent_verse.config.train import TrainBiARTConfig
-from latent_verse.optimizer import adamw
+from latent_verse.training.biart import LitBiART
+from latent_verse.training.optimizer import adamw
 
 # (codebook, widths) by the side of the image: the released shape at 256 px, small ones for a CPU
 WIDTHS = {256: (8192, 128, 256, (1, 2, 4)), 64: (512, 32, 64, (1, 2, 4)), 32: (128, 32, 32, (1, 1, 2))}

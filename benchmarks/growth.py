@@ -25,7 +25,7 @@ from latent_verse.augvae.model import AugVAE
 from latent_verse.biart.model import BiART
 from latent_verse.config import PRESETS, AugVAEConfig, BiARTConfig
 from latent_verse.data.images import EXTENSIONS, PathList, walk
-from latent_verse.data.module import EpochBatches
+from latent_verse.data.modules import EpochBatches
 
 SIZES = {
     "toy": {

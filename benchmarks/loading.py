@@ -19,7 +19,7 @@ from benchmarks.measure import Row, absent, peer, row
 from latent_verse.config.train import ImageDataConfig
 from latent_verse.data.datasets import open_images
 from latent_verse.data.images import ImageDataset
-from latent_verse.data.module import ImageDataModule
+from latent_verse.data.modules import ImageDataModule
 
 
 def class_folders(files: list[bytes], root: Path) -> Path:

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from latent_verse.augvae.codebook import Codebook
 from latent_verse.augvae.layers import Upsample
 from latent_verse.augvae.model import AugVAE
+from latent_verse.augvae.quantizer import Codebook
 from latent_verse.biart.model import BiART
 from latent_verse.config import BiARTConfig
 

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.measure import PeakBytes, Row, absent, matmul_rate, peak_bytes, peer, race, row
 from benchmarks.plain import BETA, DECAY, EPS, one_hot_forward
-from latent_verse.augvae.codebook import Codebook, EMAQuantizer
+from latent_verse.augvae.quantizer import Codebook, EMAQuantizer
 
 VARIANTS = ("one-hot", "ours")
 

@@ -91,8 +91,8 @@ def bundle(folder: Path) -> Path:
     from latent_verse.augvae.model import AugVAE
     from latent_verse.biart.model import BiART
     from latent_verse.config import PRESETS, AugVAEConfig, BiARTConfig
-    from latent_verse.pipeline import LVerse
-    from latent_verse.text import BPETokenizer
+    from latent_verse.data.text import BPETokenizer
+    from latent_verse.inference.pipeline import LVerse
 
     torch.manual_seed(0)
     shape = {"hidden_dim": 32, "ch_mult": (2, 1, 2), "num_res_blocks": 1, "resolution": 64}

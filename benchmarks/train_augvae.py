@@ -25,11 +25,11 @@ import pytorch_lightning as pl
 import torch
 
 from latent_verse.augvae.model import AugVAE
-from latent_verse.augvae.training import LitAugVAE
 from latent_verse.config.cli import parse
 from latent_verse.config.train import PRECISIONS, TrainVAEConfig, resolve_train_vae
 from latent_verse.data.datasets import open_images
-from latent_verse.data.module import ImageDataModule
+from latent_verse.data.modules import ImageDataModule
+from latent_verse.training.augvae import LitAugVAE
 
 WARM_UP = 10  # steps before the clock starts
 

@@ -14,8 +14,8 @@ from benchmarks import measure, plain, plot, run
 from benchmarks.biart import sequences_of
 from benchmarks.measure import PeakBytes, Row, peer, race, row
 from benchmarks.quantizer import agree
-from latent_verse.augvae.codebook import EMAQuantizer
 from latent_verse.augvae.model import AugVAE
+from latent_verse.augvae.quantizer import EMAQuantizer
 from latent_verse.biart.model import BiART
 from latent_verse.config import BiARTConfig
 

@@ -11,13 +11,11 @@ import torch
 from benchmarks.augvae import SHAPES
 from benchmarks.measure import PeakBytes
 from benchmarks.plain import BETA, DECAY, EPS, one_hot_forward, plain_augvae
-from latent_verse.augvae.codebook import Codebook, EMAQuantizer
 from latent_verse.augvae.model import AugVAE
-from latent_verse.augvae.training import LitAugVAE
+from latent_verse.augvae.quantizer import Codebook, EMAQuantizer
 from latent_verse.biart import sampling
 from latent_verse.biart.model import BiART, loss_weights
 from latent_verse.biart.sequence import DIRECTIONS, TEXT_TO_IMAGE
-from latent_verse.biart.training import LitBiART
 from latent_verse.config import PRESETS, AugVAEConfig, BiARTConfig
 from latent_verse.config.train import (
     BiARTLossConfig,
@@ -28,8 +26,10 @@ from latent_verse.config.train import (
     VAEOptimConfig,
 )
 from latent_verse.metrics.reconstruction import ReconstructionMetrics
-from latent_verse.optimizer import MuonAdamW, adamw
-from latent_verse.recompute import checkpoint_activations
+from latent_verse.nn.activation_checkpointing import checkpoint_activations
+from latent_verse.training.augvae import LitAugVAE
+from latent_verse.training.biart import LitBiART
+from latent_verse.training.optimizer import MuonAdamW, adamw
 from tests.fake_cuda import DEVICE, Kept, fake_cuda
 
 BIART = BiARTConfig(text_vocab=40, image_vocab=24, text_len=6, image_len=16, n_layer=2, n_head=2, n_embd=32)

@@ -9,14 +9,14 @@ from unittest import mock
 import pytest
 import torch
 
-import train_vae
-from latent_verse.augvae.codebook import QUANTIZERS
+from latent_verse.augvae.losses import LOSSES
 from latent_verse.augvae.model import AugVAE
-from latent_verse.augvae.perceptual import LOSSES
-from latent_verse.augvae.training import LitAugVAE
+from latent_verse.augvae.quantizer import QUANTIZERS
 from latent_verse.checkpoints.augvae import load_augvae, save_augvae
+from latent_verse.commands import train_vae
 from latent_verse.config import ConfigError
 from latent_verse.config.train import TrainVAEConfig, VAELossConfig
+from latent_verse.training.augvae import LitAugVAE
 from tests.runs_on_pictures import SMALL
 
 PAGE = Path(__file__).parent.parent / "docs" / "extending.md"

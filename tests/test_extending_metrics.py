@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-import eval_biart
-from latent_verse.evaluation import picture_tasks
+from latent_verse.commands import eval_biart
+from latent_verse.evaluation import image_tasks as picture_tasks
 from latent_verse.evaluation.samples import read_image
 from latent_verse.metrics import networks
 from tests.stand_ins import Colours, Words, write_pairs

@@ -1,6 +1,6 @@
 """Convolutional blocks of AugVAE (paper appendix A; the VQGAN family of Esser et al. 2021).
 
-Module names are those of the released checkpoints: they are a contract, held by tests/test_release_layout.py.
+Module names are those of the released checkpoints: they are a contract, held by tests/checkpoints/test_release_layout.py.
 
 Shapes: B batch, C channels, H height, W width, T = H * W positions.
 """
@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import nn
 
 from latent_verse.config import AugVAEConfig
-from latent_verse.recompute import Recomputing
+from latent_verse.nn.activation_checkpointing import Recomputing
 
 
 class PixelNorm(nn.LayerNorm):

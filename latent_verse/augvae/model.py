@@ -18,8 +18,8 @@ import torch
 from einops import rearrange
 from torch import nn
 
-from latent_verse.augvae.codebook import Quantizer, count, make_quantizer, perplexity, to_vectors
 from latent_verse.augvae.layers import Decoder, Encoder
+from latent_verse.augvae.quantizer import Quantizer, count, make_quantizer, perplexity, to_vectors
 from latent_verse.config import AugVAEConfig
 
 INNER_CH_MULT = (2, 4)  # of each encoder and decoder between two levels, as released

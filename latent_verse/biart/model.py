@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from latent_verse.biart.sequence import DIRECTIONS, IGNORE, MODALITIES, Modality, Sequences, Vocabulary, target_modality
 from latent_verse.config import BiARTConfig
-from latent_verse.recompute import Recomputing
+from latent_verse.nn.activation_checkpointing import Recomputing
 
 
 def loss_weights(reference_weight: float, text: float = 1.0, image: float = 1.0) -> dict[str, float]:

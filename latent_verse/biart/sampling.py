@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from latent_verse.biart.cuda_graphs import CUDAGraphs, can_capture
 from latent_verse.biart.model import BiART, KVCache
-from latent_verse.biart.repeat import CUDAGraphs, can_capture
 from latent_verse.biart.sequence import IGNORE, IMAGE_TO_TEXT, TEXT_TO_IMAGE, Direction, Modality, target_modality
 from latent_verse.config import SamplingSettings
 

@@ -11,11 +11,11 @@ from typing import Any
 from latent_verse.augvae.model import AugVAE
 from latent_verse.biart.model import BiART
 from latent_verse.checkpoints.augvae import load_augvae
-from latent_verse.checkpoints.bundle import find_bundle, load_bundle
-from latent_verse.checkpoints.files import CheckpointError, fill, find_checkpoint, read_ckpt
+from latent_verse.checkpoints.bundle import find_bundle, load_bundle, save_bundle
+from latent_verse.checkpoints.files import CheckpointError, fill, find_checkpoint, fingerprint, read_ckpt
 from latent_verse.config import PRESETS, BiARTConfig, BiARTModelConfig, ConfigError, training_only
 from latent_verse.config.train import TrainBiARTConfig
-from latent_verse.text import Tokenizer, TokenizerError, unpack_tokenizer
+from latent_verse.data.text import Tokenizer, TokenizerError, unpack_tokenizer
 
 
 @dataclass(frozen=True)
@@ -132,3 +132,40 @@ def take_over(config: TrainBiARTConfig, given: Mapping[str, str]) -> tuple[Train
         raise ConfigError(f"pretrained_path {path} is another BiART:\n  " + "\n  ".join(differ))
     vae = config.vae if given.get("vae_path", "").startswith("--") else replace(config.vae, vae_path=None)
     return replace(config, model=replace(m, **shape), text=replace(t, **text), vae=vae), pretrained
+
+
+def check_vae(found: str, then: str, path: str | None, file: str | os.PathLike) -> None:
+    """Refuse an AugVAE of another fingerprint than a BiART was trained with.
+
+    Args:
+        found: the fingerprint of the AugVAE at hand.
+        then, path: the fingerprint of the one in training, and where it lay; None is a smoke test's random one.
+        file: the BiART.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    if found != then:
+        raise CheckpointError(
+            f"vae_path is the AugVAE {found}, but {file} was trained with {then} "
+            f"({path or 'a random one, for fake data'}). Give that one as vae_path."
+        )
+
+
+def export_bundle(
+    ckpt_path: str | Path, folder: str | Path, vae_path: str | None = None, vae: AugVAE | None = None
+) -> Path:
+    """Make a bundle of a checkpoint or run folder (its best one). Returns the checkpoint's path.
+
+    Args:
+        vae: AugVAE, where it is at hand; else that of `vae_path`, else that of `Pretrained.augvae`.
+
+    Raises:
+        CheckpointError: a file is absent, damaged or of another kind, or AugVAE is not the one it was trained with.
+    """
+    trained = load_checkpoint(find_checkpoint(Path(ckpt_path)))
+    if vae is None:
+        vae = load_augvae(vae_path) if vae_path else trained.augvae()
+    check_vae(fingerprint(vae), trained.vae_fingerprint, trained.vae_path, trained.where)
+    save_bundle(folder, vae.cpu(), trained.biart, trained.tokenizer, trained.info)
+    return trained.where

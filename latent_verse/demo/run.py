@@ -128,7 +128,7 @@ def plan(s: DemoSettings, out: Path) -> list[Stage]:
 
     sampling = config.sampling.arguments()
     flags = [word for name, value in sampling.items() if value is not None for word in (f"--{name}", f"{value:g}")]
-    evaluate = ["-m", "latent_verse.evaluation.shapes", "--model", f"{biart}/bundle", "--world", s.world, *flags]
+    evaluate = ["-m", "latent_verse.evaluation.shapes_truth", "--model", f"{biart}/bundle", "--world", s.world, *flags]
     evaluate += ["--rerank", str(s.rerank), "--count", str(s.count), "--samples", str(min(SAMPLES, s.count))]
     for name, split in (("unseen", "val"), ("heldout", "heldout")):
         file = f"{name}.json"

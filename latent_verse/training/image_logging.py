@@ -12,8 +12,8 @@ from latent_verse.biart import sampling
 from latent_verse.biart.sequence import IMAGE_TO_TEXT, TEXT_TO_IMAGE
 from latent_verse.config import UserError
 from latent_verse.config.train import SamplingConfig
+from latent_verse.data.text import Tokenizer
 from latent_verse.files import replacing, write_text
-from latent_verse.text import Tokenizer
 from latent_verse.training.backups import RunFolder
 
 
