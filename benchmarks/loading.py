@@ -1,4 +1,4 @@
-"""Part of the area data: what each layout of a dataset gives a core, and whether the loader keeps up with training."""
+"""Part of the area data: the CPU time of each layout's samples, and whether the loader keeps up with training."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ import numpy as np
 import torch
 
 from benchmarks.measure import Row, absent, peer, row
-from latent_verse.config import ImageDataConfig
+from latent_verse.config.train import ImageDataConfig
 from latent_verse.data.datasets import open_images
 from latent_verse.data.images import ImageDataset
-from latent_verse.data.module import ImageDataModule
+from latent_verse.data.modules import ImageDataModule
 
 
 def class_folders(files: list[bytes], root: Path) -> Path:
@@ -43,7 +43,7 @@ def tar_shard(files: list[bytes], root: Path) -> Path:
 
 
 def codes_shard(items: int, codes: int, root: Path) -> Path:
-    """A folder of codes as `data.codes.extract` leaves it, with made-up codes."""
+    """A folder of codes as `data.codes.extract` leaves it, with random codes."""
     from latent_verse.data.codes import FORMAT, META
 
     root.mkdir(parents=True, exist_ok=True)

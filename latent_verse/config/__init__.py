@@ -8,7 +8,7 @@ generate.py   generate.py
 cli.py        flags and YAML files -> these dataclasses; the only file that knows argparse and YAML
 """
 
-from latent_verse.config.models import AugVAEConfig, BiARTConfig
+from latent_verse.config.models import PRESETS, AugVAEConfig, BiARTConfig, BiARTModelConfig, BiARTVariant
 from latent_verse.config.settings import (
     ConfigError,
     SamplingSettings,
@@ -18,49 +18,18 @@ from latent_verse.config.settings import (
     setting,
     training_only,
 )
-from latent_verse.config.train import (
-    FAKE_LIMITS,
-    PRECISIONS,
-    EvalVAEConfig,
-    ImageDataConfig,
-    TrainerConfig,
-    TrainVAEConfig,
-    VAELossConfig,
-    VAEOptimConfig,
-    batch_limit,
-    idle_flags_vae,
-    resolve_data,
-    resolve_eval_vae,
-    resolve_train_vae,
-    resolve_trainer,
-    with_evaluated_shape,
-    with_pretrained_shape,
-)
 
 __all__ = [
-    "FAKE_LIMITS",
-    "PRECISIONS",
+    "PRESETS",
     "AugVAEConfig",
     "BiARTConfig",
+    "BiARTModelConfig",
+    "BiARTVariant",
     "ConfigError",
-    "EvalVAEConfig",
-    "ImageDataConfig",
     "SamplingSettings",
     "Settings",
-    "TrainVAEConfig",
-    "TrainerConfig",
     "UserError",
-    "VAELossConfig",
-    "VAEOptimConfig",
     "as_plain",
-    "batch_limit",
-    "idle_flags_vae",
-    "resolve_data",
-    "resolve_eval_vae",
-    "resolve_train_vae",
-    "resolve_trainer",
     "setting",
     "training_only",
-    "with_evaluated_shape",
-    "with_pretrained_shape",
 ]

@@ -28,9 +28,9 @@ from latent_verse.data import DataError
 from latent_verse.data.captions import CAPTION_DRAW, CROP_DRAW, CaptionList, EncodedCaption
 from latent_verse.data.images import SkipLog
 from latent_verse.data.shapes import Scene, ShapesDataset, World
+from latent_verse.data.text import Tokenizer
 from latent_verse.data.transforms import UnreadableImage, mix_seed, to_unit_range
 from latent_verse.files import differences, replacing, write_json
-from latent_verse.text import Tokenizer
 
 FORMAT = "latent_verse/codes"
 META, UNFINISHED, TOKENIZER = "codes.json", "unfinished.json", "tokenizer"

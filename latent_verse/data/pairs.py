@@ -32,6 +32,7 @@ from latent_verse.data.shards import (
     is_remote,
     read_shards,
 )
+from latent_verse.data.text import Tokenizer
 from latent_verse.data.transforms import (
     UnreadableImage,
     centre_crop,
@@ -40,7 +41,6 @@ from latent_verse.data.transforms import (
     sample_generator,
     stack_images,
 )
-from latent_verse.text import Tokenizer
 
 TOKENIZER_CAPTIONS = 500_000  # a vocabulary learns nothing from more
 

@@ -1,96 +1,105 @@
-"""There and back: picture -> caption -> picture, and text -> picture -> caption, with what the model itself makes.
+"""Round trips: image -> caption -> image and text -> image -> caption, each step by the model itself.
 
-On shapes a trip is judged exactly, step by step: the words have to be true of the picture they were written for, and
-the picture of the words it was drawn for.
+On shapes every step is checked exactly: a caption has to be true of the image it was written for, and a generated image
+has to match its text.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from latent_verse.data.shapes import World
-from latent_verse.evaluation.ranks import Ranks
-from latent_verse.evaluation.samples import calls
-
-ATTRIBUTES = ("count", "colour", "shape", "size", "layout", "all")
+from latent_verse.data.shapes import Scene, World
+from latent_verse.evaluation.samples import Sampling, calls
+from latent_verse.evaluation.shapes_truth import ATTRIBUTES
+from latent_verse.inference.pipeline import LVerse
+from latent_verse.metrics.processes import Ranks
 
 
 @dataclass
 class Trip:
-    """One pair's trips. `caption` was written for the given picture, `redrawn` drawn for that caption; `drawn` was
-    drawn for the given text, `reworded` written for that picture."""
+    """Both round trips of one pair.
+
+    Attributes:
+        caption, regenerated: caption of the pair's image, and the image generated for that caption.
+        generated, recaptioned: image generated for the pair's text, and the caption of that image.
+        right: on shapes: {trip: {attribute: whether both steps are right in it}}.
+    """
 
     caption: str
-    redrawn: Image.Image
-    drawn: Image.Image
-    reworded: str
-    right: dict[str, dict[str, bool]] = field(default_factory=dict)  # on shapes: {trip: {attribute: ...}}
+    regenerated: Image.Image
+    generated: Image.Image
+    recaptioned: str
+    right: dict[str, dict[str, bool]] = field(default_factory=dict)
 
 
 def travel(
-    model: Any,
-    pictures: Sequence[Tensor],
+    model: LVerse,
+    images: Sequence[Tensor],
     texts: Sequence[str],
     ranks: Ranks,
     *,
     seed: int,
     beams: int,
     batch_size: int,
-    settings: dict[str, Any],
+    sampling: Sampling,
     world: World | None = None,
-    scenes: Sequence[Any] = (),
+    scenes: Sequence[Scene] = (),
 ) -> list[Trip]:
     """Both trips of every pair, shared among processes; all of them in each.
 
     Args:
-        pictures: uint8 (3, R, R). settings: of drawing: temperature, top_k, top_p, guidance.
-        world, scenes: of shapes, to judge each step by the truth.
+        images: uint8 (3, R, R).
+        world, scenes: of shapes, to check each step against the truth.
     """
 
-    def written(of: Sequence[Any]) -> list[str]:
-        mine, found = list(ranks.mine(len(of))), {}
+    def caption(images: Sequence[Image.Image] | Sequence[Tensor]) -> list[str]:
+        mine, found = list(ranks.mine(len(images))), {}
         for start in range(0, len(mine), batch_size):
             part = mine[start : start + batch_size]
-            rows = model.image_to_text([of[i] for i in part], beams=beams, seed=seed)
+            rows = model.image_to_text([images[i] for i in part], beams=beams, seed=seed)
             found |= {i: row[0] for i, row in zip(part, rows, strict=True)}
         return list(ranks.gather(found).values())
 
-    def drawn(of: Sequence[str]) -> list[Image.Image]:
+    def generate(texts: Sequence[str]) -> list[Image.Image]:
         found = {}
-        for part, own_seed in ranks.follow(calls(model, of, ranks.mine(len(of)), seed, batch_size), "round trips"):
-            rows = model.text_to_image([of[i] for i in part], seed=own_seed, **settings)
+        for part, own_seed in ranks.follow(
+            calls(model, texts, ranks.mine(len(texts)), seed, batch_size), "round trips"
+        ):
+            rows = model.text_to_image([texts[i] for i in part], seed=own_seed, **sampling)
             found |= {i: row[0] for i, row in zip(part, rows, strict=True)}
         return list(ranks.gather(found).values())
 
-    captions = written(pictures)
-    redrawn, first = drawn(captions), drawn(texts)
-    trips = [Trip(*parts) for parts in zip(captions, redrawn, first, written(first), strict=True)]
+    captions = caption(images)
+    regenerated, generated = generate(captions), generate(texts)
+    trips = [Trip(*parts) for parts in zip(captions, regenerated, generated, caption(generated), strict=True)]
     if world is not None:
         for scene, text, trip in zip(scenes, texts, trips, strict=True):
-            trip.right = judge(world, scene, text, trip)
+            trip.right = check_trip(world, scene, text, trip)
     return trips
 
 
-def judge(world: World, scene: Any, text: str, trip: Trip) -> dict[str, dict[str, bool]]:
+def check_trip(world: World, scene: Scene, text: str, trip: Trip) -> dict[str, dict[str, bool]]:
     """{trip: {attribute: whether both of its steps are right in it}}, by the exact readers of shapes."""
-    said, seen = world.parse_caption(trip.caption), world.parse_image(trip.drawn)
+    caption, generated = world.parse_caption(trip.caption), world.parse_image(trip.generated)
     steps = {
-        "image_text_image": (world.compare(scene, said), world.compare(world.parse_image(trip.redrawn), said)),
+        "image_text_image": (
+            world.compare(scene, caption),
+            world.compare(world.parse_image(trip.regenerated), caption),
+        ),
         "text_image_text": (
-            world.compare(seen, world.parse_caption(text)),
-            world.compare(seen, world.parse_caption(trip.reworded)),
+            world.compare(generated, world.parse_caption(text)),
+            world.compare(generated, world.parse_caption(trip.recaptioned)),
         ),
     }
-    return {name: {a: there[a] and back[a] for a in ATTRIBUTES} for name, (there, back) in steps.items()}
+    return {name: {a: there[a] and back[a] for a in (*ATTRIBUTES, "all")} for name, (there, back) in steps.items()}
 
 
-def as_uint8(picture: Image.Image) -> Tensor:
-    """An RGB picture as uint8 (3, H, W)."""
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+def as_uint8(image: Image.Image) -> Tensor:
+    """An RGB image as uint8 (3, H, W)."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)

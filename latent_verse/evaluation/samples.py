@@ -1,9 +1,9 @@
-"""Pictures on disk: drawing them for a list of captions, and reading any system's.
+"""Generated images on disk: generating them for a list of captions, and reading any system's.
 
-A folder of pictures is PNG files `<caption>_<number>.png` and pictures.jsonl, as generate.py writes them: one line a
-picture with `file`, `text` and `number`, `log_p` being the model's own log p(text | picture) where it has drawn it.
-What a picture looks like depends on the seed, its caption and its number alone, so processes share the captions, and
-an interrupted run goes on with those that are not there yet.
+A folder of images is PNG files `<caption>_<number>.png` and pictures.jsonl, as generate.py writes them: one line an
+image with `file`, `text`, `number` and, if the model has generated it, `log_p`, its own log p(text | image). An image
+depends only on the seed, its caption and its number, so processes share the captions, and an interrupted run resumes
+with the images that are missing.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from PIL import Image
 from torch import Tensor
@@ -24,36 +24,46 @@ from latent_verse.config import ConfigError
 from latent_verse.data import DataError
 from latent_verse.data.images import EXTENSIONS
 from latent_verse.data.transforms import centre_crop, decode_rgb, mix_seed
-from latent_verse.evaluation.ranks import Ranks
-from latent_verse.pictures import save_png
-from latent_verse.runs import write_whole
+from latent_verse.files import differences, write_text
+from latent_verse.inference.image_io import save_png
+from latent_verse.inference.pipeline import LVerse
+from latent_verse.metrics.processes import Ranks
 
 INDEX = "pictures.jsonl"
-ABOUT = "settings.json"  # what the pictures were drawn with; another draw into the same folder is refused
+ABOUT = "settings.json"  # of the images in the folder, which takes no others
+
+
+class Sampling(TypedDict):
+    """The settings of `LVerse.text_to_image` that say how codes are sampled."""
+
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    guidance: float
 
 
 @dataclass
 class Group:
-    """The pictures drawn for one caption: files, and the model's log p(text | picture) of each where it is known."""
+    """The images generated for one caption: files, and the model's log p(text | image) of each if it is known."""
 
     text: str | None
     files: list[Path] = field(default_factory=list)
     log_p: list[float | None] = field(default_factory=list)
 
 
-def read_picture(path: Path, resolution: int) -> Tensor:
-    """A picture file as uint8 (3, R, R), by the one resizing and cropping of evaluation. DataError: unreadable."""
+def read_image(path: Path, resolution: int) -> Tensor:
+    """An image file as uint8 (3, R, R), resized and cropped as everywhere in evaluation. Raises DataError."""
     try:
         return centre_crop(decode_rgb(path.read_bytes()), resolution)
     except (OSError, DataError) as error:
-        raise DataError(f"picture {path} cannot be read: {error}. Draw or copy it again.") from error
+        raise DataError(f"image {path} cannot be read: {error}. Generate or copy it again.") from error
 
 
-# ------------------------------------------------------------------------------------------------------------- drawing
+# ---------------------------------------------------------------------------------------------------------- generating
 
 
-def draw(
-    model: Any,
+def generate(
+    model: LVerse,
     texts: Sequence[str],
     folder: Path,
     ranks: Ranks,
@@ -61,17 +71,16 @@ def draw(
     candidates: int,
     seed: int,
     batch_size: int,
-    settings: dict[str, Any],
+    sampling: Sampling,
     dtype: str = "float32",
 ) -> None:
-    """Draw `candidates` pictures for each text into `folder`, those that are missing, shared among processes.
+    """Generate `candidates` images for each text into `folder`, those that are missing, shared among processes.
 
     Args:
-        model: an `LVerse`, or what has its `draw_scored`, `encode_texts` and `fingerprints`.
-        settings: temperature, top_k, top_p, guidance. dtype: BiART's, which is part of what a picture is.
+        dtype: BiART's, recorded because the images depend on it.
 
     Raises:
-        ConfigError: the folder holds pictures of another model, other texts or settings.
+        ConfigError: the folder holds images of another model, of other texts or settings.
     """
     digest = hashlib.sha256("\n".join(texts).encode("utf-8", "replace")).hexdigest()[:16]
     about = {
@@ -79,26 +88,26 @@ def draw(
         "texts": digest,
         "candidates": candidates,
         "seed": seed,
-        **settings,
+        **sampling,
         "dtype": dtype,
     }
     ranks.share(lambda: _claim(folder, about))
     missing = [i for i in ranks.mine(len(texts)) if not all(p.is_file() for p in _files(folder, i, candidates))]
-    for part, own_seed in ranks.follow(calls(model, texts, missing, seed, batch_size), "drawing"):
-        pictures, log_p = model.draw_scored([texts[i] for i in part], candidates, seed=own_seed, **settings)
-        for i, row, values in zip(part, pictures, log_p.tolist(), strict=True):
-            for file, picture, value in zip(_files(folder, i, candidates), row, values, strict=True):
-                save_png(picture, file, {"text": texts[i], "log_p": repr(value), "Software": "L-Verse"})
-    ranks.gather({ranks.rank: None})  # all pictures are there
+    for part, own_seed in ranks.follow(calls(model, texts, missing, seed, batch_size), "generating"):
+        images, log_p = model.draw_scored([texts[i] for i in part], candidates, seed=own_seed, **sampling)
+        for i, row, values in zip(part, images, log_p.tolist(), strict=True):
+            for file, image, value in zip(_files(folder, i, candidates), row, values, strict=True):
+                save_png(image, file, {"text": texts[i], "log_p": repr(value), "Software": "L-Verse"})
+    ranks.gather({ranks.rank: None})  # until all processes are done
     ranks.share(lambda: write_index(folder, texts, candidates))
 
 
 def calls(
-    model: Any, texts: Sequence[str], numbers: Sequence[int], seed: int, batch_size: int
+    model: LVerse, texts: Sequence[str], numbers: Sequence[int], seed: int, batch_size: int
 ) -> list[tuple[list[int], int]]:
-    """(numbers, seed) of the calls that draw for texts[number], so that a picture depends on no other text.
+    """(numbers, seed) of the calls that generate images for texts[number], so that an image depends on no other text.
 
-    A text that came before among all texts gets another seed, and new pictures; those of one call all differ.
+    If a text occurs again, it gets another seed and so new images: the texts of one call all differ.
     """
     seen: Counter = Counter()
     turns = []
@@ -112,24 +121,20 @@ def calls(
     return out
 
 
-def _claim(folder: Path, about: dict[str, Any]) -> None:
+def _claim(folder: Path, about: dict[str, object]) -> None:
+    """Write the settings into a new folder; raises ConfigError if it holds images of other settings."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / ABOUT
     if not file.is_file():
         if any(folder.glob("*.png")):
-            raise ConfigError(f"{folder} holds pictures of unknown origin. Give another --name, or remove them.")
-        write_whole(file, json.dumps(about, indent=1) + "\n")
+            raise ConfigError(f"{folder} holds images of unknown origin. Give another --name, or remove them.")
+        write_text(file, json.dumps(about, indent=1) + "\n")
         return
-    before = json.loads(file.read_text())
-    changed = [
-        f"{key}: {before.get(key)!r} then, {value!r} now" for key, value in about.items() if before.get(key) != value
-    ]
+    changed = differences(json.loads(file.read_text()), about)
     if changed:
         raise ConfigError(
-            f"{folder} holds pictures that were drawn otherwise:\n  "
-            + "\n  ".join(changed)
-            + "\nGive the old settings "
-            "to go on with them, another --name for a new run, or judge them as they are with --generated_dir."
+            f"{folder} holds images of different settings:\n  " + "\n  ".join(changed) + "\nGive the old settings to "
+            "resume, another --name for a new run, or evaluate them as they are with --generated_dir."
         )
 
 
@@ -138,34 +143,34 @@ def _files(folder: Path, i: int, candidates: int) -> list[Path]:
 
 
 def write_index(folder: Path, texts: Sequence[str], candidates: int) -> None:
-    """pictures.jsonl, from the captions and what the files say."""
+    """Write pictures.jsonl, from the captions and the files' metadata."""
     lines = []
     for i, text in enumerate(texts):
         for j, file in enumerate(_files(folder, i, candidates)):
             with Image.open(file) as image:
                 log_p = float(image.text["log_p"])
             lines.append(json.dumps({"file": file.name, "text": text, "number": j, "log_p": log_p}, ensure_ascii=False))
-    write_whole(folder / INDEX, "\n".join(lines) + "\n")
+    write_text(folder / INDEX, "\n".join(lines) + "\n")
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
 def read_groups(folder: Path) -> list[Group]:
-    """The pictures of a folder, in order, by caption: from its pictures.jsonl, or any picture files.
+    """The images of a folder, in order, by caption: those of its pictures.jsonl, or any image files.
 
     Without an index every file is a group of its own; its caption is `<name>.txt` beside it, or the PNG's `text`.
 
     Raises:
-        DataError: no such folder, no pictures, or an index that does not fit them.
+        DataError: no such folder, no images, or an index that does not fit them.
     """
     if not folder.is_dir():
-        raise DataError(f"generated_dir: {folder} is no folder. Give one that holds pictures.")
+        raise DataError(f"generated_dir: {folder} is no folder. Give one that holds images.")
     if (folder / INDEX).is_file():
         return _read_index(folder)
     files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS and p.name != "grid.png")
     if not files:
-        raise DataError(f"generated_dir: no picture below {folder}; looked for {' '.join(EXTENSIONS)}.")
+        raise DataError(f"generated_dir: no image below {folder}; looked for {' '.join(EXTENSIONS)}.")
     return [Group(_text_of(file), [file], [None]) for file in files]
 
 
@@ -199,17 +204,17 @@ def _read_index(folder: Path) -> list[Group]:
         groups[-1].files.append(file)
         groups[-1].log_p.append(entry.get("log_p"))
     if not groups:
-        raise DataError(f"generated_dir: {folder / INDEX} is empty: no picture to judge.")
-    drawn = Counter(len(group.files) for group in groups)
-    if len(drawn) > 1:
+        raise DataError(f"generated_dir: {folder / INDEX} is empty: there is no image to evaluate.")
+    counts = {len(group.files) for group in groups}
+    if len(counts) > 1:
         raise DataError(
-            f"generated_dir: {folder / INDEX} has captions with {sorted(drawn)} pictures; give each as many."
+            f"generated_dir: {folder / INDEX} has captions with {sorted(counts)} images; give each the same number."
         )
     return groups
 
 
 def fingerprint_files(files: Sequence[Path]) -> str:
-    """16 hexadecimal digits of the files' names and contents: what was judged."""
+    """16 hexadecimal digits of the files' names and contents, which identify what was evaluated."""
     digest = hashlib.sha256()
     for file in files:
         digest.update(os.path.basename(file).encode() + hashlib.sha256(file.read_bytes()).digest())

@@ -1,79 +1,74 @@
-"""The tasks that judge captions and likelihoods: captions, retrieval, classification, bits. Measurements -> figures."""
+"""The tasks that evaluate captions and likelihoods: captions, retrieval, classification, bits; each adds records."""
 
 from __future__ import annotations
 
 import math
 import os
 from pathlib import Path
-from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from latent_verse.data import DataError
 from latent_verse.data.images import ImageDataset
-from latent_verse.evaluation import captions, likelihood, samples
-from latent_verse.evaluation.context import Context, as_image
-from latent_verse.evaluation.figures import OWN, library
-from latent_verse.evaluation.intervals import wilson
-from latent_verse.evaluation.pairs import ordered
-from latent_verse.runs import write_whole
+from latent_verse.evaluation import samples
+from latent_verse.evaluation.context import Context, as_pil
+from latent_verse.evaluation.dataset import ordered
+from latent_verse.evaluation.records import OWN
+from latent_verse.files import write_text
+from latent_verse.machine import versions
+from latent_verse.metrics import captions, likelihood
+from latent_verse.metrics.intervals import wilson
 
 LOG_P = {"image": "text_given_image", "text": "image_given_text"}  # by what is given
 
 
-def caption(c: Context) -> dict[str, Any]:
-    """Write captions, or read another system's, and judge them; returns what metrics.json says of them."""
-    k, j = c.config.captions, c.config.judged
+def caption(c: Context) -> dict[str, object]:
+    """Generate captions, or read another system's, and evaluate them; returns what metrics.json says of them."""
+    k, file = c.config.captions, c.config.judged.captions_file
     numbers = list(range(min(k.caption_pictures or len(c.pairs), len(c.pairs))))
-    numbers = [i for i in numbers if c.pairs.picture(i) is not None]
+    numbers = [i for i in numbers if c.pairs.image(i) is not None]
     if not numbers:
-        raise DataError("not one of the pictures can be read. Are the files whole?")
+        raise DataError("None of the images can be read. Are the files whole?")
     ids = c.pairs.image_ids()
     ids, names = [ids[i] for i in numbers], [c.pairs.names[i] for i in numbers]
-    if j.captions_file:
-        file = Path(j.captions_file).expanduser()
-        written = captions.read_captions_file(file, ids, names)
-        checkpoint, how = {"captions_file": samples.fingerprint_files([file])}, f"captions of {file.name}"
+    if file:
+        path = Path(file).expanduser()
+        generated = captions.read_captions_file(path, ids, names)
+        checkpoint, how = {"captions_file": samples.fingerprint_files([path])}, f"captions of {path.name}"
     else:
-        written = write_captions(c, numbers)
+        generated = generate_captions(c, numbers)
         checkpoint, how = c.model.fingerprints, f"beam search with {k.beams}" if k.beams > 1 else "greedy"
     references = [c.pairs.captions(i) for i in numbers]
-    scores = c.ranks.share(lambda: captions.score(written, references, k.java))
-    per = sum(map(len, references)) / len(references)
-    for name, value in scores.figures.items():
-        protocol = f"{per:.3g} references a picture; {scores.tokenizer}"
-        about = {
-            "library": library("pycocoevalcap"),
-            "protocol": protocol,
-            "better": "higher",
-            "checkpoint": checkpoint,
-            "written": how,
-        }
-        c.figures.add(f"captions/{name}", value, samples=len(written), **about)
+    scores = c.ranks.share(lambda: captions.score(generated, references, k.java))
+    about = {"samples": len(generated), "checkpoint": checkpoint, "written": how}
+    protocol = f"{sum(map(len, references)) / len(references):.3g} references a picture; {scores.tokenizer}"
+    for name, value in scores.metrics.items():
+        library = versions("pycocoevalcap")
+        c.records.add(f"captions/{name}", value, library=library, protocol=protocol, better="higher", **about)
     for name, reason in scores.missing.items():
-        c.figures.miss(f"captions/{name}", reason)
+        c.records.miss(f"captions/{name}", reason)
     for name, value in captions.diversity(scores.words).items():
-        about = {"library": OWN, "protocol": scores.tokenizer, "checkpoint": checkpoint, "written": how}
-        c.figures.add(f"captions/{name}", value, samples=len(written), **about)
+        c.records.add(f"captions/{name}", value, library=OWN, protocol=scores.tokenizer, **about)
     if c.ranks.is_first:
-        write_whole(c.folder / "captions.json", captions.coco_results(ids, written))
+        write_text(c.folder / "captions.json", captions.coco_results(ids, generated))
     key = next((name for name in ("cider", "rouge_l") if name in scores.each), None)
     if key:
 
-        def case(i: int) -> tuple:
-            return as_image(c.pairs.picture(numbers[i])), written[i], "references: " + " | ".join(references[i])
+        def case(i: int) -> tuple[Image.Image, str, str]:
+            return as_pil(c.pairs.image(numbers[i])), generated[i], "references: " + " | ".join(references[i])
 
-        c.add_gallery("Captions written for pictures", f"ordered by {key}", scores.each[key], case)
-    return {"pictures": len(written), "references": sum(map(len, references)), "file": "captions.json"}
+        c.add_gallery("Captions generated for images", f"ordered by {key}", scores.each[key], case)
+    return {"pictures": len(generated), "references": sum(map(len, references)), "file": "captions.json"}
 
 
-def write_captions(c: Context, numbers: list[int]) -> list[str]:
-    """The model's captions of pictures, shared among processes."""
+def generate_captions(c: Context, numbers: list[int]) -> list[str]:
+    """The model's captions of images, shared among processes."""
     mine, size, found = list(c.ranks.mine(len(numbers))), c.config.write.batch_size, {}
     for start in range(0, len(mine), size):
         part = mine[start : start + size]
-        rows = c.model.image_to_text([c.pairs.picture(numbers[n]) for n in part], beams=c.config.captions.beams)
+        rows = c.model.image_to_text([c.pairs.image(numbers[n]) for n in part], beams=c.config.captions.beams)
         found |= {n: row[0] for n, row in zip(part, rows, strict=True)}
     return list(c.ranks.gather(found).values())
 
@@ -81,53 +76,50 @@ def write_captions(c: Context, numbers: list[int]) -> list[str]:
 # ----------------------------------------------------------------------------------------------------------- retrieval
 
 
-def _corrections(c: Context, given: str) -> str:
+def _scored(c: Context, given: str) -> str:
+    """The score of `likelihood.corrected`, in words."""
     k = c.config.likelihood
-    said = f"log p({'text | image' if given == 'image' else 'image | text'})"
+    score = f"log p({'text | image' if given == 'image' else 'image | text'})"
     if k.prior_weight:
-        said += f" - {k.prior_weight:g} x the candidate's own ({k.prior})"
+        score += f" - {k.prior_weight:g} x the candidate's own ({k.prior})"
     if given == "image" and k.length_power:
-        said = f"({said}) / tokens^{k.length_power:g}"
-    return said
+        score = f"({score}) / tokens^{k.length_power:g}"
+    return score
 
 
-def retrieve(c: Context) -> dict[str, Any]:
-    """R@1/5/10 both ways, from either likelihood; returns the pool."""
+def retrieve(c: Context) -> dict[str, object]:
+    """R@1/5/10 both ways, by either likelihood; returns the pool."""
     k = c.config.likelihood
-    drawn, pictures = c.readable(_different(c, k.retrieval_pictures))
+    # as many captions of the fixed sample as images: each is of another image
+    chosen, images = c.readable(c.pairs.sample(min(k.retrieval_pictures, len(c.pairs)), c.seed))
     texts, owners = [], []
-    for i, d in enumerate(drawn):
-        others = [text for text in c.pairs.captions(d.index) if text != d.caption]
-        of_it = [d.caption, *others][: k.retrieval_captions]
+    for i, sample in enumerate(chosen):
+        others = [text for text in c.pairs.captions(sample.index) if text != sample.caption]
+        of_it = [sample.caption, *others][: k.retrieval_captions]
         texts += of_it
         owners += [i] * len(of_it)
-    if len(drawn) < 2:
-        raise DataError(f"retrieval needs at least 2 pictures that can be read, got {len(drawn)}.")
-    scores = likelihood.score_all(c.model, c.model.codes(pictures), c.model.encode_texts(texts), c.ranks)
+    if len(chosen) < 2:
+        raise DataError(f"retrieval needs at least 2 images that can be read, got {len(chosen)}.")
+    scores = likelihood.score_all(c.model, c.model.codes(images), c.model.encode_texts(texts), c.ranks)
     for given, name in LOG_P.items():
         matrix_IT = likelihood.corrected(scores, given, k.length_power, k.prior_weight, k.prior)
         for direction, found in likelihood.retrieval(matrix_IT, torch.tensor(owners)).items():
-            queries, pool = len(drawn), len(texts)
+            queries, pool = len(chosen), len(texts)
             if direction == "text_to_image":
                 queries, pool = pool, queries
             for key, value in found.items():
-                protocol = f"{_corrections(c, given)}; {queries} queries, pool of {pool}; ties count against"
-                about: dict[str, Any] = {"library": OWN, "protocol": protocol, "pool": pool, "better": "lower"}
+                protocol = f"{_scored(c, given)}; {queries} queries, pool of {pool}; ties count against"
+                about: dict[str, object] = {"library": OWN, "protocol": protocol, "pool": pool, "better": "lower"}
                 if key.startswith("r@"):
                     about |= {"interval": wilson(round(value * queries), queries), "better": "higher"}
-                c.figures.add(f"retrieval/{name}/{direction}/{key}", value, samples=queries, **about)
-    return {"pictures": len(drawn), "captions": len(texts), "cut_to_text_len": c.cut(texts)}
-
-
-def _different(c: Context, count: int) -> list:
-    """The first captions of the draw, each of another picture."""
-    return c.pairs.draw(min(count, len(c.pairs)), c.seed)
+                c.records.add(f"retrieval/{name}/{direction}/{key}", value, samples=queries, **about)
+    return {"pictures": len(chosen), "captions": len(texts), "cut_to_text_len": c.cut(texts)}
 
 
 # ------------------------------------------------------------------------------------------------------ classification
 
 
-def classify(c: Context) -> dict[str, Any]:
+def classify(c: Context) -> dict[str, object]:
     """Zero-shot classification of class folders by scoring the classes' names."""
     k = c.config.likelihood
     dataset = ImageDataset(k.classes_dir, c.resolution, train=False, as_uint8=True, key="classes_dir")
@@ -144,16 +136,16 @@ def classify(c: Context) -> dict[str, Any]:
             if top == 5 and len(names) <= 5:
                 continue
             right = int((rank_I <= top).sum())
-            protocol = f"{_corrections(c, given)}; {len(names)} classes as {k.class_prompt!r}; ties count against"
+            protocol = f"{_scored(c, given)}; {len(names)} classes as {k.class_prompt!r}; ties count against"
             about = {"library": OWN, "protocol": protocol, "better": "higher", "classes": len(names)}
             about |= {"interval": wilson(right, len(label_I))}
-            c.figures.add(f"zero_shot/{name}/top_{top}", right / len(label_I), samples=len(label_I), **about)
+            c.records.add(f"zero_shot/{name}/top_{top}", right / len(label_I), samples=len(label_I), **about)
     cut = c.cut([k.class_prompt.format(name) for name in names])
     return {"classes": len(names), "pictures": len(label_I), "cut_to_text_len": cut}
 
 
 def _codes_and_labels(c: Context, dataset: ImageDataset, numbers: list[int]) -> tuple[Tensor, Tensor]:
-    """Codes (I, N) and labels (I) of the pictures that can be read; no more than a batch of pictures is held."""
+    """Codes (I, N) and labels (I) of the images that can be read; at most a batch of images is in memory."""
     codes, labels, size = [], [], c.config.write.batch_size
     for start in c.ranks.follow(range(0, len(numbers), size), "codes"):
         read = [item for i in numbers[start : start + size] if (item := dataset[(0, i)]) is not None]
@@ -161,7 +153,7 @@ def _codes_and_labels(c: Context, dataset: ImageDataset, numbers: list[int]) -> 
             codes.append(c.model.codes([x for x, _ in read]))
             labels += [label for _, label in read]
     if not labels:
-        raise DataError(f"classes_dir: none of the {len(numbers)} pictures asked for can be read.")
+        raise DataError(f"classes_dir: none of the {len(numbers)} images asked for can be read.")
     return torch.cat(codes), torch.tensor(labels)
 
 
@@ -178,22 +170,23 @@ def class_names(folders: list[str], file: str | None) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"class_names: {file} cannot be read as UTF-8 text: {error}") from error
     known = dict(line.split("\t", 1) for line in lines if "\t" in line)
-    bare = [folder for folder in folders if not known.get(folder, "").strip()]
-    if bare:
-        raise DataError(f"class_names: {file} has no line `{bare[0]}<TAB>name` ({len(bare)} folders lack one).")
+    without = [folder for folder in folders if not known.get(folder, "").strip()]
+    if without:
+        raise DataError(f"class_names: {file} has no line `{without[0]}<TAB>name` ({len(without)} folders lack one).")
     return [known[folder].strip() for folder in folders]
 
 
 # ---------------------------------------------------------------------------------------------------------------- bits
 
 
-def likelihoods(c: Context) -> dict[str, Any]:
+def likelihoods(c: Context) -> dict[str, object]:
     """Held-out log p of both directions in bits per token, per code and per image dimension; returns the pairs."""
-    drawn, pictures = c.readable(c.pairs.draw(c.config.likelihood.likelihood_pairs, c.seed))
-    if not drawn:
-        raise DataError("not one of the pictures of the draw can be read. Are the files whole?")
-    text_BL = c.model.encode_texts([d.caption for d in drawn])
-    found = likelihood.held_out(c.model, c.model.codes(pictures), text_BL, c.ranks)
+    chosen, images = c.readable(c.pairs.sample(c.config.likelihood.likelihood_pairs, c.seed))
+    if not chosen:
+        raise DataError("None of the images of the chosen pairs can be read. Are the files whole?")
+    texts = [sample.caption for sample in chosen]
+    text_BL = c.model.encode_texts(texts)
+    found = likelihood.held_out(c.model, c.model.codes(images), text_BL, c.ranks)
     units = {
         "bits_per_token": "log2 p of captions, their ends included, over all tokens of the model's tokenizer",
         "bits_per_code": "log2 p of AugVAE's codes, over their number",
@@ -204,9 +197,9 @@ def likelihoods(c: Context) -> dict[str, Any]:
         about = {"library": OWN, "protocol": protocol, "better": "lower"}
         if not math.isnan(error):
             about |= {"standard_error": error, "interval": (value - 1.96 * error, value + 1.96 * error)}
-        c.figures.add(f"likelihood/{name}", value, samples=len(drawn), **about)
+        c.records.add(f"likelihood/{name}", value, samples=len(chosen), **about)
     if found.text_alone_B is None:
         reason = "the model was trained without reference_dropout, so it has no likelihood without a reference"
         for name in ("text_alone/bits_per_token", "image_alone/bits_per_code", "image_alone/bits_per_dimension"):
-            c.figures.miss(f"likelihood/{name}", reason)
-    return {"pairs": len(drawn), "cut_to_text_len": c.cut([d.caption for d in drawn])}
+            c.records.miss(f"likelihood/{name}", reason)
+    return {"pairs": len(chosen), "cut_to_text_len": c.cut(texts)}

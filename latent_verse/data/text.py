@@ -1,0 +1,364 @@
+"""Tokenizers: CLIP's byte-pair vocabulary, and a small byte-level BPE trained on the user's own captions.
+
+Both give plain ids, without start, end or padding: BiART adds its own special tokens after `vocab_size` (see
+`biart/sequence.py`). An empty caption has no ids.
+
+    tokenizer = load_tokenizer("clip")                          # or the folder of a run or bundle
+    tokenizer = BPETokenizer.train(captions, vocab_size=2000)
+    ids = tokenizer.encode("a red circle")                      # list[int], each in [0, vocab_size)
+    tokenizer.decode(ids)                                       # "a red circle"
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import html
+import importlib.util
+import json
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TypedDict
+
+import regex
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+from latent_verse.config import UserError
+
+VOCABULARY_FILE = "tokenizer.json"
+META_FILE = "tokenizer_config.json"
+TOO_LONG = ("truncate", "error")
+BYTES = 256  # a byte-level vocabulary holds every byte, so that no text is unknown
+
+CLIP_VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"  # in the package open_clip: a header, then one merge a line
+CLIP_MERGES = 48_894  # as many of them as CLIP uses
+CLIP_SPECIALS = ("<start_of_text>", "<end_of_text>")
+# CLIP's words, by `regex` as in open_clip: `tokenizers` has older Unicode tables.
+CLIP_WORDS = regex.compile(
+    "|".join(CLIP_SPECIALS) + r"|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE
+)
+WORD_END = "</w>"
+
+
+class TokenizerError(UserError):
+    """A caption, a vocabulary or a tokenizer folder cannot be used. The message says which one and what to do."""
+
+
+class PackedTokenizer(TypedDict):
+    """A tokenizer as plain types: its name, its fingerprint, and the text of its files by their names."""
+
+    name: str
+    fingerprint: str
+    files: dict[str, str]
+
+
+class Tokenizer:
+    """What both tokenizers share; a subclass adds `name`, `_ids`, `decode` and `save`.
+
+    Attributes:
+        vocab_size: ids are in [0, vocab_size).
+        fingerprint: 16 hexadecimal digits, the same for the same vocabulary and merges.
+    """
+
+    name: str
+
+    def __init__(self, bpe: tokenizers.Tokenizer):
+        self._bpe = bpe
+        self.vocab_size: int = bpe.get_vocab_size()
+        model = json.loads(bpe.to_str())["model"]
+        ordered = sorted(model["vocab"].items(), key=lambda item: item[1])
+        digest = hashlib.sha256(json.dumps([ordered, model["merges"]]).encode())
+        self.fingerprint = digest.hexdigest()[:16]
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        raise NotImplementedError
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of one list of ids.
+
+        Raises:
+            TokenizerError: an id is outside the vocabulary.
+        """
+        raise NotImplementedError
+
+    def save(self, folder: str | Path) -> None:
+        """Write a folder that `load_tokenizer` reads."""
+        raise NotImplementedError
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of one caption, of any length.
+
+        Raises:
+            TokenizerError: as `encode_batch`.
+        """
+        return self.encode_batch([text])[0]
+
+    def encode_batch(
+        self, texts: Sequence[str], length: int | None = None, too_long: str = "truncate"
+    ) -> list[list[int]]:
+        """The ids of each caption, without padding.
+
+        Args:
+            length: the largest number of ids of a caption; None is no limit.
+            too_long: "truncate" cuts longer captions at `length`, never inside a character; "error" refuses them.
+
+        Raises:
+            TokenizerError: a caption is too long, is no string, or holds a lone surrogate, which no UTF-8 file can.
+        """
+        if too_long not in TOO_LONG:
+            raise TokenizerError(f"too_long is {too_long!r}; it must be one of {', '.join(TOO_LONG)}.")
+        if length is not None and length < 1:
+            raise TokenizerError(f"The length of captions (text_len) is {length}; it must be at least 1.")
+        if isinstance(texts, str):
+            raise TokenizerError("encode_batch takes a list of captions; for a single one call encode(text).")
+        texts = [_checked(text, i) for i, text in enumerate(texts)]
+        batch = self._ids(texts)
+        if length is None:
+            return batch
+        for i, ids in enumerate(batch):
+            if len(ids) <= length:
+                continue
+            if too_long == "error":
+                raise TokenizerError(
+                    f"Caption {i}, {_shortened(texts[i])}, is {len(ids)} tokens long and the limit text_len is "
+                    f"{length}. Shorten it, set text_too_long: truncate, or train with text_len: {len(ids)} or more."
+                )
+            batch[i] = self._cut(ids, length)
+        return batch
+
+    def _cut(self, ids: list[int], length: int) -> list[int]:
+        """The first `length` ids, without the last few (up to three) where they are only a part of a character."""
+        cut = ids[:length]
+        whole = self.decode(ids)
+        for stop in range(length, max(length - 4, 0), -1):
+            if whole.startswith(self.decode(cut[:stop])):
+                return cut[:stop]
+        return cut
+
+    def decode_batch(self, batch: Iterable[Sequence[int]]) -> list[str]:
+        """The text of each list of ids."""
+        return [self.decode(ids) for ids in batch]
+
+    def _check_ids(self, ids: Sequence[int]) -> list[int]:
+        ids = [int(i) for i in ids]
+        for i in ids:
+            if not 0 <= i < self.vocab_size:
+                raise TokenizerError(
+                    f"Token id {i} is not one of the {self.vocab_size} of the tokenizer {self.name!r}. "
+                    "Remove padding and other specials before decoding."
+                )
+        return ids
+
+    def _save_meta(self, folder: str | Path) -> Path:
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        meta = {"name": self.name, "vocab_size": self.vocab_size, "fingerprint": self.fingerprint}
+        (folder / META_FILE).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+        return folder
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(vocab_size={self.vocab_size}, fingerprint={self.fingerprint!r})"
+
+
+class ClipTokenizer(Tokenizer):
+    """CLIP's vocabulary of 49,408 (Radford et al., 2021), cleaned and split as by open_clip: ftfy, HTML entities, one
+    space between words, lower case. `decode` gives that cleaned text with a space after every word and mark:
+    "It's 3.5" comes back as "it 's 3 . 5". The vocabulary is read from the installed package open_clip, offline.
+
+    Raises:
+        TokenizerError: open_clip is not installed.
+    """
+
+    name = "clip"
+
+    def __init__(self):
+        lines = gzip.decompress(_clip_vocabulary().read_bytes()).decode("utf-8").split("\n")
+        merges = [tuple(line.split()) for line in lines[1 : CLIP_MERGES + 1]]
+        letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+        tokens = [*letters, *(letter + WORD_END for letter in letters), *("".join(merge) for merge in merges)]
+        vocabulary = {token: i for i, token in enumerate([*tokens, *CLIP_SPECIALS])}
+        bpe = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges, end_of_word_suffix=WORD_END))
+        bpe.add_special_tokens(list(CLIP_SPECIALS))
+        bpe.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Split(" ", "removed"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        )
+        bpe.decoder = decoders.ByteLevel()
+        super().__init__(bpe)
+
+    def normalise(self, text: str) -> str:
+        """The text as it is tokenized."""
+        import ftfy  # takes 80 ms
+
+        return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split()).lower()
+
+    def _ids(self, texts):
+        words = [" ".join(CLIP_WORDS.findall(self.normalise(text))) for text in texts]
+        return [encoding.ids for encoding in self._bpe.encode_batch_fast(words)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The cleaned text, without CLIP's own start and end of text."""
+        return self._bpe.decode(self._check_ids(ids)).replace(WORD_END, " ").strip()
+
+    def save(self, folder: str | Path) -> None:
+        """Write the name and the fingerprint, by which `load_tokenizer` checks open_clip's vocabulary."""
+        self._save_meta(folder)
+
+
+class BPETokenizer(Tokenizer):
+    """Byte-level BPE. Text is normalised: lower case, Unicode NFC, one space between words, none at the ends. After
+    that the round trip is exact for any Unicode text, because every byte has an id.
+
+    Args:
+        bpe: what `train` or `load_tokenizer` made.
+    """
+
+    name = "bpe"
+
+    @classmethod
+    def train(cls, captions: Iterable[str], vocab_size: int) -> BPETokenizer:
+        """Learn merges from captions; blank ones are skipped.
+
+        The result has at most `vocab_size` ids: fewer if no more pairs occur twice.
+
+        Raises:
+            TokenizerError: `vocab_size` is below 256, or no caption holds any text.
+        """
+        if vocab_size < BYTES:
+            raise TokenizerError(
+                f"vocab_size is {vocab_size}; a byte-level vocabulary needs at least {BYTES}, one id for every byte."
+            )
+        if isinstance(captions, str):
+            raise TokenizerError("train takes a list of captions, and was given a single string.")
+        captions = [_checked(text, i) for i, text in enumerate(captions)]
+        captions = [text for text in captions if text.strip()]
+        if not captions:
+            raise TokenizerError("There is no caption to train a tokenizer on: the list is empty or all are blank.")
+        bpe = tokenizers.Tokenizer(models.BPE())
+        one_space = normalizers.Replace(tokenizers.Regex(r"\s+"), " ")
+        bpe.normalizer = normalizers.Sequence(
+            [normalizers.Lowercase(), normalizers.NFC(), one_space, normalizers.Strip()]
+        )
+        # The prefix space gives a word the same tokens wherever it stands; decode removes it.
+        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        bpe.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            min_frequency=2,
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        )
+        bpe.train_from_iterator(captions, trainer)
+        return cls(bpe)
+
+    def normalise(self, text: str) -> str:
+        """The text as it is tokenized, and as `decode(encode(text))` returns it."""
+        return self._bpe.normalizer.normalize_str(text)
+
+    def _ids(self, texts):
+        # The library puts its prefix space before an empty text too.
+        return [e.ids if text.strip() else [] for text, e in zip(texts, self._bpe.encode_batch(texts), strict=True)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The normalised text; bytes that form no character become U+FFFD."""
+        return self._bpe.decode(self._check_ids(ids)).removeprefix(" ")
+
+    def save(self, folder: str | Path) -> None:
+        """Write tokenizer.json (the format of the `tokenizers` library) and the name and fingerprint beside it."""
+        folder = self._save_meta(folder)
+        self._bpe.save(str(folder / VOCABULARY_FILE))
+
+
+def load_tokenizer(name_or_dir: str | Path) -> Tokenizer:
+    """The tokenizer of this name (`clip`), or of a folder that `save` wrote.
+
+    Raises:
+        TokenizerError: it is neither, or the folder is incomplete or has been changed.
+    """
+    if str(name_or_dir) == ClipTokenizer.name:
+        return ClipTokenizer()
+    folder = Path(name_or_dir)
+    if not folder.is_dir():
+        raise TokenizerError(f"There is no tokenizer {str(name_or_dir)!r}: give clip, or a folder with {META_FILE}.")
+    meta = _read_json(folder / META_FILE)
+    if meta.get("name") == ClipTokenizer.name:
+        tokenizer: Tokenizer = ClipTokenizer()
+    elif meta.get("name") == BPETokenizer.name:
+        tokenizer = _load_bpe(folder / VOCABULARY_FILE)
+    else:
+        raise TokenizerError(f"{folder / META_FILE} names the tokenizer {meta.get('name')!r}; known are clip and bpe.")
+    if tokenizer.fingerprint != meta.get("fingerprint"):
+        raise TokenizerError(
+            f"The tokenizer in {folder} is not the one that was saved: fingerprint {tokenizer.fingerprint}, recorded "
+            f"{meta.get('fingerprint')}. Restore {VOCABULARY_FILE} from the run that trained the model."
+        )
+    return tokenizer
+
+
+def pack_tokenizer(tokenizer: Tokenizer) -> PackedTokenizer:
+    """A tokenizer as plain types, for checkpoints."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save(folder)
+        files = {file.name: file.read_text(encoding="utf-8") for file in Path(folder).iterdir()}
+    return {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint, "files": files}
+
+
+def unpack_tokenizer(packed: PackedTokenizer) -> Tokenizer:
+    """The tokenizer that `pack_tokenizer` packed.
+
+    Raises:
+        TokenizerError: as `load_tokenizer`.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        for name, text in packed["files"].items():
+            (Path(folder) / Path(name).name).write_text(text, encoding="utf-8")
+        return load_tokenizer(folder)
+
+
+def _load_bpe(path: Path) -> BPETokenizer:
+    _read_json(path)  # for an error that names the file
+    try:
+        return BPETokenizer(tokenizers.Tokenizer.from_file(str(path)))
+    except Exception as error:  # the library raises bare Exception
+        raise TokenizerError(f"{path} is not a BPE tokenizer of the tokenizers library: {error}") from error
+
+
+def _read_json(path: Path) -> dict[str, object]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise TokenizerError(f"{path.parent} holds no {path.name}; the folder of a tokenizer needs it.") from None
+    except ValueError as error:
+        raise TokenizerError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise TokenizerError(f"{path} holds a {type(content).__name__} where a JSON object is expected.")
+    return content
+
+
+def _clip_vocabulary() -> Path:
+    """CLIP's merges in the package open_clip, which is found but not imported: that takes 8 to 14 s."""
+    package = importlib.util.find_spec("open_clip")
+    for folder in (package and package.submodule_search_locations) or []:
+        if (Path(folder) / CLIP_VOCABULARY).is_file():
+            return Path(folder) / CLIP_VOCABULARY
+    raise TokenizerError(
+        f"The clip tokenizer needs {CLIP_VOCABULARY} of the package open_clip_torch: pip install open_clip_torch."
+    )
+
+
+def _checked(text: str, i: int) -> str:
+    if not isinstance(text, str):
+        raise TokenizerError(f"Caption {i} is {text!r}, a {type(text).__name__}; captions are strings.")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise TokenizerError(
+            f"Caption {i}, {_shortened(text)}, holds a lone surrogate at character {error.start}, which is not text. "
+            "Read its file as UTF-8 or remove it."
+        ) from error
+    return text
+
+
+def _shortened(text: str, limit: int = 60) -> str:
+    return repr(text if len(text) <= limit else text[: limit - 1] + "…")

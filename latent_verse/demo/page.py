@@ -1,0 +1,156 @@
+"""The demo's page: one HTML file that holds its images and curves and loads nothing from the network.
+
+    write_page(folder, report)        writes <folder>/index.html
+
+Images are embedded as they are and enlarged by the browser, pixel by pixel; curves are SVG by matplotlib.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from latent_verse.evaluation.shapes_truth import ATTRIBUTES
+from latent_verse.files import write_text
+from latent_verse.html import embedded, render
+from latent_verse.metrics.intervals import wilson
+
+TEXT_COLOUR = "#7a828c"  # of curves' axes: readable on white and on black
+COLOURS = ("#3b82f6", "#f97316", "#10b981", "#a855f7")
+SPLIT_NAMES = {"unseen": "Unseen scenes", "heldout": "Held-out combinations"}
+SPLIT_NOTES = {
+    "unseen": "Scenes that no network was trained on; each of their objects occurred in other scenes. Different scenes "
+    "of this kind chose, by the loss, among the checkpoints after each epoch.",
+    "heldout": "Scenes with a colour and a shape that never occurred together in training, in images or in captions.",
+}
+
+
+@dataclass
+class Curves:
+    """A plot: {label: [(step, value), ...]}."""
+
+    title: str
+    unit: str
+    lines: dict[str, list[tuple[int, float]]]
+    log_scale: bool = False
+
+
+@dataclass
+class Report:
+    """All that the page shows.
+
+    Attributes:
+        metrics: what metrics.json holds.
+        splits: {"unseen": results, "heldout": results}, each as evaluation/shapes.py writes its JSON file.
+        folder: the names of images in there are relative to it.
+        stages: (title, seconds, command) of each stage, in order.
+        facts: (name, value): machine, commit, ...
+    """
+
+    title: str
+    metrics: dict[str, Any]
+    splits: dict[str, dict[str, Any]]
+    folder: Path
+    stages: list[tuple[str, float, str]]
+    curves: list[Curves] = field(default_factory=list)
+    facts: list[tuple[str, str]] = field(default_factory=list)
+
+
+def read_curves(run: Path, names: dict[str, str]) -> dict[str, list[tuple[int, float]]]:
+    """{label: points} of the columns {column: label} in a run folder's CSV logs.
+
+    A resumed run has several logs; where they overlap, the later one counts.
+    """
+    points: dict[str, dict[int, float]] = {label: {} for label in names.values()}
+    logs = sorted(run.glob("logs*/metrics.csv"), key=lambda file: file.stat().st_mtime)
+    for log in logs:
+        with open(log, newline="") as file:
+            for row in csv.DictReader(file):
+                for column, label in names.items():
+                    if row.get(column):
+                        points[label][int(row["step"])] = float(row[column])
+    return {label: sorted(of_label.items()) for label, of_label in points.items() if of_label}
+
+
+def write_page(folder: Path, report: Report) -> Path:
+    """Write <folder>/index.html, whole or not at all; returns its path."""
+    rerank_temperature = report.metrics["draw"].get("rerank_temperature")  # None where nothing was re-ranked
+    seconds = sum(seconds for _, seconds, _ in report.stages)
+    page = render(
+        "demo.html",
+        title=report.title,
+        text_to_image=_percent(report.metrics["text_to_image"]["unseen"]),
+        image_to_text=_percent(report.metrics["image_to_text"]["unseen"]),
+        seconds=seconds,
+        head=["direction", "scenes", "right", "share", "95 % interval", *ATTRIBUTES],
+        results=_results(report),
+        among="" if rerank_temperature is None else f" among those sampled at temperature {rerank_temperature:g}",
+        splits=[
+            {
+                "title": SPLIT_NAMES[name],
+                "note": SPLIT_NOTES[name],
+                "cases": [case for case in split["cases"] if "picture" in case],
+            }
+            for name, split in report.splits.items()
+        ],
+        source=lambda file: embedded(report.folder / file),
+        plots=[{"title": curves.title, "source": embedded(_plot(curves))} for curves in report.curves],
+        stages=[*((title, f"{s:.0f} s") for title, s, _ in report.stages), ("total", f"{seconds:.0f} s")],
+        commands=[command for _, _, command in report.stages],
+        facts=report.facts,
+    )
+    path = folder / "index.html"
+    write_text(path, page)
+    return path
+
+
+def _results(report: Report) -> list[list[str]]:
+    rows = []
+    for direction in ("text_to_image", "image_to_text", "reconstruction"):
+        for name, result in report.metrics.get(direction, {}).items():
+            low, high = wilson(result["right"], result["total"])
+            scenes = SPLIT_NAMES.get(name, name).lower()
+            if name.startswith("reranked"):
+                scenes = f"{SPLIT_NAMES[result['split']].lower()}, best of {result['drawn']}"
+            attributes = result.get("attributes", {})
+            rows.append(
+                [direction.replace("_", " "), scenes, f"{result['right']} of {result['total']}", _percent(result)]
+                + [f"{100 * low:.1f} to {100 * high:.1f} %"]
+                + [_percent(attributes[a]) if a in attributes else "" for a in ATTRIBUTES]
+            )
+    return rows
+
+
+def _percent(result: dict[str, int]) -> str:
+    return f"{100 * result['right'] / result['total']:.1f} %" if result["total"] else "-"
+
+
+def _plot(curves: Curves) -> bytes:
+    """The curves as SVG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    with plt.rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9}):
+        figure, axes = plt.subplots(figsize=(6.2, 2.9), layout="constrained")
+        for (label, points), colour in zip(curves.lines.items(), COLOURS * 2, strict=False):
+            axes.plot(*zip(*points, strict=True), label=label, color=colour, linewidth=1.5)
+        axes.set_xlabel("step", color=TEXT_COLOUR)
+        axes.set_ylabel(curves.unit, color=TEXT_COLOUR)
+        if curves.log_scale:
+            axes.set_yscale("log")
+        axes.tick_params(which="both", colors=TEXT_COLOUR)
+        axes.grid(alpha=0.2)
+        for side, spine in axes.spines.items():
+            spine.set_visible(side in ("left", "bottom"))
+            spine.set_color(TEXT_COLOUR)
+        if curves.lines:
+            axes.legend(frameon=False, labelcolor=TEXT_COLOUR)
+        out = io.BytesIO()
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+        plt.close(figure)
+    return out.getvalue()

@@ -1,0 +1,84 @@
+"""What the demo leaves behind: metrics.json and index.html, gathered from the outputs of its stages."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from latent_verse.demo.page import Curves, Report, read_curves, write_page
+from latent_verse.files import write_text
+from latent_verse.machine import commit, machine
+
+SPLITS = ("unseen", "heldout")
+VAE_COLUMNS = {"train/rec_loss": "train", "val/rec_loss": "validation"}
+NATS_COLUMNS = {
+    "val/text_to_image/image_loss": "image given text, per code",
+    "val/image_to_text/text_loss": "text given image, per token",
+}
+RIGHT_COLUMNS = {"val/text_to_image/right": "text to image", "val/image_to_text/right": "image to text"}
+
+
+def write(out: Path, world: str, stages: list[tuple[str, str, str]], seconds: dict[str, float]) -> Path:
+    """Write <out>/metrics.json and <out>/index.html; returns the page's path.
+
+    Args:
+        out: the demo's folder, which holds unseen.json, heldout.json, codes/ and runs/.
+        stages: (name, title, command) of each stage.
+        seconds: of each stage, all its runs together.
+    """
+    splits = {split: json.loads((out / f"{split}.json").read_text()) for split in SPLITS}
+    facts = machine() | {"commit": commit()}
+    metrics = gather(world, splits, seconds) | {"facts": facts, "commands": [command for _, _, command in stages]}
+    write_text(out / "metrics.json", json.dumps(metrics, indent=1))
+    sampling = splits["unseen"]["draw"]
+    codes = json.loads((out / "codes" / "train" / "codes.json").read_text())
+    about = {
+        "world": world,
+        "training images": f"{codes['pairs']} (repeated scenes included), {codes['captions']} captions",
+        "codes of an image": f"{codes['image_len']}, from a codebook of {codes['codebook_size']}",
+        "image sampling": f"temperature {sampling['temperature']:g}, guidance {sampling['guidance']:g}"
+        + "".join(f", {name} {sampling[name]:g}" for name in ("top_k", "top_p") if sampling[name]),
+        "captions": "greedy",
+    }
+    report = Report(
+        title=f"L-Verse on the {world} shapes world",
+        metrics=metrics,
+        splits=splits,
+        folder=out,
+        stages=[(title, seconds[name], command) for name, title, command in stages],
+        curves=curves(out),
+        facts=[*about.items(), *facts.items()],
+    )
+    return write_page(out, report)
+
+
+def gather(world: str, splits: dict[str, dict[str, Any]], seconds: dict[str, float]) -> dict[str, Any]:
+    """The results as metrics.json holds them.
+
+    {text_to_image: {unseen: {right, total, attributes}, heldout, reranked, reranked_heldout}, image_to_text: {unseen,
+    heldout}, reconstruction: {unseen, heldout}, seconds: {stage: s, total: s}, world, draw}. `reranked` is on unseen
+    scenes; both re-ranked results say how many images there were to choose from (`drawn`).
+    """
+    metrics: dict[str, Any] = {"world": world, "draw": splits["unseen"]["draw"]}
+    for direction in ("text_to_image", "image_to_text", "reconstruction"):
+        metrics[direction] = {split: splits[split][direction] for split in SPLITS}
+    for split, name in (("unseen", "reranked"), ("heldout", "reranked_heldout")):
+        if "reranked" in splits[split]:
+            metrics["text_to_image"][name] = splits[split]["reranked"] | {"split": split}
+    metrics["seconds"] = seconds | {"total": round(sum(seconds.values()), 2)}
+    return metrics
+
+
+def curves(out: Path) -> list[Curves]:
+    """The learning curves of every run below <out>/runs that has logged any: both AugVAEs, then BiART."""
+    of_vae, of_biart = [], []
+    for run in sorted((out / "runs").iterdir()):
+        if run.name.endswith(("_ml", "_sl")):
+            title = f"AugVAE-{run.name[-2:].upper()}: reconstruction error"
+            of_vae.append(Curves(title, "MSE", read_curves(run, VAE_COLUMNS), True))
+        else:
+            nats, right = (read_curves(run, columns) for columns in (NATS_COLUMNS, RIGHT_COLUMNS))
+            of_biart.append(Curves("BiART: loss on validation pairs", "nats", nats))
+            of_biart.append(Curves("BiART: share of a few validation scenes that is right", "share", right))
+    return [c for c in of_vae + of_biart if c.lines]

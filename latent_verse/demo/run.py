@@ -1,0 +1,299 @@
+"""The demo: AugVAE-ML -> AugVAE-SL -> codes -> BiART on a shapes world, evaluated in both directions, and its page.
+
+    python -m latent_verse.demo --world small --out demo        what `make demo` runs
+
+Each stage is a script that a user would call, in a process of its own; this file decides their order and gathers the
+results. If interrupted, rerun the command to resume: finished stages are recognised by their outputs, and unfinished
+ones resume by their own means (--backup, shards of codes). If a stage's output is gone, the stages after it do not
+count as finished.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, Optional
+
+from latent_verse.config import ConfigError, Settings, setting
+from latent_verse.config.cli import one_line_errors, parse
+from latent_verse.config.train import TrainBiARTConfig, TrainVAEConfig
+from latent_verse.data.shapes import PRESETS, World
+from latent_verse.demo import results
+from latent_verse.files import write_text
+
+ROOT = Path(__file__).parents[2]
+PREFIX = {"small": "demo", "full": "demo_full"}  # of the recipes' names in configs/
+TRAIN_PAIRS = {"small": 8000, "full": 30_000}
+VAL_PAIRS = 256  # for the learning curves and to choose among checkpoints
+SAMPLES = 24  # scenes of each split that the page shows
+
+
+@dataclass(frozen=True)
+class DemoSettings(Settings):
+    """Which demo, and where."""
+
+    world: str = setting(
+        "small", "world of shapes; small takes minutes on a CPU, full two hours or a GPU", tuple(PRESETS)
+    )
+    out: str = setting("demo", "folder for all outputs; rerun the command to resume")
+    recipes: Optional[str] = setting(None, "folder with the three recipes, named as in configs/, which is the default")
+    train_pairs: Optional[int] = setting(None, "number of training pairs; default 8000, or 30000 for full", at_least=1)
+    count: int = setting(500, "number of scenes to evaluate in each split", at_least=1)
+    rerank: int = setting(8, "number of images that the model chooses from, for the results with re-ranking")
+    gpus: int = setting(1, "1 uses the GPU if there is one, 0 the CPU", at_least=0, at_most=1)
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Everything the demo can be told."""
+
+    demo: DemoSettings = field(default_factory=DemoSettings)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One process.
+
+    Attributes:
+        command: its arguments, after the interpreter.
+        output: a pattern below the demo's folder; the stage is finished if a file matches it.
+        world: fingerprint of the shapes world that it generates, if it does.
+        again: whether a rerun makes the output anew. Training does not: it finds itself finished.
+    """
+
+    name: str
+    title: str
+    command: list[str]
+    output: str
+    world: str = ""
+    again: bool = False
+
+    def shown(self) -> str:
+        """The command as a person types it."""
+        return shlex.join(["python", *self.command])
+
+
+class Stopped(Exception):
+    """A stage failed, or the demo was told to stop; the message says what to do. `code` is the exit code."""
+
+    def __init__(self, message: str, code: int):
+        super().__init__(message)
+        self.code = code
+
+
+# ------------------------------------------------------------------------------------------------------------ the plan
+
+
+def plan(s: DemoSettings, out: Path) -> list[Stage]:
+    """The stages, in order. Raises ConfigError for recipes that cannot be read."""
+    folder = Path(s.recipes).resolve() if s.recipes else ROOT / "configs"
+    pairs = train_pairs(s)
+    recipe = {kind: folder / f"{PREFIX[s.world]}_{kind}.yaml" for kind in ("augvae_ml", "augvae_sl", "biart")}
+    at = {name: shown_path(out / name) for name in ("data", "runs", "codes")}
+    runs = ["--log_dir", at["runs"], "--gpus", str(s.gpus)]
+    ml, sl, biart = (f"{at['runs']}/{file.stem}" for file in recipe.values())
+    world = World.preset(s.world).fingerprint
+    images = ["-m", "latent_verse.demo.images", "--world", s.world, "--out", shown_path(out)]
+    images += ["--train_pairs", str(pairs)]
+    stages = [Stage("pictures", "images and captions", images, "data/finished", world)]
+
+    folders = ["--train_dir", f"{at['data']}/train", "--val_dir", f"{at['data']}/val"]
+    for kind, title, more in (("augvae_ml", "AugVAE-ML", []), ("augvae_sl", "AugVAE-SL", ["--pretrained_path", ml])):
+        file = recipe[kind]
+        command = ["train_vae.py", "--config", shown_path(file), *folders, *more, *runs]
+        config, _ = parse(TrainVAEConfig, ["--config", str(file)], "")
+        last = f"runs/{file.stem}/checkpoints/last-epoch={config.trainer.epochs - 1}-*.ckpt"
+        stages.append(Stage(kind, title, command, last))
+
+    config, _ = parse(TrainBiARTConfig, ["--config", str(recipe["biart"])], "")
+    start = ["train_biart.py", "--config", shown_path(recipe["biart"]), "--vae_path", sl]
+    sizes = ["--dataset_size", str(pairs), "--val_size", str(min(VAL_PAIRS, pairs))]
+    shapes = ["--dataset", "shapes", "--world", s.world, *sizes]
+    extract = [*start, *shapes, "--extract_codes", at["codes"], "--gpus", str(s.gpus)]
+    stages.append(Stage("codes", "codes", extract, "codes/val/codes.json", world))
+    folders = ["--dataset", "codes", "--train_dir", f"{at['codes']}/train", "--val_dir", f"{at['codes']}/val"]
+    stages.append(Stage("biart", "BiART", [*start, *folders, *runs], f"runs/{recipe['biart'].stem}/bundle/config.json"))
+
+    sampling = config.sampling.arguments()
+    flags = [word for name, value in sampling.items() if value is not None for word in (f"--{name}", f"{value:g}")]
+    evaluate = ["-m", "latent_verse.evaluation.shapes_truth", "--model", f"{biart}/bundle", "--world", s.world, *flags]
+    evaluate += ["--rerank", str(s.rerank), "--count", str(s.count), "--samples", str(min(SAMPLES, s.count))]
+    for name, split in (("unseen", "val"), ("heldout", "heldout")):
+        file = f"{name}.json"
+        command = [*evaluate, "--split", split, "--json", shown_path(out / file), "--gpus", str(s.gpus)]
+        stages.append(Stage(name, f"evaluation on {name} scenes", command, file, world, again=True))
+    return stages
+
+
+def train_pairs(s: DemoSettings) -> int:
+    """Images with captions to train on."""
+    return s.train_pairs or TRAIN_PAIRS[s.world]
+
+
+def shown_path(path: Path) -> str:
+    """A path as the commands name it: relative to the repository's root if it lies below that."""
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+
+
+# ------------------------------------------------------------------------------------------------------------- running
+
+
+class StagesFile:
+    """<out>/stages.json: each stage's command, digest of its recipe, seconds so far, and whether it has finished."""
+
+    def __init__(self, file: Path):
+        self.file = file
+        self.stages: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.exists() else {}
+
+    def check_same(self, stages: list[Stage]) -> None:
+        """Raises ConfigError if a stage was started with another command, recipe or world than it has now."""
+        for stage in stages:
+            found = self.stages.get(stage.name)
+            now = (stage.shown(), _recipe(stage), stage.world)
+            if found and (found["command"], found["recipe"], found.get("world", "")) != now:
+                raise ConfigError(
+                    f"{self.file.parent} holds a demo with different settings: its stage {stage.title} had another "
+                    f"command, recipe or version of the world ({found['command']}). Delete that folder, or give "
+                    "another --out."
+                )
+
+    def finished(self, stage: Stage) -> bool:
+        """Whether a stage has run to its end and its output is still there."""
+        return self.stages.get(stage.name, {}).get("finished", False) and is_done(stage, self.file.parent)
+
+    def add(self, stage: Stage, seconds: float, finished: bool) -> None:
+        """Record that a stage has run for so many seconds more; if it had finished before, its time starts at zero."""
+        known = self.stages.get(stage.name, {"finished": True})
+        so_far = 0.0 if known["finished"] else known["seconds"]
+        self.stages[stage.name] = {
+            "command": stage.shown(),
+            "recipe": _recipe(stage),
+            "world": stage.world,
+            "seconds": round(so_far + seconds, 2),
+            "finished": finished,
+        }
+        write_text(self.file, json.dumps(self.stages, indent=1))
+
+
+def _recipe(stage: Stage) -> str:
+    """A digest of the recipe that a stage names, "" if it names none."""
+    if "--config" not in stage.command:
+        return ""
+    file = ROOT / stage.command[stage.command.index("--config") + 1]
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def only_one(out: Path) -> Iterator[int]:
+    """Hold the folder's lock, an open file that stages inherit: a stage whose demo was killed still holds it.
+
+    Raises:
+        ConfigError: another demo, or one of its stages, is running there.
+    """
+    with open(out / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(
+                f"out: another demo, or one of its stages, is still running in {out}. Wait for it."
+            ) from None
+        yield lock.fileno()
+
+
+def run_stage(stage: Stage, record: StagesFile, lock: int) -> None:
+    """Run one stage to its end and show its output as it comes.
+
+    The first SIGINT or SIGTERM is passed on as SIGTERM, at which training saves a checkpoint; a second one kills.
+
+    Raises:
+        Stopped: by a signal, or because the stage failed.
+    """
+    received: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        process.send_signal(signal.SIGTERM if len(received) == 1 else signal.SIGKILL)
+
+    since = time.perf_counter()
+    # a session of its own: otherwise Ctrl-C would reach the stage twice, and the second time means "at once"
+    process = subprocess.Popen([sys.executable, *stage.command], cwd=ROOT, pass_fds=[lock], start_new_session=True)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        code = None
+        while code is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                code = process.wait(timeout=5)
+            now = time.perf_counter()
+            done = code == 0 and is_done(stage, record.file.parent)
+            record.add(stage, now - since, finished=done)
+            since = now
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if received and not done:
+        raise Stopped(f"Stopped in stage {stage.title}. Rerun the command to resume.", 128 + received[0])
+    if not done:
+        why = f"failed with exit code {code}" if code else "ended early"
+        raise Stopped(f"Stage {stage.title} {why}; see above. Rerun the demo to try again:\n  {stage.shown()}", 1)
+
+
+def is_done(stage: Stage, out: Path) -> bool:
+    """Whether a stage's output exists."""
+    return any(out.glob(stage.output))
+
+
+def run(s: DemoSettings) -> Path:
+    """Run all stages that are not finished yet; returns the page's path.
+
+    Raises:
+        ConfigError: recipes that cannot be used, or a folder that holds another demo.
+        Stopped: see `run_stage`.
+    """
+    out = Path(s.out).expanduser().resolve()
+    stages = plan(s, out)
+    out.mkdir(parents=True, exist_ok=True)
+    with only_one(out) as lock:
+        record = StagesFile(out / "stages.json")
+        record.check_same(stages)
+        first = next((i for i, stage in enumerate(stages) if not record.finished(stage)), len(stages))
+        stale = [stage for stage in stages[first:] if record.finished(stage) and not stage.again]
+        if stale:
+            raise ConfigError(
+                f"{out} lacks the output of its stage {stages[first].title}, but has that of {stale[0].title}, which "
+                "depends on it. Delete that folder, or give another --out."
+            )
+        for number, stage in enumerate(stages, start=1):
+            title = f"[{number}/{len(stages)}] {stage.title}"
+            if number <= first:
+                print(f"{title}: done before, in {record.stages[stage.name]['seconds']:.0f} s", flush=True)
+                continue
+            print(f"\n{title}\n  {stage.shown()}", flush=True)
+            run_stage(stage, record, lock)
+        seconds = {stage.name: record.stages[stage.name]["seconds"] for stage in stages}
+        return results.write(out, s.world, [(g.name, g.title, g.shown()) for g in stages], seconds)
+
+
+@one_line_errors
+def main(argv: list[str] | None = None) -> int:
+    """Run the demo; 0 when done, 2 for a mistake in the settings, 128 + N when stopped by signal N, 1 for a failure."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait busily slow each other down on few cores
+    config, _ = parse(DemoConfig, argv, __doc__)
+    try:
+        page = run(config.demo)
+    except Stopped as stopped:
+        print(f"\n{stopped}", file=sys.stderr)
+        return stopped.code
+    print(f"\nThe page: {page}")
+    return 0

@@ -1,0 +1,154 @@
+"""The images and captions that an evaluation reads, and the fixed sample of captions that it generates images for.
+
+The sample is a function of the seed and of the images' names alone: not of the order of files, the machine, or the
+version of a random number generator. Images are ordered by SHA-256 of "<seed>/<name>"; each pass over them takes one
+more caption of every image, in the order of SHA-256 of "<seed>/<name>/<number>". So the first 30,000 of COCO's
+validation set are 30,000 different images with one caption each.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from latent_verse.config.evaluate import EvalDataConfig
+from latent_verse.config.train import PairDataConfig
+from latent_verse.data.datasets import PAIRS, Given, Split
+from latent_verse.data.shapes import Scene
+
+GENERATED_SIZES = {"shapes": 256, "fake": 32}  # pairs where test_size does not say
+COCO_NAME = re.compile(r"(?:^|_)(\d{12})$")  # 000000391895.jpg, COCO_val2014_000000391895.jpg
+RULE = "pictures by SHA-256 of seed/name, one caption each by SHA-256 of seed/name/number; then the next captions"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One caption of the fixed sample: of image `index`."""
+
+    index: int
+    caption: str
+
+
+class Pairs:
+    """A dataset of pairs as evaluation sees it: images by number, all captions of each, and names that never change.
+
+    Attributes:
+        names: of each image: its file's name, with the folders that distinguish it from others; a number if made up.
+        ids: of each image, in the captions file; empty if they do not identify all images.
+        made_up: whether there are no files.
+        unreadable: numbers of images that could not be read; complete once all have been asked for.
+
+    Raises:
+        DataError: naming the setting and the file.
+    """
+
+    def __init__(self, data: EvalDataConfig, resolution: int, seed: int):
+        self.resolution, self.world, self.unreadable = resolution, None, set()
+        self.dataset = _open(data, resolution, seed)
+        if data.dataset == "shapes":
+            self.world = self.dataset.world
+        paths = [self.dataset.image_path(i) for i in range(len(self.dataset))]
+        self.made_up = made = any(path is None for path in paths)
+        known = getattr(self.dataset, "ids", {})
+        ids = [known.get(path) for path in paths]
+        self.ids = ids if None not in ids and len(set(ids)) == len(ids) else []
+        root = None if made else os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
+        self.names = [str(i) if made else os.path.relpath(os.path.abspath(path), root) for i, path in enumerate(paths)]
+        self.source = self.dataset.describe()["source"]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def image(self, i: int) -> Tensor | None:
+        """Image i as uint8 (3, R, R), resized and cropped as everywhere in evaluation; None if it cannot be read."""
+        item = self.dataset[(0, i)]
+        if item is None:
+            self.unreadable.add(i)
+            return None
+        return item[0]
+
+    def identity(self, i: int) -> str:
+        """What distinguishes image i from another one of its name: the name and the size of its file."""
+        path = self.dataset.image_path(i)
+        there = path is not None and os.path.isfile(path)
+        return f"{self.names[i]} {os.path.getsize(path)}" if there else self.names[i]
+
+    def captions(self, i: int) -> list[str]:
+        """All captions of image i."""
+        return [str(caption) for caption in self.dataset.captions(i)]
+
+    def scene(self, i: int) -> Scene:
+        """The true scene of image i of shapes."""
+        return self.dataset.scene(i)
+
+    def image_ids(self) -> list[int | str]:
+        """The captions file's ids, or those in COCO's file names; else the names, or numbers for made-up images."""
+        if self.ids:
+            return self.ids
+        stems = [os.path.splitext(os.path.basename(name))[0] for name in self.names]
+        matches = [COCO_NAME.search(stem) for stem in stems]
+        if all(matches):
+            ids = [int(match[1]) for match in matches]
+            if len(set(ids)) == len(ids):
+                return ids
+        return [int(name) if name.isdigit() else name for name in self.names]
+
+    def sample(self, count: int, seed: int) -> list[Sample]:
+        """The first `count` captions of the fixed sample, or all there are."""
+        order = ordered(self.names, seed)
+        captions = {}
+        chosen: list[Sample] = []
+        turn = 0
+        while len(chosen) < count:
+            before = len(chosen)
+            for i in order:
+                if i not in captions:
+                    numbered = list(enumerate(self.captions(i)))
+                    numbered.sort(key=lambda pair, i=i: _rank(f"{seed}/{self.names[i]}/{pair[0]}"))
+                    captions[i] = [caption for _, caption in numbered]
+                if turn < len(captions[i]):
+                    chosen.append(Sample(i, captions[i][turn]))
+                if len(chosen) == count:
+                    break
+            if len(chosen) == before:
+                break
+            turn += 1
+        return chosen
+
+    def about(self, chosen: list[Sample], seed: int) -> dict[str, int | str]:
+        """The sample as metrics.json describes it, with a hash of its names and captions."""
+        lines = "\n".join(json.dumps([self.names[s.index], s.caption], ensure_ascii=False) for s in chosen)
+        digest = hashlib.sha256(lines.encode("utf-8", "replace")).hexdigest()[:16]
+        images = len({s.index for s in chosen})
+        return {"captions": len(chosen), "pictures": images, "seed": seed, "rule": RULE, "sha256": digest}
+
+
+def ordered(names: Sequence[str], seed: int) -> list[int]:
+    """The numbers of names in the order of the fixed sample."""
+    return sorted(range(len(names)), key=lambda i: _rank(f"{seed}/{names[i]}"))
+
+
+def _rank(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+
+
+def _open(data: EvalDataConfig, resolution: int, seed: int) -> Any:
+    return PAIRS[data.dataset](
+        Split(
+            name=data.split if data.dataset == "shapes" else "test",
+            data=PairDataConfig(dataset=data.dataset, world=data.world),
+            resolution=resolution,
+            seed=seed,
+            augment=False,
+            folder=Given("test_dir", data.test_dir),
+            captions=Given("test_captions", data.test_captions),
+            size=data.test_size or GENERATED_SIZES.get(data.dataset),
+        )
+    )

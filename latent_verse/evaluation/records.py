@@ -1,0 +1,168 @@
+"""Metrics with everything that is needed to compare them: library, samples, protocol, seed and checkpoint.
+
+    records = Records(checkpoint={"biart": "0123456789abcdef"}, seed=0)
+    records.add("captions/cider", 1.02, samples=5000, library=versions("pycocoevalcap"), protocol="...")
+    print(records.table("title")); json.dumps(records.as_json())
+    print(compare("results/a", "results/b"))
+
+Protocols are compared word by word between runs, old ones included: rewording one makes them "not comparable".
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, TypedDict
+
+from latent_verse import __version__
+from latent_verse.data import DataError
+
+OWN = f"latent_verse {__version__}"
+SAME = ("library", "samples", "protocol", "seed", "dtype")  # what two records must share to be comparable
+
+
+class Record(TypedDict, total=False):
+    """One metric as metrics.json holds it; `value`, `library`, `samples`, `protocol`, `seed`, `checkpoint` always."""
+
+    value: float
+    library: str  # that computed it, with its version
+    samples: int
+    protocol: str
+    seed: int
+    checkpoint: dict[str, str]  # fingerprints of what was evaluated
+    better: Literal["higher", "lower"]
+    interval: tuple[float, float]  # 95 %
+    standard_error: float
+    dtype: str  # BiART's, if not float32
+    references: int  # images in the reference set
+    pool: int  # candidates of a retrieval query
+    classes: int
+    drawn: int  # images sampled for each caption,
+    selected_by: str  # and which of them this is the metric of
+    written: str  # how captions were generated
+
+
+class Records:
+    """What was measured, in order, and what could not be, with the reason.
+
+    Args:
+        checkpoint: fingerprints of what is evaluated: a model's parts, or another system's files.
+        seed: of sampling; a record may name another.
+    """
+
+    def __init__(self, checkpoint: dict[str, str], seed: int):
+        self.checkpoint, self.seed = checkpoint, seed
+        self.always: dict[str, object] = {}  # added to every record
+        self.values: dict[str, Record] = {}
+        self.missing: dict[str, str] = {}
+
+    def add(self, name: str, value: float, *, samples: int, library: str, protocol: str, **more: object) -> None:
+        """Keep a metric; `more`: other fields of `Record`.
+
+        A value that is not a finite number, which JSON cannot hold, is kept as missing.
+        """
+        if not math.isfinite(value):
+            self.miss(name, f"it came out as {value} on {samples} samples")
+            return
+        about = {"library": library, "samples": samples, "protocol": protocol}
+        about |= {"seed": self.seed, "checkpoint": self.checkpoint, **self.always}
+        self.values[name] = {"value": float(value), **about, **more}
+
+    def add_mean(self, name: str, values: Sequence[float], *, library: str, protocol: str, **more: object) -> None:
+        """Keep the mean of a score over its samples."""
+        self.add(name, sum(values) / len(values), samples=len(values), library=library, protocol=protocol, **more)
+
+    def miss(self, name: str, reason: str) -> None:
+        """Say why a metric is missing."""
+        self.missing[name] = reason
+
+    def as_json(self) -> dict[str, dict]:
+        """{"figures": {name: record}, "missing": {name: reason}}."""
+        return {"figures": self.values, "missing": self.missing}
+
+    def table(self, title: str) -> str:
+        """All metrics as lines to print, the missing ones with the reason."""
+        rows = [(name, shown(record["value"]), _notes(record)) for name, record in self.values.items()]
+        width = max((len(name) for name, _, _ in rows), default=0)
+        lines = [title, *(f"  {n:<{width}}  {v:>10}  {note}".rstrip() for n, v, note in rows)]
+        for reason in dict.fromkeys(self.missing.values()):
+            names = ", ".join(name for name, why in self.missing.items() if why == reason)
+            lines += [f"  missing: {names}", f"    {reason}"]
+        return "\n".join(lines)
+
+
+def shown(value: float) -> str:
+    """A value as people read it: four digits, or more before the point."""
+    if abs(value) >= 10000:
+        return f"{value:.0f}"
+    return f"{value:.4g}" if abs(value) >= 0.001 or not value else f"{value:.2e}"
+
+
+def interval(record: Record) -> str:
+    """The record's 95 % interval, "" if it has none."""
+    return " to ".join(f"{bound:.3f}" for bound in record["interval"]) if "interval" in record else ""
+
+
+def selection(record: Record) -> str:
+    """How what was measured came about: which of several images, or how captions were generated; "" if neither."""
+    if record.get("drawn", 1) > 1:
+        return f"{record.get('selected_by', 'the first')} of {record['drawn']} images"
+    return record.get("written", "")
+
+
+def _notes(record: Record) -> str:
+    parts = [f"n={record['samples']}"]
+    parts += [f"95 % {interval(record)}"] if "interval" in record else []
+    parts += [record["dtype"]] if "dtype" in record else []
+    parts += [selection(record)] if selection(record) else []
+    parts += [f"{record['better']} is better"] if "better" in record else []
+    return ", ".join(parts)
+
+
+# ------------------------------------------------------------------------------------------------------- side by side
+
+
+def read_metrics(place: str) -> dict[str, dict]:
+    """metrics.json of a run folder of eval_biart.py, or that file. Raises DataError if it is no such file."""
+    path = Path(place).expanduser()
+    path = path / "metrics.json" if path.is_dir() else path
+    if not path.is_file():
+        raise DataError(f"compare: {path} does not exist. Give a run folder of eval_biart.py, or its metrics.json.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"compare: {path} is not valid JSON ({error}).") from error
+    if not isinstance(content, dict) or "figures" not in content:
+        raise DataError(f"compare: {path} holds no metrics of eval_biart.py. Was it written by another script?")
+    return content
+
+
+def compare(first: str, second: str) -> str:
+    """The metrics of two runs side by side, as lines to print; a note says where they are not comparable, and why.
+
+    Raises:
+        DataError: one of them is no finished run of eval_biart.py.
+    """
+    runs = [read_metrics(place) for place in (first, second)]
+    names = list(dict.fromkeys(name for run in runs for kind in ("figures", "missing") for name in run.get(kind, {})))
+    lines = [("", first, second, "difference", "")]
+    for name in names:
+        a, b = (run["figures"].get(name) for run in runs)
+        cells = [shown(record["value"]) if record else "missing" for record in (a, b)]
+        difference, note = "", ""
+        if a and b:
+            difference = f"{b['value'] - a['value']:+.4g}"
+            both = (key for key in SAME if key in a and key in b)  # another system's outputs have no dtype
+            other = [f"{key} {a[key]!r} and {b[key]!r}" for key in both if a[key] != b[key]]
+            if a.get("drawn", 1) != b.get("drawn", 1):
+                other.append(f"drawn {a.get('drawn', 1)} and {b.get('drawn', 1)}")
+            note = f"not comparable: {'; '.join(other)}" if other else ""
+        lines.append((name, *cells, difference, note))
+    widths = [max(len(line[column]) for line in lines) for column in range(4)]
+    text = []
+    for name, a, b, difference, note in lines:
+        row = f"{name:<{widths[0]}}  {a:>{widths[1]}}  {b:>{widths[2]}}  {difference:>{widths[3]}}  {note}"
+        text.append(row.rstrip())
+    return "\n".join(text)

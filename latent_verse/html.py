@@ -1,0 +1,44 @@
+"""HTML pages as single files that load nothing from the network: Jinja2 templates, escaped, with embedded images.
+
+The templates lie in `latent_verse/templates`; `base.html` has the style that all pages share, `parts.html` the macros.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import io
+from pathlib import Path
+
+import jinja2
+from PIL import Image
+
+
+@functools.cache
+def environment() -> jinja2.Environment:
+    """The environment of all pages: everything is escaped, and a name that a template misspells is an error."""
+    return jinja2.Environment(
+        loader=jinja2.PackageLoader("latent_verse"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def render(template: str, **content: object) -> str:
+    """A page from a template of `latent_verse/templates`."""
+    return environment().get_template(template).render(content)
+
+
+def embedded(image: Image.Image | Path | bytes) -> str:
+    """A `src` that holds the image itself: a PIL image or a PNG file as PNG, bytes as SVG."""
+    if isinstance(image, bytes):
+        return f"data:image/svg+xml;base64,{base64.b64encode(image).decode()}"
+    if isinstance(image, Path):
+        data = image.read_bytes()
+    else:
+        buffer = io.BytesIO()
+        image.save(buffer, format="PNG")
+        data = buffer.getvalue()
+    return f"data:image/png;base64,{base64.b64encode(data).decode()}"

@@ -1,0 +1,18 @@
+"""The progress bar of everything that is no training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+
+def progress_bar(
+    items: Iterable | None = None, *, what: str, total: float | None = None, unit: str = "it", shown: bool = True
+) -> tqdm:
+    """A tqdm bar on stderr, to iterate over or to `update`. Silent if not `shown`, or where stderr is no terminal."""
+    from tqdm import tqdm
+
+    return tqdm(items, desc=what, total=total, unit=unit, disable=None if shown else True)

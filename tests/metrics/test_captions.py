@@ -1,0 +1,216 @@
+"""Caption metrics: known values, pycocoevalcap's own on the same words, what is missing without Java; files."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+
+import pytest
+
+from latent_verse.data import DataError
+from latent_verse.metrics import captions
+from latent_verse.metrics.captions import diversity, plain_words, read_captions_file, score
+
+needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="no Java on this machine")
+WRITTEN = ["A man rides a horse.", "two dogs play on the grass", "a red bus, isn't it?"]
+REFERENCES = [
+    ["A man riding a brown horse.", "a person is on a horse"],
+    ["Two dogs playing in the grass!", "dogs play"],
+    ["a red double-decker bus", "It's a bus"],
+]
+
+
+@pytest.fixture
+def no_java(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+
+# ------------------------------------------------------------------------------------------------------------- values
+
+
+def test_the_references_themselves_score_highest(no_java):
+    texts = ["a man rides a brown horse", "two dogs play on green grass", "one red bus stands here"]
+    out = score(texts, [[text] for text in texts])
+    assert out.metrics == pytest.approx(
+        {"bleu_1": 1, "bleu_2": 1, "bleu_3": 1, "bleu_4": 1, "rouge_l": 1, "cider": 10}, rel=1e-6
+    )
+    assert out.each["cider"] == pytest.approx([10, 10, 10])
+    strange = score(texts, [["x y z"]] * 3)
+    assert strange.metrics["bleu_1"] == pytest.approx(0, abs=1e-6) and strange.metrics["cider"] == 0
+
+
+def test_bleu_and_rouge_by_hand(no_java):
+    out = score(["the cat sat", "b"], [["the cat sat on the mat"], ["b"]])
+    # 4 of 4 words match, and 7 are asked for: brevity penalty e^(1 - 7/4)
+    assert out.metrics["bleu_1"] == pytest.approx(math.exp(1 - 7 / 4), rel=1e-6)
+    assert out.metrics["bleu_2"] == pytest.approx(math.exp(1 - 7 / 4), rel=1e-6)
+    recall, precision, beta = 3 / 6, 1.0, 1.2
+    rouge = (1 + beta**2) * precision * recall / (recall + beta**2 * precision)
+    assert out.each["rouge_l"] == pytest.approx([rouge, 1])
+    assert out.metrics["rouge_l"] == pytest.approx((rouge + 1) / 2)
+    clipped = score(["a a a a", "b"], [["a man"], ["b"]])  # a word counts as often as a reference has it
+    assert clipped.metrics["bleu_1"] == pytest.approx(2 / 5, rel=1e-6)
+
+
+def test_cider_by_hand(no_java):
+    """Two images of one word each: of the four n-gram lengths one matches, so a quarter of 10."""
+    assert score(["x", "y"], [["x"], ["y"]]).each["cider"] == pytest.approx([2.5, 2.5])
+    assert score(["x", "y"], [["x", "z"], ["y"]]).each["cider"] == pytest.approx([1.25, 2.5])
+
+
+def test_cider_needs_several_images(no_java):
+    out = score(["a man"], [["a man"]])
+    assert "cider" not in out.metrics and "more than one image" in out.missing["cider"]
+
+
+@needs_java
+@pytest.mark.slow
+def test_with_java_all_but_spice_are_the_librarys_own():
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.meteor.meteor import Meteor
+    from pycocoevalcap.rouge.rouge import Rouge
+    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+
+    out = score(WRITTEN, REFERENCES)
+    res = PTBTokenizer().tokenize({i: [{"caption": text}] for i, text in enumerate(WRITTEN)})
+    gts = PTBTokenizer().tokenize({i: [{"caption": t} for t in texts] for i, texts in enumerate(REFERENCES)})
+    assert out.tokenizer == captions.PTB and out.words == [res[i][0].split() for i in range(3)]
+    expected = dict(zip(captions.BLEU_NAMES, Bleu(4).compute_score(gts, res, verbose=0)[0], strict=True))
+    for name, scorer in (("rouge_l", Rouge()), ("cider", Cider()), ("meteor", Meteor())):
+        expected[name], each = scorer.compute_score(gts, res)
+        assert out.each[name] == pytest.approx(list(each))
+    assert out.metrics == pytest.approx(expected)
+    assert 0 < out.metrics["meteor"] < 1
+    assert set(out.missing) == ({"spice"} if captions.spice_missing() else set())
+
+
+@needs_java
+@pytest.mark.slow
+def test_with_java_captions_of_no_words_score_nothing():
+    out = score(["", "a dog runs"], [["a red circle"], ["a dog runs"]])
+    for name in ("bleu_1", "rouge_l", "cider", "meteor"):
+        assert out.each[name][0] == pytest.approx(0, abs=1e-6), name
+    assert out.each["meteor"][1] == pytest.approx(1)
+
+
+# ------------------------------------------------------------------------------------------------------ without Java
+
+
+def test_without_java_the_others_are_computed_and_the_reason_is_named(no_java):
+    out = score(WRITTEN, REFERENCES)
+    assert out.metrics.keys() == {*captions.BLEU_NAMES, "rouge_l", "cider"}
+    assert out.missing.keys() == {"meteor", "spice"}
+    assert "no `java` on this machine" in out.missing["meteor"]
+    assert out.tokenizer == captions.PLAIN and "in place of PTBTokenizer" in out.tokenizer
+    assert set(score(WRITTEN, REFERENCES, java=False).missing.values()) == {"needs Java, which java: false turns off"}
+
+
+def test_if_java_fails_its_metrics_are_missing(monkeypatch, tmp_path):
+    broken = tmp_path / "java"
+    broken.write_text("#!/bin/sh\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    out = score(WRITTEN, REFERENCES)
+    assert out.tokenizer == captions.PLAIN and "failed" in out.missing["meteor"]
+    assert out.metrics["bleu_1"] > 0.3
+
+
+def test_without_the_package_its_name_is_reported(monkeypatch):
+    monkeypatch.setattr(captions.importlib.util, "find_spec", lambda name: None)
+    out = score(WRITTEN, REFERENCES)
+    assert not out.metrics and "pip install pycocoevalcap" in out.missing["cider"] and out.words[0][:2] == ["a", "man"]
+
+
+def test_words_without_java_are_nearly_the_fields():
+    assert plain_words("It's red, isn't it? A half-eaten 3.5 inch cake’s top; can't.") == [
+        *["it", "'s", "red", "is", "n't", "it", "a", "half-eaten", "3.5", "inch", "cake", "'s", "top", "ca", "n't"]
+    ]
+    assert plain_words("  ...!  ") == [] and plain_words("зелёный круг") == ["зелёный", "круг"]
+
+
+def test_what_cannot_be_scored():
+    for written, references in (([], []), (["a"], []), (["a", "b"], [["a"], []])):
+        with pytest.raises(DataError, match="needs a reference"):
+            score(written, references)
+
+
+def test_diversity_by_hand():
+    out = diversity([["a", "red", "bus"], ["a", "red", "dog"], ["a", "red", "bus"]])
+    assert out == pytest.approx(
+        {
+            "distinct_1": 4 / 9,
+            "distinct_2": 3 / 6,
+            "distinct_3": 2 / 3,
+            "vocabulary": 4,
+            "words_per_caption": 3,
+            "different_captions": 2 / 3,
+        }
+    )
+    assert diversity([[], ["a"]]) == pytest.approx(
+        {"distinct_1": 1, "vocabulary": 1, "words_per_caption": 0.5, "different_captions": 1}
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+IDS, NAMES = [42, 7, 9], ["val/COCO_000000000042.jpg", "val/b.jpg", "c.jpg"]
+
+
+def write(tmp_path, rows, lines=False):
+    file = tmp_path / "captions.json"
+    file.write_text("\n".join(map(json.dumps, rows)) if lines else json.dumps(rows), encoding="utf-8")
+    return file
+
+
+def test_captions_are_found_by_id_by_name_and_by_short_name(tmp_path):
+    rows = [{"image_id": 7, "caption": "seven"}, {"image_id": 42, "caption": "x"}, {"image_id": 9, "caption": "ü"}]
+    assert read_captions_file(write(tmp_path, rows), IDS, NAMES) == ["x", "seven", "ü"]
+    rows = [
+        {"image": "/elsewhere/val/b.jpg", "captions": ["b", "b2"]},
+        {"image": "c.jpg", "captions": ["c"]},
+        {"image": "val/COCO_000000000042.jpg", "captions": ["a"]},
+    ]
+    assert read_captions_file(write(tmp_path, rows, lines=True), IDS, NAMES) == ["a", "b", "c"]
+    more = [*rows, {"image": "d.jpg", "captions": ["of another split"]}]
+    assert read_captions_file(write(tmp_path, more, lines=True), IDS, NAMES) == ["a", "b", "c"]
+
+
+def test_what_is_written_is_read_again_and_by_coco(tmp_path, capsys):
+    from pycocotools.coco import COCO
+
+    file = tmp_path / "captions.json"
+    file.write_text(captions.coco_results(IDS, ["x", "ü", "z"]), encoding="utf-8")
+    assert read_captions_file(file, IDS, NAMES) == ["x", "ü", "z"]
+    truth = COCO()
+    truth.dataset = {"images": [{"id": i} for i in IDS], "annotations": []}
+    truth.createIndex()
+    assert truth.loadRes(str(file)).imgToAnns[7][0]["caption"] == "ü"
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (
+            [{"image_id": 42, "caption": "x"}, {"image_id": 9, "caption": "x"}],
+            r"no caption for 1 of 3 images .*: 7\)",
+        ),
+        ([{"image_id": 1, "caption": "x"}], "none of its images"),
+        ([{"image_id": 42}], "entry 0"),
+        ([{"image_id": 42, "captions": []}], "entry 0"),
+        ([{"image_id": 42, "caption": 3}], "caption of entry 0"),
+        (["x"], "entry 0"),
+    ],
+)
+def test_files_that_do_not_fit(tmp_path, rows, message):
+    with pytest.raises(DataError, match=message):
+        read_captions_file(write(tmp_path, rows), IDS, NAMES)
+
+
+def test_files_that_are_none(tmp_path):
+    with pytest.raises(DataError, match="cannot be read"):
+        read_captions_file(tmp_path / "none.json", IDS, NAMES)
+    (tmp_path / "x.json").write_text("[{")
+    with pytest.raises(DataError, match="neither COCO results JSON nor JSON lines"):
+        read_captions_file(tmp_path / "x.json", IDS, NAMES)
