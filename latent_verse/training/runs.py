@@ -14,7 +14,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from latent_verse.checkpoints.files import step_of
+from latent_verse.checkpoints.ckpt_files import step_of
 from latent_verse.config import ConfigError
 from latent_verse.files import differences, write_json, write_text
 
