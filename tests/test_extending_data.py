@@ -11,7 +11,7 @@ from latent_verse.config.datasets import IMAGE_DATASETS, PAIR_DATASETS
 from latent_verse.config.evaluate import EvalDataConfig
 from latent_verse.data import DataError
 from latent_verse.data.datasets import IMAGES, PAIRS
-from latent_verse.evaluation.dataset import Pairs
+from latent_verse.evaluation.pairs import Pairs
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "extending_data.md"
 

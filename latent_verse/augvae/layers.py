@@ -1,6 +1,7 @@
 """Convolutional blocks of AugVAE (paper appendix A; the VQGAN family of Esser et al. 2021).
 
-Module names are those of the released checkpoints: they are a contract, held by tests/checkpoints/test_release_layout.py.
+Module names are those of the released checkpoints: they are a contract, held by
+tests/checkpoints/test_release_layout.py.
 
 Shapes: B batch, C channels, H height, W width, T = H * W positions.
 """

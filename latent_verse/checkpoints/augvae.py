@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from latent_verse.augvae.model import AugVAE
-from latent_verse.checkpoints.files import (
+from latent_verse.checkpoints.ckpt_files import (
     CheckpointError,
     fetch_from_hub,
     fill,
@@ -168,8 +168,3 @@ def _shared_keys(model: nn.Module) -> dict[str, list[str]]:
     for key, tensor in model.state_dict(keep_vars=True).items():
         by_tensor.setdefault(id(tensor), []).append(key)
     return {key: keys for keys in by_tensor.values() if len(keys) > 1 for key in keys}
-
-
-# Set here because a network must not import the reader of its files.
-AugVAE.save_pretrained = save_augvae
-AugVAE.from_pretrained = staticmethod(load_augvae)

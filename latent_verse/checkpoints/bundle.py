@@ -12,7 +12,7 @@ import torch
 from latent_verse.augvae.model import AugVAE
 from latent_verse.biart.model import BiART
 from latent_verse.checkpoints.augvae import FORMAT, WEIGHTS, load_augvae, save_augvae
-from latent_verse.checkpoints.files import CheckpointError, fetch_from_hub, fill, fingerprint, first_line
+from latent_verse.checkpoints.ckpt_files import CheckpointError, fetch_from_hub, fill, fingerprint, first_line
 from latent_verse.config import BiARTConfig, ConfigError, as_plain
 from latent_verse.data.text import Tokenizer, TokenizerError, load_tokenizer
 from latent_verse.files import replacing, write_json

@@ -27,6 +27,6 @@ def run(config: EvalBiARTConfig, tasks: tuple[str, ...]) -> int:
         return 0
     with quick_imports():
         from latent_verse.evaluation import distributed as ranks
-        from latent_verse.evaluation import evaluate as command
+        from latent_verse.evaluation import worker as command
 
     return ranks.launch(command.run, ranks.processes(config.write), config, tasks, to_yaml(config))

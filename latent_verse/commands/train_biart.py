@@ -25,7 +25,7 @@ def run(config: TrainBiARTConfig, given: Mapping[str, str]) -> int:
         import pytorch_lightning as pl
 
         from latent_verse.checkpoints.biart import export_bundle, take_over
-        from latent_verse.checkpoints.files import starting_point
+        from latent_verse.checkpoints.ckpt_files import starting_point
         from latent_verse.config import as_plain
         from latent_verse.training import biart_setup
         from latent_verse.training.backups import RunFolder

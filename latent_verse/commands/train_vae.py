@@ -22,7 +22,7 @@ def run(config: TrainVAEConfig, given: Mapping[str, str]) -> int:
 
         from latent_verse.augvae.losses import LOSSES
         from latent_verse.checkpoints.augvae import load_for_training
-        from latent_verse.checkpoints.files import starting_point
+        from latent_verse.checkpoints.ckpt_files import starting_point
         from latent_verse.config import as_plain
         from latent_verse.data.datasets import open_images
         from latent_verse.data.modules import ImageDataModule

@@ -31,6 +31,7 @@ from latent_verse.data.shapes import Scene, ShapesDataset, World
 from latent_verse.data.text import Tokenizer
 from latent_verse.data.transforms import UnreadableImage, mix_seed, to_unit_range
 from latent_verse.files import differences, replacing, write_json
+from latent_verse.progress import progress_bar
 
 FORMAT = "latent_verse/codes"
 META, UNFINISHED, TOKENIZER = "codes.json", "unfinished.json", "tokenizer"
@@ -96,8 +97,6 @@ def extract(
     Raises:
         DataError: the folder holds codes of a different plan, or something else; or no image can be read.
     """
-    from tqdm import tqdm
-
     folder = Path(folder)
     if (folder / META).is_file():
         _check_same(folder, read_json(folder / META), plan)
@@ -111,7 +110,7 @@ def extract(
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / UNFINISHED, state)
     tokenizer.save(folder / TOKENIZER)
-    bar = tqdm(total=total, unit="image", desc=f"codes to {folder}", disable=None if progress else True)
+    bar = progress_bar(what=f"codes to {folder}", total=total, unit="image", shown=progress)
     bar.update(sum(shard["pairs"] + shard["skipped"] for shard in state["shards"].values()))
     with bar, ThreadPoolExecutor(max(1, threads)) as pool:
         for number, part in enumerate(work):

@@ -105,7 +105,7 @@ def plan(s: DemoSettings, out: Path) -> list[Stage]:
     runs = ["--log_dir", at["runs"], "--gpus", str(s.gpus)]
     ml, sl, biart = (f"{at['runs']}/{file.stem}" for file in recipe.values())
     world = World.preset(s.world).fingerprint
-    images = ["-m", "latent_verse.demo.images", "--world", s.world, "--out", shown_path(out)]
+    images = ["-m", "latent_verse.demo.training_data", "--world", s.world, "--out", shown_path(out)]
     images += ["--train_pairs", str(pairs)]
     stages = [Stage("pictures", "images and captions", images, "data/finished", world)]
 

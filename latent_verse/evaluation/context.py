@@ -11,8 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from latent_verse.config.evaluate import EvalBiARTConfig
-from latent_verse.evaluation.dataset import Pairs, Sample
 from latent_verse.evaluation.page import Case, Gallery, choose
+from latent_verse.evaluation.pairs import Pairs, Sample
 from latent_verse.evaluation.records import Records
 from latent_verse.evaluation.samples import Sampling
 from latent_verse.inference.pipeline import LVerse

@@ -13,7 +13,7 @@ from latent_verse.data.shapes import World
 from latent_verse.evaluation import round_trips, samples
 from latent_verse.evaluation import shapes_truth as shapes
 from latent_verse.evaluation.context import Context, as_pil
-from latent_verse.evaluation.dataset import ordered
+from latent_verse.evaluation.pairs import ordered
 from latent_verse.evaluation.records import OWN
 from latent_verse.evaluation.samples import Group, read_image
 from latent_verse.machine import versions

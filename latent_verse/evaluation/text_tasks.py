@@ -14,7 +14,7 @@ from latent_verse.data import DataError
 from latent_verse.data.images import ImageDataset
 from latent_verse.evaluation import samples
 from latent_verse.evaluation.context import Context, as_pil
-from latent_verse.evaluation.dataset import ordered
+from latent_verse.evaluation.pairs import ordered
 from latent_verse.evaluation.records import OWN
 from latent_verse.files import write_text
 from latent_verse.machine import versions

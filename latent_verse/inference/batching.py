@@ -15,13 +15,13 @@ from dataclasses import dataclass
 import torch
 from einops import rearrange, repeat
 from torch import Tensor
-from tqdm import tqdm
 
 from latent_verse.biart.model import BiART
 from latent_verse.biart.sampling import beam_search, check_settings, generate, log_likelihood
 from latent_verse.biart.sequence import target_modality
 from latent_verse.config import ConfigError, SamplingSettings
 from latent_verse.data.transforms import mix_seed
+from latent_verse.progress import progress_bar
 
 BATCH_BYTES = 4 * 2**30  # that the largest tensors of one batch may take
 LARGEST_BATCH = 256
@@ -90,7 +90,9 @@ class Sampler:
         prefix_BK = None if prefix_RK is None else repeat(prefix_RK, "R K -> (R S) K", S=samples)
         modality = target_modality(direction)
         tokens, parts = self.biart.vocab.length(modality), []
-        with self._bar(f"sampling {modality}s", len(reference_BT) * tokens, "token") as bar:
+        with progress_bar(
+            what=f"sampling {modality}s", total=len(reference_BT) * tokens, unit="token", shown=self.progress
+        ) as bar:
             for rows in self._batches(len(reference_BT), self._cache_bytes(1 if sampling.guidance == 1 else 2)):
                 target_BT = generate(
                     self.biart,
@@ -119,7 +121,7 @@ class Sampler:
             ConfigError: batch_size is out of range.
         """
         parts = []
-        with self._bar("searching captions", len(codes_BN), "image") as bar:
+        with progress_bar(what="searching captions", total=len(codes_BN), unit="image", shown=self.progress) as bar:
             for rows in self._batches(len(codes_BN), self._cache_bytes(beams)):
                 parts.append(beam_search(self.biart, codes_BN[rows], beams)[0].cpu())
                 bar.update(rows.stop - rows.start)
@@ -140,7 +142,7 @@ class Sampler:
         logits = vocab.length(target) * vocab.num_classes(target)
         bytes_each = 4 * (3 * logits + 10 * vocab.input_len * width)  # with their softmax; the MLP of one block
         parts = []
-        with self._bar("scoring", len(text_BL), "pair") as bar:
+        with progress_bar(what="scoring", total=len(text_BL), unit="pair", shown=self.progress) as bar:
             for rows in self._batches(len(text_BL), bytes_each):
                 parts.append(log_likelihood(self.biart, text_BL[rows], codes_BN[rows], given, alone).total_B.cpu())
                 bar.update(rows.stop - rows.start)
@@ -166,9 +168,6 @@ class Sampler:
         """Keys and values of `rows_each` sequences."""
         c = self.biart.config
         return rows_each * 2 * c.n_layer * self.biart.vocab.input_len * c.n_embd * self.biart.head.weight.element_size()
-
-    def _bar(self, task: str, total: int, unit: str) -> tqdm:
-        return tqdm(total=total, desc=task, unit=unit, unit_scale=True, disable=None if self.progress else True)
 
 
 def sample_seeds(seed: int | None, reference_RT: Tensor, samples: int) -> list[int]:

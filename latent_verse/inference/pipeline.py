@@ -25,7 +25,7 @@ from latent_verse.augvae.model import AugVAE
 from latent_verse.biart.model import BiART
 from latent_verse.biart.sequence import IMAGE_TO_TEXT, TEXT_TO_IMAGE
 from latent_verse.checkpoints.bundle import fingerprints, load_bundle, save_bundle
-from latent_verse.checkpoints.files import CheckpointError
+from latent_verse.checkpoints.ckpt_files import CheckpointError
 from latent_verse.config import ConfigError, SamplingSettings
 from latent_verse.data.text import TOO_LONG, Tokenizer
 from latent_verse.inference.batching import Sampler

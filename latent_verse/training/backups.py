@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 
-from latent_verse.checkpoints.files import step_of
+from latent_verse.checkpoints.ckpt_files import step_of
 from latent_verse.files import replacing
 from latent_verse.training import runs
 from latent_verse.training.runs import Run
@@ -73,8 +73,8 @@ class Backup(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.told_to_stop |= trainer.received_sigterm
         # Before every step, Lightning's processes tell each other of a SIGTERM and wait for their GPUs to do so. Here
-        # they ask each other less often: see on_train_batch_end. The method is private: a test in tests/training/test_trainer.py
-        # fails should Lightning rename it, and requirements.txt bounds the version.
+        # they ask each other less often: see on_train_batch_end. The method is private: should Lightning rename it, a
+        # test in tests/training/test_trainer.py fails; requirements.txt bounds the version.
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):

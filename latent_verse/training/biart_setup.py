@@ -13,7 +13,7 @@ from latent_verse.biart.model import BiART
 from latent_verse.biart.sequence import Vocabulary
 from latent_verse.checkpoints.augvae import load_augvae
 from latent_verse.checkpoints.biart import Pretrained, check_vae
-from latent_verse.checkpoints.files import check_resumable, fingerprint, read_ckpt
+from latent_verse.checkpoints.ckpt_files import check_resumable, fingerprint, read_ckpt
 from latent_verse.config import AugVAEConfig, ConfigError
 from latent_verse.config.train import TrainBiARTConfig
 from latent_verse.data.codes import TOKENIZER, check_codes

@@ -8,7 +8,7 @@ import torch
 
 from latent_verse.augvae.model import AugVAE
 from latent_verse.checkpoints.biart import Pretrained
-from latent_verse.checkpoints.files import fingerprint
+from latent_verse.checkpoints.ckpt_files import fingerprint
 from latent_verse.config.train import TrainBiARTConfig
 from latent_verse.data.codes import extract, work_of
 from latent_verse.data.datasets import open_pairs, source_of

@@ -14,7 +14,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from latent_verse.checkpoints.files import step_of
+from latent_verse.checkpoints.ckpt_files import step_of
 from latent_verse.config import ConfigError
 from latent_verse.files import differences, write_json, write_text
 
@@ -84,7 +84,8 @@ def open_run(log_dir: str, name: str, backup: bool, backup_dir: str | None, conf
             f"{folder} exists but is not a run of this program ({error!r}). Give another --name."
         ) from error
     run = Run(folder, run_id, place)
-    changed = differences(_what_decides(old), _what_decides(config))
+    before, now = _what_decides(old), _what_decides(config)
+    changed = differences(before, {leaf: value for leaf, value in now.items() if leaf in before})  # others are newer
     if changed and states(run):  # without a checkpoint there is nothing to resume: it starts anew, as it is set now
         raise ConfigError(
             f"{folder} is a run with different settings, so --backup cannot resume it:\n  "

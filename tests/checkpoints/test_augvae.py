@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from latent_verse.augvae.model import AugVAE
 from latent_verse.checkpoints.augvae import load_augvae, load_for_training
-from latent_verse.checkpoints.files import CheckpointError, check_resumable, find_checkpoint, newest, read_ckpt
+from latent_verse.checkpoints.ckpt_files import CheckpointError, check_resumable, find_checkpoint, newest, read_ckpt
 from latent_verse.config import ConfigError, as_plain
 from latent_verse.config.train import EvalVAEConfig, TrainerConfig, TrainVAEConfig, VAEOptimConfig, with_evaluated_shape
 from latent_verse.training.augvae import LitAugVAE

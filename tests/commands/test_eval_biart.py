@@ -22,7 +22,7 @@ from latent_verse.config import ConfigError
 from latent_verse.config.cli import parse
 from latent_verse.config.evaluate import EFFECTS, TASKS, EvalBiARTConfig, EvalDataConfig, resolve_eval_biart
 from latent_verse.data.shapes import World
-from latent_verse.evaluation.dataset import Pairs, ordered
+from latent_verse.evaluation.pairs import Pairs, ordered
 from latent_verse.inference.image_io import load_image
 from latent_verse.inference.pipeline import LVerse
 from latent_verse.metrics import networks

@@ -20,7 +20,7 @@ from PIL import Image
 from latent_verse.augvae.model import AugVAE
 from latent_verse.biart import sampling
 from latent_verse.biart.sequence import IMAGE_TO_TEXT, TEXT_TO_IMAGE
-from latent_verse.checkpoints.files import read_ckpt
+from latent_verse.checkpoints.ckpt_files import read_ckpt
 from latent_verse.commands import train_biart
 from latent_verse.config import ConfigError
 from latent_verse.config.train import PairDataConfig, TrainBiARTConfig, resolve_train_biart

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from latent_verse.checkpoints.files import CheckpointError
+from latent_verse.checkpoints.ckpt_files import CheckpointError
 from latent_verse.config import ConfigError, setting
 from latent_verse.config.cli import leaves, one_line_errors, parse, to_yaml
 from latent_verse.config.train import EvalVAEConfig, TrainVAEConfig

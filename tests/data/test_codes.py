@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from latent_verse.checkpoints.files import fingerprint
+from latent_verse.checkpoints.ckpt_files import fingerprint
 from latent_verse.data import DataError
 from latent_verse.data.captions import PairFolder
 from latent_verse.data.codes import CodesDataset, check_codes, extract, smallest_type, work_of

@@ -13,7 +13,7 @@ from latent_verse.config.evaluate import EvalDataConfig
 from latent_verse.config.train import ImageDataConfig, PairDataConfig
 from latent_verse.data import DataError
 from latent_verse.data.datasets import IMAGES, PAIRS, open_images, open_pairs, source_of
-from latent_verse.evaluation.dataset import Pairs
+from latent_verse.evaluation.pairs import Pairs
 
 R = 8
 STAGES = [(IMAGE_DATASETS, IMAGES, ImageDataConfig), (PAIR_DATASETS, PAIRS, PairDataConfig)]

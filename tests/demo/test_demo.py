@@ -19,8 +19,9 @@ from latent_verse.config import ConfigError
 from latent_verse.config.cli import parse
 from latent_verse.config.train import TrainBiARTConfig, TrainVAEConfig, resolve_train_biart, resolve_train_vae
 from latent_verse.data.shapes import PRESETS
-from latent_verse.demo import images, results
+from latent_verse.demo import results
 from latent_verse.demo import run as demo
+from latent_verse.demo import training_data as images
 from latent_verse.demo.run import DemoConfig, DemoSettings, Stage, StagesFile, Stopped
 from latent_verse.evaluation import shapes_truth as shapes
 

@@ -16,7 +16,7 @@ from latent_verse.config import ConfigError
 from latent_verse.config.evaluate import EvalDataConfig
 from latent_verse.data import DataError
 from latent_verse.evaluation import samples
-from latent_verse.evaluation.dataset import Pairs, ordered
+from latent_verse.evaluation.pairs import Pairs, ordered
 from latent_verse.metrics.processes import Ranks
 from tests.inference.test_pipeline import make_lverse, one_thread  # noqa: F401 (a fixture)
 from tests.stand_ins import write_pairs

@@ -23,7 +23,7 @@ from latent_verse.biart.model import BiART
 from latent_verse.biart.sampling import beam_search, log_likelihood
 from latent_verse.checkpoints.augvae import load_augvae
 from latent_verse.checkpoints.bundle import BUNDLE_FILES
-from latent_verse.checkpoints.files import CheckpointError, fingerprint
+from latent_verse.checkpoints.ckpt_files import CheckpointError, fingerprint
 from latent_verse.config import ConfigError
 from latent_verse.data import DataError
 from latent_verse.data.text import TokenizerError

@@ -15,8 +15,8 @@ from latent_verse.data.shapes import ShapesDataset, World
 from latent_verse.evaluation import image_tasks as picture_tasks
 from latent_verse.evaluation import page, text_tasks
 from latent_verse.evaluation.context import Context
-from latent_verse.evaluation.dataset import Pairs
 from latent_verse.evaluation.distributed import device
+from latent_verse.evaluation.pairs import Pairs
 from latent_verse.evaluation.records import Records
 from latent_verse.files import write_text
 from latent_verse.machine import commit, machine

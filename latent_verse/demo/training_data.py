@@ -1,6 +1,6 @@
 """The demo's first stage: images of a shapes world with captions, to train on and to validate with.
 
-python -m latent_verse.demo.images --world small --out demo         writes demo/data/train and demo/data/val
+python -m latent_verse.demo.training_data --world small --out demo         writes demo/data/train and demo/data/val
 """
 
 from __future__ import annotations
