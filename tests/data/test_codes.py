@@ -26,7 +26,7 @@ R, PAIRS = 16, 7
 
 @pytest.fixture
 def folder(tmp_path):
-    """Seven square pictures of 16 px with one to three captions each."""
+    """Seven square images of 16 px with one to three captions each."""
     place = tmp_path / "pictures"
     place.mkdir()
     for i in range(PAIRS):
@@ -89,7 +89,7 @@ def test_other_programs_can_read_the_shards(made):
     assert samples[0]["npy"].shape == (1, vae.num_codes) and samples[2]["json"]["captions"][0].endswith("✓")
 
 
-def test_training_draws_captions_as_from_pictures_and_crops_of_its_own(made, folder):
+def test_training_chooses_captions_as_from_images_and_crops_of_its_own(made, folder):
     out, _, _ = made(crops=3, resize_ratio=0.3)
     pictures, codes = PairFolder(folder, R, seed=5), CodesDataset(out, seed=5)
     assert [codes[(e, i)][1].text for e in range(4) for i in range(PAIRS)] == [
@@ -103,8 +103,8 @@ def test_training_draws_captions_as_from_pictures_and_crops_of_its_own(made, fol
 
 @pytest.fixture
 def wide_pairs(tmp_path):
-    """Writes seven pictures of 24 x 20 px with their captions as a pair folder and as tar shards of the given sizes:
-    wide_pairs(sizes) -> (folder, shards). The third picture cannot be read."""
+    """Writes seven images of 24 x 20 px with their captions as a pair folder and as tar shards of the given sizes:
+    wide_pairs(sizes) -> (folder, shards). The third image cannot be read."""
 
     def write(sizes, out="shards"):
         place = tmp_path / "wide"
@@ -259,7 +259,7 @@ def test_damaged_folders_are_named(made, tmp_path):
         CodesDataset(out)
 
 
-def test_unreadable_pictures_are_left_out_and_counted(made, folder):
+def test_unreadable_images_are_left_out_and_counted(made, folder):
     (folder / "2.png").write_bytes(b"no picture")
     out, _, _ = made()
     codes = CodesDataset(out)

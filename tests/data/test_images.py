@@ -1,4 +1,4 @@
-"""Decoding, cropping and the folder datasets: the same pictures as plain PIL + torchvision, and bad input refused."""
+"""Decoding, cropping and the folder datasets: the same images as plain PIL + torchvision, and bad input refused."""
 
 import io
 import logging
@@ -33,7 +33,7 @@ from latent_verse.data.transforms import (
 
 
 def photo(width=90, height=60, seed=0):
-    """A PIL picture with smooth areas, edges and texture."""
+    """A PIL image with smooth areas, edges and texture."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[0:height, 0:width]
     channels = [128 + 100 * np.sin(x / (7 + 3 * c) + seed) * np.cos(y / (5 + 2 * c)) for c in range(3)]
@@ -57,14 +57,14 @@ def gap(a, b):
     return (a.int() - b.int()).abs().max().item()
 
 
-# ------------------------------------------------------------------------------------------------------- same pictures
+# --------------------------------------------------------------------------------------------------------- same images
 
 SIZES = [(90, 60), (60, 90), (64, 64), (301, 200), (40, 33), (640, 480), (500, 97), (33, 501)]
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_evaluation_picture_is_that_of_pil_and_torchvision(size, kind):
+def test_evaluation_image_is_that_of_pil_and_torchvision(size, kind):
     data = encoded(photo(*size), kind)
     plain = CenterCrop(64)(Resize(64, InterpolationMode.BILINEAR, antialias=True)(Image.open(io.BytesIO(data))))
     ours = centre_crop(decode_rgb(data), 64)
@@ -74,7 +74,7 @@ def test_evaluation_picture_is_that_of_pil_and_torchvision(size, kind):
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_training_picture_is_that_of_pil_and_torchvision(size, kind):
+def test_training_image_is_that_of_pil_and_torchvision(size, kind):
     data = encoded(photo(*size), kind)
     for epoch in range(3):
         top, left, side = crop_box(size[1], size[0], 0.5, sample_generator(1, epoch))
@@ -83,7 +83,7 @@ def test_training_picture_is_that_of_pil_and_torchvision(size, kind):
         assert gap(ours, as_tensor(plain)) <= 2
 
 
-def test_centre_crop_of_a_very_long_picture_is_right_and_cheap():
+def test_centre_crop_of_a_very_long_image_is_right_and_cheap():
     stripe = photo(3000, 20)
     plain = CenterCrop(64)(Resize(64, antialias=True)(stripe))
     assert gap(centre_crop(stripe, 64), as_tensor(plain)) <= 2
@@ -183,7 +183,7 @@ def bomb():
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM"])
-def test_truncated_pictures_are_refused(kind):
+def test_truncated_images_are_refused(kind):
     data = encoded(photo(200, 150), kind)
     for cut in (len(data) // 2, len(data) * 9 // 10):
         with pytest.raises(UnreadableImage):
@@ -302,7 +302,7 @@ def test_folder_without_one_readable_image(tmp_path):
 
 @pytest.fixture
 def damaged(tmp_path):
-    """Eight pictures of which 2, 3 and 7 are damaged."""
+    """Eight images of which 2, 3 and 7 are damaged."""
     make_folder(tmp_path, [f"{i}.jpg" for i in range(8)])
     (tmp_path / "2.jpg").write_bytes(b"")
     (tmp_path / "3.jpg").write_bytes((tmp_path / "4.jpg").read_bytes()[:400])

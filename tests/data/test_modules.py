@@ -49,7 +49,7 @@ def picture(i):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """The same 21 pictures as a flat folder, in class folders and in 3 shards (label = number)."""
+    """The same 21 images as a flat folder, in class folders and in 3 shards (label = number)."""
     root = tmp_path_factory.mktemp("pictures")
     for i in range(21):
         for path in (root / "flat" / f"{i:02d}.png", root / "classes" / f"{i % 3}" / f"{i:02d}.png"):
@@ -106,7 +106,7 @@ def test_eval_batches_take_each_sample_once_in_equal_steps(samples, world, batch
 
 @pytest.mark.parametrize("kind", ["flat", "imagefolder", "webdataset"])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_validation_over_ranks_sees_each_picture_once(folders, kind, workers, monkeypatch):
+def test_validation_over_ranks_sees_each_image_once(folders, kind, workers, monkeypatch):
     data = module(dataset=kind, val_dir=folders[kind], batch_size=5, num_workers=workers)
     reference = sorted(image.sum().item() for batch in data.val_dataloader() for image in batch[0])
     assert len(reference) == 21
@@ -314,7 +314,7 @@ class TwoRanks(Recorder):
 
 
 @pytest.mark.parametrize("kind", ["flat", "webdataset"])
-def test_two_processes_resume_from_rank_0s_state_and_validate_every_picture(folders, tmp_path, kind):
+def test_two_processes_resume_from_rank_0s_state_and_validate_every_image(folders, tmp_path, kind):
     def fit_two(name, ckpt_path=None):
         folder = tmp_path / name
         folder.mkdir()

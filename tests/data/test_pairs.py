@@ -145,7 +145,7 @@ def test_what_is_missing_is_named(files, tmp_path):
         open_one(settings(train_dir=folder), "train", R, 0)
 
 
-def test_batches_hold_pictures_and_ids(files, tokenizer):
+def test_batches_hold_images_and_ids(files, tokenizer):
     data = module(tokenizer, **layouts(files)["pairs"])
     images, ids = data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
     assert images.shape == (2, 3, R, R) and images.dtype == torch.float32 and images.abs().max() <= 1

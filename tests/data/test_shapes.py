@@ -35,7 +35,7 @@ def every_small_scene():
                 )
 
 
-# ------------------------------------------------------------------------------------------------------------- scenes
+# -------------------------------------------------------------------------------------------------------------- scenes
 
 
 def test_presets_are_what_the_documents_say():
@@ -92,7 +92,7 @@ def test_objects_stand_apart_and_inside(world):
             assert max(abs(a.x - b.x), abs(a.y - b.y)) >= world.sizes[a.size] + world.sizes[b.size] + 3
 
 
-# ------------------------------------------------------------------------------------------------------------ pictures
+# -------------------------------------------------------------------------------------------------------------- images
 
 
 def test_shapes_cover_the_area_they_should():
@@ -104,7 +104,7 @@ def test_shapes_cover_the_area_they_should():
             assert coverage(shape, radius).sum() / radius**2 == pytest.approx(area, rel=0.01)
 
 
-def test_a_drawn_picture():
+def test_a_rendered_image():
     image = SMALL.render(Scene((Obj("square", "red", "large", 8, 24),)))
     assert image.size == (32, 32) and image.mode == "RGB"
     pixels = np.asarray(image)
@@ -114,7 +114,7 @@ def test_a_drawn_picture():
     assert (pixels == BACKGROUND).all()
 
 
-def test_small_pictures_are_made_of_patches_of_one_colour():
+def test_small_images_are_made_of_patches_of_one_colour():
     for scene in scenes(SMALL, 300):
         patches = np.asarray(SMALL.render(scene)).reshape(8, 4, 8, 4, 3).transpose(0, 2, 1, 3, 4).reshape(64, 16, 3)
         assert (patches == patches[:, :1]).all()
@@ -138,7 +138,7 @@ def test_texture_is_soft_and_varies():
         assert np.abs(picture - 235).max() <= 16
 
 
-# ------------------------------------------------------------------------------------------------------- reading back
+# -------------------------------------------------------------------------------------------------------- reading back
 
 
 def read_right(world, scene, picture):
@@ -151,7 +151,7 @@ def reconstructed(image, blur, sigma, rng):
 
 
 @both
-def test_pictures_are_read_back_exactly(world):
+def test_images_are_read_back_exactly(world):
     some = scenes(world, 300)
     read = [world.parse_image(world.render(scene)) for scene in some]
     assert [r.objects for r in read] == [s.objects for s in some]  # positions to the pixel
@@ -159,14 +159,14 @@ def test_pictures_are_read_back_exactly(world):
 
 @both
 @pytest.mark.parametrize("blur, sigma", [(0.0, 8), (0.7, 8), (1.0, 8), (0.7, 16)])
-def test_blurred_and_noisy_pictures_are_read_back(world, blur, sigma):
+def test_blurred_and_noisy_images_are_read_back(world, blur, sigma):
     rng = np.random.default_rng(0)
     some = scenes(world, 100)
     assert sum(read_right(world, s, reconstructed(world.render(s), blur, sigma, rng)) for s in some) >= 0.98 * len(some)
 
 
 @both
-def test_empty_and_wrong_pictures_are_never_right(world):
+def test_empty_and_wrong_images_are_never_right(world):
     rng = np.random.default_rng(0)
     side = (world.image_size, world.image_size, 3)
     junk = [np.full(side, value, np.uint8) for value in (0, 128, 235, 255)]
@@ -256,7 +256,7 @@ def test_reader_refuses_other_sizes_and_takes_other_modes():
 
 
 @both
-def test_every_caption_is_true_of_its_scene_and_of_its_picture(world):
+def test_every_caption_is_true_of_its_scene_and_of_its_image(world):
     rng = random.Random(0)
     for scene in scenes(world, 200):
         read = world.parse_image(world.render(scene))
@@ -319,7 +319,7 @@ def test_captions_against_a_known_scene(text, wrong):
 NINE = dataclasses.replace(FULL, grid=3, sizes={"small": 6, "large": 9}, jitter=0)
 
 
-def test_places_and_sizes_are_judged():
+def test_places_and_sizes_are_compared():
     scene = Scene((Obj("circle", "green", "small", 11, 11), Obj("cross", "red", "large", 32, 32)))
     assert NINE.satisfies(
         scene, NINE.parse_caption("a small green circle at the top left and a red cross at the centre")
@@ -374,7 +374,7 @@ def test_dataset_follows_seed_epoch_and_index():
     assert image.shape == (3, 32, 32) and image.dtype == torch.float32
     assert image.min() >= -1 and image.max() <= 1
     assert torch.equal(image, two[(3, 5)][0]) and text == two[(3, 5)][1]
-    assert torch.equal(image, one[(4, 5)][0])  # the scene stays, its caption is drawn anew
+    assert torch.equal(image, one[(4, 5)][0])  # the scene stays, its caption changes
     assert len({one[(epoch, 5)][1] for epoch in range(30)}) > 1
     assert {SMALL.key(one.scene(i)) for i in range(100)} != {SMALL.key(other.scene(i)) for i in range(100)}
     two.epoch = 3
@@ -384,7 +384,7 @@ def test_dataset_follows_seed_epoch_and_index():
         one[100]
 
 
-def test_fresh_datasets_draw_new_scenes_each_epoch():
+def test_fresh_datasets_have_new_scenes_each_epoch():
     dataset = ShapesDataset(SMALL, "train", 10, fresh=True)
     keys = {SMALL.key(dataset.scene((epoch, i))) for epoch in range(20) for i in range(10)}
     assert len(keys) > 100

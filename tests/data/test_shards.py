@@ -133,7 +133,7 @@ def test_evaluation_sees_each_sample_once_in_equal_steps(tmp_path, sizes, world,
         assert all(ranks[0])
 
 
-def test_samples_are_pictures_with_labels(tmp_path):
+def test_samples_are_images_with_labels(tmp_path):
     shards = write_shards(tmp_path / "a", [3])
     write_tar(
         tmp_path / "b.tar", [("x.jpg", picture(0)), ("y.jpg", picture(1)), ("y.cls", b"cat"), ("z.txt", b"no image")]
@@ -242,7 +242,7 @@ def test_training_replaces_them_and_still_resumes(damaged):
 def test_a_broken_off_shard_is_counted_and_the_next_one_read(tmp_path, caplog):
     shards = write_shards(tmp_path, [6, 2])
     with tarfile.open(shards[0]) as tar:
-        cut = tar.getmembers()[6].offset_data + 20  # within the fourth picture
+        cut = tar.getmembers()[6].offset_data + 20  # within the fourth image
     with open(shards[0], "r+b") as file:
         file.truncate(cut)
     dataset = EvalShards(shards, 8, batch_size=2, as_uint8=True)
@@ -308,7 +308,7 @@ def test_http_urls(tmp_path):
         server.server_close()
 
 
-# ------------------------------------------------------------------------------- what webdataset does without saying so
+# ------------------------------------------------------------------------------ what webdataset does without saying so
 
 
 def test_the_shuffle_on_which_the_exact_resume_rests_is_as_it_was():
