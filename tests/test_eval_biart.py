@@ -530,7 +530,7 @@ def test_best_median_and_worst(scores, count, expected):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("", "Nothing to judge"),
+        ("", "Nothing to evaluate"),
         ("--model x", "test_dir is not given"),
         ("--model x --dataset table", "test_captions is not given"),
         ("--model x --dataset karpathy --test_dir d", "dataset_coco.json"),

@@ -153,7 +153,7 @@ def test_rfid_goes_through_the_code_that_judges_generated_pictures(tmp_path, mod
         (["--fake_data"], "ckpt_path is not given"),
         (["--ckpt_path", "{model}"], "Neither test_dir nor val_dir is given"),
         (["--ckpt_path", "nowhere.ckpt", "--fake_data"], "nowhere.ckpt does not exist"),
-        (["--ckpt_path", "{model}", "--fake_data", "--resolution", "64"], "takes pictures of 16 px"),
+        (["--ckpt_path", "{model}", "--fake_data", "--resolution", "64"], "takes images of 16 px"),
         (["--ckpt_path", "{model}", "--test_dir", "no-such-folder"], "no-such-folder"),
         (["--ckpt_path", "{model}", "--fake_data", "--eval_images", "0"], "eval_images is 0"),
     ],

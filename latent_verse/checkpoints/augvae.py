@@ -14,7 +14,8 @@ from torch import nn
 
 from latent_verse.augvae.model import AugVAE
 from latent_verse.checkpoints.files import CheckpointError, fetch_from_hub, fill, find_checkpoint, read_ckpt
-from latent_verse.config import AugVAEConfig, ConfigError, TrainVAEConfig, as_plain, with_pretrained_shape
+from latent_verse.config import AugVAEConfig, ConfigError, as_plain
+from latent_verse.config.train import TrainVAEConfig, with_pretrained_shape
 from latent_verse.files import replacing, write_json
 
 FORMAT = "latent_verse/augvae"
