@@ -28,6 +28,7 @@ from latent_verse.augvae.model import AugVAE
 from latent_verse.augvae.training import LitAugVAE
 from latent_verse.cli import parse
 from latent_verse.config import PRECISIONS, TrainVAEConfig, resolve_train_vae
+from latent_verse.data.datasets import open_images
 from latent_verse.data.module import ImageDataModule
 
 WARM_UP = 10  # steps before the clock starts
@@ -72,7 +73,8 @@ def measure(config: TrainVAEConfig, single_level: int | None, precision: str, st
             benchmark=True,
             callbacks=[watch],
         )
-        trainer.fit(LitAugVAE(model, config), datamodule=ImageDataModule(config.data, config.model.resolution))
+        data = ImageDataModule(open_images(config.data, config.model.resolution), config.data)
+        trainer.fit(LitAugVAE(model, config), datamodule=data)
     losses = torch.stack(watch.losses).cpu()
     tenth = max(1, steps // 10)
     return {

@@ -10,6 +10,7 @@ import torch
 
 from latent_verse.augvae.model import AugVAE
 from latent_verse.biart.model import BiART
+from latent_verse.biart.sequence import Vocabulary
 from latent_verse.checkpoint import (
     CheckpointError,
     check_resumable,
@@ -21,8 +22,9 @@ from latent_verse.checkpoint import (
 from latent_verse.config import AugVAEConfig, ConfigError
 from latent_verse.config.train import TrainBiARTConfig
 from latent_verse.data.codes import TOKENIZER, check_codes, extract, work_of
-from latent_verse.data.pair_module import PairDataModule
-from latent_verse.data.pairs import all_captions, open_pairs, source_of, work_of_shards
+from latent_verse.data.datasets import MapDataset, open_pairs, source_of
+from latent_verse.data.module import PairDataModule, loader_processes
+from latent_verse.data.pairs import CaptionEncoder, PairShards, all_captions, work_of_shards
 from latent_verse.pipeline import LVerse
 from latent_verse.pretrained import Pretrained, load_checkpoint
 from latent_verse.text import BPETokenizer, Tokenizer, TokenizerError, load_tokenizer, pack_tokenizer, unpack_tokenizer
@@ -91,19 +93,19 @@ def open_data(
     if start_from:
         then = read_ckpt(start_from)["latent_verse"]["vae"]
         _check_vae(fingerprint(vae), then["fingerprint"], then["path"], start_from)
-    data = PairDataModule(config.data, vae.config.resolution, config.trainer.seed)
-    data.setup("fit")
-    tokenizer = choose_tokenizer(config, data, start_from, pretrained)
+    datasets = open_pairs(config.data, vae.config.resolution, config.trainer.seed)
+    tokenizer = choose_tokenizer(config, datasets["train"], start_from, pretrained)
     about = {
         "vae": {"path": config.vae.vae_path or (pretrained and pretrained.vae_path), "fingerprint": fingerprint(vae)},
         "tokenizer": pack_tokenizer(tokenizer),
     }
-    for split in ("train", "val"):
-        meta = getattr(data.dataset(split), "meta", None)
-        if meta:
-            check_codes(meta, about["vae"]["fingerprint"], tokenizer.fingerprint, f"{split}_dir")
-    data.tokenize_with(tokenizer, config.text.text_len, config.text.text_too_long)
-    return data, tokenizer, about
+    for split, dataset in datasets.items():
+        if config.data.dataset == "codes":
+            check_codes(dataset.meta, about["vae"]["fingerprint"], tokenizer.fingerprint, f"{split}_dir")
+    text = config.text
+    pad = Vocabulary(tokenizer.vocab_size, vae.config.num_tokens, text.text_len, vae.num_codes).pad
+    encode = CaptionEncoder(tokenizer, text.text_len, text.text_too_long, pad)
+    return PairDataModule(datasets, config.data, config.trainer.seed, encode), tokenizer, about
 
 
 def _check_vae(found: str, then: str, path: str | None, file) -> None:
@@ -117,16 +119,21 @@ def _check_vae(found: str, then: str, path: str | None, file) -> None:
 # ----------------------------------------------------------------------------------------------------------- tokenizer
 
 
-def choose_tokenizer(config: TrainBiARTConfig, data: PairDataModule, start_from=None, pretrained=None) -> Tokenizer:
+def choose_tokenizer(
+    config: TrainBiARTConfig, dataset: MapDataset | PairShards, start_from=None, pretrained=None
+) -> Tokenizer:
     """The tokenizer of the run: of what it continues or starts from, else of its codes, else CLIP's, else a new one.
 
     Every process decides the same: training it is deterministic. What lies in the run folder is not read: without a
     checkpoint a run begins anew, with the settings and captions of now.
 
+    Args:
+        dataset: of training, whose captions a new tokenizer is trained on.
+
     Raises:
         TokenizerError: it cannot be read, or is not the kind that the settings name.
     """
-    kind, dataset = config.text.tokenizer, data.dataset("train")
+    kind = config.text.tokenizer
     saved = None
     if start_from:
         saved = unpack_tokenizer(read_ckpt(start_from)["latent_verse"]["tokenizer"])
@@ -214,11 +221,10 @@ def extract_codes(config: TrainBiARTConfig, vae: AugVAE, accelerator: str, pretr
     vae.to(device)
     resolution = vae.config.resolution
     webdataset = d.dataset == "webdataset"
-    splits = [split for split in ("train", "val") if source_of(d, split)]
-    data = PairDataModule(d, resolution, t.seed)
-    data.setup("fit")
-    tokenizer, flags = choose_tokenizer(config, data, pretrained=pretrained), f"--tokenizer {config.text.tokenizer}"
-    for split in splits:
+    datasets = open_pairs(d, resolution, t.seed, augment=False)
+    tokenizer = choose_tokenizer(config, datasets["train"], pretrained=pretrained)
+    flags = f"--tokenizer {config.text.tokenizer}"
+    for split, dataset in datasets.items():
         crops = c.crops_per_image if split == "train" else 1
         plan = {
             "format": "latent_verse/codes",
@@ -228,7 +234,7 @@ def extract_codes(config: TrainBiARTConfig, vae: AugVAE, accelerator: str, pretr
             "resolution": resolution,
             "tokenizer": tokenizer.fingerprint,
             "text_vocab": tokenizer.vocab_size,
-            "source": str(source_of(d, split)),
+            "source": source_of(d, split),
             "dataset": d.dataset,
             "crops_per_image": crops,
             "resize_ratio": d.resize_ratio if crops > 1 else None,
@@ -236,9 +242,8 @@ def extract_codes(config: TrainBiARTConfig, vae: AugVAE, accelerator: str, pretr
             "seed": t.seed,
         }
         if webdataset:
-            work, total = work_of_shards(data.dataset(split), resolution, crops, d.resize_ratio, t.seed), None
+            work, total = work_of_shards(dataset.shards, resolution, crops, d.resize_ratio, t.seed), None
         else:
-            dataset = open_pairs(d, split, resolution, t.seed, augment=False)
             work, total = work_of(dataset, crops, c.shard_size), len(dataset)
             plan["pictures"] = total
             if d.dataset == "shapes":
@@ -253,7 +258,7 @@ def extract_codes(config: TrainBiARTConfig, vae: AugVAE, accelerator: str, pretr
             tokenizer,
             plan,
             batch_size=d.batch_size,
-            threads=data._workers(),
+            threads=loader_processes(d.num_workers),
             total=total,
             progress=bool(t.refresh_rate),
         )

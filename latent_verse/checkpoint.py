@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from latent_verse.augvae.model import AugVAE
-from latent_verse.config import AugVAEConfig, ConfigError, TrainVAEConfig, as_plain, with_pretrained_shape
+from latent_verse.config import AugVAEConfig, ConfigError, TrainVAEConfig, UserError, as_plain, with_pretrained_shape
 from latent_verse.runs import newest
 
 FORMAT = "latent_verse/augvae"
@@ -34,7 +34,7 @@ TRAINING_ONLY = frozenset(
 )
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint is absent, damaged, of another kind, or does not fit. The message names the file and the remedy."""
 
 

@@ -27,7 +27,7 @@ from typing import Any, Optional
 
 from latent_verse import demo_page
 from latent_verse.config import ConfigError, Settings, TrainVAEConfig, setting
-from latent_verse.config.cli import errors_to_exit_code, parse
+from latent_verse.config.cli import one_line_errors, parse
 from latent_verse.config.train import TrainBiARTConfig
 from latent_verse.data.shapes import PRESETS, World
 from latent_verse.runs import write_whole
@@ -280,18 +280,18 @@ def run(s: DemoSettings) -> Path:
         return demo_page.write(out, s.world, [(g.name, g.title, g.shown()) for g in stages], seconds)
 
 
+@one_line_errors
 def main(argv: list[str] | None = None) -> int:
     """Run the demo; 0 when done, 2 for a mistake in the settings, 128 + signal when told to stop, 1 for a failure."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait busily slow each other down on few cores
-    with errors_to_exit_code() as code:
-        config, _ = parse(DemoConfig, argv, __doc__)
-        try:
-            page = run(config.demo)
-        except Stopped as stopped:
-            print(f"\n{stopped}", file=sys.stderr)
-            return stopped.code
-        print(f"\nThe page: {page}")
-    return code[0] if code else 0
+    config, _ = parse(DemoConfig, argv, __doc__)
+    try:
+        page = run(config.demo)
+    except Stopped as stopped:
+        print(f"\n{stopped}", file=sys.stderr)
+        return stopped.code
+    print(f"\nThe page: {page}")
+    return 0
 
 
 if __name__ == "__main__":

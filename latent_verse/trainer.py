@@ -8,8 +8,8 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -23,17 +23,22 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from latent_verse import runs
-from latent_verse.callbacks import Backup, Diverged, ImageGrids, Interrupted, ProcessState, ProgressBar, RunFolder
-from latent_verse.checkpoint import CheckpointError
+from latent_verse.callbacks import Backup, ImageGrids, Interrupted, ProcessState, ProgressBar, RunFolder
 from latent_verse.config import ConfigError, TrainerConfig, TrainVAEConfig
 from latent_verse.config.train import TrainBiARTConfig
-from latent_verse.data import DataError
 from latent_verse.runs import Run
 
-# the user's, found while a run is built or trains
-MISTAKES = (CheckpointError, DataError, Diverged, MisconfigurationException)
 Training = TypeVar("Training", TrainVAEConfig, TrainBiARTConfig)
 say = rank_zero_only(print)  # one process speaks for all
+
+
+@contextmanager
+def as_config_error() -> Iterator[None]:
+    """Decorate what hands settings to Lightning: its refusal of some becomes a ConfigError."""
+    try:
+        yield
+    except MisconfigurationException as error:
+        raise ConfigError(str(error)) from error
 
 
 def choose_devices(t: TrainerConfig) -> tuple[str, int]:
@@ -92,6 +97,7 @@ def decide_compile(config: Training) -> Training:
     return replace(config, trainer=replace(t, compile=compile))
 
 
+@as_config_error()
 def make_trainer(t: TrainerConfig, folder: RunFolder, has_val: bool, more: Sequence[pl.Callback] = ()) -> pl.Trainer:
     """A Trainer that logs to the run's folder, keeps its best and last checkpoints, backs up and can be interrupted.
 
@@ -148,6 +154,7 @@ def announce(t: TrainerConfig, run: Run, start_from: Path | None, idle: list[str
         say(f"ckpt_path {t.ckpt_path} is not read without --resume: this run starts anew.")
 
 
+@as_config_error()
 def fit(trainer: pl.Trainer, t: TrainerConfig, run: Run, module: pl.LightningModule, data, start_from) -> bool:
     """Train to the end; False where the run was interrupted, and saved. Says so, and where nothing was left to do."""
     failed = True

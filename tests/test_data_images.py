@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from torchvision.transforms import CenterCrop, InterpolationMode, Resize
 from torchvision.transforms.functional import pil_to_tensor, resized_crop
 
-from latent_verse.data import DataError, FakeDataset, ImageDataset, ImageDataset2
+from latent_verse.data import DataError, FakeDataset, FlatImages, ImageDataset
 from latent_verse.data.images import PathList
 from latent_verse.data.transforms import (
     UnreadableImage,
@@ -222,14 +222,14 @@ def test_flat_folder_takes_every_format_at_any_depth(tmp_path):
     make_folder(tmp_path, ALL_KINDS)
     (tmp_path / "notes.txt").write_text("x")
     (tmp_path / "._a.jpg").write_bytes(b"macOS leaves such files")
-    dataset = ImageDataset2(tmp_path, 16)
+    dataset = FlatImages(tmp_path, 16)
     assert [os.path.relpath(dataset.paths[i], tmp_path) for i in range(8)] == [
         *["a.jpg", "b.JPEG", "c.png", "d.bmp", "sub/e.webp", "sub/g.ppm", "sub/h.PGM", "sub/deep/f.tif"]
     ]
     for image, label in (dataset[i] for i in range(len(dataset))):
         assert image.shape == (3, 16, 16) and image.dtype == torch.float32 and label == -1
         assert -1 <= image.min() < image.max() <= 1
-    assert ImageDataset2(tmp_path, 16, as_uint8=True)[0][0].dtype == torch.uint8
+    assert FlatImages(tmp_path, 16, as_uint8=True)[0][0].dtype == torch.uint8
 
 
 def test_imagefolder_labels_are_those_of_torchvision(tmp_path):
@@ -248,7 +248,7 @@ def test_links_are_followed_and_loops_end(tmp_path):
     (root / "one").symlink_to(tmp_path / "real")
     (root / "two").symlink_to(tmp_path / "real")
     (root / "up").symlink_to(root)
-    assert len(ImageDataset2(root, 16)) == 2
+    assert len(FlatImages(root, 16)) == 2
 
 
 def test_path_list_keeps_odd_names():
@@ -257,7 +257,7 @@ def test_path_list_keeps_odd_names():
     assert [paths[i] for i in range(len(paths))] == [f"/root/{name}" for name in names]
 
 
-@pytest.mark.parametrize("kind", [ImageDataset, ImageDataset2])
+@pytest.mark.parametrize("kind", [ImageDataset, FlatImages])
 def test_missing_and_empty_folders(tmp_path, kind):
     with pytest.raises(DataError, match=r"train_dir: .*/nowhere does not exist"):
         kind(tmp_path / "nowhere", 16, key="train_dir")
@@ -280,7 +280,7 @@ def test_layout_mistakes_are_named(tmp_path):
         ImageDataset(tmp_path / "flat", 16)
     (tmp_path / "tars").mkdir()
     (tmp_path / "tars" / "0.tar").write_bytes(b"x")
-    for kind in (ImageDataset, ImageDataset2):
+    for kind in (ImageDataset, FlatImages):
         with pytest.raises(DataError, match="--dataset webdataset"):
             kind(tmp_path / "tars", 16)
 
@@ -288,10 +288,10 @@ def test_layout_mistakes_are_named(tmp_path):
 def test_folder_without_one_readable_image(tmp_path):
     for i in range(5):
         (tmp_path / f"{i}.jpg").write_bytes(b"damaged")
-    with pytest.raises(DataError, match=r"not one of the 5 images below .*0\.jpg.*not a picture of a known format"):
-        ImageDataset2(tmp_path, 16)
+    with pytest.raises(DataError, match=r"not one of the 5 images of .*0\.jpg.*not an image of a known format"):
+        FlatImages(tmp_path, 16)
     with pytest.raises(DataError, match=r"resize_ratio is 0"):
-        ImageDataset2(tmp_path, 16, resize_ratio=0)
+        FlatImages(tmp_path, 16, resize_ratio=0)
 
 
 # ------------------------------------------------------------------------------------------------------- corrupt files
@@ -308,7 +308,7 @@ def damaged(tmp_path):
 
 
 def test_training_takes_the_next_readable_image(damaged, caplog):
-    dataset = ImageDataset2(damaged, 16, resize_ratio=1.0, as_uint8=True)
+    dataset = FlatImages(damaged, 16, resize_ratio=1.0, as_uint8=True)
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
             images = [dataset[i][0] for i in range(8)]
@@ -322,13 +322,13 @@ def test_training_takes_the_next_readable_image(damaged, caplog):
 
 
 def test_evaluation_drops_them(damaged):
-    dataset = ImageDataset2(damaged, 16, train=False)
+    dataset = FlatImages(damaged, 16, train=False)
     assert [dataset[i] is None for i in range(8)] == [i in (2, 3, 7) for i in range(8)]
     assert dataset.skipped.count == 3
 
 
 def test_all_files_lost_after_the_start_is_an_error_not_a_recursion(tmp_path):
-    dataset = ImageDataset2(make_folder(tmp_path, [f"{i}.png" for i in range(30)]), 16)
+    dataset = FlatImages(make_folder(tmp_path, [f"{i}.png" for i in range(30)]), 16)
     for path in tmp_path.iterdir():
         path.unlink()
     with pytest.raises(
@@ -344,17 +344,17 @@ def test_crops_depend_on_seed_epoch_and_index_only(tmp_path):
     make_folder(tmp_path, ["0.png", "1.png"])
 
     def crop(seed, epoch, index):
-        return ImageDataset2(tmp_path, 16, seed=seed, as_uint8=True)[(epoch, index)][0]
+        return FlatImages(tmp_path, 16, seed=seed, as_uint8=True)[(epoch, index)][0]
 
     first = crop(0, 0, 0)
     torch.manual_seed(123)  # the global generator plays no part
     assert torch.equal(crop(0, 0, 0), first)
     assert not torch.equal(crop(0, 1, 0), first)
     assert not torch.equal(crop(1, 0, 0), first)
-    dataset = ImageDataset2(tmp_path, 16, as_uint8=True)
+    dataset = FlatImages(tmp_path, 16, as_uint8=True)
     dataset.epoch = 1
     assert torch.equal(dataset[0][0], crop(0, 1, 0))
-    ours = ImageDataset2(tmp_path, 16, train=False, as_uint8=True)
+    ours = FlatImages(tmp_path, 16, train=False, as_uint8=True)
     assert torch.equal(ours[(0, 1)][0], ours[(5, 1)][0])
 
 
@@ -373,8 +373,14 @@ def test_fake_images_are_repeatable_varied_and_not_noise():
 
 
 def test_datasets_can_be_sent_to_spawned_workers(tmp_path):
-    dataset = ImageDataset2(make_folder(tmp_path, ["0.png", "1.png"]), 16, as_uint8=True)
+    dataset = FlatImages(make_folder(tmp_path, ["0.png", "1.png"]), 16, as_uint8=True)
     assert torch.equal(pickle.loads(pickle.dumps(dataset))[(2, 1)][0], dataset[(2, 1)][0])
+
+
+def test_the_original_s_name_stays():
+    from latent_verse.data import ImageDataset2
+
+    assert ImageDataset2 is FlatImages
 
 
 def test_importing_the_room_is_cheap():

@@ -12,8 +12,9 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from PIL import Image
+from pytorch_lightning.utilities import CombinedLoader
 
-from latent_verse.data import DataError, ImageDataModule
+from latent_verse.data import DataError, ImageDataModule, open_images
 from latent_verse.data.module import EpochBatches, EvalBatches
 
 
@@ -31,8 +32,12 @@ class Settings:
     shuffle_buffer: int = 8
 
 
-def module(resolution=8, seed=0, **settings):
-    return ImageDataModule(Settings(**settings), resolution, seed)
+def module(resolution=8, seed=0, splits=None, **settings):
+    """A data module with the splits whose folders are given, or the given ones."""
+    data = Settings(**settings)
+    if splits is None:
+        splits = [s for s in ("train", "val") if data.dataset == "fake" or getattr(data, f"{s}_dir")]
+    return ImageDataModule(open_images(data, resolution, seed, splits), data, seed)
 
 
 def picture(i):
@@ -193,6 +198,17 @@ def test_the_loader_leaves_the_global_generator_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_lightning_ends_the_workers_of_a_finished_loader():
+    """Both libraries keep the running iterator as `_iterator`, which is private to them: see `module._Loader`."""
+    for loader in (module(num_workers=1).train_dataloader(), module(num_workers=1).val_dataloader()):
+        combined = CombinedLoader(loader)
+        next(iter(combined))
+        (worker,) = loader._loader._iterator._workers
+        assert worker.is_alive()
+        combined.reset()
+        assert loader._iterator is None and not worker.is_alive()
+
+
 class SaveEverywhere(pl.Callback):
     """Checkpoints at each moment at which Lightning's ModelCheckpoint can make one."""
 
@@ -327,32 +343,19 @@ def test_no_val_dir_means_no_validation(folders, caplog):
     assert module(dataset="fake").has_val
 
 
-def test_setup_twice_keeps_everything(folders):
-    data = module(dataset="flat", train_dir=folders["flat"], val_dir=folders["flat"])
-    data.setup("fit")
-    sets = dict(data._sets)
-    first = list(data.train_dataloader())
-    data.setup("fit")
-    data.setup(None)
-    assert all(data._sets[split] is dataset for split, dataset in sets.items())
-    same(list(data.train_dataloader()), first)
-
-
 def test_describe_counts(folders, tmp_path):
     for i in range(6):
         (tmp_path / f"{i}.png").write_bytes(picture(i) if i != 4 else b"damaged")
     data = module(dataset="flat", train_dir=folders["flat"], val_dir=tmp_path, num_workers=2)
-    assert data.describe()["train"] is None
-    data.setup("fit")
     batches = list(data.val_dataloader())
     assert [len(batch[0]) for batch in batches] == [4, 1]
     expected = {"dataset": "flat", "train": 21, "val": 6, "test": None, "skipped": 1, "workers": 2}
     assert data.describe() == expected
-    shards = module(dataset="webdataset", train_dir=folders["webdataset"], val_dir=folders["webdataset"])
-    shards.setup()
+    every = ("train", "val", "test")
+    places = {"train_dir": folders["webdataset"], "val_dir": folders["webdataset"]}
+    shards = module(dataset="webdataset", splits=every, **places)
     assert [shards.describe()[split] for split in ("train", "val", "test")] == [21, 21, 21]
-    fake = module()
-    fake.setup()
+    fake = module(splits=every)
     assert [fake.describe()[split] for split in ("train", "val", "test")] == [512, 64, 64]
 
 
@@ -366,7 +369,8 @@ def test_a_single_rank_never_sees_an_empty_batch(tmp_path):
 
 def test_test_falls_back_to_val(folders, caplog):
     with caplog.at_level(logging.INFO):
-        assert sum(len(b[0]) for b in module(dataset="flat", val_dir=folders["flat"]).test_dataloader()) == 21
+        data = module(dataset="flat", val_dir=folders["flat"], splits=["test"])
+    assert sum(len(batch[0]) for batch in data.test_dataloader()) == 21
     assert "testing on val_dir" in caplog.text
 
 
@@ -385,13 +389,13 @@ def test_bad_settings_are_named(folders, tmp_path):
     with pytest.raises(DataError, match="batch_size is 0"):
         module(batch_size=0)
     with pytest.raises(DataError, match=r"train_dir is not set. Give --train_dir"):
-        module(dataset="flat").setup("fit")
+        module(dataset="flat", splits=["train", "val"])
     with pytest.raises(DataError, match=r"test_dir is not set"):
-        module(dataset="flat").setup("test")
+        module(dataset="flat", splits=["test"])
     with pytest.raises(DataError, match=r"val_dir: .*nowhere does not exist"):
-        module(dataset="flat", train_dir=folders["flat"], val_dir=tmp_path / "nowhere").setup("fit")
+        module(dataset="flat", train_dir=folders["flat"], val_dir=tmp_path / "nowhere")
     with pytest.raises(DataError, match=r"val_dir: no shard"):
-        module(dataset="webdataset", val_dir=tmp_path).setup("validate")
+        module(dataset="webdataset", val_dir=tmp_path)
     with pytest.raises(DataError, match="--dataset_size N"):
         module(dataset="webdataset", train_dir="http://localhost/{0..3}.tar").train_dataloader()
     remote = module(dataset="webdataset", val_dir="http://localhost/{0..3}.tar").val_dataloader()

@@ -246,7 +246,7 @@ def test_two_objects_run_together_are_unknown():
 
 
 def test_reader_refuses_other_sizes_and_takes_other_modes():
-    with pytest.raises(ValueError, match=r"small world reads pictures of shape \(32, 32, 3\), not \(64, 64, 3\)"):
+    with pytest.raises(ValueError, match=r"small world reads images of shape \(32, 32, 3\), not \(64, 64, 3\)"):
         SMALL.parse_image(Image.new("RGB", (64, 64)))
     scene = SMALL.scene(0)
     assert read_right(SMALL, scene, SMALL.render(scene).convert("RGBA"))
@@ -429,7 +429,7 @@ def test_written_pairs_are_a_pair_folder(tmp_path):
     for i in range(6):
         read = SMALL.parse_image(dataset[i][0].permute(1, 2, 0).numpy())
         assert SMALL.key(read) == SMALL.key(source.scene(i))
-        assert dataset.captions(i) == source.draw_captions(i, 3)
+        assert dataset.captions(i) == source.sample_captions(i, 3)
 
 
 def test_every_shape_has_a_name_in_a_world():

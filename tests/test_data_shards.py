@@ -54,7 +54,7 @@ def loader(dataset, workers, **options):
         dataset,
         dataset.batch_size,
         num_workers=workers,
-        collate_fn=Collate(8),
+        collate_fn=Collate((3, 8, 8)),
         persistent_workers=workers > 0,
         **options,
     )

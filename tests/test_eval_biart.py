@@ -471,7 +471,7 @@ def test_a_wrong_step_makes_a_trip_wrong():
 def test_shapes_of_another_size_than_the_models_are_refused(bundle, tmp_path, capsys):
     argv = ["--model", bundle, "--dataset", "shapes", "--gpus", 0, "--log_dir", tmp_path / "runs"]
     assert eval_biart.main([*map(str, argv)]) == 2
-    assert "pictures of 32 px, but 16 px" in capsys.readouterr().err
+    assert "images of 32 px, but 16 px" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------------------- compare

@@ -13,7 +13,7 @@ LIBRARY = sorted((ROOT / "latent_verse").rglob("*.py"))
 SCRIPTS = sorted(ROOT.glob("*.py"))
 SCRIPT_NAMES = {"train_vae", "eval_vae", "train_biart", "eval_biart", "generate"}
 LIGHTNING = {"pytorch_lightning", "lightning", "lightning_fabric", "lightning_utilities"}
-LIGHTNING_ROOMS = ("training.py", "callbacks.py", "trainer.py", "data/module.py", "data/pair_module.py")
+LIGHTNING_ROOMS = ("training.py", "callbacks.py", "trainer.py", "data/module.py")
 DEVELOPMENT = {"transformers", "pytest", "_pytest", "ruff", "tests", "benchmarks"}
 
 

@@ -15,11 +15,12 @@ from PIL import Image
 from latent_verse.config import ConfigError
 from latent_verse.config.train import PairDataConfig, resolve_pairs
 from latent_verse.data import DataError, pairs
-from latent_verse.data.pair_module import PairDataModule
-from latent_verse.data.pairs import NO_TOKEN, PairTrainShards, all_captions, captions_of, open_pairs
+from latent_verse.data.datasets import open_pairs
+from latent_verse.data.module import PairDataModule
+from latent_verse.data.pairs import CaptionEncoder, PairTrainShards, all_captions, captions_of
 from latent_verse.text import BPETokenizer, TokenizerError
 
-R = 8
+R, PAD = 8, 777
 CAPTIONS = [[f"picture number {i}", f"the {i} th"] for i in range(10)]
 
 
@@ -80,10 +81,13 @@ def settings(**given) -> PairDataConfig:
 
 
 def module(tokenizer, resolution=R, text_len=12, too_long="truncate", seed=3, **given) -> PairDataModule:
-    data = PairDataModule(settings(**given), resolution, seed)
-    data.setup("fit")
-    data.tokenize_with(tokenizer, text_len, too_long)
-    return data
+    data = settings(**given)
+    encode = CaptionEncoder(tokenizer, text_len, too_long, PAD)
+    return PairDataModule(open_pairs(data, resolution, seed), data, seed, encode)
+
+
+def open_one(data, split, resolution, seed):
+    return open_pairs(data, resolution, seed)[split]
 
 
 def layouts(files):
@@ -96,7 +100,7 @@ def layouts(files):
 
 
 def test_every_layout_gives_the_same_pairs(files):
-    opened = [open_pairs(settings(**given), "train", R, 3) for given in layouts(files).values()]
+    opened = [open_one(settings(**given), "train", R, 3) for given in layouts(files).values()]
     for i in (0, 7):
         first, *others = [dataset[(2, i)] for dataset in opened]
         for image, caption in others:
@@ -107,19 +111,19 @@ def test_every_layout_gives_the_same_pairs(files):
         "train_captions": str(files / "karpathy.json"),
         "train_dir": layouts(files)["pairs"]["train_dir"],
     }
-    assert [len(open_pairs(settings(**karpathy), split, R, 3)) for split in ("train", "val")] == [5, 5]
+    assert [len(open_one(settings(**karpathy), split, R, 3)) for split in ("train", "val")] == [5, 5]
 
 
 def test_shapes_and_fake_need_no_file():
     data = settings(dataset="shapes", dataset_size=6, val_size=4)
-    train, val = open_pairs(data, "train", 32, 0), open_pairs(data, "val", 32, 0)
+    train, val = open_one(data, "train", 32, 0), open_one(data, "val", 32, 0)
     assert (len(train), len(val), val.split) == (6, 4, "val")
     assert not torch.equal(train[(0, 1)][0], train[(1, 1)][0])  # new scenes in each epoch
     assert torch.equal(val[(0, 1)][0], val[(1, 1)][0])
-    with pytest.raises(DataError, match=r"world: small draws pictures of 32 px, but the AugVAE takes 64"):
-        open_pairs(data, "train", 64, 0)
+    with pytest.raises(DataError, match=r"world: small .*32 px, but 64 px"):
+        open_one(data, "train", 64, 0)
     fake = settings(fake_data=True)
-    assert fake.dataset == "fake" and len(open_pairs(fake, "val", R, 0)) == 64
+    assert fake.dataset == "fake" and len(open_one(fake, "val", R, 0)) == 64
 
 
 def test_what_is_missing_is_named(files, tmp_path):
@@ -132,13 +136,13 @@ def test_what_is_missing_is_named(files, tmp_path):
         settings(train_dir=folder, val_captions="x.json")
     with pytest.raises(DataError, match=r"train_captions is not given, and .*captions_other.json"):
         (tmp_path / "other").mkdir()
-        open_pairs(settings(dataset="coco", train_dir=str(tmp_path / "other")), "train", R, 0)
+        open_one(settings(dataset="coco", train_dir=str(tmp_path / "other")), "train", R, 0)
     with pytest.raises(DataError, match=r"train_captions: .*none\.json"):
-        open_pairs(settings(dataset="coco", train_dir=folder, train_captions="none.json"), "train", R, 0)
+        open_one(settings(dataset="coco", train_dir=folder, train_captions="none.json"), "train", R, 0)
     for text in (tmp_path / "COCO" / "train2017").glob("*.txt"):
         text.unlink()
     with pytest.raises(DataError, match=r"train_dir: no image with a caption .*10 images without a .txt"):
-        open_pairs(settings(train_dir=folder), "train", R, 0)
+        open_one(settings(train_dir=folder), "train", R, 0)
 
 
 def test_batches_hold_pictures_and_ids(files, tokenizer):
@@ -147,8 +151,8 @@ def test_batches_hold_pictures_and_ids(files, tokenizer):
     assert images.shape == (2, 3, R, R) and images.dtype == torch.float32 and images.abs().max() <= 1
     assert ids.shape == (2, 12) and ids.dtype == torch.int64
     for row in ids.tolist():
-        tokens = [i for i in row if i != NO_TOKEN]
-        assert row == tokens + [NO_TOKEN] * (12 - len(tokens))
+        tokens = [i for i in row if i != PAD]
+        assert row == tokens + [PAD] * (12 - len(tokens))
         assert tokenizer.decode(tokens) in [text for of_one in CAPTIONS for text in of_one]
 
 
@@ -187,13 +191,14 @@ def test_validation_has_each_pair_once(files, tokenizer, monkeypatch):
     seen, sizes = [], []
     for rank in range(3):
         data = module(tokenizer, val_dir=given["train_dir"], **given)
-        monkeypatch.setattr(data, "_rank_and_world", lambda rank=rank: (rank, 3))
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", "3")
         batches = list(data.val_dataloader())
         sizes.append([len(batch[0]) for batch in batches])
         seen += [image for batch in batches for image in batch[0]]
     assert len({image.numpy().tobytes() for image in seen}) == len(seen) == 10
     assert sizes == [[2, 2], [2, 1], [2, 1]]
-    empty = data._collate([None])
+    empty = data.collate([None])
     assert empty[0].shape == (0, 3, R, R) and empty[1].shape == (0, 12)
 
 
@@ -207,7 +212,7 @@ def test_shards_of_img2dataset(tmp_path, tokenizer):
     known = {np.array(picture(i)).tobytes(): CAPTIONS[i][0] for i in range(10)}
     for batches in (train, val):
         pairs = [
-            (image.permute(1, 2, 0).contiguous().numpy().tobytes(), [i for i in row.tolist() if i != NO_TOKEN])
+            (image.permute(1, 2, 0).contiguous().numpy().tobytes(), [i for i in row.tolist() if i != PAD])
             for batch in batches
             for image, row in zip(*batch, strict=True)
         ]
@@ -224,7 +229,7 @@ def test_shards_of_img2dataset(tmp_path, tokenizer):
 def test_a_tokenizer_learns_from_all_captions_or_of_many_from_a_part(files, monkeypatch, limit, numbers):
     monkeypatch.setattr(pairs, "TOKENIZER_CAPTIONS", limit)
     config = PairDataConfig(dataset="pairs", train_dir=str(files / "COCO/train2017"))
-    assert list(all_captions(open_pairs(config, "train", R, 0))) == [text for i in numbers for text in CAPTIONS[i]]
+    assert list(all_captions(open_one(config, "train", R, 0))) == [text for i in numbers for text in CAPTIONS[i]]
 
 
 def test_samples_without_a_caption_are_counted(tmp_path, tokenizer):

@@ -677,7 +677,7 @@ def test_mistakes_are_one_line_on_stderr(world, tmp_path, capsys):
         (["--betas", "0.9"], "betas"),
         (["--text_len", "2", "--text_too_long", "error"], "the limit text_len is 2"),
         (["--batch_size", "13"], "fewer than one batch"),
-        (["--dataset", "shapes"], "draws pictures of 32 px, but the AugVAE takes 16"),
+        (["--dataset", "shapes"], "images of 32 px, but 16 px"),
         (["--dataset", "codes"], "Make one with train_biart.py --extract_codes"),
         (["--export", "x"], "export needs ckpt_path"),
         (["--crops_per_image", "2"], "no effect without extract_codes"),

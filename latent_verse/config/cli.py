@@ -10,15 +10,17 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import gc
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-from latent_verse.config.settings import ConfigError, as_plain, check_value, closest
+from latent_verse.config.settings import ConfigError, UserError, as_plain, check_value, closest
 
 Config = TypeVar("Config")
+RECIPES = (Path(__file__).parents[1] / "configs", Path(__file__).parents[2] / "configs")  # installed; in the repository
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 
@@ -64,6 +66,7 @@ def parse(cls: type[Config], argv: list[str] | None, description: str) -> tuple[
     path = values.pop("config", None)
     given: dict[str, tuple[Any, str]] = {}
     if path:
+        path = find_config(path)
         given.update({leaf: (value, path) for leaf, value in read_yaml(cls, path).items()})
     given.update({leaf: (value, f"--{leaf}") for leaf, value in values.items()})
     return build(cls, given), {leaf: source for leaf, (_, source) in given.items()}
@@ -77,13 +80,19 @@ def make_parser(cls: type, description: str) -> Parser:
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
-    parser.add_argument("-c", "--config", "--configs", metavar="FILE", help="YAML file of settings; flags override it")
+    parser.add_argument(
+        "-c",
+        "--config",
+        "--configs",
+        metavar="FILE",
+        help="YAML file of settings, or the name of a shipped recipe; flags override it",
+    )
     groups: dict[str, Any] = {}
     for section, f, hint in leaves(cls):
         group = groups.setdefault(section, parser.add_argument_group(section))
-        default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
-        shown = list(default) if isinstance(default, tuple) else default
+        shown = list(f.default) if isinstance(f.default, tuple) else f.default
         text = f.metadata["help"].replace("%", "%%") + ("" if shown in (None, []) else f" (default: {shown})")
+        text = argparse.SUPPRESS if f.metadata["hidden"] else text
         if _is(hint, bool):
             group.add_argument(f"--{f.name}", nargs="?", const="true", metavar="true|false", help=text)
             group.add_argument(
@@ -96,6 +105,22 @@ def make_parser(cls: type, description: str) -> Parser:
             metavar = "{" + ",".join(choices) + "}" if choices else _type_name(hint).upper()
             group.add_argument(f"--{f.name}", metavar=metavar, help=text)
     return parser
+
+
+def find_config(name: str) -> str:
+    """The YAML file that --config names: a path, or from any folder the bare name of a shipped recipe.
+
+    Raises:
+        ConfigError: a bare name that is neither a file nor a recipe.
+    """
+    if Path(name).exists() or Path(name).name != name or Path(name).suffix:
+        return name
+    folder = next((folder for folder in RECIPES if folder.is_dir()), RECIPES[0])
+    recipes = {file.stem: str(file) for file in sorted(folder.glob("*.yaml"))}
+    if name not in recipes:
+        near = closest(name, recipes, otherwise=f". Recipes: {', '.join(recipes)}." if recipes else ".")
+        raise ConfigError(f"config {name} is neither a file nor a shipped recipe{near}")
+    return recipes[name]
 
 
 def read_yaml(cls: type, path: str) -> dict[str, Any]:
@@ -219,18 +244,21 @@ def quick_imports() -> Iterator[None]:
         gc.enable()
 
 
-@contextlib.contextmanager
-def errors_to_exit_code(*kinds: type[BaseException]) -> Iterator[list[int]]:
-    """Print mistakes of the user (ConfigError and `kinds`) as one line on stderr, not as a traceback.
+def one_line_errors(program: Callable[..., int]) -> Callable[..., int]:
+    """Decorate a program that returns its exit code: a mistake of the user becomes one line on stderr and the code 2.
 
-    Yields a list that is empty, or holds the exit code 2 after such an error.
+    Any other exception is a mistake of ours, and keeps its traceback.
     """
-    codes: list[int] = []
-    try:
-        yield codes
-    except (ConfigError, *kinds) as error:
-        print(f"error: {error}", file=sys.stderr)
-        codes.append(2)
+
+    @functools.wraps(program)
+    def wrapped(*args, **kwargs) -> int:
+        try:
+            return program(*args, **kwargs)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+
+    return wrapped
 
 
 # ----------------------------------------------------------------------------------------------------- annotated types

@@ -15,8 +15,8 @@ from latent_verse.config.settings import ConfigError, Settings, setting
 class AugVAEConfig(Settings):
     """Shape of AugVAE, multi-level (-ML) or, with `single_level`, its one-level fine-tune (-SL); paper section 3.1."""
 
-    in_channels: int = setting(3, "channels of the input picture", at_least=1)
-    out_channels: int = setting(3, "channels of the reconstruction", at_least=1)
+    in_channels: int = setting(3, "channels of the input picture", at_least=1, hidden=True)
+    out_channels: int = setting(3, "channels of the reconstruction", at_least=1, hidden=True)
     hidden_dim: int = setting(128, "width of the first convolution; a multiple of 32 with norm group", at_least=1)
     ch_mult: Tuple[int, ...] = setting(
         (1, 2, 4), "width multipliers of the outer encoder and decoder, one a stage", at_least=1
@@ -31,7 +31,7 @@ class AugVAEConfig(Settings):
     )
     use_attn: bool = setting(False, "self-attention at the levels and in the middle of each network")
     dropout: float = setting(0.0, "dropout in the residual blocks", training_only=True, at_least=0, at_most=1)
-    double_z: bool = setting(False, "original's flag for KL models; only false can work with a codebook")
+    double_z: bool = setting(False, "original's flag for KL models; only false can work with a codebook", hidden=True)
     z_channels: int = setting(256, "channels of the feature maps between the networks", at_least=1)
     codebook_dim: int = setting(256, "length of a code vector", at_least=1)
     num_tokens: int = setting(8192, "codes in the codebook", at_least=1)

@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Optional  # OmegaConf reads these annotations at run time
 
@@ -29,19 +29,21 @@ class ConfigError(UserError):
 def setting(
     default: Any,
     help: str,
-    choices: tuple[str, ...] | None = None,
+    choices: Collection[str] | None = None,
     *,
     at_least: float | None = None,
     above: float | None = None,
     at_most: float | None = None,
     below: float | None = None,
     training_only: bool = False,
+    hidden: bool = False,
 ) -> Any:
     """A dataclass field with its one-line help and its range, which holds for each item of a list.
 
     Args:
         choices: the allowed values, where they are a fixed set.
         training_only: of a model's setting: it changes how the model trains, not which weights it has.
+        hidden: left out of --help: a name of the original's that has no use here, but works.
     """
     bounds = {"at least": at_least, "above": above, "at most": at_most, "below": below}
     metadata = {
@@ -49,6 +51,7 @@ def setting(
         "choices": choices,
         "bounds": {name: bound for name, bound in bounds.items() if bound is not None},
         "training_only": training_only,
+        "hidden": hidden,
     }
     return field(default=default, metadata=metadata)
 

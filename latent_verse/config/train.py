@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Optional, Tuple, TypeVar  # OmegaConf reads these annotations at run time
 
+from latent_verse.config.datasets import IMAGE_DATASETS, PAIR_DATASETS, check_files
 from latent_verse.config.models import AugVAEConfig, BiARTModelConfig
 from latent_verse.config.settings import ConfigError, SamplingSettings, Settings, setting, training_only
 
@@ -26,14 +27,14 @@ class ImageDataConfig(Settings):
     dataset: Optional[str] = setting(
         None,
         "layout: class folders, any folder, tar shards, or generated; default imagefolder",
-        ("imagefolder", "flat", "webdataset", "fake"),
+        IMAGE_DATASETS,
     )
     fake_data: bool = setting(False, "original's name for --dataset fake: a bounded smoke test without pictures")
-    web_dataset: bool = setting(False, "original's name for --dataset webdataset")
+    web_dataset: bool = setting(False, "original's name for --dataset webdataset", hidden=True)
     dataset_size: Optional[int] = setting(
         None, "samples an epoch of webdataset or fake; counted where not given", at_least=1
     )
-    img_size: Optional[int] = setting(None, "original's second name of resolution; must equal it")
+    img_size: Optional[int] = setting(None, "original's second name of resolution; must equal it", hidden=True)
     resize_ratio: float = setting(
         0.75, "smallest share of a picture's area that a training crop takes, up to 1", above=0, at_most=1
     )
@@ -54,7 +55,9 @@ class TrainerConfig(Settings):
     seed: int = setting(42, "seed of weights, data order and augmentation", at_least=0, below=2**32)
     gpus: int = setting(1, "GPUs on each node; 0 is the CPU", at_least=0)
     nodes: int = setting(1, "machines that train together", at_least=1)
-    gpu_dist: Optional[bool] = setting(None, "original's flag for training on several GPUs; follows from gpus")
+    gpu_dist: Optional[bool] = setting(
+        None, "original's flag for training on several GPUs; follows from gpus", hidden=True
+    )
     accelerator: str = setting(
         "auto",
         "auto, cpu (gpus is then the number of processes), gpu, or another of Lightning's",
@@ -73,7 +76,11 @@ class TrainerConfig(Settings):
         None, "batches of a validation: a count, or a share below 1", at_least=0
     )
     val_percent_check: float = setting(
-        100.0, "original's name: percentage of the validation data to use, 0 to 100", at_least=0, at_most=100
+        100.0,
+        "original's name: percentage of the validation data to use, 0 to 100",
+        at_least=0,
+        at_most=100,
+        hidden=True,
     )
     num_sanity_val_steps: int = setting(0, "validation batches tried before training", at_least=0)
     accumulate_grad_batches: int = setting(1, "batches whose gradients are added up for one step", at_least=1)
@@ -163,8 +170,6 @@ class EvalVAEConfig(TrainVAEConfig):
 
 # --------------------------------------------------------------------------------------------------------------- BiART
 
-DATASETS = ("pairs", "coco", "karpathy", "table", "webdataset", "codes", "shapes", "fake")
-
 
 @dataclass(frozen=True)
 class FrozenVAEConfig(Settings):
@@ -193,7 +198,9 @@ class PairDataConfig(ImageDataConfig):
     val_dir: Optional[str] = setting(None, "validation pictures, as train_dir; for karpathy default train_dir")
     test_dir: Optional[str] = setting(None, "pictures that evaluation reads; val_dir where it is not given")
     dataset: Optional[str] = setting(
-        None, "layout: name.jpg with name.txt, captions files, tar shards, codes, or generated; default pairs", DATASETS
+        None,
+        "layout: name.jpg with name.txt, captions files, tar shards, codes, or generated; default pairs",
+        PAIR_DATASETS,
     )
     train_captions: Optional[str] = setting(
         None, "captions file of coco (default ../annotations/captions_<folder>.json), karpathy, or the table itself"
@@ -414,8 +421,7 @@ def resolve_train_vae(config: TrainVAEConfig, given: Mapping[str, str]) -> Train
     data = resolve_data(data, None if o.pretrained_path else config.model.resolution)
     if data.fake_data:
         t = limit_fake_data(t, given)
-    elif not data.train_dir:
-        raise ConfigError("train_dir is not given: name a folder of pictures, or try --fake_data.")
+    check_files(IMAGE_DATASETS, data, "train")
     for name in ("in_channels", "out_channels"):
         if getattr(config.model, name) != 3:
             raise ConfigError(f"{name} is {getattr(config.model, name)}, but pictures are read as RGB: it must be 3.")
@@ -576,6 +582,7 @@ def resolve_train_biart(config: TrainBiARTConfig, given: Mapping[str, str]) -> T
 def idle_flags_biart(config: TrainBiARTConfig, given: Mapping[str, str]) -> list[str]:
     """Flags that were given but change nothing, each with the reason, as `idle_flags_vae` names train_vae's."""
     dataset, trained = config.data.dataset, "the tokenizer is not trained: "
+    layout = PAIR_DATASETS[dataset]
     saved = config.trainer.resume or config.optim.pretrained_path
     why = (
         f"{trained}it comes from the checkpoint"
@@ -588,9 +595,9 @@ def idle_flags_biart(config: TrainBiARTConfig, given: Mapping[str, str]) -> list
     )
     idle = {
         "bpe_vocab_size": (saved or dataset == "codes" or config.text.tokenizer != "bpe", why),
-        "resize_ratio": (dataset in ("codes", "shapes", "fake"), f"dataset {dataset} is not cropped"),
-        "world": (dataset != "shapes", "the data is not shapes"),
-        "val_size": (dataset not in ("shapes", "fake"), f"dataset {dataset} is validated on all its pairs"),
+        "resize_ratio": (not layout.has_effect("resize_ratio"), f"dataset {dataset} is not cropped"),
+        "world": (not layout.has_effect("world"), "the data is not shapes"),
+        "val_size": (not layout.has_effect("val_size"), f"dataset {dataset} is validated on all its pairs"),
         "muon_momentum": (config.optim.optimizer != "muon", "optimizer is not muon"),
     }
     return idle_flags(config, given, idle)
@@ -599,15 +606,5 @@ def idle_flags_biart(config: TrainBiARTConfig, given: Mapping[str, str]) -> list
 def resolve_pairs(d: PairDataConfig) -> PairDataConfig:
     """As `resolve_data`, for images with captions; raises ConfigError also for what is missing."""
     d = resolve_data(d, d.img_size, default="pairs")
-    if d.dataset in ("shapes", "fake"):
-        return d
-    captions = {"karpathy": "dataset_coco.json", "table": "the .csv, .tsv or .jsonl with image paths and captions"}
-    if d.dataset in captions and not d.train_captions:
-        raise ConfigError(f"train_captions is not given; dataset {d.dataset} needs it: {captions[d.dataset]}.")
-    if d.dataset != "table" and not d.train_dir:
-        raise ConfigError("train_dir is not given: name the training pictures, or try --fake_data or --dataset shapes.")
-    if d.dataset not in ("coco", "karpathy", "table"):
-        for name in ("train_captions", "val_captions"):
-            if getattr(d, name):
-                raise ConfigError(f"{name} has no effect with dataset {d.dataset}: choose coco, karpathy or table.")
+    check_files(PAIR_DATASETS, d, "train")
     return d

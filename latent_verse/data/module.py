@@ -1,50 +1,57 @@
-"""ImageDataModule: from the data settings to batches on the device, the same ones again after a resume.
+"""ImageDataModule and PairDataModule: from datasets to batches on the device, the same ones again after a resume.
 
-Batches travel as uint8 (a quarter of the bytes through workers, pinned memory and the bus) and become float [-1, 1] on
-the device. A batch is `[images (B, 3, R, R), labels (B,)]`.
+    data = ImageDataModule(open_images(config.data, resolution, seed), config.data, seed)
+    data = PairDataModule(open_pairs(config.data, resolution, seed), config.data, seed, CaptionEncoder(tokenizer, ...))
 
-Training: TrainLoader is sized and stateful, so Lightning saves and restores it with its checkpoints, mid-epoch too. Its
-state says how far the epoch has come, counted over all ranks; everything else follows from (seed, epoch). So
-rank 0's state, the one that Lightning saves, is every rank's state, and does not depend on the number of workers.
+Images travel as uint8 (a quarter of the bytes through workers, pinned memory and the bus) and become float [-1, 1] on
+the device.
 
-Evaluation: every sample exactly once, no padded duplicates, and the same number of batches on every rank, else
-collectives would hang. A rank that has run out gives batches of no images (B = 0); a single rank never does.
+Training: TrainLoader has a length and a state, so Lightning saves and restores it with its checkpoints, also in the
+middle of an epoch. The state says how far the epoch has come, counted over all ranks. Everything else follows from
+(seed, epoch). So the state of rank 0, which Lightning saves, is that of every rank, for any number of workers.
 
-The trainer must be built with `use_distributed_sampler=False`: ranks are split here.
+Evaluation: every sample comes exactly once, with no padded duplicates. Every rank has the same number of batches, since
+collectives would hang otherwise: a rank that has no samples left gives empty batches (B = 0). A single rank never does.
+
+The trainer must be built with `use_distributed_sampler=False`: samples are split over ranks here.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import os
 import signal
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from latent_verse.config.train import ImageDataConfig, PairDataConfig
 from latent_verse.data import DataError
-from latent_verse.data.images import FakeDataset, ImageDataset, ImageDataset2, MapImages, SkipLog
+from latent_verse.data.datasets import MapDataset
+from latent_verse.data.pairs import CaptionEncoder, PairCollate, text_of
+from latent_verse.data.shapes import Scene, World
+from latent_verse.data.shards import Shards, TrainShards
 from latent_verse.data.transforms import Collate, sample_generator, to_unit_range
 
 log = logging.getLogger(__name__)
 
-FAKE_TRAIN, FAKE_VAL = 512, 64  # fake samples where dataset_size is not given
 MAX_WORKERS = 16  # per process; more rarely helps and costs memory
 
 
 class EpochBatches:
-    """Batches of (epoch, index) for one rank: a permutation drawn from (seed, epoch), the last partial batch dropped.
+    """Batches of (epoch, index) for one rank: a permutation that follows from (seed, epoch), without a partial batch.
 
     The ranks' batches of one step lie side by side in the permutation, so `k` steps use the same samples however they
     are split over ranks.
     """
 
-    slots = 0  # the order depends on no number of workers or ranks
+    slots = 0  # the order does not depend on the number of workers or ranks
 
     def __init__(self, samples: int, batch_size: int, rank: int, world: int, seed: int):
         self.samples, self.batch_size, self.rank, self.world, self.seed = samples, batch_size, rank, world, seed
@@ -80,7 +87,7 @@ class EvalBatches:
 
 
 def ignore_sigterm(worker: int) -> None:
-    """For loader processes: Slurm signals them too, and one that dies would end the run before it has saved.
+    """For loader processes: Slurm signals them as well, and if one died the run would end before it has saved.
 
     They end when the training process shuts them down, or is gone.
     """
@@ -88,9 +95,10 @@ def ignore_sigterm(worker: int) -> None:
 
 
 class _Loader:
-    """Holds a DataLoader. Lightning looks for `_iterator` to end its workers when it is done with them.
+    """Holds a DataLoader. Lightning ends the workers of a loader through its `_iterator` when it is done with them.
 
-    Left to the garbage collector, which may close their queues first, each would be waited for in vain for 5 seconds.
+    Otherwise the garbage collector would end them. It may close their queues first and then wait 5 seconds for each.
+    `_iterator` is private to torch and Lightning; tests/test_data_module.py checks that both still use it this way.
     """
 
     def __init__(self, loader: DataLoader):
@@ -108,16 +116,18 @@ class _Loader:
 class TrainLoader(_Loader):
     """A DataLoader that knows its epoch, has a length and continues where its state says.
 
-    Written here rather than taken from torchdata, whose StatefulDataLoader keeps the state of each worker process, and
-    so can resume only with the same number of them; here two counts say everything. `source` is what decides the
-    order, EpochBatches or TrainShards: its `start_at(epoch, batch)` is called before each pass.
+    torchdata's StatefulDataLoader keeps the state of each worker process, so it resumes only with the same number of
+    them. Here two counts say everything. `source` decides the order: `start_at(epoch, batch)` is called before each
+    pass.
     """
 
-    def __init__(self, loader: DataLoader, source: Any, steps: int, global_batch: int, slots: int):
+    def __init__(
+        self, loader: DataLoader, source: EpochBatches | TrainShards, steps: int, global_batch: int, slots: int
+    ):
         super().__init__(loader)
         self._source, self._steps = source, steps
         self._global_batch, self._slots = global_batch, slots
-        self.epoch, self.done = 0, 0  # batches handed out in this epoch
+        self.epoch, self.done = 0, 0  # `done`: batches given in this epoch
         self._resume = False
 
     @property
@@ -128,13 +138,13 @@ class TrainLoader(_Loader):
         return self._steps
 
     def set_epoch(self, epoch: int) -> None:
-        """Says which epoch comes next. A restored position in this very epoch is kept."""
+        """Say which epoch comes next. A restored position in this epoch is kept."""
         if epoch != self.epoch:
             self.epoch, self.done, self._resume = epoch, 0, False
 
     def __iter__(self) -> Iterator[list[Tensor]]:
-        # Runs at the first `next`, after set_epoch: Lightning makes the iterator first and names the epoch afterwards.
-        if self.done >= self._steps:  # a pass is complete, and nobody named the next epoch
+        # Runs at the first `next`, after set_epoch: Lightning makes the iterator first and sets the epoch afterwards.
+        if self.done >= self._steps:  # a pass is complete, and nobody has set the next epoch
             self.epoch, self.done = self.epoch + 1, 0
         elif not self._resume:
             self.done = 0
@@ -149,10 +159,11 @@ class TrainLoader(_Loader):
         return {"epoch": self.epoch, "samples": self.done * self._global_batch, "slots": self._slots}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue where `state` was taken."""
         if state["slots"] != self._slots:
             log.warning(
                 "The order of webdataset samples depends on ranks x workers: %d in the checkpoint, %d now. "
-                "This epoch continues with other samples; set --num_workers as before for an exact resume.",
+                "This epoch continues with different samples; for an exact resume set --num_workers as before.",
                 state["slots"],
                 self._slots,
             )
@@ -161,10 +172,11 @@ class TrainLoader(_Loader):
 
 
 class EvalLoader(_Loader):
-    """A DataLoader for evaluation. On a single rank it passes over batches whose samples were all unreadable."""
+    """A DataLoader for evaluation. On a single rank it skips batches whose samples were all unreadable."""
 
     def __init__(self, loader: DataLoader, steps: int | None, world: int):
-        self._loader, self._steps, self._world = loader, steps, world
+        super().__init__(loader)
+        self._steps, self._world = steps, world
 
     def __len__(self) -> int:
         if self._steps is None:
@@ -177,91 +189,81 @@ class EvalLoader(_Loader):
                 yield batch
 
 
-class ImageDataModule(pl.LightningDataModule):
-    """Loaders for training, validation and test from the data settings (`config.DataConfig`, or what has its fields).
+def loader_processes(num_workers: int | None, processes: int | None = None) -> int:
+    """`num_workers`, or this process's share of the cores it may use, at most 16.
 
-    `seed` decides the order and the crops. Raises DataError, in `setup`, for data that cannot be used, and when the
-    train loader is made, for fewer samples than one batch on each rank.
+    Args:
+        processes: how many train on this machine; by default what the launcher says.
+    """
+    if num_workers is not None:
+        return num_workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    processes = processes or int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, min(MAX_WORKERS, cores // max(1, processes)))
+
+
+class DataModule(pl.LightningDataModule):
+    """What images and pairs share: everything but the datasets and how their items are collated.
+
+    Args:
+        datasets: by split, as `datasets.open_images` and `datasets.open_pairs` give them. Without "val" there is no
+            validation.
+        data: the settings of the section `data`.
+        seed: of the order.
+        collate: items -> [images uint8 (B, 3, R, R) or codes (B, N), something of each image].
+
+    Raises:
+        DataError: batch_size is below 1; later, when the train loader is made, there are fewer samples than one batch
+            on each process.
     """
 
-    def __init__(self, data: Any, resolution: int, seed: int = 0):
+    def __init__(
+        self,
+        datasets: Mapping[str, MapDataset | Shards],
+        data: ImageDataConfig,
+        seed: int,
+        collate: Callable[[list], list[Tensor]],
+    ):
         super().__init__()
-        if data.dataset not in ("imagefolder", "flat", "webdataset", "fake"):
-            raise DataError(f"dataset is {data.dataset!r}; choose imagefolder, flat, webdataset or fake.")
         if data.batch_size < 1:
             raise DataError(f"batch_size is {data.batch_size}; it must be at least 1.")
-        self.data, self.resolution, self.seed = data, resolution, seed
-        self._sets: dict[str, Any] = {}  # split -> dataset, or list of shards
-        self._skipped: dict[str, SkipLog] = {}
-
-    def setup(self, stage: str | None = None) -> None:
-        """Finds and checks the data of `stage` (all of it without one). What is there already stays as it is."""
-        splits = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), None: ("train", "val", "test")}
-        for split in splits.get(stage, ()):
-            if split not in self._sets and self._source(split, required=stage is not None):
-                self._sets[split] = self._open(split)
-
-    def _source(self, split: str, required: bool = False) -> str | None:
-        """The folder of `split`; test falls back to val. DataError where a required one is not set."""
-        if self.data.dataset == "fake":
-            return "fake"
-        source = getattr(self.data, f"{split}_dir")
-        if not source and split == "test":
-            source = self.data.val_dir
-        if not source and split != "val" and required:
-            raise DataError(f"{split}_dir is not set. Give --{split}_dir FOLDER, or --fake_data for a smoke test.")
-        return source or None
-
-    def _open(self, split: str) -> Any:
-        source, train = self._source(split), split == "train"
-        key = split if split != "test" or self.data.test_dir else "val"
-        options = {"train": train, "seed": self.seed, "as_uint8": True}
-        if self.data.dataset == "fake":
-            length = (self.data.dataset_size or FAKE_TRAIN) if train else FAKE_VAL
-            dataset: Any = FakeDataset(length, self.resolution, **options)
-        elif self.data.dataset == "webdataset":
-            from latent_verse.data.shards import SKIP_SLOTS, find_shards
-
-            self._skipped[split] = SkipLog(SKIP_SLOTS)
-            return find_shards(source, f"{key}_dir")
-        else:
-            if self.data.dataset_size:
-                log.warning("dataset_size has no effect with dataset %s: all its images are used.", self.data.dataset)
-            kind = ImageDataset if self.data.dataset == "imagefolder" else ImageDataset2
-            dataset = kind(source, self.resolution, resize_ratio=self.data.resize_ratio, key=f"{key}_dir", **options)
-        self._skipped[split] = dataset.skipped
-        return dataset
+        self.datasets, self.data, self.seed, self.collate = dict(datasets), data, seed, collate
 
     @property
     def has_val(self) -> bool:
         """Whether there is anything to validate on."""
-        return self._source("val") is not None
+        return "val" in self.datasets
 
-    def _samples(self, split: str) -> int | None:
-        """Samples in `split`: those of an epoch in training; None if not known."""
-        dataset = self._sets.get(split)
-        if dataset is None or isinstance(dataset, MapImages):
-            return None if dataset is None else len(dataset)
-        from latent_verse.data.shards import count_images, is_remote
+    @property
+    def workers(self) -> int:
+        """Loader processes of this training process."""
+        return loader_processes(self.data.num_workers, self.trainer.num_devices if self.trainer else None)
 
-        if split == "train" and self.data.dataset_size:
-            return self.data.dataset_size
-        return None if any(map(is_remote, dataset)) else sum(map(count_images, dataset))
+    @property
+    def skipped(self) -> int:
+        """Unreadable files that this rank has skipped so far, each counted once."""
+        return sum(dataset.skipped.count for dataset in self.datasets.values())
 
     def describe(self) -> dict[str, Any]:
         """Counts for the log: samples of each split (None: not known or not used), and files skipped by this rank."""
         counts = {split: self._samples(split) for split in ("train", "val", "test")}
-        return {"dataset": self.data.dataset, **counts, "skipped": self.skipped, "workers": self._workers()}
+        return {"dataset": self.data.dataset, **counts, "skipped": self.skipped, "workers": self.workers}
 
-    @property
-    def skipped(self) -> int:
-        """Unreadable files that this rank has passed over so far, each counted once."""
-        return sum({id(skips): skips.count for skips in self._skipped.values()}.values())
+    def _samples(self, split: str) -> int | None:
+        """Samples in `split`: those of an epoch in training; None if not known."""
+        dataset = self.datasets.get(split)
+        if dataset is None or isinstance(dataset, Shards):
+            return dataset and dataset.samples
+        return len(dataset)
 
     def train_dataloader(self) -> TrainLoader:
-        self.setup("fit")
-        dataset, batch_size, (rank, world) = self._sets["train"], self.data.batch_size, self._rank_and_world()
-        samples, workers = self._samples("train"), self._workers()
+        """This rank's batches of an epoch.
+
+        Raises:
+            DataError: fewer samples than one batch on each process, or their number is not known.
+        """
+        dataset, batch_size, (rank, world) = self.datasets["train"], self.data.batch_size, self._rank_and_world()
+        samples = self._samples("train")
         if samples is None:
             raise DataError(
                 "the number of samples in remote shards is not known before they are read. "
@@ -274,75 +276,47 @@ class ImageDataModule(pl.LightningDataModule):
                 f"{world} processes = {batch_size * world}. Lower batch_size"
                 f"{f' to {samples // world} or less' if samples >= world else ''}, or give more data."
             )
-        if isinstance(dataset, MapImages):
+        if isinstance(dataset, Shards):
+            source = dataset.for_training(steps, batch_size, rank, world)
+            loader, slots = self._loader(source, batch_size=batch_size, drop_last=True), world * max(1, self.workers)
+        else:
             source = EpochBatches(samples, batch_size, rank, world, self.seed)
-            loader = self._loader(dataset, batch_sampler=source)
-            return TrainLoader(loader, source, steps, batch_size * world, slots=0)
-        from latent_verse.data.shards import TrainShards
-
-        source = TrainShards(
-            dataset,
-            self.resolution,
-            steps,
-            batch_size,
-            resize_ratio=self.data.resize_ratio,
-            seed=self.seed,
-            shuffle_buffer=self.data.shuffle_buffer,
-            rank=rank,
-            world=world,
-            as_uint8=True,
-            skipped=self._skipped["train"],
-        )
-        loader = self._loader(source, batch_size=batch_size, drop_last=True)
-        return TrainLoader(loader, source, steps, batch_size * world, slots=world * max(1, workers))
+            loader, slots = self._loader(dataset, batch_sampler=source), EpochBatches.slots
+        return TrainLoader(loader, source, steps, batch_size * world, slots)
 
     def val_dataloader(self) -> EvalLoader | list:
+        """This rank's batches of validation; an empty list without validation data."""
         if not self.has_val:
             log.info("No val_dir: training without validation.")
             return []
-        return self._eval_loader("val", "validate")
+        return self._eval_loader("val")
 
     def test_dataloader(self) -> EvalLoader:
-        if self.data.dataset != "fake" and not self.data.test_dir and self.data.val_dir:
-            log.info("No test_dir: testing on val_dir, %s.", self.data.val_dir)
-        return self._eval_loader("test", "test")
+        """This rank's batches of the test split."""
+        return self._eval_loader("test")
 
-    def _eval_loader(self, split: str, stage: str) -> EvalLoader:
-        self.setup(stage)
-        dataset, batch_size, (rank, world) = self._sets[split], self.data.batch_size, self._rank_and_world()
-        if isinstance(dataset, MapImages):
-            batches = EvalBatches(len(dataset), batch_size, rank, world)
-            return EvalLoader(self._loader(dataset, batch_sampler=batches), len(batches), world)
-        from latent_verse.data.shards import EvalShards
-
-        source = EvalShards(
-            dataset, self.resolution, batch_size, rank=rank, world=world, as_uint8=True, skipped=self._skipped[split]
-        )
-        loader = self._loader(source, batch_size=batch_size)
-        return EvalLoader(loader, source.steps(self._workers()), world)
+    def _eval_loader(self, split: str) -> EvalLoader:
+        dataset, batch_size, (rank, world) = self.datasets[split], self.data.batch_size, self._rank_and_world()
+        if isinstance(dataset, Shards):
+            source = dataset.for_evaluation(batch_size, rank, world)
+            return EvalLoader(self._loader(source, batch_size=batch_size), source.steps(self.workers), world)
+        batches = EvalBatches(len(dataset), batch_size, rank, world)
+        return EvalLoader(self._loader(dataset, batch_sampler=batches), len(batches), world)
 
     def _loader(self, dataset: Any, **batching: Any) -> DataLoader:
-        workers = self._workers()
+        workers = self.workers
         if workers:
             batching |= {"prefetch_factor": self.data.prefetch_factor, "persistent_workers": True}
             batching |= {"worker_init_fn": ignore_sigterm}
         return DataLoader(
             dataset,
             num_workers=workers,
-            collate_fn=Collate(self.resolution),
+            collate_fn=self.collate,
             pin_memory=torch.cuda.is_available(),
             # DataLoader draws a seed for each pass; from the global generator that would shift the model's dropout
             generator=torch.Generator(),
             **batching,
         )
-
-    def _workers(self) -> int:
-        """num_workers, or this process's share of the cores it may use, at most 16."""
-        if self.data.num_workers is not None:
-            return self.data.num_workers
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        processes = self.trainer.num_devices if self.trainer else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        return max(1, min(MAX_WORKERS, cores // max(1, processes)))
 
     def _rank_and_world(self) -> tuple[int, int]:
         """Of the process group if there is one, else of the trainer, else of the launcher's environment."""
@@ -354,5 +328,76 @@ class ImageDataModule(pl.LightningDataModule):
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """uint8 -> float in [-1, 1], on the device."""
-        images, labels = batch
-        return [to_unit_range(images) if images.dtype == torch.uint8 else images, labels]
+        x, others = batch
+        return [to_unit_range(x) if x.dtype == torch.uint8 else x, others]
+
+
+def _shape(datasets: Mapping[str, MapDataset | Shards]) -> tuple[int, ...]:
+    """The shape of one item's image or codes, the same in all splits."""
+    return next(iter(datasets.values())).shape
+
+
+class ImageDataModule(DataModule):
+    """Loaders of images: batches are `[images (B, 3, R, R), labels (B,)]`. See `DataModule`."""
+
+    def __init__(self, datasets: Mapping[str, MapDataset | Shards], data: ImageDataConfig, seed: int = 0):
+        super().__init__(datasets, data, seed, Collate(_shape(datasets)))
+
+
+class Examples(NamedTuple):
+    """A few pairs to look at.
+
+    Attributes:
+        x: images (n, 3, R, R) in [-1, 1], or codes (n, N).
+        captions: as text.
+        text_BL: as ids, padded as in training.
+        world: the shapes world they come from, if they do.
+        scenes: the truth behind each image of shapes.
+    """
+
+    x: Tensor
+    captions: list[str]
+    text_BL: Tensor
+    world: World | None
+    scenes: list[Scene]
+
+
+class PairDataModule(DataModule):
+    """Loaders of pairs: batches are `[images (B, 3, R, R) or codes int32 (B, N), ids (B, L)]`. See `DataModule`.
+
+    Args:
+        encode: captions -> ids; its tokenizer may have been trained on `datasets["train"]`.
+    """
+
+    def __init__(
+        self, datasets: Mapping[str, MapDataset | Shards], data: PairDataConfig, seed: int, encode: CaptionEncoder
+    ):
+        super().__init__(datasets, data, seed, PairCollate(encode, _shape(datasets)))
+        if self.workers:
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads of `tokenizers` do not survive a fork
+
+    def dataset(self, split: str) -> MapDataset | Shards | None:
+        """The dataset of a split; None if there is none."""
+        return self.datasets.get(split)
+
+    def examples(self, count: int) -> Examples:
+        """The first `count` validation pairs, the same on every rank; fewer where there are fewer.
+
+        Raises:
+            DataError: none of them can be used.
+        """
+        dataset = self.datasets["val"]
+        if isinstance(dataset, Shards):
+            items = iter(dataset.for_evaluation(batch_size=count))
+        else:
+            items = (dataset[(0, i)] for i in range(len(dataset)))
+        kept = list(itertools.islice((item for item in items if item is not None), count))
+        if not kept:
+            raise DataError(
+                f"val_dir: no pair of {dataset.describe()['source']} can be used, caption and image; the log says why. "
+                "Give others, or none to train without validation."
+            )
+        x, text_BL = self.on_after_batch_transfer(self.collate(kept), 0)
+        world = getattr(dataset, "world", None)
+        scenes = [dataset.scene(i) for i in range(len(kept))] if world else []
+        return Examples(x, [text_of(caption) for _, caption in kept], text_BL, world, scenes)

@@ -1,249 +1,37 @@
-"""The shapes world: pictures drawn from scenes, captions that are true of them, and exact readers of both.
-
-    world = World.preset("small")
-    scene = world.scene(0, "val")                     # unseen scenes of combinations seen in training
-    image, text = world.render(scene), world.caption(scene, random.Random(0))
-    world.satisfies(world.parse_image(image), world.parse_caption(text))      # True
-
-Everything is drawn from the index it is asked for: the same call gives the same answer on every machine.
-
-Splits are of scenes, and disjoint. `heldout`: a scene with at least one of the world's held-out (colour, shape) pairs,
-no such pair is in any other split, though each colour and each shape is. `val`: every fifth of the rest, by a hash of
-the scene (objects, sizes, cells; not jitter or texture). `train`: the others.
-
-`small` is made for minutes of CPU. Its shapes are made of 4 px squares and stand in the corners, on a grid of such
-squares, so a code of an 8 x 8 map sees one colour: the codes tell the colours, and how they lie tells the shapes. There
-are many shapes, since a combination never seen can only be told by what is the same in all colours, and with five
-shapes each colour was learnt by itself (docs/biart.md).
-38,720 distinct scenes: 25,176 train, 6,216 val, 7,328 held out (tests/test_data_shapes.py counts them).
-`full` takes longer: 64 px, up to three of 48 kinds of objects in two sizes, anywhere in their quarters of the picture
-in steps of 8 px (a patch of an 8 x 8 map), on a soft texture: 456,384 distinct scenes, each with up to 729 layouts.
-"""
+"""Pairs of the shapes world as a dataset, and as files. The world itself is in shapes_world.py."""
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
-import math
 import random
-from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from latent_verse.data import DataError
-from latent_verse.data.shapes_captions import Statement, compare, place_names, read_caption, write_caption
-from latent_verse.data.shapes_drawing import BACKGROUND, PALETTE, Obj, Scene, coverage
-from latent_verse.data.shapes_reader import read_picture
+from latent_verse.data.images import SkipLog
+from latent_verse.data.shapes_drawing import Scene
+from latent_verse.data.shapes_world import PRESETS, SPLITS, World
 from latent_verse.data.transforms import to_unit_range
 
-SPLITS = ("train", "val", "heldout")
-VAL_SHARE = 5  # one scene in five
-GAP = 3  # pixels between any two objects, so that they stay two to an encoder and to the reader
-
-
-@dataclass(frozen=True)
-class World:
-    """The settings of a shapes world; `World.preset(name)` gives the two that are used."""
-
-    name: str
-    image_size: int  # pixels per side
-    grid: int  # cells per side, 2 or 3; an object stands in a cell
-    counts: tuple[int, ...]  # how often one, two, ... objects are tried, in parts; crowded ones are then drawn anew
-    shapes: tuple[str, ...]
-    colours: tuple[str, ...]
-    sizes: dict[str, int] = field(hash=False)  # name -> radius in pixels
-    heldout: frozenset[tuple[str, str]]  # (colour, shape) pairs kept out of training
-    jitter: int = 0  # pixels: objects stand anywhere in their cells in steps of so many; 0: at the picture's edge
-    texture: float = 0.0  # amplitude of the background's texture, in grey levels of 255
-    phrasing: str = "short"  # short, or rich: synonyms and longer forms
-
-    @classmethod
-    def preset(cls, name: str) -> World:
-        """`small` (32 px, one or two objects) or `full` (64 px, one to three). ValueError for another name."""
-        if name not in PRESETS:
-            raise ValueError(f"There is no shapes world {name!r}; the presets are {', '.join(PRESETS)}.")
-        return PRESETS[name]
-
-    @property
-    def max_objects(self) -> int:
-        """The most objects a scene has."""
-        return len(self.counts)
-
-    @property
-    def margin(self) -> float:
-        """Pixels between centres from which on one object is left of (above) another: half a cell."""
-        return self.image_size / self.grid / 2
-
-    @property
-    def kinds(self) -> int:
-        """Distinct objects: shapes x colours x sizes."""
-        return len(self.shapes) * len(self.colours) * len(self.sizes)
-
-    @property
-    def fingerprint(self) -> str:
-        """A digest of the settings, 16 hex digits: a preset may change from one version to the next."""
-        settings = {f.name: getattr(self, f.name) for f in fields(self)} | {"heldout": sorted(self.heldout)}
-        return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
-
-    def cell(self, obj: Obj) -> tuple[int, int]:
-        """The (column, row) an object's centre lies in."""
-        return tuple(min(max(int(at * self.grid / self.image_size), 0), self.grid - 1) for at in (obj.x, obj.y))
-
-    def place(self, obj: Obj) -> str:
-        """The name of that cell: "top left", "bottom", "centre"."""
-        cell = self.cell(obj)
-        return next(name for name, at in place_names(self.grid).items() if at == cell)
-
-    # ------------------------------------------------------------------------------------------------------- scenes
-
-    def key(self, scene: Scene) -> tuple:
-        """What two scenes share when they show the same: kinds and cells of the objects, in whichever order."""
-        return tuple(sorted((*self.cell(o), o.shape, o.colour, o.size) for o in scene.objects))
-
-    def count_scenes(self) -> int:
-        """Distinct keys, over all splits."""
-        return sum(math.comb(self.grid**2, n) * self.kinds**n for n in range(1, self.max_objects + 1))
-
-    def split_of(self, scene: Scene) -> str:
-        """The split a scene belongs to."""
-        if any((o.colour, o.shape) in self.heldout for o in scene.objects):
-            return "heldout"
-        digest = hashlib.blake2b(repr(self.key(scene)).encode(), digest_size=8).digest()
-        return "val" if int.from_bytes(digest, "big") % VAL_SHARE == 0 else "train"
-
-    def scene(self, index: int | str, split: str = "train") -> Scene:
-        """The scene of an index in a split: the number of objects by `counts`, then cells and attributes evenly."""
-        if split not in SPLITS:
-            raise ValueError(f"There is no split {split!r} in the shapes world; the splits are {', '.join(SPLITS)}.")
-        rng = random.Random(f"{self.name}/{split}/{index}")
-        while True:
-            scene = self._draw(rng)
-            if self._apart(scene) and self.split_of(scene) == split:
-                return scene
-
-    def _draw(self, rng: random.Random) -> Scene:
-        objects = []
-        (count,) = rng.choices(range(1, self.max_objects + 1), self.counts)
-        for cell in rng.sample(range(self.grid**2), count):
-            row, column = divmod(cell, self.grid)
-            shape, colour, size = rng.choice(self.shapes), rng.choice(self.colours), rng.choice(list(self.sizes))
-            x, y = (self._centre(at, self.sizes[size], rng) for at in (column, row))
-            objects.append(Obj(shape, colour, size, x, y))
-        return Scene(tuple(sorted(objects, key=lambda o: (o.y, o.x))), texture=rng.getrandbits(32))
-
-    def _centre(self, at: int, radius: int, rng: random.Random) -> int:
-        """Where the centre of an object in a column or row of the grid lies, in pixels."""
-        if self.jitter:
-            side = self.image_size // self.grid
-            return at * side + radius + self.jitter * rng.randrange((side - 2 * radius) // self.jitter + 1)
-        return radius + round(at * (self.image_size - 2 * radius) / (self.grid - 1))
-
-    def _apart(self, scene: Scene) -> bool:
-        for i, a in enumerate(scene.objects):
-            for b in scene.objects[i + 1 :]:
-                reach = self.sizes[a.size] + self.sizes[b.size] + GAP
-                if abs(a.x - b.x) < reach and abs(a.y - b.y) < reach:
-                    return False
-        return True
-
-    # ----------------------------------------------------------------------------------------- pictures and captions
-
-    def render(self, scene: Scene) -> Image.Image:
-        """The picture of a scene: RGB, `image_size` square, edges anti-aliased."""
-        image = Image.fromarray(self._background(scene.texture))
-        for o in scene.objects:
-            cover = coverage(o.shape, self.sizes[o.size])
-            corner = (o.x - len(cover) // 2, o.y - len(cover) // 2)
-            image.paste(PALETTE[o.colour], (*corner, corner[0] + len(cover), corner[1] + len(cover)), _mask(cover))
-        return image
-
-    def _background(self, seed: int) -> np.ndarray:
-        flat = np.full((self.image_size, self.image_size, 3), BACKGROUND, np.uint8)
-        if not self.texture:
-            return flat
-        coarse = np.random.default_rng(seed).uniform(-self.texture, self.texture, (3, 3)).astype(np.float32)
-        soft = Image.fromarray(coarse).resize((self.image_size, self.image_size), Image.Resampling.BICUBIC)
-        return (flat + np.asarray(soft)[..., None]).round().clip(0, 255).astype(np.uint8)
-
-    def caption(self, scene: Scene, rng: random.Random) -> str:
-        """One of the true captions of a scene; the grammar is in shapes_captions.py."""
-        return write_caption(self, scene, rng)
-
-    def parse_image(self, image: Image.Image | np.ndarray) -> Scene:
-        """The scene a picture shows; what is no object of this world has the shape "?". See shapes_reader.py."""
-        return read_picture(self, image)
-
-    def parse_caption(self, text: str) -> Statement | None:
-        """What a caption states; None where it does not follow the grammar."""
-        return read_caption(self, text)
-
-    def satisfies(self, scene: Scene, statement: Statement | None) -> bool:
-        """Whether all that is stated is true of the scene, and it holds no other object. False for None."""
-        return self.compare(scene, statement)["all"]
-
-    def compare(self, scene: Scene, statement: Statement | None) -> dict[str, bool]:
-        """The same by attribute: {count, colour, shape, size, layout, all}; see shapes_captions.compare."""
-        return compare(self, scene, statement)
-
-
-def _mask(cover: np.ndarray) -> Image.Image:
-    return Image.fromarray((cover * 255).round().astype(np.uint8))
-
-
-PRESETS = {
-    "small": World(
-        name="small",
-        image_size=32,
-        grid=2,
-        counts=(1, 3),  # of single objects there are only 320 scenes
-        shapes=("square", "cross", "ring", "arch", "staircase", "cup", "tee", "ell", "zigzag", "ladder"),
-        colours=tuple(PALETTE),
-        sizes={"large": 6},
-        heldout=frozenset(  # one of each colour
-            {
-                ("red", "staircase"),
-                ("green", "arch"),
-                ("blue", "cross"),
-                ("yellow", "ring"),
-                ("purple", "square"),
-                ("orange", "tee"),
-                ("cyan", "cup"),
-                ("black", "ladder"),
-            }
-        ),
-    ),
-    "full": World(
-        name="full",
-        image_size=64,
-        grid=2,
-        counts=(1, 2, 2),
-        shapes=("circle", "square", "triangle", "cross"),
-        colours=("red", "green", "blue", "yellow", "purple", "orange"),
-        sizes={"small": 8, "large": 12},
-        heldout=frozenset({("yellow", "circle"), ("purple", "square"), ("green", "triangle"), ("blue", "cross")}),
-        jitter=8,
-        texture=6.0,
-        phrasing="rich",
-    ),
-}
+__all__ = ["PRESETS", "SPLITS", "Scene", "ShapesDataset", "World", "write_pairs"]
 
 
 class ShapesDataset(Dataset):
-    """Pairs of one split of a world: item i of epoch e is (picture, caption), a pure function of (seed, e, i).
+    """Pairs of one split of a world: item i of epoch e is (image, caption), a pure function of (seed, e, i).
 
-    Asked by index, or as the samplers do by (epoch, index); a plain index means `self.epoch`. The caption is drawn
-    anew in each epoch; so is the scene where `fresh` is true, which makes the split as good as endless. The picture is
-    uint8 (3, H, W) with `as_uint8`, else float32 in [-1, 1]; H = W = world.image_size. For the truth behind item i, and
-    the picture as a PIL image: `world.render(dataset.scene(i))`.
+    An index is i, which means epoch `self.epoch`, or (e, i), which samplers ask for. Each epoch has new captions, and
+    with `fresh` also new scenes, which makes the split practically endless. The image is uint8 (3, H, W) with
+    `as_uint8`, else float32 in [-1, 1]; H = W = world.image_size. `dataset.scene(i)` is the truth behind item i, and
+    `world.render(dataset.scene(i))` its image as a PIL image.
 
-    In val and heldout no scene comes twice, so that a share of right answers is one over distinct scenes; DataError
-    where the split has fewer than `size`.
+    In val and heldout no scene comes twice, so that a share of right answers is one over distinct scenes.
+
+    Raises:
+        DataError: the split has fewer scenes than `size`, or there is no such split.
     """
 
     def __init__(
@@ -256,28 +44,29 @@ class ShapesDataset(Dataset):
         as_uint8: bool = False,
     ):
         if size < 1:
-            raise DataError(f"dataset_size is {size}; give at least one shapes picture.")
+            raise DataError(f"dataset_size is {size}; give at least one shapes image.")
         if split not in SPLITS:
             raise DataError(f"There is no split {split!r} in the shapes world; the splits are {', '.join(SPLITS)}.")
         self.world, self.split, self.size, self.seed = world, split, size, seed
         self.fresh, self.as_uint8 = fresh, as_uint8
+        self.shape, self.skipped = (3, world.image_size, world.image_size), SkipLog(1)
         self.epoch = 0
-        self._draws = range(size) if split == "train" or fresh else self._distinct()
+        self._indices = range(size) if split == "train" or fresh else self._distinct()
 
     def _distinct(self) -> list[int]:
-        """The first draws that give `size` scenes, none of them twice."""
-        draws, seen = [], set()
-        for draw in itertools.count():
-            key = self.world.key(self.world.scene(f"{self.seed}/0/{draw}", self.split))
+        """The first indices that give `size` scenes, none of them twice."""
+        indices, seen = [], set()
+        for index in itertools.count():
+            key = self.world.key(self.world.scene(f"{self.seed}/0/{index}", self.split))
             if key not in seen:
                 seen.add(key)
-                draws.append(draw)
-            if len(draws) == self.size:
-                return draws
-            if draw > 20 * (len(draws) + 10):
+                indices.append(index)
+            if len(indices) == self.size:
+                return indices
+            if index > 20 * (len(indices) + 10):
                 raise DataError(
                     f"dataset_size is {self.size}, and the {self.split} split of the {self.world.name} shapes world "
-                    f"has about {len(draws)} different scenes. Ask for fewer."
+                    f"has about {len(indices)} different scenes. Ask for fewer."
                 )
 
     def __len__(self) -> int:
@@ -291,23 +80,23 @@ class ShapesDataset(Dataset):
         return (image if self.as_uint8 else to_unit_range(image)), caption
 
     def scene(self, key: int | tuple[int, int]) -> Scene:
-        """The scene of an item: the truth to judge by."""
+        """The scene of an item, the truth that answers are compared with."""
         epoch, i = key if isinstance(key, tuple) else (self.epoch, key)
         if not 0 <= i < self.size:
             raise IndexError(f"index {i} in a dataset of {self.size}")
-        return self.world.scene(f"{self.seed}/{epoch if self.fresh else 0}/{self._draws[i]}", self.split)
+        return self.world.scene(f"{self.seed}/{epoch if self.fresh else 0}/{self._indices[i]}", self.split)
 
     def captions(self, i: int, count: int = 5) -> list[str]:
         """Up to `count` different true captions of item i, as references; the same in every epoch."""
-        return list(dict.fromkeys(self.draw_captions(i, 4 * count)))[:count]
+        return list(dict.fromkeys(self.sample_captions(i, 4 * count)))[:count]
 
-    def draw_captions(self, i: int, count: int) -> list[str]:
-        """`count` true captions of item i as the grammar draws them, frequent ones more than once."""
+    def sample_captions(self, i: int, count: int) -> list[str]:
+        """`count` true captions of item i as the grammar samples them, frequent ones more than once."""
         scene, rng = self.scene(i), random.Random(f"{self.seed}/references/{i}")
         return [self.world.caption(scene, rng) for _ in range(count)]
 
     def image_path(self, i: int) -> None:
-        """None: the pictures are in no file."""
+        """None: the images are generated."""
 
     def describe(self) -> dict[str, str | int]:
         """What the dataset holds."""
@@ -317,12 +106,12 @@ class ShapesDataset(Dataset):
 def write_pairs(
     world: World, folder: str | Path, count: int, split: str = "train", seed: int = 0, captions: int = 1
 ) -> None:
-    """Write a pair folder: 00000.png with 00000.txt, `captions` true captions in it, one per line, which may repeat."""
+    """Write a pair folder: 00000.png, and 00000.txt with `captions` true captions, one per line, which may repeat."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     dataset = ShapesDataset(world, split, count, seed)
     digits = max(5, len(str(count - 1)))
     for i in range(count):
         world.render(dataset.scene(i)).save(folder / f"{i:0{digits}d}.png")
-        text = "\n".join(dataset.draw_captions(i, captions))
+        text = "\n".join(dataset.sample_captions(i, captions))
         (folder / f"{i:0{digits}d}.txt").write_text(text + "\n", encoding="utf-8")

@@ -2,15 +2,15 @@
 
     caption := ["there is "] what
     what    := thing                                      one object
-             | thing " at the " place                     one object and where in the picture it is
+             | thing " at the " place                     one object and where in the image it is
              | thing relation thing                       two; the relation is of the first to the second
              | thing relation thing " and " relation thing    three; both relations are of the first
              | thing (", " thing)* " and " thing          two or three in no order
              | thing " at the " place (", " ...)* " and " ...    two or three, each in its place
     thing    := ("a" | "an") [size] colour shape
     relation := " left of " | " right of " | " above " | " below "       and, in the rich phrasing, their synonyms
-A caption names every object of its scene, in reading order but for one relation in four. The short phrasing leaves out
-"there is" and synonyms.
+A caption names every object of its scene, in reading order except in one of four relations. The short phrasing has
+neither "there is" nor synonyms.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _ROWS, _COLUMNS = ("top", "", "bottom"), ("left", "", "right")
 
 @dataclass(frozen=True)
 class Thing:
-    """An object as a caption names it. size is None where the caption does not say."""
+    """An object as a caption names it; `size` is None if the caption does not give it."""
 
     shape: str
     colour: str
@@ -76,7 +76,7 @@ def holds(relation: str, a: Obj, b: Obj, margin: float) -> bool:
 
 
 def write_caption(world, scene: Scene, rng: random.Random) -> str:
-    """One of the true captions of a scene, drawn by `rng`."""
+    """One of the true captions of a scene, chosen by `rng`."""
     objects = list(scene.objects)
     rich = world.phrasing == "rich"
     rng.shuffle(objects)
@@ -88,7 +88,7 @@ def write_caption(world, scene: Scene, rng: random.Random) -> str:
     if form != "related" or rng.random() < 0.75:  # in reading order, as most people would
         objects.sort(key=lambda o: world.cell(o)[::-1])
     related = [[name for name in RELATIONS if holds(name, objects[0], o, world.margin)] for o in objects[1:]]
-    if form == "related" and not all(related):  # no such scene is drawn by World.scene; a hand-made one may be
+    if form == "related" and not all(related):  # World.scene gives no such scene, but one may be made by hand
         form = "plain"
     things = [_name(world, o, rng) for o in objects]
     if form == "placed":
@@ -104,7 +104,7 @@ def write_caption(world, scene: Scene, rng: random.Random) -> str:
 
 
 def _name(world, o: Obj, rng: random.Random) -> str:
-    # Where there are two sizes most captions tell which, and some leave it open, as people do.
+    # Where there are two sizes most captions give it, and some do not, as people do.
     with_size = len(world.sizes) > 1 and rng.random() < 0.85
     words = f"{o.size} {o.colour} {o.shape}" if with_size else f"{o.colour} {o.shape}"
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
@@ -114,7 +114,7 @@ def _name(world, o: Obj, rng: random.Random) -> str:
 
 
 def read_caption(world, text: str) -> Statement | None:
-    """What a caption states, or None where it does not follow the grammar with this world's words.
+    """What a caption states, or None if it does not follow the grammar with this world's words.
 
     Case, spaces, a space before a comma (as CLIP decodes) and a full stop at the end make no difference.
     """
@@ -164,11 +164,13 @@ def _well_joined(text: str, count: int) -> bool:
 
 
 def compare(world, scene: Scene, statement: Statement | None) -> dict[str, bool]:
-    """What of a caption is true of a scene: {count, colour, shape, size, layout, all}.
+    """Which parts of a caption are true of a scene. An ill-formed caption (None) is false in everything.
 
-    count: as many objects; colour, shape: the same ones as often, whichever object has them; size and layout: every
-    size, and every relation and place, holds for the assignment of objects to words that agrees best; all: some
-    assignment makes every word true. An ill-formed caption (None) is false in everything.
+    Returns:
+        count: the number of objects is right.
+        colour, shape: the same ones occur equally often, whichever object has them.
+        size, layout: every size, and every relation and place, is true of the best assignment of objects to words.
+        all: some assignment makes every word true.
     """
     report = dict.fromkeys(("count", "colour", "shape", "size", "layout", "all"), False)
     if statement is None:

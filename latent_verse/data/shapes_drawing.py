@@ -18,7 +18,7 @@ PALETTE = {  # every two are at least 97 apart in RGB, and each at least 190 fro
     "cyan": (0, 190, 215),
     "black": (35, 35, 35),
 }
-UNKNOWN = "?"  # the shape or colour of something in a picture that is no object of the world
+UNKNOWN = "?"  # the shape or colour of something in an image that is no object of the world
 SUBPIXELS = 8  # per axis: coverage, and so anti-aliasing, is in 64ths
 
 
@@ -35,7 +35,7 @@ class Obj:
 
 @dataclass(frozen=True)
 class Scene:
-    """The objects of a picture, and the seed of its background's texture (which is no part of what it shows)."""
+    """The objects of an image, and the seed of its background's texture (which is not part of what it shows)."""
 
     objects: tuple[Obj, ...]
     texture: int = 0
@@ -57,7 +57,7 @@ def _triangle(u, v):  # apex up
 
 
 def _of_thirds(rows: str):
-    """A shape of whole ninths of its square: three rows, from the top, of three that are filled (#) or not (.)."""
+    """A shape made of ninths of its square: three rows, from the top, of three that are filled (#) or not (.)."""
     filled = np.array([[mark == "#" for mark in row] for row in rows.split()])
 
     def covers(u, v):
@@ -85,8 +85,9 @@ SHAPES = {
 
 @lru_cache(maxsize=256)
 def coverage(shape: str, radius: int) -> np.ndarray:
-    """The share of each pixel that a shape covers, in [0, 1]: a (2 radius + 4, 2 radius + 4) float32 array, read-only,
-    whose centre (a pixel corner) is the object's centre. The rim of two pixels holds what `softened` spreads.
+    """The share of each pixel that a shape covers, in [0, 1]: a read-only (2 radius + 4, 2 radius + 4) float32 array.
+
+    Its centre (a pixel corner) is the object's centre. The rim of two pixels holds what `softened` spreads.
     """
     reach = radius + 2
     steps = (np.arange(2 * reach * SUBPIXELS) + 0.5) / SUBPIXELS - reach
@@ -99,7 +100,7 @@ def coverage(shape: str, radius: int) -> np.ndarray:
 
 @lru_cache(maxsize=256)
 def softened(shape: str, radius: int) -> np.ndarray:
-    """`coverage` blurred by about 0.7 pixels, as an autoencoder gives it back."""
+    """`coverage` blurred by about 0.7 pixels, as an autoencoder reconstructs it."""
     cover = np.pad(coverage(shape, radius), 1)
     for axis in (0, 1):
         cover = 0.54 * cover + 0.23 * (np.roll(cover, 1, axis) + np.roll(cover, -1, axis))

@@ -1,7 +1,7 @@
-"""The reader of the shapes world: a picture back into a scene, by comparing each blob with every drawn shape.
+"""The reader of the shapes world: an image back into a scene, by comparing each blob with every rendered shape.
 
-It is a judge, so it is strict: whatever stands out of the background and is not clearly one object of the world
-(half a shape, two that run together, scattered pixels) becomes an object of unknown shape, which no caption names.
+Evaluation relies on it, so it is strict: whatever stands out from the background and is not clearly one object of the
+world (half a shape, two that touch, scattered pixels) becomes an object of unknown shape, which no caption names.
 """
 
 from __future__ import annotations
@@ -15,22 +15,23 @@ from latent_verse.data.shapes_drawing import BACKGROUND, PALETTE, UNKNOWN, Obj, 
 
 STANDS_OUT = 70.0  # RGB distance from the background; texture and mild noise stay below, a third of any colour above
 COLOUR_ERROR = 75.0  # the farthest a blob's colour may lie from the palette's; the closest two colours are 97 apart
-OVERLAP = 0.76  # the least intersection over union with a drawn shape
-LEAD = 0.015  # by which the best shape must beat the second: in between it is neither
-FLAW = 0.6  # the most that any 3 x 3 pixels may be off on average, in parts of the step from background to object,
-FLAW_RGB = 120.0  # and in RGB distance: black, whose step is the longest, is 129 from green
-SPECK = 5  # pixels; smaller blobs are noise as long as all of them together are no larger than this
+OVERLAP = 0.76  # the least intersection over union with a rendered shape
+LEAD = 0.015  # the least lead of the best shape over the second; with a smaller one it is neither
+FLAW = 0.6  # the largest mean error of any 3 x 3 pixels, as a share of the step from background to object,
+FLAW_RGB = 120.0  # and as an RGB distance: black, whose step is the longest, is 129 from green
+SPECK = 5  # pixels; smaller blobs are noise if all of them together are no larger than this
 
 
-def read_picture(world, image: Image.Image | np.ndarray) -> Scene:
-    """image: PIL, or uint8 (H, W, 3), of the world's size (ValueError otherwise) -> Scene, in reading order.
+def read_image(world, image: Image.Image | np.ndarray) -> Scene:
+    """An image, PIL or uint8 (H, W, 3), -> its Scene, in reading order. Unknown objects have shape or colour "?".
 
-    Objects that are none of the world's have shape or colour "?".
+    Raises:
+        ValueError: the image is not of the world's size.
     """
     pixels_HWC = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image, dtype=np.float32)
     expected = (world.image_size, world.image_size, 3)
     if pixels_HWC.shape != expected:
-        raise ValueError(f"The {world.name} world reads pictures of shape {expected}, not {pixels_HWC.shape}.")
+        raise ValueError(f"The {world.name} world reads images of shape {expected}, not {pixels_HWC.shape}.")
     from_background_HWC = pixels_HWC - np.array(BACKGROUND, np.float32)
     stands_out = np.square(from_background_HWC).sum(-1) > STANDS_OUT**2
     objects, specks = [], 0
@@ -73,7 +74,7 @@ def _read_blob(world, from_background_HWC: np.ndarray, blob: np.ndarray) -> Obj:
     if (high - low).max() > 2 * largest + 5:  # larger than any object even when blurred
         return unknown
 
-    # The colour, from the blob's inner pixels: those that stand out most are mixed least with the background.
+    # The colour, from the blob's inner pixels: those that stand out most are least mixed with the background.
     values = from_background_HWC[blob[:, 0], blob[:, 1]]
     strength = np.square(values).sum(-1)
     inner = values[strength >= np.median(strength)].mean(axis=0)
@@ -82,7 +83,7 @@ def _read_blob(world, from_background_HWC: np.ndarray, blob: np.ndarray) -> Obj:
     if np.square(inner - vectors[colour]).sum() > COLOUR_ERROR**2:
         return unknown
 
-    # The window around the blob, all else blanked: the faint rim belongs to it, and its neighbours do not.
+    # The window around the blob, with all else blanked: its faint rim belongs to it, its neighbours do not.
     pad = largest + 6
     origin = np.array([middle_y, middle_x]) - pad
     near = np.zeros((2 * pad, 2 * pad), bool)
@@ -94,7 +95,7 @@ def _read_blob(world, from_background_HWC: np.ndarray, blob: np.ndarray) -> Obj:
     window_HWC = np.zeros((*near.shape, 3), np.float32)
     window_HWC[ys - origin[0], xs - origin[1]] = from_background_HWC[ys, xs]
 
-    # How much of each pixel the object covers: its place on the line from the background to the colour.
+    # How much of each pixel the object covers: where it lies on the line from the background to the colour.
     vector = vectors[colour]
     cover = np.clip(window_HWC @ (vector / (vector @ vector)), 0, 1)
     fits: dict[str, Fit] = {}
@@ -112,7 +113,7 @@ def _read_blob(world, from_background_HWC: np.ndarray, blob: np.ndarray) -> Obj:
 
 
 class Fit(NamedTuple):
-    """How well a drawn shape, centred at (x, y) of a window, covers a blob."""
+    """How well a rendered shape, centred at (x, y) of a window, covers a blob."""
 
     overlap: float  # soft intersection over union
     size: str
@@ -122,7 +123,7 @@ class Fit(NamedTuple):
 
 
 def _fit(cover: np.ndarray, size: str, sharp: np.ndarray, soft: np.ndarray) -> Fit:
-    """The best fit within a pixel of where the centroids agree; there, of the shape drawn sharp or softened."""
+    """The best fit within a pixel of where the centroids agree, and there that of the sharp or the softened shape."""
     reach = sharp.shape[0] // 2
     best = Fit(0.0, size, sharp, reach, reach)
     y0, x0 = (np.array(_centroid(cover)) - _centroid(sharp) + reach).round().astype(int)
@@ -141,8 +142,10 @@ def _overlap(cover: np.ndarray, template: np.ndarray, y: int, x: int) -> float:
 
 
 def _flaw(window_HWC: np.ndarray, colour_C: np.ndarray, fit: Fit) -> float:
-    """The largest error of any 3 x 3 pixels against the drawn object, averaged with its sign: blur and noise cancel
-    out, and a missing arm, a hole or a patch of another colour does not.
+    """The largest mean error of any 3 x 3 pixels against the rendered object.
+
+    Errors are averaged with their signs: blur and noise cancel out; a missing arm, a hole or a patch of another colour
+    does not.
     """
     reach = fit.template.shape[0] // 2
     error_HWC = window_HWC.copy()

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from latent_verse import runs
-from latent_verse.checkpoint import CheckpointError
-from latent_verse.cli import errors_to_exit_code
 from latent_verse.config import ConfigError, as_plain
+from latent_verse.config.cli import one_line_errors
 from latent_verse.config_eval import EvalBiARTConfig
 from latent_verse.data import DataError
 from latent_verse.data.shapes import ShapesDataset, World
@@ -21,7 +20,6 @@ from latent_verse.evaluation.context import Context
 from latent_verse.evaluation.figures import Figures
 from latent_verse.evaluation.pairs import Pairs
 from latent_verse.evaluation.ranks import Ranks, device
-from latent_verse.text import TokenizerError
 
 WORK = {
     "likelihood": text_tasks.likelihoods,
@@ -35,9 +33,10 @@ WORK = {
 RESOLUTION = 256  # of another system's pictures, where nothing says otherwise
 
 
+@one_line_errors
 def run(ranks: Ranks, config: EvalBiARTConfig, tasks: tuple[str, ...], yaml_text: str) -> int:
     """Evaluate; 0, or 2 after a mistake of the user, which the first process prints."""
-    with warnings.catch_warnings(), errors_to_exit_code(CheckpointError, DataError, TokenizerError) as code:
+    with warnings.catch_warnings():
         # captions of other people are often too long: they are counted, not told one by one
         warnings.filterwarnings("ignore", r"text \d+ has \d+ tokens")
         context = open_context(config, ranks)
@@ -55,7 +54,7 @@ def run(ranks: Ranks, config: EvalBiARTConfig, tasks: tuple[str, ...], yaml_text
             raise
         if ranks.is_first:
             write(context, tasks, about, yaml_text)
-    return code[0] if code else 0
+    return 0
 
 
 def open_context(config: EvalBiARTConfig, ranks: Ranks) -> Context:

@@ -20,8 +20,7 @@ from typing import Any, Optional
 from PIL import Image
 
 from latent_verse.config import ConfigError, SamplingSettings, Settings, setting
-from latent_verse.config.cli import errors_to_exit_code, parse
-from latent_verse.data import DataError
+from latent_verse.config.cli import one_line_errors, parse
 from latent_verse.data.shapes import PRESETS, SPLITS, Scene, ShapesDataset, World
 from latent_verse.evaluation.intervals import wilson
 from latent_verse.runs import write_whole
@@ -190,15 +189,13 @@ def check(config: ShapesEvalConfig) -> None:
         raise ConfigError("samples are written beside the file of json: give that as well.")
 
 
+@one_line_errors
 def main(argv: list[str] | None = None) -> int:
     """Judge and print; 0 when done, 2 for a mistake in the settings or the model."""
-    from latent_verse.checkpoint import CheckpointError
-
-    with errors_to_exit_code(CheckpointError, DataError) as code:
-        config, _ = parse(ShapesEvalConfig, argv, __doc__)
-        check(config)
-        run(config)
-    return code[0] if code else 0
+    config, _ = parse(ShapesEvalConfig, argv, __doc__)
+    check(config)
+    run(config)
+    return 0
 
 
 def run(config: ShapesEvalConfig) -> None:

@@ -1,0 +1,93 @@
+"""files.py: whatever interrupts a write, a path holds all that was there before or all that is new."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+
+from latent_verse.files import differences, replacing, write_bytes, write_json, write_text
+
+
+def names(folder) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_writing_replaces_and_leaves_nothing_else(tmp_path):
+    for text in ("old", "new é 字"):
+        write_text(tmp_path / "a.txt", text)
+    write_bytes(tmp_path / "b.bin", b"\x00\xff")
+    write_json(tmp_path / "c.json", {"a": [1, "é"]})
+    assert (tmp_path / "a.txt").read_text(encoding="utf-8") == "new é 字"
+    assert (tmp_path / "b.bin").read_bytes() == b"\x00\xff"
+    assert json.loads((tmp_path / "c.json").read_text()) == {"a": [1, "é"]}
+    assert names(tmp_path) == ["a.txt", "b.bin", "c.json"]
+
+
+@pytest.mark.parametrize("step", ["write", "fsync", "replace"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_an_interrupted_write_leaves_what_was_there(tmp_path, monkeypatch, step, error):
+    write_text(tmp_path / "a.txt", "old")
+
+    def fail(*args):
+        raise error
+
+    if step != "write":
+        monkeypatch.setattr(os, step, fail)
+    with pytest.raises(error), replacing(tmp_path / "a.txt") as unfinished:
+        unfinished.write_text("half")
+        assert (tmp_path / "a.txt").read_text() == "old"
+        if step == "write":
+            fail()
+    assert (tmp_path / "a.txt").read_text() == "old"
+    assert names(tmp_path) == ["a.txt"]
+
+
+def test_it_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    """Or a machine that loses power could leave an empty file under the final name."""
+    events = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda number: events.append(os.fstat(number).st_ino) or fsync(number))
+    monkeypatch.setattr(os, "replace", lambda a, b: events.append("replace") or replace(a, b))
+    write_text(tmp_path / "a.txt", "new")
+    assert events == [(tmp_path / "a.txt").stat().st_ino, "replace", tmp_path.stat().st_ino]
+
+
+def test_an_unfinished_file_is_not_found_by_patterns_and_does_not_hinder_the_next_write(tmp_path):
+    with replacing(tmp_path / "step=1.ckpt") as unfinished:
+        unfinished.write_text("half")
+        assert not list(tmp_path.glob("*.ckpt"))
+        left = unfinished
+    left.mkdir()  # whatever a killed process left
+    write_text(tmp_path / "step=1.ckpt", "whole")
+    assert names(tmp_path) == ["step=1.ckpt"]
+
+
+def test_a_folder_is_replaced_whole(tmp_path):
+    for content in ({"a": "1", "b": "1"}, {"b": "2", "c": "2"}):
+        with replacing(tmp_path / "folder") as unfinished:
+            (unfinished / "deeper").mkdir(parents=True)
+            for name, text in content.items():
+                (unfinished / "deeper" / name).write_text(text)
+        assert {p.name: p.read_text() for p in (tmp_path / "folder" / "deeper").iterdir()} == content
+    with pytest.raises(OSError), replacing(tmp_path / "folder") as unfinished:
+        unfinished.mkdir()
+        raise OSError
+    assert names(tmp_path) == ["folder"] and names(tmp_path / "folder") == ["deeper"]
+
+
+def test_a_symbolic_link_gives_way_to_the_file_and_its_target_stays(tmp_path):
+    write_text(tmp_path / "target", "old")
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    write_text(tmp_path / "link", "new")
+    assert [(tmp_path / name).read_text() for name in ("link", "target")] == ["new", "old"]
+
+
+def test_differences_name_the_setting_and_both_values():
+    old = {"lr": 0.1, "same": 1, "gone": 2}
+    assert differences(old, {"lr": 0.2, "same": 1, "name": "a"}) == [
+        "lr: 0.1 then, 0.2 now",
+        "name: None then, 'a' now",
+    ]
+    assert differences(old, {"same": 1}) == []
