@@ -133,13 +133,18 @@ def _instead_of_preset(name: str) -> Any:
 
 
 @dataclass(frozen=True)
-class BiARTModelConfig(BiARTVariant):
-    """What a run says of the transformer's shape; the rest of it follows from tokenizer and AugVAE."""
+class BiARTSize(Settings):
+    """A run's choice of depth and width."""
 
     preset: str = setting("12x768", "depth and width, layers x channels; n_* change single ones", tuple(PRESETS))
     n_layer: Optional[int] = _instead_of_preset("n_layer")
     n_head: Optional[int] = _instead_of_preset("n_head")
     n_embd: Optional[int] = _instead_of_preset("n_embd")
+
+
+@dataclass(frozen=True)
+class BiARTModelConfig(BiARTVariant, BiARTSize):  # --help lists the last base's settings first
+    """What a run says of the transformer's shape; the rest of it follows from tokenizer and AugVAE."""
 
     def resolve(self, text_vocab: int, image_vocab: int, text_len: int, image_len: int) -> BiARTConfig:
         """The transformer's whole shape.
