@@ -169,15 +169,15 @@ def new_biart(
     start_from: str | Path | None = None,
     pretrained: Pretrained | None = None,
 ) -> BiART:
-    """A transformer whose vocabulary and lengths are those of AugVAE and tokenizer.
+    """A transformer with the vocabulary and lengths of AugVAE and tokenizer.
 
     Args:
-        start_from: the checkpoint that the run continues from.
-        pretrained: the BiART whose weights it begins with, where it does not continue; random ones without it.
+        start_from: the checkpoint that the run resumes from.
+        pretrained: the BiART whose weights it takes unless it resumes; without it weights are random.
 
     Raises:
-        CheckpointError: start_from is of a transformer of another shape.
-        ConfigError: its width is no multiple of its heads, top_k exceeds the codebook.
+        CheckpointError: start_from is a checkpoint of another shape.
+        ConfigError: n_embd is not a multiple of n_head, or top_k exceeds the codebook.
     """
     if config.sampling.top_k is not None and config.sampling.top_k > vae.config.num_tokens:
         raise ConfigError(f"top_k is {config.sampling.top_k}, but the codebook has {vae.config.num_tokens} codes.")
