@@ -172,8 +172,8 @@ def new_biart(
     """A transformer with the vocabulary and lengths of AugVAE and tokenizer.
 
     Args:
-        start_from: the checkpoint that the run resumes from.
-        pretrained: the BiART whose weights it takes unless it resumes; without it weights are random.
+        start_from: the checkpoint that the run continues from.
+        pretrained: the BiART whose weights a new run starts from; else they are random.
 
     Raises:
         CheckpointError: start_from is a checkpoint of another shape.
