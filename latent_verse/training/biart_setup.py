@@ -13,7 +13,11 @@ from latent_verse.biart.model import BiART
 from latent_verse.biart.sequence import Vocabulary
 from latent_verse.checkpoints.augvae import load_augvae
 from latent_verse.checkpoints.biart import Pretrained, check_vae
-from latent_verse.checkpoints.ckpt_files import check_resumable, fingerprint, read_ckpt
+from latent_verse.checkpoints.ckpt_files import (
+    check_resumable,
+    fingerprint,
+    read_ckpt,
+)
 from latent_verse.config import AugVAEConfig, ConfigError
 from latent_verse.config.train import TrainBiARTConfig
 from latent_verse.data.codes import TOKENIZER, check_codes
@@ -161,15 +165,15 @@ def new_biart(
     start_from: str | Path | None = None,
     pretrained: Pretrained | None = None,
 ) -> BiART:
-    """A transformer whose vocabulary and lengths are those of AugVAE and tokenizer.
+    """A transformer with the vocabulary and lengths of AugVAE and tokenizer.
 
     Args:
         start_from: the checkpoint that the run continues from.
-        pretrained: the BiART whose weights it begins with, where it does not continue; random ones without it.
+        pretrained: the BiART whose weights a new run starts from; else they are random.
 
     Raises:
-        CheckpointError: start_from is of a transformer of another shape.
-        ConfigError: its width is no multiple of its heads, top_k exceeds the codebook.
+        CheckpointError: start_from is a checkpoint of another shape.
+        ConfigError: n_embd is not a multiple of n_head, or top_k exceeds the codebook.
     """
     if config.sampling.top_k is not None and config.sampling.top_k > vae.config.num_tokens:
         raise ConfigError(f"top_k is {config.sampling.top_k}, but the codebook has {vae.config.num_tokens} codes.")

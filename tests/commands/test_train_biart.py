@@ -267,7 +267,7 @@ def record_first_weights(monkeypatch) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("source", ["bundle", "", "checkpoints"])
 def test_a_run_starts_from_the_weights_of_another(world, tmp_path, monkeypatch, source):
     """Of a bundle, run folder or file: shape, tokenizer and AugVAE come with them, and other data may follow."""
-    assert train_biart.main([*world, "--epochs", "1", "--name", "first"]) == 0
+    assert train_biart.main([*world, "--epochs", "1", "--name", "first", "--pos_by_modality"]) == 0
     first = tmp_path / "runs/first"
     place = next((first / source).glob("best-*")) if source == "checkpoints" else first / source
     for file in (tmp_path / "train").glob("*.txt"):
