@@ -252,10 +252,11 @@ def make_logger(t: TrainerConfig, run: Run) -> Logger:
     )
 
 
-def default_name(t: TrainerConfig, config_file: str | None, kind: str, fake: bool) -> str:
+def default_name(config: Training, given: Mapping[str, str], kind: str) -> str:
     """The run's name: --name, else the config file's, marked where the data is fake."""
-    stem = Path(config_file).stem if config_file else kind
-    return t.name or (f"fake-{stem}" if fake else stem)
+    files = [Path(source).stem for source in given.values() if not source.startswith("--")]
+    stem = next(iter(files), kind)
+    return config.trainer.name or (f"fake-{stem}" if config.data.fake_data else stem)
 
 
 def quiet_lightning() -> None:
