@@ -1,4 +1,4 @@
-"""What train_biart.py does, part by part: the frozen AugVAE, the tokenizer, the transformer, codes, bundles."""
+"""The parts of train_biart.py: the frozen AugVAE, the tokenizer, the transformer, codes, bundles."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ FAKE_VAE = AugVAEConfig(
 
 
 def frozen_vae(config: TrainBiARTConfig, pretrained: Pretrained | None = None) -> tuple[TrainBiARTConfig, AugVAE]:
-    """The AugVAE of vae_path, in evaluation mode; without that `pretrained`'s, or for fake data a random one.
+    """The AugVAE of vae_path, in evaluation mode; if not given, that of `pretrained`, or for fake data a random one.
 
-    The configuration comes back without a vae_path that a random one stands in for.
+    The configuration is returned without vae_path if a random AugVAE replaces it.
 
     Args:
         pretrained: the BiART to start from, which has to have been trained with it.
@@ -77,7 +77,7 @@ def frozen_vae(config: TrainBiARTConfig, pretrained: Pretrained | None = None) -
 def open_data(
     config: TrainBiARTConfig, vae: AugVAE, start_from: str | Path | None, pretrained: Pretrained | None = None
 ) -> tuple[PairDataModule, Tokenizer, dict[str, Any]]:
-    """The data, ready to be loaded, its tokenizer, and what checkpoints say of AugVAE and tokenizer (plain types).
+    """The data, its tokenizer, and what checkpoints record about AugVAE and tokenizer (plain types).
 
     Args:
         start_from: the checkpoint that the run continues from, as `checkpoint.starting_point` found it.
@@ -118,10 +118,10 @@ def _check_vae(found: str, then: str, path: str | None, file) -> None:
 
 
 def choose_tokenizer(config: TrainBiARTConfig, data: PairDataModule, start_from=None, pretrained=None) -> Tokenizer:
-    """The tokenizer of the run: of what it continues or starts from, else of its codes, else CLIP's, else a new one.
+    """The run's tokenizer: from its checkpoint or pretrained model, else from its codes, else CLIP's, else a new one.
 
-    Every process decides the same: training it is deterministic. What lies in the run folder is not read: without a
-    checkpoint a run begins anew, with the settings and captions of now.
+    Training a tokenizer is deterministic, so that all processes get the same. The run folder is not read: without a
+    checkpoint a run starts anew, with the current settings and captions.
 
     Raises:
         TokenizerError: it cannot be read, or is not the kind that the settings name.
@@ -162,11 +162,11 @@ def new_biart(
     start_from: str | Path | None = None,
     pretrained: Pretrained | None = None,
 ) -> BiART:
-    """A transformer whose vocabulary and lengths are those of AugVAE and tokenizer.
+    """A transformer with the vocabulary and lengths of AugVAE and tokenizer.
 
     Args:
         start_from: the checkpoint that the run continues from.
-        pretrained: the BiART whose weights it begins with, where it does not continue; random ones without it.
+        pretrained: the BiART whose weights a new run starts from; else they are random.
 
     Raises:
         CheckpointError: start_from is of a transformer of another shape.
@@ -196,7 +196,7 @@ def new_biart(
 
 
 def summary(config: TrainBiARTConfig, model: BiART, tokenizer: Tokenizer) -> str:
-    """A line on what is trained."""
+    """One line that describes the model."""
     return (
         f"BiART: {model.num_parameters() / 1e6:.1f} M parameters; {model.vocab.text_len} tokens of {tokenizer.name} "
         f"({tokenizer.vocab_size} ids), {model.vocab.image_len} codes of {model.vocab.image_vocab}; "
@@ -211,7 +211,7 @@ def extract_codes(config: TrainBiARTConfig, vae: AugVAE, accelerator: str, pretr
     """Write the codes of train_dir and val_dir to <extract_codes>/train and /val; 0 when done.
 
     Args:
-        pretrained: the BiART that is to be trained on them, whose tokenizer they then have.
+        pretrained: the BiART that is to be trained on them, whose tokenizer they get.
 
     Raises:
         DataError: see `data.codes.extract`.
@@ -266,7 +266,7 @@ def extract_codes(config: TrainBiARTConfig, vae: AugVAE, accelerator: str, pretr
         )
         flags += f" --{split}_dir {folder}"
         print(
-            f"{folder}: {meta['pairs']} pairs, {meta['captions']} captions, {meta['skipped']} unreadable pictures; "
+            f"{folder}: {meta['pairs']} pairs, {meta['captions']} captions, {meta['skipped']} unreadable images; "
             f"AugVAE {meta['vae']}, tokenizer {tokenizer.name} {meta['tokenizer']}"
         )
     print(f"Train on them with --dataset codes {flags}")
@@ -289,7 +289,7 @@ def export_bundle(
     """Make a bundle of a checkpoint or run folder (its best one). Returns the checkpoint's path.
 
     Args:
-        vae: AugVAE, where it is at hand; else that of `vae_path`, else that of `Pretrained.augvae`.
+        vae: AugVAE, if already loaded; default that of `vae_path`, else that of `Pretrained.augvae`.
 
     Raises:
         CheckpointError: a file is absent, damaged or of another kind, or AugVAE is not the one it was trained with.

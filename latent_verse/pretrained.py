@@ -96,8 +96,9 @@ def load_checkpoint(file: Path) -> Pretrained:
 
 
 def take_over(config: TrainBiARTConfig, given: Mapping[str, str]) -> tuple[TrainBiARTConfig, Pretrained | None]:
-    """What pretrained_path names, None without it, and the run's configuration with its shape and tokenizer. Its AugVAE
-    is the run's, where no flag names another place of it.
+    """The pretrained BiART, None if pretrained_path is not given, and the configuration with its shape and tokenizer.
+
+    Its AugVAE becomes the run's, unless a flag says where else that AugVAE is.
 
     Args:
         given: settings that were given: those that contradict its shape or tokenizer are refused, defaults yield.
