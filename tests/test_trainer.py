@@ -14,10 +14,11 @@ from latent_verse import callbacks, trainer
 from latent_verse.augvae.model import AugVAE
 from latent_verse.augvae.training import LitAugVAE
 from latent_verse.callbacks import Backup, Interrupted, ProgressBar, RunFolder
-from latent_verse.config.train import TrainerConfig, TrainVAEConfig
+from latent_verse.config import ConfigError
+from latent_verse.config.train import ImageDataConfig, TrainerConfig, TrainVAEConfig
 from latent_verse.evaluation.reconstruction import ReconstructionMetrics
 from latent_verse.runs import Run
-from latent_verse.trainer import compiles_by_default, make_trainer
+from latent_verse.trainer import compiles_by_default, decide_compile, make_trainer
 
 
 @pytest.mark.parametrize(
@@ -41,6 +42,23 @@ def test_settings_reach_the_trainer(setting, value, attribute, found, tmp_path):
     made = make_trainer(t, RunFolder(Run(tmp_path / "run", "0"), {}, ""), has_val=True)
     assert getattr(made, attribute) == found
     assert not (tmp_path / "run").exists()  # nothing is written before all processes have met
+
+
+def test_what_lightning_refuses_is_a_mistake_of_the_user(tmp_path):
+    if torch.backends.mps.is_available():
+        pytest.skip("this machine has what the test asks for")
+    t = TrainerConfig(accelerator="mps", logger="csv", refresh_rate=0)
+    with pytest.raises(ConfigError, match="MPS"):
+        make_trainer(t, RunFolder(Run(tmp_path / "run", "0"), {}, ""), has_val=True)
+
+
+def test_compile_is_decided_once_and_only_where_it_was_left_open(monkeypatch):
+    monkeypatch.setattr(trainer, "compiles_by_default", lambda t, accelerator: True)
+    assert decide_compile(TrainVAEConfig()).trainer.compile is True
+    assert decide_compile(TrainVAEConfig(data=ImageDataConfig(fake_data=True))).trainer.compile is False
+    for compile in (True, False):
+        config = TrainVAEConfig(trainer=TrainerConfig(compile=compile))
+        assert decide_compile(config) is config
 
 
 def test_networks_are_compiled_on_a_gpu_that_triton_serves(monkeypatch):
