@@ -432,7 +432,7 @@ def test_what_is_not_read_is_said(world, tmp_path, capsys):
     flags = ["--max_steps", "1", "--name", "a", "--ckpt_path", "some.ckpt", "--world", "full"]
     assert train_biart.main([*world, *codes, *flags]) == 0
     said = capsys.readouterr().out
-    assert "No effect: bpe_vocab_size: the tokenizer is not trained: it comes with the codes." in said
+    assert "No effect: bpe_vocab_size: the tokenizer is not trained: it comes from the codes." in said
     assert "No effect: world: the data is not shapes." in said
     assert "ckpt_path some.ckpt is not read without --resume: this run starts anew." in said
     capsys.readouterr()
