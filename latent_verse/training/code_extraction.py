@@ -21,7 +21,7 @@ def extract_codes(config: TrainBiARTConfig, vae: AugVAE, accelerator: str, pretr
     """Write the codes of train_dir and val_dir to <extract_codes>/train and /val; 0 when done.
 
     Args:
-        pretrained: the BiART that is to be trained on them, whose tokenizer they then have.
+        pretrained: the BiART that is to be trained on them, whose tokenizer they get.
 
     Raises:
         DataError: see `data.codes.extract`.
@@ -74,7 +74,7 @@ def extract_codes(config: TrainBiARTConfig, vae: AugVAE, accelerator: str, pretr
         )
         flags += f" --{split}_dir {folder}"
         print(
-            f"{folder}: {meta['pairs']} pairs, {meta['captions']} captions, {meta['skipped']} unreadable pictures; "
+            f"{folder}: {meta['pairs']} pairs, {meta['captions']} captions, {meta['skipped']} unreadable images; "
             f"AugVAE {meta['vae']}, tokenizer {tokenizer.name} {meta['tokenizer']}"
         )
     print(f"Train on them with --dataset codes {flags}")
