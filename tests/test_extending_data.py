@@ -43,4 +43,4 @@ def test_evaluation_reads_the_example(example):
     object.__setattr__(data, "dataset", "npz")  # its choices were listed before the example came into the table
     pairs = Pairs(data, 16, 0)
     assert len(pairs) == 20 and pairs.captions(3) == ["a bird, number 3"]
-    assert pairs.picture(3).shape == (3, 16, 16)
+    assert pairs.image(3).shape == (3, 16, 16)

@@ -2,7 +2,7 @@
 
 What opens data, and what batches it:
     datasets.py         every dataset by name, for both stages: open_images, open_pairs
-    module.py           ImageDataModule, PairDataModule: order, exact resume, ranks, transfer to the device (Lightning)
+    modules.py          ImageDataModule, PairDataModule: order, exact resume, ranks, transfer to the device (Lightning)
 Images:
     transforms.py       one file's bytes -> RGB -> square crop -> [-1, 1]; which randomness belongs to which sample
     images.py           ImageDataset (one sub-folder per class), FlatImages (any folder), FakeDataset
@@ -12,12 +12,13 @@ Images with captions:
     caption_files.py    reading the text, JSON and tables that hold captions
     codes.py            codes written ahead of training, and CodesDataset, which reads them
     pairs.py            PairShards, and collation: captions become ids
+    text.py             the tokenizers of captions: CLIP's, and a BPE trained on the data
 The shapes world, generated images whose captions can be checked:
-    shapes.py           ShapesDataset, and writing its pairs to files
-    shapes_world.py     World: scenes, splits, and what is true of them
-    shapes_drawing.py   objects and their pixels
-    shapes_captions.py  the grammar of captions: writing and parsing
-    shapes_reader.py    from an image back to its scene
+    shapes/world.py     World: scenes, splits, and what is true of them
+    shapes/drawing.py   objects and their pixels
+    shapes/captions.py  the grammar of captions: writing and parsing
+    shapes/reader.py    from an image back to its scene
+    shapes/dataset.py   ShapesDataset, and writing its pairs to files
 
 Names are imported on first use, so that `import latent_verse.data` costs nothing.
 """

@@ -10,7 +10,7 @@ what was left out: images without a caption, captions without an image, empty ca
     KarpathyCaptions(json, image_dir)      dataset_coco.json + the folder that holds train2014/ and val2014/
     TableCaptions(file)                    .csv .tsv .jsonl: an image path and a caption in each row
     FakePairs(length)                      nothing read from disk
-The pairs of the shapes world are in shapes.py. caption_files.py reads the files.
+The pairs of the shapes world are in shapes/dataset.py. caption_files.py reads the files.
 """
 
 from __future__ import annotations

@@ -10,10 +10,10 @@ from latent_verse.augvae.model import AugVAE
 from latent_verse.checkpoints.biart import Pretrained
 from latent_verse.checkpoints.ckpt_files import fingerprint
 from latent_verse.config.train import TrainBiARTConfig
-from latent_verse.data.codes import extract, work_of
+from latent_verse.data.codes import FORMAT, extract, work_of
 from latent_verse.data.datasets import open_pairs, source_of
 from latent_verse.data.modules import loader_processes
-from latent_verse.data.pairs import work_of_shards
+from latent_verse.data.pairs import PairShards, work_of_shards
 from latent_verse.training.biart_setup import choose_tokenizer
 
 
@@ -30,14 +30,14 @@ def extract_codes(config: TrainBiARTConfig, vae: AugVAE, accelerator: str, pretr
     device = torch.device("cuda" if accelerator == "gpu" else "cpu")
     vae.to(device)
     resolution = vae.config.resolution
-    webdataset = d.dataset == "webdataset"
     datasets = open_pairs(d, resolution, t.seed, augment=False)
     tokenizer = choose_tokenizer(config, datasets["train"], pretrained=pretrained)
     flags = f"--tokenizer {config.text.tokenizer}"
     for split, dataset in datasets.items():
         crops = c.crops_per_image if split == "train" else 1
+        shards = isinstance(dataset, PairShards)
         plan = {
-            "format": "latent_verse/codes",
+            "format": FORMAT,
             "vae": fingerprint(vae),
             "codebook_size": vae.config.num_tokens,
             "image_len": vae.num_codes,
@@ -48,10 +48,10 @@ def extract_codes(config: TrainBiARTConfig, vae: AugVAE, accelerator: str, pretr
             "dataset": d.dataset,
             "crops_per_image": crops,
             "resize_ratio": d.resize_ratio if crops > 1 else None,
-            "shard_size": None if webdataset else c.shard_size,
+            "shard_size": None if shards else c.shard_size,
             "seed": t.seed,
         }
-        if webdataset:
+        if shards:
             work, total = work_of_shards(dataset.shards, resolution, crops, d.resize_ratio, t.seed), None
         else:
             work, total = work_of(dataset, crops, c.shard_size), len(dataset)

@@ -4,10 +4,12 @@ import io
 import logging
 import os
 import pickle
+import re
 import struct
 import subprocess
 import sys
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from PIL import Image, ImageOps
 from torchvision.transforms import CenterCrop, InterpolationMode, Resize
 from torchvision.transforms.functional import pil_to_tensor, resized_crop
 
+from latent_verse import data
 from latent_verse.data import DataError, FakeDataset, FlatImages, ImageDataset
 from latent_verse.data.images import PathList
 from latent_verse.data.transforms import (
@@ -381,6 +384,13 @@ def test_the_original_s_name_stays():
     from latent_verse.data import ImageDataset2
 
     assert ImageDataset2 is FlatImages
+
+
+def test_the_room_s_map_lists_every_file_and_every_name_is_there():
+    folder = Path(data.__file__).parent
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*.py") if path.name != "__init__.py"}
+    assert set(re.findall(r"^    (\S+\.py) ", data.__doc__, re.MULTILINE)) == files
+    assert all(hasattr(data, name) for name in data.__all__)
 
 
 def test_importing_the_room_is_cheap():

@@ -199,7 +199,7 @@ def test_the_loader_leaves_the_global_generator_alone():
 
 
 def test_lightning_ends_the_workers_of_a_finished_loader():
-    """Both libraries keep the running iterator as `_iterator`, which is private to them: see `module._Loader`."""
+    """Both libraries keep the running iterator as `_iterator`, which is private to them: see `modules._Loader`."""
     for loader in (module(num_workers=1).train_dataloader(), module(num_workers=1).val_dataloader()):
         combined = CombinedLoader(loader)
         next(iter(combined))

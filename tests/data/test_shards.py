@@ -3,6 +3,7 @@
 import functools
 import http.server
 import io
+import random
 import tarfile
 import threading
 from collections import Counter
@@ -10,6 +11,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+import webdataset
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -304,3 +306,21 @@ def test_http_urls(tmp_path):
     finally:
         server.shutdown()
         server.server_close()
+
+
+# ------------------------------------------------------------------------------- what webdataset does without saying so
+
+
+def test_the_shuffle_on_which_the_exact_resume_rests_is_as_it_was():
+    """Another order in a new version of webdataset would resume old runs with other samples."""
+    order = list(webdataset.shuffle(4, rng=random.Random(0))(iter(range(12))))
+    assert order == [3, 4, 0, 2, 7, 8, 6, 10, 9, 11, 5, 1]
+
+
+def test_a_pipe_that_is_closed_before_its_end_is_no_broken_shard(tmp_path):
+    """Its exit status is read off `status`, which webdataset does not document."""
+    (shard,) = write_shards(tmp_path, [3])
+    with open(shard, "ab") as file:
+        file.write(bytes(1 << 20))  # more than a pipe holds, after the end of the archive
+    dataset = EvalShards([f"pipe:cat {shard}"], 8, batch_size=1, as_uint8=True)
+    assert len(list(dataset)) == 3 and dataset.skipped.count == 0

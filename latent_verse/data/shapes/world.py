@@ -176,11 +176,11 @@ class World:
         return (flat + np.asarray(soft)[..., None]).round().clip(0, 255).astype(np.uint8)
 
     def caption(self, scene: Scene, rng: random.Random) -> str:
-        """One of the true captions of a scene; the grammar is in shapes_captions.py."""
+        """One of the true captions of a scene; the grammar is in captions.py."""
         return write_caption(self, scene, rng)
 
     def parse_image(self, image: Image.Image | np.ndarray) -> Scene:
-        """The scene that an image shows; what is no object of this world has the shape "?". See shapes_reader.py.
+        """The scene that an image shows; what is no object of this world has the shape "?". See reader.py.
 
         Raises:
             ValueError: the image is not of the world's size.
@@ -196,7 +196,7 @@ class World:
         return self.compare(scene, statement)["all"]
 
     def compare(self, scene: Scene, statement: Statement | None) -> dict[str, bool]:
-        """The same by attribute: {count, colour, shape, size, layout, all}; see shapes_captions.compare."""
+        """The same by attribute: {count, colour, shape, size, layout, all}; see captions.compare."""
         return compare(self, scene, statement)
 
 
