@@ -10,33 +10,28 @@ from __future__ import annotations
 
 import sys
 
-from latent_verse.cli import errors_to_exit_code, parse, quick_imports, to_yaml
-from latent_verse.config_eval import EvalBiARTConfig, check_eval_biart
+from latent_verse.config.cli import one_line_errors, parse, quick_imports, to_yaml
+from latent_verse.config.evaluate import EvalBiARTConfig, resolve_eval_biart
 
 
+@one_line_errors
 def main(argv: list[str] | None = None) -> int:
-    """Evaluate; 0 when done, 2 for a mistake in the settings, the model, pictures or captions."""
-    with errors_to_exit_code() as code:
-        config, given = parse(EvalBiARTConfig, argv, __doc__)
-        tasks = check_eval_biart(config, given)
-    return code[0] if code else run(config, tasks)
+    """Evaluate; 0 when done, 2 for a mistake in the settings, the model, images or captions."""
+    config, given = parse(EvalBiARTConfig, argv, __doc__)
+    return run(*resolve_eval_biart(config, given))
 
 
 def run(config: EvalBiARTConfig, tasks: tuple[str, ...]) -> int:
-    """Compare two runs, or judge in as many processes as the settings say."""
-    from latent_verse.data import DataError
+    """Compare two runs, or evaluate in as many processes as the settings say."""
+    if config.judged.compare:
+        from latent_verse.evaluation.figures import compare
 
-    with errors_to_exit_code(DataError) as code:
-        if config.judged.compare:
-            from latent_verse.evaluation.figures import compare
+        print(compare(*config.judged.compare))
+        return 0
+    with quick_imports():
+        from latent_verse.evaluation import command, ranks
 
-            print(compare(*config.judged.compare))
-            return 0
-        with quick_imports():
-            from latent_verse.evaluation import command, ranks
-
-        return ranks.launch(command.run, ranks.processes(config.write), config, tasks, to_yaml(config))
-    return code[0] if code else 0
+    return ranks.launch(command.run, ranks.processes(config.write), config, tasks, to_yaml(config))
 
 
 if __name__ == "__main__":

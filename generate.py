@@ -5,29 +5,24 @@ from __future__ import annotations
 
 import sys
 
-from latent_verse.cli import errors_to_exit_code, parse, quick_imports
-from latent_verse.config_generate import GenerateConfig, check_generate
+from latent_verse.config.cli import one_line_errors, parse, quick_imports
+from latent_verse.config.generate import GenerateConfig, resolve_generate
 
 
+@one_line_errors
 def main(argv: list[str] | None = None) -> int:
-    """Generate; 0 when done, 2 for a mistake in the settings, the model, pictures or texts."""
-    with errors_to_exit_code() as code:
-        config, given = parse(GenerateConfig, argv, __doc__)
-        task = check_generate(config, given)
-    return code[0] if code else run(config, task)
+    """Generate; 0 when done, 2 for a mistake in the settings, the model, images or texts."""
+    config, given = parse(GenerateConfig, argv, __doc__)
+    return run(*resolve_generate(config, given))
 
 
 def run(config: GenerateConfig, task: str) -> int:
     """Load the model and do the task."""
     with quick_imports():
         from latent_verse import generation
-        from latent_verse.checkpoint import CheckpointError
-        from latent_verse.data import DataError
-        from latent_verse.text import TokenizerError
 
-    with errors_to_exit_code(CheckpointError, DataError, TokenizerError) as code:
-        generation.run(config, task)
-    return code[0] if code else 0
+    generation.run(config, task)
+    return 0
 
 
 if __name__ == "__main__":

@@ -8,20 +8,20 @@ bundle of --ckpt_path.
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 
-from latent_verse.cli import errors_to_exit_code, parse, quick_imports, to_yaml
-from latent_verse.config_biart import TrainBiARTConfig, check_train_biart, without_effect
+from latent_verse.config.cli import one_line_errors, parse, quick_imports, to_yaml
+from latent_verse.config.train import TrainBiARTConfig, idle_flags_biart, resolve_train_biart
 
 
+@one_line_errors
 def main(argv: list[str] | None = None) -> int:
     """Train; 0 when done or interrupted and saved, 2 for a mistake in the settings, data or checkpoint."""
-    with errors_to_exit_code() as code:
-        config, given = parse(TrainBiARTConfig, argv, __doc__)
-        check_train_biart(config, given)
-    return code[0] if code else run(config, given)
+    config, given = parse(TrainBiARTConfig, argv, __doc__)
+    return run(resolve_train_biart(config, given), given)
 
 
-def run(config: TrainBiARTConfig, given: dict[str, str]) -> int:
+def run(config: TrainBiARTConfig, given: Mapping[str, str]) -> int:
     """Export, extract codes, or build everything, train and export."""
     with quick_imports():
         import pytorch_lightning as pl
@@ -33,11 +33,10 @@ def run(config: TrainBiARTConfig, given: dict[str, str]) -> int:
         from latent_verse.config import as_plain
         from latent_verse.pretrained import take_over
         from latent_verse.runs import open_run, states
-        from latent_verse.text import TokenizerError
         from latent_verse.trainer import (
-            MISTAKES,
             announce,
             choose_devices,
+            decide_compile,
             default_name,
             ease_smoke_test,
             fit,
@@ -45,32 +44,31 @@ def run(config: TrainBiARTConfig, given: dict[str, str]) -> int:
             say,
         )
 
-    with errors_to_exit_code(*MISTAKES, TokenizerError) as code:
-        t = config.trainer
-        if config.bundle.export:
-            return biart_run.export_by_command(config)
-        pretrained = take_over(config, given)
-        vae = biart_run.frozen_vae(config, pretrained)
-        if config.codes.extract_codes:
-            return biart_run.extract_codes(config, vae, choose_devices(t)[0], pretrained)
-        ease_smoke_test(config, given)
-        yaml_file = next((s for s in given.values() if not s.startswith("--")), None)
-        name = default_name(t, yaml_file, "biart", config.data.fake_data)
-        run = open_run(t.log_dir, name, t.backup, t.backup_dir, as_plain(config))
-        start_from = starting_point(states(run), t.ckpt_path if t.resume else None, "biart")
-        pl.seed_everything(t.seed, verbose=False)
-        data, tokenizer, about = biart_run.open_data(config, vae, start_from, pretrained)
-        model = biart_run.new_biart(config, vae, tokenizer, start_from, pretrained)
-        del pretrained  # its weights would stay in memory as long as the run lasts
-        trainer = make_trainer(t, run, config, to_yaml(config), data.has_val)
-        folder = next(c for c in trainer.callbacks if isinstance(c, RunFolder))
-        trainer.callbacks.insert(1, TextImageSamples(folder, config.sampling, tokenizer))
-        announce(t, run, start_from, without_effect(config, given))
-        say(biart_run.summary(config, model, tokenizer))
-        if fit(trainer, t, run, LitBiART(model, vae, config, about), data, start_from) and trainer.is_global_zero:
-            file = biart_run.export_bundle(run.folder, run.folder / "bundle", vae=vae)
-            print(f"Bundle of {file}: {run.folder / 'bundle'}")
-    return code[0] if code else 0
+    t = config.trainer
+    if config.bundle.export:
+        return biart_run.export_by_command(config)
+    config, pretrained = take_over(config, given)
+    config, vae = biart_run.frozen_vae(config, pretrained)
+    if config.codes.extract_codes:
+        return biart_run.extract_codes(config, vae, choose_devices(t)[0], pretrained)
+    config = ease_smoke_test(config, given)
+    yaml_file = next((s for s in given.values() if not s.startswith("--")), None)
+    name = default_name(t, yaml_file, "biart", config.data.fake_data)
+    run = open_run(t.log_dir, name, t.backup, t.backup_dir, as_plain(config))
+    start_from = starting_point(states(run), t.ckpt_path if t.resume else None, "biart")
+    pl.seed_everything(t.seed, verbose=False)
+    data, tokenizer, about = biart_run.open_data(config, vae, start_from, pretrained)
+    model = biart_run.new_biart(config, vae, tokenizer, start_from, pretrained)
+    del pretrained  # its weights would stay in memory as long as the run lasts
+    yaml_text, config = to_yaml(config), decide_compile(config)
+    folder = RunFolder(run, as_plain(config), yaml_text)
+    trainer = make_trainer(t, folder, data.has_val, [TextImageSamples(folder, config.sampling, tokenizer)])
+    announce(t, run, start_from, idle_flags_biart(config, given))
+    say(biart_run.summary(config, model, tokenizer))
+    if fit(trainer, t, run, LitBiART(model, vae, config, about), data, start_from) and trainer.is_global_zero:
+        file = biart_run.export_bundle(run.folder, run.folder / "bundle", vae=vae)
+        print(f"Bundle of {file}: {run.folder / 'bundle'}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -4,48 +4,57 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 
-from latent_verse.cli import errors_to_exit_code, parse, quick_imports, to_yaml
-from latent_verse.config import TrainVAEConfig, as_plain, check_train_vae, without_effect
+from latent_verse.config.cli import one_line_errors, parse, quick_imports, to_yaml
+from latent_verse.config.train import TrainVAEConfig, idle_flags_vae, resolve_train_vae
 
 
+@one_line_errors
 def main(argv: list[str] | None = None) -> int:
     """Train; 0 when done or interrupted and saved, 2 for a mistake in the settings, data or checkpoint."""
-    with errors_to_exit_code() as code:
-        config, given = parse(TrainVAEConfig, argv, __doc__)
-        check_train_vae(config, given)
-    return code[0] if code else run(config, given)
+    config, given = parse(TrainVAEConfig, argv, __doc__)
+    return run(resolve_train_vae(config, given), given)
 
 
-def run(config: TrainVAEConfig, given: dict[str, str]) -> int:
+def run(config: TrainVAEConfig, given: Mapping[str, str]) -> int:
     """Build everything and train."""
     with quick_imports():
         import pytorch_lightning as pl
 
         from latent_verse import runs
         from latent_verse.augvae.training import LitAugVAE
+        from latent_verse.callbacks import RunFolder
         from latent_verse.checkpoint import load_for_training, starting_point
+        from latent_verse.config import as_plain
         from latent_verse.data.module import ImageDataModule
-        from latent_verse.trainer import MISTAKES, announce, default_name, ease_smoke_test, fit, make_trainer, say
+        from latent_verse.trainer import (
+            announce,
+            decide_compile,
+            default_name,
+            ease_smoke_test,
+            fit,
+            make_trainer,
+            say,
+        )
 
-    with errors_to_exit_code(*MISTAKES) as code:
-        t = config.trainer
-        ease_smoke_test(config, given)
-        pl.seed_everything(t.seed, verbose=False)
-        model = load_for_training(config, set(given))
-        yaml_file = next((s for s in given.values() if not s.startswith("--")), None)
-        name = default_name(t, yaml_file, "augvae", config.data.fake_data)
-        run = runs.open_run(t.log_dir, name, t.backup, t.backup_dir, as_plain(config))
-        start_from = starting_point(runs.states(run), t.ckpt_path if t.resume else None, "augvae", model.config)
-        data = ImageDataModule(config.data, model.config.resolution, t.seed)
-        data.setup("fit")
-        trainer = make_trainer(t, run, config, to_yaml(config), data.has_val)
-        announce(t, run, start_from, without_effect(config, given))
-        if not start_from:
-            base, size, processes = config.optim.learning_rate, config.data.batch_size, trainer.world_size
-            say(f"Learning rate: {base:g} x {processes} processes x batch {size} = {base * processes * size:g}")
-        fit(trainer, t, run, LitAugVAE(model, config), data, start_from)
-    return code[0] if code else 0
+    t = config.trainer
+    pl.seed_everything(t.seed, verbose=False)
+    config, model = load_for_training(ease_smoke_test(config, given), given)
+    yaml_file = next((s for s in given.values() if not s.startswith("--")), None)
+    name = default_name(t, yaml_file, "augvae", config.data.fake_data)
+    run = runs.open_run(t.log_dir, name, t.backup, t.backup_dir, as_plain(config))
+    start_from = starting_point(runs.states(run), t.ckpt_path if t.resume else None, "augvae", model.config)
+    data = ImageDataModule(config.data, model.config.resolution, t.seed)
+    data.setup("fit")
+    yaml_text, config = to_yaml(config), decide_compile(config)
+    trainer = make_trainer(t, RunFolder(run, as_plain(config), yaml_text), data.has_val)
+    announce(t, run, start_from, idle_flags_vae(config, given))
+    if not start_from:
+        base, size, processes = config.optim.learning_rate, config.data.batch_size, trainer.world_size
+        say(f"Learning rate: {base:g} x {processes} processes x batch {size} = {base * processes * size:g}")
+    fit(trainer, t, run, LitAugVAE(model, config), data, start_from)
+    return 0
 
 
 if __name__ == "__main__":

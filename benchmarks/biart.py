@@ -22,8 +22,8 @@ from benchmarks.plain import MinGPT, embeddings, gpt2, x_transformer
 from latent_verse.biart.model import PRESETS, BiART
 from latent_verse.biart.sequence import Sequences
 from latent_verse.biart.training import LitBiART
-from latent_verse.config import BiARTConfig
-from latent_verse.config_biart import TrainBiARTConfig
+from latent_verse.config import BiARTConfig, TrainerConfig
+from latent_verse.config.train import TrainBiARTConfig
 from latent_verse.optimizer import adamw
 
 # preset, our batch, the peers' batch (they hold more), and what is compared; seq 1,088 = 64 + 1,024
@@ -61,8 +61,7 @@ def sequences_of(model: BiART, batch: int, device: str) -> Sequences:
 def our_step(model: BiART, sequences: Sequences, bf16: bool, compile: bool) -> Callable[[], object]:
     """A training step as train_biart.py takes it."""
     device = sequences.idx_BT.device.type
-    config = TrainBiARTConfig()
-    config.trainer.compile = compile
+    config = TrainBiARTConfig(trainer=TrainerConfig(compile=compile))
     module = LitBiART(model, torch.nn.Identity(), config, {})
     module.configure_model()
     optimizer = adamw(model.parameter_groups(0.05), lr=1e-5)

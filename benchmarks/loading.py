@@ -84,10 +84,13 @@ def layouts(files: list[bytes], resolution: int, plain: float) -> Iterator[Row]:
 
             tar_shard(files, root / "shards")
             config = ImageDataConfig(
-                dataset="webdataset", train_dir=str(root / "shards"), dataset_size=len(files), batch_size=1
+                dataset="webdataset",
+                web_dataset=True,
+                train_dir=str(root / "shards"),
+                dataset_size=len(files),
+                batch_size=1,
+                num_workers=0,
             )
-            config.num_workers = 0
-            config.web_dataset = True
             module = ImageDataModule(config, resolution)
             module.setup("fit")
             ways["tar shards"] = lambda: list(itertools.islice(module.train_dataloader(), len(files)))
@@ -123,9 +126,11 @@ def beside_a_step(device: str, size: str, files: list[bytes], s: dict) -> Iterat
         resolution = module.model.config.resolution
         enough = files * (1 + s["batch"] * (s["steps"] + 4) // len(files))
         config = ImageDataConfig(
-            dataset="imagefolder", train_dir=str(class_folders(enough, Path(folder))), batch_size=s["batch"]
+            dataset="imagefolder",
+            train_dir=str(class_folders(enough, Path(folder))),
+            batch_size=s["batch"],
+            num_workers=min(os.cpu_count() or 1, 16) if device == "cuda" else 1,
         )
-        config.num_workers = min(os.cpu_count() or 1, 16) if device == "cuda" else 1
         data = ImageDataModule(config, resolution)
         data.setup("fit")
         batches, waited, begin = iter(data.train_dataloader()), 0.0, 0.0

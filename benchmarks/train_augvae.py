@@ -27,7 +27,7 @@ import torch
 from latent_verse.augvae.model import AugVAE
 from latent_verse.augvae.training import LitAugVAE
 from latent_verse.cli import parse
-from latent_verse.config import PRECISIONS, TrainVAEConfig, check_train_vae
+from latent_verse.config import PRECISIONS, TrainVAEConfig, resolve_train_vae
 from latent_verse.data.module import ImageDataModule
 
 WARM_UP = 10  # steps before the clock starts
@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
     data = ["--dataset", "flat", "--train_dir", args.train_dir] if args.train_dir else ["--fake_data"]
     flags = ["--config", args.config, "--loss_type", "mse", "--learning_rate", "2.5e-5", *data, *more]
     config, given = parse(TrainVAEConfig, flags, "")
-    check_train_vae(config, given)
+    config = resolve_train_vae(config, given)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     rows = []
     for single, precision in itertools.product((None, config.model.attn_resolutions[1]), args.precisions):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from latent_verse.checkpoint import (
     read_ckpt,
 )
 from latent_verse.config import AugVAEConfig, BiARTConfig, ConfigError
-from latent_verse.config_biart import TrainBiARTConfig
+from latent_verse.config.train import TrainBiARTConfig
 from latent_verse.data.codes import TOKENIZER, check_codes, extract, work_of
 from latent_verse.data.pair_module import PairDataModule
 from latent_verse.data.pairs import all_captions, open_pairs, source_of, work_of_shards
@@ -40,8 +41,10 @@ FAKE_VAE = AugVAEConfig(
 )
 
 
-def frozen_vae(config: TrainBiARTConfig, pretrained: Pretrained | None = None) -> AugVAE:
+def frozen_vae(config: TrainBiARTConfig, pretrained: Pretrained | None = None) -> tuple[TrainBiARTConfig, AugVAE]:
     """The AugVAE of vae_path, in evaluation mode; without that `pretrained`'s, or for fake data a random one.
+
+    The configuration comes back without a vae_path that a random one stands in for.
 
     Args:
         pretrained: the BiART to start from, which has to have been trained with it.
@@ -56,7 +59,7 @@ def frozen_vae(config: TrainBiARTConfig, pretrained: Pretrained | None = None) -
     elif config.data.fake_data and (path is None or not Path(path).exists()):
         if path is not None:
             say(f"vae_path {path} does not exist: a random AugVAE of 32 px stands in for this smoke test.")
-            config.vae.vae_path = config.data.img_size = None
+            config = replace(config, vae=replace(config.vae, vae_path=None), data=replace(config.data, img_size=None))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.trainer.seed)
             vae = AugVAE(FAKE_VAE).eval()
@@ -68,7 +71,7 @@ def frozen_vae(config: TrainBiARTConfig, pretrained: Pretrained | None = None) -
         )
     if pretrained is not None:
         _check_vae(fingerprint(vae), pretrained.vae_fingerprint, pretrained.vae_path, pretrained.where)
-    return vae
+    return config, vae
 
 
 def open_data(

@@ -19,6 +19,7 @@ from pytorch_lightning.callbacks import TQDMProgressBar
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 
 from latent_verse import runs
+from latent_verse.config import UserError
 from latent_verse.runs import Run
 
 
@@ -291,7 +292,7 @@ class SavedPictures(pl.Callback):
             save_image(grid, self.folder / "grid.png")
 
 
-class Diverged(RuntimeError):
+class Diverged(UserError):
     """The network that trains has no finite outputs any more."""
 
 
@@ -353,8 +354,7 @@ class TextImageSamples(pl.Callback):
         from latent_verse.biart.sequence import IMAGE_TO_TEXT, TEXT_TO_IMAGE
 
         e, s, device = self._examples, self.sampling, pl_module.device
-        network, settings = pl_module.network, ("temperature", "top_k", "top_p", "guidance")
-        settings = {name: getattr(s, name) for name in settings}
+        network, settings = pl_module.network, s.arguments()
         text_BL = trainer.datamodule.caption_ids(e.captions, network.vocab.pad).to(device)
         codes_BN = pl_module.codes(e.x.to(device))
         null_trained = pl_module.config.loss.reference_dropout > 0

@@ -14,6 +14,7 @@ import os
 import re
 import warnings
 import zipfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch
 from torch import nn
 
 from latent_verse.augvae.model import AugVAE
-from latent_verse.config import AugVAEConfig, ConfigError, TrainVAEConfig, as_plain
+from latent_verse.config import AugVAEConfig, ConfigError, TrainVAEConfig, UserError, as_plain, with_pretrained_shape
 from latent_verse.runs import newest
 
 FORMAT = "latent_verse/augvae"
@@ -33,7 +34,7 @@ TRAINING_ONLY = frozenset(
 )
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint is absent, damaged, of another kind, or does not fit. The message names the file and the remedy."""
 
 
@@ -60,76 +61,29 @@ def load_augvae(path: str | os.PathLike) -> AugVAE:
     return _augvae_from_folder(local)
 
 
-def load_for_training(config: TrainVAEConfig, given: set[str]) -> AugVAE:
+def load_for_training(config: TrainVAEConfig, given: Collection[str]) -> tuple[TrainVAEConfig, AugVAE]:
     """The AugVAE a run of train_vae begins with: new, from pretrained weights, or single-level from a multi-level one.
 
     Args:
         given: settings that were given: those that contradict the pretrained model's shape are refused, defaults yield.
 
+    Returns:
+        The run's configuration, with the shape that the checkpoint gave it, and the model in training mode.
+
     Raises:
         CheckpointError: see the class.
         ConfigError: the settings contradict the pretrained model, or it has no such level.
     """
-    o = config.optim
-    if o.pretrained_path is None:
-        return AugVAE(config.model)
-    pretrained = load_augvae(o.pretrained_path)
-    if o.finetune and pretrained.config.single_level is not None:
-        raise ConfigError(
-            f"pretrained_path {o.pretrained_path} is an AugVAE-SL (level {pretrained.config.single_level}) already; "
-            "fine-tune from an AugVAE-ML, or drop finetune to train this one on."
-        )
-    _check_agrees(config, pretrained.config, given)
-    if config.data.img_size not in (None, pretrained.config.resolution):
-        raise ConfigError(
-            f"img_size: {config.data.img_size}, but {o.pretrained_path} takes pictures of "
-            f"{pretrained.config.resolution} px. Drop it."
-        )
-    free = {name: getattr(config.model, name) for name in TRAINING_ONLY & given}
-    model = AugVAE(dataclasses.replace(pretrained.config, **free))
+    if config.optim.pretrained_path is None:
+        return config, AugVAE(config.model)
+    pretrained = load_augvae(config.optim.pretrained_path)
+    config = with_pretrained_shape(config, pretrained.config, given)
+    model = AugVAE(dataclasses.replace(config.model, attn_resolutions=pretrained.config.attn_resolutions))
     model.load_state_dict(pretrained.state_dict())
-    if o.finetune:
-        (level,) = config.model.attn_resolutions
-        if level not in model.levels:
-            raise ConfigError(
-                f"attn_resolutions: [{level}] is not a level of {o.pretrained_path}, which has {list(model.levels)}."
-            )
-        # what the run folder keeps: the recipe, with the shape that the checkpoint gave it
-        config.model = dataclasses.replace(model.config, attn_resolutions=(level,))
-        return model.to_single_level(level).train()
-    config.model = model.config
-    return model.train()
-
-
-def agree_with_checkpoint(config: TrainVAEConfig, model: AugVAEConfig, given: set[str]) -> None:
-    """Let data checks and logs see the checkpoint's own shape; refuse an img_size or resolution that is not its.
-
-    Other model settings of a YAML file that serves training as well are the checkpoint's to know.
-
-    Raises:
-        ConfigError: resolution or img_size was given and is another.
-    """
-    for name, value in (("resolution", config.model.resolution), ("img_size", config.data.img_size)):
-        if name in given and value not in (None, model.resolution):
-            raise ConfigError(
-                f"{name}: {value}, but {config.trainer.ckpt_path} takes pictures of {model.resolution} px. Drop it."
-            )
-    config.model = model
-
-
-def _check_agrees(config: TrainVAEConfig, pretrained: AugVAEConfig, given: set[str]) -> None:
-    fixed = {f.name for f in dataclasses.fields(AugVAEConfig)} - TRAINING_ONLY - {"double_z"}
     if config.optim.finetune:
-        fixed -= {"attn_resolutions", "single_level"}
-    contradictions = [
-        f"{name}: {getattr(config.model, name)} in the settings, {getattr(pretrained, name)} in the checkpoint"
-        for name in sorted(fixed & given)
-        if getattr(config.model, name) != getattr(pretrained, name)
-    ]
-    if contradictions:
-        raise ConfigError(
-            f"pretrained_path {config.optim.pretrained_path} has another shape:\n  " + "\n  ".join(contradictions)
-        )
+        (level,) = config.model.attn_resolutions
+        model = model.to_single_level(level)
+    return config, model.train()
 
 
 def save_augvae(model: AugVAE, directory: str | os.PathLike) -> None:

@@ -63,10 +63,6 @@ def run(config: GenerateConfig, task: str) -> None:
         print_scores(load(config), config)
         return
     folder = open_folder(config.write.out, config.write.overwrite)
-    if config.draw.seed is None:
-        config.draw.seed = int(torch.randint(2**31, ()))
-    if config.draw.temperature is None:
-        config.draw.temperature = 0.0 if task == "image" else 1.0
     {"text": draw, "complete": complete, "image": caption}[task](load(config), config, folder)
 
 
@@ -198,7 +194,7 @@ def _none_readable(files: list[tuple[str, bool]]) -> DataError:
 
 
 def _sampling(config: GenerateConfig) -> dict[str, Any]:
-    return {name: getattr(config.draw, name) for name in ("temperature", "top_k", "top_p", "guidance", "seed")}
+    return config.draw.arguments()
 
 
 def _write_pictures(folder: Path, model: LVerse, config: GenerateConfig, about: list[dict], pictures, shown) -> None:

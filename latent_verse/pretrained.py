@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from latent_verse.biart.model import PRESETS, BiART
 from latent_verse.bundle import find_bundle, load_bundle
 from latent_verse.checkpoint import CheckpointError, fill, find_checkpoint, load_augvae, read_ckpt
 from latent_verse.config import BiARTConfig, ConfigError
-from latent_verse.config_biart import TrainBiARTConfig
+from latent_verse.config.train import TrainBiARTConfig
 from latent_verse.text import Tokenizer, TokenizerError, unpack_tokenizer
 
 
@@ -94,9 +95,9 @@ def load_checkpoint(file: Path) -> Pretrained:
     return Pretrained(file, biart.eval(), tokenizer, print_, path, info)
 
 
-def take_over(config: TrainBiARTConfig, given: dict[str, str]) -> Pretrained | None:
-    """What pretrained_path names, None without it. Its shape and tokenizer become the run's settings, and its AugVAE is
-    the run's, where no flag names another place of it.
+def take_over(config: TrainBiARTConfig, given: Mapping[str, str]) -> tuple[TrainBiARTConfig, Pretrained | None]:
+    """What pretrained_path names, None without it, and the run's configuration with its shape and tokenizer. Its AugVAE
+    is the run's, where no flag names another place of it.
 
     Args:
         given: settings that were given: those that contradict its shape or tokenizer are refused, defaults yield.
@@ -107,17 +108,18 @@ def take_over(config: TrainBiARTConfig, given: dict[str, str]) -> Pretrained | N
     """
     path = config.optim.pretrained_path
     if path is None:
-        return None
+        return config, None
     pretrained = load_pretrained(path)
     m, t = config.model, config.text
     there = pretrained.biart.config
     shape = {name: getattr(there, name) for name in (*PRESETS[m.preset], "pos_by_modality")}
-    found = shape | {"text_len": there.text_len, "tokenizer": pretrained.tokenizer.name}
+    text = {"text_len": there.text_len, "tokenizer": pretrained.tokenizer.name}
     asked = {k: (v, f" (preset {m.preset})") for k, v in PRESETS[m.preset].items() if "preset" in given}
-    for name in found:
+    for name in (*shape, *text):
         value = getattr(m if name in shape else t, name)
         if name in given and value is not None:
             asked[name] = (value, "")
+    found = shape | text
     differ = [
         f"{name}: {value} in the settings{by}, {found[name]} there"
         for name, (value, by) in sorted(asked.items())
@@ -125,9 +127,5 @@ def take_over(config: TrainBiARTConfig, given: dict[str, str]) -> Pretrained | N
     ]
     if differ:
         raise ConfigError(f"pretrained_path {path} is another BiART:\n  " + "\n  ".join(differ))
-    for name, value in shape.items():
-        setattr(m, name, value)
-    t.text_len, t.tokenizer = found["text_len"], found["tokenizer"]
-    if not given.get("vae_path", "").startswith("--"):
-        config.vae.vae_path = None
-    return pretrained
+    vae = config.vae if given.get("vae_path", "").startswith("--") else replace(config.vae, vae_path=None)
+    return replace(config, model=replace(m, **shape), text=replace(t, **text), vae=vae), pretrained

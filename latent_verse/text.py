@@ -20,13 +20,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from latent_verse.config import UserError
+
 VOCABULARY_FILE = "tokenizer.json"
 META_FILE = "tokenizer_config.json"
 TOO_LONG = ("truncate", "error")
 BYTES = 256  # a byte-level vocabulary holds every byte, so that no text is unknown
 
 
-class TokenizerError(ValueError):
+class TokenizerError(UserError):
     """A caption, a vocabulary or a tokenizer folder cannot be used. The message says which and what to do."""
 
 

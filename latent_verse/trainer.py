@@ -8,8 +8,11 @@ import logging
 import os
 import shutil
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import pytorch_lightning as pl
 import torch
@@ -20,15 +23,22 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from latent_verse import runs
-from latent_verse.callbacks import Backup, Diverged, ImageGrids, Interrupted, ProcessState, ProgressBar, RunFolder
-from latent_verse.checkpoint import CheckpointError
-from latent_verse.config import ConfigError, TrainerConfig, as_plain
-from latent_verse.data import DataError
+from latent_verse.callbacks import Backup, ImageGrids, Interrupted, ProcessState, ProgressBar, RunFolder
+from latent_verse.config import ConfigError, TrainerConfig, TrainVAEConfig
+from latent_verse.config.train import TrainBiARTConfig
 from latent_verse.runs import Run
 
-# the user's, found while a run is built or trains
-MISTAKES = (CheckpointError, DataError, Diverged, MisconfigurationException)
+Training = TypeVar("Training", TrainVAEConfig, TrainBiARTConfig)
 say = rank_zero_only(print)  # one process speaks for all
+
+
+@contextmanager
+def as_config_error() -> Iterator[None]:
+    """Decorate what hands settings to Lightning: its refusal of some becomes a ConfigError."""
+    try:
+        yield
+    except MisconfigurationException as error:
+        raise ConfigError(str(error)) from error
 
 
 def choose_devices(t: TrainerConfig) -> tuple[str, int]:
@@ -59,37 +69,47 @@ def choose_devices(t: TrainerConfig) -> tuple[str, int]:
     return "gpu", t.gpus
 
 
-def ease_smoke_test(config, given: dict[str, str]) -> None:
-    """Without a GPU, a run on fake data takes one picture at a time, unless a flag says how many; says so.
+def ease_smoke_test(config: Training, given: Mapping[str, str]) -> Training:
+    """Without a GPU, a run on fake data takes one image at a time, unless a flag says how many; says so.
 
-    A step of the released size on 8 pictures takes minutes and tens of GiB on a CPU, which no smoke test needs. BiART
+    A step of the released size on 8 images takes minutes and tens of GiB on a CPU, which no smoke test needs. BiART
     is the tiny preset too, where nothing says otherwise.
     """
     if not config.data.fake_data or torch.cuda.is_available():
-        return
+        return config
     shapes = {"preset", "n_layer", "n_head", "n_embd", "pretrained_path"}
     if hasattr(config.model, "preset") and not given.keys() & shapes:
         rank_zero_info(f"Smoke test on a CPU: preset tiny in place of {config.model.preset} (or --preset NAME).")
-        config.model.preset = "tiny"
+        config = replace(config, model=replace(config.model, preset="tiny"))
     flagged = given.get("batch_size", "").startswith("--")
     if config.data.batch_size > 1 and not flagged:
         rank_zero_info(f"Smoke test on a CPU: batch_size 1 in place of {config.data.batch_size} (or --batch_size N).")
-        config.data.batch_size = 1
+        config = replace(config, data=replace(config.data, batch_size=1))
+    return config
 
 
-def make_trainer(t: TrainerConfig, run: Run, config, yaml_text: str, has_val: bool) -> pl.Trainer:
-    """A Trainer that logs to `run`, keeps its best and last checkpoints, backs up and can be interrupted.
+def decide_compile(config: Training) -> Training:
+    """The configuration with `compile` true or false, where it was left to this machine."""
+    t = config.trainer
+    if t.compile is not None:
+        return config
+    compile = not config.data.fake_data and compiles_by_default(t, choose_devices(t)[0])
+    return replace(config, trainer=replace(t, compile=compile))
+
+
+@as_config_error()
+def make_trainer(t: TrainerConfig, folder: RunFolder, has_val: bool, more: Sequence[pl.Callback] = ()) -> pl.Trainer:
+    """A Trainer that logs to the run's folder, keeps its best and last checkpoints, backs up and can be interrupted.
 
     Args:
-        config: the whole run's configuration, for the run folder.
         has_val: whether there is validation data, which decides the best checkpoint.
+        more: callbacks beside those of every run.
     """
     accelerator, devices = choose_devices(t)
-    if t.compile is None:
-        t.compile = not config.data.fake_data and compiles_by_default(t, accelerator)
-    folder = RunFolder(run, as_plain(config), yaml_text)
+    run = folder.run
     callbacks = [
         folder,
+        *more,
         ProcessState(),
         LearningRateMonitor("step"),
         Backup(folder, t.backup_steps if t.backup else None),
@@ -124,7 +144,7 @@ def make_trainer(t: TrainerConfig, run: Run, config, yaml_text: str, has_val: bo
 
 
 def announce(t: TrainerConfig, run: Run, start_from: Path | None, idle: list[str]) -> None:
-    """Say where a run writes, which flags have no effect (`without_effect`), and what it continues from."""
+    """Say where a run writes, which flags have no effect (`idle_flags`), and what it continues from."""
     say(f"Run folder: {run.folder}")
     for line in idle:
         say(f"No effect: {line}.")
@@ -134,6 +154,7 @@ def announce(t: TrainerConfig, run: Run, start_from: Path | None, idle: list[str
         say(f"ckpt_path {t.ckpt_path} is not read without --resume: this run starts anew.")
 
 
+@as_config_error()
 def fit(trainer: pl.Trainer, t: TrainerConfig, run: Run, module: pl.LightningModule, data, start_from) -> bool:
     """Train to the end; False where the run was interrupted, and saved. Says so, and where nothing was left to do."""
     failed = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -38,8 +39,8 @@ def lit(**settings) -> tuple[LitBiART, list[torch.Tensor]]:
     """With settings of the loss, the optimiser and the trainer; and a batch of six."""
     config = TrainBiARTConfig()
     for name, value in settings.items():
-        (section,) = (c for c in (config.loss, config.optim, config.trainer) if hasattr(c, name))
-        setattr(section, name, value)
+        (section,) = (s for s in ("loss", "optim", "trainer") if hasattr(getattr(config, s), name))
+        config = replace(config, **{section: replace(getattr(config, section), **{name: value})})
     shape = {"text_vocab": 11, "image_vocab": 7, "text_len": 3, "image_len": 5, "n_layer": 1, "n_head": 2, "n_embd": 16}
     torch.manual_seed(0)
     batch = [torch.randint(0, 7, (6, 5)), torch.tensor([[1, 2, -1]] * 3 + [[4, -1, -1]] * 3)]
@@ -74,7 +75,8 @@ def test_modality_weights_are_exact():
     sequences = module.pack(batch, 2)
     plain, means = module.loss(module.model, sequences)
     assert torch.allclose(plain, module.model.loss(sequences, 0.3)[0])
-    module.config.loss.text_loss_weight, module.config.loss.image_loss_weight = 4.0, 0.5
+    loss = replace(module.config.loss, text_loss_weight=4.0, image_loss_weight=0.5)
+    module.config = replace(module.config, loss=loss)
     total, weighted_means = module.loss(module.model, sequences)
     share = {TEXT_TO_IMAGE: 2 / 6, IMAGE_TO_TEXT: 4 / 6}
     weights = {

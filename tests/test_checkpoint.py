@@ -18,14 +18,21 @@ from latent_verse.augvae.model import AugVAE
 from latent_verse.augvae.training import LitAugVAE
 from latent_verse.checkpoint import (
     CheckpointError,
-    agree_with_checkpoint,
     check_resumable,
     find_checkpoint,
     load_augvae,
     load_for_training,
     read_ckpt,
 )
-from latent_verse.config import ConfigError, EvalVAEConfig, TrainerConfig, TrainVAEConfig, VAEOptimConfig, as_plain
+from latent_verse.config import (
+    ConfigError,
+    EvalVAEConfig,
+    TrainerConfig,
+    TrainVAEConfig,
+    VAEOptimConfig,
+    as_plain,
+    with_evaluated_shape,
+)
 
 SINGLE = pytest.mark.parametrize("single_level", [None, 8, 4, 2])
 
@@ -391,12 +398,13 @@ def training_config(config, path, **optim) -> TrainVAEConfig:
 def test_training_starts_anew_or_from_weights(tiny_augvae, tiny_config, tmp_path):
     model = tiny_augvae()
     file = own_ckpt(model, tmp_path / "a.ckpt")
-    assert load_for_training(TrainVAEConfig(model=tiny_config()), set()).training
+    _, new = load_for_training(TrainVAEConfig(model=tiny_config()), set())
+    assert new.training
     # settings that say how to train are the run's, where given
     config = training_config(tiny_config(quant_beta=0.7, dropout=0.1), file)
-    again = load_for_training(config, {"quant_beta"})
+    run, again = load_for_training(config, {"quant_beta"})
     assert again.training
-    assert again.config == dataclasses.replace(model.config, quant_beta=0.7)
+    assert again.config == run.model == dataclasses.replace(model.config, quant_beta=0.7)
     assert again.quantizers[0].beta == 0.7
     assert torch.equal(again.codebook.weight, model.codebook.weight)
 
@@ -405,7 +413,8 @@ def test_fine_tuning_starts_from_the_level(tiny_augvae, tiny_config, tmp_path):
     model = tiny_augvae()
     file = released_ckpt(model, tmp_path / "ml.ckpt")
     config = training_config(tiny_config(attn_resolutions=(4,)), file, finetune=True)
-    single = load_for_training(config, {"attn_resolutions", "hidden_dim"})
+    run, single = load_for_training(config, {"attn_resolutions", "hidden_dim"})
+    assert run.model == dataclasses.replace(model.config, attn_resolutions=(4,))  # the recipe, to be run again
     assert single.config == dataclasses.replace(model.config, single_level=4)
     assert torch.equal(single.encoders[1].conv_in.weight, model.encoders[1].conv_in.weight)
     with pytest.raises(ConfigError, match=r"attn_resolutions: \[16\] is not a level of .*\[8, 4, 2\]"):
@@ -422,7 +431,7 @@ def test_settings_that_contradict_the_weights_are_listed(tiny_augvae, tiny_confi
         load_for_training(config, {"num_tokens"})
     assert "num_tokens: 99 in the settings, 24 in the checkpoint" in str(error.value)
     assert "z_channels" not in str(error.value)  # it was not given
-    assert load_for_training(config, {"hidden_dim"}).config.num_tokens == 24
+    assert load_for_training(config, {"hidden_dim"})[1].config.num_tokens == 24
 
 
 @pytest.mark.parametrize(("given", "refused"), [({"resolution"}, True), ({"img_size"}, False), (set(), False)])
@@ -430,10 +439,9 @@ def test_evaluation_takes_the_checkpoints_shape(tiny_config, given, refused):
     config = EvalVAEConfig(trainer=TrainerConfig(ckpt_path="a.ckpt"))  # of 256 px
     if refused:
         with pytest.raises(ConfigError, match=r"resolution: 256, but a.ckpt takes pictures of 16 px"):
-            agree_with_checkpoint(config, tiny_config(), given)
+            with_evaluated_shape(config, tiny_config(), given)
     else:
-        agree_with_checkpoint(config, tiny_config(), given)
-        assert config.model == tiny_config()
+        assert with_evaluated_shape(config, tiny_config(), given).model == tiny_config()
 
 
 def test_resuming_from_what_cannot_be_resumed(tiny_augvae, tmp_path):

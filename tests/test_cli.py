@@ -10,8 +10,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from latent_verse.cli import leaves, parse, to_yaml
+from latent_verse.callbacks import Diverged
+from latent_verse.checkpoint import CheckpointError
 from latent_verse.config import ConfigError, EvalVAEConfig, TrainVAEConfig, setting
+from latent_verse.config.cli import leaves, one_line_errors, parse, to_yaml
+from latent_verse.data import DataError
+from latent_verse.text import TokenizerError
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = {"train_vae.py": TrainVAEConfig, "eval_vae.py": EvalVAEConfig}
@@ -63,6 +67,14 @@ def test_an_original_name_is_a_flag_and_a_yaml_key(cls, name, yaml_file):
     words = [str(v) for v in value] if isinstance(value, list) else [str(value)]
     assert values(read(cls, f"--{name}", *words))[name] == expected
     assert values(read(cls, "--config", yaml_file({name: value})))[name] == expected
+
+
+def test_useless_names_of_the_original_are_hidden_from_help():
+    hidden = {f.name for _, f, _ in leaves(TrainVAEConfig) if f.metadata["hidden"]}
+    assert hidden < ORIGINAL.keys()
+    assert hidden == {"img_size", "web_dataset", "gpu_dist", "val_percent_check", "double_z"} | {
+        *("in_channels", "out_channels")  # which can only be 3
+    }
 
 
 @BOTH
@@ -289,6 +301,28 @@ def test_the_same_key_twice_in_one_place(yaml_file):
     assert "hidden_dim" in mistake("-c", yaml_file("hidden_dim: 32\nhidden_dim: 64\n"))
 
 
+RECIPES = sorted(file.stem for file in (ROOT / "configs").glob("*_augvae_*.yaml"))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_shipped_recipe_is_known_by_its_name_in_any_folder(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config, given = parse(TrainVAEConfig, ["-c", name], "")
+    assert config == read(TrainVAEConfig, "-c", str(ROOT / "configs" / f"{name}.yaml"))
+    assert {Path(source).stem for source in given.values()} == {name}  # which the run is named after
+
+
+def test_a_file_of_ones_own_goes_before_a_recipe_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny_augvae_ml").write_text("batch_size: 3\n")
+    assert read(TrainVAEConfig, "-c", "tiny_augvae_ml").data.batch_size == 3
+
+
+def test_a_misspelt_recipe_names_the_nearest():
+    assert "Did you mean tiny_augvae_ml" in mistake("-c", "tiny_augvae_mll")
+    assert "imagenet_augvae_ml" in mistake("-c", "qqqq")
+
+
 def test_a_missing_file_names_the_others_in_its_folder(yaml_file, tmp_path):
     yaml_file(FLAT, "one.yaml")
     yaml_file(FLAT, "two.yml")
@@ -341,11 +375,11 @@ finally:
     lines = done.stdout.splitlines()
     for section, f, _ in leaves(SCRIPTS[script]):
         assert f"{section}:" in lines
-        assert any(line.startswith(f"  --{f.name}") for line in lines), f.name
+        shown = any(line.startswith(f"  --{f.name}") for line in lines)
+        assert shown != f.metadata["hidden"], f.name
     text = " ".join(done.stdout.split())
     assert "pictures a step and process (default: 8)" in text
     assert "(default: [64, 32, 16, 8])" in text
-    assert "percentage of the validation data" in text
     assert "--no-" not in text
 
 
@@ -354,7 +388,7 @@ def test_quick_imports_collect_no_garbage_and_keep_only_what_they_made(before, k
     """A program's own imports; not those of whoever has PyTorch already, nor where nothing is collected anyway."""
     code = f"""
 import gc
-from latent_verse.cli import quick_imports
+from latent_verse.config.cli import quick_imports
 {before}
 on = gc.isenabled()
 try:
@@ -368,6 +402,22 @@ except KeyError:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     on = before != "gc.disable()"
     assert done.stdout.split() == [str(on), str(on and not kept), str(on), str(kept)], done.stderr
+
+
+def test_a_mistake_of_the_user_is_one_line_and_any_other_error_keeps_its_traceback(capsys):
+    def program(error: BaseException | None) -> int:
+        if error:
+            raise error
+        return 0
+
+    wrapped = one_line_errors(program)
+    assert wrapped(None) == 0
+    for kind in (ConfigError, CheckpointError, DataError, TokenizerError, Diverged):
+        assert wrapped(kind("what to do")) == 2
+        assert capsys.readouterr().err == "error: what to do\n"
+    for kind in (ValueError, RuntimeError, KeyboardInterrupt):
+        with pytest.raises(kind):
+            wrapped(kind("ours"))
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from latent_verse.cli import parse
-from latent_verse.config import ConfigError, TrainVAEConfig, check_train_vae
-from latent_verse.config_biart import TrainBiARTConfig, check_train_biart
+from latent_verse.config import ConfigError, TrainVAEConfig, resolve_train_vae
+from latent_verse.config.cli import parse
+from latent_verse.config.train import TrainBiARTConfig, resolve_train_biart
 from latent_verse.data.shapes import PRESETS
 from latent_verse.demo import images, results
 from latent_verse.demo import run as demo
@@ -82,11 +82,11 @@ def test_plan_of_the_shipped_recipes(world, tmp_path):
     assert not any(demo.is_done(g, tmp_path) for g in stages)
     for stage in stages:  # and is one that the scripts accept
         if stage.command[0] == "train_vae.py":
-            check_train_vae(*parse(TrainVAEConfig, stage.command[1:], ""))
+            resolve_train_vae(*parse(TrainVAEConfig, stage.command[1:], ""))
         elif stage.command[0] == "train_biart.py":
-            check_train_biart(*parse(TrainBiARTConfig, stage.command[1:], ""))
+            resolve_train_biart(*parse(TrainBiARTConfig, stage.command[1:], ""))
         elif stage.command[1] == images.__name__:
-            demo.check(parse(DemoConfig, stage.command[2:], "")[0].demo)
+            parse(DemoConfig, stage.command[2:], "")
         else:
             assert stage.command[:2] == ["-m", shapes.__name__]
             shapes.check(parse(shapes.ShapesEvalConfig, stage.command[2:], "")[0])

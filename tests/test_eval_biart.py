@@ -19,9 +19,9 @@ from PIL import Image
 import eval_biart
 import generate
 from latent_verse.biart.sampling import log_likelihood
-from latent_verse.cli import parse
 from latent_verse.config import ConfigError
-from latent_verse.config_eval import EFFECTS, TASKS, EvalBiARTConfig, EvalDataConfig, check_eval_biart
+from latent_verse.config.cli import parse
+from latent_verse.config.evaluate import EFFECTS, TASKS, EvalBiARTConfig, EvalDataConfig, resolve_eval_biart
 from latent_verse.data.shapes import World
 from latent_verse.evaluation.pairs import Pairs, ordered
 from latent_verse.metrics import networks
@@ -474,7 +474,7 @@ def test_shapes_of_another_size_than_the_model_are_refused(bundle, tmp_path, cap
         ("--compare a", "compare has 1 runs"),
         ("--compare a b --model x", "--model has no effect with --compare"),
         ("--model x --fake_data --candidates 0", "candidates is 0"),
-        ("--model x --fake_data --candidates 2 --temperature 0", "temperature 0 is greedy"),
+        ("--model x --fake_data --candidates 2 --temperature 0", "candidates 2 has no effect at temperature 0"),
         ("--model x --fake_data --blur_radii 0 0", "blur_radii is [0, 0]"),
         ("--model x --fake_data --class_prompt hello", "class_prompt is 'hello'"),
         ("--model x --fake_data --class_names f", "class_names has no effect"),
@@ -510,7 +510,7 @@ def test_every_setting_of_a_task_names_the_task():
 def test_tasks_follow_from_what_is_given():
     def tasks(flags):
         config, given = parse(EvalBiARTConfig, flags.split(), "")
-        return set(check_eval_biart(config, given))
+        return set(resolve_eval_biart(config, given)[1])
 
     everything = set(TASKS)
     assert tasks("--model x --test_dir d") == everything - {"zero_shot", "shapes"}

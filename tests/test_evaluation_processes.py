@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from latent_verse.config import ConfigError
-from latent_verse.config_eval import EvalWriteConfig
+from latent_verse.config.evaluate import EvalWriteConfig
 from latent_verse.evaluation.ranks import device, launch, processes
 from latent_verse.metrics.image_quality import FrechetDistance
 from latent_verse.metrics.processes import Ranks

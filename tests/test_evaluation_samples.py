@@ -13,7 +13,7 @@ from PIL import Image
 
 import generate
 from latent_verse.config import ConfigError
-from latent_verse.config_eval import EvalDataConfig
+from latent_verse.config.evaluate import EvalDataConfig
 from latent_verse.data import DataError
 from latent_verse.evaluation import samples
 from latent_verse.evaluation.pairs import Pairs, ordered

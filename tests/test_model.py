@@ -127,7 +127,7 @@ def test_the_last_code_and_an_empty_batch_are_taken(tiny_augvae):
         ({"attn_resolutions": (8, 2)}, "2 follows 8"),
         ({"attn_resolutions": (8, 8)}, "8 follows 8"),
         ({"hidden_dim": 48}, "hidden_dim 48 is not a multiple of 32"),
-        ({"norm": "batch"}, "norm is 'batch'"),
+        ({"norm": "batch"}, "norm: 'batch'"),
         ({"single_level": 16}, r"single_level 16 is not one of the levels \[8, 4, 2\]"),
         ({"ch_mult": ()}, "ch_mult"),
         ({"num_tokens": 0}, "num_tokens is 0"),
@@ -136,11 +136,10 @@ def test_the_last_code_and_an_empty_batch_are_taken(tiny_augvae):
     ],
 )
 def test_shapes_that_cannot_be_built_are_refused(tiny_config, changes, says):
-    config = tiny_config(**changes)
     with pytest.raises(ConfigError, match=says):
-        config.validate()
+        tiny_config(**changes).validate()
     with pytest.raises(ConfigError, match=says):
-        AugVAE(config)
+        AugVAE(tiny_config(**changes))
 
 
 # -------------------------------------------------------------------------------------------------------------- levels

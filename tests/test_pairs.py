@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from latent_verse.config import ConfigError
-from latent_verse.config_biart import PairDataConfig, check_pairs
+from latent_verse.config.train import PairDataConfig, resolve_pairs
 from latent_verse.data import DataError, pairs
 from latent_verse.data.pair_module import PairDataModule
 from latent_verse.data.pairs import NO_TOKEN, PairTrainShards, all_captions, captions_of, open_pairs
@@ -76,9 +76,7 @@ def write_tar(path, numbers, text="txt", picture_of=None):
 
 
 def settings(**given) -> PairDataConfig:
-    data = PairDataConfig(**{"num_workers": 0, "batch_size": 2, **given})
-    check_pairs(data)
-    return data
+    return resolve_pairs(PairDataConfig(**{"num_workers": 0, "batch_size": 2, **given}))
 
 
 def module(tokenizer, resolution=R, text_len=12, too_long="truncate", seed=3, **given) -> PairDataModule:

@@ -27,8 +27,8 @@ from latent_verse.biart_run import FAKE_VAE
 from latent_verse.callbacks import TextImageSamples
 from latent_verse.checkpoint import read_ckpt
 from latent_verse.config import ConfigError
-from latent_verse.config_biart import PRESETS as PRESET_NAMES
-from latent_verse.config_biart import TrainBiARTConfig, check_train_biart
+from latent_verse.config.train import PRESETS as PRESET_NAMES
+from latent_verse.config.train import PairDataConfig, TrainBiARTConfig, resolve_train_biart
 from latent_verse.data.codes import CodesDataset
 from latent_verse.pipeline import LVerse
 from latent_verse.text import ClipTokenizer, load_tokenizer
@@ -484,10 +484,10 @@ def test_a_smoke_test_on_a_cpu_is_small_unless_told_otherwise(tmp_path, monkeypa
         assert train_biart.main([*flags, "--fake_data", "--log_dir", str(tmp_path), "--name", name]) == 0
         assert f"batch_size: {size}\n" in (tmp_path / name / "config.yaml").read_text()
     for given, preset in (({}, "tiny"), ({"n_layer": "--n_layer"}, "12x768"), ({"preset": "a.yaml"}, "12x768")):
-        config = TrainBiARTConfig()
-        config.data.fake_data = True
-        ease_smoke_test(config, given)
-        assert config.model.preset == preset
+        config = TrainBiARTConfig(data=PairDataConfig(fake_data=True))
+        eased = ease_smoke_test(config, given)
+        assert eased.model.preset == preset and eased.data.batch_size == 1
+        assert config.model.preset == "12x768"
 
 
 def test_without_validation_the_last_weights_are_exported(world, tmp_path):
@@ -670,11 +670,11 @@ def test_mistakes_are_one_line_on_stderr(world, tmp_path, capsys):
         (["--vae_path", str(tmp_path / "val")], "config.json"),
         (["--img_size", "32"], "takes pictures of 16 px"),
         (["--top_k", "25"], "the codebook has 24 codes"),
-        (["--temperature", "0", "--top_k", "3"], "top_k and top_p have no effect"),
-        (["--guidance", "nan"], "guidance: 'nan' (from --guidance) is not a finite number"),
+        (["--temperature", "0", "--top_k", "3"], "top_k has no effect at temperature 0"),
+        (["--guidance", "nan"], "guidance is nan (from --guidance); it must be a finite number"),
         (["--guidance", "2", "--reference_dropout", "0"], "needs reference_dropout above 0"),
-        (["--word_dropout", "0.6"], "word_dropout is 0.6; it must lie between 0 and 0.5"),
-        (["--text_loss_weight", "0"], "text_to_image_share to 1 or 0"),
+        (["--word_dropout", "0.6"], "word_dropout is 0.6 (from --word_dropout); it must be at least 0 and at most 0.5"),
+        (["--text_loss_weight", "0"], "text_loss_weight is 0.0"),
         (["--muon_learning_rate", "1"], "no effect without optimizer: muon"),
         (["--betas", "0.9"], "betas"),
         (["--text_len", "2", "--text_too_long", "error"], "the limit text_len is 2"),
@@ -725,10 +725,10 @@ def test_validation_shards_without_captions_stop_the_run_before_it_begins(world,
 
 def test_presets_and_shipped_files():
     assert tuple(PRESETS) == PRESET_NAMES
-    from latent_verse.cli import parse
+    from latent_verse.config.cli import parse
 
     for file in sorted((Path(train_biart.__file__).parent / "configs").glob("*_biart.yaml")):
         config, given = parse(TrainBiARTConfig, ["--configs", str(file)], "")
-        check_train_biart(config, given)
+        resolve_train_biart(config, given)
         with pytest.raises(ConfigError, match="resume needs ckpt_path"):
-            check_train_biart(*parse(TrainBiARTConfig, ["--configs", str(file), "--resume"], ""))
+            resolve_train_biart(*parse(TrainBiARTConfig, ["--configs", str(file), "--resume"], ""))

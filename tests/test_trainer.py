@@ -13,7 +13,7 @@ from pytorch_lightning.callbacks import TQDMProgressBar
 from latent_verse import callbacks, trainer
 from latent_verse.augvae.model import AugVAE
 from latent_verse.augvae.training import LitAugVAE
-from latent_verse.callbacks import Backup, Interrupted, ProgressBar
+from latent_verse.callbacks import Backup, Interrupted, ProgressBar, RunFolder
 from latent_verse.config import TrainerConfig, TrainVAEConfig
 from latent_verse.metrics.reconstruction import ReconstructionMetrics
 from latent_verse.runs import Run
@@ -38,7 +38,7 @@ from latent_verse.trainer import compiles_by_default, make_trainer
 )
 def test_settings_reach_the_trainer(setting, value, attribute, found, tmp_path):
     t = TrainerConfig(gpus=0, logger="csv", refresh_rate=0, **{setting: value})
-    made = make_trainer(t, Run(tmp_path / "run", "0"), TrainVAEConfig(trainer=t), "", has_val=True)
+    made = make_trainer(t, RunFolder(Run(tmp_path / "run", "0"), {}, ""), has_val=True)
     assert getattr(made, attribute) == found
     assert not (tmp_path / "run").exists()  # nothing is written before all processes have met
 

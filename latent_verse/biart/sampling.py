@@ -20,6 +20,7 @@ from torch import Tensor
 from latent_verse.biart.model import BiART, KVCache
 from latent_verse.biart.repeat import Repeat, can_capture
 from latent_verse.biart.sequence import IGNORE, IMAGE_TO_TEXT, TEXT_TO_IMAGE, target_modality
+from latent_verse.config import SamplingSettings
 
 
 class NotFinite(ValueError):
@@ -37,14 +38,9 @@ def check_settings(
     temperature: float, top_k: int | None, top_p: float | None, guidance: float, num_classes: int, null_trained: bool
 ) -> None:
     """Raises ValueError for sampling settings that make no sense; `num_classes` are those of the target modality."""
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature is {temperature}; it must be 0 (greedy) or above.")
-    if top_k is not None and not 1 <= top_k <= num_classes:
+    SamplingSettings(temperature, top_k, top_p, guidance)
+    if top_k is not None and top_k > num_classes:
         raise ValueError(f"top_k is {top_k}; it must be in [1, {num_classes}], the target's vocabulary, or None.")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p is {top_p}; it must be in (0, 1], or None.")
-    if not 0 <= guidance < math.inf:
-        raise ValueError(f"guidance is {guidance}; it must be 0 or above, 1 meaning none.")
     if guidance != 1 and not null_trained:
         raise ValueError(
             f"guidance is {guidance}, but this model never saw a dropped reference: "

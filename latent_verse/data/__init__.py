@@ -13,6 +13,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from latent_verse.config import UserError
+
 _HOME = {
     "ImageDataset": "images",
     "ImageDataset2": "images",
@@ -29,7 +31,7 @@ _HOME = {
 __all__ = ["DataError", *_HOME]
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """The data cannot be used: a folder or shard is missing, empty, unreadable or too small. Says what to do."""
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from latent_verse.cli import errors_to_exit_code, parse
+from latent_verse.config.cli import one_line_errors, parse
 from latent_verse.data.shapes import World, write_pairs
-from latent_verse.demo.run import VAL_PAIRS, DemoConfig, DemoSettings, check, train_pairs
+from latent_verse.demo.run import VAL_PAIRS, DemoConfig, DemoSettings, train_pairs
 
 CAPTIONS = 8  # of each image
 
@@ -23,13 +23,12 @@ def write_images(s: DemoSettings) -> None:
     (folder / "finished").touch()
 
 
+@one_line_errors
 def main(argv: list[str] | None = None) -> int:
     """Write the images; 0 when done, 2 for a mistake in the settings."""
-    with errors_to_exit_code() as code:
-        config, _ = parse(DemoConfig, argv, __doc__)
-        check(config.demo)
-        write_images(config.demo)
-    return code[0] if code else 0
+    config, _ = parse(DemoConfig, argv, __doc__)
+    write_images(config.demo)
+    return 0
 
 
 if __name__ == "__main__":

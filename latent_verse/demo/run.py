@@ -11,7 +11,6 @@ count as finished.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import fcntl
 import hashlib
 import json
@@ -27,9 +26,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Optional
 
-from latent_verse.cli import errors_to_exit_code, parse
-from latent_verse.config import ConfigError, TrainVAEConfig, setting
-from latent_verse.config_biart import TrainBiARTConfig
+from latent_verse.config import ConfigError, Settings, TrainVAEConfig, setting
+from latent_verse.config.cli import one_line_errors, parse
+from latent_verse.config.train import TrainBiARTConfig
 from latent_verse.data.shapes import PRESETS, World
 from latent_verse.demo import results
 from latent_verse.files import write_text
@@ -41,20 +40,22 @@ VAL_PAIRS = 256  # for the learning curves and to choose among checkpoints
 SAMPLES = 24  # scenes of each split that the page shows
 
 
-@dataclass
-class DemoSettings:
+@dataclass(frozen=True)
+class DemoSettings(Settings):
     """Which demo, and where."""
 
     world: str = setting("small", "small: minutes on a CPU; full: two hours, or a GPU", tuple(PRESETS))
     out: str = setting("demo", "folder for everything; the same command continues what is there")
     recipes: Optional[str] = setting(None, "folder of the three recipes, named as in configs/, the default")
-    train_pairs: Optional[int] = setting(None, "pictures with captions to train on; default 8000, for full 30000")
-    count: int = setting(500, "scenes to judge in each split")
+    train_pairs: Optional[int] = setting(
+        None, "pictures with captions to train on; default 8000, for full 30000", at_least=1
+    )
+    count: int = setting(500, "scenes to judge in each split", at_least=1)
     rerank: int = setting(8, "pictures among which the model chooses, for the figures with re-ranking")
-    gpus: int = setting(1, "0 is the CPU, 1 the GPU, or the CPU where there is none")
+    gpus: int = setting(1, "0 is the CPU, 1 the GPU, or the CPU where there is none", at_least=0, at_most=1)
 
 
-@dataclass
+@dataclass(frozen=True)
 class DemoConfig:
     """Everything the demo can be told."""
 
@@ -125,9 +126,8 @@ def plan(s: DemoSettings, out: Path) -> list[Stage]:
     folders = ["--dataset", "codes", "--train_dir", f"{at['codes']}/train", "--val_dir", f"{at['codes']}/val"]
     stages.append(Stage("biart", "BiART", [*start, *folders, *runs], f"runs/{recipe['biart'].stem}/bundle/config.json"))
 
-    names = ("temperature", "top_k", "top_p", "guidance")
-    given = {name: value for name in names if (value := getattr(config.sampling, name)) is not None}
-    flags = [word for name, value in given.items() for word in (f"--{name}", f"{value:g}")]
+    sampling = config.sampling.arguments()
+    flags = [word for name, value in sampling.items() if value is not None for word in (f"--{name}", f"{value:g}")]
     evaluate = ["-m", "latent_verse.evaluation.shapes", "--model", f"{biart}/bundle", "--world", s.world, *flags]
     evaluate += ["--rerank", str(s.rerank), "--count", str(s.count), "--samples", str(min(SAMPLES, s.count))]
     for name, split in (("unseen", "val"), ("heldout", "heldout")):
@@ -285,26 +285,15 @@ def run(s: DemoSettings) -> Path:
         return results.write(out, s.world, [(g.name, g.title, g.shown()) for g in stages], seconds)
 
 
+@one_line_errors
 def main(argv: list[str] | None = None) -> int:
     """Run the demo; 0 when done, 2 for a mistake in the settings, 128 + N when stopped by signal N, 1 for a failure."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait busily slow each other down on few cores
-    with errors_to_exit_code() as code:
-        config, _ = parse(DemoConfig, argv, __doc__)
-        check(config.demo)
-        try:
-            page = run(config.demo)
-        except Stopped as stopped:
-            print(f"\n{stopped}", file=sys.stderr)
-            return stopped.code
-        print(f"\nThe page: {page}")
-    return code[0] if code else 0
-
-
-def check(s: DemoSettings) -> None:
-    """Raises ConfigError for settings out of range."""
-    for f in dataclasses.fields(s):
-        value = getattr(s, f.name)
-        if f.name in ("train_pairs", "count") and value is not None and value < 1:
-            raise ConfigError(f"{f.name} is {value}; it must be at least 1.")
-    if s.gpus not in (0, 1):
-        raise ConfigError(f"gpus is {s.gpus}; the demo uses one GPU (1) or the CPU (0).")
+    config, _ = parse(DemoConfig, argv, __doc__)
+    try:
+        page = run(config.demo)
+    except Stopped as stopped:
+        print(f"\n{stopped}", file=sys.stderr)
+        return stopped.code
+    print(f"\nThe page: {page}")
+    return 0

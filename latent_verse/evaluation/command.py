@@ -8,10 +8,9 @@ import warnings
 from pathlib import Path
 
 from latent_verse import runs
-from latent_verse.checkpoint import CheckpointError
-from latent_verse.cli import errors_to_exit_code
 from latent_verse.config import ConfigError, as_plain
-from latent_verse.config_eval import EvalBiARTConfig
+from latent_verse.config.cli import one_line_errors
+from latent_verse.config.evaluate import EvalBiARTConfig
 from latent_verse.data import DataError
 from latent_verse.data.shapes import ShapesDataset, World
 from latent_verse.evaluation import page, picture_tasks, text_tasks
@@ -23,7 +22,6 @@ from latent_verse.files import write_text
 from latent_verse.machine import commit, machine
 from latent_verse.metrics import likelihood
 from latent_verse.metrics.processes import Ranks
-from latent_verse.text import TokenizerError
 
 WORK = {
     "likelihood": text_tasks.likelihoods,
@@ -37,9 +35,10 @@ WORK = {
 RESOLUTION = 256  # to compare another system's images at, unless a setting says otherwise
 
 
+@one_line_errors
 def run(ranks: Ranks, config: EvalBiARTConfig, tasks: tuple[str, ...], yaml_text: str) -> int:
     """Evaluate; 0, or 2 for a mistake in the settings, the model or the data."""
-    with warnings.catch_warnings(), errors_to_exit_code(CheckpointError, DataError, TokenizerError) as code:
+    with warnings.catch_warnings():
         # captions of other datasets are often too long: they are counted, not reported one by one
         warnings.filterwarnings("ignore", r"text \d+ has \d+ tokens")
         context = open_context(config, ranks)
@@ -57,7 +56,7 @@ def run(ranks: Ranks, config: EvalBiARTConfig, tasks: tuple[str, ...], yaml_text
             raise
         if ranks.is_first:
             write(context, tasks, about, yaml_text)
-    return code[0] if code else 0
+    return 0
 
 
 def open_context(config: EvalBiARTConfig, ranks: Ranks) -> Context:

@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
-from latent_verse.config_eval import EvalBiARTConfig
+from latent_verse.config.evaluate import EvalBiARTConfig
 from latent_verse.evaluation.figures import Records
 from latent_verse.evaluation.page import Case, Gallery, choose
 from latent_verse.evaluation.pairs import Pairs, Sample
@@ -48,8 +48,7 @@ class Context:
     @property
     def sampling(self) -> Sampling:
         """How images are sampled."""
-        g = self.config.generation
-        return {"temperature": g.temperature, "top_k": g.top_k, "top_p": g.top_p, "guidance": g.guidance}
+        return self.config.generation.arguments()
 
     @functools.cached_property
     def inception(self) -> networks.Inception | str:

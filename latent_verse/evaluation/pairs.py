@@ -18,8 +18,8 @@ from typing import Any
 
 from torch import Tensor
 
-from latent_verse.config_biart import PairDataConfig
-from latent_verse.config_eval import EvalDataConfig
+from latent_verse.config.evaluate import EvalDataConfig
+from latent_verse.config.train import PairDataConfig
 from latent_verse.data import DataError
 from latent_verse.data.pairs import open_pairs
 from latent_verse.data.shapes import Scene, ShapesDataset, World

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable
 
 from latent_verse.config import ConfigError
-from latent_verse.config_eval import EvalWriteConfig
+from latent_verse.config.evaluate import EvalWriteConfig
 from latent_verse.metrics.processes import Ranks
 
 PATIENCE = datetime.timedelta(hours=24)  # one process may score captions while the others wait

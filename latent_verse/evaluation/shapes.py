@@ -19,9 +19,8 @@ from typing import TYPE_CHECKING, Any, Optional
 
 from PIL import Image
 
-from latent_verse.cli import errors_to_exit_code, parse
-from latent_verse.config import ConfigError, setting
-from latent_verse.data import DataError
+from latent_verse.config import ConfigError, SamplingSettings, Settings, setting
+from latent_verse.config.cli import one_line_errors, parse
 from latent_verse.data.shapes import PRESETS, SPLITS, Scene, ShapesDataset, World
 from latent_verse.files import write_text
 from latent_verse.metrics.intervals import wilson
@@ -32,39 +31,44 @@ if TYPE_CHECKING:
 ATTRIBUTES = ("count", "colour", "shape", "size", "layout")  # of World.compare; "all" is what counts
 
 
-@dataclass
-class ShapesConfig:
+@dataclass(frozen=True)
+class ShapesConfig(Settings):
     """What is judged."""
 
     model: Optional[str] = setting(None, "bundle: a folder that train_biart.py wrote, or a hub id")
     world: str = setting("small", "the shapes world to judge in", tuple(PRESETS))
     split: str = setting("val", "val: unseen scenes; heldout: pairs of colour and shape kept out of training", SPLITS)
-    count: int = setting(500, "different scenes; small has 6216 in val and 7328 in heldout")
-    seed: int = setting(0, "seed of scenes, captions and draws")
+    count: int = setting(500, "different scenes; small has 6216 in val and 7328 in heldout", at_least=1)
+    seed: int = setting(0, "seed of scenes, captions and draws", at_least=0)
 
 
-@dataclass
-class ShapesDrawConfig:
+@dataclass(frozen=True)
+class ShapesDrawConfig(SamplingSettings):
     """How pictures are drawn; captions are the likeliest ones."""
 
-    temperature: float = setting(1.0, "temperature of pictures; 0 takes the likeliest codes")
-    top_k: Optional[int] = setting(None, "draw among the k likeliest codes")
-    top_p: Optional[float] = setting(None, "draw among the likeliest codes that make up this probability")
-    guidance: float = setting(1.0, "classifier-free guidance: above 1 follows the text more closely")
-    rerank: int = setting(0, "besides, draw so many pictures for each text and judge the one the model itself chooses")
-    rerank_temperature: float = setting(1.0, "temperature of those, which must differ to be chosen from")
+    rerank: int = setting(
+        0, "besides, draw so many pictures for each text and judge the one the model itself chooses", at_least=0
+    )
+    rerank_temperature: float = setting(1.0, "temperature of those, which must differ to be chosen from", above=0)
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether neither the images nor those to choose from are sampled."""
+        return super().is_greedy and not self.rerank
 
 
-@dataclass
-class ShapesWriteConfig:
+@dataclass(frozen=True)
+class ShapesWriteConfig(Settings):
     """Where results go."""
 
     json: Optional[str] = setting(None, "write the figures, and what was drawn and written, to this file")
-    samples: int = setting(0, "scenes whose pictures are written to the folder <json without suffix>_samples")
-    gpus: int = setting(1, "0 is the CPU, 1 the GPU, or the CPU where there is none")
+    samples: int = setting(
+        0, "scenes whose pictures are written to the folder <json without suffix>_samples", at_least=0
+    )
+    gpus: int = setting(1, "0 is the CPU, 1 the GPU, or the CPU where there is none", at_least=0, at_most=1)
 
 
-@dataclass
+@dataclass(frozen=True)
 class ShapesEvalConfig:
     """Everything this command can be told."""
 
@@ -111,14 +115,15 @@ def evaluate(
     scenes = [data.scene(i) for i in range(count)]
     texts = [data.captions(i, 1)[0] for i in range(count)]
     images = [world.render(scene) for scene in scenes]
-    settings = {"top_k": draw.top_k, "top_p": draw.top_p, "guidance": draw.guidance, "seed": seed}
-    greedy = {**settings, "top_k": None, "top_p": None} if draw.temperature == 0 else settings
+    settings = draw.arguments() | {"seed": seed}
     reconstructions = model.reconstruct(images)
-    generated = [row[0] for row in model.text_to_image(texts, temperature=draw.temperature, **greedy)]
+    first = settings | {"top_k": None, "top_p": None} if draw.temperature == 0 else settings
+    generated = [row[0] for row in model.text_to_image(texts, **first)]
     captions = [row[0] for row in model.image_to_text(images, seed=seed)]
     reranked: list[Image.Image | None] = [None] * count
     if draw.rerank:
-        best = model.text_to_image(texts, temperature=draw.rerank_temperature, rerank=draw.rerank, **settings)
+        settings |= {"temperature": draw.rerank_temperature}
+        best = model.text_to_image(texts, rerank=draw.rerank, **settings)
         reranked = [row[0] for row in best]
 
     reports: dict[str, list[dict[str, bool]]] = {"text_to_image": [], "image_to_text": [], "reranked": []}
@@ -189,31 +194,19 @@ def check(config: ShapesEvalConfig) -> None:
     w, d = config.what, config.draw
     if not w.model:
         raise ConfigError("model is not given: name the folder of a bundle, as train_biart.py writes one.")
-    if w.count < 1:
-        raise ConfigError(f"count is {w.count}; judge at least one scene.")
-    if w.seed < 0:
-        raise ConfigError(f"seed is {w.seed}; it must be 0 or above.")
-    if d.rerank < 0 or d.rerank == 1:
+    if d.rerank == 1:
         raise ConfigError(f"rerank is {d.rerank}; give at least 2 pictures to choose from, or 0 for none.")
-    if d.rerank and d.rerank_temperature <= 0:
-        raise ConfigError(f"rerank_temperature is {d.rerank_temperature}; above 0, or all pictures are the same.")
-    if d.temperature == 0 and not d.rerank and (d.top_k or d.top_p):
-        raise ConfigError("top_k and top_p have no effect at temperature 0, which is greedy: leave them out.")
     if config.write.samples and not config.write.json:
         raise ConfigError("samples are written beside the file of json: give that as well.")
-    if config.write.gpus not in (0, 1):
-        raise ConfigError(f"gpus is {config.write.gpus}; this uses one GPU (1) or the CPU (0).")
 
 
+@one_line_errors
 def main(argv: list[str] | None = None) -> int:
     """Evaluate and print; 0 when done, 2 for a mistake in the settings or the model."""
-    from latent_verse.checkpoint import CheckpointError
-
-    with errors_to_exit_code(CheckpointError, DataError) as code:
-        config, _ = parse(ShapesEvalConfig, argv, __doc__)
-        check(config)
-        run(config)
-    return code[0] if code else 0
+    config, _ = parse(ShapesEvalConfig, argv, __doc__)
+    check(config)
+    run(config)
+    return 0
 
 
 def run(config: ShapesEvalConfig) -> None:

@@ -1,0 +1,315 @@
+"""YAML files and flags -> a typed configuration. The only file that knows argparse and YAML.
+
+Precedence: dataclass default < YAML < flags given. A YAML file may be sectioned (`model: {hidden_dim: 64}`), flat
+(`hidden_dim: 64`, as the original's) or mixed. Unknown keys and wrong types are errors that name the closest valid one.
+Nothing heavy is imported, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import gc
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+from latent_verse.config.settings import ConfigError, UserError, as_plain, check_value, closest
+
+Config = TypeVar("Config")
+RECIPES = (Path(__file__).parents[1] / "configs", Path(__file__).parents[2] / "configs")  # installed; in the repository
+TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that raises ConfigError instead of leaving the program."""
+
+    def error(self, message: str):
+        raise ConfigError(f"{message}. See --help.")
+
+
+def leaves(cls: type) -> Iterator[tuple[str, dataclasses.Field, Any]]:
+    """(section, field, annotated type) of every setting of a run's dataclass, in order.
+
+    Raises:
+        TypeError: two sections hold the same leaf name, so that it could not be a flag.
+    """
+    seen: dict[str, str] = {}
+    for section, section_type in get_type_hints(cls).items():
+        hints = get_type_hints(section_type)
+        for f in dataclasses.fields(section_type):
+            if f.name in seen:
+                raise TypeError(f"{f.name} is a leaf of both {seen[f.name]} and {section}: rename one")
+            seen[f.name] = section
+            yield section, f, hints[f.name]
+
+
+def parse(cls: type[Config], argv: list[str] | None, description: str) -> tuple[Config, dict[str, str]]:
+    """Read flags (and the YAML file they name) into `cls`, a dataclass of section dataclasses.
+
+    Returns:
+        The configuration, and where each setting that was given came from: {leaf: "--flag" or "file.yaml"}.
+
+    Raises:
+        ConfigError: an unknown key or flag, a wrong type or value, a missing or malformed file.
+        SystemExit: after --help.
+    """
+    parser = make_parser(cls, description)
+    flags, unknown = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+    if unknown:
+        names = [f.name for _, f, _ in leaves(cls)] + ["config"]
+        raise ConfigError(f"unknown argument {unknown[0]}{closest(unknown[0].lstrip('-').split('=')[0], names, '--')}")
+    values = vars(flags)
+    path = values.pop("config", None)
+    given: dict[str, tuple[Any, str]] = {}
+    if path:
+        path = find_config(path)
+        given.update({leaf: (value, path) for leaf, value in read_yaml(cls, path).items()})
+    given.update({leaf: (value, f"--{leaf}") for leaf, value in values.items()})
+    return build(cls, given), {leaf: source for leaf, (_, source) in given.items()}
+
+
+def make_parser(cls: type, description: str) -> Parser:
+    """A parser with one flag a leaf, grouped by section; only flags that are given appear in its result."""
+    parser = Parser(
+        usage="%(prog)s [--config FILE] [--SETTING VALUE ...]",
+        description=description,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument(
+        "-c",
+        "--config",
+        "--configs",
+        metavar="FILE",
+        help="YAML file of settings, or the name of a shipped recipe; flags override it",
+    )
+    groups: dict[str, Any] = {}
+    for section, f, hint in leaves(cls):
+        group = groups.setdefault(section, parser.add_argument_group(section))
+        shown = list(f.default) if isinstance(f.default, tuple) else f.default
+        text = f.metadata["help"].replace("%", "%%") + ("" if shown in (None, []) else f" (default: {shown})")
+        text = argparse.SUPPRESS if f.metadata["hidden"] else text
+        if _is(hint, bool):
+            group.add_argument(f"--{f.name}", nargs="?", const="true", metavar="true|false", help=text)
+            group.add_argument(
+                f"--no-{f.name}", dest=f.name, action="store_const", const="false", help=argparse.SUPPRESS
+            )
+        elif _is_sequence(hint):
+            group.add_argument(f"--{f.name}", nargs="+", metavar="TEXT" if _is_texts(hint) else "N", help=text)
+        else:
+            choices = f.metadata["choices"]
+            metavar = "{" + ",".join(choices) + "}" if choices else _type_name(hint).upper()
+            group.add_argument(f"--{f.name}", metavar=metavar, help=text)
+    return parser
+
+
+def find_config(name: str) -> str:
+    """The YAML file that --config names: a path, or from any folder the bare name of a shipped recipe.
+
+    Raises:
+        ConfigError: a bare name that is neither a file nor a recipe.
+    """
+    if Path(name).exists() or Path(name).name != name or Path(name).suffix:
+        return name
+    folder = next((folder for folder in RECIPES if folder.is_dir()), RECIPES[0])
+    recipes = {file.stem: str(file) for file in sorted(folder.glob("*.yaml"))}
+    if name not in recipes:
+        near = closest(name, recipes, otherwise=f". Recipes: {', '.join(recipes)}." if recipes else ".")
+        raise ConfigError(f"config {name} is neither a file nor a shipped recipe{near}")
+    return recipes[name]
+
+
+def read_yaml(cls: type, path: str) -> dict[str, Any]:
+    """A YAML file as {leaf: value}.
+
+    Raises:
+        ConfigError: no such file, not YAML, not a mapping, unknown keys, or a key in another section than its own.
+    """
+    from omegaconf import OmegaConf
+
+    file = Path(path)
+    if file.is_dir():
+        raise ConfigError(f"config {path} is a folder; name a YAML file in it.")
+    if not file.is_file():
+        near = sorted(p.name for p in file.parent.glob("*.y*ml")) if file.parent.is_dir() else []
+        there = f" That folder holds: {', '.join(near)}." if near else ""
+        raise ConfigError(f"config file {path} does not exist.{there}")
+    try:
+        tree = OmegaConf.to_container(OmegaConf.load(file), resolve=True)
+    except Exception as error:  # OmegaConf and PyYAML raise a dozen kinds
+        raise ConfigError(f"config file {path} is not readable YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"config file {path} holds no settings; it should be lines of `key: value`.")
+    sections = {f.name: section for section, f, _ in leaves(cls)}
+    out: dict[str, Any] = {}
+
+    def take(leaf, value, section=None):
+        if leaf not in sections:
+            known = [*sections, *sections.values()]
+            raise ConfigError(f"{path}: unknown key {leaf}{closest(str(leaf), known)}")
+        if section not in (None, sections[leaf]):
+            raise ConfigError(f"{path}: {leaf} belongs to section {sections[leaf]}, not {section}.")
+        if leaf in out:
+            raise ConfigError(f"{path}: {leaf} is given twice, in a section and outside. Keep one.")
+        out[leaf] = value
+
+    for key, value in tree.items():
+        if key in sections.values() and not (isinstance(value, dict) or value is None):
+            raise ConfigError(f"{path}: {key} is a section; write its settings indented under it, not {value!r}.")
+        if key in sections.values():
+            for leaf, leaf_value in (value or {}).items():
+                take(leaf, leaf_value, key)
+        else:
+            take(key, value)
+    return out
+
+
+def build(cls: type[Config], given: dict[str, tuple[Any, str]]) -> Config:
+    """The dataclass tree with the given values, {leaf: (value, source)}, converted to the annotated types."""
+    arguments: dict[str, dict[str, Any]] = {section: {} for section in get_type_hints(cls)}
+    for section, f, hint in leaves(cls):
+        if f.name in given:
+            value, source = given[f.name]
+            arguments[section][f.name] = convert(f, value, hint, source)
+    return cls(**{section: get_type_hints(cls)[section](**values) for section, values in arguments.items()})
+
+
+def convert(f: dataclasses.Field, value: Any, hint: Any, source: str) -> Any:
+    """One value from YAML or a flag as its annotated type, by OmegaConf's rules, and in the setting's range.
+
+    Raises:
+        ConfigError: naming the setting, the value, what was expected and where it was given.
+    """
+    converted = _typed(f.name, value, hint, source)
+    check_value(f, converted, f" (from {source})")
+    return converted
+
+
+def _typed(name: str, value: Any, hint: Any, source: str) -> Any:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    if isinstance(value, str) and value.lower() in ("null", "none", "~") and _optional(hint):
+        return None
+    if _is(hint, bool) and isinstance(value, (str, int)) and str(value).lower() in TRUE + FALSE:
+        return str(value).lower() in TRUE
+    if _is(hint, int) and not isinstance(value, bool):
+        value = _whole(value[0] if isinstance(value, list) and len(value) == 1 else value)
+    if _is_texts(hint):  # whole, whatever they hold: OmegaConf would read "${x}" and "???" as its own syntax
+        return None if value is None and _optional(hint) else _texts(name, value, source)
+    if _is(hint, str) and isinstance(value, list) and value and all(isinstance(v, str) for v in value):
+        value = ",".join(value)  # a YAML list of shards
+    if _is_sequence(hint):
+        value = _items(value)
+    try:
+        field_type = dataclasses.make_dataclass("Leaf", [("leaf", hint)])
+        converted = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(field_type), {"leaf": value}))["leaf"]
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{name}: {value!r} (from {source}) is not {_type_name(hint)}.") from error
+    if _is_sequence(hint) and Ellipsis not in _inner(hint).__args__ and len(converted) != len(_inner(hint).__args__):
+        raise ConfigError(
+            f"{name}: {converted} (from {source}) has {len(converted)} items, not {len(_inner(hint).__args__)}."
+        )
+    return tuple(converted) if isinstance(converted, list) else converted
+
+
+def to_yaml(config: Any) -> str:
+    """The effective configuration as sectioned YAML, readable by `--config` again."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.create(as_plain(config)))
+
+
+@contextlib.contextmanager
+def quick_imports() -> Iterator[None]:
+    """Import PyTorch and Lightning inside this: a program starts a quarter faster and ends faster.
+
+    Python's garbage collector goes through everything again and again while a million objects are made that stay, and
+    once more at the end. It is off inside, and what there is afterwards it never looks at (`gc.freeze`), which also
+    leaves those pages shared with the data loader's processes. Where PyTorch is imported already, as in a notebook or
+    in tests, this does nothing: other people's garbage is not to be kept.
+    """
+    if "torch" in sys.modules or not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def one_line_errors(program: Callable[..., int]) -> Callable[..., int]:
+    """Decorate a program that returns its exit code: a mistake of the user becomes one line on stderr and the code 2.
+
+    Any other exception is a mistake of ours, and keeps its traceback.
+    """
+
+    @functools.wraps(program)
+    def wrapped(*args, **kwargs) -> int:
+        try:
+            return program(*args, **kwargs)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+
+    return wrapped
+
+
+# ----------------------------------------------------------------------------------------------------- annotated types
+
+
+def _optional(hint: Any) -> bool:
+    return type(None) in getattr(hint, "__args__", ())
+
+
+def _inner(hint: Any) -> Any:
+    return next(a for a in hint.__args__ if a is not type(None)) if _optional(hint) else hint
+
+
+def _is(hint: Any, kind: type) -> bool:
+    return _inner(hint) is kind
+
+
+def _is_sequence(hint: Any) -> bool:
+    return getattr(_inner(hint), "__origin__", None) is tuple
+
+
+def _is_texts(hint: Any) -> bool:
+    """Tuple[str, ...]"""
+    return _is_sequence(hint) and _inner(hint).__args__[0] is str
+
+
+def _texts(name: str, value: Any, source: str) -> tuple[str, ...]:
+    """A text, or a list of texts, with their commas and spaces. A number in YAML is a text of digits."""
+    items = value if isinstance(value, (list, tuple)) else [value]
+    for item in items:
+        if isinstance(item, bool) or not isinstance(item, (str, int, float)):
+            raise ConfigError(f"{name}: {item!r} (from {source}) is not a text. Put it in quotes.")
+    return tuple(str(item) for item in items)
+
+
+def _type_name(hint: Any) -> str:
+    inner = _inner(hint)
+    return "a list of numbers" if _is_sequence(hint) else getattr(inner, "__name__", str(inner))
+
+
+def _whole(value: Any) -> Any:
+    """1e6 and "1e6" are integers to a person."""
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        if isinstance(value, (str, float)) and float(value) == int(float(value)):
+            return int(float(value))
+    return value
+
+
+def _items(value: Any) -> Any:
+    """[1, 2], ["1", "2"], ["1,2"], "[1,2]" and 1 are lists to a person."""
+    items = list(value) if isinstance(value, (list, tuple)) else [value]
+    if len(items) == 1 and isinstance(items[0], str):
+        items = items[0].strip("[]() ").replace(",", " ").split()
+    return items

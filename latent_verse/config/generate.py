@@ -1,0 +1,113 @@
+"""Every setting of generate.py, and the rules across them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Optional, Tuple  # OmegaConf reads these annotations at run time
+
+from latent_verse.config.settings import ConfigError, SamplingSettings, Settings, setting
+
+TASKS = ("complete", "score", "image", "text")  # `complete` takes texts as well, so it is looked for first
+
+
+@dataclass(frozen=True)
+class WhatConfig(Settings):
+    """The model, and one of four things to do: text, image, score or complete."""
+
+    model: Optional[str] = setting(None, "bundle: a folder that training exported, or a hub id")
+    text: Tuple[str, ...] = setting((), "draw pictures for these texts, each one argument")
+    text_file: Optional[str] = setting(None, "draw pictures for the texts of this file, one a line")
+    image: Tuple[str, ...] = setting((), "write captions for these pictures: files or folders")
+    score: Tuple[str, ...] = setting((), "how well do they fit: a picture or folder, then one or more texts")
+    complete: Optional[str] = setting(None, "keep the top of this picture (or of each in a folder) and draw the rest")
+    rows: Optional[int] = setting(None, "rows of codes that complete keeps", at_least=1)
+
+
+@dataclass(frozen=True)
+class DrawConfig(SamplingSettings):
+    """How pictures and captions are drawn."""
+
+    num: int = setting(1, "pictures for each text, or captions for each picture", at_least=1)
+    temperature: Optional[float] = setting(
+        None, "0 takes the likeliest token; default 1 for images, 0 for captions", at_least=0
+    )
+    seed: Optional[int] = setting(
+        None, "the same seed draws the same; default one at random, which is recorded", at_least=0
+    )
+    rerank: int = setting(
+        0, "draw so many for each picture and keep the one whose text the model finds likeliest", at_least=0
+    )
+    beams: int = setting(1, "search for the likeliest caption with so many beams", at_least=1)
+    text_too_long: str = setting("truncate", "texts of too many tokens are cut, or an error", ("truncate", "error"))
+
+    def arguments(self) -> dict[str, Any]:
+        """As `SamplingSettings.arguments`, with the seed."""
+        return {**super().arguments(), "seed": self.seed}
+
+
+@dataclass(frozen=True)
+class WriteConfig(Settings):
+    """Where results go, and which machine makes them."""
+
+    out: Optional[str] = setting(
+        None, "folder for the results, new or empty; default the next free of generated, ...-2"
+    )
+    overwrite: bool = setting(False, "write into a folder that holds files; those of the same name are replaced")
+    gpus: int = setting(1, "0 is the CPU, 1 the GPU, or the CPU where there is none", at_least=0, at_most=1)
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Everything generate.py can be told."""
+
+    what: WhatConfig = field(default_factory=WhatConfig)
+    draw: DrawConfig = field(default_factory=DrawConfig)
+    write: WriteConfig = field(default_factory=WriteConfig)
+
+
+_PICTURES = {"num", "temperature", "top_k", "top_p", "guidance", "seed", "rerank", "text_too_long", "out", "overwrite"}
+# flags that change what a task does; of any other it is said that it has no effect
+USED = {
+    "text": {"text", "text_file"} | _PICTURES,
+    "complete": {"complete", "rows", "text", "text_file"} | _PICTURES,
+    "image": {"image", "beams"} | _PICTURES - {"rerank", "text_too_long"},
+    "score": {"score", "text_too_long"},
+}
+
+
+def resolve_generate(config: GenerateConfig, given: Mapping[str, str]) -> tuple[GenerateConfig, str]:
+    """The configuration, with the task's temperature and a seed, and which task is asked for.
+
+    Args:
+        given: where each given setting came from, as `cli.parse` returns it.
+
+    Raises:
+        ConfigError: no model, no task or several, or flags that the task does not use.
+    """
+    what = config.what
+    if not what.model:
+        raise ConfigError("model is not given: name the folder of a bundle, as train_biart.py writes one.")
+    asked = [t for t in TASKS if getattr(what, t) or (t == "text" and what.text_file)]
+    if not asked:
+        raise ConfigError("Nothing to do: give --text, --text_file, --image, --score or --complete.")
+    if len(asked) > 1 and asked != ["complete", "text"]:
+        raise ConfigError(f"{' and '.join('--' + t for t in asked)} are different tasks: give one of them.")
+    task = asked[0]
+    unused = [f"--{leaf}" for leaf, source in given.items() if source.startswith("--") and leaf not in USED[task]]
+    unused = [flag for flag in unused if flag not in ("--model", "--gpus")]
+    if unused:
+        raise ConfigError(f"{', '.join(unused)}: no effect with --{task}. Leave out.")
+    if what.text and what.text_file:
+        raise ConfigError("text and text_file are both given: put all texts into the file, or give them as --text.")
+    if task == "score" and len(what.score) < 2:
+        raise ConfigError('score needs a picture and a text: --score picture.png "a red circle".')
+    if task == "complete" and what.rows is None:
+        raise ConfigError("complete needs rows: how many rows of codes to keep, from the top.")
+    draw = config.draw
+    if draw.temperature is None:
+        draw = replace(draw, temperature=0.0 if task == "image" else 1.0)
+    if draw.seed is None:
+        draw = replace(draw, seed=random.randrange(2**31))
+    return replace(config, draw=draw), task

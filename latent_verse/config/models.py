@@ -1,0 +1,113 @@
+"""Shapes of the two networks, and the settings of each that only training reads."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Optional, Tuple  # OmegaConf reads these annotations at run time
+
+from latent_verse.config.settings import ConfigError, Settings, setting
+
+# ------------------------------------------------------------------------------------------------------------ AugVAE
+
+
+@dataclass(frozen=True)
+class AugVAEConfig(Settings):
+    """Shape of AugVAE, multi-level (-ML) or, with `single_level`, its one-level fine-tune (-SL); paper section 3.1."""
+
+    in_channels: int = setting(3, "channels of the input picture", at_least=1, hidden=True)
+    out_channels: int = setting(3, "channels of the reconstruction", at_least=1, hidden=True)
+    hidden_dim: int = setting(128, "width of the first convolution; a multiple of 32 with norm group", at_least=1)
+    ch_mult: Tuple[int, ...] = setting(
+        (1, 2, 4), "width multipliers of the outer encoder and decoder, one a stage", at_least=1
+    )
+    num_res_blocks: int = setting(2, "residual blocks a stage", at_least=1)
+    resolution: int = setting(256, "side of the picture in pixels", at_least=1)
+    attn_resolutions: Tuple[int, ...] = setting((64, 32, 16, 8), "sides of the code grids (levels), largest first")
+    norm: str = setting(
+        "group",
+        "group: GroupNorm(32), as released; pixel: each position by itself, so that codes do not depend on far pixels",
+        ("group", "pixel"),
+    )
+    use_attn: bool = setting(False, "self-attention at the levels and in the middle of each network")
+    dropout: float = setting(0.0, "dropout in the residual blocks", training_only=True, at_least=0, at_most=1)
+    double_z: bool = setting(False, "original's flag for KL models; only false can work with a codebook", hidden=True)
+    z_channels: int = setting(256, "channels of the feature maps between the networks", at_least=1)
+    codebook_dim: int = setting(256, "length of a code vector", at_least=1)
+    num_tokens: int = setting(8192, "codes in the codebook", at_least=1)
+    quant_beta: float = setting(0.25, "weight of the commitment loss", training_only=True, at_least=0)
+    quant_ema_decay: float = setting(
+        0.99, "decay of the codebook's moving averages", training_only=True, at_least=0, at_most=1
+    )
+    quant_ema_eps: float = setting(
+        1e-5, "Laplace smoothing of the cluster sizes", training_only=True, at_least=0, at_most=1
+    )
+    restart_threshold: float = setting(
+        0.0,
+        "restart codes whose average use a batch falls below this, from encoder outputs; 0 never does (release)",
+        training_only=True,
+        at_least=0,
+    )
+    single_level: Optional[int] = setting(None, "keep only this level's codes (AugVAE-SL); null keeps all (AugVAE-ML)")
+
+    def __post_init__(self):
+        for name in ("ch_mult", "attn_resolutions"):  # lists from YAML become hashable
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        super().__post_init__()
+        if not self.ch_mult:
+            raise ConfigError("ch_mult is []; it needs one multiplier a stage.")
+        if self.double_z:
+            raise ConfigError("double_z: true cannot work: a codebook has no variance to encode. Set double_z: false.")
+
+    def validate(self) -> None:
+        """Refuse a shape that cannot be built. Called by AugVAE, not on creation: a -SL recipe names only its level.
+
+        Raises:
+            ConfigError: naming the key, its value and the remedy.
+        """
+        if self.norm == "group" and self.hidden_dim % 32:
+            raise ConfigError(f"hidden_dim {self.hidden_dim} is not a multiple of 32, the group count of GroupNorm.")
+        first = self.resolution / 2 ** (len(self.ch_mult) - 1)
+        levels = self.attn_resolutions
+        if not levels or levels[0] != first:
+            raise ConfigError(
+                f"ch_mult {list(self.ch_mult)} halves resolution {self.resolution} {len(self.ch_mult) - 1} times, to "
+                f"{first:g}, but attn_resolutions {list(levels)} begins with {levels[0] if levels else 'nothing'}. "
+                f"Make the first level {first:g}, or change ch_mult or resolution."
+            )
+        for above, level in itertools.pairwise(levels):
+            if level * 2 != above:
+                raise ConfigError(
+                    f"attn_resolutions {list(levels)}: each level must be half the one before; {level} follows {above}."
+                )
+        if self.single_level is not None and self.single_level not in levels:
+            raise ConfigError(f"single_level {self.single_level} is not one of the levels {list(levels)}.")
+
+
+# ------------------------------------------------------------------------------------------------------------- BiART
+
+
+@dataclass(frozen=True)
+class BiARTConfig:
+    """The joint transformer (paper section 3.2). Vocabulary and lengths follow from the tokenizer and the AugVAE."""
+
+    text_vocab: int = setting(49408, "text ids the tokenizer can produce")
+    image_vocab: int = setting(8192, "codes in the AugVAE's codebook")
+    text_len: int = setting(64, "tokens of a caption; shorter ones are padded")
+    image_len: int = setting(1024, "codes of one image")
+    n_layer: int = setting(12, "transformer blocks")
+    n_head: int = setting(12, "attention heads")
+    n_embd: int = setting(768, "width of the residual stream")
+    pos_by_modality: bool = setting(
+        False, "count positions within the text and within the image, so that a place means the same in both directions"
+    )
+    embd_pdrop: float = setting(0.0, "dropout after the embeddings", training_only=True)
+    resid_pdrop: float = setting(0.0, "dropout on each residual branch", training_only=True)
+    attn_pdrop: float = setting(0.0, "dropout on the attention weights", training_only=True)
+
+    def __post_init__(self):
+        for name in ("text_vocab", "image_vocab", "text_len", "image_len", "n_layer", "n_head", "n_embd"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.n_embd % self.n_head:
+            raise ConfigError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}.")

@@ -1,0 +1,140 @@
+"""What a setting is: a dataclass field with its help and its range; the error for a mistake in one; plain types.
+
+Each field's metadata holds what `latent_verse.config.cli` makes flags and YAML keys from. Leaf names are unique over
+the whole tree of a script, so that a leaf is also a flag. This room imports nothing but the standard library (cli.py
+apart): the models can use it without YAML or argparse being loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Optional  # OmegaConf reads these annotations at run time
+
+WITHIN = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
+
+
+class UserError(ValueError):
+    """A mistake of the user, which a program reports as one line and exit code 2. The message says what to do."""
+
+
+class ConfigError(UserError):
+    """A setting is unknown, of the wrong type, out of range, or contradicts another. The message says what to do."""
+
+
+def setting(
+    default: Any,
+    help: str,
+    choices: tuple[str, ...] | None = None,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+    training_only: bool = False,
+    hidden: bool = False,
+) -> Any:
+    """A dataclass field with its one-line help and its range, which holds for each item of a list.
+
+    Args:
+        choices: the allowed values, where they are a fixed set.
+        training_only: of a model's setting: it changes how the model trains, not which weights it has.
+        hidden: left out of --help: a name of the original's that has no use here, but works.
+    """
+    bounds = {"at least": at_least, "above": above, "at most": at_most, "below": below}
+    metadata = {
+        "help": help,
+        "choices": choices,
+        "bounds": {name: bound for name, bound in bounds.items() if bound is not None},
+        "training_only": training_only,
+        "hidden": hidden,
+    }
+    return field(default=default, metadata=metadata)
+
+
+class Settings:
+    """Base of a section of settings: frozen, and a value out of its range is refused whenever one is made."""
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            check_value(f, getattr(self, f.name))
+
+
+@dataclass(frozen=True)
+class SamplingSettings(Settings):
+    """How tokens are sampled from the model's distribution, wherever images or captions are generated."""
+
+    temperature: float = setting(1.0, "temperature of images; 0 takes the likeliest codes", at_least=0)
+    top_k: Optional[int] = setting(None, "sample from the k likeliest codes", at_least=1)
+    top_p: Optional[float] = setting(
+        None, "sample from the likeliest codes that make up this probability", above=0, at_most=1
+    )
+    guidance: float = setting(
+        1.0, "classifier-free guidance: above 1 follows the text more closely, 1 is none", at_least=0
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("top_k", "top_p"):
+            if self.is_greedy and getattr(self, name) is not None:
+                raise ConfigError(f"{name} has no effect at temperature 0, which is greedy: raise temperature.")
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether nothing is sampled, so that settings of sampling have no effect."""
+        return self.temperature == 0
+
+    def arguments(self) -> dict[str, Any]:
+        """The keyword arguments of these settings for `LVerse`'s methods and for `biart.sampling.generate`."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(SamplingSettings)}
+
+
+def check_value(f: dataclasses.Field, value: Any, source: str = "") -> None:
+    """Refuse a value out of the range that its setting declares; None is never out of range.
+
+    Args:
+        source: where the value was given, as ` (from --flag)`.
+
+    Raises:
+        ConfigError: naming the setting, the value and the range.
+    """
+    listed = isinstance(value, (list, tuple))
+    items = value if listed else () if value is None else (value,)
+    shown = list(value) if listed else repr(value)
+    choices, bounds = f.metadata["choices"], f.metadata["bounds"]
+    if choices and not set(items) <= set(choices):
+        raise ConfigError(
+            f"{f.name}: {shown}{source} is not one of {', '.join(choices)}{closest(str(value), choices, '', '.')}"
+        )
+    numbers = [item for item in items if isinstance(item, (int, float))]
+    if not all(math.isfinite(number) for number in numbers):
+        raise ConfigError(f"{f.name} is {shown}{source}; it must be a finite number.")
+    if not all(WITHIN[name](number, bound) for number in numbers for name, bound in bounds.items()):
+        wanted = " and ".join(f"{name} {bound}" for name, bound in bounds.items())
+        raise ConfigError(f"{f.name} is {shown}{source}; {'each' if listed else 'it'} must be {wanted}.")
+
+
+def closest(name: str, valid: Iterable[str], prefix: str = "", otherwise: str = ". See --help.") -> str:
+    """'. Did you mean X?' for the nearest valid names, or `otherwise`."""
+    near = difflib.get_close_matches(name, list(valid), n=2, cutoff=0.6)
+    return f". Did you mean {' or '.join(prefix + n for n in dict.fromkeys(near))}?" if near else otherwise
+
+
+def training_only(cls: type) -> frozenset[str]:
+    """Settings of a model that change how it trains, not which weights it has: checkpoints may differ in them."""
+    return frozenset(f.name for f in dataclasses.fields(cls) if f.metadata["training_only"])
+
+
+def as_plain(config: Any) -> dict[str, Any]:
+    """Any of these dataclasses as plain dicts, lists and scalars: what checkpoints and YAML files hold."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+    return plain(dataclasses.asdict(config))

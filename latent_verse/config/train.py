@@ -1,0 +1,636 @@
+"""Every setting of train_vae.py, eval_vae.py and train_biart.py, once, and the rules across them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Optional, Tuple, TypeVar  # OmegaConf reads these annotations at run time
+
+from latent_verse.config.models import AugVAEConfig
+from latent_verse.config.settings import ConfigError, SamplingSettings, Settings, setting, training_only
+
+# names of precision that are short, and Lightning's
+PRECISIONS = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true"}
+PRECISION_NAMES = (*PRECISIONS, *PRECISIONS.values(), "16-true", "bf16-true", "transformer-engine")
+
+# ----------------------------------------------------------------------------------------------- runs: shared sections
+
+
+@dataclass(frozen=True)
+class ImageDataConfig(Settings):
+    """Pictures, and how they reach the model."""
+
+    train_dir: Optional[str] = setting(None, "training pictures: a folder; for webdataset a folder, pattern or URL")
+    val_dir: Optional[str] = setting(None, "validation pictures, as train_dir")
+    test_dir: Optional[str] = setting(None, "pictures that evaluation reads; val_dir where it is not given")
+    dataset: Optional[str] = setting(
+        None,
+        "layout: class folders, any folder, tar shards, or generated; default imagefolder",
+        ("imagefolder", "flat", "webdataset", "fake"),
+    )
+    fake_data: bool = setting(False, "original's name for --dataset fake: a bounded smoke test without pictures")
+    web_dataset: bool = setting(False, "original's name for --dataset webdataset", hidden=True)
+    dataset_size: Optional[int] = setting(
+        None, "samples an epoch of webdataset or fake; counted where not given", at_least=1
+    )
+    img_size: Optional[int] = setting(None, "original's second name of resolution; must equal it", hidden=True)
+    resize_ratio: float = setting(
+        0.75, "smallest share of a picture's area that a training crop takes, up to 1", above=0, at_most=1
+    )
+    batch_size: int = setting(8, "pictures a step and process", at_least=1)
+    num_workers: Optional[int] = setting(
+        None, "loader processes for each training process; default what the machine has", at_least=0
+    )
+    prefetch_factor: int = setting(2, "batches each loader process keeps ready", at_least=1)
+    shuffle_buffer: int = setting(1000, "samples that webdataset's shuffle draws from", at_least=1)
+
+
+@dataclass(frozen=True)
+class TrainerConfig(Settings):
+    """The run: machine, length, logs and checkpoints."""
+
+    name: Optional[str] = setting(None, "name of the run's folder in log_dir; default the config file's name")
+    log_dir: str = setting("results", "folder that holds the run folders")
+    seed: int = setting(42, "seed of weights, data order and augmentation", at_least=0, below=2**32)
+    gpus: int = setting(1, "GPUs on each node; 0 is the CPU", at_least=0)
+    nodes: int = setting(1, "machines that train together", at_least=1)
+    gpu_dist: Optional[bool] = setting(
+        None, "original's flag for training on several GPUs; follows from gpus", hidden=True
+    )
+    accelerator: str = setting(
+        "auto",
+        "auto, cpu (gpus is then the number of processes), gpu, or another of Lightning's",
+        ("auto", "cpu", "gpu", "cuda", "mps", "tpu"),
+    )
+    strategy: str = setting(
+        "auto", "auto and ddp copy the model to each process, fsdp shards it", ("auto", "ddp", "fsdp")
+    )
+    precision: str = setting("32", "precision of training, short or by Lightning's name", PRECISION_NAMES)
+    epochs: int = setting(100, "passes over the training data", at_least=1)
+    max_steps: int = setting(-1, "stop after this many optimiser steps; -1 is no limit", at_least=-1)
+    limit_train_batches: Optional[float] = setting(
+        None, "batches of a training epoch: a count, or a share below 1", at_least=0
+    )
+    limit_val_batches: Optional[float] = setting(
+        None, "batches of a validation: a count, or a share below 1", at_least=0
+    )
+    val_percent_check: float = setting(
+        100.0,
+        "original's name: percentage of the validation data to use, 0 to 100",
+        at_least=0,
+        at_most=100,
+        hidden=True,
+    )
+    num_sanity_val_steps: int = setting(0, "validation batches tried before training", at_least=0)
+    accumulate_grad_batches: int = setting(1, "batches whose gradients are added up for one step", at_least=1)
+    gradient_clip_val: Optional[float] = setting(None, "largest norm of the gradient", above=0)
+    compile: Optional[bool] = setting(
+        None, "compile the networks (torch.compile): slow first step, faster ones after; default on a GPU with Triton"
+    )
+    activation_checkpointing: bool = setting(
+        False, "for larger batches: outputs of norms and activation functions are computed again in the backward pass"
+    )
+    logger: str = setting("tensorboard", "where figures go", ("tensorboard", "wandb", "csv"))
+    log_every_n_steps: int = setting(10, "steps between logged training figures", at_least=1)
+    log_images: bool = setting(False, "log grids of pictures, also as PNG files in the run folder")
+    image_log_steps: int = setting(1000, "steps between logged grids", at_least=1)
+    refresh_rate: int = setting(
+        1, "steps between updates of the progress bar, at most five a second; 0 hides it", at_least=0
+    )
+    backup: bool = setting(False, "save the whole state regularly; the same command then continues where it was")
+    backup_steps: int = setting(1000, "steps between backups", at_least=1)
+    backup_dir: Optional[str] = setting(None, "folder for backups, a sub-folder a run; default inside the run folder")
+    resume: bool = setting(False, "continue from ckpt_path")
+    ckpt_path: Optional[str] = setting(None, "checkpoint to resume from or to evaluate")
+    debug: bool = setting(False, "short run: 100 batches an epoch, backups and grids every 10 steps, anomaly detection")
+
+
+# ------------------------------------------------------------------------------------------------------ runs: AugVAE
+
+
+@dataclass(frozen=True)
+class VAEOptimConfig(Settings):
+    """Optimiser of AugVAE, and how its codebook starts."""
+
+    learning_rate: float = setting(4.5e-6, "base rate; the rate used is this x processes x batch_size", above=0)
+    optimizer: str = setting(
+        "adamw", "adamw (release), or muon for the convolutions: learns faster in short runs", ("adamw", "muon")
+    )
+    lr_decay: bool = setting(False, "original's schedule: halve the rate when the training loss stops falling")
+    lr_cosine: bool = setting(False, "warm up, then fall to zero along a cosine over the whole run")
+    warmup_steps: int = setting(0, "steps over which lr_cosine rises linearly to the full rate", at_least=0)
+    weight_decay: float = setting(1e-5, "AdamW's weight decay", at_least=0)
+    betas: Tuple[float, float] = setting((0.9, 0.999), "AdamW's decay rates", at_least=0, below=1)
+    codebook_init: str = setting(
+        "normal", "codes start as normal noise (release) or as encoder outputs of the first batch", ("normal", "data")
+    )
+    pretrained_path: Optional[str] = setting(None, "AugVAE to start from: checkpoint, folder or hub id")
+    finetune: bool = setting(False, "train AugVAE-SL at the one level in attn_resolutions, from pretrained_path")
+
+
+@dataclass(frozen=True)
+class VAELossConfig(Settings):
+    """Loss of AugVAE: reconstruction + codebook_weight x commitment."""
+
+    loss_type: str = setting(
+        "mse",
+        "reconstruction loss; lpips_* add p_loss_weight x LPIPS",
+        ("mse", "l1", "smooth_l1", "lpips_l1", "lpips_l2"),
+    )
+    p_loss_weight: float = setting(0.1, "weight of LPIPS in lpips_l1 and lpips_l2", above=0)
+    codebook_weight: float = setting(1.0, "weight of the commitment loss (quant_beta is inside it)", at_least=0)
+
+
+@dataclass(frozen=True)
+class TrainVAEConfig:
+    """Everything train_vae.py can be told."""
+
+    model: AugVAEConfig = field(default_factory=AugVAEConfig)
+    data: ImageDataConfig = field(default_factory=ImageDataConfig)
+    optim: VAEOptimConfig = field(default_factory=VAEOptimConfig)
+    loss: VAELossConfig = field(default_factory=VAELossConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+
+
+@dataclass(frozen=True)
+class ReconstructionEvalConfig(Settings):
+    """What eval_vae.py measures and writes."""
+
+    eval_images: Optional[int] = setting(None, "pictures to evaluate; default all", at_least=1)
+    save_images: int = setting(64, "pictures written to original_images/ and generated_images/", at_least=0)
+
+
+@dataclass(frozen=True)
+class EvalVAEConfig(TrainVAEConfig):
+    """Everything eval_vae.py can be told: train_vae.py's settings, so that its YAML files serve, and `eval`."""
+
+    eval: ReconstructionEvalConfig = field(default_factory=ReconstructionEvalConfig)
+
+
+# --------------------------------------------------------------------------------------------------------------- BiART
+
+PRESETS = ("tiny", "12x768", "24x1024")  # biart.model.PRESETS holds their numbers
+DATASETS = ("pairs", "coco", "karpathy", "table", "webdataset", "codes", "shapes", "fake")
+
+
+@dataclass(frozen=True)
+class BiARTModelConfig(Settings):
+    """Shape of the transformer; the rest of it follows from tokenizer and AugVAE."""
+
+    preset: str = setting("12x768", "depth and width, layers x channels; n_* below change single ones", PRESETS)
+    n_layer: Optional[int] = setting(None, "transformer blocks; default the preset's")
+    n_head: Optional[int] = setting(None, "attention heads; default the preset's")
+    n_embd: Optional[int] = setting(None, "width of the residual stream, a multiple of n_head; default the preset's")
+    pos_by_modality: bool = setting(
+        False, "count positions within the text and within the image, so that a place means the same in both directions"
+    )
+    embd_pdrop: float = setting(0.0, "dropout after the embeddings")
+    resid_pdrop: float = setting(0.0, "dropout on each residual branch")
+    attn_pdrop: float = setting(0.0, "dropout on the attention weights")
+
+
+@dataclass(frozen=True)
+class FrozenVAEConfig(Settings):
+    """The AugVAE whose codes BiART reads and writes. It is not trained."""
+
+    vae_path: Optional[str] = setting(None, "AugVAE: run folder, checkpoint, folder of save_pretrained or hub id")
+
+
+@dataclass(frozen=True)
+class TextConfig(Settings):
+    """From captions to ids."""
+
+    tokenizer: str = setting("clip", "CLIP's vocabulary, or a BPE trained on the captions", ("clip", "bpe"))
+    bpe_vocab_size: int = setting(4096, "most ids that a bpe tokenizer gets; at least 256", at_least=256)
+    text_len: int = setting(64, "tokens of a caption; shorter ones are padded", at_least=1)
+    text_too_long: str = setting("truncate", "captions of more tokens are cut, or stop the run", ("truncate", "error"))
+
+
+@dataclass(frozen=True)
+class PairDataConfig(ImageDataConfig):
+    """Pictures with captions, and how they reach the model."""
+
+    train_dir: Optional[str] = setting(
+        None, "training pictures: pair folder, image folder of coco and karpathy, tar shards, or folder of codes"
+    )
+    val_dir: Optional[str] = setting(None, "validation pictures, as train_dir; for karpathy default train_dir")
+    test_dir: Optional[str] = setting(None, "pictures that evaluation reads; val_dir where it is not given")
+    dataset: Optional[str] = setting(
+        None, "layout: name.jpg with name.txt, captions files, tar shards, codes, or generated; default pairs", DATASETS
+    )
+    train_captions: Optional[str] = setting(
+        None, "captions file of coco (default ../annotations/captions_<folder>.json), karpathy, or the table itself"
+    )
+    val_captions: Optional[str] = setting(None, "as train_captions; for karpathy default train_captions")
+    world: str = setting("small", "which world the dataset shapes draws", ("small", "full"))
+    dataset_size: Optional[int] = setting(
+        None, "training pairs an epoch of shapes (default 10000), fake (512) or webdataset (counted)", at_least=1
+    )
+    val_size: Optional[int] = setting(None, "validation pairs of shapes (default 256) or fake (64)", at_least=1)
+
+
+@dataclass(frozen=True)
+class BiARTOptimConfig(Settings):
+    """Optimiser and schedule: a linear warm-up, then a cosine over the whole run."""
+
+    pretrained_path: Optional[str] = setting(
+        None, "BiART to start from: bundle, run folder, checkpoint or hub id; shape, tokenizer and AugVAE come with it"
+    )
+    learning_rate: float = setting(
+        3e-4, "full rate, used as it is given: not scaled by processes or batch_size", above=0
+    )
+    optimizer: str = setting("adamw", "adamw for everything, or muon for the blocks' matrices", ("adamw", "muon"))
+    muon_learning_rate: Optional[float] = setting(
+        None, "full rate of muon's matrices, on AdamW's scale (update RMS 0.2 x rate); default learning_rate", above=0
+    )
+    muon_momentum: float = setting(0.95, "decay of muon's moving average", at_least=0, at_most=0.9999)
+    weight_decay: float = setting(0.05, "decay of matrices; biases, norms and embeddings have none", at_least=0)
+    betas: Tuple[float, float] = setting((0.9, 0.95), "AdamW's decay rates", at_least=0, below=1)
+    warmup_steps: int = setting(0, "steps over which the rate rises linearly to the full one", at_least=0)
+    min_lr_ratio: float = setting(
+        0.1, "share of the full rate that the cosine ends at; 1 keeps the rate constant", at_least=0, at_most=1
+    )
+    ema_decay: float = setting(
+        0.0, "average of the weights, for validation, samples and export: its decay; 0 keeps none", at_least=0, below=1
+    )
+
+
+@dataclass(frozen=True)
+class BiARTLossConfig(Settings):
+    """Cross-entropy of the target plus reference_weight x that of the reference, in both directions."""
+
+    text_to_image_share: float = setting(
+        0.5, "share of a batch that is learnt text to image, the rest image to text", at_least=0, at_most=1
+    )
+    reference_weight: float = setting(0.1, "weight of the loss on the tokens that are given", at_least=0)
+    reference_dropout: float = setting(
+        0.1, "share of samples whose reference is hidden, which guidance needs", at_least=0, at_most=1
+    )
+    word_dropout: float = setting(
+        0.0,
+        "share of a caption's words hidden from the words after them, which are then read off the image",
+        at_least=0,
+        at_most=0.5,
+    )
+    code_dropout: float = setting(
+        0.0,
+        "share of a picture's codes hidden from the codes after them, which are then read off the text",
+        at_least=0,
+        at_most=0.5,
+    )
+    text_loss_weight: float = setting(1.0, "weight of the loss on text tokens", above=0)
+    image_loss_weight: float = setting(1.0, "weight of the loss on image codes", above=0)
+    loss_chunk: Optional[int] = setting(
+        None, "compute logits for so many tokens at a time: less memory, more time", at_least=1
+    )
+
+
+@dataclass(frozen=True)
+class SamplingConfig(SamplingSettings):
+    """Pictures and captions that training draws for the eye; none of it changes what is learnt."""
+
+    num_samples: int = setting(8, "validation pairs to draw for, in both directions; 0 draws none", at_least=0)
+    num_judged: int = setting(
+        32, "validation scenes of shapes for which pictures and captions are judged by the truth", at_least=0
+    )
+    sample_every_n_epochs: int = setting(
+        1, "epochs between samples; log_images draws every image_log_steps too", at_least=1
+    )
+
+
+@dataclass(frozen=True)
+class CodesConfig(Settings):
+    """Encoding a dataset once, so that training reads codes (--dataset codes) and runs no AugVAE."""
+
+    extract_codes: Optional[str] = setting(
+        None, "do not train: write the codes of train_dir and val_dir to this folder's train/ and val/"
+    )
+    crops_per_image: int = setting(
+        1, "crops of each training picture: the centre, then random ones (resize_ratio)", at_least=1
+    )
+    shard_size: int = setting(10000, "pictures in each shard of codes", at_least=1)
+
+
+@dataclass(frozen=True)
+class BundleConfig(Settings):
+    """The folder that generation needs. Every run writes one at its end, to <run folder>/bundle."""
+
+    export: Optional[str] = setting(None, "do not train: write the bundle of ckpt_path to this folder")
+
+
+@dataclass(frozen=True)
+class TrainBiARTConfig:
+    """Everything train_biart.py can be told."""
+
+    model: BiARTModelConfig = field(default_factory=BiARTModelConfig)
+    vae: FrozenVAEConfig = field(default_factory=FrozenVAEConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    data: PairDataConfig = field(default_factory=PairDataConfig)
+    optim: BiARTOptimConfig = field(default_factory=BiARTOptimConfig)
+    loss: BiARTLossConfig = field(default_factory=BiARTLossConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    codes: CodesConfig = field(default_factory=CodesConfig)
+    bundle: BundleConfig = field(default_factory=BundleConfig)
+
+
+# -------------------------------------------------------------------------------------------------- rules across fields
+
+
+Data = TypeVar("Data", bound=ImageDataConfig)
+
+
+def resolve_trainer(t: TrainerConfig) -> TrainerConfig:
+    """The same under one name for each thing: the original's names, short ones and `debug` put into the settings that
+    they stand for, so that the saved file can be read again.
+
+    Raises:
+        ConfigError: settings that contradict each other.
+    """
+    if t.max_steps == 0:
+        raise ConfigError("max_steps is 0; give at least 1, or -1 for no limit.")
+    if t.val_percent_check < 100 and t.limit_val_batches is not None:
+        raise ConfigError("val_percent_check and limit_val_batches both limit validation; give one of them.")
+    if t.gpu_dist is False and t.gpus * t.nodes > 1:
+        raise ConfigError(f"gpu_dist: false contradicts gpus {t.gpus} on {t.nodes} node(s). Drop it, or set gpus: 1.")
+    if t.resume and not t.ckpt_path:
+        raise ConfigError(
+            "resume needs ckpt_path: the checkpoint to continue from (a rerun with --backup needs neither)."
+        )
+    limits = {name: batch_limit(name, getattr(t, name)) for name in ("limit_train_batches", "limit_val_batches")}
+    if limits["limit_train_batches"] == 0:
+        raise ConfigError("limit_train_batches is 0: nothing would be trained. eval_vae.py evaluates without training.")
+    if t.val_percent_check < 100:
+        limits["limit_val_batches"] = t.val_percent_check / 100
+    steps = {}
+    if t.debug:
+        limits = {name: 100 if limit is None else limit for name, limit in limits.items()}
+        steps = {"backup_steps": min(t.backup_steps, 10), "image_log_steps": min(t.image_log_steps, 10)}
+    return replace(
+        t,
+        strategy="ddp" if t.gpu_dist and t.strategy == "auto" else t.strategy,
+        precision=PRECISIONS.get(t.precision, t.precision),
+        val_percent_check=100.0,
+        **limits,
+        **steps,
+    )
+
+
+def batch_limit(name: str, value: float | None) -> float | int | None:
+    """A count (1 or more) as int, a share (below 1) as float: what Lightning tells apart by type."""
+    if value is None or value < 1:
+        return value
+    if value != int(value):
+        raise ConfigError(f"{name} is {value}; give a count of batches (1, 2, ...) or a share between 0 and 1.")
+    return int(value)
+
+
+def resolve_data(d: Data, resolution: int | None, default: str = "imagefolder") -> Data:
+    """The same with its layout under one name, in place of the original's.
+
+    Args:
+        resolution: of the model, None where a checkpoint decides it.
+        default: the layout where none is named.
+
+    Raises:
+        ConfigError: settings that contradict each other.
+    """
+    named = {layout for flag, layout in ((d.fake_data, "fake"), (d.web_dataset, "webdataset")) if flag}
+    if d.fake_data:
+        named.discard("webdataset")  # the original's smoke test of a WebDataset recipe
+    if d.dataset and d.dataset not in (named or {d.dataset}):
+        if not d.fake_data:
+            raise ConfigError(f"dataset: {d.dataset} contradicts web_dataset: true. Give one of them.")
+        named = {"fake"}
+    if resolution is not None and d.img_size not in (None, resolution):
+        raise ConfigError(f"img_size {d.img_size} contradicts resolution {resolution}; they must be equal: give one.")
+    dataset = named.pop() if named else d.dataset or default
+    return replace(d, dataset=dataset, fake_data=dataset == "fake", web_dataset=dataset == "webdataset")
+
+
+FAKE_LIMITS = {"epochs": 1, "limit_train_batches": 2, "limit_val_batches": 1}
+
+
+def limit_fake_data(t: TrainerConfig, given: Mapping[str, str]) -> TrainerConfig:
+    """Bound a run on generated images to a few batches and keep no backups, unless flags ask otherwise.
+
+    A recipe's own length and backups (YAML) are meant for images: a second smoke test would find the first finished.
+    """
+    flags = {leaf for leaf, source in given.items() if source.startswith("--")}
+    lengths = {"epochs", "max_steps", "limit_train_batches", "limit_val_batches", "val_percent_check", "debug"}
+    limits = {} if flags & lengths else FAKE_LIMITS
+    return replace(t, backup=t.backup and "backup" in flags, **limits)
+
+
+def resolve_train_vae(config: TrainVAEConfig, given: Mapping[str, str]) -> TrainVAEConfig:
+    """The configuration of a run of train_vae, as far as it is known before a checkpoint or the machine is looked at.
+
+    Args:
+        given: settings that were given, and where: {leaf: "--leaf" or "file.yaml"}, as `cli.parse` returns.
+
+    Raises:
+        ConfigError: a configuration that could never work, before anything is built or written.
+    """
+    o = config.optim
+    t, data = config.trainer, config.data
+    t = resolve_trainer(t)
+    data = resolve_data(data, None if o.pretrained_path else config.model.resolution)
+    if data.fake_data:
+        t = limit_fake_data(t, given)
+    elif not data.train_dir:
+        raise ConfigError("train_dir is not given: name a folder of pictures, or try --fake_data.")
+    for name in ("in_channels", "out_channels"):
+        if getattr(config.model, name) != 3:
+            raise ConfigError(f"{name} is {getattr(config.model, name)}, but pictures are read as RGB: it must be 3.")
+    if o.lr_decay and o.lr_cosine:
+        raise ConfigError("lr_decay and lr_cosine are two schedules; give one of them.")
+    if o.warmup_steps and not o.lr_cosine:
+        raise ConfigError(f"warmup_steps {o.warmup_steps} has no effect without lr_cosine: true.")
+    if o.finetune and not o.pretrained_path:
+        raise ConfigError("finetune trains AugVAE-SL from an AugVAE-ML: name its checkpoint with pretrained_path.")
+    if o.finetune and len(config.model.attn_resolutions) != 1:
+        raise ConfigError(
+            f"finetune keeps one level, but attn_resolutions is {list(config.model.attn_resolutions)}. "
+            "Give the level to keep, for instance attn_resolutions: [32]."
+        )
+    if o.optimizer == "muon" and t.strategy == "fsdp":
+        raise ConfigError("optimizer: muon needs whole kernels, which strategy: fsdp shards. Use ddp, or adamw.")
+    if o.pretrained_path:  # the checkpoint decides the shape, and its codebook has begun already
+        o = replace(o, codebook_init="normal")
+    else:
+        config.model.validate()
+    return replace(config, data=data, optim=o, trainer=t)
+
+
+def resolve_eval_vae(config: EvalVAEConfig) -> EvalVAEConfig:
+    """The configuration of eval_vae, but for the model section, which is the checkpoint's: `with_evaluated_shape`.
+
+    Raises:
+        ConfigError: a configuration that could never work.
+    """
+    t, d = resolve_trainer(config.trainer), resolve_data(config.data, None)
+    if not t.ckpt_path:
+        raise ConfigError("ckpt_path is not given: name the checkpoint, folder or hub id of the AugVAE to evaluate.")
+    if not (d.fake_data or d.test_dir or d.val_dir):
+        raise ConfigError("Neither test_dir nor val_dir is given: name a folder of pictures, or try --fake_data.")
+    return replace(config, data=d, trainer=t)
+
+
+def with_pretrained_shape(config: TrainVAEConfig, pretrained: AugVAEConfig, given: Collection[str]) -> TrainVAEConfig:
+    """The configuration of a run that begins with a pretrained AugVAE: its shape, and what was given for training.
+
+    Args:
+        given: settings that were given: those that contradict the pretrained shape are refused, defaults yield.
+
+    Raises:
+        ConfigError: the settings contradict the pretrained model, or it has no such level.
+    """
+    o, there = config.optim, f"pretrained_path {config.optim.pretrained_path}"
+    if o.finetune and pretrained.single_level is not None:
+        raise ConfigError(
+            f"{there} is an AugVAE-SL (level {pretrained.single_level}) already; "
+            "fine-tune from an AugVAE-ML, or drop finetune to train this one on."
+        )
+    free = training_only(AugVAEConfig)
+    fixed = {f.name for f in fields(AugVAEConfig)} - free - {"double_z"}
+    if o.finetune:
+        fixed -= {"attn_resolutions", "single_level"}
+    contradictions = [
+        f"{name}: {getattr(config.model, name)} in the settings, {getattr(pretrained, name)} in the checkpoint"
+        for name in sorted(fixed & set(given))
+        if getattr(config.model, name) != getattr(pretrained, name)
+    ]
+    if contradictions:
+        raise ConfigError(f"{there} has another shape:\n  " + "\n  ".join(contradictions))
+    if config.data.img_size not in (None, pretrained.resolution):
+        raise ConfigError(
+            f"img_size: {config.data.img_size}, but {o.pretrained_path} takes pictures of "
+            f"{pretrained.resolution} px. Drop it."
+        )
+    model = replace(pretrained, **{name: getattr(config.model, name) for name in free & set(given)})
+    if o.finetune:  # the recipe names the level to keep, and can be run again
+        (level,) = config.model.attn_resolutions
+        if level not in pretrained.attn_resolutions:
+            raise ConfigError(
+                f"attn_resolutions: [{level}] is not a level of {o.pretrained_path}, which has "
+                f"{list(pretrained.attn_resolutions)}."
+            )
+        model = replace(model, attn_resolutions=(level,))
+    return replace(config, model=model)
+
+
+def with_evaluated_shape(config: EvalVAEConfig, model: AugVAEConfig, given: Collection[str]) -> EvalVAEConfig:
+    """The configuration of an evaluation with the checkpoint's own shape, which data checks and logs then see.
+
+    Other model settings of a YAML file that serves training as well are the checkpoint's to know.
+
+    Raises:
+        ConfigError: resolution or img_size was given and is another.
+    """
+    for name, value in (("resolution", config.model.resolution), ("img_size", config.data.img_size)):
+        if name in given and value not in (None, model.resolution):
+            raise ConfigError(
+                f"{name}: {value}, but {config.trainer.ckpt_path} takes pictures of {model.resolution} px. Drop it."
+            )
+    return replace(config, model=model)
+
+
+def idle_flags_vae(config: TrainVAEConfig, given: Mapping[str, str]) -> list[str]:
+    """Flags that were given but change nothing, each with the reason: a script says so in one line each."""
+    lpips = config.loss.loss_type.startswith("lpips")
+    idle = {
+        "p_loss_weight": (not lpips, f"loss_type {config.loss.loss_type} has no LPIPS"),
+        "resize_ratio": (config.data.fake_data, "the data is fake"),
+        "codebook_init": (bool(config.optim.pretrained_path), "the codebook comes from pretrained_path"),
+    }
+    return idle_flags(config, given, idle)
+
+
+def idle_flags(
+    config: TrainVAEConfig | TrainBiARTConfig, given: Mapping[str, str], more: dict[str, tuple[bool, str]]
+) -> list[str]:
+    """Flags given without effect, as `flag: reason`: those of every training, and `more`, {flag: (idle?, reason)}."""
+    t = config.trainer
+    idle = {
+        "backup_steps": (not t.backup, "backup is off"),
+        "backup_dir": (not t.backup, "backup is off"),
+        "image_log_steps": (not t.log_images, "log_images is off"),
+        **more,
+        "shuffle_buffer": (not config.data.web_dataset, "the data is not webdataset"),
+        "strategy": (t.gpus * t.nodes <= 1 and t.strategy != "fsdp", "one process trains"),
+    }
+    return [f"{n}: {why}" for n, (off, why) in idle.items() if off and given.get(n, "").startswith("--")]
+
+
+def resolve_train_biart(config: TrainBiARTConfig, given: Mapping[str, str]) -> TrainBiARTConfig:
+    """As `resolve_train_vae`, for train_biart."""
+    t = resolve_trainer(config.trainer)
+    if config.optim.pretrained_path and t.resume:
+        raise ConfigError("pretrained_path begins a run and resume continues one: give one of them.")
+    if config.bundle.export:
+        if not t.ckpt_path:
+            raise ConfigError(
+                "export needs ckpt_path: the checkpoint or run folder of train_biart.py to make a bundle of."
+            )
+        if config.codes.extract_codes:
+            raise ConfigError("export and extract_codes are two tasks; give one of them.")
+        return replace(config, trainer=t)
+    data = resolve_pairs(config.data)
+    if data.fake_data:
+        t = limit_fake_data(t, given)
+    elif not (config.vae.vae_path or config.optim.pretrained_path):
+        raise ConfigError("vae_path is not given: name the AugVAE of train_vae.py, or try --fake_data.")
+    o, c, guidance = config.optim, config.codes, config.sampling.guidance
+    if o.muon_learning_rate is not None and o.optimizer != "muon":
+        raise ConfigError("muon_learning_rate has no effect without optimizer: muon.")
+    if o.optimizer == "muon" and t.strategy == "fsdp":
+        raise ConfigError("optimizer: muon needs whole matrices, and strategy: fsdp cuts them. Use adamw or ddp.")
+    if guidance != 1 and not config.loss.reference_dropout:
+        raise ConfigError(f"guidance {guidance} needs reference_dropout above 0 in training; 0.1 is usual.")
+    if c.extract_codes and data.dataset == "codes":
+        raise ConfigError("extract_codes reads pictures, but dataset is codes: train on them, or name pictures.")
+    if c.crops_per_image > 1 and not c.extract_codes:
+        raise ConfigError(f"crops_per_image {c.crops_per_image} has no effect without extract_codes.")
+    if c.crops_per_image > 1 and data.dataset == "shapes":
+        raise ConfigError("crops_per_image cuts objects of shapes in two, which captions still name: leave it at 1.")
+    return replace(config, data=data, trainer=t)
+
+
+def idle_flags_biart(config: TrainBiARTConfig, given: Mapping[str, str]) -> list[str]:
+    """Flags that were given but change nothing, each with the reason, as `idle_flags_vae` names train_vae's."""
+    dataset, trained = config.data.dataset, "the tokenizer is not trained: "
+    saved = config.trainer.resume or config.optim.pretrained_path
+    why = (
+        f"{trained}it comes from the checkpoint"
+        if config.trainer.resume
+        else f"{trained}it comes from pretrained_path"
+        if config.optim.pretrained_path
+        else f"{trained}it comes with the codes"
+        if dataset == "codes"
+        else f"{trained}it is {config.text.tokenizer}"
+    )
+    idle = {
+        "bpe_vocab_size": (saved or dataset == "codes" or config.text.tokenizer != "bpe", why),
+        "resize_ratio": (dataset in ("codes", "shapes", "fake"), f"dataset {dataset} is not cropped"),
+        "world": (dataset != "shapes", "the data is not shapes"),
+        "val_size": (dataset not in ("shapes", "fake"), f"dataset {dataset} is validated on all its pairs"),
+        "muon_momentum": (config.optim.optimizer != "muon", "optimizer is not muon"),
+    }
+    return idle_flags(config, given, idle)
+
+
+def resolve_pairs(d: PairDataConfig) -> PairDataConfig:
+    """As `resolve_data`, for images with captions; raises ConfigError also for what is missing."""
+    d = resolve_data(d, d.img_size, default="pairs")
+    if d.dataset in ("shapes", "fake"):
+        return d
+    captions = {"karpathy": "dataset_coco.json", "table": "the .csv, .tsv or .jsonl with image paths and captions"}
+    if d.dataset in captions and not d.train_captions:
+        raise ConfigError(f"train_captions is not given; dataset {d.dataset} needs it: {captions[d.dataset]}.")
+    if d.dataset != "table" and not d.train_dir:
+        raise ConfigError("train_dir is not given: name the training pictures, or try --fake_data or --dataset shapes.")
+    if d.dataset not in ("coco", "karpathy", "table"):
+        for name in ("train_captions", "val_captions"):
+            if getattr(d, name):
+                raise ConfigError(f"{name} has no effect with dataset {d.dataset}: choose coco, karpathy or table.")
+    return d
