@@ -238,7 +238,7 @@ def test_names_and_ids(tmp_path):
         {"filename": i["file_name"], "cocoid": i["id"], "split": "test", "sentences": [{"raw": "a"}]} for i in images
     ]
     (tmp_path / "karpathy.json").write_text(json.dumps({"images": karpathy}))
-    own.dataset, own.test_captions = "karpathy", str(tmp_path / "karpathy.json")
+    own = EvalDataConfig(dataset="karpathy", test_dir=str(folder), test_captions=str(tmp_path / "karpathy.json"))
     assert Pairs(own, 32, 0).image_ids() == [70, 71, 72]
     for cocoid in (70, None):  # two of one id, one without: names tell them apart
         karpathy[1]["cocoid"] = cocoid
