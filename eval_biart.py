@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Judge a trained bundle, or another system's pictures and captions, in both directions. `--help` lists every setting.
+"""Evaluate a trained bundle, or another system's images and captions, in both directions. `--help` lists every setting.
 
 FID and FID-k, Inception Score, precision and recall, CLIP score; BLEU, METEOR, ROUGE-L, CIDEr, SPICE; retrieval,
 zero-shot classification, round trips and held-out likelihoods by the model itself. Prints one table and writes
-metrics.json and index.html. --compare A B prints the figures of two finished runs side by side.
+metrics.json and index.html. --compare A B prints the metrics of two finished runs side by side.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Evaluate an AugVAE checkpoint on pictures: PSNR, SSIM, L1, MSE, LPIPS, rFID, use of the codebook."""
+"""Evaluate an AugVAE checkpoint on images: PSNR, SSIM, L1, MSE, LPIPS, rFID, codebook usage."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def run(config: EvalVAEConfig, given: Mapping[str, str]) -> int:
         place.mkdir(parents=True, exist_ok=True)
         runs.write_whole(place / "metrics.json", json.dumps(results, indent=2) + "\n")
         runs.write_whole(place / "config.yaml", to_yaml(config))
-        print(table(results, f"{t.ckpt_path}: {results['images']} pictures"))
+        print(table(results, f"{t.ckpt_path}: {results['images']} images"))
         print(f"Written to {place}")
     return 0
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Draw pictures from texts, write captions for pictures, score their fit, complete pictures, with a trained bundle."""
+"""Generate images from texts or captions from images, score pairs, or complete images, with a trained bundle."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Train BiART both ways, text to image and image to text, on pictures with captions. `--help` lists every setting.
+"""Train BiART in both directions on images with captions. `--help` lists every setting.
 
---extract_codes DIR encodes the pictures once instead, to train on them with --dataset codes; --export DIR makes a
-bundle of --ckpt_path.
+--extract_codes DIR encodes the images once instead, for training with --dataset codes; --export DIR makes a bundle of
+--ckpt_path.
 """
 
 from __future__ import annotations

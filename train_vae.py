@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train AugVAE-ML, or fine-tune AugVAE-SL from it, on pictures. `--help` lists every setting."""
+"""Train AugVAE-ML, or fine-tune AugVAE-SL from it, on images. `--help` lists every setting."""
 
 from __future__ import annotations
 

@@ -22,8 +22,8 @@ from benchmarks.plain import MinGPT, embeddings, gpt2, x_transformer
 from latent_verse.biart.model import PRESETS, BiART
 from latent_verse.biart.sequence import Sequences
 from latent_verse.biart.training import LitBiART
-from latent_verse.config import BiARTConfig, TrainerConfig
-from latent_verse.config.train import TrainBiARTConfig
+from latent_verse.config import BiARTConfig
+from latent_verse.config.train import TrainBiARTConfig, TrainerConfig
 from latent_verse.optimizer import adamw
 
 # preset, our batch, the peers' batch (they hold more), and what is compared; seq 1,088 = 64 + 1,024

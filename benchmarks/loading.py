@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from benchmarks.measure import Row, absent, peer, row
-from latent_verse.config import ImageDataConfig
+from latent_verse.config.train import ImageDataConfig
 from latent_verse.data.images import ImageDataset
 from latent_verse.data.module import ImageDataModule
 

@@ -27,7 +27,7 @@ import torch
 from latent_verse.augvae.model import AugVAE
 from latent_verse.augvae.training import LitAugVAE
 from latent_verse.cli import parse
-from latent_verse.config import PRECISIONS, TrainVAEConfig, resolve_train_vae
+from latent_verse.config.train import PRECISIONS, TrainVAEConfig, resolve_train_vae
 from latent_verse.data.module import ImageDataModule
 
 WARM_UP = 10  # steps before the clock starts

@@ -67,7 +67,7 @@ def frozen_vae(config: TrainBiARTConfig, pretrained: Pretrained | None = None) -
         vae = load_augvae(path)
     if config.data.img_size not in (None, vae.config.resolution):
         raise ConfigError(
-            f"img_size: {config.data.img_size}, but {path} takes pictures of {vae.config.resolution} px. Leave it out."
+            f"img_size: {config.data.img_size}, but {path} takes images of {vae.config.resolution} px. Leave it out."
         )
     if pretrained is not None:
         _check_vae(fingerprint(vae), pretrained.vae_fingerprint, pretrained.vae_path, pretrained.where)

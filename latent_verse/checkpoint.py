@@ -22,7 +22,8 @@ import torch
 from torch import nn
 
 from latent_verse.augvae.model import AugVAE
-from latent_verse.config import AugVAEConfig, ConfigError, TrainVAEConfig, UserError, as_plain, with_pretrained_shape
+from latent_verse.config import AugVAEConfig, ConfigError, UserError, as_plain
+from latent_verse.config.train import TrainVAEConfig, with_pretrained_shape
 from latent_verse.runs import newest
 
 FORMAT = "latent_verse/augvae"

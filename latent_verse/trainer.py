@@ -24,8 +24,8 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from latent_verse import runs
 from latent_verse.callbacks import Backup, ImageGrids, Interrupted, ProcessState, ProgressBar, RunFolder
-from latent_verse.config import ConfigError, TrainerConfig, TrainVAEConfig
-from latent_verse.config.train import TrainBiARTConfig
+from latent_verse.config import ConfigError
+from latent_verse.config.train import TrainBiARTConfig, TrainerConfig, TrainVAEConfig
 from latent_verse.runs import Run
 
 Training = TypeVar("Training", TrainVAEConfig, TrainBiARTConfig)
@@ -163,14 +163,14 @@ def fit(trainer: pl.Trainer, t: TrainerConfig, run: Run, module: pl.LightningMod
         failed = False
     except Interrupted as stopped:
         failed = False
-        again = "the same command continues there" if t.backup else "continue with --resume --ckpt_path and that file"
+        again = "rerun the command to resume" if t.backup else "resume with --resume --ckpt_path and that file"
         say(f"{stopped}; {again}.")
         return False
     finally:
         if t.logger == "wandb":
             close_wandb(failed)
     if start_from and trainer.global_step == runs.step_of(start_from):
-        say(f"{run.folder} was finished already. Raise --epochs to go on, or give another --name.")
+        say(f"{run.folder} was finished already. Raise --epochs to train longer, or give another --name.")
     return True
 
 

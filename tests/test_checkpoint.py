@@ -24,15 +24,8 @@ from latent_verse.checkpoint import (
     load_for_training,
     read_ckpt,
 )
-from latent_verse.config import (
-    ConfigError,
-    EvalVAEConfig,
-    TrainerConfig,
-    TrainVAEConfig,
-    VAEOptimConfig,
-    as_plain,
-    with_evaluated_shape,
-)
+from latent_verse.config import ConfigError, as_plain
+from latent_verse.config.train import EvalVAEConfig, TrainerConfig, TrainVAEConfig, VAEOptimConfig, with_evaluated_shape
 
 SINGLE = pytest.mark.parametrize("single_level", [None, 8, 4, 2])
 
@@ -438,7 +431,7 @@ def test_settings_that_contradict_the_weights_are_listed(tiny_augvae, tiny_confi
 def test_evaluation_takes_the_checkpoints_shape(tiny_config, given, refused):
     config = EvalVAEConfig(trainer=TrainerConfig(ckpt_path="a.ckpt"))  # of 256 px
     if refused:
-        with pytest.raises(ConfigError, match=r"resolution: 256, but a.ckpt takes pictures of 16 px"):
+        with pytest.raises(ConfigError, match=r"resolution: 256, but a.ckpt takes images of 16 px"):
             with_evaluated_shape(config, tiny_config(), given)
     else:
         assert with_evaluated_shape(config, tiny_config(), given).model == tiny_config()

@@ -12,8 +12,9 @@ import yaml
 
 from latent_verse.callbacks import Diverged
 from latent_verse.checkpoint import CheckpointError
-from latent_verse.config import ConfigError, EvalVAEConfig, TrainVAEConfig, setting
+from latent_verse.config import ConfigError, setting
 from latent_verse.config.cli import leaves, one_line_errors, parse, to_yaml
+from latent_verse.config.train import EvalVAEConfig, TrainVAEConfig
 from latent_verse.data import DataError
 from latent_verse.text import TokenizerError
 
@@ -378,7 +379,7 @@ finally:
         shown = any(line.startswith(f"  --{f.name}") for line in lines)
         assert shown != f.metadata["hidden"], f.name
     text = " ".join(done.stdout.split())
-    assert "pictures a step and process (default: 8)" in text
+    assert "images per step and process (default: 8)" in text
     assert "(default: [64, 32, 16, 8])" in text
     assert "--no-" not in text
 

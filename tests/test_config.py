@@ -9,29 +9,25 @@ from pathlib import Path
 import pytest
 
 import train_vae
-from latent_verse.config import (
+from latent_verse.config import AugVAEConfig, BiARTConfig, ConfigError, SamplingSettings, as_plain, training_only
+from latent_verse.config.cli import leaves, parse, to_yaml
+from latent_verse.config.evaluate import EvalBiARTConfig, GenerationConfig
+from latent_verse.config.generate import DrawConfig, GenerateConfig
+from latent_verse.config.train import (
     FAKE_LIMITS,
-    AugVAEConfig,
-    BiARTConfig,
-    ConfigError,
     EvalVAEConfig,
     ImageDataConfig,
-    SamplingSettings,
+    SamplingConfig,
+    TrainBiARTConfig,
     TrainerConfig,
     TrainVAEConfig,
-    as_plain,
     batch_limit,
     idle_flags_vae,
     resolve_data,
     resolve_eval_vae,
     resolve_train_vae,
     resolve_trainer,
-    training_only,
 )
-from latent_verse.config.cli import leaves, parse, to_yaml
-from latent_verse.config.evaluate import EvalBiARTConfig, GenerationConfig
-from latent_verse.config.generate import DrawConfig, GenerateConfig
-from latent_verse.config.train import SamplingConfig, TrainBiARTConfig
 from latent_verse.demo import DemoConfig
 from latent_verse.evaluation.shapes import ShapesDrawConfig, ShapesEvalConfig
 

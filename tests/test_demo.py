@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from latent_verse.config import ConfigError, TrainVAEConfig, resolve_train_vae
+from latent_verse.config import ConfigError
 from latent_verse.config.cli import parse
-from latent_verse.config.train import TrainBiARTConfig, resolve_train_biart
+from latent_verse.config.train import TrainBiARTConfig, TrainVAEConfig, resolve_train_biart, resolve_train_vae
 from latent_verse.data.shapes import PRESETS
 from latent_verse.demo import images, results
 from latent_verse.demo import run as demo

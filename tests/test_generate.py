@@ -191,7 +191,7 @@ def test_a_seed_that_was_drawn_is_recorded_and_draws_the_same(bundle, tmp_path):
         (["--text", "a", "--beams", 2], "--beams: no effect with --text"),
         (["--image", "PICTURES", "--rerank", 2], "--rerank: no effect with --image"),
         (["--score", "PICTURES", "a", "--seed", 2], "--seed: no effect with --score"),
-        (["--score", "PICTURES"], "score needs a picture and a text"),
+        (["--score", "PICTURES"], "score needs an image and a text"),
         (["--complete", "PICTURES"], "complete needs rows"),
         (["--complete", "PICTURES", "--rows", 4], "keep 1 to 3"),
         (["--text", "a", "--gpus", 4], "gpus is 4"),

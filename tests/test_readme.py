@@ -9,11 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from latent_verse.config import EvalVAEConfig, TrainVAEConfig, resolve_eval_vae, resolve_train_vae
 from latent_verse.config.cli import parse
 from latent_verse.config.evaluate import EvalBiARTConfig, resolve_eval_biart
 from latent_verse.config.generate import GenerateConfig, resolve_generate
-from latent_verse.config.train import TrainBiARTConfig, resolve_train_biart
+from latent_verse.config.train import (
+    EvalVAEConfig,
+    TrainBiARTConfig,
+    TrainVAEConfig,
+    resolve_eval_vae,
+    resolve_train_biart,
+    resolve_train_vae,
+)
 from latent_verse.demo import run as demo
 
 REPO = Path(__file__).parent.parent

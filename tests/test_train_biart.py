@@ -668,7 +668,7 @@ def test_mistakes_are_one_line_on_stderr(world, tmp_path, capsys):
         (["--n_embd", "17"], "n_embd 17 is not a multiple of n_head 2"),
         (["--vae_path", str(tmp_path / "none")], "does not exist"),
         (["--vae_path", str(tmp_path / "val")], "config.json"),
-        (["--img_size", "32"], "takes pictures of 16 px"),
+        (["--img_size", "32"], "takes images of 16 px"),
         (["--top_k", "25"], "the codebook has 24 codes"),
         (["--temperature", "0", "--top_k", "3"], "top_k has no effect at temperature 0"),
         (["--guidance", "nan"], "guidance is nan (from --guidance); it must be a finite number"),

@@ -189,7 +189,7 @@ def test_interrupted_run_goes_on_exactly(tmp_path, uninterrupted, number, capsys
     said = process.communicate(timeout=120)[0]
     if number != signal.SIGKILL:
         assert process.returncode == 0, said
-        assert "the same command continues there" in said
+        assert "rerun the command to resume" in said
     saved = max(map(steps, (run / "backups").glob("step=*.ckpt")))
     assert saved < 27, "the run was over before it could be interrupted"
     capsys.readouterr()
@@ -326,7 +326,7 @@ def test_more_gpus_than_the_machine_has(tmp_path, pictures, capsys, monkeypatch)
 
 
 def test_no_gpu_is_said_in_one_line(tmp_path, pictures, caplog):
-    from latent_verse.config import TrainerConfig
+    from latent_verse.config.train import TrainerConfig
     from latent_verse.trainer import choose_devices
 
     if torch.cuda.is_available():

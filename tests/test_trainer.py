@@ -14,7 +14,7 @@ from latent_verse import callbacks, trainer
 from latent_verse.augvae.model import AugVAE
 from latent_verse.augvae.training import LitAugVAE
 from latent_verse.callbacks import Backup, Interrupted, ProgressBar, RunFolder
-from latent_verse.config import TrainerConfig, TrainVAEConfig
+from latent_verse.config.train import TrainerConfig, TrainVAEConfig
 from latent_verse.metrics.reconstruction import ReconstructionMetrics
 from latent_verse.runs import Run
 from latent_verse.trainer import compiles_by_default, make_trainer

@@ -29,137 +29,114 @@ DATASETS = ("pairs", "coco", "karpathy", "table", "shapes", "fake")
 
 
 @dataclass(frozen=True)
-class JudgedConfig(Settings):
-    """What is judged: a model, another system's outputs, or two runs of this command side by side."""
+class EvaluatedConfig(Settings):
+    """What to evaluate: a model, another system's outputs, or two finished evaluations side by side."""
 
-    model: Optional[str] = setting(None, "bundle: a folder that train_biart.py wrote, or a hub id")
-    generated_dir: Optional[str] = setting(None, "judge the pictures in this folder rather than draw any")
+    model: Optional[str] = setting(None, "model to evaluate: a bundle that train_biart.py wrote, or a hub id")
+    generated_dir: Optional[str] = setting(None, "evaluate the images in this folder instead of generating any")
     captions_file: Optional[str] = setting(
-        None, "judge these captions rather than write any: COCO results JSON, or JSON lines as generate.py writes"
+        None, "evaluate these captions instead of generating any: COCO results JSON, or generate.py's JSON lines"
     )
-    tasks: Tuple[str, ...] = setting((), f"which of {' '.join(TASKS)}; default all that can be done with what is given")
-    compare: Tuple[str, ...] = setting((), "print the figures of two runs, folders or metrics.json, side by side")
+    tasks: Tuple[str, ...] = setting((), f"tasks to run, of {' '.join(TASKS)}; default all that are possible")
+    compare: Tuple[str, ...] = setting((), "print the metrics of two runs (folders or metrics.json files) side by side")
 
 
 @dataclass(frozen=True)
 class EvalDataConfig(Settings):
-    """Pictures with captions that were kept out of training."""
+    """Test images with captions."""
 
     dataset: Optional[str] = setting(
-        None, "layout: name.jpg with name.txt, captions files, or generated; default pairs", DATASETS
+        None, "layout: name.jpg with name.txt, caption files, or generated; default pairs", DATASETS
     )
-    fake_data: bool = setting(False, "made-up pairs: a smoke test without data")
-    test_dir: Optional[str] = setting(None, "pictures: pair folder, or image folder of coco and karpathy")
+    fake_data: bool = setting(False, "same as --dataset fake: a smoke test without data")
+    test_dir: Optional[str] = setting(None, "test images: pair folder, or image folder (coco, karpathy)")
     test_captions: Optional[str] = setting(
-        None, "captions file of coco (default ../annotations/captions_<folder>.json), karpathy, or the table itself"
+        None, "caption file of coco (default ../annotations/captions_<folder>.json) or karpathy, or the table itself"
     )
-    world: str = setting("small", "which world the dataset shapes draws", ("small", "full"))
+    world: str = setting("small", "world of the dataset shapes", ("small", "full"))
     split: str = setting(
-        "val", "of shapes: unseen scenes, or pairs of colour and shape kept out of training", ("val", "heldout")
+        "val", "split of shapes: unseen scenes, or pairs of colour and shape held out of training", ("val", "heldout")
     )
-    test_size: Optional[int] = setting(None, "pairs of shapes (default 256) or fake (32)", at_least=1)
+    test_size: Optional[int] = setting(None, "test pairs for shapes (default 256) or fake (32)", at_least=1)
 
 
 @dataclass(frozen=True)
 class GenerationConfig(SamplingSettings):
-    """Text to image: the draw of captions, drawing, and what the pictures are compared with."""
+    """Text to image: which captions, how images are sampled, and what they are compared with."""
 
-    eval_captions: int = setting(
-        30000, "captions to draw pictures for, by the fixed draw; at most those there are", at_least=1
-    )
-    candidates: int = setting(
-        1, "pictures drawn for each caption; more are also re-ranked, by the model and by CLIP", at_least=1
-    )
-    blur_radii: Tuple[int, ...] = setting((0, 1, 2, 4, 8), "radii k of FID-k; both sides are blurred", at_least=0)
+    eval_captions: int = setting(30000, "number of captions to generate images for, at most all there are", at_least=1)
+    candidates: int = setting(1, "images per caption; several are also re-ranked by the model and by CLIP", at_least=1)
+    blur_radii: Tuple[int, ...] = setting((0, 1, 2, 4, 8), "radii k of FID-k, which blurs both image sets", at_least=0)
     fid_resolution: Optional[int] = setting(
-        None, "pixels a side of both sides of FID; default the model's, else 256", at_least=1
+        None, "resolution for FID, both sets; default the model's, else 256", at_least=1
     )
-    reference: str = setting("all", "FID's other side: all pictures of the data, or the draw's", ("all", "drawn"))
+    reference: str = setting("all", "reference set for FID: all images, or the sampled pairs' only", ("all", "drawn"))
     reference_stats: Optional[str] = setting(
-        None, "file of FID's other side: read where it is there, else written; default in the run folder"
+        None,
+        "file with the statistics of FID's reference set: read if it exists, else written; default in the run folder",
     )
-    prc_pictures: int = setting(10000, "most pictures of each side that precision and recall compare", at_least=2)
-    prc_neighbours: int = setting(3, "neighbours that precision and recall measure the manifold by", at_least=1)
-    is_splits: int = setting(10, "parts of Inception Score's mean and deviation", at_least=1)
+    prc_pictures: int = setting(10000, "largest number of images per set for precision and recall", at_least=2)
+    prc_neighbours: int = setting(3, "nearest neighbours that define the manifold for precision and recall", at_least=1)
+    is_splits: int = setting(10, "splits for the mean and deviation of Inception Score", at_least=1)
 
 
 @dataclass(frozen=True)
 class CaptionConfig(Settings):
     """Image to text."""
 
-    caption_pictures: Optional[int] = setting(
-        None, "write captions for so many pictures, the first; default all", at_least=1
-    )
-    beams: int = setting(1, "search for the likeliest caption with so many beams; 1 is greedy", at_least=1)
-    java: bool = setting(True, "use Java where there is one: the field's tokenizer, METEOR and SPICE need it")
+    caption_pictures: Optional[int] = setting(None, "caption only this many images, the first; default all", at_least=1)
+    beams: int = setting(1, "beam search for captions with this many beams; 1 is greedy", at_least=1)
+    java: bool = setting(True, "use Java if installed, for the standard caption tokenizer, METEOR and SPICE")
 
 
 @dataclass(frozen=True)
 class LikelihoodConfig(Settings):
-    """What is asked of log p(text | image) and log p(image | text)."""
+    """What is measured with log p(text | image) and log p(image | text)."""
 
-    likelihood_pairs: int = setting(1000, "pairs of the fixed draw whose held-out likelihood is measured", at_least=1)
-    retrieval_pictures: int = setting(
-        100, "pictures in the pool of retrieval; every one is scored with every caption", at_least=2
-    )
-    retrieval_captions: int = setting(
-        1, "captions of each picture in the pool; the Karpathy protocol has 5", at_least=1
-    )
-    length_power: float = setting(
-        0.0, "divide log p(text | image) by tokens to this power: 0 is the sum, 1 the mean", at_least=0
-    )
+    likelihood_pairs: int = setting(1000, "sampled pairs to measure the held-out likelihood on", at_least=1)
+    retrieval_pictures: int = setting(100, "images in the retrieval pool, each scored with every caption", at_least=2)
+    retrieval_captions: int = setting(1, "captions per image in the retrieval pool (Karpathy: 5)", at_least=1)
+    length_power: float = setting(0.0, "divide log p(text | image) by length to this power: 0 sum, 1 mean", at_least=0)
     prior_weight: float = setting(
-        0.0, "subtract so much of the candidate's own log p: 1 ranks by mutual information", at_least=0
+        0.0, "weight of the candidate's prior log p, which is subtracted; 1 ranks by mutual information", at_least=0
     )
-    prior: str = setting(
-        "null", "that log p: of the model without a reference, or its mean over the pool's references", ("null", "pool")
-    )
-    classes_dir: Optional[str] = setting(None, "zero-shot classification: a folder of class folders of pictures")
-    class_names: Optional[str] = setting(None, "file with `folder<TAB>name` a line; default the folders' own names")
-    class_prompt: str = setting("a photo of a {}", "what is scored for a class; {} is its name")
-    class_pictures: Optional[int] = setting(
-        None, "most pictures to classify, by the fixed draw; default all", at_least=1
-    )
-    round_trip_pairs: int = setting(
-        100, "pairs of the fixed draw that go there and back, in both directions", at_least=2
-    )
+    prior: str = setting("null", "estimate of the prior log p: unconditional, or mean over the pool", ("null", "pool"))
+    classes_dir: Optional[str] = setting(None, "folder of class folders of images, for zero-shot classification")
+    class_names: Optional[str] = setting(None, "class names, a `folder<TAB>name` per line; default folders' names")
+    class_prompt: str = setting("a photo of a {}", "text that is scored for a class; {} stands for its name")
+    class_pictures: Optional[int] = setting(None, "largest number of images to classify; default all", at_least=1)
+    round_trip_pairs: int = setting(100, "sampled pairs for round trips, in both directions", at_least=2)
 
 
 @dataclass(frozen=True)
 class NetworksConfig(Settings):
-    """Networks of the metrics. One that is absent is named with its file and place; the other figures are given."""
+    """Networks of the metrics. Metrics whose weights are missing are skipped and reported; the rest still run."""
 
-    clip_model: str = setting("ViT-B-32", "open_clip's architecture for CLIP scores")
-    clip_weights: str = setting("openai", "its weights: a tag of open_clip, or a file")
-    download: bool = setting(False, "download absent networks once, hash-checked, to torch's and CLIP's caches")
+    clip_model: str = setting("ViT-B-32", "architecture for CLIP scores, as open_clip names it")
+    clip_weights: str = setting("openai", "weights of clip_model: a tag of open_clip, or a file")
+    download: bool = setting(False, "download missing weights once, hash-checked, to the caches of torch and CLIP")
 
 
 @dataclass(frozen=True)
 class EvalWriteConfig(Settings):
     """Where results go, and which machine computes."""
 
-    name: Optional[str] = setting(
-        None, "name of the run's folder in log_dir; default eval-<what is judged>-<tasks given>"
-    )
+    name: Optional[str] = setting(None, "name of the run folder in log_dir; default eval-<model>-<tasks given>")
     log_dir: str = setting("results", "folder that holds the run folders")
-    seed: int = setting(0, "seed of the draws of captions and of pictures", at_least=0)
-    gpus: int = setting(1, "processes that share the work, a GPU each; 0 is the CPU", at_least=0)
-    accelerator: str = setting("auto", "auto, or cpu: gpus is then the number of processes on it", ("auto", "cpu"))
-    dtype: str = setting(
-        "float32", "BiART's precision; lower ones draw faster, and are named with every figure", DTYPES
-    )
-    num_workers: Optional[int] = setting(
-        None, "threads that read and blur pictures; default what the machine has", at_least=1
-    )
-    batch_size: int = setting(64, "captions drawn for, and pictures judged, at a time", at_least=1)
-    page_cases: int = setting(8, "pictures and captions shown on the page as best, as median and as worst", at_least=0)
+    seed: int = setting(0, "seed for the choice of pairs and for sampling", at_least=0)
+    gpus: int = setting(1, "number of processes, each with one GPU; 0 is the CPU", at_least=0)
+    accelerator: str = setting("auto", "auto, or cpu (then gpus is the number of processes)", ("auto", "cpu"))
+    dtype: str = setting("float32", "precision of BiART; lower is faster and recorded with every metric", DTYPES)
+    num_workers: Optional[int] = setting(None, "threads that read and blur images; default by machine", at_least=1)
+    batch_size: int = setting(64, "batch size for generating and for evaluating", at_least=1)
+    page_cases: int = setting(8, "examples on the page, for each of best, median and worst", at_least=0)
 
 
 @dataclass(frozen=True)
 class EvalBiARTConfig:
     """Everything eval_biart.py can be told."""
 
-    judged: JudgedConfig = field(default_factory=JudgedConfig)
+    judged: EvaluatedConfig = field(default_factory=EvaluatedConfig)
     data: EvalDataConfig = field(default_factory=EvalDataConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     captions: CaptionConfig = field(default_factory=CaptionConfig)
@@ -190,7 +167,7 @@ def resolve_eval_biart(config: EvalBiARTConfig, given: Mapping[str, str]) -> tup
         return config, ()
     if not (j.model or j.generated_dir or j.captions_file):
         raise ConfigError(
-            "Nothing to judge: give --model, or another system's outputs as --generated_dir or --captions_file, or "
+            "Nothing to evaluate: give --model, or another system's outputs as --generated_dir or --captions_file, or "
             "two finished runs to --compare."
         )
     config = replace(config, data=_resolve_data(config.data))
@@ -218,8 +195,8 @@ def _check_effects(config: EvalBiARTConfig, tasks: tuple[str, ...]) -> None:
                 )
     if j.generated_dir and g.reference == "all" and g.eval_captions != default.generation.eval_captions:
         raise ConfigError(
-            "eval_captions has no effect with --generated_dir: all its pictures are judged, against all pictures of "
-            "the data. With --reference drawn it says which those are."
+            "eval_captions has no effect with --generated_dir: all its images are evaluated, against all images of the "
+            "data. With --reference drawn it says against which."
         )
     if config.likelihood.prior != default.likelihood.prior and not config.likelihood.prior_weight:
         raise ConfigError(f"prior {config.likelihood.prior} has no effect with prior_weight 0.")
@@ -274,7 +251,7 @@ def _resolve_data(d: EvalDataConfig) -> EvalDataConfig:
     if d.dataset == "table" and not d.test_captions:
         raise ConfigError("test_captions is not given; dataset table needs it: the .csv, .tsv or .jsonl.")
     if d.dataset != "table" and not d.test_dir:
-        raise ConfigError("test_dir is not given: name the test pictures, or try --fake_data or --dataset shapes.")
+        raise ConfigError("test_dir is not given: name the test images, or try --fake_data or --dataset shapes.")
     if d.dataset == "karpathy" and not d.test_captions:
         raise ConfigError("test_captions is not given; dataset karpathy needs it: dataset_coco.json.")
     if d.dataset == "pairs" and d.test_captions:

@@ -16,31 +16,33 @@ TASKS = ("complete", "score", "image", "text")  # `complete` takes texts as well
 class WhatConfig(Settings):
     """The model, and one of four things to do: text, image, score or complete."""
 
-    model: Optional[str] = setting(None, "bundle: a folder that training exported, or a hub id")
-    text: Tuple[str, ...] = setting((), "draw pictures for these texts, each one argument")
-    text_file: Optional[str] = setting(None, "draw pictures for the texts of this file, one a line")
-    image: Tuple[str, ...] = setting((), "write captions for these pictures: files or folders")
-    score: Tuple[str, ...] = setting((), "how well do they fit: a picture or folder, then one or more texts")
-    complete: Optional[str] = setting(None, "keep the top of this picture (or of each in a folder) and draw the rest")
-    rows: Optional[int] = setting(None, "rows of codes that complete keeps", at_least=1)
+    model: Optional[str] = setting(None, "model: a bundle that train_biart.py wrote, or a hub id")
+    text: Tuple[str, ...] = setting((), "generate images for these texts, one argument each")
+    text_file: Optional[str] = setting(None, "generate images for the texts in this file, one per line")
+    image: Tuple[str, ...] = setting((), "generate captions for these images (files or folders)")
+    score: Tuple[str, ...] = setting((), "score an image (or folder) against one or more texts")
+    complete: Optional[str] = setting(None, "keep the top of this image (or of each in a folder) and generate the rest")
+    rows: Optional[int] = setting(None, "number of rows of codes that complete keeps", at_least=1)
 
 
 @dataclass(frozen=True)
 class DrawConfig(SamplingSettings):
-    """How pictures and captions are drawn."""
+    """How images and captions are sampled."""
 
-    num: int = setting(1, "pictures for each text, or captions for each picture", at_least=1)
+    num: int = setting(1, "images per text, or captions per image", at_least=1)
     temperature: Optional[float] = setting(
-        None, "0 takes the likeliest token; default 1 for images, 0 for captions", at_least=0
+        None,
+        "sampling temperature; 0 always takes the most likely token; default 1 for images, 0 for captions",
+        at_least=0,
     )
-    seed: Optional[int] = setting(
-        None, "the same seed draws the same; default one at random, which is recorded", at_least=0
-    )
+    seed: Optional[int] = setting(None, "seed for sampling; default a random one, which is recorded", at_least=0)
     rerank: int = setting(
-        0, "draw so many for each picture and keep the one whose text the model finds likeliest", at_least=0
+        0,
+        "generate this many candidates per image and keep the one that best predicts its text; 0 disables it",
+        at_least=0,
     )
-    beams: int = setting(1, "search for the likeliest caption with so many beams", at_least=1)
-    text_too_long: str = setting("truncate", "texts of too many tokens are cut, or an error", ("truncate", "error"))
+    beams: int = setting(1, "beam search for captions with this many beams; 1 is greedy", at_least=1)
+    text_too_long: str = setting("truncate", "cut texts that are too long, or raise an error", ("truncate", "error"))
 
     def arguments(self) -> dict[str, Any]:
         """As `SamplingSettings.arguments`, with the seed."""
@@ -51,11 +53,9 @@ class DrawConfig(SamplingSettings):
 class WriteConfig(Settings):
     """Where results go, and which machine makes them."""
 
-    out: Optional[str] = setting(
-        None, "folder for the results, new or empty; default the next free of generated, ...-2"
-    )
-    overwrite: bool = setting(False, "write into a folder that holds files; those of the same name are replaced")
-    gpus: int = setting(1, "0 is the CPU, 1 the GPU, or the CPU where there is none", at_least=0, at_most=1)
+    out: Optional[str] = setting(None, "folder for the results, new or empty; default generated, generated-2, ...")
+    overwrite: bool = setting(False, "write into a folder that is not empty, and replace files of the same name")
+    gpus: int = setting(1, "1 uses the GPU if there is one, 0 the CPU", at_least=0, at_most=1)
 
 
 @dataclass(frozen=True)
@@ -67,12 +67,12 @@ class GenerateConfig:
     write: WriteConfig = field(default_factory=WriteConfig)
 
 
-_PICTURES = {"num", "temperature", "top_k", "top_p", "guidance", "seed", "rerank", "text_too_long", "out", "overwrite"}
-# flags that change what a task does; of any other it is said that it has no effect
+_IMAGES = {"num", "temperature", "top_k", "top_p", "guidance", "seed", "rerank", "text_too_long", "out", "overwrite"}
+# the flags that each task reads; any other is refused
 USED = {
-    "text": {"text", "text_file"} | _PICTURES,
-    "complete": {"complete", "rows", "text", "text_file"} | _PICTURES,
-    "image": {"image", "beams"} | _PICTURES - {"rerank", "text_too_long"},
+    "text": {"text", "text_file"} | _IMAGES,
+    "complete": {"complete", "rows", "text", "text_file"} | _IMAGES,
+    "image": {"image", "beams"} | _IMAGES - {"rerank", "text_too_long"},
     "score": {"score", "text_too_long"},
 }
 
@@ -102,7 +102,7 @@ def resolve_generate(config: GenerateConfig, given: Mapping[str, str]) -> tuple[
     if what.text and what.text_file:
         raise ConfigError("text and text_file are both given: put all texts into the file, or give them as --text.")
     if task == "score" and len(what.score) < 2:
-        raise ConfigError('score needs a picture and a text: --score picture.png "a red circle".')
+        raise ConfigError('score needs an image and a text: --score image.png "a red circle".')
     if task == "complete" and what.rows is None:
         raise ConfigError("complete needs rows: how many rows of codes to keep, from the top.")
     draw = config.draw

@@ -15,40 +15,34 @@ from latent_verse.config.settings import ConfigError, Settings, setting
 class AugVAEConfig(Settings):
     """Shape of AugVAE, multi-level (-ML) or, with `single_level`, its one-level fine-tune (-SL); paper section 3.1."""
 
-    in_channels: int = setting(3, "channels of the input picture", at_least=1, hidden=True)
+    in_channels: int = setting(3, "channels of the input image", at_least=1, hidden=True)
     out_channels: int = setting(3, "channels of the reconstruction", at_least=1, hidden=True)
-    hidden_dim: int = setting(128, "width of the first convolution; a multiple of 32 with norm group", at_least=1)
-    ch_mult: Tuple[int, ...] = setting(
-        (1, 2, 4), "width multipliers of the outer encoder and decoder, one a stage", at_least=1
-    )
-    num_res_blocks: int = setting(2, "residual blocks a stage", at_least=1)
-    resolution: int = setting(256, "side of the picture in pixels", at_least=1)
+    hidden_dim: int = setting(128, "width of the first convolution; a multiple of 32 with norm: group", at_least=1)
+    ch_mult: Tuple[int, ...] = setting((1, 2, 4), "width multipliers of the outer networks, one per stage", at_least=1)
+    num_res_blocks: int = setting(2, "residual blocks per stage", at_least=1)
+    resolution: int = setting(256, "height and width of the images, in pixels", at_least=1)
     attn_resolutions: Tuple[int, ...] = setting((64, 32, 16, 8), "sides of the code grids (levels), largest first")
     norm: str = setting(
         "group",
-        "group: GroupNorm(32), as released; pixel: each position by itself, so that codes do not depend on far pixels",
+        "group: GroupNorm(32), as released; pixel: normalise each position alone, so that codes ignore distant pixels",
         ("group", "pixel"),
     )
-    use_attn: bool = setting(False, "self-attention at the levels and in the middle of each network")
+    use_attn: bool = setting(False, "use self-attention at the levels and in the middle of each network")
     dropout: float = setting(0.0, "dropout in the residual blocks", training_only=True, at_least=0, at_most=1)
-    double_z: bool = setting(False, "original's flag for KL models; only false can work with a codebook", hidden=True)
+    double_z: bool = setting(False, "the original's flag for KL models; must be false with a codebook", hidden=True)
     z_channels: int = setting(256, "channels of the feature maps between the networks", at_least=1)
     codebook_dim: int = setting(256, "length of a code vector", at_least=1)
     num_tokens: int = setting(8192, "codes in the codebook", at_least=1)
     quant_beta: float = setting(0.25, "weight of the commitment loss", training_only=True, at_least=0)
-    quant_ema_decay: float = setting(
-        0.99, "decay of the codebook's moving averages", training_only=True, at_least=0, at_most=1
-    )
-    quant_ema_eps: float = setting(
-        1e-5, "Laplace smoothing of the cluster sizes", training_only=True, at_least=0, at_most=1
-    )
+    quant_ema_decay: float = setting(0.99, "EMA decay of the codebook", training_only=True, at_least=0, at_most=1)
+    quant_ema_eps: float = setting(1e-5, "smoothing of the cluster sizes", training_only=True, at_least=0, at_most=1)
     restart_threshold: float = setting(
         0.0,
-        "restart codes whose average use a batch falls below this, from encoder outputs; 0 never does (release)",
+        "restart codes used less often than this per batch, from encoder outputs; 0 disables it (as released)",
         training_only=True,
         at_least=0,
     )
-    single_level: Optional[int] = setting(None, "keep only this level's codes (AugVAE-SL); null keeps all (AugVAE-ML)")
+    single_level: Optional[int] = setting(None, "keep only this level (AugVAE-SL); null keeps all (AugVAE-ML)")
 
     def __post_init__(self):
         for name in ("ch_mult", "attn_resolutions"):  # lists from YAML become hashable

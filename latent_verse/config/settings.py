@@ -68,13 +68,15 @@ class Settings:
 class SamplingSettings(Settings):
     """How tokens are sampled from the model's distribution, wherever images or captions are generated."""
 
-    temperature: float = setting(1.0, "temperature of images; 0 takes the likeliest codes", at_least=0)
-    top_k: Optional[int] = setting(None, "sample from the k likeliest codes", at_least=1)
+    temperature: float = setting(
+        1.0, "sampling temperature for images; 0 always takes the most likely code", at_least=0
+    )
+    top_k: Optional[int] = setting(None, "sample only from the k most likely tokens", at_least=1)
     top_p: Optional[float] = setting(
-        None, "sample from the likeliest codes that make up this probability", above=0, at_most=1
+        None, "sample only from the most likely tokens that together reach this probability", above=0, at_most=1
     )
     guidance: float = setting(
-        1.0, "classifier-free guidance: above 1 follows the text more closely, 1 is none", at_least=0
+        1.0, "classifier-free guidance scale: above 1 follows the input more closely; 1 is off", at_least=0
     )
 
     def __post_init__(self) -> None:

@@ -9,7 +9,7 @@ from typing import Optional, Tuple, TypeVar  # OmegaConf reads these annotations
 from latent_verse.config.models import AugVAEConfig
 from latent_verse.config.settings import ConfigError, SamplingSettings, Settings, setting, training_only
 
-# names of precision that are short, and Lightning's
+# short names of precision, and Lightning's
 PRECISIONS = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true"}
 PRECISION_NAMES = (*PRECISIONS, *PRECISIONS.values(), "16-true", "bf16-true", "transformer-engine")
 
@@ -18,91 +18,83 @@ PRECISION_NAMES = (*PRECISIONS, *PRECISIONS.values(), "16-true", "bf16-true", "t
 
 @dataclass(frozen=True)
 class ImageDataConfig(Settings):
-    """Pictures, and how they reach the model."""
+    """The images, and how they are loaded."""
 
-    train_dir: Optional[str] = setting(None, "training pictures: a folder; for webdataset a folder, pattern or URL")
-    val_dir: Optional[str] = setting(None, "validation pictures, as train_dir")
-    test_dir: Optional[str] = setting(None, "pictures that evaluation reads; val_dir where it is not given")
+    train_dir: Optional[str] = setting(None, "training images: a folder; for webdataset a folder, pattern or URL")
+    val_dir: Optional[str] = setting(None, "validation images, given like train_dir")
+    test_dir: Optional[str] = setting(None, "images for evaluation; default val_dir")
     dataset: Optional[str] = setting(
         None,
-        "layout: class folders, any folder, tar shards, or generated; default imagefolder",
+        "layout: class folders, any folder, tar shards, or generated images; default imagefolder",
         ("imagefolder", "flat", "webdataset", "fake"),
     )
-    fake_data: bool = setting(False, "original's name for --dataset fake: a bounded smoke test without pictures")
-    web_dataset: bool = setting(False, "original's name for --dataset webdataset", hidden=True)
+    fake_data: bool = setting(False, "same as --dataset fake: a short smoke test without any images")
+    web_dataset: bool = setting(False, "same as --dataset webdataset", hidden=True)
     dataset_size: Optional[int] = setting(
-        None, "samples an epoch of webdataset or fake; counted where not given", at_least=1
+        None, "samples per epoch for webdataset (default counted) or fake", at_least=1
     )
-    img_size: Optional[int] = setting(None, "original's second name of resolution; must equal it", hidden=True)
-    resize_ratio: float = setting(
-        0.75, "smallest share of a picture's area that a training crop takes, up to 1", above=0, at_most=1
-    )
-    batch_size: int = setting(8, "pictures a step and process", at_least=1)
-    num_workers: Optional[int] = setting(
-        None, "loader processes for each training process; default what the machine has", at_least=0
-    )
-    prefetch_factor: int = setting(2, "batches each loader process keeps ready", at_least=1)
-    shuffle_buffer: int = setting(1000, "samples that webdataset's shuffle draws from", at_least=1)
+    img_size: Optional[int] = setting(None, "the original's second name for resolution; must equal it", hidden=True)
+    resize_ratio: float = setting(0.75, "smallest fraction of the area that a training crop covers", above=0, at_most=1)
+    batch_size: int = setting(8, "images per step and process", at_least=1)
+    num_workers: Optional[int] = setting(None, "loader processes per training process; default by machine", at_least=0)
+    prefetch_factor: int = setting(2, "batches that each loader process prefetches", at_least=1)
+    shuffle_buffer: int = setting(1000, "size of webdataset's shuffle buffer, in samples", at_least=1)
 
 
 @dataclass(frozen=True)
 class TrainerConfig(Settings):
     """The run: machine, length, logs and checkpoints."""
 
-    name: Optional[str] = setting(None, "name of the run's folder in log_dir; default the config file's name")
+    name: Optional[str] = setting(None, "name of the run folder in log_dir; default the config file's name")
     log_dir: str = setting("results", "folder that holds the run folders")
-    seed: int = setting(42, "seed of weights, data order and augmentation", at_least=0, below=2**32)
+    seed: int = setting(42, "seed for weights, data order and augmentation", at_least=0, below=2**32)
     gpus: int = setting(1, "GPUs on each node; 0 is the CPU", at_least=0)
-    nodes: int = setting(1, "machines that train together", at_least=1)
-    gpu_dist: Optional[bool] = setting(
-        None, "original's flag for training on several GPUs; follows from gpus", hidden=True
-    )
+    nodes: int = setting(1, "number of machines", at_least=1)
+    gpu_dist: Optional[bool] = setting(None, "the original's flag for several GPUs; follows from gpus", hidden=True)
     accelerator: str = setting(
         "auto",
-        "auto, cpu (gpus is then the number of processes), gpu, or another of Lightning's",
+        "auto, cpu (then gpus is the number of processes), gpu, or another of Lightning's",
         ("auto", "cpu", "gpu", "cuda", "mps", "tpu"),
     )
-    strategy: str = setting(
-        "auto", "auto and ddp copy the model to each process, fsdp shards it", ("auto", "ddp", "fsdp")
-    )
-    precision: str = setting("32", "precision of training, short or by Lightning's name", PRECISION_NAMES)
+    strategy: str = setting("auto", "auto, ddp: a copy of the model per process; fsdp: shards", ("auto", "ddp", "fsdp"))
+    precision: str = setting("32", "numeric precision of training, by short name or Lightning's", PRECISION_NAMES)
     epochs: int = setting(100, "passes over the training data", at_least=1)
-    max_steps: int = setting(-1, "stop after this many optimiser steps; -1 is no limit", at_least=-1)
+    max_steps: int = setting(-1, "stop after this many optimiser steps; -1 means no limit", at_least=-1)
     limit_train_batches: Optional[float] = setting(
-        None, "batches of a training epoch: a count, or a share below 1", at_least=0
+        None, "batches per epoch: a count, or a fraction below 1", at_least=0
     )
-    limit_val_batches: Optional[float] = setting(
-        None, "batches of a validation: a count, or a share below 1", at_least=0
-    )
+    limit_val_batches: Optional[float] = setting(None, "batches per validation: count, or fraction below 1", at_least=0)
     val_percent_check: float = setting(
         100.0,
-        "original's name: percentage of the validation data to use, 0 to 100",
+        "the original's form of limit_val_batches: a percentage, 0 to 100",
         at_least=0,
         at_most=100,
         hidden=True,
     )
-    num_sanity_val_steps: int = setting(0, "validation batches tried before training", at_least=0)
-    accumulate_grad_batches: int = setting(1, "batches whose gradients are added up for one step", at_least=1)
-    gradient_clip_val: Optional[float] = setting(None, "largest norm of the gradient", above=0)
+    num_sanity_val_steps: int = setting(0, "validation batches to run before training, as a check", at_least=0)
+    accumulate_grad_batches: int = setting(1, "batches whose gradients are accumulated for one step", at_least=1)
+    gradient_clip_val: Optional[float] = setting(None, "clip gradients to this norm; default no clipping", above=0)
     compile: Optional[bool] = setting(
-        None, "compile the networks (torch.compile): slow first step, faster ones after; default on a GPU with Triton"
+        None, "use torch.compile: the first step is slow, later ones are faster; default on for a GPU with Triton"
     )
     activation_checkpointing: bool = setting(
-        False, "for larger batches: outputs of norms and activation functions are computed again in the backward pass"
+        False, "recompute norms and activation functions in the backward pass: less memory, larger batches"
     )
-    logger: str = setting("tensorboard", "where figures go", ("tensorboard", "wandb", "csv"))
-    log_every_n_steps: int = setting(10, "steps between logged training figures", at_least=1)
-    log_images: bool = setting(False, "log grids of pictures, also as PNG files in the run folder")
-    image_log_steps: int = setting(1000, "steps between logged grids", at_least=1)
+    logger: str = setting("tensorboard", "where metrics are logged", ("tensorboard", "wandb", "csv"))
+    log_every_n_steps: int = setting(10, "steps between logged training metrics", at_least=1)
+    log_images: bool = setting(False, "log grids of images, also as PNG files in the run folder")
+    image_log_steps: int = setting(1000, "steps between logged image grids", at_least=1)
     refresh_rate: int = setting(
-        1, "steps between updates of the progress bar, at most five a second; 0 hides it", at_least=0
+        1, "steps between updates of the progress bar (at most 5 per second); 0 hides it", at_least=0
     )
-    backup: bool = setting(False, "save the whole state regularly; the same command then continues where it was")
+    backup: bool = setting(False, "save the whole state regularly; if interrupted, rerun the command to resume")
     backup_steps: int = setting(1000, "steps between backups", at_least=1)
-    backup_dir: Optional[str] = setting(None, "folder for backups, a sub-folder a run; default inside the run folder")
-    resume: bool = setting(False, "continue from ckpt_path")
-    ckpt_path: Optional[str] = setting(None, "checkpoint to resume from or to evaluate")
-    debug: bool = setting(False, "short run: 100 batches an epoch, backups and grids every 10 steps, anomaly detection")
+    backup_dir: Optional[str] = setting(None, "folder for backups, one sub-folder per run; default in the run folder")
+    resume: bool = setting(False, "resume training from ckpt_path")
+    ckpt_path: Optional[str] = setting(None, "checkpoint or run folder to resume from, or to evaluate")
+    debug: bool = setting(
+        False, "short run: 100 batches per epoch, backups and grids every 10 steps, anomaly detection"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ runs: AugVAE
@@ -112,17 +104,21 @@ class TrainerConfig(Settings):
 class VAEOptimConfig(Settings):
     """Optimiser of AugVAE, and how its codebook starts."""
 
-    learning_rate: float = setting(4.5e-6, "base rate; the rate used is this x processes x batch_size", above=0)
+    learning_rate: float = setting(4.5e-6, "base learning rate; it is multiplied by processes x batch_size", above=0)
     optimizer: str = setting(
-        "adamw", "adamw (release), or muon for the convolutions: learns faster in short runs", ("adamw", "muon")
+        "adamw",
+        "adamw (as released), or muon for the convolutions, which learns faster in short runs",
+        ("adamw", "muon"),
     )
-    lr_decay: bool = setting(False, "original's schedule: halve the rate when the training loss stops falling")
-    lr_cosine: bool = setting(False, "warm up, then fall to zero along a cosine over the whole run")
-    warmup_steps: int = setting(0, "steps over which lr_cosine rises linearly to the full rate", at_least=0)
-    weight_decay: float = setting(1e-5, "AdamW's weight decay", at_least=0)
-    betas: Tuple[float, float] = setting((0.9, 0.999), "AdamW's decay rates", at_least=0, below=1)
+    lr_decay: bool = setting(False, "the original's schedule: halve the rate when the training loss stops falling")
+    lr_cosine: bool = setting(False, "warm up, then decay to zero along a cosine over the whole run")
+    warmup_steps: int = setting(0, "linear warm-up steps of lr_cosine", at_least=0)
+    weight_decay: float = setting(1e-5, "weight decay of AdamW", at_least=0)
+    betas: Tuple[float, float] = setting((0.9, 0.999), "beta1 and beta2 of AdamW", at_least=0, below=1)
     codebook_init: str = setting(
-        "normal", "codes start as normal noise (release) or as encoder outputs of the first batch", ("normal", "data")
+        "normal",
+        "initialise codes with normal noise (as released) or with encoder outputs of the first batch",
+        ("normal", "data"),
     )
     pretrained_path: Optional[str] = setting(None, "AugVAE to start from: checkpoint, folder or hub id")
     finetune: bool = setting(False, "train AugVAE-SL at the one level in attn_resolutions, from pretrained_path")
@@ -134,11 +130,11 @@ class VAELossConfig(Settings):
 
     loss_type: str = setting(
         "mse",
-        "reconstruction loss; lpips_* add p_loss_weight x LPIPS",
+        "reconstruction loss; lpips_l1 and lpips_l2 add p_loss_weight x LPIPS",
         ("mse", "l1", "smooth_l1", "lpips_l1", "lpips_l2"),
     )
     p_loss_weight: float = setting(0.1, "weight of LPIPS in lpips_l1 and lpips_l2", above=0)
-    codebook_weight: float = setting(1.0, "weight of the commitment loss (quant_beta is inside it)", at_least=0)
+    codebook_weight: float = setting(1.0, "weight of the commitment loss, which includes quant_beta", at_least=0)
 
 
 @dataclass(frozen=True)
@@ -156,8 +152,8 @@ class TrainVAEConfig:
 class ReconstructionEvalConfig(Settings):
     """What eval_vae.py measures and writes."""
 
-    eval_images: Optional[int] = setting(None, "pictures to evaluate; default all", at_least=1)
-    save_images: int = setting(64, "pictures written to original_images/ and generated_images/", at_least=0)
+    eval_images: Optional[int] = setting(None, "number of images to evaluate; default all", at_least=1)
+    save_images: int = setting(64, "number of images to write to original_images/ and generated_images/", at_least=0)
 
 
 @dataclass(frozen=True)
@@ -200,33 +196,33 @@ class FrozenVAEConfig(Settings):
 class TextConfig(Settings):
     """From captions to ids."""
 
-    tokenizer: str = setting("clip", "CLIP's vocabulary, or a BPE trained on the captions", ("clip", "bpe"))
-    bpe_vocab_size: int = setting(4096, "most ids that a bpe tokenizer gets; at least 256", at_least=256)
-    text_len: int = setting(64, "tokens of a caption; shorter ones are padded", at_least=1)
-    text_too_long: str = setting("truncate", "captions of more tokens are cut, or stop the run", ("truncate", "error"))
+    tokenizer: str = setting("clip", "CLIP's vocabulary, or a BPE vocabulary trained on the captions", ("clip", "bpe"))
+    bpe_vocab_size: int = setting(4096, "largest vocabulary of a bpe tokenizer", at_least=256)
+    text_len: int = setting(64, "length of a caption in tokens; shorter captions are padded", at_least=1)
+    text_too_long: str = setting("truncate", "cut captions that are too long, or raise an error", ("truncate", "error"))
 
 
 @dataclass(frozen=True)
 class PairDataConfig(ImageDataConfig):
-    """Pictures with captions, and how they reach the model."""
+    """The images with captions, and how they are loaded."""
 
     train_dir: Optional[str] = setting(
-        None, "training pictures: pair folder, image folder of coco and karpathy, tar shards, or folder of codes"
+        None, "training data: pair folder, image folder (coco, karpathy), tar shards, or codes"
     )
-    val_dir: Optional[str] = setting(None, "validation pictures, as train_dir; for karpathy default train_dir")
-    test_dir: Optional[str] = setting(None, "pictures that evaluation reads; val_dir where it is not given")
+    val_dir: Optional[str] = setting(None, "validation data, given like train_dir; default for karpathy: train_dir")
+    test_dir: Optional[str] = setting(None, "images for evaluation; default val_dir")
     dataset: Optional[str] = setting(
-        None, "layout: name.jpg with name.txt, captions files, tar shards, codes, or generated; default pairs", DATASETS
+        None, "layout: name.jpg with name.txt, caption files, tar shards, codes, or generated; default pairs", DATASETS
     )
     train_captions: Optional[str] = setting(
-        None, "captions file of coco (default ../annotations/captions_<folder>.json), karpathy, or the table itself"
+        None, "caption file of coco (default ../annotations/captions_<folder>.json) or karpathy, or the table itself"
     )
-    val_captions: Optional[str] = setting(None, "as train_captions; for karpathy default train_captions")
-    world: str = setting("small", "which world the dataset shapes draws", ("small", "full"))
+    val_captions: Optional[str] = setting(None, "given like train_captions; default for karpathy: train_captions")
+    world: str = setting("small", "world of the dataset shapes", ("small", "full"))
     dataset_size: Optional[int] = setting(
-        None, "training pairs an epoch of shapes (default 10000), fake (512) or webdataset (counted)", at_least=1
+        None, "training pairs per epoch for shapes (default 10000), fake (512) or webdataset (counted)", at_least=1
     )
-    val_size: Optional[int] = setting(None, "validation pairs of shapes (default 256) or fake (64)", at_least=1)
+    val_size: Optional[int] = setting(None, "validation pairs for shapes (default 256) or fake (64)", at_least=1)
 
 
 @dataclass(frozen=True)
@@ -236,22 +232,20 @@ class BiARTOptimConfig(Settings):
     pretrained_path: Optional[str] = setting(
         None, "BiART to start from: bundle, run folder, checkpoint or hub id; shape, tokenizer and AugVAE come with it"
     )
-    learning_rate: float = setting(
-        3e-4, "full rate, used as it is given: not scaled by processes or batch_size", above=0
-    )
-    optimizer: str = setting("adamw", "adamw for everything, or muon for the blocks' matrices", ("adamw", "muon"))
+    learning_rate: float = setting(3e-4, "peak learning rate, not multiplied by processes or batch_size", above=0)
+    optimizer: str = setting("adamw", "adamw for everything, or muon for the matrices of the blocks", ("adamw", "muon"))
     muon_learning_rate: Optional[float] = setting(
-        None, "full rate of muon's matrices, on AdamW's scale (update RMS 0.2 x rate); default learning_rate", above=0
+        None, "peak learning rate of muon, on AdamW's scale (update RMS 0.2 x rate); default learning_rate", above=0
     )
-    muon_momentum: float = setting(0.95, "decay of muon's moving average", at_least=0, at_most=0.9999)
-    weight_decay: float = setting(0.05, "decay of matrices; biases, norms and embeddings have none", at_least=0)
-    betas: Tuple[float, float] = setting((0.9, 0.95), "AdamW's decay rates", at_least=0, below=1)
-    warmup_steps: int = setting(0, "steps over which the rate rises linearly to the full one", at_least=0)
+    muon_momentum: float = setting(0.95, "momentum of muon", at_least=0, at_most=0.9999)
+    weight_decay: float = setting(0.05, "weight decay of matrices; biases, norms and embeddings have none", at_least=0)
+    betas: Tuple[float, float] = setting((0.9, 0.95), "beta1 and beta2 of AdamW", at_least=0, below=1)
+    warmup_steps: int = setting(0, "linear warm-up steps", at_least=0)
     min_lr_ratio: float = setting(
-        0.1, "share of the full rate that the cosine ends at; 1 keeps the rate constant", at_least=0, at_most=1
+        0.1, "final learning rate as a fraction of the peak; 1: constant", at_least=0, at_most=1
     )
     ema_decay: float = setting(
-        0.0, "average of the weights, for validation, samples and export: its decay; 0 keeps none", at_least=0, below=1
+        0.0, "EMA decay of the weights used for validation, sampling and export; 0 disables it", at_least=0, below=1
     )
 
 
@@ -260,41 +254,47 @@ class BiARTLossConfig(Settings):
     """Cross-entropy of the target plus reference_weight x that of the reference, in both directions."""
 
     text_to_image_share: float = setting(
-        0.5, "share of a batch that is learnt text to image, the rest image to text", at_least=0, at_most=1
+        0.5, "fraction of each batch that is trained text-to-image; the rest is image-to-text", at_least=0, at_most=1
     )
-    reference_weight: float = setting(0.1, "weight of the loss on the tokens that are given", at_least=0)
+    reference_weight: float = setting(0.1, "weight of the loss on the reference tokens", at_least=0)
     reference_dropout: float = setting(
-        0.1, "share of samples whose reference is hidden, which guidance needs", at_least=0, at_most=1
+        0.1, "fraction of samples trained without their reference, which guidance needs", at_least=0, at_most=1
     )
     word_dropout: float = setting(
         0.0,
-        "share of a caption's words hidden from the words after them, which are then read off the image",
+        "fraction of words hidden from later words, which must then rely on the image",
         at_least=0,
         at_most=0.5,
     )
     code_dropout: float = setting(
         0.0,
-        "share of a picture's codes hidden from the codes after them, which are then read off the text",
+        "fraction of codes hidden from later codes, which must then rely on the text",
         at_least=0,
         at_most=0.5,
     )
-    text_loss_weight: float = setting(1.0, "weight of the loss on text tokens", above=0)
-    image_loss_weight: float = setting(1.0, "weight of the loss on image codes", above=0)
+    text_loss_weight: float = setting(
+        1.0, "loss weight of text tokens; for one direction, see text_to_image_share", above=0
+    )
+    image_loss_weight: float = setting(
+        1.0, "loss weight of image codes; for one direction, see text_to_image_share", above=0
+    )
     loss_chunk: Optional[int] = setting(
-        None, "compute logits for so many tokens at a time: less memory, more time", at_least=1
+        None, "compute logits for this many tokens at a time, to save memory", at_least=1
     )
 
 
 @dataclass(frozen=True)
 class SamplingConfig(SamplingSettings):
-    """Pictures and captions that training draws for the eye; none of it changes what is learnt."""
+    """Samples that are generated and logged during training; they have no effect on training."""
 
-    num_samples: int = setting(8, "validation pairs to draw for, in both directions; 0 draws none", at_least=0)
+    num_samples: int = setting(
+        8, "validation pairs to generate samples for, in both directions; 0 for none", at_least=0
+    )
     num_judged: int = setting(
-        32, "validation scenes of shapes for which pictures and captions are judged by the truth", at_least=0
+        32, "validation scenes of shapes whose samples are checked for truth; 0 for none", at_least=0
     )
     sample_every_n_epochs: int = setting(
-        1, "epochs between samples; log_images draws every image_log_steps too", at_least=1
+        1, "epochs between samples; log_images adds one every image_log_steps", at_least=1
     )
 
 
@@ -303,19 +303,17 @@ class CodesConfig(Settings):
     """Encoding a dataset once, so that training reads codes (--dataset codes) and runs no AugVAE."""
 
     extract_codes: Optional[str] = setting(
-        None, "do not train: write the codes of train_dir and val_dir to this folder's train/ and val/"
+        None, "instead of training, write the codes of train_dir and val_dir to this folder's train/ and val/"
     )
-    crops_per_image: int = setting(
-        1, "crops of each training picture: the centre, then random ones (resize_ratio)", at_least=1
-    )
-    shard_size: int = setting(10000, "pictures in each shard of codes", at_least=1)
+    crops_per_image: int = setting(1, "crops per training image: centre, then random ones (resize_ratio)", at_least=1)
+    shard_size: int = setting(10000, "images per shard of codes", at_least=1)
 
 
 @dataclass(frozen=True)
 class BundleConfig(Settings):
     """The folder that generation needs. Every run writes one at its end, to <run folder>/bundle."""
 
-    export: Optional[str] = setting(None, "do not train: write the bundle of ckpt_path to this folder")
+    export: Optional[str] = setting(None, "instead of training, write the bundle of ckpt_path to this folder")
 
 
 @dataclass(frozen=True)
@@ -341,8 +339,9 @@ Data = TypeVar("Data", bound=ImageDataConfig)
 
 
 def resolve_trainer(t: TrainerConfig) -> TrainerConfig:
-    """The same under one name for each thing: the original's names, short ones and `debug` put into the settings that
-    they stand for, so that the saved file can be read again.
+    """Replace the original's names, short names and `debug` by the settings that they stand for.
+
+    The saved configuration then has one name for each thing, and can be read again.
 
     Raises:
         ConfigError: settings that contradict each other.
@@ -386,7 +385,7 @@ def batch_limit(name: str, value: float | None) -> float | int | None:
 
 
 def resolve_data(d: Data, resolution: int | None, default: str = "imagefolder") -> Data:
-    """The same with its layout under one name, in place of the original's.
+    """Replace the original's names for the layout of the data by `dataset`.
 
     Args:
         resolution: of the model, None where a checkpoint decides it.
@@ -423,7 +422,7 @@ def limit_fake_data(t: TrainerConfig, given: Mapping[str, str]) -> TrainerConfig
 
 
 def resolve_train_vae(config: TrainVAEConfig, given: Mapping[str, str]) -> TrainVAEConfig:
-    """The configuration of a run of train_vae, as far as it is known before a checkpoint or the machine is looked at.
+    """The configuration of a run of train_vae, as far as it is known before a checkpoint or the machine is examined.
 
     Args:
         given: settings that were given, and where: {leaf: "--leaf" or "file.yaml"}, as `cli.parse` returns.
@@ -438,10 +437,10 @@ def resolve_train_vae(config: TrainVAEConfig, given: Mapping[str, str]) -> Train
     if data.fake_data:
         t = limit_fake_data(t, given)
     elif not data.train_dir:
-        raise ConfigError("train_dir is not given: name a folder of pictures, or try --fake_data.")
+        raise ConfigError("train_dir is not given: name a folder of images, or try --fake_data.")
     for name in ("in_channels", "out_channels"):
         if getattr(config.model, name) != 3:
-            raise ConfigError(f"{name} is {getattr(config.model, name)}, but pictures are read as RGB: it must be 3.")
+            raise ConfigError(f"{name} is {getattr(config.model, name)}, but images are read as RGB: it must be 3.")
     if o.lr_decay and o.lr_cosine:
         raise ConfigError("lr_decay and lr_cosine are two schedules; give one of them.")
     if o.warmup_steps and not o.lr_cosine:
@@ -463,7 +462,7 @@ def resolve_train_vae(config: TrainVAEConfig, given: Mapping[str, str]) -> Train
 
 
 def resolve_eval_vae(config: EvalVAEConfig) -> EvalVAEConfig:
-    """The configuration of eval_vae, but for the model section, which is the checkpoint's: `with_evaluated_shape`.
+    """The configuration of eval_vae; `with_evaluated_shape` adds the model section, which the checkpoint decides.
 
     Raises:
         ConfigError: a configuration that could never work.
@@ -472,12 +471,12 @@ def resolve_eval_vae(config: EvalVAEConfig) -> EvalVAEConfig:
     if not t.ckpt_path:
         raise ConfigError("ckpt_path is not given: name the checkpoint, folder or hub id of the AugVAE to evaluate.")
     if not (d.fake_data or d.test_dir or d.val_dir):
-        raise ConfigError("Neither test_dir nor val_dir is given: name a folder of pictures, or try --fake_data.")
+        raise ConfigError("Neither test_dir nor val_dir is given: name a folder of images, or try --fake_data.")
     return replace(config, data=d, trainer=t)
 
 
 def with_pretrained_shape(config: TrainVAEConfig, pretrained: AugVAEConfig, given: Collection[str]) -> TrainVAEConfig:
-    """The configuration of a run that begins with a pretrained AugVAE: its shape, and what was given for training.
+    """The configuration of a run that starts from a pretrained AugVAE: its shape, and the given training settings.
 
     Args:
         given: settings that were given: those that contradict the pretrained shape are refused, defaults yield.
@@ -504,7 +503,7 @@ def with_pretrained_shape(config: TrainVAEConfig, pretrained: AugVAEConfig, give
         raise ConfigError(f"{there} has another shape:\n  " + "\n  ".join(contradictions))
     if config.data.img_size not in (None, pretrained.resolution):
         raise ConfigError(
-            f"img_size: {config.data.img_size}, but {o.pretrained_path} takes pictures of "
+            f"img_size: {config.data.img_size}, but {o.pretrained_path} takes images of "
             f"{pretrained.resolution} px. Drop it."
         )
     model = replace(pretrained, **{name: getattr(config.model, name) for name in free & set(given)})
@@ -520,7 +519,7 @@ def with_pretrained_shape(config: TrainVAEConfig, pretrained: AugVAEConfig, give
 
 
 def with_evaluated_shape(config: EvalVAEConfig, model: AugVAEConfig, given: Collection[str]) -> EvalVAEConfig:
-    """The configuration of an evaluation with the checkpoint's own shape, which data checks and logs then see.
+    """The configuration of an evaluation, with the shape of the model taken from the checkpoint.
 
     Other model settings of a YAML file that serves training as well are the checkpoint's to know.
 
@@ -530,13 +529,13 @@ def with_evaluated_shape(config: EvalVAEConfig, model: AugVAEConfig, given: Coll
     for name, value in (("resolution", config.model.resolution), ("img_size", config.data.img_size)):
         if name in given and value not in (None, model.resolution):
             raise ConfigError(
-                f"{name}: {value}, but {config.trainer.ckpt_path} takes pictures of {model.resolution} px. Drop it."
+                f"{name}: {value}, but {config.trainer.ckpt_path} takes images of {model.resolution} px. Drop it."
             )
     return replace(config, model=model)
 
 
 def idle_flags_vae(config: TrainVAEConfig, given: Mapping[str, str]) -> list[str]:
-    """Flags that were given but change nothing, each with the reason: a script says so in one line each."""
+    """Flags that were given but have no effect, each with the reason."""
     lpips = config.loss.loss_type.startswith("lpips")
     idle = {
         "p_loss_weight": (not lpips, f"loss_type {config.loss.loss_type} has no LPIPS"),
@@ -549,7 +548,7 @@ def idle_flags_vae(config: TrainVAEConfig, given: Mapping[str, str]) -> list[str
 def idle_flags(
     config: TrainVAEConfig | TrainBiARTConfig, given: Mapping[str, str], more: dict[str, tuple[bool, str]]
 ) -> list[str]:
-    """Flags given without effect, as `flag: reason`: those of every training, and `more`, {flag: (idle?, reason)}."""
+    """Flags given without effect, as `flag: reason`: those of all training, and `more`, {flag: (idle?, reason)}."""
     t = config.trainer
     idle = {
         "backup_steps": (not t.backup, "backup is off"),
@@ -566,7 +565,7 @@ def resolve_train_biart(config: TrainBiARTConfig, given: Mapping[str, str]) -> T
     """As `resolve_train_vae`, for train_biart."""
     t = resolve_trainer(config.trainer)
     if config.optim.pretrained_path and t.resume:
-        raise ConfigError("pretrained_path begins a run and resume continues one: give one of them.")
+        raise ConfigError("pretrained_path starts a new run and resume continues one: give one of them.")
     if config.bundle.export:
         if not t.ckpt_path:
             raise ConfigError(
@@ -588,16 +587,18 @@ def resolve_train_biart(config: TrainBiARTConfig, given: Mapping[str, str]) -> T
     if guidance != 1 and not config.loss.reference_dropout:
         raise ConfigError(f"guidance {guidance} needs reference_dropout above 0 in training; 0.1 is usual.")
     if c.extract_codes and data.dataset == "codes":
-        raise ConfigError("extract_codes reads pictures, but dataset is codes: train on them, or name pictures.")
+        raise ConfigError(
+            "extract_codes reads images, but dataset is codes: train on the codes, or name a dataset of images."
+        )
     if c.crops_per_image > 1 and not c.extract_codes:
         raise ConfigError(f"crops_per_image {c.crops_per_image} has no effect without extract_codes.")
     if c.crops_per_image > 1 and data.dataset == "shapes":
-        raise ConfigError("crops_per_image cuts objects of shapes in two, which captions still name: leave it at 1.")
+        raise ConfigError("random crops would cut off shapes that the captions name: leave crops_per_image at 1.")
     return replace(config, data=data, trainer=t)
 
 
 def idle_flags_biart(config: TrainBiARTConfig, given: Mapping[str, str]) -> list[str]:
-    """Flags that were given but change nothing, each with the reason, as `idle_flags_vae` names train_vae's."""
+    """As `idle_flags_vae`, for train_biart."""
     dataset, trained = config.data.dataset, "the tokenizer is not trained: "
     saved = config.trainer.resume or config.optim.pretrained_path
     why = (
@@ -628,7 +629,7 @@ def resolve_pairs(d: PairDataConfig) -> PairDataConfig:
     if d.dataset in captions and not d.train_captions:
         raise ConfigError(f"train_captions is not given; dataset {d.dataset} needs it: {captions[d.dataset]}.")
     if d.dataset != "table" and not d.train_dir:
-        raise ConfigError("train_dir is not given: name the training pictures, or try --fake_data or --dataset shapes.")
+        raise ConfigError("train_dir is not given: name the training images, or try --fake_data or --dataset shapes.")
     if d.dataset not in ("coco", "karpathy", "table"):
         for name in ("train_captions", "val_captions"):
             if getattr(d, name):

@@ -26,9 +26,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Optional
 
-from latent_verse.config import ConfigError, Settings, TrainVAEConfig, setting
+from latent_verse.config import ConfigError, Settings, setting
 from latent_verse.config.cli import one_line_errors, parse
-from latent_verse.config.train import TrainBiARTConfig
+from latent_verse.config.train import TrainBiARTConfig, TrainVAEConfig
 from latent_verse.data.shapes import PRESETS, World
 from latent_verse.demo import results
 from latent_verse.files import write_text
@@ -44,15 +44,15 @@ SAMPLES = 24  # scenes of each split that the page shows
 class DemoSettings(Settings):
     """Which demo, and where."""
 
-    world: str = setting("small", "small: minutes on a CPU; full: two hours, or a GPU", tuple(PRESETS))
-    out: str = setting("demo", "folder for everything; the same command continues what is there")
-    recipes: Optional[str] = setting(None, "folder of the three recipes, named as in configs/, the default")
-    train_pairs: Optional[int] = setting(
-        None, "pictures with captions to train on; default 8000, for full 30000", at_least=1
+    world: str = setting(
+        "small", "world of shapes; small takes minutes on a CPU, full two hours or a GPU", tuple(PRESETS)
     )
-    count: int = setting(500, "scenes to judge in each split", at_least=1)
-    rerank: int = setting(8, "pictures among which the model chooses, for the figures with re-ranking")
-    gpus: int = setting(1, "0 is the CPU, 1 the GPU, or the CPU where there is none", at_least=0, at_most=1)
+    out: str = setting("demo", "folder for all outputs; rerun the command to resume")
+    recipes: Optional[str] = setting(None, "folder with the three recipes, named as in configs/, which is the default")
+    train_pairs: Optional[int] = setting(None, "number of training pairs; default 8000, or 30000 for full", at_least=1)
+    count: int = setting(500, "number of scenes to evaluate in each split", at_least=1)
+    rerank: int = setting(8, "number of images that the model chooses from, for the results with re-ranking")
+    gpus: int = setting(1, "1 uses the GPU if there is one, 0 the CPU", at_least=0, at_most=1)
 
 
 @dataclass(frozen=True)

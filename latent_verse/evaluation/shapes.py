@@ -33,23 +33,23 @@ ATTRIBUTES = ("count", "colour", "shape", "size", "layout")  # of World.compare;
 
 @dataclass(frozen=True)
 class ShapesConfig(Settings):
-    """What is judged."""
+    """The model, and the scenes it is evaluated on."""
 
-    model: Optional[str] = setting(None, "bundle: a folder that train_biart.py wrote, or a hub id")
-    world: str = setting("small", "the shapes world to judge in", tuple(PRESETS))
-    split: str = setting("val", "val: unseen scenes; heldout: pairs of colour and shape kept out of training", SPLITS)
-    count: int = setting(500, "different scenes; small has 6216 in val and 7328 in heldout", at_least=1)
-    seed: int = setting(0, "seed of scenes, captions and draws", at_least=0)
+    model: Optional[str] = setting(None, "model to evaluate: a bundle that train_biart.py wrote, or a hub id")
+    world: str = setting("small", "world of shapes to evaluate in", tuple(PRESETS))
+    split: str = setting("val", "val: unseen scenes; heldout: pairs of colour and shape held out of training", SPLITS)
+    count: int = setting(500, "number of different scenes; small has 6216 in val and 7328 in heldout", at_least=1)
+    seed: int = setting(0, "seed for scenes, captions and sampling", at_least=0)
 
 
 @dataclass(frozen=True)
 class ShapesDrawConfig(SamplingSettings):
-    """How pictures are drawn; captions are the likeliest ones."""
+    """How images are sampled; captions are greedy."""
 
     rerank: int = setting(
-        0, "besides, draw so many pictures for each text and judge the one the model itself chooses", at_least=0
+        0, "also generate this many images per text and evaluate the one that the model ranks first", at_least=0
     )
-    rerank_temperature: float = setting(1.0, "temperature of those, which must differ to be chosen from", above=0)
+    rerank_temperature: float = setting(1.0, "sampling temperature for the images that rerank chooses from", above=0)
 
     @property
     def is_greedy(self) -> bool:
@@ -61,11 +61,9 @@ class ShapesDrawConfig(SamplingSettings):
 class ShapesWriteConfig(Settings):
     """Where results go."""
 
-    json: Optional[str] = setting(None, "write the figures, and what was drawn and written, to this file")
-    samples: int = setting(
-        0, "scenes whose pictures are written to the folder <json without suffix>_samples", at_least=0
-    )
-    gpus: int = setting(1, "0 is the CPU, 1 the GPU, or the CPU where there is none", at_least=0, at_most=1)
+    json: Optional[str] = setting(None, "file to write the results, images and captions to")
+    samples: int = setting(0, "number of scenes whose images are written to <json without suffix>_samples/", at_least=0)
+    gpus: int = setting(1, "1 uses the GPU if there is one, 0 the CPU", at_least=0, at_most=1)
 
 
 @dataclass(frozen=True)
@@ -195,7 +193,7 @@ def check(config: ShapesEvalConfig) -> None:
     if not w.model:
         raise ConfigError("model is not given: name the folder of a bundle, as train_biart.py writes one.")
     if d.rerank == 1:
-        raise ConfigError(f"rerank is {d.rerank}; give at least 2 pictures to choose from, or 0 for none.")
+        raise ConfigError(f"rerank is {d.rerank}; give at least 2 images to choose from, or 0 for none.")
     if config.write.samples and not config.write.json:
         raise ConfigError("samples are written beside the file of json: give that as well.")
 
