@@ -1,3 +1,37 @@
-"""L-Verse: bidirectional generation between image and text (Kim et al., CVPR 2022)."""
+"""L-Verse: bidirectional generation between image and text (Kim et al., CVPR 2022).
+
+    from latent_verse import LVerse, AugVAE, BiART, load_augvae
+
+Importing the package is quick: torch is loaded when the first of these names is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from latent_verse.augvae.model import AugVAE
+    from latent_verse.biart.model import BiART
+    from latent_verse.checkpoint import load_augvae
+    from latent_verse.pipeline import LVerse
 
 __version__ = "0.1.0"
+__all__ = ["AugVAE", "BiART", "LVerse", "__version__", "load_augvae"]
+
+_HOMES = {
+    "AugVAE": "latent_verse.augvae.model",
+    "BiART": "latent_verse.biart.model",
+    "LVerse": "latent_verse.pipeline",
+    "load_augvae": "latent_verse.checkpoint",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

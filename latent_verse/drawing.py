@@ -1,161 +1,193 @@
-"""Drawing and scoring many samples with BiART: in chunks that fit in memory, with a progress bar, the same by seed.
+"""Sampling and scoring with BiART in batches that fit in memory; samples are reproducible by seed.
 
-Integers in, integers out; pictures and texts are `pipeline.py`'s. Shape suffixes: B samples, R references, D draws of
-each, W those wanted, K known codes, N image codes, L text tokens.
+Integers in, integers out: `pipeline.py` turns images and texts into them and back. Shape suffixes: B samples,
+R references, S samples of each reference, W the samples kept of those, C candidates for each of them, K known codes,
+T tokens of a reference or a target, N image codes, L text tokens.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
+from einops import rearrange, repeat
 from torch import Tensor
+from tqdm import tqdm
 
 from latent_verse.biart.model import BiART
 from latent_verse.biart.sampling import beam_search, check_settings, generate, log_likelihood
-from latent_verse.biart.sequence import TEXT_TO_IMAGE, target_modality
-from latent_verse.config import ConfigError
+from latent_verse.biart.sequence import target_modality
+from latent_verse.config import ConfigError, SamplingSettings
 from latent_verse.data.transforms import mix_seed
 
-CHUNK_BYTES = 4 * 2**30  # of keys and values, or of logits, that one chunk may take
-LARGEST_CHUNK = 256
+BATCH_BYTES = 4 * 2**30  # that the largest tensors of one batch may take
+LARGEST_BATCH = 256
 
 
-class Drawing:
-    """BiART with what drawing many samples needs. `LVerse` adds pictures and texts.
+@dataclass(frozen=True)
+class Sampler:
+    """BiART with what many samples need: batches by memory, a seed for each sample, re-ranking, a progress bar.
 
     Attributes:
-        null_trained: whether training dropped references, which guidance and drawing without a text need.
+        biart: the model; its mode and its gradients are left alone.
+        null_trained: whether training dropped references, which guidance and sampling without a reference need.
         batch_size: samples at a time; None chooses by memory.
-        progress: show a progress bar on stderr.
+        progress: show a progress bar on stderr, if that is a terminal.
     """
 
-    def __init__(self, biart: BiART, null_trained: bool):
-        self.biart, self.null_trained = biart, null_trained
-        self.batch_size: int | None = None
-        self.progress = False
+    biart: BiART
+    null_trained: bool
+    batch_size: int | None = None
+    progress: bool = False
 
-    def _settings(self, direction, draws, temperature, top_k, top_p, guidance, rerank=0) -> dict[str, Any]:
-        """The settings that `generate` takes. ConfigError for unusable ones, before anything is computed."""
+    def check(self, direction: str, num: int, sampling: SamplingSettings, rerank: int = 0) -> None:
+        """Refuse settings that do not suit the model or each other, before anything is computed.
+
+        Raises:
+            ConfigError: a setting is too large, has no effect, or needs a model that was trained differently.
+        """
         modality = target_modality(direction)
-        num_classes = self.biart.vocab.num_classes(modality)
+        classes = self.biart.vocab.num_classes(modality)
         try:
-            check_settings(temperature, top_k, top_p, guidance, num_classes, self.null_trained)
+            check_settings(**sampling.arguments(), num_classes=classes, null_trained=self.null_trained)
         except ValueError as error:
             raise ConfigError(str(error)) from None
-        name = f"{'num_images' if modality == 'image' else 'num_captions'} (generate.py: num)"
-        if draws < 1:
-            raise ConfigError(f"{name} is {draws}; it must be at least 1.")
+        name = f"num_{'images' if modality == 'image' else 'captions'} (generate.py: num)"
+        if num < 1:
+            raise ConfigError(f"{name} is {num}; it must be at least 1.")
         if rerank < 0:
-            raise ConfigError(f"rerank is {rerank}; give the pictures to choose each from, or 0.")
-        if temperature == 0:
-            for setting, given in ((name, draws > 1), ("rerank", rerank > 1), ("top_k", top_k), ("top_p", top_p)):
-                if given:
-                    raise ConfigError(f"{setting} has no effect at temperature 0, which is greedy: raise temperature.")
-        return {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance": guidance}
+            raise ConfigError(f"rerank is {rerank}; give the number of images to choose each from, or 0.")
+        for setting, value in ((name, num), ("rerank", rerank)):
+            if sampling.is_greedy and value > 1:
+                raise ConfigError(f"{setting} has no effect at temperature 0, which is greedy: raise temperature.")
 
-    def _draw(self, reference_R, direction, wanted, rerank, seed, settings, prefix_RK=None) -> Tensor:
-        """`wanted` targets for each reference, (R, D, N or L) on the CPU, in chunks; the best of `rerank` for each."""
-        draws = wanted * max(rerank, 1)
-        keys = reference_R if prefix_RK is None else torch.cat([reference_R, prefix_RK], dim=1)
-        seeds = sample_seeds(seed, keys, draws)
-        reference_B = reference_R.repeat_interleave(draws, dim=0)
-        prefix_BK = None if prefix_RK is None else prefix_RK.repeat_interleave(draws, dim=0)
-        size = self._draw_chunk(1 if settings["guidance"] == 1 else 2)
-        done, parts = 0, []
-        with self._bar("drawing" if direction == TEXT_TO_IMAGE else "writing", len(reference_B)) as advance:
-            for part in reference_B.split(size):
-                rows = slice(done, done + len(part))
-                drawn = generate(
+    def sample(
+        self,
+        reference_RT: Tensor,
+        direction: str,
+        num: int,
+        sampling: SamplingSettings,
+        seed: int | None,
+        rerank: int = 0,
+        prefix_RK: Tensor | None = None,
+    ) -> Tensor:
+        """`num` targets for each reference, (R, num, N or L) int64 on the CPU.
+
+        Args:
+            rerank: above 1, each image is the best of so many samples by log p(text | image).
+            prefix_RK: the first tokens of the targets, kept as they are.
+
+        Raises:
+            ConfigError: the seed or batch_size is out of range.
+        """
+        samples = num * max(rerank, 1)
+        keys_RT = reference_RT if prefix_RK is None else torch.cat([reference_RT, prefix_RK], dim=1)
+        seeds = sample_seeds(seed, keys_RT, samples)
+        reference_BT = repeat(reference_RT, "R T -> (R S) T", S=samples)
+        prefix_BK = None if prefix_RK is None else repeat(prefix_RK, "R K -> (R S) K", S=samples)
+        modality = target_modality(direction)
+        tokens, parts = self.biart.vocab.length(modality), []
+        with self._bar(f"sampling {modality}s", len(reference_BT) * tokens, "token") as bar:
+            for rows in self._batches(len(reference_BT), self._cache_bytes(1 if sampling.guidance == 1 else 2)):
+                target_BT = generate(
                     self.biart,
-                    part,
+                    reference_BT[rows],
                     direction,
+                    **sampling.arguments(),
                     seed=seeds[rows],
                     prefix_BK=None if prefix_BK is None else prefix_BK[rows],
                     reference_dropout_trained=self.null_trained,
-                    progress=lambda step, total, rows=rows: advance(
-                        rows.start + (rows.stop - rows.start) * step / total
-                    ),
-                    **settings,
+                    progress=lambda *_, size=rows.stop - rows.start: bar.update(size),
                 )
-                done = rows.stop
-                advance(done)  # texts may end early
-                parts.append(drawn.cpu())
-        drawn_RDN = torch.cat(parts).unflatten(0, (len(reference_R), draws))
+                bar.update(rows.stop * tokens - bar.n)  # a prefix is not sampled, and texts may end early
+                parts.append(target_BT.cpu())
+        target_BT = torch.cat(parts)
         if rerank <= 1:
-            return drawn_RDN
-        score_B = self.log_p(reference_B, drawn_RDN.flatten(0, 1), "image")
-        best_RW = score_B.view(-1, wanted, rerank).argmax(dim=-1) + torch.arange(wanted) * rerank
-        return drawn_RDN[torch.arange(len(best_RW))[:, None], best_RW]
+            return rearrange(target_BT, "(R S) T -> R S T", S=samples)
+        log_p_B = self.log_p(reference_BT, target_BT, "image")
+        best_RW1 = rearrange(log_p_B, "(R W C) -> R W C", W=num, C=rerank).argmax(dim=-1, keepdim=True)
+        target_RWCT = rearrange(target_BT, "(R W C) T -> R W C T", W=num, C=rerank)
+        return target_RWCT.take_along_dim(best_RW1[..., None], dim=2).squeeze(2)
 
-    def _beam_search(self, codes_BN: Tensor, beams: int) -> Tensor:
-        """The captions (B, L) that `beam_search` finds, on the CPU, in chunks."""
-        parts = self._chunks(codes_BN, self._draw_chunk(beams), "writing")
-        return torch.cat([beam_search(self.biart, part, beams)[0].cpu() for part in parts])
+    def beam_search(self, codes_BN: Tensor, beams: int) -> Tensor:
+        """The likeliest caption that beam search finds for each image's codes, text_BL on the CPU.
+
+        Raises:
+            ConfigError: batch_size is out of range.
+        """
+        parts = []
+        with self._bar("searching captions", len(codes_BN), "image") as bar:
+            for rows in self._batches(len(codes_BN), self._cache_bytes(beams)):
+                parts.append(beam_search(self.biart, codes_BN[rows], beams)[0].cpu())
+                bar.update(rows.stop - rows.start)
+        return torch.cat(parts)
 
     def log_p(self, text_BL: Tensor, codes_BN: Tensor, given: str, alone: bool = False) -> Tensor:
-        """log_likelihood's totals, (B,) on the CPU, in chunks. `alone`: of the target without what is given."""
+        """The totals of `log_likelihood` in nats, (B,) float32 on the CPU.
+
+        Args:
+            given: "image" scores the text, "text" the codes.
+            alone: score the target without what is given.
+
+        Raises:
+            ConfigError: batch_size is out of range.
+        """
         vocab, width = self.biart.vocab, self.biart.config.n_embd
         target = "text" if given == "image" else "image"
         logits = vocab.length(target) * vocab.num_classes(target)
-        size = self._chunk(4 * (3 * logits + 10 * vocab.input_len * width))  # their softmax as well; a block's MLP
-        rows = torch.arange(len(text_BL))
-        parts = self._chunks(rows, size, "scoring")
-        return torch.cat(
-            [log_likelihood(self.biart, text_BL[r], codes_BN[r], given, alone).total_B.cpu() for r in parts]
-        )
+        bytes_each = 4 * (3 * logits + 10 * vocab.input_len * width)  # with their softmax; the MLP of one block
+        parts = []
+        with self._bar("scoring", len(text_BL), "pair") as bar:
+            for rows in self._batches(len(text_BL), bytes_each):
+                parts.append(log_likelihood(self.biart, text_BL[rows], codes_BN[rows], given, alone).total_B.cpu())
+                bar.update(rows.stop - rows.start)
+        return torch.cat(parts)
 
-    # --------------------------------------------------------------------------------------------- chunks and progress
+    # -------------------------------------------------------------------------------------------- batches and progress
 
-    def _chunk(self, bytes_each: int) -> int:
+    def rows_at_a_time(self, bytes_each: int) -> int:
+        """`batch_size`, or as many rows as fit if each takes `bytes_each`.
+
+        Raises:
+            ConfigError: batch_size is below 1.
+        """
         if self.batch_size is not None and self.batch_size < 1:
             raise ConfigError(f"batch_size is {self.batch_size}; it must be at least 1, or None.")
-        return self.batch_size or max(1, min(LARGEST_CHUNK, CHUNK_BYTES // bytes_each))
+        return self.batch_size or max(1, min(LARGEST_BATCH, BATCH_BYTES // bytes_each))
 
-    def _draw_chunk(self, rows_each: int) -> int:
+    def _batches(self, rows: int, bytes_each: int) -> Iterator[slice]:
+        size = self.rows_at_a_time(bytes_each)
+        return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
+
+    def _cache_bytes(self, rows_each: int) -> int:
+        """Keys and values of `rows_each` sequences."""
         c = self.biart.config
-        width = self.biart.head.weight.element_size()
-        return self._chunk(rows_each * 2 * c.n_layer * self.biart.vocab.input_len * c.n_embd * width)
+        return rows_each * 2 * c.n_layer * self.biart.vocab.input_len * c.n_embd * self.biart.head.weight.element_size()
 
-    def _chunks(self, rows: Tensor, size: int, what: str) -> Iterator[Tensor]:
-        with self._bar(what, len(rows)) as advance:
-            done = 0
-            for part in rows.split(size):
-                yield part
-                done += len(part)
-                advance(done)
-
-    @contextlib.contextmanager
-    def _bar(self, what: str, total: int) -> Iterator[Callable[[float], None]]:
-        """A function to be told how many of `total` are done; it moves a bar where `progress` asks for one."""
-        if not self.progress:
-            yield lambda done: None
-            return
-        from rich.console import Console
-        from rich.progress import Progress
-
-        with Progress(console=Console(stderr=True)) as bar:
-            task = bar.add_task(what, total=total)
-            yield lambda done: bar.update(task, completed=done)
+    def _bar(self, task: str, total: int, unit: str) -> tqdm:
+        return tqdm(total=total, desc=task, unit=unit, unit_scale=True, disable=None if self.progress else True)
 
 
-def sample_seeds(seed: int | None, references: Tensor, draws: int) -> list[int]:
-    """A seed for each of `draws` samples of each reference (rows), from `seed`, the reference and the sample's number.
+def sample_seeds(seed: int | None, reference_RT: Tensor, samples: int) -> list[int]:
+    """A seed for each of `samples` samples of each reference, from `seed`, the reference and the sample's number.
 
-    A reference that occurs again counts on, so that its samples are new ones. Raises ConfigError for a negative seed.
+    A reference that occurs again continues the numbers, so that its samples are new ones. Seed None takes one from
+    torch's global generator.
+
+    Raises:
+        ConfigError: the seed is negative.
     """
     if seed is None:
         seed = int(torch.randint(2**62, ()))
     if seed < 0:
         raise ConfigError(f"seed is {seed}; it must be 0 or above.")
-    numbers: Counter = Counter()
+    numbers: Counter[int] = Counter()
     seeds = []
-    for row in references.cpu().numpy():
+    for row in reference_RT.cpu().numpy():
         key = int.from_bytes(hashlib.sha256(row.tobytes()).digest()[:8], "big")
-        seeds += [mix_seed(seed, key, numbers[key] + n) for n in range(draws)]
-        numbers[key] += draws
+        seeds += [mix_seed(seed, key, numbers[key] + n) for n in range(samples)]
+        numbers[key] += samples
     return seeds

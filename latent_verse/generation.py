@@ -1,4 +1,4 @@
-"""What generate.py does with a model: draw, caption, score, complete; and the files that come of it."""
+"""The tasks of generate.py: generate, complete, caption or score images, and write what comes of it."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import json
 import os
 import sys
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+from PIL import Image
 from torch import Tensor
 
 from latent_verse import runs
@@ -17,18 +18,19 @@ from latent_verse.config import ConfigError
 from latent_verse.config_generate import GenerateConfig
 from latent_verse.data import DataError
 from latent_verse.data.images import EXTENSIONS, describe_files, walk
-from latent_verse.pictures import grid, load_image, save_png, to_pictures
-from latent_verse.pipeline import LVerse
+from latent_verse.files import write_text
+from latent_verse.pictures import grid, load_image, save_png, to_images
+from latent_verse.pipeline import LVerse, best_device
 
-GROUP = 1024  # pictures that are held in memory to be captioned
-GRID_ROWS = 64  # more are hard to look at, and to open
+GROUP = 1024  # images held in memory at a time to be captioned
+GRID_ROWS = 64  # more would be hard to look at, and to open
 
 
 def open_folder(out: str | None, overwrite: bool) -> Path:
-    """Where results go; nothing is made yet.
+    """The folder for the results. Nothing is created yet.
 
     Raises:
-        ConfigError: it holds files already, and overwrite is not set, or no folder can be made or written to there.
+        ConfigError: it holds files and overwrite is not set, or it cannot be created or written to.
     """
     if out is None and not overwrite:
         return runs.open_run(".", "generated", backup=False, backup_dir=None, config={}).folder
@@ -37,99 +39,102 @@ def open_folder(out: str | None, overwrite: bool) -> Path:
     if not there.is_dir():
         raise ConfigError(f"out: {there} is a file; give a folder.")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise ConfigError(f"out: nothing can be written to {there}; give another folder.")
+        raise ConfigError(f"out: {there} is not writable; give another folder.")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise ConfigError(f"out: {folder} holds files already. Give another folder, or --overwrite to replace them.")
     return folder
 
 
 def load(config: GenerateConfig) -> LVerse:
-    """The model on the device that is asked for, with a progress bar. Raises CheckpointError."""
-    gpu = config.write.gpus > 0 and torch.cuda.is_available()
-    if config.write.gpus and not gpu:
+    """The model on the device that the settings ask for, with a progress bar.
+
+    Raises:
+        CheckpointError: the bundle cannot be loaded.
+    """
+    device = best_device() if config.write.gpus else "cpu"
+    if config.write.gpus and device == "cpu":
         print("No GPU on this machine: using the CPU.", file=sys.stderr)
-    model = LVerse.from_pretrained(config.what.model, device="cuda" if gpu else "cpu")
+    model = LVerse.from_pretrained(config.what.model, device=device)
     model.progress, model.too_long = True, config.draw.text_too_long
     return model
 
 
 def run(config: GenerateConfig, task: str) -> None:
-    """Do the task and write or print what comes of it.
+    """Do the task and write or print the results.
 
     Raises:
-        ConfigError, CheckpointError, DataError, TokenizerError: mistakes in settings, model, pictures, texts.
+        ConfigError, CheckpointError, DataError, TokenizerError: mistakes in settings, model, images or texts.
     """
     if task == "score":
         print_scores(load(config), config)
         return
     folder = open_folder(config.write.out, config.write.overwrite)
-    {"text": draw, "complete": complete, "image": caption}[task](load(config), config, folder)
+    tasks = {"text": generate_images, "complete": complete_images, "image": caption_images}
+    tasks[task](load(config), config, folder)
 
 
 # --------------------------------------------------------------------------------------------------------------- tasks
 
 
-def draw(model: LVerse, config: GenerateConfig, folder: Path) -> None:
-    """Pictures for texts: one PNG each, grid.png and pictures.jsonl."""
+def generate_images(model: LVerse, config: GenerateConfig, folder: Path) -> None:
+    """Images for texts: one PNG each, grid.png and pictures.jsonl."""
     texts = read_texts(config)
-    pictures = model.text_to_image(texts, config.draw.num, **_sampling(config), rerank=config.draw.rerank)
-    _write_pictures(folder, model, config, [{"text": text} for text in texts], pictures, [[] for _ in texts])
+    settings = config.draw.arguments() | {"rerank": config.draw.rerank}
+    images = model.text_to_image(texts, config.draw.num, **settings)
+    _write_images(folder, model, settings, [{"text": text} for text in texts], images)
 
 
-def complete(model: LVerse, config: GenerateConfig, folder: Path) -> None:
-    """Pictures whose top was given: one PNG each, grid.png (the given picture first) and pictures.jsonl."""
-    resolution = model.vae.config.resolution
-    given = dict(_some_readable(find_pictures([config.what.complete]), resolution))
-    texts = read_texts(config)
+def complete_images(model: LVerse, config: GenerateConfig, folder: Path) -> None:
+    """Images whose top was given: one PNG each, grid.png (the given image first) and pictures.jsonl."""
+    given = dict(_some_readable(find_images([config.what.complete]), model.vae.config.resolution))
+    texts, rows = read_texts(config), config.what.rows
     text = texts[0] if len(texts) == 1 else texts or None
-    pictures = model.complete(
-        list(given.values()), config.what.rows, text, config.draw.num, **_sampling(config), rerank=config.draw.rerank
-    )
+    settings = config.draw.arguments() | {"rerank": config.draw.rerank}
+    images = model.complete(list(given.values()), rows, text, config.draw.num, **settings)
     texts = texts * len(given) if len(texts) == 1 else texts or [""] * len(given)
-    about = [
-        {"text": text, "completed": name, "rows": config.what.rows} for text, name in zip(texts, given, strict=True)
-    ]
-    _write_pictures(folder, model, config, about, pictures, [to_pictures(image[None]) for image in given.values()])
+    about = [{"text": text, "completed": name, "rows": rows} for text, name in zip(texts, given, strict=True)]
+    originals = [to_images(x_CHW[None]) for x_CHW in given.values()]
+    _write_images(folder, model, settings, about, images, originals)
 
 
-def caption(model: LVerse, config: GenerateConfig, folder: Path) -> None:
-    """Captions for pictures: printed, and captions.jsonl with one picture a line."""
-    files = find_pictures(config.what.image)
-    sampling = _sampling(config) | {"beams": config.draw.beams}
-    lines = []
+def caption_images(model: LVerse, config: GenerateConfig, folder: Path) -> None:
+    """Captions for images: printed, and captions.jsonl with one image a line."""
+    files = find_images(config.what.image)
+    settings = config.draw.arguments() | {"beams": config.draw.beams}
+    lines: list[dict] = []
     for start in range(0, len(files), GROUP):
         group = _readable(files[start : start + GROUP], model.vae.config.resolution)
         if not group:
             continue
-        captions = model.image_to_text([image for _, image in group], config.draw.num, **sampling)
+        captions = model.image_to_text([image for _, image in group], config.draw.num, **settings)
         for (name, _), found in zip(group, captions, strict=True):
-            lines.append({"image": name, "captions": found, "settings": sampling, "model": model.fingerprints})
+            lines.append({"image": name, "captions": found, "settings": settings, "model": model.fingerprints})
             print("\n".join(f"{name}: {text}" for text in found))
         folder.mkdir(parents=True, exist_ok=True)
-        runs.write_whole(folder / "captions.jsonl", _jsonl(lines))  # as it goes: a later picture may end it
+        write_text(folder / "captions.jsonl", _jsonl(lines))  # after each group: a later image may be an error
     if not lines:
         raise _none_readable(files)
     print(f"Written to {folder / 'captions.jsonl'}")
 
 
 def print_scores(model: LVerse, config: GenerateConfig) -> None:
-    """A table of log-likelihoods, every picture with every text."""
+    """Print a table of log-likelihoods, every image with every text."""
     name, *texts = config.what.score
-    images = _some_readable(find_pictures([name]), model.vae.config.resolution)
+    images = _some_readable(find_images([name]), model.vae.config.resolution)
     tensors = [image for _, image in images]
     of_text, of_image = (model.score(tensors, texts, given=given).tolist() for given in ("image", "text"))
-    width = max(len("picture"), *(len(name) for name, _ in images))
-    print(f"{'log p(text | picture)':>21}  {'log p(picture | text)':>21}  {'picture':<{width}}  text")
+    width = max(len("image"), *(len(name) for name, _ in images))
+    print(f"{'log p(text | image)':>19}  {'log p(image | text)':>19}  {'image':<{width}}  text")
     for i, (name, _) in enumerate(images):
         for j, text in enumerate(texts):
-            print(f"{of_text[i][j]:>21.3f}  {of_image[i][j]:>21.3f}  {name:<{width}}  {text}")
+            print(f"{of_text[i][j]:>19.3f}  {of_image[i][j]:>19.3f}  {name:<{width}}  {text}")
 
 
 # --------------------------------------------------------------------------------------------------------------- input
 
 
 def read_texts(config: GenerateConfig) -> list[str]:
-    """The texts of `text`, or the lines of `text_file` that are not blank. May be none.
+    """The texts of `text`, or the lines of `text_file` that are not blank. The list may be empty.
 
     Raises:
         ConfigError: the file is absent, not UTF-8, or holds no text.
@@ -143,30 +148,30 @@ def read_texts(config: GenerateConfig) -> list[str]:
         raise ConfigError(f"text_file: {name} cannot be read as UTF-8 text: {error}") from error
     texts = [text for text in texts if text]
     if not texts:
-        raise ConfigError(f"text_file: {name} holds no text; write one a line.")
+        raise ConfigError(f"text_file: {name} holds no text; write one text a line.")
     return texts
 
 
-def find_pictures(names: list[str] | tuple[str, ...]) -> list[tuple[str, bool]]:
-    """(file, whether it was named itself) for every file named and every picture below a folder named.
+def find_images(names: Sequence[str]) -> list[tuple[str, bool]]:
+    """(file, whether it was named itself) for every named file and for every image below a named folder.
 
     Raises:
-        DataError: no such file or folder, or a folder without pictures.
+        DataError: no such file or folder, or a folder without images.
     """
     found = []
     for name in names:
-        path, others = Path(name).expanduser(), Counter()
+        path, others = Path(name).expanduser(), Counter[str]()
         if not path.exists():
-            raise DataError(f"{name} does not exist. Give a picture or a folder of pictures.")
+            raise DataError(f"{name} does not exist. Give an image or a folder of images.")
         inside = [str(path / file) for file in walk(str(path), EXTENSIONS, others)] if path.is_dir() else []
         if path.is_dir() and not inside:
-            raise DataError(f"no picture below {name}: looked for {' '.join(EXTENSIONS)}, {describe_files(others)}.")
+            raise DataError(f"no image below {name}: looked for {' '.join(EXTENSIONS)}, {describe_files(others)}.")
         found += [(file, False) for file in inside] or [(str(path), True)]
     return found
 
 
 def _readable(files: list[tuple[str, bool]], resolution: int) -> list[tuple[str, Tensor]]:
-    """The pictures as tensors. An unreadable one of a folder is reported and left out; DataError if it was named."""
+    """The images as tensors. An unreadable one of a folder is reported and left out; DataError if it was named."""
     out = []
     for file, named in files:
         try:
@@ -179,7 +184,7 @@ def _readable(files: list[tuple[str, bool]], resolution: int) -> list[tuple[str,
 
 
 def _some_readable(files: list[tuple[str, bool]], resolution: int) -> list[tuple[str, Tensor]]:
-    """The same; DataError where none is left."""
+    """As `_readable`; DataError if no image is left."""
     out = _readable(files, resolution)
     if not out:
         raise _none_readable(files)
@@ -187,32 +192,34 @@ def _some_readable(files: list[tuple[str, bool]], resolution: int) -> list[tuple
 
 
 def _none_readable(files: list[tuple[str, bool]]) -> DataError:
-    return DataError(f"not one of {len(files)} pictures can be read, from {files[0][0]} on. Are the files whole?")
+    return DataError(f"none of {len(files)} images can be read, the first being {files[0][0]}. Are the files whole?")
 
 
 # -------------------------------------------------------------------------------------------------------------- output
 
 
-def _sampling(config: GenerateConfig) -> dict[str, Any]:
-    return config.draw.arguments()
-
-
-def _write_pictures(folder: Path, model: LVerse, config: GenerateConfig, about: list[dict], pictures, shown) -> None:
-    """PNG files with metadata, pictures.jsonl and grid.png, whose rows begin with the pictures in `shown`."""
+def _write_images(
+    folder: Path,
+    model: LVerse,
+    settings: dict[str, Any],
+    about: Sequence[Mapping[str, str | int]],
+    images: Sequence[Sequence[Image.Image]],
+    originals: Sequence[Sequence[Image.Image]] | None = None,
+) -> None:
+    """PNG files with metadata, pictures.jsonl and grid.png, whose rows begin with `originals`."""
     folder.mkdir(parents=True, exist_ok=True)
-    settings = {**_sampling(config), "rerank": config.draw.rerank}
-    lines = []
-    for i, (source, row) in enumerate(zip(about, pictures, strict=True)):
-        for j, picture in enumerate(row):
-            entry = {"file": f"{i:04d}_{j:02d}.png", **source, "number": j, "settings": settings}
-            lines.append(entry | {"model": model.fingerprints})
+    lines, rows = [], []
+    for i, (source, row) in enumerate(zip(about, images, strict=True)):
+        for j, image in enumerate(row):
+            file = f"{i:04d}_{j:02d}.png"
+            lines.append({"file": file, **source, "number": j, "settings": settings, "model": model.fingerprints})
             metadata = {key: value if isinstance(value, str) else json.dumps(value) for key, value in lines[-1].items()}
-            save_png(picture, folder / entry["file"], metadata | {"seed": str(config.draw.seed), "Software": "L-Verse"})
-    runs.write_whole(folder / "pictures.jsonl", _jsonl(lines))
-    rows = [(source["text"], [*first, *row]) for source, first, row in zip(about, shown, pictures, strict=True)]
+            save_png(image, folder / file, metadata | {"seed": str(settings["seed"]), "Software": "L-Verse"})
+        rows.append((str(source["text"]), [*(originals[i] if originals else ()), *row]))
+    write_text(folder / "pictures.jsonl", _jsonl(lines))
     save_png(grid(rows[:GRID_ROWS]), folder / "grid.png", {"settings": json.dumps(settings)})
-    more = f", the first {GRID_ROWS} rows in" if len(rows) > GRID_ROWS else ", all in"
-    print(f"{len(lines)} pictures written to {folder}{more} {folder / 'grid.png'} (seed {config.draw.seed})")
+    shown = f"the first {GRID_ROWS} rows" if len(rows) > GRID_ROWS else "all of them"
+    print(f"{len(lines)} images written to {folder}, {shown} in {folder / 'grid.png'} (seed {settings['seed']})")
 
 
 def _jsonl(lines: list[dict]) -> str:

@@ -1,4 +1,4 @@
-"""Pictures in and out: anything a person has -> AugVAE's input; its output -> PIL, PNG with metadata, a labelled grid.
+"""Images in and out: files, PIL images and tensors -> AugVAE's input; its output -> PIL, PNG with metadata, a grid.
 
 Shape suffixes: B batch, C = 3 colours, H height, W width; R is the model's resolution.
 """
@@ -10,42 +10,49 @@ import os
 from pathlib import Path
 
 import torch
+from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from latent_verse.data import DataError
 from latent_verse.data.transforms import centre_crop, decode_rgb, to_unit_range
+from latent_verse.files import replacing
 
-Picture = Image.Image | str | os.PathLike | Tensor  # what `load_image` takes
+ImageLike = Image.Image | str | os.PathLike | Tensor  # what `load_image` takes
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
-def load_image(image: Picture, resolution: int) -> Tensor:
-    """A picture as AugVAE takes it: float32 (3, R, R) in [-1, 1], resized and centre-cropped as in evaluation.
+def load_image(image: ImageLike, resolution: int) -> Tensor:
+    """An image as AugVAE takes it: float32 (3, R, R) in [-1, 1], resized and centre-cropped as in evaluation.
 
-    Takes a path, a PIL picture of any mode and size, or a tensor (3 or 1, H, W): float in [-1, 1], or uint8. One that
-    has the resolution already is left as it is. Raises DataError for anything else, naming it.
+    Args:
+        image: a path, a PIL image of any mode and size, or a tensor (3 or 1, H, W): float in [-1, 1], or uint8. One
+            that has the resolution already keeps its pixels.
+
+    Raises:
+        DataError: it is none of these, or cannot be read; the message names it.
     """
     if isinstance(image, (str, os.PathLike)):
         try:
             return to_unit_range(centre_crop(decode_rgb(Path(image).expanduser().read_bytes()), resolution))
         except (OSError, DataError) as error:
-            raise DataError(f"picture {image} cannot be read: {error}. Give a whole JPEG, PNG or WebP file.") from error
+            raise DataError(f"image {image} cannot be read: {error}. Give a whole JPEG, PNG or WebP file.") from error
     if isinstance(image, Image.Image):
         try:
             return to_unit_range(centre_crop(ImageOps.exif_transpose(image), resolution))
         except (OSError, ValueError, SyntaxError) as error:
-            raise DataError(f"the picture {image!r} cannot be read: {error}") from error
+            raise DataError(f"the image {image!r} cannot be read: {error}") from error
     if not isinstance(image, Tensor):
-        raise DataError(f"{type(image).__name__} is no picture: give a path, a PIL image or a tensor (3, H, W).")
+        raise DataError(f"{type(image).__name__} is not an image: give a path, a PIL image or a tensor (3, H, W).")
     if image.dim() != 3 or image.shape[0] not in (1, 3) or not image.numel():
-        raise DataError(f"a picture has shape {tuple(image.shape)}; tensors are (3, H, W) or (1, H, W).")
+        raise DataError(f"an image has shape {tuple(image.shape)}; tensors are (3, H, W) or (1, H, W).")
     image = image.detach().cpu().expand(3, -1, -1)
     if image.dtype == torch.uint8:
         return to_unit_range(centre_crop(image, resolution))
     if not image.is_floating_point() or not bool((image.abs() <= 1.001).all()):  # resizing may overshoot a little
         raise DataError(
-            f"a picture of {image.dtype} runs from {image.min():g} to {image.max():g}; "
+            f"an image of {image.dtype} has values from {image.min():g} to {image.max():g}; "
             "give floats in [-1, 1] (x / 127.5 - 1), or uint8 in [0, 255]."
         )
     image = image.float().clamp(-1, 1)
@@ -54,9 +61,10 @@ def load_image(image: Picture, resolution: int) -> Tensor:
     return to_unit_range(centre_crop(_to_uint8(image), resolution))
 
 
-def to_pictures(x_BCHW: Tensor) -> list[Image.Image]:
-    """Images (B, 3, H, W) in [-1, 1] -> RGB pictures."""
-    return [Image.fromarray(x_HWC.numpy()) for x_HWC in _to_uint8(x_BCHW).permute(0, 2, 3, 1).contiguous().cpu()]
+def to_images(x_BCHW: Tensor) -> list[Image.Image]:
+    """Tensors (B, 3, H, W) in [-1, 1] -> RGB images."""
+    x_BHWC = rearrange(_to_uint8(x_BCHW), "B C H W -> B H W C").contiguous().cpu()
+    return [Image.fromarray(x_HWC.numpy()) for x_HWC in x_BHWC]
 
 
 def _to_uint8(x: Tensor) -> Tensor:
@@ -66,53 +74,52 @@ def _to_uint8(x: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
-def save_png(picture: Image.Image, path: Path, about: dict[str, str]) -> None:
+def save_png(image: Image.Image, path: Path, about: dict[str, str]) -> None:
     """Write a PNG, whole or not at all, with `about` as its text metadata (`Image.open(path).text`).
 
-    Latin-1 goes into tEXt chunks, everything else into iTXt, which is UTF-8.
+    Latin-1 text goes into tEXt chunks, all other text into iTXt chunks, which are UTF-8.
     """
     info = PngInfo()
     for key, value in about.items():
         info.add_text(key, value)
-    unfinished = path.with_name(f".{path.name}.tmp")
-    picture.save(unfinished, format="PNG", pnginfo=info)
-    os.replace(unfinished, path)
+    with replacing(path) as unfinished:
+        image.save(unfinished, format="PNG", pnginfo=info)
 
 
 def grid(rows: list[tuple[str, list[Image.Image]]], side: int = 128, gap: int = 8) -> Image.Image:
-    """Rows of pictures of one size, each below its text. Small ones are enlarged to at least `side`, pixel by pixel.
+    """Rows of images of one size, each row below its text. Small images are enlarged to at least `side` pixels.
 
-    Letters that the font lacks are drawn as boxes: DejaVu Sans where the system has it (Latin, Greek, Cyrillic, ...),
-    else Pillow's own.
+    Letters that the font lacks appear as boxes. The font is DejaVu Sans (Latin, Greek, Cyrillic, ...) if the system
+    has it, otherwise Pillow's own.
     """
     font, line = _font(), 18
     width, height = rows[0][1][0].size
     scale = max(1, math.ceil(side / width))
     width, height = width * scale, height * scale
-    total = gap + max(max(len(pictures) for _, pictures in rows) * (width + gap), 320)
+    total = gap + max(max(len(images) for _, images in rows) * (width + gap), 320)
     texts = [_wrap(text, font, total - 2 * gap) for text, _ in rows]
     sheet = Image.new("RGB", (total, gap + sum(len(lines) * line + height + 2 * gap for lines in texts)), "white")
     draw, y = ImageDraw.Draw(sheet), gap
-    for lines, (_, pictures) in zip(texts, rows, strict=True):
+    for lines, (_, images) in zip(texts, rows, strict=True):
         for text in lines:
             draw.text((gap, y), text, fill="black", font=font)
             y += line
-        for column, picture in enumerate(pictures):
-            sheet.paste(picture.resize((width, height), Image.Resampling.NEAREST), (gap + column * (width + gap), y))
+        for column, image in enumerate(images):
+            sheet.paste(image.resize((width, height), Image.Resampling.NEAREST), (gap + column * (width + gap), y))
         y += height + 2 * gap
     return sheet
 
 
-def _font():
+def _font() -> Font:
     try:
         return ImageFont.truetype("DejaVuSans.ttf", 14)
     except OSError:
         return ImageFont.load_default(14)
 
 
-def _wrap(text: str, font, width: int, most: int = 3) -> list[str]:
-    """`text` in lines of at most `width` pixels, broken at spaces where there are any; cut after `most` lines."""
-    text, lines = " ".join(text.split()), []
+def _wrap(text: str, font: Font, width: int, most: int = 3) -> list[str]:
+    """`text` in lines of at most `width` pixels, broken at spaces if there are any; cut after `most` lines."""
+    text, lines = " ".join(text.split()), list[str]()
     while text and len(lines) < most:
         end = next((n for n in range(1, len(text) + 1) if font.getlength(text[:n]) > width), len(text) + 1) - 1
         if end < len(text):

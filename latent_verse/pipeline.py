@@ -1,23 +1,23 @@
-"""LVerse: AugVAE, BiART and a tokenizer as one thing that draws pictures from texts and writes texts about pictures.
+"""LVerse: AugVAE, BiART and a tokenizer as one model that generates images from texts and captions from images.
 
     model = LVerse.from_pretrained("results/shapes/bundle")
-    [[picture]] = model.text_to_image(["a red circle"])
-    [[caption]] = model.image_to_text([picture])
+    [[image]] = model.text_to_image(["a red circle"])
+    [[caption]] = model.image_to_text([image])
 
-Shape suffixes: B samples, R references, D draws of each, I images, T texts, N image codes, L text tokens.
+Shape suffixes: B samples, R references, S samples of each, I images, T texts, N image codes, K of them kept,
+L text tokens.
 """
 
 from __future__ import annotations
 
-import difflib
 import functools
-import inspect
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from einops import rearrange, repeat
 from PIL import Image
 from torch import Tensor
 
@@ -26,50 +26,47 @@ from latent_verse.biart.model import BiART
 from latent_verse.biart.sequence import IMAGE_TO_TEXT, TEXT_TO_IMAGE
 from latent_verse.bundle import fingerprints, load_bundle, save_bundle
 from latent_verse.checkpoint import CheckpointError
-from latent_verse.config import ConfigError
-from latent_verse.drawing import LARGEST_CHUNK, Drawing
-from latent_verse.pictures import Picture, load_image, to_pictures
+from latent_verse.config import ConfigError, SamplingSettings
+from latent_verse.drawing import Sampler
+from latent_verse.pictures import ImageLike, load_image, to_images
+from latent_verse.text import TOO_LONG, Tokenizer
 
-CHUNK_PIXELS = 2**20  # that go through AugVAE at a time
-TOO_LONG = ("truncate", "error")
-
-
-def known_settings(method: Callable) -> Callable:
-    """Unknown keywords become a ConfigError that names the nearest known one."""
-    names = [name for name in inspect.signature(method).parameters if name != "self"]
-
-    @functools.wraps(method)
-    def checked(*args, **kwargs):
-        for name in kwargs:
-            if name not in names:
-                near = difflib.get_close_matches(name, names, n=1)
-                hint = f"Did you mean {near[0]}?" if near else f"It takes {', '.join(names)}."
-                raise ConfigError(f"{method.__name__} has no setting {name}. {hint}")
-        return method(*args, **kwargs)
-
-    return checked
+VAE_BYTES_A_PIXEL = 4096  # of AugVAE's activations, about
 
 
-class LVerse(Drawing):
-    """Both directions of one model. All methods leave the modules' training mode and the gradients alone.
+def best_device() -> str:
+    """The fastest device of this machine: cuda, mps or cpu."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
 
-    Samples depend on the seed, their own text or picture and their number among the draws for it, not on what else is
-    in the call: a picture can be drawn again alone. `seed=None` takes one from torch's global generator.
+
+class LVerse:
+    """Both directions of one model. No method changes the modules' training mode or their gradients.
+
+    Samples depend on the seed, on their own text or image, and on their number among the samples of it, but not on
+    what else is in the call: one image can be generated again alone. `seed=None` takes one from torch's global
+    generator.
+
+    Args:
+        vae, biart, tokenizer: the parts. AugVAE is set to evaluation mode.
+        info: how they were trained; reference_dropout sets `null_trained`.
 
     Attributes:
-        vae, biart, tokenizer: the parts. AugVAE is set to evaluation mode.
-        info: how they were trained; `reference_dropout` above 0 is what allows guidance and drawing without a text.
+        null_trained: whether training dropped references, which guidance and generation without a text need.
         batch_size: samples at a time; None chooses by memory.
-        progress: show a progress bar on stderr.
-        too_long: "truncate" a text that exceeds text_len, with a warning, or make it an "error".
+        progress: show a progress bar on stderr, if that is a terminal.
+        too_long: "truncate" a text of more than text_len tokens, with a warning, or make it an "error".
+
+    Raises:
+        ConfigError: the parts do not belong together.
     """
 
-    def __init__(self, vae: AugVAE, biart: BiART, tokenizer, info: dict[str, Any]):
-        """Raises ConfigError where the parts do not belong together."""
+    def __init__(self, vae: AugVAE, biart: BiART, tokenizer: Tokenizer, info: dict[str, Any]):
         v, b = vae.config, biart.config
         for what, mine, theirs, value in (
             ("image_vocab", b.image_vocab, "AugVAE's codebook (num_tokens)", v.num_tokens),
-            ("image_len", b.image_len, f"AugVAE's codes of one picture (levels {vae.code_levels})", vae.num_codes),
+            ("image_len", b.image_len, f"AugVAE's number of codes per image (levels {vae.code_levels})", vae.num_codes),
             ("text_vocab", b.text_vocab, "tokenizer's vocabulary", tokenizer.vocab_size),
         ):
             if mine != value:
@@ -78,22 +75,31 @@ class LVerse(Drawing):
                     "Use the AugVAE and the tokenizer that BiART was trained with."
                 )
         if (v.in_channels, v.out_channels) != (3, 3):
-            raise ConfigError(f"AugVAE has {v.in_channels} channels in and {v.out_channels} out; pictures have 3.")
+            raise ConfigError(f"AugVAE has {v.in_channels} channels in and {v.out_channels} out; images have 3.")
         dropout = info.get("reference_dropout", 0)
         if not 0 <= dropout <= 1:
             raise ConfigError(f"info: reference_dropout is {dropout}; it is a probability.")
-        super().__init__(biart, null_trained=dropout > 0)
-        self.vae, self.tokenizer, self.info = vae.eval(), tokenizer, dict(info)
+        self.vae, self.biart, self.tokenizer, self.info = vae.eval(), biart, tokenizer, dict(info)
+        self.null_trained: bool = dropout > 0
+        self.batch_size: int | None = None
+        self.progress = False
         self.too_long = "truncate"
 
     # ------------------------------------------------------------------------------------------------------- bundles
 
     @classmethod
-    def from_pretrained(cls, directory_or_id, device=None, dtype: torch.dtype | str | None = None) -> LVerse:
+    def from_pretrained(
+        cls,
+        directory_or_id: str | os.PathLike,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | str | None = None,
+    ) -> LVerse:
         """Load what `save_pretrained` wrote, from a folder or a Hugging Face hub id, in evaluation mode.
 
-        device: default the GPU where there is one, else the CPU. dtype: BiART's (torch.bfloat16, "float16", ...);
-        default as stored. AugVAE stays in float32: lower precision picks wrong codes.
+        Args:
+            device: None takes `best_device`.
+            dtype: BiART's (torch.bfloat16, "float16", ...); None keeps the stored one. AugVAE stays in float32,
+                because lower precision picks wrong codes.
 
         Raises:
             CheckpointError: absent, incomplete, damaged, of another kind, or parts that do not belong together.
@@ -103,17 +109,21 @@ class LVerse(Drawing):
             dtype = getattr(torch, dtype, dtype)
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise ConfigError(f"dtype is {dtype!r}; give float32, bfloat16 or float16.")
-        vae, biart, tokenizer, info, fingerprints = load_bundle(directory_or_id)
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        vae, biart, tokenizer, info, recorded = load_bundle(directory_or_id)
+        device = device or best_device()
         try:
             model = cls(vae.to(device), biart.to(device=device, dtype=dtype), tokenizer, info)
         except ConfigError as error:
             raise CheckpointError(f"{directory_or_id}: {error}") from error
-        model.fingerprints = fingerprints
+        model.fingerprints = recorded
         return model
 
-    def save_pretrained(self, directory) -> None:
-        """Write a bundle: config.json, vae/, biart.safetensors, tokenizer/. Raises CheckpointError if it is not one."""
+    def save_pretrained(self, directory: str | os.PathLike) -> None:
+        """Write a bundle: config.json, vae/, biart.safetensors, tokenizer/.
+
+        Raises:
+            CheckpointError: the folder exists, is not empty and is no bundle.
+        """
         save_bundle(directory, self.vae, self.biart, self.tokenizer, self.info)
 
     @functools.cached_property
@@ -121,9 +131,18 @@ class LVerse(Drawing):
         """16 hexadecimal digits for each of vae, biart and tokenizer, as the bundle records them."""
         return fingerprints(self.vae, self.biart, self.tokenizer)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes. Results are returned on the CPU."""
+        return next(self.vae.parameters()).device
+
+    @property
+    def sampler(self) -> Sampler:
+        """What generates and scores tokens in batches."""
+        return Sampler(self.biart, self.null_trained, self.batch_size, self.progress)
+
     # --------------------------------------------------------------------------------------------------- text → image
 
-    @known_settings
     def text_to_image(
         self,
         texts: Sequence[str],
@@ -135,18 +154,23 @@ class LVerse(Drawing):
         rerank: int = 0,
         seed: int | None = None,
     ) -> list[list[Image.Image]]:
-        """Draw `num_images` pictures for every text. Raises ValueError for texts or settings that cannot be used.
+        """Generate `num_images` images for every text.
 
-        temperature 0 is greedy: one picture a text. top_k and top_p cut the unlikely codes. guidance above 1 follows
-        the text more closely, at twice the work. rerank: draw so many for each picture wanted, keep the one with the
-        largest log p(text | picture).
+        Args:
+            temperature: 0 is greedy: one image a text.
+            top_k, top_p: sample from the k likeliest codes, or from those that make up this probability.
+            guidance: above 1 follows the text more closely, at twice the work.
+            rerank: sample so many images for each one returned: the one with the largest log p(text | image).
+
+        Raises:
+            ConfigError: a setting cannot be used.
+            TokenizerError: a text cannot be used.
         """
-        settings = self._settings(TEXT_TO_IMAGE, num_images, temperature, top_k, top_p, guidance, rerank)
+        sampling = SamplingSettings(temperature, top_k, top_p, guidance)
+        self.sampler.check(TEXT_TO_IMAGE, num_images, sampling, rerank)
         text_RL = self.encode_texts(texts)
-        codes_RDN = self._draw(text_RL, TEXT_TO_IMAGE, num_images, rerank, seed, settings)
-        return self._pictures(codes_RDN)
+        return self._images(self.sampler.sample(text_RL, TEXT_TO_IMAGE, num_images, sampling, seed, rerank))
 
-    @known_settings
     def draw_scored(
         self,
         texts: Sequence[str],
@@ -157,17 +181,22 @@ class LVerse(Drawing):
         guidance: float = 1.0,
         seed: int | None = None,
     ) -> tuple[list[list[Image.Image]], Tensor]:
-        """As `text_to_image`, and log p(text | the codes drawn) of each: (texts, num_images) float32 on the CPU."""
-        settings = self._settings(TEXT_TO_IMAGE, num_images, temperature, top_k, top_p, guidance)
-        text_RL = self.encode_texts(texts)
-        codes_RDN = self._draw(text_RL, TEXT_TO_IMAGE, num_images, 0, seed, settings)
-        score_B = self.log_p(text_RL.repeat_interleave(num_images, dim=0), codes_RDN.flatten(0, 1), "image")
-        return self._pictures(codes_RDN), score_B.view(len(text_RL), num_images)
+        """As `text_to_image`, with log p(text | sampled codes) of each image: (texts, num_images) float32, on the CPU.
 
-    @known_settings
+        Raises:
+            ConfigError, TokenizerError: as `text_to_image`.
+        """
+        sampling = SamplingSettings(temperature, top_k, top_p, guidance)
+        self.sampler.check(TEXT_TO_IMAGE, num_images, sampling)
+        text_RL = self.encode_texts(texts)
+        codes_RSN = self.sampler.sample(text_RL, TEXT_TO_IMAGE, num_images, sampling, seed)
+        text_BL, codes_BN = repeat(text_RL, "R L -> (R S) L", S=num_images), rearrange(codes_RSN, "R S N -> (R S) N")
+        log_p_B = self.log_p(text_BL, codes_BN, "image")
+        return self._images(codes_RSN), rearrange(log_p_B, "(R S) -> R S", S=num_images)
+
     def complete(
         self,
-        images: Sequence[Picture],
+        images: Sequence[ImageLike],
         keep_rows: int,
         text: str | Sequence[str] | None = None,
         num_images: int = 1,
@@ -178,16 +207,24 @@ class LVerse(Drawing):
         rerank: int = 0,
         seed: int | None = None,
     ) -> list[list[Image.Image]]:
-        """Keep the top `keep_rows` rows of every picture's codes and draw the rest, `num_images` times.
+        """Keep the top `keep_rows` rows of every image's codes and generate the rest, `num_images` times.
 
-        text: for all pictures, or one for each. Without one the model draws without a reference, which it must have
-        been trained for (reference_dropout). Other settings as `text_to_image`. Raises ValueError as it does.
+        Args:
+            text: one for all images, or one for each. None needs a model trained with reference_dropout.
+
+        The other settings are those of `text_to_image`.
+
+        Raises:
+            ConfigError: a setting cannot be used, AugVAE has several levels of codes, or the model needs a text.
+            DataError: an image cannot be read.
+            TokenizerError: a text cannot be used.
         """
-        settings = self._settings(TEXT_TO_IMAGE, num_images, temperature, top_k, top_p, guidance, rerank)
+        sampling = SamplingSettings(temperature, top_k, top_p, guidance)
+        self.sampler.check(TEXT_TO_IMAGE, num_images, sampling, rerank)
         if len(self.vae.code_levels) != 1:
             raise ConfigError(
-                f"complete needs an AugVAE with one level of codes; this one has {self.vae.code_levels}: its rows lie "
-                "in several grids. Train BiART on an AugVAE-SL."
+                f"complete needs an AugVAE with one level of codes; this one has {self.vae.code_levels}, so that a row "
+                "of the image lies in several grids. Train BiART on an AugVAE-SL."
             )
         (side,) = self.vae.code_levels
         if not 1 <= keep_rows < side:
@@ -195,7 +232,7 @@ class LVerse(Drawing):
         if text is None:
             if not self.null_trained:
                 raise ConfigError(
-                    "This model was trained without reference_dropout, so it cannot draw without a text: give one."
+                    "This model was trained without reference_dropout, so it cannot generate without a text: give one."
                 )
             if guidance != 1 or rerank > 1:
                 raise ConfigError("guidance and rerank follow a text: give one, or leave them out.")
@@ -205,16 +242,15 @@ class LVerse(Drawing):
         else:
             text_IL = self.encode_texts([text] * len(codes_IN) if isinstance(text, str) else text)
         if len(text_IL) != len(codes_IN):
-            raise ConfigError(f"{len(text_IL)} texts for {len(codes_IN)} pictures: give one text, or one for each.")
-        prefix_IK = codes_IN[:, : keep_rows * side]
-        return self._pictures(self._draw(text_IL, TEXT_TO_IMAGE, num_images, rerank, seed, settings, prefix_IK))
+            raise ConfigError(f"{len(text_IL)} texts for {len(codes_IN)} images: give one text, or one for each.")
+        kept_IK = codes_IN[:, : keep_rows * side]
+        return self._images(self.sampler.sample(text_IL, TEXT_TO_IMAGE, num_images, sampling, seed, rerank, kept_IK))
 
     # --------------------------------------------------------------------------------------------------- image → text
 
-    @known_settings
     def image_to_text(
         self,
-        images: Sequence[Picture],
+        images: Sequence[ImageLike],
         num_captions: int = 1,
         temperature: float = 0.0,
         seed: int | None = None,
@@ -223,9 +259,19 @@ class LVerse(Drawing):
         top_p: float | None = None,
         guidance: float = 1.0,
     ) -> list[list[str]]:
-        """Write `num_captions` captions for every picture: the greedy one, sampled ones (temperature above 0), or the
-        likeliest that `beams` beams find. Raises ValueError for pictures or settings that cannot be used."""
-        settings = self._settings(IMAGE_TO_TEXT, num_captions, temperature, top_k, top_p, guidance)
+        """Generate `num_captions` captions for every image.
+
+        Args:
+            temperature: 0 gives the greedy caption, above 0 samples.
+            beams: above 1, the likeliest caption that so many beams find, in place of sampling.
+            top_k, top_p, guidance: as in `text_to_image`, for tokens of text.
+
+        Raises:
+            ConfigError: a setting cannot be used.
+            DataError: an image cannot be read.
+        """
+        sampling = SamplingSettings(temperature, top_k, top_p, guidance)
+        self.sampler.check(IMAGE_TO_TEXT, num_captions, sampling)
         if beams < 1:
             raise ConfigError(f"beams is {beams}; it must be at least 1.")
         if beams > 1 and (temperature > 0 or num_captions > 1 or guidance != 1):
@@ -234,75 +280,93 @@ class LVerse(Drawing):
             )
         codes_RN = self.codes(images)
         if beams > 1:
-            ids_BL = self._beam_search(codes_RN, beams)
+            text_RSL = self.sampler.beam_search(codes_RN, beams)[:, None]
         else:
-            ids_BL = self._draw(codes_RN, IMAGE_TO_TEXT, num_captions, 0, seed, settings).flatten(0, 1)
-        captions = self.tokenizer.decode_batch(self.biart.vocab.unpad_text(ids_BL))
-        return [captions[start : start + num_captions] for start in range(0, len(captions), num_captions)]
+            text_RSL = self.sampler.sample(codes_RN, IMAGE_TO_TEXT, num_captions, sampling, seed)
+        return [self.tokenizer.decode_batch(self.biart.vocab.unpad_text(text_SL)) for text_SL in text_RSL]
 
     # --------------------------------------------------------------------------------------------------------- scores
 
-    @known_settings
-    def score(self, images: Sequence[Picture], texts: Sequence[str], given: str = "image") -> Tensor:
-        """log p(text | image) in nats, the end of the text included, or with given="text" log p(image's codes | text).
+    def score(self, images: Sequence[ImageLike], texts: Sequence[str], given: str = "image") -> Tensor:
+        """log p of every image with every text, in nats: (I, T) float32 on the CPU.
 
-        Every image with every text: (I, T) float32 on the CPU. Raises ValueError for input that cannot be used.
+        Args:
+            given: "image" for log p(text | image), the end of the text included; "text" for log p(codes | text).
+
+        Raises:
+            ConfigError: no such `given`, or no image or text.
+            DataError: an image cannot be read.
+            TokenizerError: a text cannot be used.
         """
         if given not in ("image", "text"):
             raise ConfigError(f"given is {given!r}; it must be image or text.")
         text_TL, codes_IN = self.encode_texts(texts), self.codes(images)
-        images, texts = len(codes_IN), len(text_TL)
-        total_B = self.log_p(text_TL.repeat(images, 1), codes_IN.repeat_interleave(texts, dim=0), given)
-        return total_B.view(images, texts)
+        text_BL = repeat(text_TL, "T L -> (I T) L", I=len(codes_IN))
+        codes_BN = repeat(codes_IN, "I N -> (I T) N", T=len(text_TL))
+        return rearrange(self.log_p(text_BL, codes_BN, given), "(I T) -> I T", I=len(codes_IN))
 
-    @known_settings
-    def reconstruct(self, images: Sequence[Picture]) -> list[Image.Image]:
-        """The pictures as their codes hold them, centre-cropped to the model's resolution."""
-        return [picture for row in self._pictures(self.codes(images)[:, None]) for picture in row]
+    def reconstruct(self, images: Sequence[ImageLike]) -> list[Image.Image]:
+        """The images as AugVAE decodes their codes, centre-cropped to the model's resolution.
+
+        Raises:
+            ConfigError: there is no image.
+            DataError: an image cannot be read.
+        """
+        return [image for [image] in self._images(self.codes(images)[:, None])]
+
+    def log_p(self, text_BL: Tensor, codes_BN: Tensor, given: str, alone: bool = False) -> Tensor:
+        """`Sampler.log_p`, of padded text ids and image codes, row by row."""
+        return self.sampler.log_p(text_BL, codes_BN, given, alone)
 
     # ---------------------------------------------------------------------------------------------------------- parts
 
-    def codes(self, images: Sequence[Picture]) -> Tensor:
-        """AugVAE's codes (I, N) int64, on the CPU, of pictures as `load_image` takes them.
+    def codes(self, images: Sequence[ImageLike]) -> Tensor:
+        """AugVAE's codes of images: (I, N) int64, on the CPU.
 
-        Raises DataError for a picture that cannot be used, ConfigError where there is none.
+        Raises:
+            ConfigError: there is no image.
+            DataError: an image cannot be read.
         """
-        images = _listed(images, (Image.Image, str, os.PathLike), "images")
-        resolution, size = self.vae.config.resolution, self._vae_chunk()
-        device = self.vae.codebook.weight.device
+        items: list[ImageLike] = _listed(images, (Image.Image, str, os.PathLike), "images")
+        resolution, size = self.vae.config.resolution, self._images_at_a_time()
         out = []
-        for start in range(0, len(images), size):
-            x_BCHW = torch.stack([load_image(image, resolution) for image in images[start : start + size]])
-            out.append(self.vae.codes(x_BCHW.to(device)).cpu())
+        for start in range(0, len(items), size):
+            x_BCHW = torch.stack([load_image(image, resolution) for image in items[start : start + size]])
+            out.append(self.vae.codes(x_BCHW.to(self.device)).cpu())
         return torch.cat(out)
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
-        """Padded ids text_TL on the CPU. Too long ones are cut with a warning, or a TokenizerError (`too_long`)."""
-        texts = _listed(texts, str, "texts")
+        """Padded text ids (T, L) int64, on the CPU. `too_long` says what becomes of texts above text_len tokens.
+
+        Raises:
+            ConfigError: there is no text, or no such `too_long`.
+            TokenizerError: a text is too long, is no string, or holds a lone surrogate.
+        """
+        items: list[str] = _listed(texts, str, "texts")
         if self.too_long not in TOO_LONG:
             raise ConfigError(f"too_long is {self.too_long!r}; it must be one of {', '.join(TOO_LONG)}.")
         length = self.biart.config.text_len
-        ids = self.tokenizer.encode_batch(texts)
-        for i, (text, row) in enumerate(zip(texts, ids, strict=True)):
+        ids = self.tokenizer.encode_batch(items)
+        for i, (text, row) in enumerate(zip(items, ids, strict=True)):
             if len(row) > length:
                 (ids[i],) = self.tokenizer.encode_batch([text], length, self.too_long)
                 kept = self.tokenizer.decode(ids[i])
-                warnings.warn(f"text {i} has {len(row)} tokens, text_len is {length}: cut to {kept!r}", stacklevel=4)
+                warnings.warn(f"text {i} has {len(row)} tokens, text_len is {length}: cut to {kept!r}", stacklevel=3)
         return self.biart.vocab.pad_text(ids)
 
-    def _pictures(self, codes_RDN: Tensor) -> list[list[Image.Image]]:
-        device, draws = self.vae.codebook.weight.device, codes_RDN.shape[1]
-        pictures = []
-        for part_BN in codes_RDN.flatten(0, 1).split(self._vae_chunk()):
-            pictures += to_pictures(self.vae.decode_codes(part_BN.to(device)))
-        return [pictures[start : start + draws] for start in range(0, len(pictures), draws)]
+    def _images(self, codes_RSN: Tensor) -> list[list[Image.Image]]:
+        R, S, _ = codes_RSN.shape
+        images = []
+        for codes_BN in rearrange(codes_RSN, "R S N -> (R S) N").split(self._images_at_a_time()):
+            images += to_images(self.vae.decode_codes(codes_BN.to(self.device)))
+        return [images[r * S : (r + 1) * S] for r in range(R)]
 
-    def _vae_chunk(self) -> int:
-        return self.batch_size or max(1, min(LARGEST_CHUNK, CHUNK_PIXELS // self.vae.config.resolution**2))
+    def _images_at_a_time(self) -> int:
+        return self.sampler.rows_at_a_time(VAE_BYTES_A_PIXEL * self.vae.config.resolution**2)
 
 
-def _listed(items, single: type | tuple[type, ...], what: str) -> list:
-    """A list of one or more; a single text or picture counts as one."""
+def _listed(items: Any, single: type | tuple[type, ...], what: str) -> list:
+    """A list of one or more; a single text or image counts as one."""
     if isinstance(items, single) or (isinstance(items, Tensor) and items.dim() == 3):
         items = [items]
     try:

@@ -1,7 +1,7 @@
 """Tokenizers: CLIP's byte-pair vocabulary, and a small byte-level BPE trained on the user's own captions.
 
-Both give plain ids, without start, end or padding: BiART adds its own specials after `vocab_size` (see
-`biart/sequence.py`). An empty caption is an empty list of ids.
+Both give plain ids, without start, end or padding: BiART adds its own special tokens after `vocab_size` (see
+`biart/sequence.py`). An empty caption has no ids.
 
     tokenizer = load_tokenizer("clip")                          # or the folder of a run or bundle
     tokenizer = BPETokenizer.train(captions, vocab_size=2000)
@@ -11,14 +11,19 @@ Both give plain ids, without start, end or padding: BiART adds its own specials 
 
 from __future__ import annotations
 
+import gzip
 import hashlib
+import html
 import importlib.util
 import json
 import tempfile
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
+
+import regex
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from latent_verse.config import UserError
 
@@ -27,35 +32,80 @@ META_FILE = "tokenizer_config.json"
 TOO_LONG = ("truncate", "error")
 BYTES = 256  # a byte-level vocabulary holds every byte, so that no text is unknown
 
+CLIP_VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"  # in the package open_clip: a header, then one merge a line
+CLIP_MERGES = 48_894  # as many of them as CLIP uses
+CLIP_SPECIALS = ("<start_of_text>", "<end_of_text>")
+# CLIP's words, by `regex` as in open_clip: `tokenizers` has older Unicode tables.
+CLIP_WORDS = regex.compile(
+    "|".join(CLIP_SPECIALS) + r"|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE
+)
+WORD_END = "</w>"
+
 
 class TokenizerError(UserError):
-    """A caption, a vocabulary or a tokenizer folder cannot be used. The message says which and what to do."""
+    """A caption, a vocabulary or a tokenizer folder cannot be used. The message says which one and what to do."""
+
+
+class PackedTokenizer(TypedDict):
+    """A tokenizer as plain types: its name, its fingerprint, and the text of its files by their names."""
+
+    name: str
+    fingerprint: str
+    files: dict[str, str]
 
 
 class Tokenizer:
-    """What both tokenizers share. A subclass gives `name`, `vocab_size`, `fingerprint`, `_ids`, `decode` and `save`."""
+    """What both tokenizers share; a subclass adds `name`, `_ids`, `decode` and `save`.
+
+    Attributes:
+        vocab_size: ids are in [0, vocab_size).
+        fingerprint: 16 hexadecimal digits, the same for the same vocabulary and merges.
+    """
 
     name: str
-    vocab_size: int  # ids are in [0, vocab_size)
-    fingerprint: str  # 16 hexadecimal digits: the same vocabulary and merges give the same ones
+
+    def __init__(self, bpe: tokenizers.Tokenizer):
+        self._bpe = bpe
+        self.vocab_size: int = bpe.get_vocab_size()
+        model = json.loads(bpe.to_str())["model"]
+        ordered = sorted(model["vocab"].items(), key=lambda item: item[1])
+        digest = hashlib.sha256(json.dumps([ordered, model["merges"]]).encode())
+        self.fingerprint = digest.hexdigest()[:16]
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         raise NotImplementedError
 
     def decode(self, ids: Sequence[int]) -> str:
+        """The text of one list of ids.
+
+        Raises:
+            TokenizerError: an id is outside the vocabulary.
+        """
+        raise NotImplementedError
+
+    def save(self, folder: str | Path) -> None:
+        """Write a folder that `load_tokenizer` reads."""
         raise NotImplementedError
 
     def encode(self, text: str) -> list[int]:
-        """The ids of one caption, as many as it takes."""
+        """The ids of one caption, of any length.
+
+        Raises:
+            TokenizerError: as `encode_batch`.
+        """
         return self.encode_batch([text])[0]
 
     def encode_batch(
         self, texts: Sequence[str], length: int | None = None, too_long: str = "truncate"
     ) -> list[list[int]]:
-        """The ids of each caption, at most `length` of them where it is given. Never padded.
+        """The ids of each caption, without padding.
 
-        too_long: "truncate" cuts at `length`, never inside a character; "error" raises TokenizerError, which names
-        the caption. TokenizerError also for what is not text, and for lone surrogates, which no UTF-8 file can hold.
+        Args:
+            length: the largest number of ids of a caption; None is no limit.
+            too_long: "truncate" cuts longer captions at `length`, never inside a character; "error" refuses them.
+
+        Raises:
+            TokenizerError: a caption is too long, is no string, or holds a lone surrogate, which no UTF-8 file can.
         """
         if too_long not in TOO_LONG:
             raise TokenizerError(f"too_long is {too_long!r}; it must be one of {', '.join(TOO_LONG)}.")
@@ -79,7 +129,7 @@ class Tokenizer:
         return batch
 
     def _cut(self, ids: list[int], length: int) -> list[int]:
-        """The first `length` ids, less the up to three that hold the first bytes of a character cut in two."""
+        """The first `length` ids, without the last few (up to three) where they are only a part of a character."""
         cut = ids[:length]
         whole = self.decode(ids)
         for stop in range(length, max(length - 4, 0), -1):
@@ -113,59 +163,68 @@ class Tokenizer:
 
 
 class ClipTokenizer(Tokenizer):
-    """CLIP's vocabulary of 49,408 (Radford et al., 2021), as open_clip cleans and splits: ftfy, HTML entities, one
+    """CLIP's vocabulary of 49,408 (Radford et al., 2021), cleaned and split as by open_clip: ftfy, HTML entities, one
     space between words, lower case. `decode` gives that cleaned text with a space after every word and mark:
-    "It's 3.5" comes back as "it 's 3 . 5". It reads open_clip's vocabulary from the installed package, offline.
+    "It's 3.5" comes back as "it 's 3 . 5". The vocabulary is read from the installed package open_clip, offline.
+
+    Raises:
+        TokenizerError: open_clip is not installed.
     """
 
     name = "clip"
 
     def __init__(self):
-        self._clip = _open_clip_tokenizer().SimpleTokenizer()
-        self.vocab_size = self._clip.vocab_size
-        self.fingerprint = _digest(self._clip.encoder, list(self._clip.bpe_ranks))
-
-    def __reduce__(self):  # worker processes build it anew: its module was loaded by path and cannot be pickled
-        return ClipTokenizer, ()
+        lines = gzip.decompress(_clip_vocabulary().read_bytes()).decode("utf-8").split("\n")
+        merges = [tuple(line.split()) for line in lines[1 : CLIP_MERGES + 1]]
+        letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+        tokens = [*letters, *(letter + WORD_END for letter in letters), *("".join(merge) for merge in merges)]
+        vocabulary = {token: i for i, token in enumerate([*tokens, *CLIP_SPECIALS])}
+        bpe = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges, end_of_word_suffix=WORD_END))
+        bpe.add_special_tokens(list(CLIP_SPECIALS))
+        bpe.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Split(" ", "removed"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        )
+        bpe.decoder = decoders.ByteLevel()
+        super().__init__(bpe)
 
     def normalise(self, text: str) -> str:
         """The text as it is tokenized."""
-        return self._clip.clean_fn(text)
+        import ftfy  # takes 80 ms
+
+        return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split()).lower()
 
     def _ids(self, texts):
-        return [self._clip.encode(text) for text in texts]
+        words = [" ".join(CLIP_WORDS.findall(self.normalise(text))) for text in texts]
+        return [encoding.ids for encoding in self._bpe.encode_batch_fast(words)]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Cleaned text. CLIP's own start and end of text, which no caption holds, are left out."""
-        ids = self._check_ids(ids)
-        return self._clip.decode([i for i in ids if i not in self._clip.all_special_ids]).strip()
+        """The cleaned text, without CLIP's own start and end of text."""
+        return self._bpe.decode(self._check_ids(ids)).replace(WORD_END, " ").strip()
 
     def save(self, folder: str | Path) -> None:
-        """Write the name and fingerprint; the vocabulary is open_clip's, and `load_tokenizer` checks it is the same."""
+        """Write the name and the fingerprint, by which `load_tokenizer` checks open_clip's vocabulary."""
         self._save_meta(folder)
 
 
 class BPETokenizer(Tokenizer):
-    """Byte-level BPE. Normalised to lower case, Unicode NFC, one space between words, none at the ends; after that
-    the round trip is exact for any Unicode text, since every byte has an id.
+    """Byte-level BPE. Text is normalised: lower case, Unicode NFC, one space between words, none at the ends. After
+    that the round trip is exact for any Unicode text, because every byte has an id.
+
+    Args:
+        bpe: what `train` or `load_tokenizer` made.
     """
 
     name = "bpe"
 
-    def __init__(self, tokenizer):
-        """tokenizer: a `tokenizers.Tokenizer`, from `train` or `load_tokenizer`."""
-        self._bpe = tokenizer
-        self.vocab_size = tokenizer.get_vocab_size()
-        model = json.loads(tokenizer.to_str())["model"]
-        self.fingerprint = _digest(model["vocab"], model["merges"])
-
     @classmethod
     def train(cls, captions: Iterable[str], vocab_size: int) -> BPETokenizer:
-        """Learn merges from captions (each a string; empty ones are skipped). The result has at most `vocab_size` ids:
-        fewer where the captions hold no more pairs that occur twice. TokenizerError where there is no text at all.
-        """
-        from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+        """Learn merges from captions; blank ones are skipped.
 
+        The result has at most `vocab_size` ids: fewer if no more pairs occur twice.
+
+        Raises:
+            TokenizerError: `vocab_size` is below 256, or no caption holds any text.
+        """
         if vocab_size < BYTES:
             raise TokenizerError(
                 f"vocab_size is {vocab_size}; a byte-level vocabulary needs at least {BYTES}, one id for every byte."
@@ -176,12 +235,12 @@ class BPETokenizer(Tokenizer):
         captions = [text for text in captions if text.strip()]
         if not captions:
             raise TokenizerError("There is no caption to train a tokenizer on: the list is empty or all are blank.")
-        bpe = Tokenizer(models.BPE())
-        one_space = normalizers.Replace(Regex(r"\s+"), " ")
+        bpe = tokenizers.Tokenizer(models.BPE())
+        one_space = normalizers.Replace(tokenizers.Regex(r"\s+"), " ")
         bpe.normalizer = normalizers.Sequence(
             [normalizers.Lowercase(), normalizers.NFC(), one_space, normalizers.Strip()]
         )
-        # The prefix space makes a word one and the same token wherever it stands; decode takes it off again.
+        # The prefix space gives a word the same tokens wherever it stands; decode removes it.
         bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
         bpe.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
@@ -194,7 +253,7 @@ class BPETokenizer(Tokenizer):
         return cls(bpe)
 
     def normalise(self, text: str) -> str:
-        """The text as it is tokenized, and as `decode(encode(text))` gives it back."""
+        """The text as it is tokenized, and as `decode(encode(text))` returns it."""
         return self._bpe.normalizer.normalize_str(text)
 
     def _ids(self, texts):
@@ -211,8 +270,12 @@ class BPETokenizer(Tokenizer):
         self._bpe.save(str(folder / VOCABULARY_FILE))
 
 
-def load_tokenizer(name_or_dir: str | Path) -> ClipTokenizer | BPETokenizer:
-    """`clip`, or a folder that `save` wrote. TokenizerError where it is neither, incomplete or changed since."""
+def load_tokenizer(name_or_dir: str | Path) -> Tokenizer:
+    """The tokenizer of this name (`clip`), or of a folder that `save` wrote.
+
+    Raises:
+        TokenizerError: it is neither, or the folder is incomplete or has been changed.
+    """
     if str(name_or_dir) == ClipTokenizer.name:
         return ClipTokenizer()
     folder = Path(name_or_dir)
@@ -220,7 +283,7 @@ def load_tokenizer(name_or_dir: str | Path) -> ClipTokenizer | BPETokenizer:
         raise TokenizerError(f"There is no tokenizer {str(name_or_dir)!r}: give clip, or a folder with {META_FILE}.")
     meta = _read_json(folder / META_FILE)
     if meta.get("name") == ClipTokenizer.name:
-        tokenizer = ClipTokenizer()
+        tokenizer: Tokenizer = ClipTokenizer()
     elif meta.get("name") == BPETokenizer.name:
         tokenizer = _load_bpe(folder / VOCABULARY_FILE)
     else:
@@ -233,16 +296,20 @@ def load_tokenizer(name_or_dir: str | Path) -> ClipTokenizer | BPETokenizer:
     return tokenizer
 
 
-def pack_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
-    """A tokenizer as plain types, for checkpoints: its name, fingerprint and files."""
+def pack_tokenizer(tokenizer: Tokenizer) -> PackedTokenizer:
+    """A tokenizer as plain types, for checkpoints."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save(folder)
         files = {file.name: file.read_text(encoding="utf-8") for file in Path(folder).iterdir()}
     return {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint, "files": files}
 
 
-def unpack_tokenizer(packed: dict[str, Any]) -> Tokenizer:
-    """Undo `pack_tokenizer`."""
+def unpack_tokenizer(packed: PackedTokenizer) -> Tokenizer:
+    """The tokenizer that `pack_tokenizer` packed.
+
+    Raises:
+        TokenizerError: as `load_tokenizer`.
+    """
     with tempfile.TemporaryDirectory() as folder:
         for name, text in packed["files"].items():
             (Path(folder) / Path(name).name).write_text(text, encoding="utf-8")
@@ -250,16 +317,14 @@ def unpack_tokenizer(packed: dict[str, Any]) -> Tokenizer:
 
 
 def _load_bpe(path: Path) -> BPETokenizer:
-    from tokenizers import Tokenizer
-
     _read_json(path)  # for an error that names the file
     try:
-        return BPETokenizer(Tokenizer.from_file(str(path)))
+        return BPETokenizer(tokenizers.Tokenizer.from_file(str(path)))
     except Exception as error:  # the library raises bare Exception
         raise TokenizerError(f"{path} is not a BPE tokenizer of the tokenizers library: {error}") from error
 
 
-def _read_json(path: Path) -> dict:
+def _read_json(path: Path) -> dict[str, object]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -271,23 +336,15 @@ def _read_json(path: Path) -> dict:
     return content
 
 
-@lru_cache(maxsize=1)
-def _open_clip_tokenizer():
-    """open_clip/tokenizer.py as a module of its own: importing the package takes 8 to 14 s, this file 1 s."""
+def _clip_vocabulary() -> Path:
+    """CLIP's merges in the package open_clip, which is found but not imported: that takes 8 to 14 s."""
     package = importlib.util.find_spec("open_clip")
-    if package is None or not package.submodule_search_locations:
-        raise TokenizerError("The clip tokenizer needs the package open_clip_torch: pip install open_clip_torch.")
-    path = Path(package.submodule_search_locations[0]) / "tokenizer.py"
-    spec = importlib.util.spec_from_file_location("open_clip_tokenizer", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def _digest(vocabulary: dict[str, int], merges: list) -> str:
-    pairs = sorted(vocabulary.items(), key=lambda item: item[1])
-    text = json.dumps([pairs, [list(merge) if not isinstance(merge, str) else merge for merge in merges]])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    for folder in (package and package.submodule_search_locations) or []:
+        if (Path(folder) / CLIP_VOCABULARY).is_file():
+            return Path(folder) / CLIP_VOCABULARY
+    raise TokenizerError(
+        f"The clip tokenizer needs {CLIP_VOCABULARY} of the package open_clip_torch: pip install open_clip_torch."
+    )
 
 
 def _checked(text: str, i: int) -> str:

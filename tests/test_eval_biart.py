@@ -28,7 +28,9 @@ from latent_verse.metrics import networks
 from latent_verse.pictures import load_image
 from latent_verse.pipeline import LVerse
 from tests.stand_ins import Colours, Oracle, Words, write_pairs
-from tests.test_pipeline import make_lverse, one_thread  # noqa: F401 (a fixture)
+from tests.tiny_lverse import make_lverse
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 REPO = Path(__file__).parent.parent
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import generate
-from latent_verse.config import ConfigError
+from latent_verse.config import ConfigError, SamplingSettings
 from latent_verse.config.evaluate import EvalDataConfig
 from latent_verse.data import DataError
 from latent_verse.evaluation import samples
@@ -20,10 +20,11 @@ from latent_verse.evaluation.pairs import Pairs, ordered
 from latent_verse.metrics.processes import Ranks
 from tests.stand_ins import write_pairs
 from tests.test_ddp import in_two_processes
-from tests.test_pipeline import make_lverse, one_thread  # noqa: F401 (a fixture)
+from tests.tiny_lverse import make_lverse
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TEXTS = ["a red circle", "two small blue squares", "a red circle", "a red", "a blue circle"]
-SAMPLING = {"temperature": 1.0, "top_k": None, "top_p": None, "guidance": 1.0}
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def model(tiny_augvae):
 
 
 def generated(model, folder, ranks=None, batch_size=2, **changes):
-    options = {"candidates": 2, "seed": 3, "batch_size": batch_size, "sampling": SAMPLING} | changes
+    options = {"candidates": 2, "seed": 3, "batch_size": batch_size, "sampling": SamplingSettings()} | changes
     samples.generate(model, TEXTS, folder, ranks or Ranks(), **options)
     return {p.name: np.asarray(Image.open(p)).astype(int) for p in sorted(folder.glob("*.png"))}
 

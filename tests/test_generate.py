@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Optional, Tuple
 
 import pytest
@@ -19,7 +20,9 @@ from latent_verse import cli, generation
 from latent_verse.config import ConfigError, setting
 from latent_verse.config_generate import TASKS, USED, DrawConfig, GenerateConfig, WhatConfig, WriteConfig
 from latent_verse.pipeline import LVerse
-from tests.test_pipeline import make_lverse, one_thread, photo, same  # noqa: F401 (a fixture)
+from tests.tiny_lverse import make_lverse, photo, same
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 REPO = Path(__file__).parent.parent
 TEXTS = ["a red, round circle", "赤い丸 ${x ???"]
@@ -32,8 +35,8 @@ def bundle(tiny_augvae, tmp_path):
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    folder = tmp_path / "pictures"
+def images(tmp_path):
+    folder = tmp_path / "images"
     (folder / "deep").mkdir(parents=True)
     photo(seed=1).save(folder / "a.png")
     photo(20, 50, "L", seed=2).save(folder / "deep" / "b.webp")
@@ -51,11 +54,11 @@ def lines(file):
 # --------------------------------------------------------------------------------------------------------------- tasks
 
 
-def test_text_gives_pictures_with_metadata_an_index_and_a_grid(bundle, tmp_path, capsys):
+def test_text_gives_images_with_metadata_an_index_and_a_grid(bundle, tmp_path, capsys):
     out = tmp_path / "out"
     argv = ["--text", *TEXTS, "--num", 2, "--guidance", 2, "--rerank", 2, "--top_k", 20, "--seed", 7, "--out", out]
     assert run(bundle, *argv) == 0
-    assert "4 pictures written" in capsys.readouterr().out
+    assert "4 images written" in capsys.readouterr().out
     names = ["0000_00.png", "0000_01.png", "0001_00.png", "0001_01.png"]
     assert sorted(p.name for p in out.iterdir()) == [*names, "grid.png", "pictures.jsonl"]
     model = LVerse.from_pretrained(bundle, device="cpu")
@@ -80,9 +83,9 @@ def test_text_file_holds_one_text_a_line(bundle, tmp_path):
     assert [entry["text"] for entry in lines(tmp_path / "out" / "pictures.jsonl")] == TEXTS
 
 
-def test_image_gives_captions(bundle, pictures, tmp_path, capsys):
+def test_image_gives_captions(bundle, images, tmp_path, capsys):
     out = tmp_path / "out"
-    argv = ["--image", pictures, pictures / "a.png", "--out", out, "--num", 2, "--temperature", 0.8, "--seed", 3]
+    argv = ["--image", images, images / "a.png", "--out", out, "--num", 2, "--temperature", 0.8, "--seed", 3]
     assert run(bundle, *argv) == 0
     found = lines(out / "captions.jsonl")
     assert [Path(entry["image"]).name for entry in found] == ["a.png", "b.webp", "a.png"]
@@ -94,52 +97,52 @@ def test_image_gives_captions(bundle, pictures, tmp_path, capsys):
     assert f"{files[1]}: {expected[1][0]}" in capsys.readouterr().out
 
 
-def test_captions_are_greedy_by_default_or_by_beams(bundle, pictures, tmp_path):
+def test_captions_are_greedy_by_default_or_by_beams(bundle, images, tmp_path):
     model = LVerse.from_pretrained(bundle, device="cpu")
     for argv, settings in (([], {}), (["--beams", 3], {"beams": 3})):
         out = tmp_path / f"out{len(argv)}"
-        assert run(bundle, "--image", pictures / "a.png", "--out", out, *argv) == 0
+        assert run(bundle, "--image", images / "a.png", "--out", out, *argv) == 0
         (entry,) = lines(out / "captions.jsonl")
-        assert [entry["captions"]] == model.image_to_text([pictures / "a.png"], **settings)
+        assert [entry["captions"]] == model.image_to_text([images / "a.png"], **settings)
 
 
-@pytest.mark.parametrize("group", [1024, 1])  # with 1 a group may hold no picture at all
-def test_unreadable_pictures_of_a_folder_are_left_out_and_one_named_is_an_error(
-    bundle, pictures, tmp_path, capsys, monkeypatch, group
+@pytest.mark.parametrize("group", [1024, 1])  # with 1 a group may hold no image at all
+def test_unreadable_images_of_a_folder_are_left_out_and_one_named_is_an_error(
+    bundle, images, tmp_path, capsys, monkeypatch, group
 ):
     monkeypatch.setattr(generation, "GROUP", group)
-    (pictures / "broken.jpg").write_bytes(b"not a picture")
-    assert run(bundle, "--image", pictures, "--out", tmp_path / "out") == 0
+    (images / "broken.jpg").write_bytes(b"not an image")
+    assert run(bundle, "--image", images, "--out", tmp_path / "out") == 0
     assert "left out" in capsys.readouterr().err
     assert len(lines(tmp_path / "out" / "captions.jsonl")) == 2
-    assert run(bundle, "--image", pictures / "broken.jpg", "--out", tmp_path / "out2") == 2
+    assert run(bundle, "--image", images / "broken.jpg", "--out", tmp_path / "out2") == 2
     assert "broken.jpg cannot be read" in capsys.readouterr().err
-    (pictures / "a.png").unlink()
-    (pictures / "deep" / "b.webp").unlink()
-    assert run(bundle, "--image", pictures, "--out", tmp_path / "out2") == 2
-    assert "not one of 1 pictures can be read" in capsys.readouterr().err
+    (images / "a.png").unlink()
+    (images / "deep" / "b.webp").unlink()
+    assert run(bundle, "--image", images, "--out", tmp_path / "out2") == 2
+    assert str(images / "broken.jpg") in capsys.readouterr().err
     assert not (tmp_path / "out2").exists()
 
 
-def test_score_prints_a_table(bundle, pictures, capsys):
-    assert run(bundle, "--score", pictures, *TEXTS) == 0
+def test_score_prints_a_table(bundle, images, capsys):
+    assert run(bundle, "--score", images, *TEXTS) == 0
     rows = capsys.readouterr().out.splitlines()
     model = LVerse.from_pretrained(bundle, device="cpu")
-    files = [pictures / "a.png", pictures / "deep" / "b.webp"]
+    files = [images / "a.png", images / "deep" / "b.webp"]
     tables = [model.score(files, TEXTS, given=given).flatten() for given in ("image", "text")]
-    assert len(rows) == 5 and "log p(text | picture)" in rows[0]
+    assert len(rows) == 5 and "log p(text | image)" in rows[0]
     for i, row in enumerate(rows[1:]):
         assert [float(x) for x in row.split()[:2]] == pytest.approx([float(t[i]) for t in tables], abs=2e-3)
         assert row.endswith(TEXTS[i % 2]) and str(files[i // 2]) in row
 
 
 @pytest.mark.parametrize("texts", [[], ["a red circle"]])
-def test_complete_writes_pictures_and_shows_the_given_one(bundle, pictures, tmp_path, texts):
+def test_complete_writes_images_and_shows_the_given_one(bundle, images, tmp_path, texts):
     out = tmp_path / "out"
-    argv = ["--complete", pictures / "a.png", "--rows", 2, "--num", 2, "--seed", 1, "--out", out]
+    argv = ["--complete", images / "a.png", "--rows", 2, "--num", 2, "--seed", 1, "--out", out]
     assert run(bundle, *argv, *(["--text", *texts] if texts else [])) == 0
     model = LVerse.from_pretrained(bundle, device="cpu")
-    expected = model.complete([pictures / "a.png"], 2, texts or None, 2, seed=1)
+    expected = model.complete([images / "a.png"], 2, texts or None, 2, seed=1)
     assert same([[Image.open(out / "0000_00.png"), Image.open(out / "0000_01.png")]], expected, within=0)
     about = Image.open(out / "0000_00.png").text
     assert about["rows"] == "2" and about["completed"].endswith("a.png") and about["text"] == "".join(texts)
@@ -149,14 +152,14 @@ def test_complete_writes_pictures_and_shows_the_given_one(bundle, pictures, tmp_
 # ------------------------------------------------------------------------------------------------------------- folders
 
 
-def test_nothing_is_overwritten_without_the_flag(bundle, pictures, tmp_path, capsys, monkeypatch):
+def test_nothing_is_overwritten_without_the_flag(bundle, images, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     out.mkdir()
     argv = ["--text", "a", "--seed", 1, "--out", out]
     assert run(bundle, *argv) == 0  # an empty folder is free
     (out / "notes.txt").write_text("mine")
     before = {p.name: p.read_bytes() for p in out.iterdir()}
-    for again in (argv, ["--image", pictures, "--out", out], ["--text", "a", "--out", out / "notes.txt" / "in"]):
+    for again in (argv, ["--image", images, "--out", out], ["--text", "a", "--out", out / "notes.txt" / "in"]):
         assert run(bundle, *again) == 2
         error = capsys.readouterr().err
         assert "--overwrite" in error or "is a file" in error
@@ -171,7 +174,7 @@ def test_nothing_is_overwritten_without_the_flag(bundle, pictures, tmp_path, cap
     assert len(list(tmp_path.glob("generated*"))) == 2
 
 
-def test_a_seed_that_was_drawn_is_recorded_and_draws_the_same(bundle, tmp_path):
+def test_a_random_seed_is_recorded_and_gives_the_same_images(bundle, tmp_path):
     assert run(bundle, "--text", "a", "--out", tmp_path / "one") == 0
     seed = Image.open(tmp_path / "one" / "0000_00.png").text["seed"]
     assert run(bundle, "--text", "a", "--out", tmp_path / "two", "--seed", seed) == 0
@@ -185,15 +188,15 @@ def test_a_seed_that_was_drawn_is_recorded_and_draws_the_same(bundle, tmp_path):
     ("argv", "message"),
     [
         ([], "Nothing to do"),
-        (["--text", "a", "--image", "PICTURES"], "--image and --text are different tasks"),
+        (["--text", "a", "--image", "IMAGES"], "--image and --text are different tasks"),
         (["--text", "a", "--text_file", "f"], "text and text_file are both given"),
         (["--text", "a", "--rows", 2], "--rows: no effect with --text"),
         (["--text", "a", "--beams", 2], "--beams: no effect with --text"),
-        (["--image", "PICTURES", "--rerank", 2], "--rerank: no effect with --image"),
-        (["--score", "PICTURES", "a", "--seed", 2], "--seed: no effect with --score"),
-        (["--score", "PICTURES"], "score needs an image and a text"),
-        (["--complete", "PICTURES"], "complete needs rows"),
-        (["--complete", "PICTURES", "--rows", 4], "keep 1 to 3"),
+        (["--image", "IMAGES", "--rerank", 2], "--rerank: no effect with --image"),
+        (["--score", "IMAGES", "a", "--seed", 2], "--seed: no effect with --score"),
+        (["--score", "IMAGES"], "score needs"),
+        (["--complete", "IMAGES"], "complete needs rows"),
+        (["--complete", "IMAGES", "--rows", 4], "keep 1 to 3"),
         (["--text", "a", "--gpus", 4], "gpus is 4"),
         (["--text", "a", "--temprature", 1], "Did you mean --temperature"),
         (["--text", "a", "--temperature", -1], "temperature is -1.0"),
@@ -202,23 +205,39 @@ def test_a_seed_that_was_drawn_is_recorded_and_draws_the_same(bundle, tmp_path):
         (["--text", "a", "--top_k", "many"], "top_k: 'many'"),
         (["--text", "a " * 99, "--text_too_long", "error"], "the limit text_len is 48"),
         (["--image", "absent.png"], "absent.png does not exist"),
-        (["--image", "EMPTY"], "no picture below"),
+        (["--image", "EMPTY"], "no image below EMPTY"),
         (["--text_file", "absent.txt"], "absent.txt cannot be read"),
         (["--text_file", "BLANK"], "holds no text"),
         (["--text", "a", "--model", "nowhere"], "nowhere does not exist"),
-        (["--text", "a", "--model", "PICTURES"], "is no bundle"),
+        (["--text", "a", "--model", "IMAGES"], "is no bundle"),
         (["--text"], "expected at least one argument"),
     ],
 )
-def test_mistakes_are_one_line_and_code_2(bundle, pictures, tmp_path, capsys, monkeypatch, argv, message):
+def test_mistakes_are_one_line_and_code_2(bundle, images, tmp_path, capsys, monkeypatch, argv, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "blank.txt").write_text(" \n\n")
-    places = {"PICTURES": pictures, "EMPTY": tmp_path / "empty", "BLANK": tmp_path / "blank.txt"}
+    places = {"IMAGES": images, "EMPTY": tmp_path / "empty", "BLANK": tmp_path / "blank.txt"}
     assert run(bundle, *(places.get(a, a) for a in argv)) == 2
     error = capsys.readouterr().err
-    assert message in error and "Traceback" not in error
+    assert message.replace("EMPTY", str(tmp_path / "empty")) in error and "Traceback" not in error
     assert not list(tmp_path.glob("generated*"))
+
+
+def test_the_gpu_flag_chooses_the_device(bundle, monkeypatch, capsys):
+    """--gpus 1 is cuda or mps, whichever this machine has; --gpus 0 is the CPU."""
+    devices = []
+    monkeypatch.setattr(LVerse, "from_pretrained", lambda model, device: devices.append(device) or SimpleNamespace())
+    config = GenerateConfig(what=WhatConfig(model=bundle))
+    for cuda, mps, expected in ((True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda here=cuda: here)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda here=mps: here)
+        generation.load(config)
+        assert devices.pop() == expected
+        assert ("No GPU" in capsys.readouterr().err) == (expected == "cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    generation.load(GenerateConfig(what=WhatConfig(model=bundle), write=WriteConfig(gpus=0)))
+    assert devices == ["cpu"] and capsys.readouterr().err == ""
 
 
 def test_a_model_is_needed(capsys):
@@ -293,7 +312,7 @@ def test_numbers_are_still_read_in_every_form():
 
 
 def test_a_yaml_file_gives_settings_and_a_saved_configuration_can_be_read(bundle, tmp_path):
-    file = tmp_path / "draw.yaml"
+    file = tmp_path / "settings.yaml"
     file.write_text("beams: 1\nwhat:\n  text: [a, b]\nseed: 4\n")
     assert run(bundle, "-c", file, "--out", tmp_path / "out") == 0
     assert len(lines(tmp_path / "out" / "pictures.jsonl")) == 2

@@ -1,9 +1,13 @@
 """Tokenizers: round trips, limits, any Unicode, files that are missing or changed."""
 
+import importlib.util
 import json
 import pickle
+import random
+import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -63,8 +67,57 @@ def test_bpe_refuses_a_vocabulary_below_the_bytes():
         BPETokenizer.train(CAPTIONS, vocab_size=100)
 
 
+def any_captions(count, seed=0):
+    """Captions of every kind that people write, and of some that they do not."""
+    rng = random.Random(seed)
+    words = "a photo of the small brown dog's two cats, sitting near an Eiffel-tower; we're they'll I'd don't".split()
+    entities = ["&amp;", "&lt;b&gt;", "&#39;", "&amp;amp;", "&eacute;", "&nbsp;", "&notanentity;", "&#x1F600;"]
+    unicode = [*UNICODE[:6], "naïve", "ΑΒΓ ς", "İstanbul", "ＨＥＬＬＯ", "“quoted”", "Ã©", "\u200d", "it’s", "'ſ"]
+    odd = ["\x00", "\x1b[31m", "\t\n", "\x7f", "\u2028", "\xa0", "\ufeff", "</w>", "<start_of_text>", "<END_OF_TEXT>"]
+
+    def piece():
+        kind = rng.randrange(8)
+        if kind == 0:
+            return f"{rng.random() * 10 ** rng.randrange(6):.{rng.randrange(4)}f}"
+        if kind == 1:
+            return "".join(rng.choices("abcxyzé日🔴'!-", k=rng.randrange(1, 40)))
+        if kind == 2:  # any character at all
+            return "".join(chr(rng.randrange(1, 0xD800)) for _ in range(4)) + chr(rng.randrange(0xE000, 0x110000))
+        return rng.choice([words, entities, unicode, odd, words][kind - 3])
+
+    some = ["", " ", "a" * 5000, "ab" * 1000, "日" * 700, "!" * 600, "<start_of_text>", "a<end_of_text>!"]
+    while len(some) < count:
+        some.append(rng.choice(["", " ", " "]).join(piece() for _ in range(rng.randrange(1, 14))))
+    return some
+
+
+@pytest.fixture(scope="module")
+def open_clips():
+    """open_clip's own tokenizer, from its file: importing the whole package takes long."""
+    folder = importlib.util.find_spec("open_clip").submodule_search_locations[0]
+    return runpy.run_path(str(Path(folder) / "tokenizer.py"))["SimpleTokenizer"]()
+
+
+def test_clip_equals_open_clip_on_2000_captions(clip, open_clips):
+    captions = any_captions(2000)
+    batch = clip.encode_batch(captions)
+    assert clip.vocab_size == open_clips.vocab_size
+    for caption, ids in zip(captions, batch, strict=True):
+        assert ids == open_clips.encode(caption), caption
+        kept = [i for i in ids if i not in open_clips.all_special_ids]
+        assert clip.decode(ids) == open_clips.decode(kept).strip(), caption
+
+
+def test_clip_decodes_any_ids_as_open_clip(clip, open_clips):
+    rng = random.Random(0)
+    for _ in range(300):
+        ids = [rng.randrange(clip.vocab_size - 2) if rng.random() < 0.5 else rng.randrange(512) for _ in range(20)]
+        assert clip.decode(ids) == open_clips.decode(ids).strip()
+
+
 def test_clip_agrees_with_known_ids(clip):
     assert clip.vocab_size == 49408
+    assert clip.fingerprint == "e8a9e8ab7a19a355"  # as saved bundles and checkpoints record it
     assert clip.encode("a photo of a cat") == [320, 1125, 539, 320, 2368]  # CLIP's README
     assert clip.encode("") == []
 
@@ -86,6 +139,12 @@ def test_clip_leaves_out_its_own_specials(clip):
 def test_clip_does_not_import_open_clip():
     code = "import sys, latent_verse.text as t; t.ClipTokenizer(); assert 'open_clip' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_clip_without_open_clip_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(TokenizerError, match="pip install open_clip_torch"):
+        ClipTokenizer()
 
 
 @pytest.mark.parametrize("which", ["bpe", "clip"])
@@ -143,7 +202,9 @@ def test_save_and_load_give_the_same_tokenizer(which, request, tmp_path):
 @pytest.mark.parametrize("which", ["bpe", "clip"])
 def test_worker_processes_can_have_it(which, request):
     tokenizer = request.getfixturevalue(which)
-    assert pickle.loads(pickle.dumps(tokenizer)).encode("a red circle") == tokenizer.encode("a red circle")
+    copy = pickle.loads(pickle.dumps(tokenizer))
+    texts = ["a red circle", *UNICODE]
+    assert copy.fingerprint == tokenizer.fingerprint and copy.encode_batch(texts) == tokenizer.encode_batch(texts)
 
 
 def test_load_by_name(clip):
