@@ -1,38 +1,9 @@
 #!/usr/bin/env python3
-"""Evaluate a trained bundle, or another system's images and captions, in both directions. `--help` lists every setting.
-
-FID and FID-k, Inception Score, precision and recall, CLIP score; BLEU, METEOR, ROUGE-L, CIDEr, SPICE; retrieval,
-zero-shot classification, round trips and held-out likelihoods by the model itself. Prints one table and writes
-metrics.json and index.html. --compare A B prints the metrics of two finished runs side by side.
-"""
-
-from __future__ import annotations
+"""Evaluate a trained bundle, or another system's images and captions. `--help` lists every setting."""
 
 import sys
 
-from latent_verse.config.cli import one_line_errors, parse, quick_imports, to_yaml
-from latent_verse.config.evaluate import EvalBiARTConfig, resolve_eval_biart
-
-
-@one_line_errors
-def main(argv: list[str] | None = None) -> int:
-    """Evaluate; 0 when done, 2 for a mistake in the settings, the model, images or captions."""
-    config, given = parse(EvalBiARTConfig, argv, __doc__)
-    return run(*resolve_eval_biart(config, given))
-
-
-def run(config: EvalBiARTConfig, tasks: tuple[str, ...]) -> int:
-    """Compare two runs, or evaluate in as many processes as the settings say."""
-    if config.judged.compare:
-        from latent_verse.evaluation.figures import compare
-
-        print(compare(*config.judged.compare))
-        return 0
-    with quick_imports():
-        from latent_verse.evaluation import command, ranks
-
-    return ranks.launch(command.run, ranks.processes(config.write), config, tasks, to_yaml(config))
-
+from latent_verse.commands.eval_biart import main
 
 if __name__ == "__main__":
     sys.exit(main())

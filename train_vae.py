@@ -1,61 +1,9 @@
 #!/usr/bin/env python3
 """Train AugVAE-ML, or fine-tune AugVAE-SL from it, on images. `--help` lists every setting."""
 
-from __future__ import annotations
-
 import sys
-from collections.abc import Mapping
 
-from latent_verse.config.cli import one_line_errors, parse, quick_imports, to_yaml
-from latent_verse.config.train import TrainVAEConfig, idle_flags_vae, resolve_train_vae
-
-
-@one_line_errors
-def main(argv: list[str] | None = None) -> int:
-    """Train; 0 when done or interrupted and saved, 2 for a mistake in the settings, data or checkpoint."""
-    config, given = parse(TrainVAEConfig, argv, __doc__)
-    return run(resolve_train_vae(config, given), given)
-
-
-def run(config: TrainVAEConfig, given: Mapping[str, str]) -> int:
-    """Build everything and train."""
-    with quick_imports():
-        import pytorch_lightning as pl
-
-        from latent_verse import runs
-        from latent_verse.augvae.training import LitAugVAE
-        from latent_verse.callbacks import RunFolder
-        from latent_verse.checkpoint import load_for_training, starting_point
-        from latent_verse.config import as_plain
-        from latent_verse.data.module import ImageDataModule
-        from latent_verse.trainer import (
-            announce,
-            decide_compile,
-            default_name,
-            ease_smoke_test,
-            fit,
-            make_trainer,
-            say,
-        )
-
-    t = config.trainer
-    pl.seed_everything(t.seed, verbose=False)
-    config, model = load_for_training(ease_smoke_test(config, given), given)
-    yaml_file = next((s for s in given.values() if not s.startswith("--")), None)
-    name = default_name(t, yaml_file, "augvae", config.data.fake_data)
-    run = runs.open_run(t.log_dir, name, t.backup, t.backup_dir, as_plain(config))
-    start_from = starting_point(runs.states(run), t.ckpt_path if t.resume else None, "augvae", model.config)
-    data = ImageDataModule(config.data, model.config.resolution, t.seed)
-    data.setup("fit")
-    yaml_text, config = to_yaml(config), decide_compile(config)
-    trainer = make_trainer(t, RunFolder(run, as_plain(config), yaml_text), data.has_val)
-    announce(t, run, start_from, idle_flags_vae(config, given))
-    if not start_from:
-        base, size, processes = config.optim.learning_rate, config.data.batch_size, trainer.world_size
-        say(f"Learning rate: {base:g} x {processes} processes x batch {size} = {base * processes * size:g}")
-    fit(trainer, t, run, LitAugVAE(model, config), data, start_from)
-    return 0
-
+from latent_verse.commands.train_vae import main
 
 if __name__ == "__main__":
     sys.exit(main())

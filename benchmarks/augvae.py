@@ -2,13 +2,13 @@
 
     python benchmarks/run.py augvae [--device cuda]
 
-"plain" is eager float32 on NCHW tensors with the one-hot quantiser, pictures enlarged before they are convolved, and
+"plain" is eager float32 on NCHW tensors with the one-hot quantiser, maps upsampled before they are convolved, and
 AdamW's ordinary step. "ours" is LitAugVAE's own step (no one-hot, transposed convolutions, AdamW in one kernel,
-channels last but where a CPU trains), in float32, in bfloat16, compiled, and with activation checkpointing. In float32
-both must give the same codes. A CPU takes bfloat16 where it has units for it (AVX512-BF16 or AMX). On a GPU the batch
-that fits is extrapolated from the memory of two batch sizes of each way. The tiny recipe's optimiser, Muon, is raced
-within a training step and by itself, against Muon matrix by matrix and `torch.optim.Muon`. Enlarging and convolving is
-raced by itself too, forward and backward, in the memory format and precision that training has.
+channels last except where a CPU trains), in float32, in bfloat16, compiled, and with activation checkpointing. In
+float32 both must give the same codes. bfloat16 is measured on a CPU that has units for it (AVX512-BF16 or AMX). On a
+GPU the batch that fits is extrapolated from the memory of two batch sizes of each implementation. The tiny recipe's
+optimiser, Muon, is timed within a training step and by itself, against Muon matrix by matrix and `torch.optim.Muon`.
+Upsampling and convolving is timed by itself too, forward and backward, in training's memory format and precision.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from benchmarks.measure import Row, absent, cpu_has_bf16, peak_bytes, peer, race
 from benchmarks.plain import PlainMuon, enlarge_then_convolve, plain_augvae
 from latent_verse.augvae.layers import Upsample
 from latent_verse.augvae.model import AugVAE
-from latent_verse.augvae.training import LitAugVAE
-from latent_verse.config import AugVAEConfig, TrainerConfig, TrainVAEConfig, VAELossConfig
+from latent_verse.config import AugVAEConfig
+from latent_verse.config.train import TrainerConfig, TrainVAEConfig, VAELossConfig
 from latent_verse.metrics.reconstruction import ReconstructionMetrics
-from latent_verse.optimizer import MuonAdamW, adamw
+from latent_verse.training.augvae import LitAugVAE
+from latent_verse.training.optimizer import MuonAdamW, adamw
 
 SHAPES = {
     "toy": {
@@ -155,7 +156,7 @@ def plain_step(model: AugVAE, x_BCHW: torch.Tensor, task: str) -> Step:
 
 
 def same_codes(plain: AugVAE, ours: AugVAE, x_BCHW: torch.Tensor) -> bool:
-    """Whether both give the same codes, but for one in a thousand: convolutions sum in another order."""
+    """Whether both give the same codes, except for one in a thousand: convolutions sum in another order."""
     with torch.no_grad():
         a, b = (m.eval().encode(x_BCHW).indices for m in (plain, ours))
     differing = sum((i != j).sum().item() for i, j in zip(a, b, strict=True))
@@ -269,7 +270,7 @@ def muon(shape: str, device: str, repeats: int) -> Row:
 
 
 def enlarging(batch: int, channels: int, side: int, device: str, repeats: int) -> Row:
-    """Upsample's transposed convolution against the convolution of an enlarged picture, forward and backward."""
+    """Upsample's transposed convolution against the convolution of an upsampled map, forward and backward."""
     memory_format, dtype = (
         (torch.contiguous_format, torch.float32) if device == "cpu" else (torch.channels_last, torch.bfloat16)
     )
@@ -295,7 +296,7 @@ def enlarging(batch: int, channels: int, side: int, device: str, repeats: int) -
 
 
 def _batch_that_fits(plain, module, x_BCHW, precision: str, plain_bytes: int, our_bytes: int) -> Row:
-    """The largest batch of each way on this card, from its memory at this batch and at twice it."""
+    """The largest batch of each implementation on this card, from its memory at this batch and at twice it."""
     batch, double = len(x_BCHW), torch.cat([x_BCHW, x_BCHW])
     card = torch.cuda.get_device_properties(0).total_memory
     more = {

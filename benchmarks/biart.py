@@ -19,12 +19,12 @@ import torch.nn.functional as F
 from benchmarks import heads
 from benchmarks.measure import PEAK_BF16, Row, absent, matmul_rate, peak_bytes, peer, race, row
 from benchmarks.plain import MinGPT, embeddings, gpt2, x_transformer
-from latent_verse.biart.model import PRESETS, BiART
+from latent_verse.biart.model import BiART
 from latent_verse.biart.sequence import Sequences
-from latent_verse.biart.training import LitBiART
-from latent_verse.config import BiARTConfig
+from latent_verse.config import PRESETS, BiARTConfig
 from latent_verse.config.train import TrainBiARTConfig, TrainerConfig
-from latent_verse.optimizer import adamw
+from latent_verse.training.biart import LitBiART
+from latent_verse.training.optimizer import adamw
 
 # preset, our batch, the peers' batch (they hold more), and what is compared; seq 1,088 = 64 + 1,024
 SIZES = {
@@ -50,7 +50,7 @@ SIZES = {
 
 
 def sequences_of(model: BiART, batch: int, device: str) -> Sequences:
-    """A batch of made-up pairs, half of it each way."""
+    """A batch of random pairs, half of it in each direction."""
     vocab = model.vocab
     text_BL = torch.randint(vocab.text_vocab, (batch, vocab.text_len))
     text_BL[:, vocab.text_len // 2 :] = vocab.pad

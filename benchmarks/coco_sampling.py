@@ -1,12 +1,12 @@
-"""How long the pictures of the COCO protocol take: drawing to disk as eval_biart.py does it, on one device.
+"""How long the images of the COCO protocol take: sampling to disk as eval_biart.py does it, on one device.
 
     python benchmarks/coco_sampling.py --device cuda --dtype bfloat16 --captions 1024 --json benchmarks/results/coco_sampling_gpu.json
     python benchmarks/coco_sampling.py --size tiny --captions 8
 
-The weights are random (speed does not depend on them) and the captions made up, of COCO's length; everything else is
+The weights are random (speed does not depend on them) and so are the captions, of COCO's length; everything else is
 eval_biart.py's own: batches, seeds, AugVAE's decoding, the score log p(text | image) that re-ranking needs, PNG files.
 `released` is 12 x 768 over 1,024 codes at 256 px; `tiny` proves that the script runs. The time for 30,000 captions is
-the time measured per caption x 30,000, unless --captions 30000 draws them all. One process: N GPUs share the captions.
+the time measured per caption x 30,000, unless --captions 30000 samples for all of them. One process: N GPUs share the captions.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from latent_verse.augvae.model import AugVAE
 from latent_verse.biart.model import BiART
 from latent_verse.config import AugVAEConfig, BiARTConfig, SamplingSettings
+from latent_verse.data.text import BPETokenizer, load_tokenizer
 from latent_verse.evaluation import samples
+from latent_verse.inference.pipeline import LVerse
 from latent_verse.metrics.processes import Ranks
-from latent_verse.pipeline import LVerse
-from latent_verse.text import BPETokenizer, load_tokenizer
 
 PROTOCOL = 30_000
 SIZES = {
@@ -44,7 +44,7 @@ WORDS = "a man woman dog cat red blue small large on in near with the street fie
 
 
 def captions(count: int) -> list[str]:
-    """Different made-up captions of COCO's usual ten words."""
+    """Different random captions of COCO's usual ten words."""
     generator = torch.Generator().manual_seed(0)
     picks = torch.randint(len(WORDS), (count, 10), generator=generator).tolist()
     return [" ".join(WORDS[i] for i in row) + f" {n}" for n, row in enumerate(picks)]
@@ -62,7 +62,7 @@ def random_model(size: str, device: str, dtype: torch.dtype) -> LVerse:
 
 
 def timed(model: LVerse, device: str) -> dict[str, float]:
-    """{part: seconds}, which fills while the model draws: codes by BiART, scores by BiART, pictures by AugVAE."""
+    """{part: seconds}, which fills while the model samples: codes by BiART, scores by BiART, images by AugVAE."""
     spent: dict[str, float] = defaultdict(float)
 
     def watch(owner: object, name: str, part: str) -> None:
@@ -90,10 +90,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="BiART's")
     parser.add_argument("--size", default="released", choices=tuple(SIZES))
     parser.add_argument("--captions", type=int, default=256)
-    parser.add_argument("--candidates", type=int, default=1, help="pictures drawn for each caption")
+    parser.add_argument("--candidates", type=int, default=1, help="images generated for each caption")
     parser.add_argument("--guidance", type=float, default=1.0)
     parser.add_argument("--batch_size", type=int, default=64, help="captions at a time")
-    parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("--json", type=Path, help="also write the results here")
     args = parser.parse_args(argv)
 
     model = random_model(args.size, args.device, getattr(torch, args.dtype))

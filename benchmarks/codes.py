@@ -1,12 +1,12 @@
-"""Training BiART from codes against training from pictures: steps a second of both, and their ratio, in one run.
+"""Training BiART from codes against training from images: steps per second of both, and their ratio, in one run.
 
     python benchmarks/codes.py [--device cuda] [--image_size 256] [--preset 12x768] [--batch 8] [--json FILE]
     python benchmarks/run.py codes [--device cuda]
 
-Both run LitBiART's training step, backward pass and AdamW on the same batches of made-up pairs. From pictures each step
-first runs the frozen AugVAE, of the released width, random; its loader is left out (the pictures lie on the device), so
-the ratio is a lower bound: decoding and cropping pictures costs a trainer from pictures more. Extraction's own speed is
-printed too: after so many epochs it has paid for itself.
+Both run LitBiART's training step, backward pass and AdamW on the same batches of random pairs. From images each step
+first runs the frozen AugVAE, of the released width, with random weights. Its loader is left out (the images are on the
+device), so the ratio is a lower bound: decoding and cropping images costs a trainer from images more. The speed of
+extraction is printed too, with the number of epochs after which it has paid for itself.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.measure import Row, peer, race, row
 from latent_verse.augvae.model import AugVAE
-from latent_verse.biart.model import PRESETS, BiART
-from latent_verse.biart.training import LitBiART
-from latent_verse.config import AugVAEConfig, BiARTConfig
-from latent_verse.config_biart import TrainBiARTConfig
-from latent_verse.optimizer import adamw
+from latent_verse.biart.model import BiART
+from latent_verse.config import PRESETS, AugVAEConfig, BiARTConfig
+from latent_verse.config.train import TrainBiARTConfig
+from latent_verse.training.biart import LitBiART
+from latent_verse.training.optimizer import adamw
 
-# (codebook, widths) by the side of the picture: the released shape at 256 px, small ones for a CPU
+# (codebook, widths) by the side of the image: the released shape at 256 px, small ones for a CPU
 WIDTHS = {256: (8192, 128, 256, (1, 2, 4)), 64: (512, 32, 64, (1, 2, 4)), 32: (128, 32, 32, (1, 1, 2))}
 
 
@@ -60,7 +60,7 @@ def make_step(module: LitBiART, batch: list[torch.Tensor], device: str, precisio
 
 
 def compare(device: str, image_size: int, preset: str, batch: int, precision: torch.dtype, repeats: int) -> dict:
-    """Seconds of a step from pictures and from codes, taken in turns, and of encoding a batch."""
+    """Seconds of a step from images and from codes, timed alternately, and of encoding a batch."""
     torch.manual_seed(0)
     vae, module = build(image_size, preset, device)
     x = (torch.rand(batch, 3, image_size, image_size) * 2 - 1).to(device)
@@ -113,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--preset", choices=tuple(PRESETS), help="default: 12x768 on cuda, tiny on the CPU")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("--json", type=Path, help="also write the results here")
     args = parser.parse_args(argv)
     cuda = args.device == "cuda"
     size, preset = args.image_size or (256 if cuda else 32), args.preset or ("12x768" if cuda else "tiny")

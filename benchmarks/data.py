@@ -1,13 +1,13 @@
-"""JPEG to training picture on one core: images/s of several decoders and resizers against plain PIL + torchvision v1.
+"""JPEG to training image on one core: images/s of several decoders and resizers against plain PIL + torchvision v1.
 
     python benchmarks/data.py [--dir FOLDER] [--resolution 256] [--images 200] [--json FILE]
     python benchmarks/run.py data [--device cuda]
 
-Every way gets the same bytes and cuts the same squares. "plain" is what training scripts commonly do: PIL, v1
-transforms, ToTensor, Normalize. The rest stop at uint8, as `latent_verse.data` does (the device makes the floats),
+Every implementation gets the same bytes and crops the same squares. "plain" is what training scripts commonly do: PIL,
+v1 transforms, ToTensor, Normalize. The rest stop at uint8, as `latent_verse.data` does (the device makes the floats),
 except where float is named. Time is the process's CPU time with one thread, so that a shared machine tells the truth;
-rounds alternate over the ways and the best one counts. The last columns are the largest difference to the plain
-picture, in 1/255, and whether it stays within 2. Without --dir, 500 x 375 and 640 x 480 pictures are made.
+implementations are timed alternately and the best round counts. The last columns are the largest difference from the
+plain image, in 1/255, and whether it stays within 2. Without --dir, images of 500 x 375 and 640 x 480 are generated.
 """
 
 from __future__ import annotations
@@ -224,7 +224,7 @@ def suite(device: str, size: str) -> Iterator[Row]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--dir", help="folder of JPEGs, searched recursively (default: made pictures)")
+    parser.add_argument("--dir", help="folder of JPEGs, searched recursively (default: generated images)")
     parser.add_argument("--resolution", type=int, default=256)
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=3)

@@ -1,10 +1,10 @@
-"""How cost grows: with the picture, the codes, the batch, the vocabulary, and the samples of a dataset.
+"""How cost grows: with the image, the codes, the batch, the vocabulary, and the samples of a dataset.
 
     python benchmarks/run.py growth [--device cuda]
 
 Time and memory of ours alone, against the least that must grow: the exponent of a power law through neighbouring
-points says how (1 is linear). Listing a dataset is measured on names that a generator makes, as `walk` gives them, and
-on empty files up to `files` of them; the loader's memory is that of its batches after a pass.
+points says how (1 is linear). Listing a dataset is measured on names from a generator, as `walk` gives them, and on
+up to `files` empty files; the loader's memory is that of its batches after a pass.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.measure import Row, peak_bytes, peer, race, row, seconds
 from latent_verse.augvae.model import AugVAE
-from latent_verse.biart.model import PRESETS, BiART
-from latent_verse.config import AugVAEConfig, BiARTConfig
+from latent_verse.biart.model import BiART
+from latent_verse.config import PRESETS, AugVAEConfig, BiARTConfig
 from latent_verse.data.images import EXTENSIONS, PathList, walk
-from latent_verse.data.module import EpochBatches
+from latent_verse.data.modules import EpochBatches
 
 SIZES = {
     "toy": {
@@ -167,7 +167,7 @@ class _Lengths(Dataset):
 
 
 class _Batches:
-    """Random batches of 64, drawn as asked for: a list of them would be unshared page by page while it is read."""
+    """Random batches of 64, made on request: a list of them would be unshared page by page while it is read."""
 
     def __init__(self, samples: int, batches: int):
         self.samples, self.batches = samples, batches

@@ -5,9 +5,9 @@
 The work is the heads': given features of a batch with both directions in it, the loss and its gradients with respect to
 the features and the head. "full" computes the joint vocabulary's logits at every position, sets those of the other
 modality to -inf and takes the cross-entropy. "modality" computes what comes next only. "modality, chunked" does so for
-`--chunk` tokens at a time and again in the backward pass. Each way runs in fresh processes, one for the time and one
-for the memory: what it adds to the allocator's peak (CUDA) or to the process's (CPU, where malloc is told to hand
-freed memory back at once, which costs time but makes the peak that of what is held).
+`--chunk` tokens at a time and again in the backward pass. Each implementation runs in fresh processes, one for the
+time and one for the memory: what it adds to the allocator's peak (CUDA) or to the process's (CPU, where malloc is told
+to hand freed memory back at once, which costs time but makes the peak that of what is held).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.measure import Row, peak_bytes, peer, race, row
-from latent_verse.biart.model import BiART
+from latent_verse.biart.model import BiART, loss_weights
 from latent_verse.biart.sequence import DIRECTIONS, IGNORE, Sequences
 from latent_verse.config import BiARTConfig
 
@@ -61,7 +61,7 @@ def full_loss(model: BiART, features_BTC: torch.Tensor, sequences: Sequences) ->
 
 
 def make_step(variant: str, sizes: dict, batch: int, device: str, dtype: str, chunk: int):
-    """A function of no arguments that computes the loss and its gradients one way and returns the loss."""
+    """A function of no arguments that computes the loss and its gradients by `variant` and returns the loss."""
     torch.manual_seed(0)
     model = BiART(BiARTConfig(**sizes, n_layer=1)).to(device, getattr(torch, dtype))
     vocab = model.vocab
@@ -77,7 +77,7 @@ def make_step(variant: str, sizes: dict, batch: int, device: str, dtype: str, ch
             loss = full_loss(model, features, sequences)
         else:  # BiART.loss itself, on given features
             model.features = lambda idx, seg: features
-            loss, _ = model.loss(sequences, REFERENCE_WEIGHT, chunk if "chunked" in variant else None)
+            loss, _ = model.loss(sequences, loss_weights(REFERENCE_WEIGHT), chunk if "chunked" in variant else None)
         model.zero_grad(set_to_none=True)
         features.grad = None
         loss.backward()
@@ -87,7 +87,7 @@ def make_step(variant: str, sizes: dict, batch: int, device: str, dtype: str, ch
 
 
 def run_variant(variant: str, sizes: dict, batch: int, device: str, dtype: str, chunk: int, repeats: int) -> dict:
-    """Median seconds and peak bytes of one way, and its loss."""
+    """Median seconds and peak bytes of one implementation, and its loss."""
     step = make_step(variant, sizes, batch, device, dtype, chunk)
 
     def resident(key: str) -> int:
@@ -106,7 +106,7 @@ def run_variant(variant: str, sizes: dict, batch: int, device: str, dtype: str, 
 
 
 def rows(device: str, n_embd: int, batch: int, dtype: str, repeats: int, chunk: int = 1024, **sizes) -> Iterator[Row]:
-    """For run.py's area biart: the heads alone, as a row for each of our ways, in this process."""
+    """For run.py's area biart: the heads alone, as a row for each of our implementations, in this process."""
     sizes = {"n_embd": n_embd, "n_head": 1, **sizes}
     steps = {v: make_step(v, sizes, batch, device, dtype, chunk) for v in ("full", "modality", "modality, chunked")}
     losses = {name: step() for name, step in steps.items()}
@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, help="default: 16 on cuda, 2 on the CPU")
     parser.add_argument("--chunk", type=int, default=1024, help="tokens per piece of the chunked way")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("--json", type=Path, help="also write the results here")
     args = parser.parse_args(argv)
     cuda = args.device == "cuda"
     dtype = args.dtype or ("bfloat16" if cuda else "float32")

@@ -1,4 +1,4 @@
-"""Part of the area data: what each layout of a dataset gives a core, and whether the loader keeps up with training."""
+"""Part of the area data: the CPU time of each layout's samples, and whether the loader keeps up with training."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ import torch
 
 from benchmarks.measure import Row, absent, peer, row
 from latent_verse.config.train import ImageDataConfig
+from latent_verse.data.datasets import open_images
 from latent_verse.data.images import ImageDataset
-from latent_verse.data.module import ImageDataModule
+from latent_verse.data.modules import ImageDataModule
 
 
 def class_folders(files: list[bytes], root: Path) -> Path:
@@ -42,7 +43,7 @@ def tar_shard(files: list[bytes], root: Path) -> Path:
 
 
 def codes_shard(items: int, codes: int, root: Path) -> Path:
-    """A folder of codes as `data.codes.extract` leaves it, with made-up codes."""
+    """A folder of codes as `data.codes.extract` leaves it, with random codes."""
     from latent_verse.data.codes import FORMAT, META
 
     root.mkdir(parents=True, exist_ok=True)
@@ -91,8 +92,7 @@ def layouts(files: list[bytes], resolution: int, plain: float) -> Iterator[Row]:
                 batch_size=1,
                 num_workers=0,
             )
-            module = ImageDataModule(config, resolution)
-            module.setup("fit")
+            module = ImageDataModule(open_images(config, resolution), config)
             ways["tar shards"] = lambda: list(itertools.islice(module.train_dataloader(), len(files)))
         except ImportError as error:
             errors["tar shards"] = error
@@ -131,8 +131,7 @@ def beside_a_step(device: str, size: str, files: list[bytes], s: dict) -> Iterat
             batch_size=s["batch"],
             num_workers=min(os.cpu_count() or 1, 16) if device == "cuda" else 1,
         )
-        data = ImageDataModule(config, resolution)
-        data.setup("fit")
+        data = ImageDataModule(open_images(config, resolution), config)
         batches, waited, begin = iter(data.train_dataloader()), 0.0, 0.0
         x_BCHW = torch.zeros(s["batch"], 3, resolution, resolution, device=device)
         step = augvae.our_step(module, x_BCHW, "bf16" if device == "cuda" else "32", True)

@@ -1,12 +1,12 @@
-"""How the benchmarks measure: ways taken in turns, medians, peak memory, and what the machine can do at most.
+"""How the benchmarks measure: implementations timed alternately, medians, peak memory, and the machine's limits.
 
 A result is a *row*, a plain dictionary that goes to JSON as it is:
 
     area, case            what was measured
     ours                  {"seconds", "bytes"}: median time and peak extra memory, for the work that `unit` names
     peers                 [{"name", "seconds", "bytes", "ratio", "memory_ratio"} or {"name", "absent": why}]
-    figures               further numbers: tokens/s, mfu, share of the bandwidth bound, ...
-    same                  whether ours gave what the plain way gave (null where there is nothing to compare)
+    figures               further results: tokens/s, mfu, share of the bandwidth bound, ...
+    same                  whether ours gave what the plain one gave (null where there is nothing to compare)
     goal, met             the goal in words, and whether it is met (null: no goal on this device)
     law                   {"name", "x"}: the scaling law that the row is a point of
 """
@@ -58,9 +58,9 @@ ENOUGH = 0.2  # seconds of measuring after which a race of quick steps ends
 
 
 def race(ways: dict[str, Callable[[], Any]], device: str, repeats: int, warm: int = 1) -> dict[str, float]:
-    """Median seconds of each way. They are taken in turns, so that a busy machine slows all of them.
+    """Median seconds of each implementation. They are timed alternately, so that a busy machine slows all of them.
 
-    Quick ways take up to ten times as many turns, as long as that lasts no more than ENOUGH seconds.
+    Quick ones get up to ten times as many rounds, as long as that lasts no more than ENOUGH seconds.
     """
     times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(warm):
@@ -144,7 +144,7 @@ def row(area: str, case: str, ours: Row, peers: list[Row], **more: Any) -> Row:
 
 
 def copy_bandwidth(device: str) -> float:
-    """Bytes a second of a large copy, read and written bytes counted."""
+    """Bytes per second of a large copy, read and written bytes counted."""
     size = 2**30 if device == "cuda" else 2**26
     source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -203,7 +203,7 @@ def cpu_has_bf16() -> bool:
 
 
 def in_bytes(count: float | None) -> str:
-    """A number of bytes for the eye."""
+    """A number of bytes in readable units."""
     if count is None:
         return ""
     for unit in ("B", "KiB", "MiB"):

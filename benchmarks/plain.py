@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from latent_verse.augvae.codebook import Codebook
 from latent_verse.augvae.layers import Upsample
 from latent_verse.augvae.model import AugVAE
+from latent_verse.augvae.quantizer import Codebook
 from latent_verse.biart.model import BiART
 from latent_verse.config import BiARTConfig
 
@@ -37,7 +37,7 @@ def one_hot_update(book: Codebook, flat_ND: Tensor, hot_NK: Tensor) -> None:
 
 
 def one_hot_forward(book: Codebook, z_BDHW: Tensor, learn: bool = True, beta: float = BETA):
-    """The plain formulation of Quantizer.forward (van den Oord et al. 2017, appendix A.1)."""
+    """The plain formulation of EMAQuantizer.forward (van den Oord et al. 2017, appendix A.1)."""
     z_BHWD = z_BDHW.permute(0, 2, 3, 1)
     flat_ND = z_BHWD.reshape(-1, z_BHWD.shape[-1])
     weight = book.weight.clone()
@@ -58,7 +58,7 @@ def enlarge_then_convolve(layer: Upsample, x_BCHW: Tensor) -> Tensor:
 
 
 def plain_augvae(model: AugVAE) -> AugVAE:
-    """A copy of AugVAE with the one-hot quantiser and convolutions of enlarged pictures, contiguous (NCHW)."""
+    """A copy of AugVAE with the one-hot quantiser and convolutions of upsampled maps, contiguous (NCHW)."""
     copy = AugVAE(model.config).to(model.pre_quants[0].weight.device)
     copy.load_state_dict(model.state_dict())
     quantizer = copy.quantizers[0]

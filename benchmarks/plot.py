@@ -1,8 +1,8 @@
-"""The scaling laws of results as pictures, and what the goals came to as a Markdown table.
+"""Plots of the scaling laws in results, and a Markdown table of goals met and missed.
 
     python benchmarks/plot.py benchmarks/results/suite_cpu.json [more.json ...] [--out docs/images]
 
-Draws one picture of each area that has laws, docs/images/scaling_<area>_<device>.png, and prints the table that
+Writes one plot for each area that has laws, docs/images/scaling_<area>_<device>.png, and prints the table that
 docs/performance.md holds. Nothing is measured here.
 """
 

@@ -4,7 +4,7 @@
 
 Both find the nearest codes of N vectors, look them up, take the commitment loss and update the moving averages.
 "one-hot" is the textbook form (distances N x K, an int64 one-hot matrix and its float copy, products for look-up,
-counts and sums). "ours" is `Quantizer` in training mode. They must agree on codes, loss and codebook. Memory, in a
+counts and sums). "ours" is `EMAQuantizer` in training mode. They must agree on codes, loss and codebook. Memory, in a
 fresh process each: what a step adds to the peak of the allocator (CUDA) or of the bytes that tensors hold (CPU, counted
 operator by operator with a dispatch mode; temporaries inside an operator are left out).
 """
@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.measure import PeakBytes, Row, absent, matmul_rate, peak_bytes, peer, race, row
 from benchmarks.plain import BETA, DECAY, EPS, one_hot_forward
-from latent_verse.augvae.codebook import Codebook, Quantizer
+from latent_verse.augvae.quantizer import Codebook, EMAQuantizer
 
 VARIANTS = ("one-hot", "ours")
 
@@ -44,11 +44,11 @@ def inputs(args: argparse.Namespace) -> tuple[torch.Tensor, Codebook]:
 def make_step(variant: str, book: Codebook):
     if variant == "one-hot":
         return lambda z_BDHW: one_hot_forward(book, z_BDHW)
-    return Quantizer(book, BETA).train()
+    return EMAQuantizer(book, BETA).train()
 
 
 def measure_times(args: argparse.Namespace) -> dict[str, dict]:
-    """Seconds of each way's fastest step, taken in turns so that a busy machine slows both, and what the first gave."""
+    """Seconds of each one's fastest step, timed alternately so that a busy machine slows both, and the first result."""
     results, steps = {}, {}
     for variant in VARIANTS:
         z_BDHW, book = inputs(args)
@@ -185,7 +185,7 @@ def _point(device: str, N: int, K: int, D: int, repeats: int, most: int, rate: f
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the table; 1 where the two ways disagree."""
+    """Print the table; 1 if the two implementations disagree."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--N", type=int, default=8192, help="vectors")
     parser.add_argument("--K", type=int, default=8192, help="codes")

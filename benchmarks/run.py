@@ -4,12 +4,13 @@
 
 Areas: quantizer augvae biart sampling data codes startup growth (all of them by default). Each runs in a process of its
 own with a limit on its time, within `--minutes` in all; what was measured before a limit is kept, and the table says
-what is left out. Peers are those of benchmarks/requirements.txt; one that is absent is named in the table. Every figure
-is a ratio within one run: ways take turns, medians count. docs/performance.md says what the figures mean.
+what is left out. Peers are those of benchmarks/requirements.txt; the table names those that are not installed. Every
+ratio is within one run: implementations are timed alternately, and medians are reported. docs/performance.md explains
+the results.
 
     ours, theirs   seconds for the same work         ratio    theirs over ours: above 1 is faster
     limit          share of what the machine can do  memory   peak that the work adds, and theirs over ours
-    same           whether ours gave what the plain way gave
+    same           whether ours gave what the plain one gave
 """
 
 from __future__ import annotations
@@ -140,7 +141,7 @@ def _write(file: Path, device: str, size: str, seconds: float, rows: list[dict])
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure and print; 1 where an area failed or ours gave something else than the plain way."""
+    """Measure and print; 1 if an area failed or ours gave something else than the plain implementation."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="name", help=f"areas: {' '.join(AREAS)}; default all")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))

@@ -3,7 +3,7 @@
     python benchmarks/sampling.py [--device cuda] [--n_embd 768] [--batch_sizes 1 8] [--json FILE]
     python benchmarks/run.py sampling [--device cuda]
 
-Both draw the same 1,024 codes for the same texts, greedily, with the same weights (random: speed does not depend on
+Both generate the same 1,024 codes for the same texts, greedily, with the same weights (random: speed does not depend on
 them). The cached loop runs in full. The plain one is timed at `--positions` lengths of the sequence, evenly spaced, and
 the time of all tokens is the integral over them (trapezoids); `--positions 1024` times every token. At each length its
 choice is compared with the cached one's. Two plain loops: minGPT's, whose head gives the joint vocabulary's logits at
@@ -29,10 +29,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.measure import Row, absent, copy_bandwidth, peak_bytes, peer, race, row, seconds
 from benchmarks.plain import MinGPT, embeddings, gpt2
 from latent_verse.biart import sampling as library
-from latent_verse.biart.model import PRESETS, BiART, KVCache
+from latent_verse.biart.model import BiART, KVCache
 from latent_verse.biart.sampling import generate
 from latent_verse.biart.sequence import TEXT_TO_IMAGE
-from latent_verse.config import BiARTConfig
+from latent_verse.config import PRESETS, BiARTConfig
 
 
 @torch.no_grad()
@@ -80,7 +80,7 @@ def distribution_gap(model: BiART, text_BL, codes_BN) -> float:
 
 
 def measure(model: BiART, batch: int, positions: int, device: str) -> dict:
-    """One row of the table: seconds to draw `batch` images by each way, and their ratios."""
+    """One row of the table: seconds to generate `batch` images with each implementation, and their ratios."""
     generator = torch.Generator().manual_seed(0)
     text_BL = torch.randint(model.vocab.text_vocab, (batch, model.vocab.text_len), generator=generator).to(device)
     result = {}
@@ -114,7 +114,7 @@ def measure(model: BiART, batch: int, positions: int, device: str) -> dict:
 
 # ------------------------------------------------------------------------------------------- as an area of run.py
 
-# (preset, batch, lengths at which minGPT is timed, tokens that GPT-2 draws; 0 leaves a peer out)
+# (preset, batch, lengths at which minGPT is timed, tokens that GPT-2 generates; 0 leaves a peer out)
 SIZES = {
     "toy": {
         "shape": {"n_layer": 1, "text_vocab": 40, "image_vocab": 24, "text_len": 4, "image_len": 16},
@@ -138,7 +138,7 @@ SIZES = {
 
 
 def bound_bytes(model: BiART, batch: int) -> float:
-    """The fewest bytes that drawing an image of all codes moves: weights and the filled cache, read once a token."""
+    """The fewest bytes that generating an image of all codes moves: weights and the filled cache, read once a token."""
     c, vocab, width = model.config, model.vocab, model.head.weight.element_size()
     weights = (12 * c.n_layer * c.n_embd**2 + vocab.image_vocab * c.n_embd) * width
     mean_position = vocab.input_len - vocab.image_len / 2
@@ -180,7 +180,7 @@ def suite(device: str, size: str) -> Iterator[Row]:
 
 
 def _without_graphs(draw: Callable[[], None], codes_BN: torch.Tensor, drawn: dict, device: str) -> tuple[float, bool]:
-    """Seconds of the same loop launched kernel by kernel, and whether it drew the same codes."""
+    """Seconds of the same loop launched kernel by kernel, and whether it generated the same codes."""
     capture, library.can_capture = library.can_capture, lambda model, device: False
     try:
         return seconds(draw, device), torch.equal(drawn[1.0], codes_BN)

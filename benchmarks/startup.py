@@ -1,10 +1,10 @@
-"""How long a person waits: `--help`, the first training step of the tiny recipes, generate.py's first picture.
+"""How long a person waits: `--help`, the first training step of the tiny recipes, generate.py's first image.
 
     python benchmarks/run.py startup
 
-Each is a process of its own, taken in turns with what it rests on: Python, importing PyTorch, importing PyTorch and
-Lightning. It counts from its start to its end, a training run to the first step on its progress bar. With one thread
-the CPU time of the process counts, else the wall clock. Training runs stop after that step, without validation.
+Each is a process of its own, timed alternately with what it rests on: Python, importing PyTorch, importing PyTorch and
+Lightning. A process is timed from its start to its end, a training run to the first step on its progress bar. With one
+thread this is the CPU time of the process, else the wall clock. Training runs stop after that step, without validation.
 """
 
 from __future__ import annotations
@@ -89,10 +89,10 @@ def _seconds_until(pattern: bytes, arguments: tuple[str, ...] | list[str]) -> tu
 def bundle(folder: Path) -> Path:
     """A bundle of a small random AugVAE-SL (64 px, 256 codes) and a tiny BiART."""
     from latent_verse.augvae.model import AugVAE
-    from latent_verse.biart.model import PRESETS, BiART
-    from latent_verse.config import AugVAEConfig, BiARTConfig
-    from latent_verse.pipeline import LVerse
-    from latent_verse.text import BPETokenizer
+    from latent_verse.biart.model import BiART
+    from latent_verse.config import PRESETS, AugVAEConfig, BiARTConfig
+    from latent_verse.data.text import BPETokenizer
+    from latent_verse.inference.pipeline import LVerse
 
     torch.manual_seed(0)
     shape = {"hidden_dim": 32, "ch_mult": (2, 1, 2), "num_res_blocks": 1, "resolution": 64}

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Train the released-size AugVAE-ML and -SL for some hundred steps in fp32 and bf16: does the loss fall, without NaN?
 
-Prints images/s and peak memory of each, on real pictures (--train_dir, any folder) or fake ones. The GPU check:
+Prints images/s and peak memory of each, on real images (--train_dir, any folder) or fake ones. The GPU check:
 
-    python benchmarks/train_augvae.py --train_dir pictures --json benchmarks/results/train_augvae_h200.json
+    python benchmarks/train_augvae.py --train_dir images --json benchmarks/results/train_augvae_h200.json
 
 On a CPU give a small shape: --config configs/tiny_augvae_ml.yaml --steps 20 --batch_size 4.
 """
@@ -25,10 +25,11 @@ import pytorch_lightning as pl
 import torch
 
 from latent_verse.augvae.model import AugVAE
-from latent_verse.augvae.training import LitAugVAE
-from latent_verse.cli import parse
+from latent_verse.config.cli import parse
 from latent_verse.config.train import PRECISIONS, TrainVAEConfig, resolve_train_vae
-from latent_verse.data.module import ImageDataModule
+from latent_verse.data.datasets import open_images
+from latent_verse.data.modules import ImageDataModule
+from latent_verse.training.augvae import LitAugVAE
 
 WARM_UP = 10  # steps before the clock starts
 
@@ -72,7 +73,8 @@ def measure(config: TrainVAEConfig, single_level: int | None, precision: str, st
             benchmark=True,
             callbacks=[watch],
         )
-        trainer.fit(LitAugVAE(model, config), datamodule=ImageDataModule(config.data, config.model.resolution))
+        data = ImageDataModule(open_images(config.data, config.model.resolution), config.data)
+        trainer.fit(LitAugVAE(model, config), datamodule=data)
     losses = torch.stack(watch.losses).cpu()
     tenth = max(1, steps // 10)
     return {

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from latent_verse.augvae.model import AugVAE
     from latent_verse.biart.model import BiART
-    from latent_verse.checkpoint import load_augvae
-    from latent_verse.pipeline import LVerse
+    from latent_verse.checkpoints.augvae import load_augvae
+    from latent_verse.inference.pipeline import LVerse
 
 __version__ = "0.1.0"
 __all__ = ["AugVAE", "BiART", "LVerse", "__version__", "load_augvae"]
@@ -22,7 +22,7 @@ __all__ = ["AugVAE", "BiART", "LVerse", "__version__", "load_augvae"]
 _HOMES = {
     "AugVAE": "latent_verse.augvae.model",
     "BiART": "latent_verse.biart.model",
-    "LVerse": "latent_verse.pipeline",
+    "LVerse": "latent_verse.inference.pipeline",
     "load_augvae": "latent_verse.checkpoint",
 }
 

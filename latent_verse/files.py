@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,7 @@ def replacing(path: Path) -> Iterator[Path]:
     except BaseException:
         _remove(unfinished)
         raise
-    with suppress(OSError):  # Windows and some network file systems cannot do it to a folder
-        _sync(path.parent)
+    _sync(path.parent)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -66,9 +65,11 @@ def _remove(path: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Wait until what was written is on the disk."""
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
+    folder = path.is_dir()
+    with suppress(OSError) if folder else nullcontext():  # Windows and some network disks sync no folders
+        number = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)

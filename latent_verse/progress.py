@@ -15,4 +15,4 @@ def progress_bar(
     """A tqdm bar on stderr, to iterate over or to `update`. Silent if not `shown`, or where stderr is no terminal."""
     from tqdm import tqdm
 
-    return tqdm(items, desc=what, total=total, unit=unit, disable=None if shown else True)
+    return tqdm(items, desc=what, total=total, unit=unit, disable=None if shown else True, unit_scale=True)

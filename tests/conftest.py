@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
+import latent_verse.checkpoints.augvae  # noqa: F401  it gives AugVAE its save_pretrained
 from latent_verse.augvae.model import AugVAE
 from latent_verse.config import AugVAEConfig
 
@@ -42,7 +45,7 @@ def tiny_augvae(tiny_config):
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.05 * torch.randn_like(parameter))
-            book = model.codebook
+            book = model.quantizer.embedding
             book.weight.mul_(0.3)
             book.cluster_size.uniform_(0.5, 2.0)
             book.embed_avg.copy_(book.weight * book.cluster_size[:, None])
@@ -64,3 +67,23 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def killed(monkeypatch):
+    """Ends a run within a step, as by kill -9: `with killed(LitBiART, step=5): train_biart.main(...)`."""
+
+    @contextmanager
+    def kill(module: type, step: int, hook: str = "training_step"):
+        original = getattr(module, hook)
+
+        def dies(self, batch, batch_idx):
+            if self.global_step == step:
+                raise MemoryError("killed")
+            return original(self, batch, batch_idx)
+
+        with monkeypatch.context() as patch, pytest.raises(MemoryError):
+            patch.setattr(module, hook, dies)
+            yield
+
+    return kill

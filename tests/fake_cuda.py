@@ -1,8 +1,8 @@
 """A GPU that computes nothing: PyTorch's fake tensors on "cuda", for tests where there is none.
 
-Operators check devices, give shapes and dtypes, and take autocast's decisions as on a GPU; values there are none. So
-two things come to light that a CPU hides: tensors left on the CPU, and places where the program waits for the device.
-The backward pass needs a driver and cannot be had.
+Operators check devices, compute shapes and dtypes, and follow autocast as on a GPU, but there are no values. This shows
+two mistakes that a CPU hides: tensors left on the CPU, and places where the program waits for the device. The backward
+pass needs a driver and cannot run.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PACKAGE = "latent_verse"
 
 @functools.cache
 def _why_not() -> str:
-    """Why there are no fake CUDA tensors here; empty where there are."""
+    """Why this PyTorch has no fake CUDA tensors; empty if it has."""
     try:
         with FakeTensorMode():
             nn.Linear(1, 1, device=DEVICE)
@@ -35,9 +35,10 @@ def _why_not() -> str:
 
 
 class Waits(TorchDispatchMode):
-    """Counts, by function of the package, how often a value is read from the device, and answers for it.
+    """Counts, by function of the package, how often a value is read from the device, and supplies that value.
 
-    `says` gives the values read by a function; True where it is silent, which is what checks hope for.
+    Args:
+        says: the values that functions read, by the function's name; True for all others, which is what checks expect.
     """
 
     def __init__(self, says: dict[str, object]):
@@ -67,7 +68,7 @@ class Waits(TorchDispatchMode):
 
 
 def _convert(module: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
-    """nn.Module._apply by assignment of data: it would exchange fake tensors, which their bookkeeping forbids."""
+    """nn.Module._apply, but by assigning data: swapping fake tensors, as it does, is forbidden."""
     for child in module.children() if recurse else ():
         child._apply(fn)
     for parameter in module._parameters.values():
@@ -81,9 +82,10 @@ def _convert(module: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recu
 
 @contextlib.contextmanager
 def fake_cuda(says: dict[str, object] | None = None, autocast: torch.dtype | None = None) -> Iterator[Waits]:
-    """Inside, what is made without a device or on DEVICE is on a GPU that computes nothing.
+    """Inside, tensors made without a device or on DEVICE are on a GPU that computes nothing.
 
-    From then on processes that this one forks cannot run backward (PyTorch 2.14): conftest.py has such tests run last.
+    Afterwards, processes forked from this one cannot run a backward pass (PyTorch 2.14), so conftest.py runs these
+    tests last.
     """
     if _why_not():
         pytest.skip(_why_not())
@@ -107,7 +109,7 @@ def fake_cuda(says: dict[str, object] | None = None, autocast: torch.dtype | Non
 
 
 class Kept:
-    """Bytes that a forward pass keeps for the backward pass, parameters left out."""
+    """Bytes that a forward pass keeps for the backward pass, without parameters."""
 
     def __init__(self, module: nn.Module):
         self._own = {p.untyped_storage()._cdata for p in module.parameters()}
@@ -119,7 +121,7 @@ class Kept:
         return self
 
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
-        self._kept[tensor.untyped_storage()._cdata] = tensor  # the tensor too: another must not get its address
+        self._kept[tensor.untyped_storage()._cdata] = tensor  # the tensor too, so that no other gets its address
         return tensor
 
     def __exit__(self, *error) -> None:

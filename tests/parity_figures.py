@@ -1,6 +1,6 @@
 """What the released code gives on two small models in float64; from the parity folder's augvae_figures.json.
 
-A picture is (mean, population std, first 8 values); a level is (resolution, sum of its codes, first 16 of image 0).
+A tensor is (mean, population std, first 8 values); a level is (resolution, sum of its codes, first 16 of image 0).
 """
 
 CONFIG = {
@@ -18,7 +18,7 @@ CONFIG = {
 SEEDS = [11, 12, 13, 14, 15, 16]
 ADAMW = {"lr": 0.001, "betas": (0.9, 0.999), "weight_decay": 1e-05}
 
-FIGURES = {
+RELEASED = {
     "ml": {
         "single_level": None,
         "keys": 466,

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from latent_verse.data.shapes import Scene, World
-from latent_verse.data.shapes_drawing import Obj
+from latent_verse.data.shapes.drawing import Obj
 
 
 class Colours(nn.Module):

@@ -14,8 +14,8 @@ from benchmarks import measure, plain, plot, run
 from benchmarks.biart import sequences_of
 from benchmarks.measure import PeakBytes, Row, peer, race, row
 from benchmarks.quantizer import agree
-from latent_verse.augvae.codebook import Quantizer
 from latent_verse.augvae.model import AugVAE
+from latent_verse.augvae.quantizer import EMAQuantizer
 from latent_verse.biart.model import BiART
 from latent_verse.config import BiARTConfig
 
@@ -109,9 +109,9 @@ def test_a_peer_says_how_many_times_ours_it_takes():
 def test_the_one_hot_quantiser_is_ours(tiny_augvae):
     results = {}
     for variant in ("one-hot", "ours"):
-        book = tiny_augvae().codebook
+        book = tiny_augvae().quantizer.embedding
         z_BDHW = torch.randn(2, 8, 5, 5, generator=torch.Generator().manual_seed(1))
-        learn = Quantizer(book, plain.BETA).train()
+        learn = EMAQuantizer(book, plain.BETA).train()
         out = plain.one_hot_forward(book, z_BDHW) if variant == "one-hot" else learn(z_BDHW)
         results[variant] = {"indices": out[1].flatten(), "loss": out[2].item(), **book.state_dict()}
     assert agree(results["one-hot"], results["ours"]) == ""
@@ -122,9 +122,9 @@ def test_the_plain_augvae_is_ours_and_does_not_learn_in_evaluation(tiny_augvae, 
     other = plain.plain_augvae(ours).eval()
     for a, b in zip(ours(tiny_images()), other(tiny_images()), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-    assert torch.equal(ours.codebook.weight, other.codebook.weight)
+    assert torch.equal(ours.quantizer.embedding.weight, other.quantizer.embedding.weight)
     ours.train()(tiny_images()), other.train()(tiny_images())
-    torch.testing.assert_close(ours.codebook.weight, other.codebook.weight, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours.quantizer.embedding.weight, other.quantizer.embedding.weight, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("network", ["minGPT", "GPT-2"])

@@ -11,18 +11,25 @@ import torch
 from benchmarks.augvae import SHAPES
 from benchmarks.measure import PeakBytes
 from benchmarks.plain import BETA, DECAY, EPS, one_hot_forward, plain_augvae
-from latent_verse.augvae.codebook import Codebook, Quantizer
 from latent_verse.augvae.model import AugVAE
-from latent_verse.augvae.training import LitAugVAE
+from latent_verse.augvae.quantizer import Codebook, EMAQuantizer
 from latent_verse.biart import sampling
-from latent_verse.biart.model import PRESETS, BiART
+from latent_verse.biart.model import BiART, loss_weights
 from latent_verse.biart.sequence import DIRECTIONS, TEXT_TO_IMAGE
-from latent_verse.biart.training import NO_TOKEN, LitBiART
-from latent_verse.config import AugVAEConfig, BiARTConfig, TrainerConfig, TrainVAEConfig, VAELossConfig, VAEOptimConfig
-from latent_verse.config_biart import BiARTLossConfig, TrainBiARTConfig
+from latent_verse.config import PRESETS, AugVAEConfig, BiARTConfig
+from latent_verse.config.train import (
+    BiARTLossConfig,
+    TrainBiARTConfig,
+    TrainerConfig,
+    TrainVAEConfig,
+    VAELossConfig,
+    VAEOptimConfig,
+)
 from latent_verse.metrics.reconstruction import ReconstructionMetrics
-from latent_verse.optimizer import MuonAdamW, adamw
-from latent_verse.recompute import checkpoint_activations
+from latent_verse.nn.activation_checkpointing import checkpoint_activations
+from latent_verse.training.augvae import LitAugVAE
+from latent_verse.training.biart import LitBiART
+from latent_verse.training.optimizer import MuonAdamW, adamw
 from tests.fake_cuda import DEVICE, Kept, fake_cuda
 
 BIART = BiARTConfig(text_vocab=40, image_vocab=24, text_len=6, image_len=16, n_layer=2, n_head=2, n_embd=32)
@@ -47,19 +54,21 @@ def test_augvae_trains_without_waiting(tiny_config, autocast, single_level, rest
     config = TrainVAEConfig(
         model=tiny_config(single_level=single_level, restart_threshold=restart_threshold),
         loss=VAELossConfig(loss_type="mse"),
-        trainer=TrainerConfig(activation_checkpointing=True),
+        trainer=TrainerConfig(activation_checkpointing=True, log_images=True),
     )
+    logged = {}
     with fake_cuda(autocast=autocast) as waits:
         module = LitAugVAE(AugVAE(config.model), config).train()
+        module.log = lambda name, value, **kwargs: logged.update({name: value})
         module.configure_model()
-        parts, reconstruction = module._losses(pictures(2, 16), "train")
-        assert on_gpu(reconstruction, *parts.values())
+        out = module.training_step([pictures(2, 16)], 0)
+        assert on_gpu(*out.values(), *logged.values()) and logged
         assert module.model.encoders[0].conv_in.weight.is_contiguous(memory_format=torch.channels_last)
         module.eval().validation_step([pictures(2, 16)], 0)
     assert not waits.seen
     # statistics of the codebook are float32, and what the last convolution gives is autocast's dtype
-    assert module.model.codebook.embed_avg.dtype == torch.float32
-    assert reconstruction.dtype == (autocast or torch.float32)
+    assert module.model.quantizer.embedding.embed_avg.dtype == torch.float32
+    assert out["xrec"].dtype == (autocast or torch.float32)
 
 
 def test_augvae_looks_at_its_codebook_once_to_start_it_from_data(tiny_config):
@@ -107,8 +116,8 @@ def test_optimisers_step_without_waiting(tiny_config, make):
 
 @PRECISIONS
 @pytest.mark.parametrize("pos_by_modality", [False, True])
-@pytest.mark.parametrize("from_pictures", [False, True])
-def test_biart_trains_without_waiting(tiny_config, autocast, pos_by_modality, from_pictures):
+@pytest.mark.parametrize("from_images", [False, True])
+def test_biart_trains_without_waiting(tiny_config, autocast, pos_by_modality, from_images):
     config = TrainBiARTConfig(
         loss=BiARTLossConfig(reference_dropout=0.1, word_dropout=0.1, code_dropout=0.1, text_loss_weight=2.0),
         trainer=TrainerConfig(activation_checkpointing=True),
@@ -118,8 +127,8 @@ def test_biart_trains_without_waiting(tiny_config, autocast, pos_by_modality, fr
         vae = AugVAE(tiny_config(single_level=4))
         module = LitBiART(BiART(BiARTConfig(**sizes)), vae, config, {}).train()
         module.configure_model()
-        x = pictures(4, 16) if from_pictures else torch.empty(4, 16, dtype=torch.int16)
-        text = torch.full((4, 6), NO_TOKEN)
+        x = pictures(4, 16) if from_images else torch.empty(4, 16, dtype=torch.int16)
+        text = torch.full((4, 6), module.model.vocab.pad)
         dropouts = {"reference_dropout": 0.1, "word_dropout": 0.1, "code_dropout": 0.1}
         total, means = module.loss(module.model, module.pack([x, text], 2, **dropouts))
         assert on_gpu(total, *means.values())
@@ -131,23 +140,23 @@ def test_biart_trains_without_waiting(tiny_config, autocast, pos_by_modality, fr
 @pytest.mark.parametrize(
     "settings", [{"temperature": 0}, {"top_k": 5, "seed": 1}, {"top_p": 0.9, "guidance": 2.0, "seed": 1}]
 )
-def test_drawing_waits_no_more_for_more_tokens(direction, settings, monkeypatch):
+def test_sampling_waits_no_more_for_more_tokens(direction, settings, monkeypatch):
     monkeypatch.setattr(sampling, "can_capture", lambda model, device: False)  # streams need a driver
     says, seen = {"generate": False, "_check_finite": False, "prompt": False}, []
-    # it asks two questions: whether all is allowed (yes), and whether anything follows a pad (no)
+    # check_text asks two questions with opposite answers: is everything allowed, does anything follow a pad?
     monkeypatch.setattr("latent_verse.biart.sequence.Vocabulary.check_text", lambda *args, **kwargs: None)
     for longer in (1, 4):
         sizes = {**vars(BIART), "image_len": 16 * longer, "text_len": 6 * longer}
         with fake_cuda(says) as waits:
             model = BiART(BiARTConfig(**sizes))
             length = sizes["text_len"] if direction == TEXT_TO_IMAGE else sizes["image_len"]
-            drawn = sampling.generate(model, torch.empty(2, length, dtype=torch.long), direction, **settings)
-            assert on_gpu(drawn)
+            sampled = sampling.generate(model, torch.empty(2, length, dtype=torch.long), direction, **settings)
+            assert on_gpu(sampled)
         seen.append(waits.seen)
     assert seen[0]["_check_finite"] == 2  # after the first token and the last
     if direction == TEXT_TO_IMAGE:
         assert seen[0] == seen[1]
-    else:  # captions that have ended are asked for at every eighth token
+    else:  # at every eighth token it asks whether all captions have ended
         assert seen[0].pop("generate", 0) == 0 and seen[1].pop("generate") == 2
         assert seen[0] == seen[1]
 
@@ -176,7 +185,7 @@ def test_the_quantiser_takes_an_eighth_of_one_hots_memory(N, K, D):
         with fake_cuda():
             book = Codebook(K, D, DECAY, EPS, 0.0)
             z_BDHW = torch.empty(1, N, 1, D).permute(0, 3, 1, 2)  # channels last
-            quantise = Quantizer(book, BETA).train()
+            quantise = EMAQuantizer(book, BETA).train()
             with PeakBytes() as count:
                 quantise(z_BDHW) if way == "ours" else one_hot_forward(book, z_BDHW)
         taken[way] = count.peak
@@ -223,7 +232,7 @@ def test_biart_trains_32_sequences_in_40_gb(monkeypatch):
             text_BL = torch.full((32, vocab.text_len), 5)
             sequences = vocab.pack(text_BL, torch.zeros(32, vocab.image_len, dtype=torch.long), 16, validate=False)
             with Kept(model) as kept:
-                model.loss(sequences, reference_weight=0.1)
+                model.loss(sequences, loss_weights(0.1))
             held.append(kept.bytes + 12 * model.num_parameters())
     assert held[0] < 40e9
     assert held[1] < 0.8 * held[0]

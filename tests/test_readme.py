@@ -91,12 +91,6 @@ def test_there_are_commands():
     assert all(n >= least for n, least in zip(counts, (8, 1, 5, 4, 7), strict=True)), counts
 
 
-def test_links_and_pictures_exist():
-    for page in PAGES:
-        for target in re.findall(r"\]\(((?!http)[^)#]+)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name}: {target}"
-
-
 def test_seed_command_of_the_released_recipe():
     """The original's smoke test, and the DeepSpark port's command line."""
     config, given = parse(TrainVAEConfig, ["--fake_data", "--configs", "configs/imagenet_augvae_ml.yaml"], "")

@@ -1,7 +1,7 @@
-"""README.md's commands, run one after the other as a reader would, in a folder with the data that they suppose.
+"""The commands of README.md, docs/guide.md and docs/evaluation.md, run one after the other as a reader would.
 
-Small flags are put behind each: sizes and limits of milliseconds, one CPU. What torchrun and Slurm start is only parsed
-(test_readme.py).
+They run in a folder with the data that they name. Flags that make each run take milliseconds on one CPU are added. What
+torchrun and Slurm start is only parsed (test_readme.py).
 """
 
 from __future__ import annotations
@@ -14,21 +14,17 @@ from pathlib import Path
 import pytest
 import torch
 
-import eval_biart
-import eval_vae
-import generate
-import train_biart
-import train_vae
+from latent_verse.commands import eval_biart, eval_vae, generate, train_biart, train_vae
 from latent_verse.metrics import networks
+from tests.inference.test_pipeline import one_thread  # noqa: F401 (a fixture)
 from tests.runs_on_pictures import SMALL, write_pictures
 from tests.stand_ins import Colours, Words, write_pairs
-from tests.test_pipeline import one_thread  # noqa: F401 (a fixture)
 from tests.test_readme import REPO, commands, flags
 
 SMALL_BIART = (
     "--n_layer 1 --n_head 2 --n_embd 16 --tokenizer bpe --bpe_vocab_size 300 --text_len 12 --batch_size 4 --epochs 1 "
-    "--optimizer adamw --warmup_steps 0 --num_workers 0 --gpus 0 --logger csv --refresh_rate 0 --num_samples 2 "
-    "--precision 32 --limit_train_batches 2 --limit_val_batches 1"
+    "--optimizer adamw --muon_learning_rate null --warmup_steps 0 --num_workers 0 --gpus 0 --logger csv "
+    "--refresh_rate 0 --num_samples 2 --precision 32 --limit_train_batches 2 --limit_val_batches 1"
 ).split()
 ADDED = {
     "train_vae.py": [*SMALL, "--loss_type", "mse", "--precision", "32", "--limit_train_batches", "2"],
@@ -75,11 +71,12 @@ def project(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("configs").symlink_to(REPO / "configs")
     for split, count in (("train", 8), ("val", 4)):
-        for name in ("data", "imagenet", "photos"):
+        for name in ("data", "imagenet"):
             write_pictures(Path(name, split), count)
         for image in Path("data", split).glob("*/*.png"):
             image.with_suffix(".txt").write_text(f"a thing of {image.parent.name}\nnumber {image.stem}\n")
-    shutil.copytree("data", "more")
+    for name in ("more", "photos", "emoji"):
+        shutil.copytree("data", name)
     write_pictures(Path("data/classes"), 4)
     shutil.copy("photos/val/class0/000.png", "photo.png")
     for folder, numbers in (("shards", range(10)), ("shards/val", range(1))):
@@ -102,7 +99,7 @@ def project(tmp_path, monkeypatch):
 @pytest.mark.usefixtures("project", "one_thread")
 def test_every_command_runs_in_order():
     ran = []
-    for line in commands("python ", [REPO / "README.md"]):
+    for line in commands("python ", [REPO / name for name in ("README.md", "docs/guide.md", "docs/evaluation.md")]):
         if not line.startswith("python "):  # under Slurm
             continue
         script = line.split()[1]

@@ -9,8 +9,8 @@ from PIL import Image
 from latent_verse.augvae.model import AugVAE
 from latent_verse.biart.model import BiART
 from latent_verse.config import BiARTConfig
-from latent_verse.pipeline import LVerse
-from latent_verse.text import BPETokenizer
+from latent_verse.data.text import BPETokenizer
+from latent_verse.inference.pipeline import LVerse
 
 
 def make_lverse(vae: AugVAE, reference_dropout: float = 0.1, **changes) -> LVerse:

@@ -1,6 +1,7 @@
 """Convolutional blocks of AugVAE (paper appendix A; the VQGAN family of Esser et al. 2021).
 
-Module names are those of the released checkpoints: they are a contract, held by tests/test_release_layout.py.
+Module names are those of the released checkpoints: they are a contract, held by
+tests/checkpoints/test_release_layout.py.
 
 Shapes: B batch, C channels, H height, W width, T = H * W positions.
 """
@@ -8,28 +9,31 @@ Shapes: B batch, C channels, H height, W width, T = H * W positions.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import nn
 
-from latent_verse.recompute import Recomputing
+from latent_verse.config import AugVAEConfig
+from latent_verse.nn.activation_checkpointing import Recomputing
 
 
 class PixelNorm(nn.LayerNorm):
-    """LayerNorm over the channels of each position by itself (ConvNeXt's), so that nothing is shared over a picture."""
+    """LayerNorm over the channels of each position (as in ConvNeXt): no position depends on another."""
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
         return super().forward(x_BCHW.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 def make_norm(kind: str, channels: int) -> nn.Module:
-    """The norm of AugVAEConfig.norm: GroupNorm with the 32 groups of the release, or PixelNorm; the same keys."""
+    """The norm that AugVAEConfig.norm names: GroupNorm with the release's 32 groups, or PixelNorm; the same keys."""
     return nn.GroupNorm(32, channels, eps=1e-6) if kind == "group" else PixelNorm(channels, eps=1e-6)
 
 
 class ResnetBlock(Recomputing):
-    """norm -> swish -> conv, twice, plus the input (through a 1x1 convolution where the width changes)."""
+    """norm -> swish -> conv, twice, plus the input (through a 1x1 convolution if the width changes)."""
 
     def __init__(self, in_channels: int, out_channels: int, dropout: float, norm: str):
         super().__init__()
@@ -61,12 +65,11 @@ class AttnBlock(nn.Module):
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
-        B, C, H, W = x_BCHW.shape
         h_BCHW = self.norm(x_BCHW)
-        # one head: (B, 1, T, C); scale 1/sqrt(C) is scaled_dot_product_attention's own
-        q, k, v = (f(h_BCHW).flatten(2).transpose(1, 2).unsqueeze(1) for f in (self.q, self.k, self.v))
-        h_BTC = F.scaled_dot_product_attention(q, k, v).squeeze(1)
-        return x_BCHW + self.proj_out(h_BTC.transpose(1, 2).reshape(B, C, H, W))
+        # one head; the scale 1/sqrt(C) is scaled_dot_product_attention's own
+        q, k, v = (rearrange(f(h_BCHW), "b c h w -> b 1 (h w) c") for f in (self.q, self.k, self.v))
+        h_B1TC = F.scaled_dot_product_attention(q, k, v)
+        return x_BCHW + self.proj_out(rearrange(h_B1TC, "b 1 (h w) c -> b c h w", h=x_BCHW.shape[2]))
 
 
 class Downsample(nn.Module):
@@ -83,27 +86,29 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     """Double height and width by nearest neighbour, then convolve (3x3).
 
-    Both at once: each output pixel sees but 2x2 pixels of the input, whose weights are sums of the 3x3 ones. That is a
-    transposed convolution of 4x4 with stride 2, with 4 products a pixel and channel in place of 9, and nothing enlarged
-    to be held for the backward pass.
+    Both are done at once. Each output pixel sees only 2x2 pixels of the input, whose weights are sums of the 3x3 ones:
+    a transposed 4x4 convolution with stride 2. It takes 4 products per pixel and channel instead of 9, and keeps
+    nothing enlarged for the backward pass.
     """
+
+    windows: torch.Tensor
 
     def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-        # (16, 9): the 4x4 kernel's entries are sums over the 2x2 windows of the 3x3 one, turned by half
+        # (16, 9): the entries of the 4x4 kernel are sums over the 2x2 windows of the 3x3 one, rotated by 180 degrees
         along = torch.tensor([[0.0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])
         self.register_buffer("windows", torch.kron(along, along), persistent=False)
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
         with torch.autocast(x_BCHW.device.type, enabled=False):  # sums of weights in the weights' precision
             kernel = F.linear(self.conv.weight.flatten(2), self.windows)
-        kernel = kernel.unflatten(2, (4, 4)).transpose(0, 1)  # (out, in, 16) -> (in, out, 4, 4)
+        kernel = rearrange(kernel, "o i (h w) -> i o h w", h=4)
         return F.conv_transpose2d(x_BCHW, kernel, self.conv.bias, stride=2, padding=1)
 
 
 class Middle(nn.Module):
-    """Two residual blocks at the narrowest point, with attention between them where asked for."""
+    """Two residual blocks at the smallest resolution, with attention between them if `use_attn`."""
 
     def __init__(self, channels: int, dropout: float, use_attn: bool, norm: str):
         super().__init__()
@@ -120,9 +125,9 @@ class Middle(nn.Module):
 
 
 class Stage(nn.Module):
-    """The blocks at one resolution, each followed by attention where asked for; then a change of resolution."""
+    """The blocks at one resolution, each followed by attention if `attend`; then a change of resolution."""
 
-    def __init__(self, widths: list[int], dropout: float, attend: bool, norm: str, resample: dict[str, nn.Module]):
+    def __init__(self, widths: list[int], dropout: float, attend: bool, norm: str, resample: Mapping[str, nn.Module]):
         super().__init__()
         pairs = list(itertools.pairwise(widths))
         self.block = nn.ModuleList(ResnetBlock(i, o, dropout, norm) for i, o in pairs)
@@ -145,38 +150,26 @@ class Encoder(Recomputing):
     """(B, in_channels, R, R) -> (B, z_channels, R / 2**(len(ch_mult) - 1), same).
 
     Args:
-        resolution: R, of the input; stages whose resolution is in `attn_resolutions` get attention if `use_attn`.
+        c: the settings that all networks share.
+        ch_mult: of this network, one factor of hidden_dim a stage.
+        resolution: R.
+        attend_at: the resolution whose stage gets attention, with `use_attn`.
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        z_channels: int,
-        hidden_dim: int,
-        ch_mult: tuple[int, ...],
-        num_res_blocks: int,
-        dropout: float,
-        resolution: int,
-        attn_resolutions: tuple[int, ...],
-        use_attn: bool,
-        norm: str,
-    ):
+    def __init__(self, c: AugVAEConfig, in_channels: int, ch_mult: tuple[int, ...], resolution: int, attend_at: int):
         super().__init__()
-        self.conv_in = nn.Conv2d(in_channels, hidden_dim, 3, padding=1)
+        width = c.hidden_dim
+        self.conv_in = nn.Conv2d(in_channels, width, 3, padding=1)
         self.down = nn.ModuleList()
-        width = hidden_dim
         for i, mult in enumerate(ch_mult):
-            widths = [width] + [hidden_dim * mult] * num_res_blocks
+            widths = [width] + [c.hidden_dim * mult] * c.num_res_blocks
             width = widths[-1]
-            last = i == len(ch_mult) - 1
-            attend = use_attn and resolution in attn_resolutions
-            resample = {} if last else {"downsample": Downsample(width)}
-            self.down.append(Stage(widths, dropout, attend, norm, resample))
-            if not last:
-                resolution //= 2
-        self.mid = Middle(width, dropout, use_attn, norm)
-        self.norm_out = make_norm(norm, width)
-        self.conv_out = nn.Conv2d(width, z_channels, 3, padding=1)
+            attend = c.use_attn and resolution // 2**i == attend_at
+            resample = {"downsample": Downsample(width)} if i < len(ch_mult) - 1 else {}
+            self.down.append(Stage(widths, c.dropout, attend, c.norm, resample))
+        self.mid = Middle(width, c.dropout, c.use_attn, c.norm)
+        self.norm_out = make_norm(c.norm, width)
+        self.conv_out = nn.Conv2d(width, c.z_channels, 3, padding=1)
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
         h_BCHW = self.conv_in(x_BCHW)
@@ -186,34 +179,34 @@ class Encoder(Recomputing):
 
 
 class Decoder(Recomputing):
-    """(B, in_channels, r, r) -> (B, out_channels, R, R), R = `resolution` = r * 2**(len(ch_mult) - 1)."""
+    """(B, in_channels, r, r) -> (B, out_channels, R, R), R = `resolution` = r * 2**(len(ch_mult) - 1).
+
+    Args:
+        c, ch_mult, attend_at: as an Encoder's; the first factor is of the last stage to run.
+    """
 
     def __init__(
         self,
+        c: AugVAEConfig,
         in_channels: int,
         out_channels: int,
-        hidden_dim: int,
         ch_mult: tuple[int, ...],
-        num_res_blocks: int,
-        dropout: float,
         resolution: int,
-        attn_resolutions: tuple[int, ...],
-        use_attn: bool,
-        norm: str,
+        attend_at: int,
     ):
         super().__init__()
-        width = hidden_dim * ch_mult[-1]
+        width = c.hidden_dim * ch_mult[-1]
         self.conv_in = nn.Conv2d(in_channels, width, 3, padding=1)
-        self.mid = Middle(width, dropout, use_attn, norm)
+        self.mid = Middle(width, c.dropout, c.use_attn, c.norm)
         stages = []
         for i in reversed(range(len(ch_mult))):
-            widths = [width] + [hidden_dim * ch_mult[i]] * (num_res_blocks + 1)
+            widths = [width] + [c.hidden_dim * ch_mult[i]] * (c.num_res_blocks + 1)
             width = widths[-1]
-            attend = use_attn and resolution // 2**i in attn_resolutions
+            attend = c.use_attn and resolution // 2**i == attend_at
             resample = {"upsample": Upsample(width)} if i else {}
-            stages.append(Stage(widths, dropout, attend, norm, resample))
+            stages.append(Stage(widths, c.dropout, attend, c.norm, resample))
         self.up = nn.ModuleList(reversed(stages))  # released order: up.0 is the last to run
-        self.norm_out = make_norm(norm, width)
+        self.norm_out = make_norm(c.norm, width)
         self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
 
     def forward(self, z_BCHW: torch.Tensor) -> torch.Tensor:

@@ -1,33 +1,38 @@
 """AugVAE: a multi-level VQ-VAE with one shared codebook, and its single-level form (paper section 3.1).
 
-Level 0 is the largest. Encoder 0 reads the picture, each further encoder halves the *unquantised* map of the one
-before. Decoding runs from the smallest level up, every decoder after the first reading (codes of its level, what was
-decoded so far). The single-level form keeps one level's codes; 1x1 `connectors` stand in for the missing others.
+Level 0 is the largest. Encoder 0 reads the image; each further encoder halves the *unquantised* map of the one before.
+Decoding runs from the smallest level up: every decoder after the first reads the codes of its level and what has been
+decoded so far. The single-level form keeps one level's codes; 1x1 `connectors` replace the missing inputs.
 
-Shapes: B batch, C channels, H height, W width, D code dimension, N codes a picture.
+Shapes: B batch, C channels, H height, W width, R resolution of an image, h of a level, D code dimension, K codes in the
+codebook, N codes of an image.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
+from einops import rearrange
 from torch import nn
 
-from latent_verse.augvae.codebook import Codebook, Quantizer, count, perplexity
 from latent_verse.augvae.layers import Decoder, Encoder
+from latent_verse.augvae.quantizer import Quantizer, count, make_quantizer, perplexity, to_vectors
 from latent_verse.config import AugVAEConfig
 
-INNER_CH_MULT = (2, 4)  # of every encoder and decoder between two levels, as released
+INNER_CH_MULT = (2, 4)  # of each encoder and decoder between two levels, as released
 
 
 class Encoded(NamedTuple):
-    """What `AugVAE.encode` gives; the lists hold one entry a level, largest first.
+    """What `AugVAE.encode` returns; the lists hold one entry per level, largest first.
 
-    z_q: quantised maps (B, D, h, h). indices: codes (B, h, h) int64. embed_loss: sum of the levels' commitment losses.
-    perplexity: of the codes of all levels together.
+    Attributes:
+        z_q: quantised maps (B, D, h, h).
+        indices: codes (B, h, h) int64.
+        embed_loss: sum of the levels' quantiser losses, ().
+        perplexity: of the codes of all levels together, ().
     """
 
     z_q: list[torch.Tensor]
@@ -37,92 +42,88 @@ class Encoded(NamedTuple):
 
 
 class AugVAE(nn.Module):
-    """AugVAE-ML, or AugVAE-SL where `config.single_level` is set. State-dict names are those of the release."""
+    """AugVAE-ML, or AugVAE-SL if `config.single_level` is set. State-dict names are those of the release.
+
+    Raises:
+        ConfigError: the configuration cannot be built.
+    """
 
     def __init__(self, config: AugVAEConfig):
         super().__init__()
         config.validate()
         self.config = config
-        levels = config.attn_resolutions
-        outer = {"ch_mult": config.ch_mult, "resolution": config.resolution, "attn_resolutions": levels[:1]}
-        inner = [
-            {"ch_mult": INNER_CH_MULT, "resolution": above, "attn_resolutions": (level,)}
-            for above, level in itertools.pairwise(levels)
-        ]
-        common = {
-            name: getattr(config, name)
-            for name in ("z_channels", "hidden_dim", "num_res_blocks", "dropout", "use_attn", "norm")
-        }
-        z = common.pop("z_channels")
+        levels, z = config.attn_resolutions, config.z_channels
+        # (ch_mult, resolution, attend_at). The original gives an inner decoder attention at the level it reads and an
+        # inner encoder at the one it writes: the same level of the pair.
+        outer = (config.ch_mult, config.resolution, levels[0])
+        inner = [(INNER_CH_MULT, above, level) for above, level in itertools.pairwise(levels)]
+        encoders = [Encoder(config, config.in_channels, *outer), *(Encoder(config, z, *stage) for stage in inner)]
+        decoders = [Decoder(config, 2 * z, z, *stage) for stage in reversed(inner)]
+        decoders.append(Decoder(config, 2 * z, config.out_channels, *outer))
+        deepest = decoders[0]  # nothing has been decoded before it: it reads z channels, not 2z
+        deepest.conv_in = nn.Conv2d(z, deepest.conv_in.out_channels, 3, padding=1)
+        depth = len(levels) if config.single_level is None else levels.index(config.single_level) + 1
+        decoders = decoders[-depth:]
+        self.encoders = nn.ModuleList(encoders[:depth])
+        self.decoders = nn.ModuleList(decoders)
 
-        self.encoders = nn.ModuleList([Encoder(config.in_channels, z, **common, **outer)])
-        self.encoders.extend(Encoder(z, z, **common, **stage) for stage in inner)
-        # the original gives an inner decoder attention at the level it reads, an inner encoder at the one it writes:
-        # the same level of the pair
-        self.decoders = nn.ModuleList(Decoder(2 * z, z, **common, **stage) for stage in reversed(inner))
-        self.decoders.append(Decoder(2 * z, config.out_channels, **common, **outer))
-        deepest = self.decoders[0].conv_in  # nothing has been decoded before it: it reads z channels, not 2z
-        self.decoders[0].conv_in = nn.Conv2d(z, deepest.out_channels, 3, padding=1)
-
-        self.pre_quants = nn.ModuleList(nn.Conv2d(z, config.codebook_dim, 1) for _ in levels)
-        self.post_quants = nn.ModuleList(nn.Conv2d(config.codebook_dim, z, 1) for _ in levels)
-        for convs in (self.pre_quants, self.post_quants):  # weights are shared by the levels, biases are not
+        pre_quants = [nn.Conv2d(z, config.codebook_dim, 1) for _ in levels]
+        post_quants = [nn.Conv2d(config.codebook_dim, z, 1) for _ in levels]
+        for convs in (pre_quants, post_quants):  # weights are shared by the levels, biases are not
             for conv in convs[1:]:
                 conv.weight = convs[0].weight
-        codebook = Codebook(
-            config.num_tokens,
-            config.codebook_dim,
-            config.quant_ema_decay,
-            config.quant_ema_eps,
-            config.restart_threshold,
-        )
-        quantizer = Quantizer(codebook, config.quant_beta)
-        self.quantizers = nn.ModuleList([quantizer] * len(levels))  # one module: shared buffers would come apart
+        self.pre_quants, self.post_quants = nn.ModuleList(pre_quants), nn.ModuleList(post_quants)
+        # one module for all levels: shared buffers would come apart
+        self.quantizers = nn.ModuleList([make_quantizer(config)] * len(levels))
 
         if config.single_level is not None:
-            self._drop_other_levels(levels.index(config.single_level))
-
-    def _drop_other_levels(self, kept: int) -> None:
-        z = self.config.z_channels
-        self.encoders = self.encoders[: kept + 1]
-        self.decoders = self.decoders[len(self.decoders) - 1 - kept :]
-        self.connectors = nn.ModuleList(
-            nn.Identity() if decoder.conv_in.in_channels == z else nn.Conv2d(z, 2 * z, 1) for decoder in self.decoders
-        )
-        # These stay in the state dict, as in a release, but take no part: DDP must not wait for their gradients.
-        # The original reads every single level through the first post_quant.
-        for conv in [*self.pre_quants[kept + 1 :], *self.post_quants[1:]]:
-            conv.bias.requires_grad_(False)
+            self.connectors = nn.ModuleList(
+                nn.Identity() if decoder.conv_in.in_channels == z else nn.Conv2d(z, 2 * z, 1) for decoder in decoders
+            )
+            # The unused ones stay in the state dict, as in a release, but DDP must not wait for their gradients.
+            # The original reads every single level through the first post_quant.
+            for conv in [*pre_quants[depth:], *post_quants[1:]]:
+                cast(nn.Parameter, conv.bias).requires_grad_(False)
 
     # ------------------------------------------------------------------------------------------------------ properties
 
     @property
-    def codebook(self) -> Codebook:
-        """The codebook that all levels share."""
-        return self.quantizers[0].embedding
+    def quantizer(self) -> Quantizer:
+        """The quantiser that all levels share."""
+        return cast(Quantizer, self.quantizers[0])
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights, which images and codes must be on."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the weights, which images must have. A codebook stays float32 in half precision."""
+        return next(self.parameters()).dtype
 
     @property
     def levels(self) -> tuple[int, ...]:
-        """Resolutions that `encode` quantises at, largest first. For -SL down to its own, which is the last."""
+        """Resolutions at which `encode` quantises, largest first. The last one of an AugVAE-SL is its own level."""
         return self.config.attn_resolutions[: len(self.encoders)]
 
     @property
     def code_levels(self) -> tuple[int, ...]:
-        """Resolutions whose codes a picture is stored as and decoded from, largest first."""
+        """Resolutions whose codes stand for an image, largest first."""
         return self.config.attn_resolutions if self.config.single_level is None else (self.config.single_level,)
 
     @property
     def num_codes(self) -> int:
-        """Codes of one picture, N."""
+        """N, the number of codes of one image."""
         return sum(level * level for level in self.code_levels)
 
     # ----------------------------------------------------------------------------------------------------- computation
 
     def features(self, x_BCHW: torch.Tensor) -> list[torch.Tensor]:
-        """Images (B, C, R, R) in [-1, 1] -> unquantised vectors of every level, (B, D, h, h), largest first.
+        """Images (B, C, R, R) in [-1, 1] -> unquantised maps of all `levels`, (B, D, h, h), largest first.
 
         Raises:
-            ValueError: channels or sides of the images are not the model's.
+            ValueError: the images' channels or size differ from the model's.
         """
         expected = (self.config.in_channels, self.config.resolution, self.config.resolution)
         if x_BCHW.dim() != 4 or tuple(x_BCHW.shape[1:]) != expected:
@@ -138,32 +139,45 @@ class AugVAE(nn.Module):
         return out
 
     def encode(self, x_BCHW: torch.Tensor) -> Encoded:
-        """Quantise images (B, C, R, R) in [-1, 1] at every level. In training mode the codebook learns, level by level:
-        a later level is already quantised with what the earlier ones changed, as in the original."""
+        """Quantise images (B, C, R, R) in [-1, 1] at all `levels`.
+
+        In training mode the codebook learns, level by level: as in the original, each level is quantised with the
+        codebook that the levels before it have changed.
+
+        Raises:
+            ValueError: as `features`.
+        """
         quantised = [
             quantizer(z_BDHW) for quantizer, z_BDHW in zip(self.quantizers, self.features(x_BCHW), strict=False)
         ]
         z_q, indices, losses = (list(column) for column in zip(*quantised, strict=True))
-        counts_K = count(torch.cat([level.flatten() for level in indices]), self.config.num_tokens)
+        counts_K = count(torch.cat([level.flatten() for level in indices]), self.quantizer.codebook_size)
         embed_loss = torch.stack(losses).sum()
         return Encoded(z_q, indices, embed_loss, perplexity(counts_K).to(embed_loss.dtype))
 
     def decode(self, z_q: list[torch.Tensor]) -> torch.Tensor:
-        """Quantised maps as `encode` gives them, or of `code_levels` alone -> images (B, C, R, R), about [-1, 1]."""
+        """Quantised maps -> images (B, C, R, R), whose values may exceed [-1, 1].
+
+        Args:
+            z_q: maps (B, D, h, h) of all `levels`, as `encode` returns them, or of `code_levels` only.
+        """
         if self.config.single_level is not None:
             h_BCHW = self.post_quants[0](z_q[-1])
             for connector, decoder in zip(self.connectors, self.decoders, strict=True):
                 h_BCHW = decoder(connector(h_BCHW))
             return h_BCHW
-        h_BCHW = None
+        decoded: list[torch.Tensor] = []  # from the levels below, if any
         # the original pairs the *first* post_quant (its bias: the weight is shared) with the smallest level
         for post_quant, z_BDHW, decoder in zip(self.post_quants, reversed(z_q), self.decoders, strict=True):
-            q_BCHW = post_quant(z_BDHW)
-            h_BCHW = decoder(q_BCHW if h_BCHW is None else torch.cat((q_BCHW, h_BCHW), dim=1))
-        return h_BCHW
+            decoded = [decoder(torch.cat([post_quant(z_BDHW), *decoded], dim=1))]
+        return decoded[0]
 
     def forward(self, x_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Images (B, C, R, R) in [-1, 1] -> (reconstruction of the same shape, embed_loss, perplexity)."""
+        """Images (B, C, R, R) in [-1, 1] -> (reconstruction of the same shape, embed_loss (), perplexity ()).
+
+        Raises:
+            ValueError: as `features`.
+        """
         encoded = self.encode(x_BCHW)
         return self.decode(encoded.z_q), encoded.embed_loss, encoded.perplexity
 
@@ -171,50 +185,57 @@ class AugVAE(nn.Module):
     def codes(self, x_BCHW: torch.Tensor) -> torch.Tensor:
         """Images (B, C, R, R) in [-1, 1] -> codes (B, N) int64 of `code_levels`, largest first, row by row.
 
-        The codebook is not updated, also in training mode.
+        The codebook does not learn from them, not even in training mode.
+
+        Raises:
+            ValueError: as `features`.
         """
-        z = self.features(x_BCHW)[-len(self.code_levels) :]
-        low = [level.permute(0, 2, 3, 1).to(self.codebook.weight.dtype) for level in z]
-        return torch.cat(
-            [self.codebook.nearest(z.reshape(-1, z.shape[-1])).view(z.shape[:3]).flatten(1) for z in low], dim=1
-        )
+        maps = self.features(x_BCHW)[-len(self.code_levels) :]
+        codes = [self.quantizer.nearest(to_vectors(z_BDHW)) for z_BDHW in maps]
+        return torch.cat([c_N.view(len(x_BCHW), r * r) for c_N, r in zip(codes, self.code_levels, strict=True)], dim=1)
 
     @torch.no_grad()
     def decode_codes(self, codes_BN: torch.Tensor) -> torch.Tensor:
-        """Codes (B, N) int64, as `codes` gives them -> images (B, C, R, R) clamped to [-1, 1].
+        """Codes (B, N) int64 in [0, K), as `codes` returns them -> images (B, C, R, R) clamped to [-1, 1].
 
         Raises:
-            ValueError: a picture has not N codes, or a code is not in the codebook.
+            ValueError: their number is not N, or a code is not in the codebook.
         """
         if codes_BN.dim() != 2 or codes_BN.shape[1] != self.num_codes:
             raise ValueError(
                 f"codes have shape {tuple(codes_BN.shape)}; levels {self.code_levels} of this AugVAE take "
                 f"(B, {self.num_codes})."
             )
-        if codes_BN.numel() and not 0 <= int(codes_BN.min()) <= int(codes_BN.max()) < self.config.num_tokens:
+        K = self.quantizer.codebook_size
+        if codes_BN.numel() and not 0 <= int(codes_BN.min()) <= int(codes_BN.max()) < K:
             raise ValueError(
-                f"codes run from {int(codes_BN.min())} to {int(codes_BN.max())}; this codebook has 0 to "
-                f"{self.config.num_tokens - 1}. Were they made by another AugVAE?"
+                f"codes run from {int(codes_BN.min())} to {int(codes_BN.max())}; this codebook has 0 to {K - 1}. "
+                "Were they made by another AugVAE?"
             )
-        z_q = []
-        dtype = self.post_quants[0].weight.dtype
-        for part_BN, level in zip(
-            codes_BN.split([r * r for r in self.code_levels], dim=1), self.code_levels, strict=True
-        ):
-            z_BND = self.quantizers[0].lookup(part_BN)
-            z_q.append(z_BND.transpose(1, 2).reshape(len(part_BN), z_BND.shape[-1], level, level).to(dtype))
+        parts = codes_BN.split([r * r for r in self.code_levels], dim=1)
+        z_q = [
+            rearrange(self.quantizer.lookup(part_BN), "b (h w) d -> b d h w", h=r).to(self.dtype)
+            for part_BN, r in zip(parts, self.code_levels, strict=True)
+        ]
         return self.decode(z_q).clamp(-1, 1)
 
     @torch.no_grad()
     def initialise_codebook(self, x_BCHW: torch.Tensor) -> None:
-        """Start the codebook from encoder outputs for these images, all levels together. A collective under DDP."""
-        vectors = [z.permute(0, 2, 3, 1).reshape(-1, z.shape[1]) for z in self.features(x_BCHW)]
-        self.codebook.initialise(torch.cat(vectors).to(self.codebook.weight.dtype))
+        """Start the codebook from encoder outputs for images (B, C, R, R) in [-1, 1], all levels together.
+
+        A collective under torch.distributed.
+
+        Raises:
+            ValueError: as `features`.
+        """
+        self.quantizer.initialise(torch.cat([to_vectors(z_BDHW) for z_BDHW in self.features(x_BCHW)]))
 
     # -------------------------------------------------------------------------------------------------- other forms
 
     def to_single_level(self, resolution: int) -> AugVAE:
-        """A new AugVAE-SL that keeps the level of this side; weights are copied, connectors are new. To be fine-tuned.
+        """A new AugVAE-SL that keeps the level of this resolution. It needs fine-tuning: its connectors are untrained.
+
+        All other weights are copied. Device, dtype and training mode are this model's.
 
         Raises:
             ValueError: this model is single-level already.
@@ -225,22 +246,9 @@ class AugVAE(nn.Module):
                 f"this AugVAE has one level ({self.config.single_level}) already; start from an AugVAE-ML."
             )
         single = AugVAE(dataclasses.replace(self.config, single_level=resolution))
-        single.to(device=self.pre_quants[0].weight.device, dtype=self.pre_quants[0].weight.dtype)
+        single.to(device=self.device, dtype=self.dtype)
         single.encoders.load_state_dict(self.encoders[: len(single.encoders)].state_dict())
         single.decoders.load_state_dict(self.decoders[-len(single.decoders) :].state_dict())
         for name in ("pre_quants", "post_quants", "quantizers"):
             getattr(single, name).load_state_dict(getattr(self, name).state_dict())
         return single.train(self.training)
-
-    def save_pretrained(self, directory) -> None:
-        """Write config.json and model.safetensors to `directory` (made if absent), to be read by `from_pretrained`."""
-        from latent_verse.checkpoint import save_augvae
-
-        save_augvae(self, directory)
-
-    @classmethod
-    def from_pretrained(cls, directory_or_id) -> AugVAE:
-        """Load what `save_pretrained` wrote, from a folder or a Hugging Face hub id. Evaluation mode, on the CPU."""
-        from latent_verse.checkpoint import load_augvae
-
-        return load_augvae(directory_or_id)

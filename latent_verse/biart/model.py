@@ -1,61 +1,77 @@
-"""BiART: one transformer for text→image and image→text (paper section 3.2), in minGPT's shape.
+"""BiART, one transformer for text→image and image→text (paper section 3.2), built like minGPT.
 
 Shape suffixes: B batch, T positions, C channels (n_embd), H heads, D channels per head, V classes, M tokens, S slots,
 F = 4 C.
 
-minGPT's network with three changes: a segment embedding, attention by `scaled_dot_product_attention`, and a head that
-is computed over the next token's modality only, which the layout (`sequence.py`) gives away.
+It differs from minGPT in three ways: a segment embedding, attention by `scaled_dot_product_attention`, and a head that
+computes the logits of one modality only, since the layout (`sequence.py`) says which modality comes next.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from latent_verse.biart.sequence import IGNORE, Sequences, Vocabulary, target_modality
+from latent_verse.biart.sequence import DIRECTIONS, IGNORE, MODALITIES, Modality, Sequences, Vocabulary, target_modality
 from latent_verse.config import BiARTConfig
-from latent_verse.recompute import Recomputing
+from latent_verse.nn.activation_checkpointing import Recomputing
 
-PRESETS = {
-    "tiny": {"n_layer": 4, "n_head": 4, "n_embd": 192},  # minutes on a CPU
-    "12x768": {"n_layer": 12, "n_head": 12, "n_embd": 768},  # GPT-2 small
-    "24x1024": {"n_layer": 24, "n_head": 16, "n_embd": 1024},  # the paper's BiART, by its depth and width
-}
+
+def loss_weights(reference_weight: float, text: float = 1.0, image: float = 1.0) -> dict[str, float]:
+    """Weights for `BiART.loss`: `text` and `image` where the modality is the target, and `reference_weight` times that
+    where it is the reference.
+    """
+    own = {"text": text, "image": image}
+    return {
+        f"{direction}/{modality}": own[modality] * (1.0 if modality == target_modality(direction) else reference_weight)
+        for direction in DIRECTIONS
+        for modality in MODALITIES
+    }
 
 
 class KVCache:
-    """Keys and values of all blocks, allocated once (gpt-fast). `bucket` sets how many slots a decoding step reads.
+    """Keys and values of all blocks, allocated once as in gpt-fast.
 
-    1 reads just the filled slots, which is the least work: the CPU's choice. A larger bucket rounds that number up and
-    masks the rest, so that steps share static shapes, as compiled code and CUDA graphs need: the GPU's choice.
+    Args:
+        bucket: the number of slots that a decoding step reads is a multiple of this. 1 reads the filled slots only,
+            which is the least work and the default on a CPU. A larger bucket reads some empty slots and masks them, so
+            that many steps have the same shapes, as CUDA graphs need: the default on a GPU is 128.
     """
 
-    def __init__(self, config: BiARTConfig, batch: int, device, dtype: torch.dtype, bucket: int | None = None):
+    def __init__(
+        self,
+        config: BiARTConfig,
+        batch: int,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        bucket: int | None = None,
+    ):
         self.bucket = bucket or (128 if torch.device(device).type == "cuda" else 1)
         slots = math.ceil(Vocabulary.of(config).input_len / self.bucket) * self.bucket
         shape = (config.n_layer, batch, config.n_head, slots, config.n_embd // config.n_head)
-        self.image_first_B1 = torch.zeros(batch, 1, device=device, dtype=torch.bool)  # which way each row goes
+        self.image_first_B1 = torch.zeros(batch, 1, device=device, dtype=torch.bool)  # the direction of each row
         self.k_LBHSD = torch.zeros(shape, device=device, dtype=dtype)
         self.v_LBHSD = torch.zeros(shape, device=device, dtype=dtype)
 
     def slots(self, position: int) -> int:
-        """How many slots the step at `position` has to read."""
+        """The number of slots that the step at `position` reads."""
         return math.ceil((position + 1) / self.bucket) * self.bucket
 
     def reorder(self, rows_B: Tensor, filled: int) -> None:
-        """Row i becomes what row rows_B[i] was, in the first `filled` slots (beam search)."""
+        """Copy row rows_B[i] to row i, in the first `filled` slots (for beam search)."""
         for cache in (self.k_LBHSD, self.v_LBHSD):
-            for layer in cache:  # layer by layer, so that the copy needs little memory
+            for layer in cache:  # layer by layer, to need little memory for the copy
                 layer[:, :, :filled] = layer[rows_B, :, :filled]
 
 
 class Past(NamedTuple):
-    """One block's share of the cache, the slots that this step writes, and those it reads."""
+    """One block's part of the cache, the slots that this step writes (pos_T), and the number of slots that it reads."""
 
     k_BHSD: Tensor
     v_BHSD: Tensor
@@ -65,7 +81,7 @@ class Past(NamedTuple):
 
 
 class Attention(nn.Module):
-    """Causal self-attention; with `past`, over the cached positions as well."""
+    """Causal self-attention; with `past` over the cached positions as well."""
 
     def __init__(self, config: BiARTConfig):
         super().__init__()
@@ -81,7 +97,7 @@ class Attention(nn.Module):
         if past is not None:
             past.k_BHSD.index_copy_(2, past.pos_T, k.to(past.k_BHSD.dtype))
             past.v_BHSD.index_copy_(2, past.pos_T, v.to(past.v_BHSD.dtype))
-            if T == 1:  # decoding; the prefill starts at 0 and needs no more than its own keys
+            if T == 1:  # decoding; the prefill starts at 0 and needs only its own keys
                 k, v = past.k_BHSD[:, :, : past.slots], past.v_BHSD[:, :, : past.slots]
                 mask_TS, causal = past.mask_TS, False
         dropout = self.attn_pdrop if self.training else 0.0
@@ -92,7 +108,8 @@ class Attention(nn.Module):
 class Block(Recomputing):
     """x + attention(norm x), then x + MLP(norm x).
 
-    The outputs of that norm and of GELU, a third of what a block keeps for the backward pass, can be computed again.
+    Activation checkpointing recomputes the outputs of the second norm and of GELU, a third of what a block otherwise
+    keeps for the backward pass.
     """
 
     def __init__(self, config: BiARTConfig):
@@ -115,7 +132,10 @@ class Block(Recomputing):
 
 
 class BiART(nn.Module):
-    """The joint transformer. `vocab` (a `Vocabulary`) says how to pack its input."""
+    """The joint transformer. Its `vocab`, a `Vocabulary`, packs texts and codes into what the network reads.
+
+    Source: minGPT; L-Verse, section 3.2.
+    """
 
     def __init__(self, config: BiARTConfig):
         super().__init__()
@@ -123,7 +143,8 @@ class BiART(nn.Module):
         self.vocab = Vocabulary.of(config)
         self.tok_emb = nn.Embedding(self.vocab.size, config.n_embd)
         self.seg_emb = nn.Embedding(2, config.n_embd)
-        places = self.vocab.input_len + int(config.pos_by_modality)  # both modalities whole: neither is always last
+        # by modality one more: which modality loses its last token depends on the direction
+        places = self.vocab.input_len + int(config.pos_by_modality)
         self.pos_emb = nn.Parameter(torch.empty(1, places, config.n_embd))
         self.drop = nn.Dropout(config.embd_pdrop)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -132,57 +153,79 @@ class BiART(nn.Module):
         self._init_weights()
 
     def _init_weights(self) -> None:
-        """GPT-2's: normal(0, 0.02), the last layer of each residual branch scaled down by sqrt(2 n_layer)."""
+        """As GPT-2: normal(0, 0.02), and the last layer of each residual branch scaled down by sqrt(2 n_layer)."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
         nn.init.normal_(self.pos_emb, std=0.02)
-        for block in self.blocks:
-            for last in (block.attn.proj, block.mlp[2]):
-                nn.init.normal_(last.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
+        for name, parameter in self.blocks.named_parameters():
+            if name.endswith(("attn.proj.weight", "mlp.2.weight")):
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layer))
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        return self.head.weight.device
 
     # -------------------------------------------------------------------------------------------------- forward pass
 
+    def positions(self, pos_T: Tensor, image_first_B1: Tensor) -> Tensor:
+        """The position embeddings of the places pos_T in the sequence, (T, C), or (B, T, C) by modality.
+
+        Training, prefill and decoding all call this: another position encoding replaces it here.
+
+        Args:
+            image_first_B1: which rows begin with the image.
+        """
+        if self.config.pos_by_modality:  # text has the first L + 1 rows of the table, whichever modality comes first
+            turned_T = (pos_T + self.vocab.text_len + 1) % self.pos_emb.shape[1]
+            pos_T = torch.where(image_first_B1, turned_T, pos_T)
+        return F.embedding(pos_T, self.pos_emb[0])
+
+    def _embed(self, idx_BT: Tensor, seg_BT: Tensor, pos_T: Tensor, image_first_B1: Tensor) -> Tensor:
+        return self.drop(self.tok_emb(idx_BT) + self.seg_emb(seg_BT) + self.positions(pos_T, image_first_B1))
+
     def features(self, idx_BT: Tensor, seg_BT: Tensor) -> Tensor:
         """Joint ids and segments -> features_BTC, from which the heads read the next token."""
-        if self.config.pos_by_modality:
-            pos_T = torch.arange(idx_BT.shape[1], device=idx_BT.device)
-            position = self._within_modality(pos_T, idx_BT[:, :1] == self.vocab.begin_image)
-        else:
-            position = self.pos_emb[:, : idx_BT.shape[1]]  # a slice: its gradient costs less than a look-up's
-        x_BTC = self.drop(self.tok_emb(idx_BT) + self.seg_emb(seg_BT) + position)
+        pos_T = torch.arange(idx_BT.shape[1], device=idx_BT.device)
+        x_BTC = self._embed(idx_BT, seg_BT, pos_T, idx_BT[:, :1] == self.vocab.begin_image)
         for block in self.blocks:
-            x_BTC = block(x_BTC)
+            x_BTC = self.call_block(block, x_BTC)
         return self.ln_f(x_BTC)
 
-    def _within_modality(self, pos_T: Tensor, image_first_B1: Tensor) -> Tensor:
-        """Embeddings of places in the sequence: text has the first L + 1 rows, whichever modality comes first."""
-        turned_T = (pos_T + self.vocab.text_len + 1) % self.pos_emb.shape[1]
-        return F.embedding(torch.where(image_first_B1, turned_T, pos_T), self.pos_emb[0])
+    @staticmethod
+    def call_block(block: nn.Module, x_BTC: Tensor) -> Tensor:
+        """block(x_BTC). Training may replace this function with a compiled one, which serves all blocks.
+
+        Cached decoding calls the blocks directly, or each number of slots would be compiled.
+        """
+        return block(x_BTC)
 
     def forward(self, idx_BT: Tensor, seg_BT: Tensor) -> Tensor:
         """Joint ids and segments -> logits_BTV of the next token over the whole joint vocabulary."""
         return self.head(self.features(idx_BT, seg_BT))
 
-    def head_weight(self, modality: str) -> Tensor:
-        """The rows of `head` that `modality` needs, weight_VC: text ids and pad (a copy), or the codes (a view)."""
+    def head_weight(self, modality: Modality) -> Tensor:
+        """The rows of `head` for one modality's classes, weight_VC: text ids and pad (a copy), or codes (a view)."""
         start, pad = self.vocab.image_start, self.vocab.pad
         if modality == "image":
             return self.head.weight[start:pad]
         return torch.cat([self.head.weight[:start], self.head.weight[pad : pad + 1]])
 
-    def modality_logits(self, features_BTC: Tensor, modality: str) -> Tensor:
-        """Logits over one modality's classes: equal to the full softmax with all other tokens masked out."""
+    def modality_logits(self, features_BTC: Tensor, modality: Modality) -> Tensor:
+        """Logits over one modality's classes, (B, T, V): those of `forward` without all other tokens."""
         return F.linear(features_BTC, self.head_weight(modality))
 
     @staticmethod
     def token_losses(features_BTC: Tensor, class_BT: Tensor, weight_VC: Tensor, chunk: int | None = None) -> Tensor:
-        """-log p of each class, in nats and float32, (B, T); 0 where the class is IGNORE. weight_VC: `head_weight`'s.
+        """-log p of each class in nats, (B, T) float32; 0 where the class is IGNORE.
 
-        `chunk` computes the logits of so many tokens at a time, and again in the backward pass, so that no more of
-        them are ever held: about a third more head FLOPs for a fraction of the head's memory.
+        Args:
+            weight_VC: from `head_weight`.
+            chunk: compute the logits of so many tokens at a time, and again in the backward pass. This takes a fraction
+                of the head's memory and about a third more of its FLOPs.
         """
 
         def nll(x_MC: Tensor, class_M: Tensor) -> Tensor:
@@ -200,69 +243,80 @@ class BiART(nn.Module):
     def loss(
         self,
         sequences: Sequences,
-        reference_weight: float,
+        weights: Mapping[str, float],
         chunk: int | None = None,
-        token_share: dict[str, Tensor] | None = None,
+        token_share: Mapping[str, Tensor] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Cross-entropy on the targets plus `reference_weight` times that on the references.
+        """The weighted sum of the cross-entropies of text and image in both directions.
 
-        Each is a mean over its counted tokens, so that a long modality does not outweigh a short one; directions are
-        weighted by their share of the rows. Returns the loss and, detached, the mean of each "direction/modality",
-        in nats per token. With `reference_weight` 0 the references' heads are not computed.
+        Each is a mean over its counted tokens, so that a long modality does not outweigh a short one. Directions are
+        weighted by their share of the rows.
 
-        `token_share`: what each "direction/modality" counts beside other processes, `Sequences.counted` over the mean
-        of all processes', so that the mean of their losses is a mean over all their tokens.
+        Args:
+            weights: for each "direction/modality", the weight of its mean, the direction's share of the rows not
+                included. 0 leaves that head out. See `loss_weights`.
+            chunk: see `token_losses`.
+            token_share: for each "direction/modality", this process's number of counted tokens (`Sequences.counted`)
+                over the mean number of all processes, so that the mean of their losses is a mean over all their tokens.
+
+        Returns:
+            The loss, and the mean of each "direction/modality" that was computed, detached, in nats per token.
+
+        Raises:
+            KeyError: a "direction/modality" of the batch has no weight.
         """
         features_BTC = self.features(sequences.idx_BT, sequences.seg_BT)
-        total, means, weight_VC = 0.0, {}, {}  # a head's weight is taken once: each taking costs in the backward pass
+        total, means = features_BTC.new_zeros((), dtype=torch.float32), {}
+        weight_VC: dict[str, Tensor] = {}  # each head's weight is read once: every read costs in the backward pass
         for direction, rows in sequences.parts():
             share = (rows.stop - rows.start) / len(features_BTC)
-            for modality, class_BT in (("text", sequences.text_BL), ("image", sequences.codes_BN)):
-                weight = 1.0 if modality == target_modality(direction) else reference_weight
+            for modality in MODALITIES:
+                name = f"{direction}/{modality}"
+                weight = share * weights[name]
                 if weight == 0:
                     continue
-                here = features_BTC[rows, self.vocab.positions(direction, modality)]
-                class_BT = class_BT[rows]
                 if modality not in weight_VC:
                     weight_VC[modality] = self.head_weight(modality)
-                name = f"{direction}/{modality}"
-                counted = (class_BT != IGNORE).sum().clamp(min=1)  # all references of a batch may be dropped
-                mean = self.token_losses(here, class_BT, weight_VC[modality], chunk).sum() / counted
-                total = total + share * weight * mean * (1.0 if token_share is None else token_share[name])
+                here_BTC = features_BTC[rows, self.vocab.positions(direction, modality)]
+                class_BT = sequences.classes(modality)[rows]
+                counted = (class_BT != IGNORE).sum().clamp(min=1)  # reference dropout may leave no token at all
+                mean = self.token_losses(here_BTC, class_BT, weight_VC[modality], chunk).sum() / counted
+                total = total + weight * mean * (1.0 if token_share is None else token_share[name])
                 means[name] = mean.detach()
         return total, means
 
     # ----------------------------------------------------------------------------------------------- cached decoding
 
     def prefill(self, idx_BT: Tensor, seg_BT: Tensor, cache: KVCache) -> Tensor:
-        """Read a whole prompt from position 0 into an empty cache -> features_BTC."""
+        """Read a prompt, from position 0 on, into an empty cache -> features_BTC."""
         pos_T = torch.arange(idx_BT.shape[1], device=idx_BT.device)
         cache.image_first_B1.copy_(idx_BT[:, :1] == self.vocab.begin_image)
         return self._cached(idx_BT, seg_BT, cache, pos_T, slots=idx_BT.shape[1], mask_TS=None)
 
     def decode(self, idx_B1: Tensor, seg_B1: Tensor, cache: KVCache, pos_1: Tensor, slots: int) -> Tensor:
-        """Read one more token at position pos_1, a tensor of one -> features_B1C. `slots` is cache.slots(position).
+        """Read one more token -> features_B1C. Shapes depend on `slots` alone, and nothing waits for the device.
 
-        Shapes depend on `slots` alone and nothing here waits for the device.
+        Args:
+            pos_1: the token's position.
+            slots: cache.slots(position).
         """
         mask_TS = None
-        if cache.bucket > 1:  # to be added: a boolean one is turned into this by every block
+        if cache.bucket > 1:  # additive, because every block would convert a boolean mask to that
             filled_TS = torch.arange(slots, device=pos_1.device)[None] <= pos_1[:, None]
             mask_TS = torch.zeros_like(filled_TS, dtype=cache.k_LBHSD.dtype).masked_fill(~filled_TS, -math.inf)
         return self._cached(idx_B1, seg_B1, cache, pos_1, slots, mask_TS)
 
-    def _cached(self, idx_BT, seg_BT, cache: KVCache, pos_T: Tensor, slots: int, mask_TS: Tensor | None) -> Tensor:
-        by_modality = self.config.pos_by_modality
-        position = self._within_modality(pos_T, cache.image_first_B1) if by_modality else self.pos_emb[:, pos_T]
-        x_BTC = self.tok_emb(idx_BT) + self.seg_emb(seg_BT) + position
+    def _cached(
+        self, idx_BT: Tensor, seg_BT: Tensor, cache: KVCache, pos_T: Tensor, slots: int, mask_TS: Tensor | None
+    ) -> Tensor:
+        x_BTC = self._embed(idx_BT, seg_BT, pos_T, cache.image_first_B1)
         for block, k_BHSD, v_BHSD in zip(self.blocks, cache.k_LBHSD, cache.v_LBHSD, strict=True):
-            # With its hooks, but not compiled: samples drawn in training would compile each number of slots anew.
-            x_BTC = block._call_impl(x_BTC, Past(k_BHSD, v_BHSD, pos_T, slots, mask_TS))
+            x_BTC = block(x_BTC, Past(k_BHSD, v_BHSD, pos_T, slots, mask_TS))
         return self.ln_f(x_BTC)
 
     # -------------------------------------------------------------------------------------------------- for training
 
-    def parameter_groups(self, weight_decay: float) -> list[dict]:
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Two groups for AdamW: matrices decay; biases, norms and embeddings do not."""
         decay = [m.weight for m in self.modules() if isinstance(m, nn.Linear) and m.weight.requires_grad]
         ids = {id(p) for p in decay}
@@ -270,14 +324,15 @@ class BiART(nn.Module):
         return [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
 
     def num_parameters(self) -> int:
+        """The number of weights, embeddings included."""
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self) -> float:
-        """FLOPs of forward and backward per input position, by PaLM's convention (appendix B), to hold MFU against.
+        """FLOPs of forward and backward pass per input position, for MFU; counted as in PaLM, appendix B.
 
-        6 per weight of a matrix product, the head counted at what a position uses of it on average (its own modality's
-        rows), and 12 n_layer n_embd T for attention, causality not discounted. Embeddings and recomputation are free.
+        6 per weight of a matrix product, and 12 n_layer n_embd T for attention, as if it were not causal. Of the head
+        counts what a position uses on average: its own modality's rows. Embeddings and recomputation count nothing.
         """
         c, T = self.config, self.vocab.input_len
-        head = sum(self.vocab.length(m) * self.vocab.num_classes(m) for m in ("text", "image")) * c.n_embd / T
+        head = sum(self.vocab.length(m) * self.vocab.num_classes(m) for m in MODALITIES) * c.n_embd / T
         return 6 * (12 * c.n_layer * c.n_embd**2 + head) + 12 * c.n_layer * c.n_embd * T

@@ -1,25 +1,25 @@
-"""Drawing images and texts from BiART, and scoring them.
+"""Sampling images and texts from BiART, beam search, and likelihoods.
 
 Shape suffixes: B samples, L text tokens, N image codes, K tokens already known, V classes of one modality, W beams,
-T positions, R rows of a batch: the B samples, and under guidance the same ones again without their reference.
+T positions, R rows of a batch: the B samples, and with guidance the same ones again without their reference.
 
-The network runs in whatever precision its weights have; everything after the logits is float32.
+The network runs in the precision of its weights; everything after the logits is float32.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from latent_verse.biart.cuda_graphs import CUDAGraphs, can_capture
 from latent_verse.biart.model import BiART, KVCache
-from latent_verse.biart.repeat import Repeat, can_capture
-from latent_verse.biart.sequence import IGNORE, IMAGE_TO_TEXT, TEXT_TO_IMAGE, target_modality
+from latent_verse.biart.sequence import IGNORE, IMAGE_TO_TEXT, TEXT_TO_IMAGE, Direction, Modality, target_modality
 from latent_verse.config import SamplingSettings
 
 
@@ -28,7 +28,7 @@ class NotFinite(ValueError):
 
 
 class Likelihood(NamedTuple):
-    """log p in nats: the sum of each sample, and its terms, 0 after the end of a text."""
+    """log p in nats: the sum over each sample's tokens, and the terms, 0 after the end of a text."""
 
     total_B: Tensor
     tokens_BT: Tensor
@@ -37,13 +37,21 @@ class Likelihood(NamedTuple):
 def check_settings(
     temperature: float, top_k: int | None, top_p: float | None, guidance: float, num_classes: int, null_trained: bool
 ) -> None:
-    """Raises ValueError for sampling settings that make no sense; `num_classes` are those of the target modality."""
+    """Check sampling settings.
+
+    Args:
+        num_classes: of the target modality's head.
+        null_trained: whether training dropped references, which guidance needs.
+
+    Raises:
+        ValueError: a setting is out of range, or guidance is asked of a model that was trained without it.
+    """
     SamplingSettings(temperature, top_k, top_p, guidance)
     if top_k is not None and top_k > num_classes:
         raise ValueError(f"top_k is {top_k}; it must be in [1, {num_classes}], the target's vocabulary, or None.")
     if guidance != 1 and not null_trained:
         raise ValueError(
-            f"guidance is {guidance}, but this model never saw a dropped reference: "
+            f"guidance is {guidance}, but this model was trained without reference dropout: "
             "use guidance=1, or train with reference_dropout above 0 (0.1 is usual)."
         )
 
@@ -51,15 +59,16 @@ def check_settings(
 def choose(
     logits_BV: Tensor, u_B: Tensor | None, temperature: float, top_k: int | None = None, top_p: float | None = None
 ) -> Tensor:
-    """Draw class_B from logits by inverting the distribution at u_B, uniform in [0, 1). Temperature 0: the largest.
+    """Sample class_B from logits: invert the cumulative distribution at u_B, uniform in [0, 1).
 
-    top_k keeps the k likeliest classes; top_p then the smallest set of them whose probability reaches p (Holtzman et
-    al., 2020). One uniform number per token makes a sample's randomness small and independent of its batch.
+    top_k keeps the k likeliest classes. top_p then keeps the smallest set of them whose probability reaches p (Holtzman
+    et al., 2020). At temperature 0, or without u_B, the likeliest class is taken. With one uniform number a token, a
+    sample does not depend on its batch.
     """
     logits_BV = logits_BV.float()
-    if temperature == 0:
+    if temperature == 0 or u_B is None:
         return logits_BV.argmax(dim=-1)
-    # Less the maximum first: a tiny temperature then gives a sharp distribution rather than inf - inf.
+    # The maximum is subtracted first: a tiny temperature then gives a sharp distribution rather than inf - inf.
     logits_BV = (logits_BV - logits_BV.amax(dim=-1, keepdim=True)) / temperature
     order_BV = None
     if top_k is not None or top_p is not None:
@@ -70,14 +79,14 @@ def choose(
         last_B1 = torch.full_like(cdf_BV[:, :1], cdf_BV.shape[-1] - 1, dtype=torch.long)
     else:
         last_B1 = (cdf_BV - p_BV < top_p).sum(dim=-1, keepdim=True) - 1
-        last_B1 = last_B1.clamp(min=0)  # rounding must not leave nothing
+        last_B1 = last_B1.clamp(min=0)  # rounding must leave at least one class
     point_B1 = u_B[:, None] * cdf_BV.gather(1, last_B1)
     class_B1 = torch.minimum(torch.searchsorted(cdf_BV, point_B1, right=True), last_B1)
     return (class_B1 if order_BV is None else order_BV.gather(1, class_B1))[:, 0]
 
 
-def uniforms(seeds: Sequence[int], length: int, device=None) -> Tensor:
-    """u_BN in [0, 1): row i depends on seeds[i] alone, whatever the batch and the device."""
+def uniforms(seeds: Sequence[int], length: int, device: torch.device | None = None) -> Tensor:
+    """u_BN in [0, 1). Row i depends on seeds[i] only, not on the batch or the device."""
     rows = [torch.rand(length, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     return torch.stack(rows).to(device)
 
@@ -88,13 +97,13 @@ def _sample_seeds(seed: int | Sequence[int] | None, batch: int) -> list[int]:
     if isinstance(seed, int):
         return [seed + i for i in range(batch)]
     if len(seed) != batch:
-        raise ValueError(f"{len(seed)} seeds for {batch} samples: give one for each, or a single number.")
+        raise ValueError(f"There are {len(seed)} seeds for {batch} samples: give one for each, or a single number.")
     return list(seed)
 
 
 @contextlib.contextmanager
-def _evaluating(model: BiART):
-    """No gradients and no dropout; the model's mode is put back afterwards."""
+def _evaluating(model: BiART) -> Iterator[None]:
+    """No gradients and no dropout inside; the model's mode is restored afterwards."""
     training = model.training
     model.eval()
     try:
@@ -113,13 +122,13 @@ def _new_cache(model: BiART, rows: int, device: torch.device, bucket: int | None
 def _check_finite(bad: Tensor) -> None:
     if bool(bad):
         raise NotFinite(
-            "the model's logits are not finite: its weights are damaged or overflow in this precision. "
+            "the model's logits are not finite: its weights are damaged, or overflow in this precision. "
             "Try float32, or an earlier checkpoint."
         )
 
 
 def guide(logits_RV: Tensor, guidance: float) -> Tensor:
-    """Classifier-free guidance: rows with, then without their reference -> null + guidance * (with - null)."""
+    """Classifier-free guidance: null + guidance * (given - null), of rows with and then without their reference."""
     given_BV, null_BV = logits_RV.chunk(2)
     return null_BV + guidance * (given_BV - null_BV)
 
@@ -127,7 +136,7 @@ def guide(logits_RV: Tensor, guidance: float) -> Tensor:
 def generate(
     model: BiART,
     reference: Tensor,
-    direction: str,
+    direction: Direction,
     *,
     temperature: float = 1.0,
     top_k: int | None = None,
@@ -139,21 +148,27 @@ def generate(
     progress: Callable[[int, int], None] | None = None,
     bucket: int | None = None,
 ) -> Tensor:
-    """Draw one target for every reference: codes_BN, or text_BL (text ids, padded after the end), int64.
+    """Sample one target for every reference -> codes_BN, or text_BL (text ids, padded after the end), int64.
 
-    reference: text_BL as `Vocabulary.pad_text` makes it (direction "text_to_image") or codes_BN ("image_to_text"); rows
-    of `null` (`Vocabulary.null_reference`) draw without one. temperature 0 is greedy. guidance g draws from
-    null + g * (given - null), at twice the work unless g is 1. seed: sample i draws from its own stream, seed + i, or
-    seed[i] of a sequence, so that neither the batch's size nor the other samples change it. prefix_BK: the first K
-    tokens of the target, kept, the rest is drawn. progress(step, total) is called after every token. bucket: see
-    `KVCache`; None chooses by device.
+    Args:
+        reference: text_BL as `Vocabulary.pad_text` makes it (text_to_image) or codes_BN (image_to_text). For rows of
+            `null` (`Vocabulary.null_reference`) the target is sampled without a reference.
+        temperature, top_k, top_p: see `choose`.
+        guidance: g samples from null + g * (given - null), at twice the work unless g is 1.
+        seed: sample i has a random stream of its own, from seed + i, or from seed[i] of a sequence, so that neither the
+            size of the batch nor the other samples change it. None takes torch's global generator.
+        prefix_BK: the first K tokens of the target, which are kept.
+        reference_dropout_trained: whether training dropped references, which guidance needs.
+        progress: is called with (step, total) after every token.
+        bucket: see `KVCache`.
 
-    Raises ValueError for settings out of range (see `check_settings`), ids out of range, and logits that are not
-    finite.
+    Raises:
+        NotFinite: the logits are not finite.
+        ValueError: settings (see `check_settings`) or ids are out of range.
     """
     vocab, modality = model.vocab, target_modality(direction)
     check_settings(temperature, top_k, top_p, guidance, vocab.num_classes(modality), reference_dropout_trained)
-    device, batch, total = model.pos_emb.device, len(reference), vocab.length(modality)
+    device, batch, total = model.device, len(reference), vocab.length(modality)
     reference = reference.to(device)
     prefix_BK = reference.new_zeros(batch, 0) if prefix_BK is None else prefix_BK.to(device).long()
     known = prefix_BK.shape[1]
@@ -174,7 +189,7 @@ def generate(
     done_B = torch.zeros(batch, dtype=torch.bool, device=device)
     bad = torch.zeros((), dtype=torch.bool, device=device)
     position = idx_RT.shape[1]
-    # What changes from token to token lives in tensors, so that a CUDA graph can repeat a step (see `Repeat`).
+    # Whatever changes from token to token is a tensor, so that a CUDA graph can replay a step.
     pos_1, step_1 = torch.tensor([position], device=device), torch.tensor([known], device=device)
     with _evaluating(model):
         weight_VC = model.head_weight(modality)
@@ -182,8 +197,8 @@ def generate(
         feature_RC = model.prefill(idx_RT, seg_RT, cache)[:, -1].clone()
         id_B = torch.empty(batch, dtype=torch.long, device=device)
 
-        def draw() -> None:
-            """The token at step_1, from the features before it."""
+        def sample_token() -> None:
+            """Sample the token at step_1 from the features before it."""
             logits_BV = F.linear(feature_RC, weight_VC).float()
             if guidance != 1:
                 logits_BV = guide(logits_BV, guidance)
@@ -196,25 +211,25 @@ def generate(
             id_B.copy_(vocab.to_ids(class_B, modality))
             target_BN.index_copy_(1, step_1, (id_B if modality == "text" else class_B)[:, None])
 
-        def advance_and_draw(slots: int) -> None:
-            """Read the token just drawn, and draw the next one."""
+        def advance_and_sample(slots: int) -> None:
+            """Read the token just sampled, and sample the next one."""
             idx_R1 = (id_B if guidance == 1 else id_B.repeat(2))[:, None]
             feature_RC.copy_(model.decode(idx_R1, seg_R1, cache, pos_1, slots)[:, 0])
             pos_1.add_(1)
             step_1.add_(1)
-            draw()
+            sample_token()
 
-        repeat = Repeat(advance_and_draw, can_capture(model, device))
-        draw()
-        _check_finite(bad)  # at once, rather than after all tokens: later ones do not wait for the device
+        run_step = CUDAGraphs(advance_and_sample, can_capture(model, device))
+        sample_token()
+        _check_finite(bad)  # once now and once at the end: asking after every token would wait for the device
         if progress is not None:
             progress(known + 1, total)
-        # whether all captions have ended; asking a GPU takes longer than a few steps too many, which change nothing
+        # how often to ask whether all captions have ended: on a GPU, asking takes longer than a few needless steps
         ask_every = 8 if device.type == "cuda" else 1
         for step in range(known + 1, total):
             if modality == "text" and (step - known) % ask_every == 0 and bool(done_B.all()):
                 break
-            repeat(cache.slots(position))
+            run_step(cache.slots(position))
             position += 1
             if progress is not None:
                 progress(step + 1, total)
@@ -227,23 +242,27 @@ def beam_search(
 ) -> tuple[Tensor, Tensor]:
     """The likeliest caption that `beam_size` beams find: text_BL (padded after the end), and its score_B.
 
-    A caption's score is its log p(text | image) over its number of tokens, the end included, to the power of
-    `length_penalty`: 0 compares sums, 1 means per token (which favours longer captions). Exact once beam_size reaches
-    the number of all unfinished captions. Raises ValueError as `generate` does.
+    A caption's score is log p(text | image) divided by its number of tokens, the end included, to the power of
+    `length_penalty`. 0 compares sums; 1 compares means per token, which favours longer captions. The search is exact if
+    beam_size is at least the number of all unfinished captions.
+
+    Raises:
+        NotFinite: the logits are not finite.
+        ValueError: beam_size, length_penalty or a code is out of range.
     """
     vocab, V, L = model.vocab, model.vocab.text_vocab, model.vocab.text_len
     if beam_size < 1:
         raise ValueError(f"beam_size is {beam_size}; it must be at least 1.")
     if length_penalty < 0:
         raise ValueError(f"length_penalty is {length_penalty}; it must be 0 or above.")
-    device, batch = model.pos_emb.device, len(codes_BN)
+    device, batch = model.device, len(codes_BN)
     idx_BT, seg_BT = vocab.prompt(codes_BN.to(device), IMAGE_TO_TEXT)
     position = idx_BT.shape[1]
     with _evaluating(model):
         weight_VC = model.head_weight("text")
         first = _new_cache(model, batch, device, bucket)
         feature_BC = model.prefill(idx_BT, seg_BT, first)[:, -1]
-        # The image is read once; its beams share what was read.
+        # Each image is read once; then every beam gets a copy of its keys and values.
         cache = _new_cache(model, batch * beam_size, device, bucket)
         cache.k_LBHSD.copy_(first.k_LBHSD.repeat_interleave(beam_size, dim=1))
         cache.v_LBHSD.copy_(first.v_LBHSD.repeat_interleave(beam_size, dim=1))
@@ -256,32 +275,32 @@ def beam_search(
         text_BWL = torch.full((batch, beam_size, L), vocab.pad, device=device)
         best_BL, best_B = text_BWL[:, 0].clone(), torch.full((batch,), -math.inf, device=device)
         sum_BW = torch.full((batch, beam_size), -math.inf, device=device)
-        sum_BW[:, 0] = 0  # all beams are the same caption yet
+        sum_BW[:, 0] = 0  # all beams are still the same, empty caption
         for step in range(L):
             log_p_RV = F.linear(feature_RC, weight_VC).float().log_softmax(dim=-1)
             _check_finite(~log_p_RV.isfinite().all())
             score_BWV = sum_BW[:, :, None] + log_p_RV.view(batch, beam_size, V + 1)
-            # Captions that end here, in their best beam, against the best that ended before.
+            # The best caption that ends here, against the best that ended before.
             ended_B, beam_B = (score_BWV[:, :, V] / (step + 1) ** length_penalty).max(dim=1)
             ended_BL = text_BWL[torch.arange(batch, device=device), beam_B]
             better_B = ended_B > best_B
             best_BL, best_B = torch.where(better_B[:, None], ended_BL, best_BL), torch.where(better_B, ended_B, best_B)
-            # The likeliest beams that go on.
-            going_BM = score_BWV[:, :, :V].flatten(1)
-            sum_BM, flat_BM = going_BM.topk(min(beam_size, going_BM.shape[1]), dim=1)
+            # The likeliest beams that continue.
+            open_BM = score_BWV[:, :, :V].flatten(1)
+            sum_BM, flat_BM = open_BM.topk(min(beam_size, open_BM.shape[1]), dim=1)
             sum_BW = F.pad(sum_BM, (0, beam_size - sum_BM.shape[1]), value=-math.inf)
             flat_BW = F.pad(flat_BM, (0, beam_size - flat_BM.shape[1]))
             parent_BW, token_BW = flat_BW // V, flat_BW % V
             text_BWL = text_BWL.gather(1, parent_BW[:, :, None].expand(-1, -1, L))
             text_BWL[:, :, step] = token_BW
-            # A sum only falls, and divided by the longest length it is the most a beam can still reach.
+            # A sum can only fall. Divided by the longest length, it bounds the score that a beam can still reach.
             if step + 1 == L or bool((best_B >= sum_BW.amax(dim=1) / L**length_penalty).all()):
                 break
             cache.reorder((row_B1 + parent_BW).flatten(), filled=position)
             pos_1 = torch.tensor([position], device=device)
             feature_RC = model.decode(token_BW.view(-1, 1), seg_R1, cache, pos_1, cache.slots(position))[:, 0]
             position += 1
-        if step + 1 == L:  # captions that fill text_len have no end
+        if step + 1 == L:  # captions that fill text_len have no end token
             full_B, beam_B = (sum_BW / L**length_penalty).max(dim=1)
             full_BL = text_BWL[torch.arange(batch, device=device), beam_B]
             better_B = full_B > best_B
@@ -289,24 +308,30 @@ def beam_search(
     return best_BL, best_B
 
 
-def log_likelihood(model: BiART, text_BL: Tensor, codes_BN: Tensor, given: str, alone: bool = False) -> Likelihood:
-    """log p(codes | text) for given="text", log p(text | codes, its end included) for given="image", in nats.
+def log_likelihood(model: BiART, text_BL: Tensor, codes_BN: Tensor, given: Modality, alone: bool = False) -> Likelihood:
+    """log p(codes | text) for given="text", log p(text | codes) with the text's end for given="image"; in nats.
 
-    With given="image" this is what re-ranks pictures drawn for a text. alone=True drops what is given, as training
-    with reference_dropout does: the target's own log p. Raises ValueError for ids out of range.
+    With given="image" this re-ranks images sampled for a text.
+
+    Args:
+        alone: drop what is given, as reference dropout does in training: log p of the target by itself.
+
+    Raises:
+        NotFinite: the logits are not finite.
+        ValueError: `given` is neither of the two, or ids are out of range.
     """
     if given not in ("text", "image"):
         raise ValueError(f"given is {given!r}; it must be 'text' or 'image'.")
-    direction = TEXT_TO_IMAGE if given == "text" else IMAGE_TO_TEXT
-    device, modality = model.pos_emb.device, target_modality(direction)
+    direction: Direction = TEXT_TO_IMAGE if given == "text" else IMAGE_TO_TEXT
+    device, modality = model.device, target_modality(direction)
     dropped = 1.0 if alone else 0.0
     sequences = model.vocab.pack(text_BL.to(device), codes_BN.to(device), direction, reference_dropout=dropped)
-    class_BT = sequences.text_BL if modality == "text" else sequences.codes_BN
+    class_BT = sequences.classes(modality)
     with _evaluating(model):
         feature_BTC = model.features(sequences.idx_BT, sequences.seg_BT)
         feature_BTC = feature_BTC[:, model.vocab.positions(direction, modality)]
         tokens_BT = -model.token_losses(feature_BTC, class_BT, model.head_weight(modality))
     tokens_BT = tokens_BT.masked_fill(class_BT == IGNORE, 0.0)
-    total_B = tokens_BT.double().sum(dim=1).float()  # 1,024 terms: the differences that rank pictures are small
+    total_B = tokens_BT.double().sum(dim=1).float()  # of 1,024 terms: the differences that rank images are small
     _check_finite(~total_B.isfinite().all())
     return Likelihood(total_B, tokens_BT)

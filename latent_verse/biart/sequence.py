@@ -5,28 +5,37 @@ Shape suffixes: B samples, L text tokens, N image codes, K codes already known, 
     text_to_image   BOT t_1 .. t_L  BOI i_1 .. i_N        segment 0: BOT and the text, segment 1: BOI and the codes
     image_to_text   BOI i_1 .. i_N  BOT t_1 .. t_L        segment 0: BOI and the codes, segment 1: BOT and the text
 
-The network reads all but the last token and predicts all but the first, so both directions have one static length, and
-causality is the only attention mask. The begin token of the second half follows from the layout: it is never predicted.
+The network reads all tokens but the last and predicts all but the first. Both directions have the same static length,
+and causality is the only attention mask. The begin token of the second half follows from the layout and is never
+predicted.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from latent_verse.config import BiARTConfig
 
-TEXT_TO_IMAGE = "text_to_image"
-IMAGE_TO_TEXT = "image_to_text"
-DIRECTIONS = (TEXT_TO_IMAGE, IMAGE_TO_TEXT)
+Direction = Literal["text_to_image", "image_to_text"]
+Modality = Literal["text", "image"]
+TEXT_TO_IMAGE: Direction = "text_to_image"
+IMAGE_TO_TEXT: Direction = "image_to_text"
+DIRECTIONS: tuple[Direction, ...] = (TEXT_TO_IMAGE, IMAGE_TO_TEXT)
+MODALITIES: tuple[Modality, ...] = ("text", "image")
 IGNORE = -100  # the class that a cross-entropy leaves out (torch's default ignore_index)
 
 
-def target_modality(direction: str) -> str:
-    """What `direction` generates: "image" or "text". Raises ValueError for an unknown direction."""
+def target_modality(direction: Direction) -> Modality:
+    """What `direction` generates.
+
+    Raises:
+        ValueError: there is no such direction.
+    """
     if direction not in DIRECTIONS:
         raise ValueError(f"direction is {direction!r}; it must be one of {', '.join(DIRECTIONS)}.")
     return "image" if direction == TEXT_TO_IMAGE else "text"
@@ -36,8 +45,10 @@ def target_modality(direction: str) -> str:
 class Sequences:
     """A packed batch. Its first `num_text_to_image` rows are text_to_image, all others image_to_text.
 
-    The classes are what each modality's head has to name: `text_BL` a text id or `text_vocab` (the end of the text),
-    `codes_BN` a code, either of them IGNORE where nothing is to be learnt.
+    Attributes:
+        idx_BT, seg_BT: what the network reads: joint ids and segments.
+        text_BL, codes_BN: what it has to predict, as classes of each modality's head: a text id or `text_vocab` (the
+            end of the text), and a code. IGNORE where nothing is to be learnt.
     """
 
     idx_BT: Tensor
@@ -46,12 +57,18 @@ class Sequences:
     codes_BN: Tensor
     num_text_to_image: int
 
-    def to(self, device, non_blocking: bool = False) -> Sequences:
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Sequences:
         """The same batch on `device`."""
-        tensors = (self.idx_BT, self.seg_BT, self.text_BL, self.codes_BN)
-        return Sequences(*(t.to(device, non_blocking=non_blocking) for t in tensors), self.num_text_to_image)
+        idx_BT, seg_BT, text_BL, codes_BN = (
+            t.to(device, non_blocking=non_blocking) for t in (self.idx_BT, self.seg_BT, self.text_BL, self.codes_BN)
+        )
+        return Sequences(idx_BT, seg_BT, text_BL, codes_BN, self.num_text_to_image)
 
-    def parts(self):
+    def classes(self, modality: Modality) -> Tensor:
+        """`text_BL` or `codes_BN`."""
+        return self.text_BL if modality == "text" else self.codes_BN
+
+    def parts(self) -> Iterator[tuple[Direction, slice]]:
         """(direction, rows) of each direction that the batch holds."""
         n, batch = self.num_text_to_image, len(self.idx_BT)
         if n:
@@ -60,8 +77,8 @@ class Sequences:
             yield IMAGE_TO_TEXT, slice(n, batch)
 
     def counted(self) -> Tensor:
-        """How many tokens the loss is a mean over, (2, 2) float32: by direction, then text and image."""
-        both_B2 = torch.stack([(classes != IGNORE).sum(1) for classes in (self.text_BL, self.codes_BN)], dim=1).float()
+        """How many tokens each mean of the loss is over: (2, 2) float32, by direction and then by modality."""
+        both_B2 = torch.stack([(self.classes(m) != IGNORE).sum(1) for m in MODALITIES], dim=1).float()
         return torch.stack([both_B2[: self.num_text_to_image].sum(0), both_B2[self.num_text_to_image :].sum(0)])
 
 
@@ -69,8 +86,8 @@ class Sequences:
 class Vocabulary:
     """Joint ids: text ids [0, text_vocab), image codes, then the specials pad, begin-of-text, begin-of-image, null.
 
-    `pad` fills a caption up to text_len; the first one is also the end of the text, which sampling stops at.
-    `null` stands in for every token of a dropped reference (classifier-free guidance; Ho & Salimans, 2022).
+    `pad` fills a caption up to text_len; the first one is also the end of the text, where sampling stops.
+    `null` replaces every token of a dropped reference (classifier-free guidance; Ho & Salimans, 2022).
     """
 
     text_vocab: int
@@ -80,46 +97,54 @@ class Vocabulary:
 
     @classmethod
     def of(cls, config: BiARTConfig) -> Vocabulary:
+        """The vocabulary and lengths of a transformer."""
         return cls(config.text_vocab, config.image_vocab, config.text_len, config.image_len)
 
     @property
     def image_start(self) -> int:
+        """The first code's id."""
         return self.text_vocab
 
     @property
     def pad(self) -> int:
+        """Fills captions; the first one ends the text."""
         return self.text_vocab + self.image_vocab
 
     @property
     def begin_text(self) -> int:
+        """Begins every text."""
         return self.pad + 1
 
     @property
     def begin_image(self) -> int:
+        """Begins every image."""
         return self.pad + 2
 
     @property
     def null(self) -> int:
+        """Replaces hidden tokens."""
         return self.pad + 3
 
     @property
     def size(self) -> int:
+        """Number of joint ids."""
         return self.pad + 4
 
     @property
     def input_len(self) -> int:
-        """T: positions the network reads."""
+        """T, the number of positions that the network reads."""
         return self.text_len + self.image_len + 1
 
-    def length(self, modality: str) -> int:
+    def length(self, modality: Modality) -> int:
+        """Tokens of a text or codes of an image."""
         return self.text_len if modality == "text" else self.image_len
 
-    def num_classes(self, modality: str) -> int:
-        """Classes of a modality's head: the text ids and the end of the text, or the codes."""
+    def num_classes(self, modality: Modality) -> int:
+        """Number of classes of a modality's head: the text ids and the end of the text, or the codes."""
         return self.text_vocab + 1 if modality == "text" else self.image_vocab
 
-    def positions(self, direction: str, modality: str) -> slice:
-        """The input positions whose next token belongs to `modality`: L of them, or N."""
+    def positions(self, direction: Direction, modality: Modality) -> slice:
+        """The L or N input positions whose next token belongs to `modality`."""
         length = self.length(modality)
         start = self.input_len - length if modality == target_modality(direction) else 0
         return slice(start, start + length)
@@ -127,7 +152,11 @@ class Vocabulary:
     # ------------------------------------------------------------------------------------------------------ tokens
 
     def pad_text(self, ids: Sequence[Sequence[int]], truncate: bool = False) -> Tensor:
-        """Lists of text ids -> text_BL, padded with `pad`. Longer than text_len: cut if `truncate`, else ValueError."""
+        """Lists of text ids -> text_BL, padded with `pad`.
+
+        Raises:
+            ValueError: an id is out of range, or a text is longer than text_len and `truncate` does not cut it.
+        """
         text_BL = torch.full((len(ids), self.text_len), self.pad, dtype=torch.long)
         for row, tokens in enumerate(ids):
             if len(tokens) > self.text_len and not truncate:
@@ -143,13 +172,17 @@ class Vocabulary:
         """The inverse of `pad_text`: the ids of each row up to its first pad."""
         return [row[: row.index(self.pad)] if self.pad in row else row for row in text_BL.tolist()]
 
-    def null_reference(self, batch: int, direction: str, device=None) -> Tensor:
-        """A dropped reference: what to condition on to draw without a text or an image."""
+    def null_reference(self, batch: int, direction: Direction, device: torch.device | str | None = None) -> Tensor:
+        """A dropped reference, to generate without a text or an image: (batch, L or N) of `null`."""
         length = self.image_len if target_modality(direction) == "text" else self.text_len
         return torch.full((batch, length), self.null, dtype=torch.long, device=device)
 
     def check_text(self, text_BL: Tensor, allow_null: bool = False) -> None:
-        """Raises ValueError unless text_BL is (B, text_len), of text ids and then pads only."""
+        """Check that each row of text_BL holds text ids and then only pads, or with `allow_null` only nulls.
+
+        Raises:
+            ValueError: it has another shape or holds other ids.
+        """
         if text_BL.dim() != 2 or text_BL.shape[1] != self.text_len:
             raise ValueError(
                 f"text has shape {tuple(text_BL.shape)}; it must be (batch, text_len={self.text_len}): see pad_text."
@@ -160,14 +193,18 @@ class Vocabulary:
             allowed |= (text_BL == self.null).all(dim=1, keepdim=True)
         if not bool(allowed.all()):
             raise ValueError(
-                f"text holds the id {int(text_BL[~allowed][0])}, outside of [0, {self.text_vocab}) and not pad "
+                f"text contains the id {int(text_BL[~allowed][0])}, outside of [0, {self.text_vocab}) and not pad "
                 f"({self.pad}): encode it with the tokenizer BiART was trained with, and pad it with pad_text."
             )
         if bool((is_pad[:, :-1] & ~is_pad[:, 1:]).any()):
-            raise ValueError("text goes on after a pad: only the end of a row may be padded.")
+            raise ValueError("text continues after a pad: only the end of a row may be padded.")
 
     def check_codes(self, codes_BN: Tensor, length: int | None = None, allow_null: bool = False) -> None:
-        """Raises ValueError unless codes_BN is (B, length) of codes; `length` is image_len unless given."""
+        """Check that codes_BN holds codes, (B, length), or with `allow_null` rows of nulls. Default length: image_len.
+
+        Raises:
+            ValueError: it has another shape or holds other ids.
+        """
         length = self.image_len if length is None else length
         if codes_BN.dim() != 2 or codes_BN.shape[1] != length:
             raise ValueError(
@@ -179,24 +216,24 @@ class Vocabulary:
             allowed |= (codes_BN == self.null).all(dim=1, keepdim=True)
         if not bool(allowed.all()):
             raise ValueError(
-                f"codes hold {int(codes_BN[~allowed][0])}, outside of [0, {self.image_vocab}): "
+                f"codes contain {int(codes_BN[~allowed][0])}, outside of [0, {self.image_vocab}): "
                 "encode the images with the AugVAE BiART was trained with."
             )
 
-    def to_ids(self, classes: Tensor, modality: str) -> Tensor:
+    def to_ids(self, classes: Tensor, modality: Modality) -> Tensor:
         """Classes of a modality's head -> joint ids."""
         if modality == "image":
             return classes + self.image_start
         return torch.where(classes == self.text_vocab, self.pad, classes)
 
-    def class_ids(self, modality: str, device=None) -> Tensor:
+    def class_ids(self, modality: Modality, device: torch.device | str | None = None) -> Tensor:
         """The joint id of every class of a modality's head, in order."""
         return self.to_ids(torch.arange(self.num_classes(modality), device=device), modality)
 
     # ------------------------------------------------------------------------------------------------------- layout
 
-    def segments(self, direction: str, device=None) -> Tensor:
-        """seg_T: 0 where the token is given (the reference and its begin token), 1 where it is generated."""
+    def segments(self, direction: Direction, device: torch.device | str | None = None) -> Tensor:
+        """seg_T: 0 in the part that is given (begin token and reference), 1 in the part that is generated."""
         seg_T = torch.zeros(self.input_len, dtype=torch.long, device=device)
         seg_T[self.positions(direction, target_modality(direction))] = 1
         return seg_T
@@ -205,7 +242,7 @@ class Vocabulary:
         self,
         text_BL: Tensor,
         codes_BN: Tensor,
-        direction: str | int,
+        direction: Direction | int,
         reference_dropout: float = 0.0,
         generator: torch.Generator | None = None,
         word_dropout: float = 0.0,
@@ -214,14 +251,19 @@ class Vocabulary:
     ) -> Sequences:
         """Pairs of text and codes -> what the network reads and what it has to predict.
 
-        `direction` is one of DIRECTIONS, or how many of the first rows go text_to_image, the rest going the other way
-        (DESIGN: both directions in every batch; a constant number keeps every shape static). With probability
-        `reference_dropout` all tokens of a sample's reference become `null`, its begin token stays, and its loss is
-        left out. Of the texts to be written `word_dropout` of the tokens, and of the images to be drawn
-        `code_dropout`, more in some rows and fewer in others, are `null` to what comes after them, and are learnt all
-        the same (Bowman et al., 2016): a token is then read off its reference rather than off the tokens before it.
-        `generator` (a CPU one) makes the draws reproducible. `validate=False` skips the range checks, each of which
-        waits for the GPU where the tensors lie on one. Raises ValueError for ids out of range.
+        Args:
+            direction: one of DIRECTIONS, or how many of the first rows are text_to_image, the rest being image_to_text.
+                Both directions are in every batch; a constant number keeps every shape static.
+            reference_dropout: the probability that a sample's reference is dropped: all its tokens become `null`, its
+                begin token stays, and its loss is left out.
+            word_dropout, code_dropout: the share of the tokens of generated texts and images that the tokens after
+                them see as `null`, more in some rows and fewer in others. They are still predicted (Bowman et al.,
+                2016), from the reference rather than from the tokens before them.
+            generator: makes the random choices reproducible; on the CPU.
+            validate: check that ids are in range, which waits for the GPU if the tensors are on one.
+
+        Raises:
+            ValueError: ids, a share or the number of rows are out of range.
         """
         text_BL, codes_BN = text_BL.long(), codes_BN.long()
         if validate:
@@ -229,11 +271,11 @@ class Vocabulary:
             self.check_codes(codes_BN)
         batch, device = len(text_BL), text_BL.device
         if len(codes_BN) != batch:
-            raise ValueError(f"{batch} texts but codes of {len(codes_BN)} images: they must come in pairs.")
+            raise ValueError(f"There are {batch} texts but codes of {len(codes_BN)} images: they must come in pairs.")
         if isinstance(direction, str):
             direction = batch if target_modality(direction) == "image" else 0
         if not 0 <= direction <= batch:
-            raise ValueError(f"{direction} rows text_to_image in a batch of {batch}.")
+            raise ValueError(f"direction asks for {direction} rows text_to_image in a batch of {batch}.")
         if not 0 <= reference_dropout <= 1:
             raise ValueError(f"reference_dropout is {reference_dropout}; it is a probability.")
         for name, share in (("word_dropout", word_dropout), ("code_dropout", code_dropout)):
@@ -267,21 +309,28 @@ class Vocabulary:
             ]
         )
         packed = Sequences(idx_BT, seg_BT, text_class_BL, image_class_BN, n)
-        for towards, rows in packed.parts():
-            share = code_dropout if towards == TEXT_TO_IMAGE else word_dropout
+        for part, rows in packed.parts():
+            share = code_dropout if part == TEXT_TO_IMAGE else word_dropout
             if share > 0:
-                modality = target_modality(towards)
-                target_BT = idx_BT[rows, self.positions(towards, modality)][:, 1:]  # a view, without the begin token
+                modality = target_modality(part)
+                target_BT = idx_BT[rows, self.positions(part, modality)][:, 1:]  # a view, without the begin token
                 share_B1 = 2 * share * torch.rand(len(target_BT), 1, generator=generator)
                 hidden_BT = torch.rand(target_BT.shape, generator=generator) < share_B1
                 target_BT.masked_fill_(hidden_BT.to(device), self.null)
         return packed
 
-    def prompt(self, reference: Tensor, direction: str, prefix_BK: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def prompt(self, reference: Tensor, direction: Direction, prefix_BK: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """What is known before sampling: begin token, reference, begin token, and any first K tokens of the target.
 
-        `reference` is text_BL or codes_BN by `direction`, a row of it either real or all `null`; `prefix_BK` holds
-        codes, or text ids without pads. Returns idx_BT and seg_BT. Raises ValueError for ids out of range.
+        Args:
+            reference: text_BL or codes_BN, by `direction`. Each row is either real or all `null`.
+            prefix_BK: codes, or text ids without pads.
+
+        Returns:
+            idx_BT and seg_BT.
+
+        Raises:
+            ValueError: ids are out of range, or there are too many of them.
         """
         modality = target_modality(direction)
         reference = reference.long()
@@ -296,16 +345,16 @@ class Vocabulary:
         parts = [begin_B1, reference, torch.full_like(begin_B1, second)]
         if prefix_BK is not None:
             if len(prefix_BK) != len(reference):
-                raise ValueError(f"{len(prefix_BK)} prefixes for {len(reference)} references.")
+                raise ValueError(f"There are {len(prefix_BK)} prefixes for {len(reference)} references.")
             if prefix_BK.shape[1] > self.length(modality):
-                raise ValueError(f"a prefix of {prefix_BK.shape[1]} for a target of {self.length(modality)} tokens.")
+                raise ValueError(f"the prefix has {prefix_BK.shape[1]} tokens, but the target {self.length(modality)}.")
             classes_BK = prefix_BK.long()
             limit = self.image_vocab if modality == "image" else self.text_vocab
             if bool(((classes_BK < 0) | (classes_BK >= limit)).any()):
-                raise ValueError(f"the prefix holds ids outside of [0, {limit}), the {modality} vocabulary.")
+                raise ValueError(f"the prefix contains ids outside of [0, {limit}), the {modality} vocabulary.")
             parts.append(self.to_ids(classes_BK, modality))
         idx_BT = torch.cat(parts, dim=1)
-        # With a whole target as prefix its last token is no input: nothing comes after it.
+        # If the prefix is the whole target, its last token is not read: nothing comes after it.
         idx_BT = idx_BT[:, : self.input_len]
         seg_BT = self.segments(direction, idx_BT.device)[: idx_BT.shape[1]].expand(len(idx_BT), -1)
         return idx_BT, seg_BT

@@ -8,9 +8,7 @@ generate.py   generate.py
 cli.py        flags and YAML files -> these dataclasses; the only file that knows argparse and YAML
 """
 
-from typing import Any
-
-from latent_verse.config.models import AugVAEConfig, BiARTConfig
+from latent_verse.config.models import PRESETS, AugVAEConfig, BiARTConfig, BiARTModelConfig, BiARTVariant
 from latent_verse.config.settings import (
     ConfigError,
     SamplingSettings,
@@ -22,8 +20,11 @@ from latent_verse.config.settings import (
 )
 
 __all__ = [
+    "PRESETS",
     "AugVAEConfig",
     "BiARTConfig",
+    "BiARTModelConfig",
+    "BiARTVariant",
     "ConfigError",
     "SamplingSettings",
     "Settings",
@@ -32,10 +33,3 @@ __all__ = [
     "setting",
     "training_only",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    """Names of `train.py` under their old path, read when they are asked for: generate.py --help needs none."""
-    import importlib
-
-    return getattr(importlib.import_module("latent_verse.config.train"), name)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Optional, Tuple  # OmegaConf reads these annotations at run time
 
+from latent_verse.config.datasets import EVAL_DATASETS, PAIR_DATASETS, check_files
 from latent_verse.config.settings import ConfigError, SamplingSettings, Settings, setting
 
 TASKS = ("likelihood", "generation", "captions", "retrieval", "zero_shot", "round_trip", "shapes")
@@ -25,7 +26,6 @@ EFFECTS = {
     **dict.fromkeys(("class_prompt", "class_pictures"), ("zero_shot",)),
     "round_trip_pairs": ("round_trip",),
 }
-DATASETS = ("pairs", "coco", "karpathy", "table", "shapes", "fake")
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class EvalDataConfig(Settings):
     """Test images with captions."""
 
     dataset: Optional[str] = setting(
-        None, "layout: name.jpg with name.txt, caption files, or generated; default pairs", DATASETS
+        None, "layout: name.jpg with name.txt, caption files, or generated; default pairs", EVAL_DATASETS
     )
     fake_data: bool = setting(False, "same as --dataset fake: a smoke test without data")
     test_dir: Optional[str] = setting(None, "test images: pair folder, or image folder (coco, karpathy)")
@@ -241,21 +241,12 @@ def _resolve_data(d: EvalDataConfig) -> EvalDataConfig:
         raise ConfigError(f"dataset: {d.dataset} contradicts fake_data: true. Give one of them.")
     dataset = "fake" if d.fake_data else d.dataset or "pairs"
     d = replace(d, dataset=dataset, fake_data=dataset == "fake")
-    made = d.dataset in ("fake", "shapes")
+    made = PAIR_DATASETS[dataset].generated
     if d.test_size is not None and not made:
         raise ConfigError(f"test_size has no effect with dataset {d.dataset}: all its pairs are used.")
     if made and (d.test_dir or d.test_captions):
         raise ConfigError(f"test_dir and test_captions have no effect with dataset {d.dataset}, which is made up.")
-    if made:
-        return d
-    if d.dataset == "table" and not d.test_captions:
-        raise ConfigError("test_captions is not given; dataset table needs it: the .csv, .tsv or .jsonl.")
-    if d.dataset != "table" and not d.test_dir:
-        raise ConfigError("test_dir is not given: name the test images, or try --fake_data or --dataset shapes.")
-    if d.dataset == "karpathy" and not d.test_captions:
-        raise ConfigError("test_captions is not given; dataset karpathy needs it: dataset_coco.json.")
-    if d.dataset == "pairs" and d.test_captions:
-        raise ConfigError("test_captions has no effect with dataset pairs: choose coco, karpathy or table.")
+    check_files(PAIR_DATASETS, d, "test")
     return d
 
 

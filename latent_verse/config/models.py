@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
-from typing import Optional, Tuple  # OmegaConf reads these annotations at run time
+from dataclasses import dataclass, field, fields
+from typing import Any, Optional, Tuple  # OmegaConf reads these annotations at run time
 
 from latent_verse.config.settings import ConfigError, Settings, setting
 
@@ -33,6 +33,7 @@ class AugVAEConfig(Settings):
     z_channels: int = setting(256, "channels of the feature maps between the networks", at_least=1)
     codebook_dim: int = setting(256, "length of a code vector", at_least=1)
     num_tokens: int = setting(8192, "codes in the codebook", at_least=1)
+    quantizer: str = setting("ema", "how vectors become codes; ema: a codebook of moving averages, as released")
     quant_beta: float = setting(0.25, "weight of the commitment loss", training_only=True, at_least=0)
     quant_ema_decay: float = setting(0.99, "EMA decay of the codebook", training_only=True, at_least=0, at_most=1)
     quant_ema_eps: float = setting(1e-5, "smoothing of the cluster sizes", training_only=True, at_least=0, at_most=1)
@@ -82,26 +83,67 @@ class AugVAEConfig(Settings):
 
 
 @dataclass(frozen=True)
-class BiARTConfig:
-    """The joint transformer (paper section 3.2). Vocabulary and lengths follow from the tokenizer and the AugVAE."""
+class BiARTVariant(Settings):
+    """What may differ between two transformers of one size. A run's settings and the transformer's own both have it."""
 
-    text_vocab: int = setting(49408, "text ids the tokenizer can produce")
-    image_vocab: int = setting(8192, "codes in the AugVAE's codebook")
-    text_len: int = setting(64, "tokens of a caption; shorter ones are padded")
-    image_len: int = setting(1024, "codes of one image")
-    n_layer: int = setting(12, "transformer blocks")
-    n_head: int = setting(12, "attention heads")
-    n_embd: int = setting(768, "width of the residual stream")
     pos_by_modality: bool = setting(
         False, "count positions within the text and within the image, so that a place means the same in both directions"
     )
-    embd_pdrop: float = setting(0.0, "dropout after the embeddings", training_only=True)
-    resid_pdrop: float = setting(0.0, "dropout on each residual branch", training_only=True)
-    attn_pdrop: float = setting(0.0, "dropout on the attention weights", training_only=True)
+    embd_pdrop: float = setting(0.0, "dropout after the embeddings", training_only=True, at_least=0, at_most=1)
+    resid_pdrop: float = setting(0.0, "dropout on each residual branch", training_only=True, at_least=0, at_most=1)
+    attn_pdrop: float = setting(0.0, "dropout on the attention weights", training_only=True, at_least=0, at_most=1)
 
-    def __post_init__(self):
-        for name in ("text_vocab", "image_vocab", "text_len", "image_len", "n_layer", "n_head", "n_embd"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+
+@dataclass(frozen=True)
+class BiARTConfig(BiARTVariant):
+    """The joint transformer (paper section 3.2). Vocabulary and lengths follow from the tokenizer and the AugVAE."""
+
+    text_vocab: int = setting(49408, "text ids the tokenizer can produce", at_least=1)
+    image_vocab: int = setting(8192, "codes in the AugVAE's codebook", at_least=1)
+    text_len: int = setting(64, "tokens of a caption; shorter ones are padded", at_least=1)
+    image_len: int = setting(1024, "codes of one image", at_least=1)
+    n_layer: int = setting(12, "transformer blocks", at_least=1)
+    n_head: int = setting(12, "attention heads", at_least=1)
+    n_embd: int = setting(768, "width of the residual stream, a multiple of n_head", at_least=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.n_embd % self.n_head:
             raise ConfigError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}.")
+
+
+# Sizes by name, layers x channels. They are our choice: no source we could read gives the depth and width of the
+# paper's BiART.
+PRESETS = {
+    "tiny": {"n_layer": 4, "n_head": 4, "n_embd": 192},  # minutes on a CPU
+    "12x768": {"n_layer": 12, "n_head": 12, "n_embd": 768},  # GPT-2 small
+    "24x1024": {"n_layer": 24, "n_head": 16, "n_embd": 1024},  # GPT-2 medium
+}
+
+
+def _instead_of_preset(name: str) -> Any:
+    """The setting `name` of BiARTConfig for a run that takes its size from a preset: null keeps the preset's."""
+    (whole,) = (f for f in fields(BiARTConfig) if f.name == name)
+    return field(default=None, metadata={**whole.metadata, "help": f"{whole.metadata['help']}; default the preset's"})
+
+
+@dataclass(frozen=True)
+class BiARTModelConfig(BiARTVariant):
+    """What a run says of the transformer's shape; the rest of it follows from tokenizer and AugVAE."""
+
+    preset: str = setting("12x768", "depth and width, layers x channels; n_* change single ones", tuple(PRESETS))
+    n_layer: Optional[int] = _instead_of_preset("n_layer")
+    n_head: Optional[int] = _instead_of_preset("n_head")
+    n_embd: Optional[int] = _instead_of_preset("n_embd")
+
+    def resolve(self, text_vocab: int, image_vocab: int, text_len: int, image_len: int) -> BiARTConfig:
+        """The transformer's whole shape.
+
+        Raises:
+            ConfigError: n_embd is not a multiple of n_head, or a number is below 1.
+        """
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "preset"}
+        size = {name: preset if own[name] is None else own[name] for name, preset in PRESETS[self.preset].items()}
+        return BiARTConfig(
+            text_vocab=text_vocab, image_vocab=image_vocab, text_len=text_len, image_len=image_len, **{**own, **size}
+        )

@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Optional  # OmegaConf reads these annotations at run time
 
@@ -29,7 +29,7 @@ class ConfigError(UserError):
 def setting(
     default: Any,
     help: str,
-    choices: tuple[str, ...] | None = None,
+    choices: Collection[str] | None = None,
     *,
     at_least: float | None = None,
     above: float | None = None,

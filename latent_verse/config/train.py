@@ -6,7 +6,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Optional, Tuple, TypeVar  # OmegaConf reads these annotations at run time
 
-from latent_verse.config.models import AugVAEConfig
+from latent_verse.config.datasets import IMAGE_DATASETS, PAIR_DATASETS, check_files
+from latent_verse.config.models import AugVAEConfig, BiARTModelConfig
 from latent_verse.config.settings import ConfigError, SamplingSettings, Settings, setting, training_only
 
 # short names of precision, and Lightning's
@@ -26,7 +27,7 @@ class ImageDataConfig(Settings):
     dataset: Optional[str] = setting(
         None,
         "layout: class folders, any folder, tar shards, or generated images; default imagefolder",
-        ("imagefolder", "flat", "webdataset", "fake"),
+        IMAGE_DATASETS,
     )
     fake_data: bool = setting(False, "same as --dataset fake: a short smoke test without any images")
     web_dataset: bool = setting(False, "same as --dataset webdataset", hidden=True)
@@ -165,25 +166,6 @@ class EvalVAEConfig(TrainVAEConfig):
 
 # --------------------------------------------------------------------------------------------------------------- BiART
 
-PRESETS = ("tiny", "12x768", "24x1024")  # biart.model.PRESETS holds their numbers
-DATASETS = ("pairs", "coco", "karpathy", "table", "webdataset", "codes", "shapes", "fake")
-
-
-@dataclass(frozen=True)
-class BiARTModelConfig(Settings):
-    """Shape of the transformer; the rest of it follows from tokenizer and AugVAE."""
-
-    preset: str = setting("12x768", "depth and width, layers x channels; n_* below change single ones", PRESETS)
-    n_layer: Optional[int] = setting(None, "transformer blocks; default the preset's")
-    n_head: Optional[int] = setting(None, "attention heads; default the preset's")
-    n_embd: Optional[int] = setting(None, "width of the residual stream, a multiple of n_head; default the preset's")
-    pos_by_modality: bool = setting(
-        False, "count positions within the text and within the image, so that a place means the same in both directions"
-    )
-    embd_pdrop: float = setting(0.0, "dropout after the embeddings")
-    resid_pdrop: float = setting(0.0, "dropout on each residual branch")
-    attn_pdrop: float = setting(0.0, "dropout on the attention weights")
-
 
 @dataclass(frozen=True)
 class FrozenVAEConfig(Settings):
@@ -212,7 +194,9 @@ class PairDataConfig(ImageDataConfig):
     val_dir: Optional[str] = setting(None, "validation data, given like train_dir; default for karpathy: train_dir")
     test_dir: Optional[str] = setting(None, "images for evaluation; default val_dir")
     dataset: Optional[str] = setting(
-        None, "layout: name.jpg with name.txt, caption files, tar shards, codes, or generated; default pairs", DATASETS
+        None,
+        "layout: name.jpg with name.txt, caption files, tar shards, codes, or generated; default pairs",
+        PAIR_DATASETS,
     )
     train_captions: Optional[str] = setting(
         None, "caption file of coco (default ../annotations/captions_<folder>.json) or karpathy, or the table itself"
@@ -436,8 +420,7 @@ def resolve_train_vae(config: TrainVAEConfig, given: Mapping[str, str]) -> Train
     data = resolve_data(data, None if o.pretrained_path else config.model.resolution)
     if data.fake_data:
         t = limit_fake_data(t, given)
-    elif not data.train_dir:
-        raise ConfigError("train_dir is not given: name a folder of images, or try --fake_data.")
+    check_files(IMAGE_DATASETS, data, "train")
     for name in ("in_channels", "out_channels"):
         if getattr(config.model, name) != 3:
             raise ConfigError(f"{name} is {getattr(config.model, name)}, but images are read as RGB: it must be 3.")
@@ -534,11 +517,14 @@ def with_evaluated_shape(config: EvalVAEConfig, model: AugVAEConfig, given: Coll
     return replace(config, model=model)
 
 
-def idle_flags_vae(config: TrainVAEConfig, given: Mapping[str, str]) -> list[str]:
-    """Flags that were given but have no effect, each with the reason."""
-    lpips = config.loss.loss_type.startswith("lpips")
+def idle_flags_vae(config: TrainVAEConfig, given: Mapping[str, str], uses_lpips: bool) -> list[str]:
+    """Flags that were given but have no effect, each with the reason.
+
+    Args:
+        uses_lpips: whether the loss does (latent_verse.augvae.losses.LOSSES knows).
+    """
     idle = {
-        "p_loss_weight": (not lpips, f"loss_type {config.loss.loss_type} has no LPIPS"),
+        "p_loss_weight": (not uses_lpips, f"loss_type {config.loss.loss_type} has no LPIPS"),
         "resize_ratio": (config.data.fake_data, "the data is fake"),
         "codebook_init": (bool(config.optim.pretrained_path), "the codebook comes from pretrained_path"),
     }
@@ -600,6 +586,7 @@ def resolve_train_biart(config: TrainBiARTConfig, given: Mapping[str, str]) -> T
 def idle_flags_biart(config: TrainBiARTConfig, given: Mapping[str, str]) -> list[str]:
     """As `idle_flags_vae`, for train_biart."""
     dataset, trained = config.data.dataset, "the tokenizer is not trained: "
+    layout = PAIR_DATASETS[dataset]
     saved = config.trainer.resume or config.optim.pretrained_path
     why = (
         f"{trained}it comes from the checkpoint"
@@ -612,9 +599,9 @@ def idle_flags_biart(config: TrainBiARTConfig, given: Mapping[str, str]) -> list
     )
     idle = {
         "bpe_vocab_size": (saved or dataset == "codes" or config.text.tokenizer != "bpe", why),
-        "resize_ratio": (dataset in ("codes", "shapes", "fake"), f"dataset {dataset} is not cropped"),
-        "world": (dataset != "shapes", "the data is not shapes"),
-        "val_size": (dataset not in ("shapes", "fake"), f"dataset {dataset} is validated on all its pairs"),
+        "resize_ratio": (not layout.has_effect("resize_ratio"), f"dataset {dataset} is not cropped"),
+        "world": (not layout.has_effect("world"), "the data is not shapes"),
+        "val_size": (not layout.has_effect("val_size"), f"dataset {dataset} is validated on all its pairs"),
         "muon_momentum": (config.optim.optimizer != "muon", "optimizer is not muon"),
     }
     return idle_flags(config, given, idle)
@@ -623,15 +610,5 @@ def idle_flags_biart(config: TrainBiARTConfig, given: Mapping[str, str]) -> list
 def resolve_pairs(d: PairDataConfig) -> PairDataConfig:
     """As `resolve_data`, for images with captions; raises ConfigError also for what is missing."""
     d = resolve_data(d, d.img_size, default="pairs")
-    if d.dataset in ("shapes", "fake"):
-        return d
-    captions = {"karpathy": "dataset_coco.json", "table": "the .csv, .tsv or .jsonl with image paths and captions"}
-    if d.dataset in captions and not d.train_captions:
-        raise ConfigError(f"train_captions is not given; dataset {d.dataset} needs it: {captions[d.dataset]}.")
-    if d.dataset != "table" and not d.train_dir:
-        raise ConfigError("train_dir is not given: name the training images, or try --fake_data or --dataset shapes.")
-    if d.dataset not in ("coco", "karpathy", "table"):
-        for name in ("train_captions", "val_captions"):
-            if getattr(d, name):
-                raise ConfigError(f"{name} has no effect with dataset {d.dataset}: choose coco, karpathy or table.")
+    check_files(PAIR_DATASETS, d, "train")
     return d

@@ -1,9 +1,23 @@
-"""The data room: folders of pictures, WebDataset shards and made-up pictures as batches for training and evaluation.
+"""From files on disk to batches for training and evaluation.
 
-    transforms.py   one file's bytes -> RGB -> square crop -> [-1, 1]; which randomness belongs to which sample
-    images.py       ImageDataset (one sub-folder per class), ImageDataset2 (any folder), FakeDataset
-    shards.py       TrainShards, EvalShards: tar shards, local or streamed, through the webdataset library
-    module.py       ImageDataModule: samplers, loaders that resume exactly, transfer to the device (Lightning)
+What opens data, and what batches it:
+    datasets.py         every dataset by name, for both stages: open_images, open_pairs
+    module.py           ImageDataModule, PairDataModule: order, exact resume, ranks, transfer to the device (Lightning)
+Images:
+    transforms.py       one file's bytes -> RGB -> square crop -> [-1, 1]; which randomness belongs to which sample
+    images.py           ImageDataset (one sub-folder per class), FlatImages (any folder), FakeDataset
+    shards.py           Shards: tar shards, local or streamed, through the webdataset library
+Images with captions:
+    captions.py         PairFolder, CocoCaptions, KarpathyCaptions, TableCaptions, FakePairs
+    caption_files.py    reading the text, JSON and tables that hold captions
+    codes.py            codes written ahead of training, and CodesDataset, which reads them
+    pairs.py            PairShards, and collation: captions become ids
+The shapes world, generated images whose captions can be checked:
+    shapes.py           ShapesDataset, and writing its pairs to files
+    shapes_world.py     World: scenes, splits, and what is true of them
+    shapes_drawing.py   objects and their pixels
+    shapes_captions.py  the grammar of captions: writing and parsing
+    shapes_reader.py    from an image back to its scene
 
 Names are imported on first use, so that `import latent_verse.data` costs nothing.
 """
@@ -17,11 +31,16 @@ from latent_verse.config import UserError
 
 _HOME = {
     "ImageDataset": "images",
+    "FlatImages": "images",
     "ImageDataset2": "images",
     "FakeDataset": "images",
+    "Shards": "shards",
     "TrainShards": "shards",
     "EvalShards": "shards",
+    "open_images": "datasets",
+    "open_pairs": "datasets",
     "ImageDataModule": "module",
+    "PairDataModule": "module",
     "centre_crop": "transforms",
     "random_crop": "transforms",
     "decode_rgb": "transforms",

@@ -1,6 +1,6 @@
-"""Reading the files that hold captions: text, JSON and tables, with errors that name the file and the place in it.
+"""Reading the files that hold captions: text, JSON and tables. Errors name the file and the place in it.
 
-Used by captions.py, which makes datasets of what is read here.
+captions.py makes datasets of what is read here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,11 @@ Pair = tuple[str, list[str]]  # an image's path, and its captions
 def sorted_out(
     pairs: Iterable[tuple[str, list]], path: str, left_out: dict[str, list[str]] | None = None
 ) -> tuple[list[Pair], dict[str, list[str]]]:
-    """The pairs that can be used, and the others by reason."""
+    """The pairs that can be used, and the others by reason.
+
+    Raises:
+        DataError: a caption is no string.
+    """
     kept, bare, empty, missing = [], [], [], []
     listings: dict[str, set[str]] = {}
     for image, captions in pairs:
@@ -47,7 +51,7 @@ def sorted_out(
 
 
 def _listing(folder: str) -> set[str]:
-    """The names in a folder: one listing costs far less than asking after each of a hundred thousand files."""
+    """The names in a folder: one listing costs far less than looking for each of a hundred thousand files."""
     try:
         return set(os.listdir(folder or "."))
     except OSError:
@@ -55,13 +59,17 @@ def _listing(folder: str) -> set[str]:
 
 
 def check_file(path: str | os.PathLike, key: str) -> str:
-    """`path` as a str with ~ expanded; DataError, naming the setting `key`, where it is no file or an empty one."""
+    """`path` as a str with ~ expanded.
+
+    Raises:
+        DataError: it is no file, or an empty one; naming the setting `key`.
+    """
     path = os.path.expanduser(os.fspath(path))
     if not os.path.isfile(path):
         kind = "is a folder, not a file" if os.path.isdir(path) else "does not exist"
         raise DataError(f"{key}: {path} {kind}. Give the file that holds the captions.")
     if os.path.getsize(path) == 0:
-        raise DataError(f"{key}: {path} is empty (0 bytes). Was it downloaded or written to its end?")
+        raise DataError(f"{key}: {path} is empty (0 bytes). Was it downloaded or written completely?")
     return path
 
 
@@ -76,19 +84,27 @@ def _read_text(path: str) -> str:
 
 
 def caption_lines(path: str) -> list[str]:
-    """The lines of a text file that are not blank."""
+    """The lines of a text file that are not blank.
+
+    Raises:
+        DataError: it cannot be read, or is not UTF-8.
+    """
     return [text for text in (" ".join(line.split()) for line in re.split("\r\n|\r|\n", _read_text(path))) if text]
 
 
 def read_json(path: str | os.PathLike, key: str) -> tuple[object, str]:
-    """The content of a JSON file, and its path as a str."""
+    """The content of a JSON file, and its path as a str.
+
+    Raises:
+        DataError: it is absent, empty or not valid JSON; naming the setting `key`.
+    """
     path = check_file(path, key)
     try:
         content = json.loads(_read_text(path))
     except ValueError as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f"{key}: {path} is not valid JSON ({error}). Was it downloaded to its end?") from error
+        raise DataError(f"{key}: {path} is not valid JSON ({error}). Was it downloaded completely?") from error
     return content, path
 
 
@@ -100,7 +116,11 @@ def entries(
     key: str,
     optional: dict[str, type] | None = None,
 ) -> list[dict]:
-    """content[name], each entry of which has the fields, of their types; `optional` ones may be left out."""
+    """The list content[name], whose entries have the given fields, of their types; `optional` fields may be absent.
+
+    Raises:
+        DataError: there is no such list, or an entry lacks a field or has one of another type.
+    """
     entries = content.get(name) if isinstance(content, dict) else None
     if entries == []:
         raise DataError(f"{key}: the list {name!r} of {path} is empty. Is it the file of another split?")
@@ -120,7 +140,11 @@ def entries(
 
 
 def read_rows(path: str, key: str) -> Iterator[tuple[str, dict]]:
-    """(where it stands, row) of a .csv or .tsv with a header."""
+    """(its place in the file, row) for each row of a .csv or .tsv with a header.
+
+    Raises:
+        DataError: a row has more or fewer fields than the header, or a quote is left open.
+    """
     delimiter = "\t" if path.lower().endswith(".tsv") else ","
     reader = csv.DictReader(io.StringIO(_read_text(path), newline=""), delimiter=delimiter)
     while True:
@@ -140,7 +164,11 @@ def read_rows(path: str, key: str) -> Iterator[tuple[str, dict]]:
 
 
 def read_json_rows(path: str, key: str) -> Iterator[tuple[str, dict]]:
-    """(where it stands, row) of a .jsonl: an object in each line."""
+    """(its place in the file, row) for each line of a .jsonl, which holds an object.
+
+    Raises:
+        DataError: a line is not valid JSON, or no object.
+    """
     for number, line in enumerate(_read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
@@ -154,7 +182,11 @@ def read_json_rows(path: str, key: str) -> Iterator[tuple[str, dict]]:
 
 
 def find_column(row: dict, names: tuple[str, ...], where: str, key: str) -> str:
-    """The column of a row that has one of the names, in their order of preference, whatever its case."""
+    """The column of a row that has one of the names, in their order of preference and in any case.
+
+    Raises:
+        DataError: there is none.
+    """
     columns = {name.strip().lower(): name for name in row}
     for name in names:
         if name in columns:

@@ -1,8 +1,8 @@
-"""Image-text pairs: folders, COCO and Karpathy JSON, tables, and made-up ones for smoke tests.
+"""Images with captions: folders, COCO's and Karpathy's JSON, tables, and generated pairs for smoke tests.
 
-All yield `(image, caption)`: the image as those in images.py do (float32 (3, R, R) in [-1, 1], or uint8), the caption a
-string. An image may have several captions; which of them, and which crop, index i shows in epoch e is a pure function
-of (seed, e, i). `dataset.captions(i)` gives them all, as references; `dataset.describe()` counts what was found and
+All give `(image, caption)`: the image as in images.py (float32 (3, R, R) in [-1, 1], or uint8), the caption a string.
+An image may have several captions. Which of them, and which crop, index i shows in epoch e is a pure function of
+(seed, e, i). `dataset.captions(i)` gives all of them, as references. `dataset.describe()` counts what was found and
 what was left out: images without a caption, captions without an image, empty captions.
 
     PairFolder(root)                       name.jpg + name.txt, one caption per line
@@ -10,7 +10,7 @@ what was left out: images without a caption, captions without an image, empty ca
     KarpathyCaptions(json, image_dir)      dataset_coco.json + the folder that holds train2014/ and val2014/
     TableCaptions(file)                    .csv .tsv .jsonl: an image path and a caption in each row
     FakePairs(length)                      nothing read from disk
-The procedural `shapes` pairs are in shapes.py; the files are read by caption_files.py.
+The pairs of the shapes world are in shapes.py. caption_files.py reads the files.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -41,31 +42,29 @@ from latent_verse.data.caption_files import (
 from latent_verse.data.images import (
     EXTENSIONS,
     FakeDataset,
+    ImageFiles,
     MapImages,
     PathList,
-    SkipLog,
     check_folder,
     describe_files,
     walk,
 )
-from latent_verse.data.transforms import (
-    UnreadableImage,
-    centre_crop,
-    decode_rgb,
-    mix_seed,
-    random_crop,
-    sample_generator,
-    to_unit_range,
-)
+from latent_verse.data.transforms import mix_seed
 
 log = logging.getLogger(__name__)
 
-CROP_DRAW, CAPTION_DRAW = 0, 1  # a sample's crop and its caption are drawn apart
-PairSample = tuple[Tensor, str]
+CROP_DRAW, CAPTION_DRAW = 0, 1  # a sample's crop and its caption are chosen by separate random numbers
+
+
+class EncodedCaption(NamedTuple):
+    """A caption that was tokenized ahead of training, with its ids; see codes.py."""
+
+    text: str
+    ids: list[int]
 
 
 class CaptionList:
-    """The captions of each image as one block of UTF-8 and its offsets, for the reason that PathList has."""
+    """The captions of each image as one block of UTF-8 and its offsets, for the same reason as PathList."""
 
     def __init__(self, captions: Iterable[Sequence[str]]):
         blob, ends, starts = bytearray(), [0], [0]
@@ -86,35 +85,50 @@ class CaptionList:
 
     @property
     def total(self) -> int:
+        """Captions of all images."""
         return len(self._ends) - 1
 
 
 class PairDataset(MapImages):
-    """What the pair datasets share. A subclass finds the pairs and hands them to `_hold`.
+    """What datasets of pairs share: which caption an item shows. A subclass gives `captions` besides what images need.
 
-    resolution, train, resize_ratio, seed, as_uint8: as in images.py. `key` is the name of the setting that error
-    messages should mention. Unreadable images are handled as there: in training the next readable pair stands in (with
-    its own caption), in evaluation the item is None.
+    Unreadable images are handled as in images.py: in training the next readable pair stands in (with its own caption),
+    in evaluation the item is None.
 
     Attributes:
-        ids: image file -> its id, where the captions file gives ids; empty for training data.
+        source: where the pairs come from, in words.
+        ids: image file -> its id, where a captions file gives ids; empty for training data.
     """
 
-    def __init__(
-        self,
-        resolution: int,
-        train: bool = True,
-        resize_ratio: float = 0.75,
-        seed: int = 0,
-        as_uint8: bool = False,
-        key: str = "train_dir",
-    ):
-        super().__init__(resolution, train, resize_ratio, seed, as_uint8)
-        self.key = key
+    crop_draw = (CROP_DRAW,)
+
+    def __init__(self, resolution: int, *args, **options):
+        super().__init__(resolution, *args, **options)
+        self.source = ""
         self.ids: dict[str, int | str | None] = {}
 
+    def captions(self, i: int) -> list[str]:
+        """All captions of item i, at least one."""
+        raise NotImplementedError
+
+    def target(self, used: int, epoch: int, index: int) -> str:
+        captions = self.captions(used)
+        return captions[mix_seed(self.seed, epoch, index, CAPTION_DRAW) % len(captions)]
+
+    def image_path(self, i: int) -> str | None:
+        """The file of item i; None where there is none."""
+        return None
+
+    def describe(self) -> dict[str, str | int]:
+        """Where the pairs come from and how many there are."""
+        return {"source": self.source, "pairs": len(self)}
+
+
+class PairFiles(PairDataset, ImageFiles):
+    """Pairs whose images are files. A subclass finds the pairs and hands them to `_hold`."""
+
     def _hold(self, source: str, pairs: list[Pair], left_out: dict[str, list[str]], remedy: str) -> None:
-        """Keep the pairs. `left_out`: what was passed over -> its names; DataError with `remedy` if nothing is left."""
+        """Keep the pairs. `left_out`: what was skipped -> its names; DataError with `remedy` if nothing is left."""
         self.source = source
         self.left_out = {what: len(names) for what, names in left_out.items()}
         found = "; ".join(f"{len(n)} {what} (the first: {n[0]})" for what, n in left_out.items() if n)
@@ -122,69 +136,21 @@ class PairDataset(MapImages):
             raise DataError(f"{self.key}: no image with a caption in {source}{': ' + found if found else ''}. {remedy}")
         if found:
             log.warning("%s: %d pairs; left out: %s", source, len(pairs), found)
-        self.paths = PathList("", [path for path, _ in pairs])
         self._captions = CaptionList(captions for _, captions in pairs)
-        self.skipped = SkipLog(len(pairs))
-        self._check_first()
-
-    def _check_first(self) -> None:
-        """Stops at the first readable image. DataError if there is none."""
-        reason: object = None
-        for i in range(len(self)):
-            try:
-                self._load(i)
-                return
-            except UnreadableImage as error:
-                reason = reason or error
-        raise DataError(
-            f"{self.key}: not one of the {len(self)} images of {self.source} can be read. The first, {self.paths[0]}: "
-            f"{reason}. Check how the files were copied or unpacked."
-        )
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, key: int | tuple[int, int]) -> PairSample | None:
-        epoch, i = key if isinstance(key, tuple) else (self.epoch, key)
-        if not 0 <= i < len(self):
-            raise IndexError(f"index {i} in a dataset of {len(self)}")
-        image, used = self._load_readable(i)
-        if image is None:
-            return None
-        if self.train:
-            generator = sample_generator(self.seed, epoch, i, CROP_DRAW)
-            image = random_crop(image, self.resolution, self.resize_ratio, generator)
-        else:
-            image = centre_crop(image, self.resolution)
-        captions = self.captions(used)
-        caption = captions[mix_seed(self.seed, epoch, i, CAPTION_DRAW) % len(captions)]
-        return (image if self.as_uint8 else to_unit_range(image)), caption
+        self._hold_paths(PathList("", [path for path, _ in pairs]), source)
 
     def captions(self, i: int) -> list[str]:
-        """All captions of item i, in the order of the file."""
         return self._captions[i]
 
-    def image_path(self, i: int) -> str | None:
-        """The file of item i."""
+    def image_path(self, i: int) -> str:
         return self.paths[i]
 
     def describe(self) -> dict[str, str | int]:
-        """Where the pairs come from, how many there are, and how much was left out, by reason."""
-        return {"source": self.source, "pairs": len(self), "captions": self._captions.total, **self.left_out}
-
-    def _load(self, i: int) -> Tensor:
-        try:
-            with open(self.paths[i], "rb") as file:
-                data = file.read()
-        except OSError as error:
-            raise UnreadableImage(str(error)) from error
-        return decode_rgb(data)
-
-    def _name(self, i: int) -> str:
-        return self.paths[i]
+        """Also how much was left out, by reason."""
+        return {**super().describe(), "captions": self._captions.total, **self.left_out}
 
 
-class PairFolder(PairDataset):
+class PairFolder(PairFiles):
     """`name.jpg` (or png, webp, ...) with `name.txt` beside it, at any depth; one caption per line."""
 
     def __init__(self, root: str | os.PathLike, resolution: int, **options):
@@ -217,7 +183,7 @@ class PairFolder(PairDataset):
         self._hold(root, pairs, left_out, "Put the captions of name.jpg into name.txt beside it, one per line.")
 
 
-class CocoCaptions(PairDataset):
+class CocoCaptions(PairFiles):
     """COCO's captions_*.json: {"images": [{id, file_name}], "annotations": [{image_id, caption}]}, and its images."""
 
     def __init__(self, path: str | os.PathLike, image_dir: str | os.PathLike, resolution: int, **options):
@@ -243,11 +209,11 @@ class CocoCaptions(PairDataset):
         )
 
 
-class KarpathyCaptions(PairDataset):
+class KarpathyCaptions(PairFiles):
     """Karpathy's dataset_coco.json: {"images": [{filename, filepath, cocoid, split, sentences: [{raw}]}]}.
 
     Image paths are image_dir/filepath/filename; filepath and cocoid may be left out. `split` may join several with +,
-    such as train+restval, the usual training set.
+    such as train+restval, the usual training set. Only COCO's file has a restval: files without it are read without it.
     """
 
     def __init__(
@@ -270,12 +236,13 @@ class KarpathyCaptions(PairDataset):
                         f"{self.key}: images[{i}] of {path} has the sentence {sentence!r}; Karpathy's file holds "
                         'captions as {"raw": "..."}.'
                     )
-        splits = Counter(str(image["split"]) for image in images)
-        for name in split.split("+"):
+        splits = Counter(image["split"] for image in images)
+        names = [name for name in split.split("+") if name in splits or name != "restval"] or [split]
+        for name in names:
             if name not in splits:
                 known = ", ".join(f"{s} ({n})" for s, n in splits.items()) or "none at all"
                 raise DataError(f"{self.key}: {path} has no split {name!r}; its splits are {known}.")
-        chosen = [image for image in images if image["split"] in split.split("+")]
+        chosen = [image for image in images if image["split"] in names]
         files = [os.path.join(image_dir, image.get("filepath", ""), image["filename"]) for image in chosen]
         if not self.train:
             self.ids = {file: image.get("cocoid") for file, image in zip(files, chosen, strict=True)}
@@ -283,10 +250,10 @@ class KarpathyCaptions(PairDataset):
             (file, [sentence["raw"] for sentence in image["sentences"]])
             for file, image in zip(files, chosen, strict=True)
         )
-        self._hold(f"{path} ({split})", *sorted_out(pairs, path), f"Are the images below {image_dir}?")
+        self._hold(f"{path} ({'+'.join(names)})", *sorted_out(pairs, path), f"Are the images below {image_dir}?")
 
 
-class TableCaptions(PairDataset):
+class TableCaptions(PairFiles):
     """.csv, .tsv or .jsonl with an image path (absolute, or relative to the table) and a caption in each row.
 
     Columns are found by name: image, image_path, filepath, file_name, filename or path; caption, captions, text or
@@ -316,24 +283,21 @@ class TableCaptions(PairDataset):
 
 
 class FakePairs(PairDataset):
-    """Made-up pictures (see images.FakeDataset) with one of two made-up captions each. Nothing is read from disk."""
+    """Generated images (see images.FakeDataset), each with two generated captions. Nothing is read from disk."""
 
-    def __init__(self, length: int, resolution: int, **options):
-        super().__init__(resolution, **options)
-        self.pictures = FakeDataset(length, resolution, self.train, self.seed, as_uint8=True)
-        self.skipped = self.pictures.skipped
+    def __init__(self, length: int, resolution: int, *args, **options):
+        super().__init__(resolution, *args, **options)
+        self.images = FakeDataset(length, resolution, self.train, self.seed, as_uint8=True)
+        self.skipped, self.source = self.images.skipped, "made up"
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
-    def _load(self, i: int) -> Tensor:
-        return self.pictures._load(i)
+    def image(self, i: int) -> Tensor:
+        return self.images.image(i)
 
     def captions(self, i: int) -> list[str]:
         return [f"a made-up picture of kind {i % 10}", f"kind {i % 10}, made up"]
 
-    def image_path(self, i: int) -> None:
-        return None
-
     def describe(self) -> dict[str, str | int]:
-        return {"source": "made up", "pairs": len(self), "captions": 2 * len(self)}
+        return {**super().describe(), "captions": 2 * len(self)}

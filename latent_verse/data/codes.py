@@ -1,9 +1,9 @@
-"""Codes ahead of training: the frozen AugVAE runs over a dataset once, and training reads codes.
+"""Codes ahead of training: the frozen AugVAE encodes a dataset once, and training reads the codes.
 
 A folder of codes holds codes-00000.tar, ... (WebDataset: `<name>.npy`, codes (crops, N) in uint16 or uint32, and
-`<name>.json`, {"captions": [...], "ids": [[...], ...]}), the tokenizer, and codes.json, which is written last: the
-fingerprints of AugVAE and tokenizer, sizes and counts. Until then unfinished.json says what is there, and the same
-command goes on after the last whole shard.
+`<name>.json`, {"captions": [...], "ids": [[...], ...]}), the tokenizer, and codes.json: the fingerprints of AugVAE and
+tokenizer, sizes and counts. codes.json is written last. Until then unfinished.json says which shards are complete; if
+the extraction is interrupted, rerunning the command resumes it after them.
 """
 
 from __future__ import annotations
@@ -25,16 +25,19 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from latent_verse.data import DataError
-from latent_verse.data.captions import CAPTION_DRAW, CROP_DRAW, CaptionList
+from latent_verse.data.captions import CAPTION_DRAW, CROP_DRAW, CaptionList, EncodedCaption
 from latent_verse.data.images import SkipLog
 from latent_verse.data.shapes import Scene, ShapesDataset, World
+from latent_verse.data.text import Tokenizer
 from latent_verse.data.transforms import UnreadableImage, mix_seed, to_unit_range
+from latent_verse.files import differences, replacing, write_json
+from latent_verse.progress import progress_bar
 
 FORMAT = "latent_verse/codes"
 META, UNFINISHED, TOKENIZER = "codes.json", "unfinished.json", "tokenizer"
-SHAPES_CAPTIONS = 8  # kept of each scene, as the grammar draws them: frequent ones more than once
+SHAPES_CAPTIONS = 8  # kept of each scene, as the grammar samples them: frequent ones more than once
 
-Work = tuple[str, Callable[[], Tensor | None], list[str]]  # name, what loads its crops (c, 3, R, R) uint8, captions
+Work = tuple[str, Callable[[], Tensor | None], list[str]]  # name, loader of its crops (c, 3, R, R) uint8, captions
 
 
 def smallest_type(count: int) -> type:
@@ -58,10 +61,12 @@ def work_of(dataset: Any, crops: int, shard_size: int) -> list[Callable[[], Iter
         if items[0] is None:
             return None
         items += [augmented[(k, i)] for k in range(1, crops)]
-        return torch.stack([picture for picture, _ in items])
+        return torch.stack([image for image, _ in items])
 
     def captions(i: int) -> list[str]:
-        return dataset.draw_captions(i, SHAPES_CAPTIONS) if isinstance(dataset, ShapesDataset) else dataset.captions(i)
+        return (
+            dataset.sample_captions(i, SHAPES_CAPTIONS) if isinstance(dataset, ShapesDataset) else dataset.captions(i)
+        )
 
     def part(start: int) -> Iterator[Work]:
         for i in range(start, min(start + shard_size, len(dataset))):
@@ -74,7 +79,7 @@ def extract(
     work: list[Callable[[], Iterator[Work]]],
     folder: str | os.PathLike,
     encode: Callable[[Tensor], Tensor],
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     plan: dict[str, Any],
     *,
     batch_size: int,
@@ -82,18 +87,16 @@ def extract(
     total: int | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Write the codes of `work`, one shard for each of its parts, or what is missing of them. Returns codes.json.
+    """Write the codes of `work`, one shard for each of its parts, or the shards that are missing. Returns codes.json.
 
     Args:
         encode: float32 (B, 3, R, R) in [-1, 1] -> codes (B, N).
-        plan: what the codes are made of and with (see `plan_of`): a folder made otherwise is refused.
-        total: pictures, for the progress bar.
+        plan: what the codes are made from and with, which codes.json states. A folder with a different one is refused.
+        total: images, for the progress bar.
 
     Raises:
-        DataError: the folder holds other codes, or something else.
+        DataError: the folder holds codes of a different plan, or something else; or no image can be read.
     """
-    from tqdm import tqdm
-
     folder = Path(folder)
     if (folder / META).is_file():
         _check_same(folder, read_json(folder / META), plan)
@@ -105,9 +108,9 @@ def extract(
     elif folder.is_dir() and any(folder.iterdir()):
         raise DataError(f"extract_codes: {folder} holds something else; it is left alone. Name a new or empty folder.")
     folder.mkdir(parents=True, exist_ok=True)
-    _write_json(folder / UNFINISHED, state)
+    write_json(folder / UNFINISHED, state)
     tokenizer.save(folder / TOKENIZER)
-    bar = tqdm(total=total, unit="picture", desc=f"codes to {folder}", disable=not progress)
+    bar = progress_bar(what=f"codes to {folder}", total=total, unit="image", shown=progress)
     bar.update(sum(shard["pairs"] + shard["skipped"] for shard in state["shards"].values()))
     with bar, ThreadPoolExecutor(max(1, threads)) as pool:
         for number, part in enumerate(work):
@@ -115,23 +118,22 @@ def extract(
             if name not in state["shards"]:
                 write = (encode, tokenizer, plan, batch_size, pool, bar)
                 state["shards"][name] = _write_shard(folder / name, part(), *write)
-                _write_json(folder / UNFINISHED, state)
+                write_json(folder / UNFINISHED, state)
     for what in ("pairs", "captions", "skipped"):
         state[what] = sum(shard[what] for shard in state["shards"].values())
     if not state["pairs"]:
-        raise DataError(f"extract_codes: none of {state['skipped']} pictures could be read; {folder} stays unfinished.")
-    _write_json(folder / META, state)
+        raise DataError(f"extract_codes: none of {state['skipped']} images could be read; {folder} stays unfinished.")
+    write_json(folder / META, state)
     (folder / UNFINISHED).unlink()
     return state
 
 
 def _write_shard(path: Path, work: Iterator[Work], encode, tokenizer, plan, batch_size, pool, bar) -> dict[str, int]:
-    """One tar, under its name only when it is whole. Returns its counts."""
+    """One tar, which gets its name once it is complete. Returns its counts."""
     from webdataset import TarWriter
 
     counts = {"pairs": 0, "captions": 0, "skipped": 0}
-    unfinished = path.with_name(f".{path.name}.tmp")
-    with TarWriter(str(unfinished), encoder=False, mtime=0) as tar:
+    with replacing(path) as unfinished, TarWriter(str(unfinished), encoder=False, mtime=0) as tar:
         while batch := list(islice(work, batch_size)):
             loaded = list(pool.map(lambda item: _load(item[1]), batch))
             kept = [(name, x, captions) for (name, _, captions), x in zip(batch, loaded, strict=True) if x is not None]
@@ -147,7 +149,6 @@ def _write_shard(path: Path, work: Iterator[Work], encode, tokenizer, plan, batc
                     counts["pairs"] += 1
                     counts["captions"] += len(captions)
             bar.update(len(batch))
-    os.replace(unfinished, path)
     return counts
 
 
@@ -164,24 +165,21 @@ def _npy(array: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def _write_json(path: Path, content: dict) -> None:
-    unfinished = path.with_name(f".{path.name}.tmp")
-    unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)
-
-
 def _check_same(folder: Path, found: dict, plan: dict) -> None:
-    names = [name for name in plan if found.get(name) != plan[name]]
-    if names:
-        differences = "\n  ".join(f"{name}: {found.get(name)!r} there, {plan[name]!r} now" for name in names)
-        raise DataError(f"extract_codes: {folder} holds codes made otherwise:\n  {differences}\nName another folder.")
+    if lines := differences(found, plan):
+        lines = "\n  ".join(lines)
+        raise DataError(f"extract_codes: {folder} holds codes of different settings:\n  {lines}\nName another folder.")
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises DataError for anything else."""
+    """What codes.json or unfinished.json holds.
+
+    Raises:
+        DataError: it is no JSON file of this kind.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -192,19 +190,27 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_meta(folder: str | os.PathLike, key: str) -> dict[str, Any]:
-    """codes.json of a folder. Raises DataError, naming the setting `key`, where it is absent or unfinished."""
+    """What codes.json of a folder holds.
+
+    Raises:
+        DataError: there is none, or the extraction is unfinished; naming the setting `key`.
+    """
     folder = Path(os.path.expanduser(folder))
     if (folder / META).is_file():
         return read_json(folder / META)
     if (folder / UNFINISHED).is_file():
-        raise DataError(f"{key}: the codes in {folder} are unfinished: run the command that was extracting them again.")
+        raise DataError(f"{key}: the codes in {folder} are unfinished. Rerun the command that was extracting them.")
     parts = [name for name in ("train", "val") if (folder / name / META).is_file()]
     hint = f" Did you mean {folder / parts[0]}?" if parts else " Make one with train_biart.py --extract_codes."
     raise DataError(f"{key}: {folder} is no folder of codes: it holds no {META}.{hint}")
 
 
 def check_codes(meta: dict[str, Any], vae_fingerprint: str, tokenizer_fingerprint: str, key: str) -> None:
-    """Refuse codes of another AugVAE or ids of another tokenizer. Raises DataError with both fingerprints."""
+    """Refuse codes of another AugVAE or ids of another tokenizer.
+
+    Raises:
+        DataError: naming the setting `key` and both fingerprints.
+    """
     if meta["vae"] != vae_fingerprint:
         raise DataError(
             f"{key}: these codes were made by the AugVAE {meta['vae']}, but vae_path is {vae_fingerprint}. "
@@ -218,28 +224,26 @@ def check_codes(meta: dict[str, Any], vae_fingerprint: str, tokenizer_fingerprin
         )
 
 
-class TokenizedCaption(str):
-    """A caption that knows its `ids`."""
-
-    ids: list[int]
-
-
 class CodesDataset(Dataset):
-    """A folder of codes in memory, as compact arrays: `dataset[(epoch, i)]` is (codes (N,), TokenizedCaption).
+    """A folder of codes in memory, as compact arrays: `dataset[(epoch, i)]` is (codes (N,), EncodedCaption).
 
-    Which of several crops and captions it is follows from (seed, epoch, i), the caption as in captions.py; without
-    `train` the crop is the centre crop. A plain index means epoch 0. Raises DataError, naming the setting `key`.
+    Which of several crops and captions it is follows from (seed, epoch, i), the caption as in captions.py. Without
+    `train` it is the centre crop. A plain index means epoch 0.
+
+    Raises:
+        DataError: the folder holds no complete codes; naming the setting `key`.
     """
 
     def __init__(self, folder: str | os.PathLike, train: bool = True, seed: int = 0, key: str = "train_dir"):
         self.meta = read_meta(folder, key)
         self.folder, self.train, self.seed = Path(os.path.expanduser(folder)), train, seed
         shape = (self.meta["pairs"], self.meta["crops_per_image"], self.meta["image_len"])
+        self.shape = shape[2:]  # of one item
         self._codes = np.empty(shape, smallest_type(self.meta["codebook_size"]))
         ids, ends, captions = [], [0], []
         for i, (codes, about) in enumerate(self._samples(key)):
             if i >= len(self) or codes.shape != shape[1:] or codes.max() >= self.meta["codebook_size"]:
-                raise DataError(f"{key}: {self.folder} holds other codes than its {META} says. Extract them again.")
+                raise DataError(f"{key}: {self.folder} holds codes other than its {META} says. Extract them again.")
             self._codes[i] = codes
             captions.append(about["captions"])
             for of_one in about["ids"]:
@@ -279,16 +283,15 @@ class CodesDataset(Dataset):
     def __len__(self) -> int:
         return self.meta["pairs"]
 
-    def __getitem__(self, key: int | tuple[int, int]) -> tuple[np.ndarray, TokenizedCaption]:
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[np.ndarray, EncodedCaption]:
         epoch, i = key if isinstance(key, tuple) else (0, key)
         if not 0 <= i < len(self):
             raise IndexError(f"index {i} in a dataset of {len(self)}")
         crop = mix_seed(self.seed, epoch, i, CROP_DRAW) % self._codes.shape[1] if self.train else 0
         number = mix_seed(self.seed, epoch, i, CAPTION_DRAW) % int(self._first[i + 1] - self._first[i])
-        caption = TokenizedCaption(self._captions[i][number])
         at = self._first[i] + number
-        caption.ids = self._ids[self._ends[at] : self._ends[at + 1]].tolist()
-        return self._codes[i, crop], caption
+        ids = self._ids[self._ends[at] : self._ends[at + 1]].tolist()
+        return self._codes[i, crop], EncodedCaption(self._captions[i][number], ids)
 
     def captions(self, i: int) -> list[str]:
         """All captions of item i."""
@@ -296,11 +299,11 @@ class CodesDataset(Dataset):
 
     @property
     def world(self) -> World | None:
-        """The shapes world that the pictures come from, if they do."""
+        """The shapes world that the images come from, if they do."""
         return self._shapes and self._shapes.world
 
     def scene(self, i: int) -> Scene:
-        """The scene of item i, where they come from a shapes world: the truth to judge by."""
+        """The scene behind item i, where the images come from a shapes world."""
         return self._shapes.scene(i)
 
     def describe(self) -> dict[str, Any]:

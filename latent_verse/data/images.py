@@ -1,12 +1,12 @@
-"""Map-style datasets: folders of pictures, and made-up ones for smoke tests.
+"""Datasets of images that are read by index: folders, and generated images for smoke tests.
 
-All yield `(image, label)`: image float32 (3, R, R) in [-1, 1], or uint8 with `as_uint8=True`; label an int, -1 where
-the layout has none. What index i shows in epoch e is a pure function of (seed, e, i), so a resumed run sees the same
-crops whatever the number of workers. The samplers therefore ask for `dataset[(epoch, index)]`, and no state has to be
-carried into worker processes; a plain `dataset[index]` is epoch `dataset.epoch` (0 until changed).
+All give `(image, label)`: the image float32 (3, R, R) in [-1, 1], or uint8 with `as_uint8=True`; the label an int, -1
+where the layout has none. What index i shows in epoch e is a pure function of (seed, e, i), so a resumed run sees the
+same crops whatever the number of workers. Samplers therefore ask for `dataset[(epoch, index)]`, and worker processes
+need no state. A plain `dataset[index]` means epoch `dataset.epoch` (0 until changed).
 
-Unreadable files are logged once each and counted over all workers (`dataset.skipped.count`). In training the next
-readable sample stands in; in evaluation the item is None, which the loader's collation drops.
+Each unreadable file is logged once and counted over all workers (`dataset.skipped.count`). In training the next
+readable sample stands in for it. In evaluation the item is None, which collation drops.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import os
 from array import array
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,15 +42,16 @@ Sample = tuple[Tensor, int]
 
 
 class SkipLog:
-    """Which samples were unreadable: counted once each over all worker processes, and logged once each.
+    """Which samples were unreadable: each is counted and logged once over all worker processes.
 
-    One byte per sample in shared memory, so that a count made in a worker is seen by the main process.
+    It is one byte for each sample in shared memory, so that the main process sees what a worker counts.
     """
 
     def __init__(self, slots: int):
         self._flags = torch.zeros(slots, dtype=torch.uint8).share_memory_()
 
     def add(self, slot: int, name: str, reason: object) -> None:
+        """Count and log sample number `slot`, unless that was done before."""
         slot %= len(self._flags)
         if not self._flags[slot]:
             self._flags[slot] = 1
@@ -57,13 +59,14 @@ class SkipLog:
 
     @property
     def count(self) -> int:
+        """Unreadable samples so far."""
         return int(self._flags.sum())
 
 
 class PathList:
     """Paths below `root`, as one block of bytes and its offsets.
 
-    A list of a million str would be copied page by page into every worker as reference counts are touched.
+    A list of a million strings would be copied into every worker, page by page, as their reference counts change.
     """
 
     def __init__(self, root: str, names: Iterator[str] | list[str]):
@@ -84,7 +87,7 @@ class PathList:
 def walk(root: str, extensions: tuple[str, ...], others: Counter) -> Iterator[str]:
     """Names of the files below `root` with one of `extensions`, relative to it, in sorted order, links followed.
 
-    Hidden names (leading dot) are passed over. Files of another kind are counted by extension in `others`.
+    Hidden names (leading dot) are skipped. Files of another kind are counted by extension in `others`.
     """
 
     def descend(folder: str, prefix: str, above: tuple[str, ...]) -> Iterator[str]:
@@ -115,7 +118,11 @@ def describe_files(others: Counter) -> str:
 
 
 def check_folder(root: str | os.PathLike, key: str) -> str:
-    """`root` as a str with ~ expanded; DataError, naming the setting `key`, where it is no folder."""
+    """`root` as a str with ~ expanded.
+
+    Raises:
+        DataError: it is no folder; naming the setting `key`.
+    """
     root = os.path.expanduser(os.fspath(root))
     if not os.path.isdir(root):
         kind = "is a file, not a folder" if os.path.exists(root) else "does not exist"
@@ -124,19 +131,42 @@ def check_folder(root: str | os.PathLike, key: str) -> str:
 
 
 class MapImages(Dataset):
-    """What the folder datasets and the fake one share: epochs, crops and the handling of unreadable samples.
+    """What all map-style datasets of images share: epochs, crops and the handling of unreadable samples.
 
-    Subclasses give `__len__`, `_load(index) -> uint8 (3, H, W)` (raising UnreadableImage), `_label` and `_name`.
+    A subclass gives `__len__`, `image`, `name`, `target` and `skipped`, a SkipLog of as many slots as it has images.
+    `shape` is that of an item's image, (3, R, R).
+
+    Args:
+        resolution: R.
+        train: random crops, and another image in place of an unreadable one.
+        resize_ratio: the smallest share of the area that a random crop takes, above 0 and up to 1.
+        as_uint8: uint8 in [0, 255] rather than float32 in [-1, 1].
+        key: the setting that error messages mention.
+
+    Raises:
+        DataError: resize_ratio is out of range.
     """
 
-    def __init__(self, resolution: int, train: bool, resize_ratio: float, seed: int, as_uint8: bool):
+    crop_draw: tuple[int, ...] = ()  # tells the randomness of a sample's crop from that of its other choices
+    skipped: SkipLog
+
+    def __init__(
+        self,
+        resolution: int,
+        train: bool = True,
+        resize_ratio: float = 0.75,
+        seed: int = 0,
+        as_uint8: bool = False,
+        key: str = "train_dir",
+    ):
         if not 0 < resize_ratio <= 1:
             raise DataError(f"resize_ratio is {resize_ratio}; the smallest crop's share of the area lies in (0, 1].")
-        self.resolution, self.train, self.resize_ratio = resolution, train, resize_ratio
-        self.seed, self.as_uint8 = seed, as_uint8
+        self.resolution, self.shape = resolution, (3, resolution, resolution)
+        self.train, self.resize_ratio = train, resize_ratio
+        self.seed, self.as_uint8, self.key = seed, as_uint8, key
         self.epoch = 0
 
-    def __getitem__(self, key: int | tuple[int, int]) -> Sample | None:
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, Any] | None:
         epoch, index = key if isinstance(key, tuple) else (self.epoch, key)
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} in a dataset of {len(self)}")
@@ -144,10 +174,11 @@ class MapImages(Dataset):
         if image is None:
             return None
         if self.train:
-            image = random_crop(image, self.resolution, self.resize_ratio, sample_generator(self.seed, epoch, index))
+            generator = sample_generator(self.seed, epoch, index, *self.crop_draw)
+            image = random_crop(image, self.resolution, self.resize_ratio, generator)
         else:
             image = centre_crop(image, self.resolution)
-        return (image if self.as_uint8 else to_unit_range(image)), self._label(used)
+        return (image if self.as_uint8 else to_unit_range(image)), self.target(used, epoch, index)
 
     def _load_readable(self, index: int) -> tuple[Tensor | None, int]:
         """The sample, or in training the next readable one after it; in evaluation None for an unreadable one."""
@@ -155,36 +186,41 @@ class MapImages(Dataset):
         for step in range(tries):
             used = (index + step) % len(self)
             try:
-                return self._load(used), used
+                return self.image(used), used
             except UnreadableImage as error:
-                self.skipped.add(used, self._name(used), error)
+                self.skipped.add(used, self.name(used), error)
         if self.train:
             raise DataError(
-                f"{tries} images in a row cannot be read, from {self._name(index)} on. "
+                f"{tries} images in a row cannot be read, from {self.name(index)} on. "
                 "Is the storage still mounted? The log names each file and the reason."
             )
         return None, index
 
-    def _load(self, index: int) -> Tensor:
+    def __len__(self) -> int:
         raise NotImplementedError
 
-    def _label(self, index: int) -> int:
+    def image(self, index: int) -> Tensor:
+        """The whole image as uint8 (3, H, W). Raises UnreadableImage."""
         raise NotImplementedError
 
-    def _name(self, index: int) -> str:
+    def name(self, index: int) -> str:
+        """What messages call the image."""
+        raise NotImplementedError
+
+    def target(self, used: int, epoch: int, index: int) -> Any:
+        """What comes with image `used`, which stands in for `index` where that is unreadable: a label or a caption."""
         raise NotImplementedError
 
 
-class _FolderImages(MapImages):
-    """Files of a PathList; `labels` holds a class index for each, or is None."""
+class ImageFiles(MapImages):
+    """Datasets whose images are files, the `paths`."""
 
     paths: PathList
-    labels: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def _load(self, index: int) -> Tensor:
+    def image(self, index: int) -> Tensor:
         try:
             with open(self.paths[index], "rb") as file:
                 data = file.read()
@@ -192,77 +228,66 @@ class _FolderImages(MapImages):
             raise UnreadableImage(str(error)) from error
         return decode_rgb(data)
 
-    def _label(self, index: int) -> int:
-        return -1 if self.labels is None else int(self.labels[index])
-
-    def _name(self, index: int) -> str:
+    def name(self, index: int) -> str:
         return self.paths[index]
 
-    def _check_readable(self, root: str, key: str) -> None:
-        """Stops at the first readable file, so it costs one file where all is well. DataError if there is none."""
+    def _hold_paths(self, paths: PathList, source: str) -> None:
+        """Keeps the paths. DataError if none can be read; looks at one file where all is well."""
+        self.paths, self.skipped = paths, SkipLog(len(paths))
         reason: object = None
         for index in range(len(self)):
             try:
-                self._load(index)
+                self.image(index)
                 return
             except UnreadableImage as error:
                 reason = reason or error
         raise DataError(
-            f"{key}: not one of the {len(self)} images below {root} can be read. "
+            f"{self.key}: not one of the {len(self)} images of {source} can be read. "
             f"The first, {self.paths[0]}: {reason}. Check how the files were copied or unpacked."
         )
 
 
-class ImageDataset2(_FolderImages):
-    """Every picture below `root`, at any depth, with no meaning in the folder names; labels are -1.
+class FlatImages(ImageFiles):
+    """Every image below `root`, at any depth, with no meaning in the folder names; labels are -1.
 
-    Raises DataError where the folder is missing, holds no picture, or not one that can be read. `key` is the name of
-    the setting that messages should mention.
+    Arguments after `root` are those of MapImages.
+
+    Raises:
+        DataError: the folder is missing, holds no image, or none that can be read.
     """
 
-    def __init__(
-        self,
-        root: str | os.PathLike,
-        resolution: int,
-        train: bool = True,
-        resize_ratio: float = 0.75,
-        seed: int = 0,
-        as_uint8: bool = False,
-        key: str = "root",
-    ):
-        super().__init__(resolution, train, resize_ratio, seed, as_uint8)
-        root = check_folder(root, key)
+    def __init__(self, root: str | os.PathLike, resolution: int, *args, **options):
+        super().__init__(resolution, *args, **options)
+        root = check_folder(root, self.key)
         others: Counter = Counter()
-        self.paths = PathList(root, walk(root, EXTENSIONS, others))
-        if not len(self.paths):
+        paths = PathList(root, walk(root, EXTENSIONS, others))
+        if not len(paths):
             hint = " For tar shards use --dataset webdataset." if others[".tar"] else ""
             raise DataError(
-                f"{key}: no image below {root}: looked for {' '.join(EXTENSIONS)} (any case), "
+                f"{self.key}: no image below {root}: looked for {' '.join(EXTENSIONS)} (any case), "
                 f"{describe_files(others)}.{hint}"
             )
-        self.skipped = SkipLog(len(self.paths))
-        self._check_readable(root, key)
+        self._hold_paths(paths, root)
+
+    def target(self, used: int, epoch: int, index: int) -> int:
+        return -1
 
 
-class ImageDataset(_FolderImages):
-    """ImageFolder layout: `root/<class>/**/<picture>`; the label is the class folder's rank in sorted order.
+ImageDataset2 = FlatImages  # the original's name
 
-    `classes` lists the folder names, `class_to_idx` maps them to labels. Raises DataError as ImageDataset2 does, and
-    where the pictures lie in no class folder.
+
+class ImageDataset(ImageFiles):
+    """ImageFolder layout: `root/<class>/**/<image>`; the label is the class folder's rank in sorted order.
+
+    `classes` lists the folder names, `class_to_idx` maps them to labels. Arguments are those of FlatImages.
+
+    Raises:
+        DataError: as FlatImages, and where the images lie in no class folder.
     """
 
-    def __init__(
-        self,
-        root: str | os.PathLike,
-        resolution: int,
-        train: bool = True,
-        resize_ratio: float = 0.75,
-        seed: int = 0,
-        as_uint8: bool = False,
-        key: str = "root",
-    ):
-        super().__init__(resolution, train, resize_ratio, seed, as_uint8)
-        root = check_folder(root, key)
+    def __init__(self, root: str | os.PathLike, resolution: int, *args, **options):
+        super().__init__(resolution, *args, **options)
+        root = check_folder(root, self.key)
         with os.scandir(root) as entries:
             self.classes = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
         self.class_to_idx = {name: i for i, name in enumerate(self.classes)}
@@ -275,14 +300,16 @@ class ImageDataset(_FolderImages):
                     labels.append(label)
                     yield f"{name}/{path}"
 
-        self.paths = PathList(root, names())
+        paths = PathList(root, names())
         self.labels = np.array(labels, dtype=np.int32)
-        if not len(self.paths):
-            self._raise_empty(root, key, others)
-        self.skipped = SkipLog(len(self.paths))
-        self._check_readable(root, key)
+        if not len(paths):
+            self._raise_empty(root, others)
+        self._hold_paths(paths, root)
 
-    def _raise_empty(self, root: str, key: str, others: Counter) -> None:
+    def target(self, used: int, epoch: int, index: int) -> int:
+        return int(self.labels[used])
+
+    def _raise_empty(self, root: str, others: Counter) -> None:
         with os.scandir(root) as entries:
             loose = [entry.name for entry in entries if entry.is_file()]
         images = sum(name.lower().endswith(EXTENSIONS) for name in loose)
@@ -293,17 +320,22 @@ class ImageDataset(_FolderImages):
             hint = ". For tar shards use --dataset webdataset"
         else:
             hint = f"; looked for {' '.join(EXTENSIONS)} (any case), {describe_files(others)}"
-        raise DataError(f"{key}: no image in the {len(self.classes)} class folders (<class>/<image>) of {root}{hint}.")
+        raise DataError(
+            f"{self.key}: no image in the {len(self.classes)} class folders (<class>/<image>) of {root}{hint}."
+        )
 
 
 class FakeDataset(MapImages):
-    """Made-up pictures (a colour gradient, a few shapes, a little noise), the same for the same (seed, index).
+    """Generated images (a colour gradient, a few shapes, a little noise), the same for the same (seed, index).
 
-    Something a network can learn within seconds, unlike plain noise. Labels are 0 to 9. Nothing is read from disk.
+    Unlike plain noise, a network can learn them within seconds. Labels are 0 to 9. Nothing is read from disk.
+
+    Raises:
+        DataError: `length` is below 1.
     """
 
     def __init__(self, length: int, resolution: int, train: bool = True, seed: int = 0, as_uint8: bool = False):
-        super().__init__(resolution, train, 0.75, seed, as_uint8)
+        super().__init__(resolution, train, seed=seed, as_uint8=as_uint8)
         if length < 1:
             raise DataError(f"dataset_size is {length}; give at least one fake image.")
         self.length = length
@@ -312,7 +344,7 @@ class FakeDataset(MapImages):
     def __len__(self) -> int:
         return self.length
 
-    def _load(self, index: int) -> Tensor:
+    def image(self, index: int) -> Tensor:
         rng = sample_generator(self.seed, int(self.train), index)
         side = self.resolution
         y_HW, x_HW = torch.meshgrid(torch.linspace(0, 1, side), torch.linspace(0, 1, side), indexing="ij")
@@ -327,8 +359,8 @@ class FakeDataset(MapImages):
         image = image + 0.01 * torch.randn(image.shape, generator=rng)
         return (image.clamp(0, 1) * 255).round().to(torch.uint8)
 
-    def _label(self, index: int) -> int:
-        return index % 10
+    def target(self, used: int, epoch: int, index: int) -> int:
+        return used % 10
 
-    def _name(self, index: int) -> str:
+    def name(self, index: int) -> str:
         return f"fake image {index}"

@@ -5,19 +5,19 @@ A sample is the run of members that share a name up to its first dot: one of jpg
 (an integer; the label is -1 without it). Nothing is unpickled. Both datasets yield `(image, label)` as those in
 images.py do.
 
-TrainShards: a slot is one worker of one rank. In each pass a slot takes every slots-th shard of a permutation drawn
-from (seed, epoch, pass), the same on all ranks, so that slots are disjoint (where there are fewer shards than slots,
-each takes all shards in an order of its own), goes on with the next pass when it runs out, and stops after its share
-of the epoch: all ranks make the same number of steps. Samples are shuffled through a buffer, pass by pass, so that
-with even shards none comes twice before all have come once. Everything follows
-from (seed, epoch, slot, position), so a run resumes exactly by skipping positions, which reads but does not decode.
+TrainShards: a slot is one worker of one rank. In each pass the shards are permuted by (seed, epoch, pass), the same on
+all ranks, and each slot takes every slots-th one, so that slots are disjoint. Where there are fewer shards than slots,
+each slot takes all shards in an order of its own. A slot starts the next pass when its shards are used up, and stops
+after its share of the epoch, so all ranks make the same number of steps. Samples are shuffled through a buffer, pass by
+pass: with even shards none comes twice before all have come once. Everything follows from (seed, epoch, slot,
+position), so a run resumes exactly by skipping positions, which reads but does not decode.
 
-EvalShards: every sample exactly once over ranks x workers, with any number of shards. Workers split by shard, ranks by
-position in the worker's stream; so each rank reads all bytes, but decodes only its share, and every rank knows how many
-batches the others make. That price buys equal steps without knowing the sizes of remote shards.
+EvalShards: every sample comes exactly once over ranks x workers, with any number of shards. Workers split by shard,
+ranks by position in the worker's stream. So each rank reads all bytes but decodes only its share, and every rank knows
+how many batches the others make. This is the price of equal steps where the sizes of remote shards are unknown.
 
-A shard that cannot be opened, or gives not one member, is an error that names it. A member that cannot be decoded, or
-the rest of a shard that breaks off, is logged, counted and passed over.
+A shard that cannot be opened, or has no member, is an error that names it. A member that cannot be decoded, and the
+rest of a truncated shard, are logged, counted and skipped.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
+from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from latent_verse.data import DataError
@@ -53,20 +54,22 @@ log = logging.getLogger(__name__)
 
 IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")
 TARS = (".tar", ".tgz", ".tar.gz")
-SKIP_SLOTS = 1 << 16  # broken samples are told apart by a hash of their name: a stream has no index
+SKIP_SLOTS = 1 << 16  # unreadable samples are told apart by a hash of their name: a stream has no index
 
 
 # ---------------------------------------------------------------------------------------------- which shards, how many
 
 
 def is_remote(shard: str) -> bool:
+    """Whether a shard is a URL or a pipe, so that nothing is known of it before it is read."""
     return shard.startswith("pipe:") or ("://" in shard and not shard.startswith("file:"))
 
 
 def find_shards(source: str | os.PathLike | Sequence[str], key: str = "train_dir") -> list[str]:
     """The shards that `source` names: a folder of tars, a brace or * pattern, a comma list, a .txt of them, a URL.
 
-    Raises DataError, naming the setting `key` and the first shard missing, unless every local one is a file.
+    Raises:
+        DataError: a local shard is no file; naming the setting `key` and the first one missing.
     """
     shards = _expand(source, key)
     local = [shard for shard in shards if not is_remote(shard)]
@@ -134,7 +137,7 @@ def count_images(shard: str) -> int:
                             yield {"fname": member.name, "data": b"", "__url__": shard}
                         tar.members = []  # else tarfile keeps them all
             except (tarfile.TarError, OSError, EOFError, zlib.error):
-                return  # reading it will say so
+                return  # reading the samples reports it
 
         samples = group_by_keys(headers(), handler=lambda error: True)
         _counts[known] = sum(_image_key(sample) is not None for sample in samples)
@@ -149,7 +152,11 @@ def _image_key(raw: dict) -> str | None:
 
 
 def read_shards(shards: Iterable[str], skipped: SkipLog) -> Iterator[dict]:
-    """Undecoded samples that hold an image: dicts with `__key__`, `__url__` and the bytes of each member."""
+    """Undecoded samples that hold an image: dicts with `__key__`, `__url__` and the bytes of each member.
+
+    Raises:
+        DataError: a shard cannot be opened, or nothing in it can be read.
+    """
     from webdataset.gopen import gopen
     from webdataset.tariterators import group_by_keys, tar_file_expander
 
@@ -159,7 +166,7 @@ def read_shards(shards: Iterable[str], skipped: SkipLog) -> Iterator[dict]:
 
         def note(error: Exception, errors: list = errors) -> bool:
             errors.append(error)
-            return True  # webdataset: carry on
+            return True  # tells webdataset to continue
 
         try:
             stream = gopen(shard)
@@ -174,7 +181,7 @@ def read_shards(shards: Iterable[str], skipped: SkipLog) -> Iterator[dict]:
         finally:
             try:
                 stream.close()
-            except OSError as error:  # a pipe's exit status. That we closed it first (SIGPIPE, curl's 23) is no error
+            except OSError as error:  # a pipe's exit status; SIGPIPE and curl's 23 only say that we closed it first
                 if getattr(stream, "status", None) not in (-13, 141, 23):
                     errors.append(error)
         if errors and not seen:
@@ -183,8 +190,12 @@ def read_shards(shards: Iterable[str], skipped: SkipLog) -> Iterator[dict]:
             skipped.add(zlib.crc32(shard.encode()), f"part of shard {shard}", errors[0])
 
 
-def _decode(raw: dict) -> tuple:
-    """(uint8 (3, H, W), label), or UnreadableImage."""
+def decode_image(raw: dict) -> tuple[Tensor, int]:
+    """A raw sample -> (uint8 (3, H, W), label), the label -1 where .cls holds no number.
+
+    Raises:
+        UnreadableImage: its bytes are no readable image.
+    """
     try:
         label = int(raw.get("cls", b"-1"))
     except ValueError:
@@ -206,13 +217,16 @@ def _worker() -> tuple[int, int]:
 
 
 class TrainShards(IterableDataset):
-    """Shuffled training samples: each rank yields `steps` x `batch_size` of them per epoch, split over its workers.
+    """Shuffled training samples: each rank gives `steps` x `batch_size` of them an epoch, split over its workers.
 
-    To be batched by a DataLoader of this batch size. `start_at(epoch, batch)` says what the next iteration begins with;
+    A DataLoader of the same batch size must batch them. `start_at(epoch, batch)` says where the next iteration begins;
     it reaches persistent workers through shared memory. The order depends on ranks x workers (`slots`).
+
+    Raises:
+        DataError: while iterating, a shard or too many samples in a row cannot be read.
     """
 
-    decode = staticmethod(_decode)  # pairs.py reads captions in place of labels
+    decode = staticmethod(decode_image)  # pairs.py reads captions in place of labels
 
     def __init__(
         self,
@@ -235,12 +249,13 @@ class TrainShards(IterableDataset):
         self._start = torch.zeros(2, dtype=torch.int64).share_memory_()  # epoch, batch
 
     def start_at(self, epoch: int, batch: int) -> None:
+        """Say where the next iteration begins."""
         self._start[0], self._start[1] = epoch, batch
 
     def __iter__(self) -> Iterator[Sample]:
         worker, workers = _worker()
         epoch, first = self._start.tolist()
-        # The loader asks its worker 0 first, so after a resume at batch `first` worker 0 has to play the part of the
+        # The loader asks its worker 0 first. After a resume at batch `first`, worker 0 therefore takes the part of the
         # worker whose turn that batch was. Part p makes the batches p, p + workers, p + 2 workers, ...
         part = (worker + first) % workers
         done = len(range(part, first, workers)) * self.batch_size
@@ -257,10 +272,10 @@ class TrainShards(IterableDataset):
             yield (image if self.as_uint8 else to_unit_range(image)), label
 
     def _readable(self, raws: Iterator[dict], ahead: deque[dict]) -> tuple:
-        """The next sample, or for an unreadable one the next readable after it.
+        """The next sample, or for an unreadable one the next readable one after it.
 
-        That one stays in line for its own turn, so that what stands at a position does not depend on how many samples
-        before it were unreadable, and a resumed run can count positions without decoding.
+        The latter also keeps its own turn. So what is at a position does not depend on how many samples before it were
+        unreadable, and a resumed run can count positions without decoding.
         """
         remedies: Counter = Counter()
         for step in range(MAX_SKIPS):
@@ -299,11 +314,12 @@ class TrainShards(IterableDataset):
 
 
 class EvalShards(IterableDataset):
-    """Each sample once over ranks x workers, in shard order; None for an unreadable one, and where a rank needs an
-    empty batch to make as many steps as the others. To be batched by a DataLoader of the same `batch_size`.
+    """Each sample once over ranks x workers, in shard order. A DataLoader of the same `batch_size` must batch them.
+
+    None stands for an unreadable sample, and for the empty batch that a rank needs to make as many steps as the others.
     """
 
-    decode = staticmethod(_decode)
+    decode = staticmethod(decode_image)
 
     def __init__(
         self,
@@ -324,7 +340,7 @@ class EvalShards(IterableDataset):
         return math.ceil(math.ceil(samples / self.world) / self.batch_size)
 
     def steps(self, workers: int) -> int | None:
-        """Batches in all, an upper bound where shards are damaged; None with remote shards, whose size is unknown."""
+        """All batches, an upper bound where shards are damaged; None with remote shards, whose size is unknown."""
         if any(map(is_remote, self.shards)):
             return None
         workers = max(1, workers)
@@ -349,3 +365,57 @@ class EvalShards(IterableDataset):
             return None
         image = centre_crop(image, self.resolution)
         return (image if self.as_uint8 else to_unit_range(image)), label
+
+
+class Shards:
+    """The tar shards of a split: how many samples they hold, and what streams them in training and in evaluation.
+
+    Items are uint8 (3, R, R), as `shape` says, and a label. `skipped` counts what was unreadable in all streams.
+
+    Args:
+        source: what names the shards, as in `find_shards`.
+        size: samples of a training epoch; None counts those in the shards, which remote ones do not allow.
+        key: the setting that error messages mention.
+
+    Raises:
+        DataError: a shard is missing.
+    """
+
+    train_stream, eval_stream = TrainShards, EvalShards
+
+    def __init__(
+        self,
+        source: str | os.PathLike | Sequence[str],
+        resolution: int,
+        resize_ratio: float = 0.75,
+        seed: int = 0,
+        shuffle_buffer: int = 1000,
+        size: int | None = None,
+        key: str = "train_dir",
+    ):
+        self.shards = find_shards(source, key)
+        self.resolution, self.shape, self.size = resolution, (3, resolution, resolution), size
+        self.crops = {"resize_ratio": resize_ratio, "seed": seed, "shuffle_buffer": shuffle_buffer}
+        self.skipped = SkipLog(SKIP_SLOTS)
+
+    @property
+    def samples(self) -> int | None:
+        """Samples of an epoch; None where they are neither given nor to be counted."""
+        if self.size:
+            return self.size
+        return None if any(map(is_remote, self.shards)) else sum(map(count_images, self.shards))
+
+    def for_training(self, steps: int, batch_size: int, rank: int, world: int) -> TrainShards:
+        """A rank's shuffled stream of `steps` batches an epoch."""
+        ranks = {"rank": rank, "world": world, "as_uint8": True, "skipped": self.skipped}
+        return self.train_stream(self.shards, self.resolution, steps, batch_size, **self.crops, **ranks)
+
+    def for_evaluation(self, batch_size: int, rank: int = 0, world: int = 1) -> EvalShards:
+        """A rank's stream in which every sample comes once over all ranks."""
+        ranks = {"rank": rank, "world": world, "as_uint8": True, "skipped": self.skipped}
+        return self.eval_stream(self.shards, self.resolution, batch_size, **ranks)
+
+    def describe(self) -> dict[str, str | int | None]:
+        """Where the samples come from and how many there are."""
+        more = f" and {len(self.shards) - 1} more" if len(self.shards) > 1 else ""
+        return {"source": self.shards[0] + more, "samples": self.samples}

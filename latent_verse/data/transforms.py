@@ -1,11 +1,11 @@
-"""From a file's bytes to a square picture, and which randomness belongs to which sample.
+"""From a file's bytes to a square image, and which randomness belongs to which sample.
 
-Two decoders, one picture: ordinary JPEGs (RGB or gray) go through torchvision's, the fastest of those measured in
-`benchmarks/data.py`; everything else, and everything that decoder refuses, through Pillow, which has the last word on
-whether a file is readable. Resizing is bilinear with antialiasing in uint8. The results equal
-torchvision's transforms on PIL images to within 2/255 (a test holds this; usually they are identical).
+There are two decoders. Ordinary JPEGs (RGB or gray) go through torchvision's, the fastest of those measured in
+`benchmarks/data.py`. Everything else, and everything that decoder refuses, goes through Pillow, which has the last word
+on whether a file is readable. Resizing is bilinear with antialiasing, in uint8. The results equal torchvision's
+transforms on PIL images to within 2/255 (a test holds this; usually they are identical).
 
-Shapes: C = 3 colours, H x W the picture's size, R the resolution. uint8 pictures lie in [0, 255], float in [-1, 1].
+Shapes: C = 3 colours, H x W the image's size, R the resolution. uint8 images lie in [0, 255], float in [-1, 1].
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from latent_verse.data import DataError
 
 
 class UnreadableImage(DataError):
-    """These bytes are no readable picture (corrupt, truncated, a decompression bomb, an unknown format)."""
+    """These bytes are no readable image (corrupt, truncated, a decompression bomb, an unknown format)."""
 
     remedy = "Were the shards written with image bytes under jpg, jpeg, png or webp?"  # where many do so in a row
 
@@ -44,18 +44,20 @@ _UPRIGHT: dict[int, Callable[[Tensor], Tensor]] = {
 
 
 def decode_rgb(data: bytes) -> Tensor:
-    """The picture in `data` as uint8 (3, H, W), upright by its EXIF orientation.
+    """The image in `data` as uint8 (3, H, W), upright by its EXIF orientation.
 
-    Transparency is composited over white; 16-bit pictures are scaled to 8 bits, not clipped; of an animation the first
-    frame is taken; colour profiles are not applied.
-    Raises UnreadableImage, with the decoder's reason, for anything that is not a whole, readable picture.
+    Transparency is composited over white. 16-bit images are scaled to 8 bits, not clipped. An animation gives its first
+    frame. Colour profiles are not applied.
+
+    Raises:
+        UnreadableImage: it is not a whole, readable image; with the decoder's reason.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata; what matters to us is raised
+            warnings.simplefilter("ignore")  # Pillow warns of odd metadata; what matters to us is raised
             return _decode(data)
     except UnidentifiedImageError as error:  # whose own text names a buffer's address
-        raise UnreadableImage("it is not a picture of a known format, or damaged from its first bytes on") from error
+        raise UnreadableImage("it is not an image of a known format, or damaged from its first bytes on") from error
     except Exception as error:  # decoders raise nearly anything on damaged bytes, from SyntaxError to struct.error
         raise UnreadableImage(f"{type(error).__name__}: {error}") from error
 
@@ -81,7 +83,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         gray = np.asarray(image)
         if not (np.isfinite(gray).all() and gray.min() >= 0 and gray.max() <= 1):
-            raise ValueError("a floating-point picture with values outside [0, 1], so its white is unknown")
+            raise ValueError("a floating-point image with values outside [0, 1], so its white is unknown")
         return Image.fromarray((gray * 255).round().astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -94,10 +96,10 @@ def _pil_to_tensor(image: Image.Image) -> Tensor:
 
 
 def centre_crop(image: Tensor | Image.Image, resolution: int) -> Tensor:
-    """THE resizing and cropping of evaluation: shorter side to `resolution` (bilinear, antialiased), centre square.
+    """The resizing and cropping of all evaluation: shorter side to `resolution` (bilinear, antialiased), centre square.
 
-    Takes uint8 (3, H, W) or a PIL image, gives uint8 (3, R, R). Whatever is compared with a reconstruction, reference
-    statistics for FID included, has to come from here.
+    Takes uint8 (3, H, W) or a PIL image, gives uint8 (3, R, R). Whatever is compared with a reconstruction must come
+    from here, the reference statistics of FID included.
     """
     if isinstance(image, Image.Image):
         image = _pil_to_tensor(_to_rgb(image))
@@ -106,7 +108,7 @@ def centre_crop(image: Tensor | Image.Image, resolution: int) -> Tensor:
     new_long = int(resolution * long / short)  # torchvision's rounding, as in Resize(resolution)
     offset = round((new_long - resolution) / 2.0)  # and CenterCrop's
     if new_long > 4 * resolution:
-        # A very long picture: resizing all of it could take gigabytes. Pillow can resize just the part that is kept.
+        # A very long image: resizing all of it could take gigabytes. Pillow can resize just the part that is kept.
         lo, hi = offset * long / new_long, (offset + resolution) * long / new_long
         box = (0, lo, width, hi) if height > width else (lo, 0, hi, height)
         pil = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
@@ -127,9 +129,9 @@ def random_crop(image: Tensor, resolution: int, resize_ratio: float, generator: 
 def crop_box(height: int, width: int, resize_ratio: float, generator: torch.Generator) -> tuple[int, int, int]:
     """(top, left, side) of a random square whose area is `resize_ratio` to 1 times that of the largest that fits.
 
-    On square pictures this is RandomResizedCrop(scale=(resize_ratio, 1), ratio=(1, 1)). On others that class measures
-    the area against the whole picture, finds at 0.75 and 4:3 no square that fits, and silently falls back to the centre
-    crop: most photographs would see no augmentation at all.
+    On square images this is torchvision's RandomResizedCrop(scale=(resize_ratio, 1), ratio=(1, 1)). On others that
+    class measures the area against the whole image. At 0.75 and 4:3 it finds no square that fits and silently falls
+    back to the centre crop, so most photographs would see no augmentation at all.
     """
     largest = min(height, width)
     area, down, right = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
@@ -139,7 +141,7 @@ def crop_box(height: int, width: int, resize_ratio: float, generator: torch.Gene
 
 
 def _resize(image_CHW: Tensor, size: tuple[int, int]) -> Tensor:
-    # a whole decoded picture lies channels-last, as the vectorised uint8 kernel wants it; a crop has to be made so
+    # the vectorised uint8 kernel wants channels-last memory: a whole decoded image has it, a crop does not
     image_CHW = image_CHW[None].contiguous(memory_format=torch.channels_last)[0]
     return resize_image(image_CHW, list(size), interpolation=InterpolationMode.BILINEAR, antialias=True)
 
@@ -149,19 +151,28 @@ def to_unit_range(x: Tensor) -> Tensor:
     return x.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1.0)
 
 
-class Collate:
-    """Samples -> [uint8 (B, 3, R, R), int64 (B,)]; None, an unreadable evaluation sample, is left out. B may be 0."""
+def stack_images(images: list[Tensor], shape: tuple[int, ...]) -> Tensor:
+    """uint8 (3, R, R) images, of `shape`, -> (B, 3, R, R); B may be 0."""
+    if not images:
+        return torch.empty(0, *shape, dtype=torch.uint8)
+    # images lie in memory as HWC, as decoders leave them: stacked so, it is one copy each
+    return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
 
-    def __init__(self, resolution: int):
-        self.resolution = resolution
+
+class Collate:
+    """Samples -> [uint8 (B, 3, R, R), int64 (B,)]; None, an unreadable evaluation sample, is left out. B may be 0.
+
+    Args:
+        shape: of one image, (3, R, R).
+    """
+
+    def __init__(self, shape: tuple[int, ...]):
+        self.shape = shape
 
     def __call__(self, samples: list[tuple[Tensor, int] | None]) -> list[Tensor]:
         kept = [sample for sample in samples if sample is not None]
         labels = torch.tensor([label for _, label in kept], dtype=torch.int64)
-        if not kept:
-            return [torch.empty(0, 3, self.resolution, self.resolution, dtype=torch.uint8), labels]
-        # pictures lie in memory as HWC, as decoders leave them: stacked so, it is one copy each
-        return [torch.stack([image.permute(1, 2, 0) for image, _ in kept]).permute(0, 3, 1, 2), labels]
+        return [stack_images([image for image, _ in kept], self.shape), labels]
 
 
 def mix_seed(*parts: int) -> int:
@@ -170,5 +181,5 @@ def mix_seed(*parts: int) -> int:
 
 
 def sample_generator(*parts: int) -> torch.Generator:
-    """The randomness that belongs to `parts` (seed, epoch, sample index), whichever worker or rank draws from it."""
+    """The randomness that belongs to `parts` (seed, epoch, sample index), whichever worker or rank uses it."""
     return torch.Generator().manual_seed(mix_seed(*parts))

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from latent_verse.evaluation.shapes import ATTRIBUTES
+from latent_verse.evaluation.shapes_truth import ATTRIBUTES
 from latent_verse.files import write_text
 from latent_verse.html import embedded, render
 from latent_verse.metrics.intervals import wilson

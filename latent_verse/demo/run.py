@@ -105,7 +105,7 @@ def plan(s: DemoSettings, out: Path) -> list[Stage]:
     runs = ["--log_dir", at["runs"], "--gpus", str(s.gpus)]
     ml, sl, biart = (f"{at['runs']}/{file.stem}" for file in recipe.values())
     world = World.preset(s.world).fingerprint
-    images = ["-m", "latent_verse.demo.images", "--world", s.world, "--out", shown_path(out)]
+    images = ["-m", "latent_verse.demo.training_data", "--world", s.world, "--out", shown_path(out)]
     images += ["--train_pairs", str(pairs)]
     stages = [Stage("pictures", "images and captions", images, "data/finished", world)]
 
@@ -128,7 +128,7 @@ def plan(s: DemoSettings, out: Path) -> list[Stage]:
 
     sampling = config.sampling.arguments()
     flags = [word for name, value in sampling.items() if value is not None for word in (f"--{name}", f"{value:g}")]
-    evaluate = ["-m", "latent_verse.evaluation.shapes", "--model", f"{biart}/bundle", "--world", s.world, *flags]
+    evaluate = ["-m", "latent_verse.evaluation.shapes_truth", "--model", f"{biart}/bundle", "--world", s.world, *flags]
     evaluate += ["--rerank", str(s.rerank), "--count", str(s.count), "--samples", str(min(SAMPLES, s.count))]
     for name, split in (("unseen", "val"), ("heldout", "heldout")):
         file = f"{name}.json"

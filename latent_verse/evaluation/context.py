@@ -11,12 +11,12 @@ from PIL import Image
 from torch import Tensor
 
 from latent_verse.config.evaluate import EvalBiARTConfig
-from latent_verse.evaluation.figures import Records
 from latent_verse.evaluation.page import Case, Gallery, choose
 from latent_verse.evaluation.pairs import Pairs, Sample
+from latent_verse.evaluation.records import Records
+from latent_verse.inference.pipeline import LVerse
 from latent_verse.metrics import networks
 from latent_verse.metrics.processes import Ranks
-from latent_verse.pipeline import LVerse
 
 
 @dataclass(eq=False)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from latent_verse.evaluation.figures import Record, interval, selection, shown
+from latent_verse.evaluation.records import Record, interval, selection, shown
 from latent_verse.files import write_text
 from latent_verse.html import embedded, render
 

@@ -20,11 +20,10 @@ from torch import Tensor
 
 from latent_verse.config.evaluate import EvalDataConfig
 from latent_verse.config.train import PairDataConfig
-from latent_verse.data import DataError
-from latent_verse.data.pairs import open_pairs
-from latent_verse.data.shapes import Scene, ShapesDataset, World
+from latent_verse.data.datasets import PAIRS, Given, Split
+from latent_verse.data.shapes import Scene
 
-SHAPES_SIZE, FAKE_SIZE = 256, 32
+GENERATED_SIZES = {"shapes": 256, "fake": 32}  # pairs where test_size does not say
 COCO_NAME = re.compile(r"(?:^|_)(\d{12})$")  # 000000391895.jpg, COCO_val2014_000000391895.jpg
 RULE = "pictures by SHA-256 of seed/name, one caption each by SHA-256 of seed/name/number; then the next captions"
 
@@ -141,21 +140,15 @@ def _rank(key: str) -> bytes:
 
 
 def _open(data: EvalDataConfig, resolution: int, seed: int) -> Any:
-    if data.dataset == "shapes":
-        world = World.preset(data.world)
-        if world.image_size != resolution:
-            raise DataError(
-                f"world: {data.world} has pictures of {world.image_size} px, but {resolution} px are asked for (the "
-                "model's, or fid_resolution). Choose the world that the model was trained on."
-            )
-        return ShapesDataset(world, data.split, data.test_size or SHAPES_SIZE, seed, as_uint8=True)
-    as_training = PairDataConfig(
-        dataset=data.dataset,
-        test_dir=data.test_dir,
-        val_captions=data.test_captions,
-        val_size=data.test_size or FAKE_SIZE,
+    return PAIRS[data.dataset](
+        Split(
+            name=data.split if data.dataset == "shapes" else "test",
+            data=PairDataConfig(dataset=data.dataset, world=data.world),
+            resolution=resolution,
+            seed=seed,
+            augment=False,
+            folder=Given("test_dir", data.test_dir),
+            captions=Given("test_captions", data.test_captions),
+            size=data.test_size or GENERATED_SIZES.get(data.dataset),
+        )
     )
-    try:
-        return open_pairs(as_training, "test", resolution, seed)
-    except DataError as error:  # the reader's messages name the setting that training has
-        raise DataError(str(error).replace("val_captions", "test_captions")) from error

@@ -17,9 +17,9 @@ from torch import Tensor
 from latent_verse.config import SamplingSettings
 from latent_verse.data.shapes import Scene, World
 from latent_verse.evaluation.samples import calls
-from latent_verse.evaluation.shapes import ATTRIBUTES
+from latent_verse.evaluation.shapes_truth import ATTRIBUTES
+from latent_verse.inference.pipeline import LVerse
 from latent_verse.metrics.processes import Ranks
-from latent_verse.pipeline import LVerse
 
 
 @dataclass

@@ -24,9 +24,9 @@ from latent_verse.data import DataError
 from latent_verse.data.images import EXTENSIONS
 from latent_verse.data.transforms import centre_crop, decode_rgb, mix_seed
 from latent_verse.files import differences, write_text
+from latent_verse.inference.image_io import save_png
+from latent_verse.inference.pipeline import LVerse
 from latent_verse.metrics.processes import Ranks
-from latent_verse.pictures import save_png
-from latent_verse.pipeline import LVerse
 
 INDEX = "pictures.jsonl"
 ABOUT = "settings.json"  # of the images in the folder, which takes no others

@@ -14,8 +14,8 @@ from latent_verse.data import DataError
 from latent_verse.data.images import ImageDataset
 from latent_verse.evaluation import samples
 from latent_verse.evaluation.context import Context, as_pil
-from latent_verse.evaluation.figures import OWN
 from latent_verse.evaluation.pairs import ordered
+from latent_verse.evaluation.records import OWN
 from latent_verse.files import write_text
 from latent_verse.machine import versions
 from latent_verse.metrics import captions, likelihood

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torchmetrics import Metric
 
-from latent_verse.augvae.codebook import count, perplexity
+from latent_verse.augvae.quantizer import count, perplexity
 
 
 class CodebookUsage(Metric):

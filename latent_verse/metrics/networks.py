@@ -93,7 +93,7 @@ def vgg16_weights() -> Weights:
     """VGG16 of LPIPS; torchvision puts the digits of the hash into the file's name."""
     from torchvision.models import VGG16_Weights
 
-    from latent_verse.augvae.perceptual import vgg16_file
+    from latent_verse.augvae.losses import vgg16_file
 
     return Weights(vgg16_file(), VGG16_Weights.IMAGENET1K_V1.url, vgg16_file().stem.rsplit("-", 1)[1])
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torchmetrics.image import StructuralSimilarityIndexMeasure
 
-from latent_verse.augvae.perceptual import LPIPS
+from latent_verse.augvae.losses import LPIPS
 from latent_verse.machine import versions
 from latent_verse.metrics import networks
 from latent_verse.metrics.codebook_usage import CodebookUsage

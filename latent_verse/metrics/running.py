@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torchmetrics import Metric
 
-from latent_verse.precision import keeping_float32
+from latent_verse.nn.precision import keeping_float32
 
 
 class Mean(Metric):

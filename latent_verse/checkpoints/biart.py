@@ -1,0 +1,171 @@
+"""Loading a trained BiART, with its tokenizer and AugVAE, from a bundle, run folder or checkpoint."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from latent_verse.augvae.model import AugVAE
+from latent_verse.biart.model import BiART
+from latent_verse.checkpoints.augvae import load_augvae
+from latent_verse.checkpoints.bundle import find_bundle, load_bundle, save_bundle
+from latent_verse.checkpoints.ckpt_files import CheckpointError, fill, find_checkpoint, fingerprint, read_ckpt
+from latent_verse.config import PRESETS, BiARTConfig, BiARTModelConfig, ConfigError, training_only
+from latent_verse.config.train import TrainBiARTConfig
+from latent_verse.data.text import Tokenizer, TokenizerError, unpack_tokenizer
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A trained BiART and what it was trained with.
+
+    Attributes:
+        where: the checkpoint or bundle.
+        biart: in evaluation mode, float32, on the CPU; with the averaged weights if the run kept them.
+        vae_fingerprint: of its AugVAE.
+        vae_path: where its AugVAE was when BiART was trained; None for a smoke test's random one.
+        info: see `pipeline.LVerse`.
+        bundled: the AugVAE of a bundle, None for a checkpoint.
+    """
+
+    where: Path
+    biart: BiART
+    tokenizer: Tokenizer
+    vae_fingerprint: str
+    vae_path: str | None
+    info: dict[str, Any]
+    bundled: AugVAE | None = None
+
+    def augvae(self) -> AugVAE:
+        """Its AugVAE: from the bundle, from `vae_path`, or from the bundle that its run has written since.
+
+        Raises:
+            CheckpointError: it is in none of these places, or damaged.
+        """
+        if self.bundled is not None:
+            return self.bundled
+        beside = self.where.absolute().parents[1] / "bundle" / "vae"
+        if beside.is_dir() and not (self.vae_path and Path(self.vae_path).exists()):
+            return load_augvae(beside)
+        remedy = "Name it with --vae_path, or give the bundle that its run has written."
+        if self.vae_path is None:
+            raise CheckpointError(f"{self.where} is from a smoke test, whose random AugVAE is not kept. {remedy}")
+        try:
+            return load_augvae(self.vae_path)
+        except CheckpointError as error:
+            raise CheckpointError(f"The AugVAE that {self.where} was trained with is gone: {error} {remedy}") from error
+
+
+def load_pretrained(path: str | os.PathLike) -> Pretrained:
+    """A trained BiART and what it was trained with.
+
+    Args:
+        path: a bundle, a run folder of train_biart.py (its best checkpoint), a checkpoint, or the hub id of a bundle.
+
+    Raises:
+        CheckpointError: the file is missing, damaged or of another kind; the message names it.
+    """
+    file = find_checkpoint(Path(path))
+    if file.is_file() or file.suffix == ".ckpt":
+        return load_checkpoint(file)
+    folder = find_bundle(path)
+    vae, biart, tokenizer, info, prints = load_bundle(folder)
+    return Pretrained(folder, biart.float(), tokenizer, prints["vae"], str(folder / "vae"), info, vae)
+
+
+def load_checkpoint(file: Path) -> Pretrained:
+    """The same, from a checkpoint of train_biart.py.
+
+    Raises:
+        CheckpointError: the file is missing, damaged or of another kind.
+    """
+    content = read_ckpt(file)
+    about = content.get("latent_verse", {})
+    if about.get("kind") != "biart":
+        raise CheckpointError(f"{file} is not a checkpoint of train_biart.py.")
+    try:
+        biart, run, vae = BiART(BiARTConfig(**about["model"])), about["run"], about["vae"]
+        prefix = "ema." if run["optim"]["ema_decay"] else "model."
+        info = {"reference_dropout": run["loss"]["reference_dropout"], "text_too_long": run["text"]["text_too_long"]}
+        tokenizer, print_, path = unpack_tokenizer(about["tokenizer"]), vae["fingerprint"], vae["path"]
+    except (KeyError, TypeError, ConfigError, TokenizerError) as error:
+        raise CheckpointError(f"{file} does not say what this version needs to read it: {error}") from error
+    fill(biart, {k.removeprefix(prefix): v for k, v in content["state_dict"].items() if k.startswith(prefix)}, file)
+    return Pretrained(file, biart.eval(), tokenizer, print_, path, info)
+
+
+def take_over(config: TrainBiARTConfig, given: Mapping[str, str]) -> tuple[TrainBiARTConfig, Pretrained | None]:
+    """What pretrained_path names, None without it, and the run's configuration with its shape and tokenizer. Its AugVAE
+    is the run's, where no flag names another place of it.
+
+    Args:
+        given: settings that were given: those that contradict its shape or tokenizer are refused, defaults yield.
+
+    Raises:
+        CheckpointError: see `load_pretrained`.
+        ConfigError: the settings contradict it.
+    """
+    path = config.optim.pretrained_path
+    if path is None:
+        return config, None
+    pretrained = load_pretrained(path)
+    m, t = config.model, config.text
+    there = pretrained.biart.config
+    names = {f.name for f in fields(m)} - {"preset"} - training_only(BiARTModelConfig)
+    shape = {name: getattr(there, name) for name in names}
+    text = {"text_len": there.text_len, "tokenizer": pretrained.tokenizer.name}
+    asked = {k: (v, f" (preset {m.preset})") for k, v in PRESETS[m.preset].items() if "preset" in given}
+    for name in (*shape, *text):
+        value = getattr(m if name in shape else t, name)
+        if name in given and value is not None:
+            asked[name] = (value, "")
+    found = shape | text
+    differ = [
+        f"{name}: {value} in the settings{by}, {found[name]} there"
+        for name, (value, by) in sorted(asked.items())
+        if value != found[name]
+    ]
+    if differ:
+        raise ConfigError(f"pretrained_path {path} is another BiART:\n  " + "\n  ".join(differ))
+    vae = config.vae if given.get("vae_path", "").startswith("--") else replace(config.vae, vae_path=None)
+    return replace(config, model=replace(m, **shape), text=replace(t, **text), vae=vae), pretrained
+
+
+def check_vae(found: str, then: str, path: str | None, file: str | os.PathLike) -> None:
+    """Refuse an AugVAE of another fingerprint than a BiART was trained with.
+
+    Args:
+        found: the fingerprint of the AugVAE at hand.
+        then, path: the fingerprint of the one in training, and where it lay; None is a smoke test's random one.
+        file: the BiART.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    if found != then:
+        raise CheckpointError(
+            f"vae_path is the AugVAE {found}, but {file} was trained with {then} "
+            f"({path or 'a random one, for fake data'}). Give that one as vae_path."
+        )
+
+
+def export_bundle(
+    ckpt_path: str | Path, folder: str | Path, vae_path: str | None = None, vae: AugVAE | None = None
+) -> Path:
+    """Make a bundle of a checkpoint or run folder (its best one). Returns the checkpoint's path.
+
+    Args:
+        vae: AugVAE, where it is at hand; else that of `vae_path`, else that of `Pretrained.augvae`.
+
+    Raises:
+        CheckpointError: a file is absent, damaged or of another kind, or AugVAE is not the one it was trained with.
+    """
+    trained = load_checkpoint(find_checkpoint(Path(ckpt_path)))
+    if vae is None:
+        vae = load_augvae(vae_path) if vae_path else trained.augvae()
+    check_vae(fingerprint(vae), trained.vae_fingerprint, trained.vae_path, trained.where)
+    save_bundle(folder, vae.cpu(), trained.biart, trained.tokenizer, trained.info)
+    return trained.where

@@ -1,0 +1,212 @@
+"""Reading any Lightning checkpoint: which file of a folder to take, what it holds, whether a run can resume from it.
+
+Files are read with `weights_only=True`, so nothing in them can run code. Beyond tensors and plain types, only
+argparse.Namespace is allowed: released files keep their settings in one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import os
+import re
+import warnings
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from latent_verse.config import AugVAEConfig, BiARTConfig, UserError, as_plain, training_only
+from latent_verse.files import differences
+
+Kind = Literal["augvae", "biart"]  # what a checkpoint says of itself
+STEP = re.compile(r"step=(\d+)\.ckpt$")
+
+
+class CheckpointError(UserError):
+    """A checkpoint is missing, damaged, of another kind, or does not fit. The message names the file and the remedy."""
+
+
+def read_ckpt(file: str | os.PathLike) -> dict[str, Any]:
+    """A Lightning checkpoint's content, on the CPU, memory-mapped.
+
+    Raises:
+        CheckpointError: the file is missing, truncated, not a checkpoint, or cannot be read without running code.
+    """
+    file = Path(file)
+    if not file.is_file():
+        near = sorted(p.name for p in file.parent.glob("*.ckpt")) if file.parent.is_dir() else []
+        raise CheckpointError(
+            f"checkpoint {file} does not exist.{' That folder holds: ' + ', '.join(near) if near else ''}"
+        )
+    if file.suffix == ".safetensors":  # some versions of PyTorch read it, others take it for a pickle of code
+        raise CheckpointError(f"{file} contains only weights; expected a Lightning .ckpt.")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file) or None)
+    except PermissionError as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
+    except Exception as error:  # pickle, zipfile and torch each raise their own for a damaged file
+        refused = re.search(r"GLOBAL ([\w.]+)|global ([\w.]+)|class ([\w.]+)", str(error))
+        if "Unsupported" in str(error) or refused:
+            name = next(filter(None, refused.groups())) if refused else "something other than plain data"
+            raise CheckpointError(
+                f"{file} is refused: it names {name}, and reading that would run code. "
+                "Only tensors, plain types and argparse.Namespace are read."
+            ) from error
+        raise CheckpointError(f"{file} is not a complete checkpoint; was it cut off? ({first_line(error)})") from error
+    if not isinstance(content, dict) or "state_dict" not in content:
+        raise CheckpointError(f"{file} holds no state_dict; expected a Lightning checkpoint.")
+    return content
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The best checkpoint of a run folder, or its newest if none is named best; any other path unchanged."""
+    for folder in (path / "checkpoints", path):
+        files = list(folder.glob("*.ckpt")) if folder.is_dir() else []
+        chosen = newest(files, "best-") or newest(files)
+        if chosen:
+            return chosen
+    return path
+
+
+def newest(files: Iterable[Path], prefix: str = "") -> Path | None:
+    """The checkpoint with the highest step in its name (`<prefix>...step=N.ckpt`), whatever the order or times."""
+    found = [(step_of(p), str(p), p) for p in files if p.name.startswith(prefix) and step_of(p) is not None]
+    return max(found)[2] if found else None
+
+
+def step_of(checkpoint: Path) -> int | None:
+    """The step in a checkpoint's name, None where there is none."""
+    match = STEP.search(checkpoint.name)
+    return int(match[1]) if match else None
+
+
+def starting_point(
+    states: list[Path], ckpt_path: str | None, kind: Kind, model: AugVAEConfig | BiARTConfig | None = None
+) -> Path | None:
+    """The checkpoint that training resumes from, None to start anew.
+
+    Args:
+        states: the run's own checkpoints, newest first (runs.states). If one is damaged, the one before it is tried,
+            with a warning.
+        ckpt_path: what --resume names, None without it; of a run folder, its newest checkpoint. The run's own
+            checkpoint is preferred if it is at least as many steps on.
+        kind: what is trained.
+        model: configuration of the model to be trained; the checkpoint's must have the same shape. None: not compared.
+
+    Raises:
+        CheckpointError: training cannot resume from ckpt_path, or from any of the run's own checkpoints.
+    """
+    given, given_step = None, -1
+    if ckpt_path is not None:
+        place = Path(ckpt_path)
+        folders = [place / "backups", place / "checkpoints", place]
+        given = newest(f for d in folders for f in d.glob("*.ckpt")) if place.is_dir() else place
+        if given is None:
+            raise CheckpointError(
+                f"ckpt_path: the folder {place} holds no .ckpt to resume from. To start from the weights of a bundle "
+                "or of save_pretrained, give it as --pretrained_path."
+            )
+        given_step = check_resumable(given, kind, model)
+    problem = None
+    for own in states:
+        try:
+            step = check_resumable(own, kind, model)
+        except CheckpointError as error:
+            problem = error
+            warnings.warn(f"{error} Trying the checkpoint before it.", stacklevel=2)
+            continue
+        return own if step >= given_step else given
+    if problem and given is None:
+        raise problem
+    return given
+
+
+def check_resumable(file: str | os.PathLike, kind: Kind, model: AugVAEConfig | BiARTConfig | None = None) -> int:
+    """Refuse a file that training of `kind` cannot resume from. Returns its step.
+
+    Raises:
+        CheckpointError: the file is damaged, of another kind or shape, or lacks the optimiser's state.
+    """
+    content = read_ckpt(file)
+    own = content.get("latent_verse") or {}
+    found = own.get("kind")
+    if found != kind or "optimizer_states" not in content:
+        what = f"a checkpoint of {found}" if found else "not one of this project's training checkpoints"
+        remedy = {
+            "augvae": "To start from its weights alone, give it as --pretrained_path.",
+            "biart": "Give a checkpoint or run folder of train_biart.py; an AugVAE goes to --vae_path, a bundle to "
+            "--pretrained_path.",
+        }[kind]
+        raise CheckpointError(f"{file} is {what}; training of {kind} cannot resume from it. {remedy}")
+    if model is not None:
+        wanted, there = as_plain(model), own.get("model", {})
+        shape = {name: value for name, value in wanted.items() if name not in training_only(type(model))}
+        defaults = {f.name: f.default for f in dataclasses.fields(model)}  # of settings newer than the file
+        changed = differences(defaults | there, shape)
+        if changed:
+            raise CheckpointError(f"{file} is of a model with different settings:\n  " + "\n  ".join(changed))
+    return int(content.get("global_step", 0))
+
+
+def fill(model: nn.Module, state: dict[str, torch.Tensor], file: Path) -> None:
+    """Load `state`, which `file` holds, into `model`; keys and shapes must be the same.
+
+    Raises:
+        CheckpointError: keys are missing, unknown or of another shape; the message lists them.
+    """
+    wanted = model.state_dict()
+    problems = [f"missing {k}" for k in wanted if k not in state]
+    problems += [f"unknown {k}" for k in state if k not in wanted]
+    problems += [
+        f"{k} has shape {tuple(state[k].shape)}, not {tuple(wanted[k].shape)}"
+        for k in wanted
+        if k in state and state[k].shape != wanted[k].shape
+    ]
+    if problems:
+        more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise CheckpointError(f"{file} does not fit the model:\n  " + "\n  ".join(problems[:20]) + more)
+    model.load_state_dict(state)
+
+
+def fetch_from_hub(name: str, files: Iterable[str]) -> Path:
+    """Fetch files of a hub id into Hugging Face's cache. Returns their folder.
+
+    Args:
+        files: names or patterns.
+
+    Raises:
+        CheckpointError: `name` can only be a path, and does not exist, or cannot be fetched.
+    """
+    if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith((".ckpt", ".safetensors")):
+        raise CheckpointError(f"{name} does not exist; give a .ckpt file, a folder of save_pretrained, or a hub id.")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(files)))
+    except Exception as error:  # huggingface_hub and its HTTP client each raise their own
+        raise CheckpointError(
+            f"{name} is not a file or folder here, and could not be fetched from the hub: {first_line(error)}"
+        ) from error
+
+
+def first_line(error: BaseException) -> str:
+    """An error's message without the details that follow its first line."""
+    return str(error).strip().split("\n")[0]
+
+
+def fingerprint(model: nn.Module) -> str:
+    """16 hexadecimal digits of a model's weights, their names, types and shapes; the device does not matter.
+
+    Settings do not count, or a version of this program with one more setting would not recognise older models.
+    """
+    digest = hashlib.sha256()
+    for key, tensor in model.state_dict().items():
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]

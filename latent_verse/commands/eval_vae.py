@@ -1,0 +1,70 @@
+"""Evaluate an AugVAE checkpoint on images: PSNR, SSIM, L1, MSE, LPIPS, rFID, codebook usage."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+
+from latent_verse.config.cli import one_line_errors, parse, quick_imports, to_yaml
+from latent_verse.config.train import EvalVAEConfig, resolve_eval_vae, with_evaluated_shape
+
+
+@one_line_errors
+def main(argv: list[str] | None = None) -> int:
+    """Evaluate; 0 when done, 2 for a mistake in the settings, data or checkpoint."""
+    config, given = parse(EvalVAEConfig, argv, __doc__)
+    return run(resolve_eval_vae(config), given)
+
+
+def run(config: EvalVAEConfig, given: Mapping[str, str]) -> int:
+    """Build everything, measure, print and write."""
+    with quick_imports():
+        import pytorch_lightning as pl
+
+        from latent_verse.checkpoints.augvae import load_augvae
+        from latent_verse.data.datasets import open_images
+        from latent_verse.data.modules import ImageDataModule
+        from latent_verse.metrics.reconstruction import ReconstructionMetrics, table
+        from latent_verse.training import runs
+        from latent_verse.training.augvae import LitAugVAE
+        from latent_verse.training.image_logging import SavedPictures
+        from latent_verse.training.progress_bar import ProgressBar
+        from latent_verse.training.trainer import choose_devices, choose_strategy, quiet_lightning
+
+    t = config.trainer
+    model = load_augvae(t.ckpt_path)
+    config = with_evaluated_shape(config, model.config, given)
+    accelerator, devices = choose_devices(t)
+    place = runs.open_run(t.log_dir, t.name or f"eval-{runs.stem(t.ckpt_path)}", False, None, {}).folder
+    fake = config.data.fake_data
+    data = ImageDataModule(open_images(config.data, model.config.resolution, t.seed, ["test"]), config.data, t.seed)
+    lit = LitAugVAE(model, config)
+    lit.test_metrics = ReconstructionMetrics(
+        model.levels, model.config.num_tokens, model.config.resolution, with_networks=not fake
+    )
+    lit.test_limit = n = config.eval.eval_images
+    quiet_lightning()
+    bar = [ProgressBar(t.refresh_rate)] if t.refresh_rate else []
+    trainer = pl.Trainer(
+        accelerator=accelerator,
+        devices=devices,
+        num_nodes=t.nodes,
+        strategy=choose_strategy(t, accelerator, devices),
+        precision=t.precision,
+        limit_test_batches=math.ceil(n / (devices * t.nodes * config.data.batch_size)) if n else t.limit_val_batches,
+        use_distributed_sampler=False,
+        enable_progress_bar=bool(bar),
+        enable_model_summary=False,
+        logger=False,
+        callbacks=[SavedPictures(place, config.eval.save_images), *bar],
+    )
+    trainer.test(lit, datamodule=data, verbose=False)
+    results = lit.test_results | {"checkpoint": str(t.ckpt_path), "skipped": data.skipped}
+    if trainer.is_global_zero:
+        place.mkdir(parents=True, exist_ok=True)
+        runs.write_whole(place / "metrics.json", json.dumps(results, indent=2) + "\n")
+        runs.write_whole(place / "config.yaml", to_yaml(config))
+        print(table(results, f"{t.ckpt_path}: {results['images']} images"))
+        print(f"Written to {place}")
+    return 0

@@ -1,0 +1,22 @@
+"""Generate images from texts or captions from images, score pairs, or complete images, with a trained bundle."""
+
+from __future__ import annotations
+
+from latent_verse.config.cli import one_line_errors, parse, quick_imports
+from latent_verse.config.generate import GenerateConfig, resolve_generate
+
+
+@one_line_errors
+def main(argv: list[str] | None = None) -> int:
+    """Generate; 0 when done, 2 for a mistake in the settings, the model, images or texts."""
+    config, given = parse(GenerateConfig, argv, __doc__)
+    return run(*resolve_generate(config, given))
+
+
+def run(config: GenerateConfig, task: str) -> int:
+    """Load the model and do the task."""
+    with quick_imports():
+        from latent_verse.inference import tasks
+
+    tasks.run(config, task)
+    return 0

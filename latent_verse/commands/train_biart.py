@@ -1,0 +1,73 @@
+"""Train BiART in both directions on images with captions. `--help` lists every setting.
+
+--extract_codes DIR encodes the images once instead, for training with --dataset codes; --export DIR makes a bundle of
+--ckpt_path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from latent_verse.config.cli import one_line_errors, parse, quick_imports, to_yaml
+from latent_verse.config.train import TrainBiARTConfig, idle_flags_biart, resolve_train_biart
+
+
+@one_line_errors
+def main(argv: list[str] | None = None) -> int:
+    """Train; 0 when done or interrupted and saved, 2 for a mistake in the settings, data or checkpoint."""
+    config, given = parse(TrainBiARTConfig, argv, __doc__)
+    return run(resolve_train_biart(config, given), given)
+
+
+def run(config: TrainBiARTConfig, given: Mapping[str, str]) -> int:
+    """Export, extract codes, or build everything, train and export."""
+    with quick_imports():
+        import pytorch_lightning as pl
+
+        from latent_verse.checkpoints.biart import export_bundle, take_over
+        from latent_verse.checkpoints.ckpt_files import starting_point
+        from latent_verse.config import as_plain
+        from latent_verse.training import biart_setup
+        from latent_verse.training.backups import RunFolder
+        from latent_verse.training.biart import LitBiART
+        from latent_verse.training.code_extraction import extract_codes
+        from latent_verse.training.image_logging import TextImageSamples
+        from latent_verse.training.runs import open_run, states
+        from latent_verse.training.trainer import (
+            announce,
+            choose_devices,
+            decide_compile,
+            default_name,
+            ease_smoke_test,
+            fit,
+            make_trainer,
+            say,
+        )
+
+    t = config.trainer
+    if config.bundle.export:
+        file = export_bundle(t.ckpt_path, config.bundle.export, config.vae.vae_path)
+        print(f"Bundle of {file}: {config.bundle.export}")
+        return 0
+    config, pretrained = take_over(config, given)
+    config, vae = biart_setup.frozen_vae(config, pretrained)
+    if config.codes.extract_codes:
+        return extract_codes(config, vae, choose_devices(t)[0], pretrained)
+    config = ease_smoke_test(config, given)
+    yaml_file = next((s for s in given.values() if not s.startswith("--")), None)
+    name = default_name(t, yaml_file, "biart", config.data.fake_data)
+    run = open_run(t.log_dir, name, t.backup, t.backup_dir, as_plain(config))
+    start_from = starting_point(states(run), t.ckpt_path if t.resume else None, "biart")
+    pl.seed_everything(t.seed, verbose=False)
+    data, tokenizer, about = biart_setup.open_data(config, vae, start_from, pretrained)
+    model = biart_setup.new_biart(config, vae, tokenizer, start_from, pretrained)
+    del pretrained  # its weights would stay in memory as long as the run lasts
+    yaml_text, config = to_yaml(config), decide_compile(config)
+    folder = RunFolder(run, as_plain(config), yaml_text)
+    trainer = make_trainer(t, folder, data.has_val, [TextImageSamples(folder, config.sampling, tokenizer)])
+    announce(t, run, start_from, idle_flags_biart(config, given))
+    say(biart_setup.summary(config, model, tokenizer))
+    if fit(trainer, t, run, LitBiART(model, vae, config, about), data, start_from) and trainer.is_global_zero:
+        file = export_bundle(run.folder, run.folder / "bundle", vae=vae)
+        print(f"Bundle of {file}: {run.folder / 'bundle'}")
+    return 0

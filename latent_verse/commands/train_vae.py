@@ -1,0 +1,57 @@
+"""Train AugVAE-ML, or fine-tune AugVAE-SL from it, on images. `--help` lists every setting."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from latent_verse.config.cli import one_line_errors, parse, quick_imports, to_yaml
+from latent_verse.config.train import TrainVAEConfig, idle_flags_vae, resolve_train_vae
+
+
+@one_line_errors
+def main(argv: list[str] | None = None) -> int:
+    """Train; 0 when done or interrupted and saved, 2 for a mistake in the settings, data or checkpoint."""
+    config, given = parse(TrainVAEConfig, argv, __doc__)
+    return run(resolve_train_vae(config, given), given)
+
+
+def run(config: TrainVAEConfig, given: Mapping[str, str]) -> int:
+    """Build everything and train."""
+    with quick_imports():
+        import pytorch_lightning as pl
+
+        from latent_verse.augvae.losses import LOSSES
+        from latent_verse.checkpoints.augvae import load_for_training
+        from latent_verse.checkpoints.ckpt_files import starting_point
+        from latent_verse.config import as_plain
+        from latent_verse.data.datasets import open_images
+        from latent_verse.data.modules import ImageDataModule
+        from latent_verse.training import runs
+        from latent_verse.training.augvae import LitAugVAE
+        from latent_verse.training.backups import RunFolder
+        from latent_verse.training.trainer import (
+            announce,
+            decide_compile,
+            default_name,
+            ease_smoke_test,
+            fit,
+            make_trainer,
+            say,
+        )
+
+    t = config.trainer
+    pl.seed_everything(t.seed, verbose=False)
+    config, model = load_for_training(ease_smoke_test(config, given), given)
+    yaml_file = next((s for s in given.values() if not s.startswith("--")), None)
+    name = default_name(t, yaml_file, "augvae", config.data.fake_data)
+    run = runs.open_run(t.log_dir, name, t.backup, t.backup_dir, as_plain(config))
+    start_from = starting_point(runs.states(run), t.ckpt_path if t.resume else None, "augvae", model.config)
+    data = ImageDataModule(open_images(config.data, model.config.resolution, t.seed), config.data, t.seed)
+    yaml_text, config = to_yaml(config), decide_compile(config)
+    trainer = make_trainer(t, RunFolder(run, as_plain(config), yaml_text), data.has_val)
+    announce(t, run, start_from, idle_flags_vae(config, given, LOSSES[config.loss.loss_type].uses_lpips))
+    if not start_from:
+        base, size, processes = config.optim.learning_rate, config.data.batch_size, trainer.world_size
+        say(f"Learning rate: {base:g} x {processes} processes x batch {size} = {base * processes * size:g}")
+    fit(trainer, t, run, LitAugVAE(model, config), data, start_from)
+    return 0

@@ -1,0 +1,403 @@
+"""ImageDataModule and PairDataModule: from datasets to batches on the device, the same ones again after a resume.
+
+    data = ImageDataModule(open_images(config.data, resolution, seed), config.data, seed)
+    data = PairDataModule(open_pairs(config.data, resolution, seed), config.data, seed, CaptionEncoder(tokenizer, ...))
+
+Images travel as uint8 (a quarter of the bytes through workers, pinned memory and the bus) and become float [-1, 1] on
+the device.
+
+Training: TrainLoader has a length and a state, so Lightning saves and restores it with its checkpoints, also in the
+middle of an epoch. The state says how far the epoch has come, counted over all ranks. Everything else follows from
+(seed, epoch). So the state of rank 0, which Lightning saves, is that of every rank, for any number of workers.
+
+Evaluation: every sample comes exactly once, with no padded duplicates. Every rank has the same number of batches, since
+collectives would hang otherwise: a rank that has no samples left gives empty batches (B = 0). A single rank never does.
+
+The trainer must be built with `use_distributed_sampler=False`: samples are split over ranks here.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import os
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from latent_verse.config.train import ImageDataConfig, PairDataConfig
+from latent_verse.data import DataError
+from latent_verse.data.datasets import MapDataset
+from latent_verse.data.pairs import CaptionEncoder, PairCollate, text_of
+from latent_verse.data.shapes import Scene, World
+from latent_verse.data.shards import Shards, TrainShards
+from latent_verse.data.transforms import Collate, sample_generator, to_unit_range
+
+log = logging.getLogger(__name__)
+
+MAX_WORKERS = 16  # per process; more rarely helps and costs memory
+
+
+class EpochBatches:
+    """Batches of (epoch, index) for one rank: a permutation that follows from (seed, epoch), without a partial batch.
+
+    The ranks' batches of one step lie side by side in the permutation, so `k` steps use the same samples however they
+    are split over ranks.
+    """
+
+    slots = 0  # the order does not depend on the number of workers or ranks
+
+    def __init__(self, samples: int, batch_size: int, rank: int, world: int, seed: int):
+        self.samples, self.batch_size, self.rank, self.world, self.seed = samples, batch_size, rank, world, seed
+        self.epoch = self.first = 0
+
+    def start_at(self, epoch: int, batch: int) -> None:
+        self.epoch, self.first = epoch, batch
+
+    def __len__(self) -> int:
+        return self.samples // (self.batch_size * self.world)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch = self.epoch
+        order = torch.randperm(self.samples, generator=sample_generator(self.seed, epoch))
+        for step in range(self.first, len(self)):
+            start = (step * self.world + self.rank) * self.batch_size
+            yield [(epoch, index) for index in order[start : start + self.batch_size].tolist()]
+
+
+class EvalBatches:
+    """Batches of indices for one rank: rank, rank + world, ...; empty ones where other ranks still have samples."""
+
+    def __init__(self, samples: int, batch_size: int, rank: int, world: int):
+        self.mine, self.batch_size = range(rank, samples, world), batch_size
+        self.steps = math.ceil(math.ceil(samples / world) / batch_size)
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(self.steps):
+            yield list(self.mine[step * self.batch_size : (step + 1) * self.batch_size])
+
+
+def ignore_sigterm(worker: int) -> None:
+    """For loader processes: Slurm signals them as well, and if one died the run would end before it has saved.
+
+    They end when the training process shuts them down, or is gone.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+class _Loader:
+    """Holds a DataLoader. Lightning ends the workers of a loader through its `_iterator` when it is done with them.
+
+    Otherwise the garbage collector would end them. It may close their queues first and then wait 5 seconds for each.
+    `_iterator` is private to torch and Lightning; tests/data/test_modules.py checks that both still use it this way.
+    """
+
+    def __init__(self, loader: DataLoader):
+        self._loader = loader
+
+    @property
+    def _iterator(self) -> Any:
+        return self._loader._iterator
+
+    @_iterator.setter
+    def _iterator(self, value: Any) -> None:
+        self._loader._iterator = value
+
+
+class TrainLoader(_Loader):
+    """A DataLoader that knows its epoch, has a length and continues where its state says.
+
+    torchdata's StatefulDataLoader keeps the state of each worker process, so it resumes only with the same number of
+    them. Here two counts say everything. `source` decides the order: `start_at(epoch, batch)` is called before each
+    pass.
+    """
+
+    def __init__(
+        self, loader: DataLoader, source: EpochBatches | TrainShards, steps: int, global_batch: int, slots: int
+    ):
+        super().__init__(loader)
+        self._source, self._steps = source, steps
+        self._global_batch, self._slots = global_batch, slots
+        self.epoch, self.done = 0, 0  # `done`: batches given in this epoch
+        self._resume = False
+
+    @property
+    def sampler(self) -> TrainLoader:
+        return self  # Lightning calls `loader.sampler.set_epoch` before each epoch
+
+    def __len__(self) -> int:
+        return self._steps
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch comes next. A restored position in this epoch is kept."""
+        if epoch != self.epoch:
+            self.epoch, self.done, self._resume = epoch, 0, False
+
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        # Runs at the first `next`, after set_epoch: Lightning makes the iterator first and sets the epoch afterwards.
+        if self.done >= self._steps:  # a pass is complete, and nobody has set the next epoch
+            self.epoch, self.done = self.epoch + 1, 0
+        elif not self._resume:
+            self.done = 0
+        self._resume = False
+        self._source.start_at(self.epoch, self.done)
+        for batch in self._loader:
+            self.done += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """The epoch, the samples all ranks have used in it, and what their order depends on."""
+        return {"epoch": self.epoch, "samples": self.done * self._global_batch, "slots": self._slots}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue where `state` was taken."""
+        if state["slots"] != self._slots:
+            log.warning(
+                "The order of webdataset samples depends on ranks x workers: %d in the checkpoint, %d now. "
+                "This epoch continues with different samples; for an exact resume set --num_workers as before.",
+                state["slots"],
+                self._slots,
+            )
+        self.epoch, self.done = state["epoch"], min(state["samples"] // self._global_batch, self._steps)
+        self._resume = True
+
+
+class EvalLoader(_Loader):
+    """A DataLoader for evaluation. On a single rank it skips batches whose samples were all unreadable."""
+
+    def __init__(self, loader: DataLoader, steps: int | None, world: int):
+        super().__init__(loader)
+        self._steps, self._world = steps, world
+
+    def __len__(self) -> int:
+        if self._steps is None:
+            raise TypeError("the number of samples in remote shards is not known before they are read")
+        return self._steps
+
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        for batch in self._loader:
+            if len(batch[0]) or self._world > 1:
+                yield batch
+
+
+def loader_processes(num_workers: int | None, processes: int | None = None) -> int:
+    """`num_workers`, or this process's share of the cores it may use, at most 16.
+
+    Args:
+        processes: how many train on this machine; by default what the launcher says.
+    """
+    if num_workers is not None:
+        return num_workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    processes = processes or int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, min(MAX_WORKERS, cores // max(1, processes)))
+
+
+class DataModule(pl.LightningDataModule):
+    """What images and pairs share: everything but the datasets and how their items are collated.
+
+    Args:
+        datasets: by split, as `datasets.open_images` and `datasets.open_pairs` give them. Without "val" there is no
+            validation.
+        data: the settings of the section `data`.
+        seed: of the order.
+        collate: items -> [images uint8 (B, 3, R, R) or codes (B, N), something of each image].
+
+    Raises:
+        DataError: batch_size is below 1; later, when the train loader is made, there are fewer samples than one batch
+            on each process.
+    """
+
+    def __init__(
+        self,
+        datasets: Mapping[str, MapDataset | Shards],
+        data: ImageDataConfig,
+        seed: int,
+        collate: Callable[[list], list[Tensor]],
+    ):
+        super().__init__()
+        if data.batch_size < 1:
+            raise DataError(f"batch_size is {data.batch_size}; it must be at least 1.")
+        self.datasets, self.data, self.seed, self.collate = dict(datasets), data, seed, collate
+
+    @property
+    def has_val(self) -> bool:
+        """Whether there is anything to validate on."""
+        return "val" in self.datasets
+
+    @property
+    def workers(self) -> int:
+        """Loader processes of this training process."""
+        return loader_processes(self.data.num_workers, self.trainer.num_devices if self.trainer else None)
+
+    @property
+    def skipped(self) -> int:
+        """Unreadable files that this rank has skipped so far, each counted once."""
+        return sum(dataset.skipped.count for dataset in self.datasets.values())
+
+    def describe(self) -> dict[str, Any]:
+        """Counts for the log: samples of each split (None: not known or not used), and files skipped by this rank."""
+        counts = {split: self._samples(split) for split in ("train", "val", "test")}
+        return {"dataset": self.data.dataset, **counts, "skipped": self.skipped, "workers": self.workers}
+
+    def _samples(self, split: str) -> int | None:
+        """Samples in `split`: those of an epoch in training; None if not known."""
+        dataset = self.datasets.get(split)
+        if dataset is None or isinstance(dataset, Shards):
+            return dataset and dataset.samples
+        return len(dataset)
+
+    def train_dataloader(self) -> TrainLoader:
+        """This rank's batches of an epoch.
+
+        Raises:
+            DataError: fewer samples than one batch on each process, or their number is not known.
+        """
+        dataset, batch_size, (rank, world) = self.datasets["train"], self.data.batch_size, self._rank_and_world()
+        samples = self._samples("train")
+        if samples is None:
+            raise DataError(
+                "the number of samples in remote shards is not known before they are read. "
+                "Give --dataset_size N, the training samples of one epoch."
+            )
+        steps = samples // (batch_size * world)
+        if not steps:
+            raise DataError(
+                f"{samples} training samples are fewer than one batch on each process: batch_size {batch_size} x "
+                f"{world} processes = {batch_size * world}. Lower batch_size"
+                f"{f' to {samples // world} or less' if samples >= world else ''}, or give more data."
+            )
+        if isinstance(dataset, Shards):
+            source = dataset.for_training(steps, batch_size, rank, world)
+            loader, slots = self._loader(source, batch_size=batch_size, drop_last=True), world * max(1, self.workers)
+        else:
+            source = EpochBatches(samples, batch_size, rank, world, self.seed)
+            loader, slots = self._loader(dataset, batch_sampler=source), EpochBatches.slots
+        return TrainLoader(loader, source, steps, batch_size * world, slots)
+
+    def val_dataloader(self) -> EvalLoader | list:
+        """This rank's batches of validation; an empty list without validation data."""
+        if not self.has_val:
+            log.info("No val_dir: training without validation.")
+            return []
+        return self._eval_loader("val")
+
+    def test_dataloader(self) -> EvalLoader:
+        """This rank's batches of the test split."""
+        return self._eval_loader("test")
+
+    def _eval_loader(self, split: str) -> EvalLoader:
+        dataset, batch_size, (rank, world) = self.datasets[split], self.data.batch_size, self._rank_and_world()
+        if isinstance(dataset, Shards):
+            source = dataset.for_evaluation(batch_size, rank, world)
+            return EvalLoader(self._loader(source, batch_size=batch_size), source.steps(self.workers), world)
+        batches = EvalBatches(len(dataset), batch_size, rank, world)
+        return EvalLoader(self._loader(dataset, batch_sampler=batches), len(batches), world)
+
+    def _loader(self, dataset: Any, **batching: Any) -> DataLoader:
+        workers = self.workers
+        if workers:
+            batching |= {"prefetch_factor": self.data.prefetch_factor, "persistent_workers": True}
+            batching |= {"worker_init_fn": ignore_sigterm}
+        return DataLoader(
+            dataset,
+            num_workers=workers,
+            collate_fn=self.collate,
+            pin_memory=torch.cuda.is_available(),
+            # DataLoader draws a seed for each pass; from the global generator that would shift the model's dropout
+            generator=torch.Generator(),
+            **batching,
+        )
+
+    def _rank_and_world(self) -> tuple[int, int]:
+        """Of the process group if there is one, else of the trainer, else of the launcher's environment."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return torch.distributed.get_rank(), torch.distributed.get_world_size()
+        if self.trainer is not None:
+            return self.trainer.global_rank, self.trainer.world_size
+        return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """uint8 -> float in [-1, 1], on the device."""
+        x, others = batch
+        return [to_unit_range(x) if x.dtype == torch.uint8 else x, others]
+
+
+def _shape(datasets: Mapping[str, MapDataset | Shards]) -> tuple[int, ...]:
+    """The shape of one item's image or codes, the same in all splits."""
+    return next(iter(datasets.values())).shape
+
+
+class ImageDataModule(DataModule):
+    """Loaders of images: batches are `[images (B, 3, R, R), labels (B,)]`. See `DataModule`."""
+
+    def __init__(self, datasets: Mapping[str, MapDataset | Shards], data: ImageDataConfig, seed: int = 0):
+        super().__init__(datasets, data, seed, Collate(_shape(datasets)))
+
+
+class Examples(NamedTuple):
+    """A few pairs to look at.
+
+    Attributes:
+        x: images (n, 3, R, R) in [-1, 1], or codes (n, N).
+        captions: as text.
+        text_BL: as ids, padded as in training.
+        world: the shapes world they come from, if they do.
+        scenes: the truth behind each image of shapes.
+    """
+
+    x: Tensor
+    captions: list[str]
+    text_BL: Tensor
+    world: World | None
+    scenes: list[Scene]
+
+
+class PairDataModule(DataModule):
+    """Loaders of pairs: batches are `[images (B, 3, R, R) or codes int32 (B, N), ids (B, L)]`. See `DataModule`.
+
+    Args:
+        encode: captions -> ids; its tokenizer may have been trained on `datasets["train"]`.
+    """
+
+    def __init__(
+        self, datasets: Mapping[str, MapDataset | Shards], data: PairDataConfig, seed: int, encode: CaptionEncoder
+    ):
+        super().__init__(datasets, data, seed, PairCollate(encode, _shape(datasets)))
+        if self.workers:
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads of `tokenizers` do not survive a fork
+
+    def dataset(self, split: str) -> MapDataset | Shards | None:
+        """The dataset of a split; None if there is none."""
+        return self.datasets.get(split)
+
+    def examples(self, count: int) -> Examples:
+        """The first `count` validation pairs, the same on every rank; fewer where there are fewer.
+
+        Raises:
+            DataError: none of them can be used.
+        """
+        dataset = self.datasets["val"]
+        if isinstance(dataset, Shards):
+            items = iter(dataset.for_evaluation(batch_size=count))
+        else:
+            items = (dataset[(0, i)] for i in range(len(dataset)))
+        kept = list(itertools.islice((item for item in items if item is not None), count))
+        if not kept:
+            raise DataError(
+                f"val_dir: no pair of {dataset.describe()['source']} can be used, caption and image; the log says why. "
+                "Give others, or none to train without validation."
+            )
+        x, text_BL = self.on_after_batch_transfer(self.collate(kept), 0)
+        world = getattr(dataset, "world", None)
+        scenes = [dataset.scene(i) for i in range(len(kept))] if world else []
+        return Examples(x, [text_of(caption) for _, caption in kept], text_BL, world, scenes)

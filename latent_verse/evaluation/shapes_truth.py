@@ -1,0 +1,238 @@
+"""How much of what a bundle generates is true, by the shapes world's exact readers. From the repository root:
+
+    python -m latent_verse.evaluation.shapes_truth --model results/run/bundle --world small --split val --count 500
+
+Text to image: an image is generated for the caption of every scene and read back (`World.parse_image`); it is right if
+the scene found there satisfies the caption. Image to text: a caption is generated for the image of every scene; it is
+right if the scene satisfies it. A reconstruction is right if the same scene is read from it as from the image: an upper
+bound for text to image. No scene occurs twice, and the same seed gives the same scenes, captions and samples.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Optional
+
+from PIL import Image
+
+from latent_verse.config import ConfigError, SamplingSettings, Settings, setting
+from latent_verse.config.cli import one_line_errors, parse
+from latent_verse.data.shapes import PRESETS, SPLITS, Scene, ShapesDataset, World
+from latent_verse.files import write_text
+from latent_verse.metrics.intervals import wilson
+
+if TYPE_CHECKING:
+    from latent_verse.inference.pipeline import LVerse
+
+ATTRIBUTES = ("count", "colour", "shape", "size", "layout")  # of World.compare; "all" is what counts
+
+
+@dataclass(frozen=True)
+class ShapesConfig(Settings):
+    """The model, and the scenes it is evaluated on."""
+
+    model: Optional[str] = setting(None, "model to evaluate: a bundle that train_biart.py wrote, or a hub id")
+    world: str = setting("small", "world of shapes to evaluate in", tuple(PRESETS))
+    split: str = setting("val", "val: unseen scenes; heldout: pairs of colour and shape held out of training", SPLITS)
+    count: int = setting(500, "number of different scenes; small has 6216 in val and 7328 in heldout", at_least=1)
+    seed: int = setting(0, "seed for scenes, captions and sampling", at_least=0)
+
+
+@dataclass(frozen=True)
+class ShapesDrawConfig(SamplingSettings):
+    """How images are sampled; captions are greedy."""
+
+    rerank: int = setting(
+        0, "also generate this many images per text and evaluate the one that the model ranks first", at_least=0
+    )
+    rerank_temperature: float = setting(1.0, "sampling temperature for the images that rerank chooses from", above=0)
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether neither the images nor those to choose from are sampled."""
+        return super().is_greedy and not self.rerank
+
+
+@dataclass(frozen=True)
+class ShapesWriteConfig(Settings):
+    """Where results go."""
+
+    json: Optional[str] = setting(None, "file to write the results, images and captions to")
+    samples: int = setting(0, "number of scenes whose images are written to <json without suffix>_samples/", at_least=0)
+    gpus: int = setting(1, "1 uses the GPU if there is one, 0 the CPU", at_least=0, at_most=1)
+
+
+@dataclass(frozen=True)
+class ShapesEvalConfig:
+    """Everything this command can be told."""
+
+    what: ShapesConfig = field(default_factory=ShapesConfig)
+    draw: ShapesDrawConfig = field(default_factory=ShapesDrawConfig)
+    write: ShapesWriteConfig = field(default_factory=ShapesWriteConfig)
+
+
+@dataclass
+class Case:
+    """One scene, and everything generated for it.
+
+    Attributes:
+        text, image: caption and image of the scene.
+        generated, reranked: images for `text`.
+        caption: for `image`.
+        right: by direction: reconstruction, text_to_image, image_to_text, reranked.
+    """
+
+    scene: Scene
+    text: str
+    image: Image.Image
+    reconstruction: Image.Image
+    generated: Image.Image
+    caption: str
+    reranked: Image.Image | None
+    right: dict[str, bool]
+
+
+def evaluate(
+    model: LVerse, world: World, split: str, count: int, seed: int, draw: ShapesDrawConfig
+) -> tuple[dict[str, dict], list[Case]]:
+    """Evaluate a model on the first `count` scenes of a split.
+
+    Returns:
+        The results, {text_to_image, image_to_text, reconstruction: {right, total, ...}, ...}, text_to_image and
+        image_to_text with {attribute: {right, total}} and, if draw.rerank is set, `reranked` besides; and the cases.
+
+    Raises:
+        DataError: the split has fewer scenes.
+        ConfigError: sampling settings that cannot be used.
+    """
+    data = ShapesDataset(world, split, count, seed)
+    scenes = [data.scene(i) for i in range(count)]
+    texts = [data.captions(i, 1)[0] for i in range(count)]
+    images = [world.render(scene) for scene in scenes]
+    settings = draw.arguments() | {"seed": seed}
+    reconstructions = model.reconstruct(images)
+    first = settings | {"top_k": None, "top_p": None} if draw.temperature == 0 else settings
+    generated = [row[0] for row in model.text_to_image(texts, **first)]
+    captions = [row[0] for row in model.image_to_text(images, seed=seed)]
+    reranked: list[Image.Image | None] = [None] * count
+    if draw.rerank:
+        settings |= {"temperature": draw.rerank_temperature}
+        best = model.text_to_image(texts, rerank=draw.rerank, **settings)
+        reranked = [row[0] for row in best]
+
+    reports: dict[str, list[dict[str, bool]]] = {"text_to_image": [], "image_to_text": [], "reranked": []}
+    cases = []
+    for parts in zip(scenes, texts, images, reconstructions, generated, captions, reranked, strict=True):
+        case = Case(*parts, right={})
+        asked = world.parse_caption(case.text)
+        found = {
+            "text_to_image": world.compare(world.parse_image(case.generated), asked),
+            "image_to_text": world.compare(case.scene, world.parse_caption(case.caption)),
+        }
+        if case.reranked is not None:
+            found["reranked"] = world.compare(world.parse_image(case.reranked), asked)
+        for name, report in found.items():
+            reports[name].append(report)
+        case.right = {name: report["all"] for name, report in found.items()}
+        case.right["reconstruction"] = world.key(world.parse_image(case.reconstruction)) == world.key(case.scene)
+        cases.append(case)
+
+    results: dict[str, dict] = {name: _counts(reports[name]) for name in ("text_to_image", "image_to_text")}
+    if draw.rerank:
+        results["reranked"] = _counts(reports["reranked"]) | {"drawn": draw.rerank}
+    results["reconstruction"] = {"right": sum(case.right["reconstruction"] for case in cases), "total": count}
+    return results, cases
+
+
+def _counts(reports: list[dict[str, bool]]) -> dict[str, Any]:
+    def count(name: str) -> dict[str, int]:
+        return {"right": sum(report[name] for report in reports), "total": len(reports)}
+
+    return count("all") | {"attributes": {name: count(name) for name in ATTRIBUTES}}
+
+
+def write_json(path: Path, results: dict[str, Any], cases: list[Case], samples: int) -> None:
+    """Write the results and every case's texts and marks; the images of the first `samples` cases beside it."""
+    place = path.with_name(f"{path.stem}_samples")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    listed = []
+    for i, case in enumerate(cases):
+        about: dict[str, Any] = {"text": case.text, "written": case.caption, "right": case.right}
+        if i < samples:
+            place.mkdir(exist_ok=True)
+            images = {"picture": case.image, "reconstruction": case.reconstruction, "drawn": case.generated}
+            for name, image in (images | {"reranked": case.reranked}).items():
+                if image is not None:
+                    image.save(place / f"{i:04d}_{name}.png")
+                    about[name] = f"{place.name}/{i:04d}_{name}.png"
+        listed.append(about)
+    write_text(path, json.dumps(results | {"cases": listed}, indent=1))
+
+
+def table(results: dict[str, Any], title: str) -> str:
+    """The results as lines to print."""
+    lines = [title]
+    for name in ("reconstruction", "text_to_image", "reranked", "image_to_text"):
+        if name in results:
+            r = results[name]
+            parts = "  ".join(f"{a} {s['right'] / s['total']:.2f}" for a, s in r.get("attributes", {}).items())
+            note = f"  (best of {r['drawn']}, chosen by the model)" if "drawn" in r else ""
+            share, (low, high) = r["right"] / r["total"], wilson(r["right"], r["total"])
+            head = f"  {name.replace('_', ' '):<15} {r['right']:>4} of {r['total']} {share:7.1%}"
+            lines.append(f"{head}  (95 %: {low:.1%} to {high:.1%})  {parts}{note}")
+    return "\n".join(lines)
+
+
+def check(config: ShapesEvalConfig) -> None:
+    """Raises ConfigError for settings that cannot be used, before a model is loaded."""
+    w, d = config.what, config.draw
+    if not w.model:
+        raise ConfigError("model is not given: name the folder of a bundle, as train_biart.py writes one.")
+    if d.rerank == 1:
+        raise ConfigError(f"rerank is {d.rerank}; give at least 2 images to choose from, or 0 for none.")
+    if config.write.samples and not config.write.json:
+        raise ConfigError("samples are written beside the file of json: give that as well.")
+
+
+@one_line_errors
+def main(argv: list[str] | None = None) -> int:
+    """Evaluate and print; 0 when done, 2 for a mistake in the settings or the model."""
+    config, _ = parse(ShapesEvalConfig, argv, __doc__)
+    check(config)
+    run(config)
+    return 0
+
+
+def run(config: ShapesEvalConfig) -> None:
+    """Load the model, evaluate, print and write.
+
+    Raises:
+        CheckpointError: the bundle cannot be loaded.
+        ConfigError, DataError: as `evaluate`, or the bundle's resolution is not the world's.
+    """
+    from latent_verse.evaluation.distributed import device
+    from latent_verse.inference.pipeline import LVerse
+
+    w = config.what
+    model = LVerse.from_pretrained(w.model, device=device(config.write.gpus))
+    world = World.preset(w.world)
+    if model.vae.config.resolution != world.image_size:
+        raise ConfigError(
+            f"world: {w.world} has images of {world.image_size} px, but {w.model} generates "
+            f"{model.vae.config.resolution} px: it was trained on another world or data set."
+        )
+    model.progress = True
+    started = time.perf_counter()
+    results, cases = evaluate(model, world, w.split, w.count, w.seed, config.draw)
+    about = asdict(config.what) | {"draw": asdict(config.draw), "seconds": round(time.perf_counter() - started, 1)}
+    print(table(results, f"{w.model}: {w.count} scenes of {w.world}/{w.split}"))
+    if config.write.json:
+        write_json(Path(config.write.json), about | results, cases, config.write.samples)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,159 @@
+"""eval_biart.py in one process: open the model and the data, do the tasks, write the table, metrics.json, the page."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import warnings
+from pathlib import Path
+
+from latent_verse.config import ConfigError, as_plain
+from latent_verse.config.cli import one_line_errors
+from latent_verse.config.evaluate import EvalBiARTConfig
+from latent_verse.data import DataError
+from latent_verse.data.shapes import ShapesDataset, World
+from latent_verse.evaluation import image_tasks, page, text_tasks
+from latent_verse.evaluation.context import Context
+from latent_verse.evaluation.distributed import device
+from latent_verse.evaluation.pairs import Pairs
+from latent_verse.evaluation.records import Records
+from latent_verse.files import write_text
+from latent_verse.machine import commit, machine
+from latent_verse.metrics import likelihood
+from latent_verse.metrics.processes import Ranks
+from latent_verse.training import runs
+
+WORK = {
+    "likelihood": text_tasks.likelihoods,
+    "generation": image_tasks.generate,
+    "captions": text_tasks.caption,
+    "retrieval": text_tasks.retrieve,
+    "zero_shot": text_tasks.classify,
+    "round_trip": image_tasks.round_trip,
+    "shapes": image_tasks.shapes_truth,
+}
+RESOLUTION = 256  # to compare another system's images at, unless a setting says otherwise
+
+
+@one_line_errors
+def run(ranks: Ranks, config: EvalBiARTConfig, tasks: tuple[str, ...], yaml_text: str) -> int:
+    """Evaluate; 0, or 2 for a mistake in the settings, the model or the data, which the first process prints."""
+    with warnings.catch_warnings():
+        # captions of other datasets are often too long: they are counted, not reported one by one
+        warnings.filterwarnings("ignore", r"text \d+ has \d+ tokens")
+        context = open_context(config, ranks)
+        check_model(context, tasks)
+        about: dict[str, dict | None] = {}
+        try:
+            for task in tasks:
+                if ranks.is_first:
+                    print(f"{task} ...", flush=True)
+                about[task] = WORK[task](context)
+            context.pairs.unreadable = set().union(*ranks.gather({ranks.rank: context.pairs.unreadable}).values())
+        except ValueError:  # keep the results of the tasks before it, which may have taken hours
+            if ranks.is_first and about:
+                write(context, tuple(about), about, yaml_text)
+            raise
+        if ranks.is_first:
+            write(context, tasks, about, yaml_text)
+    return 0
+
+
+def open_context(config: EvalBiARTConfig, ranks: Ranks) -> Context:
+    """The model and the data. Raises ConfigError, CheckpointError, DataError, TokenizerError."""
+    j, w = config.judged, config.write
+    place = device(w.gpus, w.accelerator, ranks.rank)
+    model = None
+    if j.model:
+        from latent_verse.inference.pipeline import LVerse
+
+        model = LVerse.from_pretrained(j.model, device=place, dtype=w.dtype)
+    world = World.preset(config.data.world).image_size if config.data.dataset == "shapes" else None
+    natural = model.vae.config.resolution if model else world
+    resolution = config.generation.fid_resolution or natural or RESOLUTION
+    if model and resolution != natural:
+        raise ConfigError(
+            f"fid_resolution {resolution}, but {j.model} generates images of {natural} px. Leave it out, or evaluate "
+            "the images that it has generated with --generated_dir."
+        )
+    folder = open_folder(config)
+    pairs = Pairs(config.data, resolution, w.seed)
+    records = Records(model.fingerprints if model else {}, w.seed)
+    if model and w.dtype != "float32":
+        records.always["dtype"] = w.dtype
+    return Context(config, ranks, place, folder, model, pairs, resolution, records)
+
+
+def check_model(c: Context, tasks: tuple[str, ...]) -> None:
+    """Raises ConfigError if the model or the data lacks what a later task needs: before hours of sampling."""
+    k = c.config.likelihood
+    if {"retrieval", "zero_shot"} & set(tasks) and k.prior_weight and k.prior == "null" and not c.model.null_trained:
+        raise ConfigError(likelihood.NO_PRIOR.format(k.prior_weight))
+    if "shapes" in tasks:
+        for split in ("val", "heldout"):
+            try:
+                ShapesDataset(World.preset(c.config.data.world), split, len(c.pairs), c.seed)
+            except DataError as error:
+                raise ConfigError(f"test_size: the task shapes evaluates both splits: {error}") from error
+
+
+def open_folder(config: EvalBiARTConfig) -> Path:
+    """<log_dir>/<name>; a rerun of the command resumes in the same folder.
+
+    Raises:
+        ConfigError: the name cannot be a folder's, or log_dir is a file.
+    """
+    j, w = config.judged, config.write
+    judged = j.model or j.generated_dir or j.captions_file
+    stem = runs.stem(judged.rstrip("/")).removesuffix(".jsonl").removesuffix(".json")
+    if stem == "bundle":  # as training names it, in the run's folder
+        stem = Path(judged).expanduser().resolve().parent.name or stem
+    name = w.name or "-".join(["eval", stem, *j.tasks])
+    runs.open_run(w.log_dir, name, False, None, {})  # refuses what cannot be a folder
+    folder = Path(w.log_dir) / name
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def keep_earlier(folder: Path, settings: dict[str, dict]) -> None:
+    """Rename results of different settings in the folder, so that they are not overwritten: metrics-1.json, ..."""
+    file = folder / "metrics.json"
+    if not file.is_file():
+        return
+    try:
+        if json.loads(file.read_text(encoding="utf-8"))["settings"] == json.loads(json.dumps(settings)):
+            return
+    except (ValueError, KeyError, TypeError):
+        pass  # another program's: kept as well
+    number = next(n for n in itertools.count(1) if not (folder / f"metrics-{n}.json").exists())
+    for name in ("metrics.json", "index.html", "config.yaml"):
+        old = folder / name
+        if old.is_file():
+            old.rename(folder / f"{old.stem}-{number}{old.suffix}")
+    print(f"{file} had different settings: kept as metrics-{number}.json")
+
+
+def write(c: Context, tasks: tuple[str, ...], about: dict[str, dict | None], yaml_text: str) -> None:
+    """Print the table; write metrics.json, config.yaml and index.html."""
+    j = c.config.judged
+    evaluated = " and ".join(name for name in (j.model, j.generated_dir, j.captions_file) if name)
+    facts = machine() | {"commit": commit()}
+    draw = (about.get("generation") or {}).get("draw")
+    content = c.records.as_json() | {
+        "judged": evaluated,
+        "tasks": list(tasks),
+        "checkpoint": c.records.checkpoint,
+        "data": {"source": c.pairs.source, "pictures": len(c.pairs), "unreadable": len(c.pairs.unreadable)},
+        "draw": draw,
+        "about": {task: said for task, said in about.items() if said},
+        "facts": facts,
+        "settings": as_plain(c.config),
+    }
+    keep_earlier(c.folder, content["settings"])
+    write_text(c.folder / "metrics.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    write_text(c.folder / "config.yaml", yaml_text)
+    title = f"{evaluated} on {c.pairs.source}"
+    about_run = facts | {"captions": draw, "checkpoint": c.records.checkpoint}
+    page.write(c.folder / "index.html", title, c.records.values, c.records.missing, c.galleries, about_run, yaml_text)
+    print(c.records.table(title))
+    print(f"Written to {c.folder}: metrics.json and index.html")

@@ -1,0 +1,378 @@
+"""LVerse: AugVAE, BiART and a tokenizer as one model that generates images from texts and captions from images.
+
+    model = LVerse.from_pretrained("results/shapes/bundle")
+    [[image]] = model.text_to_image(["a red circle"])
+    [[caption]] = model.image_to_text([image])
+
+Shape suffixes: B samples, R references, S samples of each, I images, T texts, N image codes, K of them kept,
+L text tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from einops import rearrange, repeat
+from PIL import Image
+from torch import Tensor
+
+from latent_verse.augvae.model import AugVAE
+from latent_verse.biart.model import BiART
+from latent_verse.biart.sequence import IMAGE_TO_TEXT, TEXT_TO_IMAGE
+from latent_verse.checkpoints.bundle import fingerprints, load_bundle, save_bundle
+from latent_verse.checkpoints.ckpt_files import CheckpointError
+from latent_verse.config import ConfigError, SamplingSettings
+from latent_verse.data.text import TOO_LONG, Tokenizer
+from latent_verse.inference.batching import Sampler
+from latent_verse.inference.image_io import ImageLike, load_image, to_images
+
+VAE_BYTES_A_PIXEL = 4096  # of AugVAE's activations, about
+
+
+def best_device() -> str:
+    """The fastest device of this machine: cuda, mps or cpu."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+class LVerse:
+    """Both directions of one model. No method changes the modules' training mode or their gradients.
+
+    Samples depend on the seed, on their own text or image, and on their number among the samples of it, but not on
+    what else is in the call: one image can be generated again alone. `seed=None` takes one from torch's global
+    generator.
+
+    Args:
+        vae, biart, tokenizer: the parts. AugVAE is set to evaluation mode.
+        info: how they were trained; reference_dropout sets `null_trained`.
+
+    Attributes:
+        null_trained: whether training dropped references, which guidance and generation without a text need.
+        batch_size: samples at a time; None chooses by memory.
+        progress: show a progress bar on stderr, if that is a terminal.
+        too_long: "truncate" a text of more than text_len tokens, with a warning, or make it an "error".
+
+    Raises:
+        ConfigError: the parts do not belong together.
+    """
+
+    def __init__(self, vae: AugVAE, biart: BiART, tokenizer: Tokenizer, info: dict[str, Any]):
+        v, b = vae.config, biart.config
+        for what, mine, theirs, value in (
+            ("image_vocab", b.image_vocab, "AugVAE's codebook (num_tokens)", v.num_tokens),
+            ("image_len", b.image_len, f"AugVAE's number of codes per image (levels {vae.code_levels})", vae.num_codes),
+            ("text_vocab", b.text_vocab, "tokenizer's vocabulary", tokenizer.vocab_size),
+        ):
+            if mine != value:
+                raise ConfigError(
+                    f"{what} of BiART is {mine}, but the {theirs} is {value}: they were not trained together. "
+                    "Use the AugVAE and the tokenizer that BiART was trained with."
+                )
+        if (v.in_channels, v.out_channels) != (3, 3):
+            raise ConfigError(f"AugVAE has {v.in_channels} channels in and {v.out_channels} out; images have 3.")
+        dropout = info.get("reference_dropout", 0)
+        if not 0 <= dropout <= 1:
+            raise ConfigError(f"info: reference_dropout is {dropout}; it is a probability.")
+        self.vae, self.biart, self.tokenizer, self.info = vae.eval(), biart, tokenizer, dict(info)
+        self.null_trained: bool = dropout > 0
+        self.batch_size: int | None = None
+        self.progress = False
+        self.too_long = "truncate"
+
+    # ------------------------------------------------------------------------------------------------------- bundles
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        directory_or_id: str | os.PathLike,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | str | None = None,
+    ) -> LVerse:
+        """Load what `save_pretrained` wrote, from a folder or a Hugging Face hub id, in evaluation mode.
+
+        Args:
+            device: None takes `best_device`.
+            dtype: BiART's (torch.bfloat16, "float16", ...); None keeps the stored one. AugVAE stays in float32,
+                because lower precision picks wrong codes.
+
+        Raises:
+            CheckpointError: absent, incomplete, damaged, of another kind, or parts that do not belong together.
+            ConfigError: no such dtype.
+        """
+        if isinstance(dtype, str):
+            dtype = getattr(torch, dtype, dtype)
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ConfigError(f"dtype is {dtype!r}; give float32, bfloat16 or float16.")
+        vae, biart, tokenizer, info, recorded = load_bundle(directory_or_id)
+        device = device or best_device()
+        try:
+            model = cls(vae.to(device), biart.to(device=device, dtype=dtype), tokenizer, info)
+        except ConfigError as error:
+            raise CheckpointError(f"{directory_or_id}: {error}") from error
+        model.fingerprints = recorded
+        return model
+
+    def save_pretrained(self, directory: str | os.PathLike) -> None:
+        """Write a bundle: config.json, vae/, biart.safetensors, tokenizer/.
+
+        Raises:
+            CheckpointError: the folder exists, is not empty and is no bundle.
+        """
+        save_bundle(directory, self.vae, self.biart, self.tokenizer, self.info)
+
+    @functools.cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """16 hexadecimal digits for each of vae, biart and tokenizer, as the bundle records them."""
+        return fingerprints(self.vae, self.biart, self.tokenizer)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes. Results are returned on the CPU."""
+        return next(self.vae.parameters()).device
+
+    @property
+    def sampler(self) -> Sampler:
+        """What generates and scores tokens in batches."""
+        return Sampler(self.biart, self.null_trained, self.batch_size, self.progress)
+
+    # --------------------------------------------------------------------------------------------------- text → image
+
+    def text_to_image(
+        self,
+        texts: Sequence[str],
+        num_images: int = 1,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        guidance: float = 1.0,
+        rerank: int = 0,
+        seed: int | None = None,
+    ) -> list[list[Image.Image]]:
+        """Generate `num_images` images for every text.
+
+        Args:
+            temperature: 0 is greedy: one image a text.
+            top_k, top_p: sample from the k likeliest codes, or from those that make up this probability.
+            guidance: above 1 follows the text more closely, at twice the work.
+            rerank: sample so many images for each one returned: the one with the largest log p(text | image).
+
+        Raises:
+            ConfigError: a setting cannot be used.
+            TokenizerError: a text cannot be used.
+        """
+        sampling = SamplingSettings(temperature, top_k, top_p, guidance)
+        self.sampler.check(TEXT_TO_IMAGE, num_images, sampling, rerank)
+        text_RL = self.encode_texts(texts)
+        return self._images(self.sampler.sample(text_RL, TEXT_TO_IMAGE, num_images, sampling, seed, rerank))
+
+    def draw_scored(
+        self,
+        texts: Sequence[str],
+        num_images: int = 1,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        guidance: float = 1.0,
+        seed: int | None = None,
+    ) -> tuple[list[list[Image.Image]], Tensor]:
+        """As `text_to_image`, with log p(text | sampled codes) of each image: (texts, num_images) float32, on the CPU.
+
+        Raises:
+            ConfigError, TokenizerError: as `text_to_image`.
+        """
+        sampling = SamplingSettings(temperature, top_k, top_p, guidance)
+        self.sampler.check(TEXT_TO_IMAGE, num_images, sampling)
+        text_RL = self.encode_texts(texts)
+        codes_RSN = self.sampler.sample(text_RL, TEXT_TO_IMAGE, num_images, sampling, seed)
+        text_BL, codes_BN = repeat(text_RL, "R L -> (R S) L", S=num_images), rearrange(codes_RSN, "R S N -> (R S) N")
+        log_p_B = self.log_p(text_BL, codes_BN, "image")
+        return self._images(codes_RSN), rearrange(log_p_B, "(R S) -> R S", S=num_images)
+
+    def complete(
+        self,
+        images: Sequence[ImageLike],
+        keep_rows: int,
+        text: str | Sequence[str] | None = None,
+        num_images: int = 1,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        guidance: float = 1.0,
+        rerank: int = 0,
+        seed: int | None = None,
+    ) -> list[list[Image.Image]]:
+        """Keep the top `keep_rows` rows of every image's codes and generate the rest, `num_images` times.
+
+        Args:
+            text: one for all images, or one for each. None needs a model trained with reference_dropout.
+
+        The other settings are those of `text_to_image`.
+
+        Raises:
+            ConfigError: a setting cannot be used, AugVAE has several levels of codes, or the model needs a text.
+            DataError: an image cannot be read.
+            TokenizerError: a text cannot be used.
+        """
+        sampling = SamplingSettings(temperature, top_k, top_p, guidance)
+        self.sampler.check(TEXT_TO_IMAGE, num_images, sampling, rerank)
+        if len(self.vae.code_levels) != 1:
+            raise ConfigError(
+                f"complete needs an AugVAE with one level of codes; this one has {self.vae.code_levels}, so that a row "
+                "of the image lies in several grids. Train BiART on an AugVAE-SL."
+            )
+        (side,) = self.vae.code_levels
+        if not 1 <= keep_rows < side:
+            raise ConfigError(f"keep_rows (--rows) is {keep_rows}; of {side} rows of codes keep 1 to {side - 1}.")
+        if text is None:
+            if not self.null_trained:
+                raise ConfigError(
+                    "This model was trained without reference_dropout, so it cannot generate without a text: give one."
+                )
+            if guidance != 1 or rerank > 1:
+                raise ConfigError("guidance and rerank follow a text: give one, or leave them out.")
+        codes_IN = self.codes(images)
+        if text is None:
+            text_IL = self.biart.vocab.null_reference(len(codes_IN), TEXT_TO_IMAGE)
+        else:
+            text_IL = self.encode_texts([text] * len(codes_IN) if isinstance(text, str) else text)
+        if len(text_IL) != len(codes_IN):
+            raise ConfigError(f"{len(text_IL)} texts for {len(codes_IN)} images: give one text, or one for each.")
+        kept_IK = codes_IN[:, : keep_rows * side]
+        return self._images(self.sampler.sample(text_IL, TEXT_TO_IMAGE, num_images, sampling, seed, rerank, kept_IK))
+
+    # --------------------------------------------------------------------------------------------------- image → text
+
+    def image_to_text(
+        self,
+        images: Sequence[ImageLike],
+        num_captions: int = 1,
+        temperature: float = 0.0,
+        seed: int | None = None,
+        beams: int = 1,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        guidance: float = 1.0,
+    ) -> list[list[str]]:
+        """Generate `num_captions` captions for every image.
+
+        Args:
+            temperature: 0 gives the greedy caption, above 0 samples.
+            beams: above 1, the likeliest caption that so many beams find, in place of sampling.
+            top_k, top_p, guidance: as in `text_to_image`, for tokens of text.
+
+        Raises:
+            ConfigError: a setting cannot be used.
+            DataError: an image cannot be read.
+        """
+        sampling = SamplingSettings(temperature, top_k, top_p, guidance)
+        self.sampler.check(IMAGE_TO_TEXT, num_captions, sampling)
+        if beams < 1:
+            raise ConfigError(f"beams is {beams}; it must be at least 1.")
+        if beams > 1 and (temperature > 0 or num_captions > 1 or guidance != 1):
+            raise ConfigError(
+                "beams search for the one likeliest caption: leave out temperature, num_captions and guidance."
+            )
+        codes_RN = self.codes(images)
+        if beams > 1:
+            text_RSL = self.sampler.beam_search(codes_RN, beams)[:, None]
+        else:
+            text_RSL = self.sampler.sample(codes_RN, IMAGE_TO_TEXT, num_captions, sampling, seed)
+        return [self.tokenizer.decode_batch(self.biart.vocab.unpad_text(text_SL)) for text_SL in text_RSL]
+
+    # --------------------------------------------------------------------------------------------------------- scores
+
+    def score(self, images: Sequence[ImageLike], texts: Sequence[str], given: str = "image") -> Tensor:
+        """log p of every image with every text, in nats: (I, T) float32 on the CPU.
+
+        Args:
+            given: "image" for log p(text | image), the end of the text included; "text" for log p(codes | text).
+
+        Raises:
+            ConfigError: no such `given`, or no image or text.
+            DataError: an image cannot be read.
+            TokenizerError: a text cannot be used.
+        """
+        if given not in ("image", "text"):
+            raise ConfigError(f"given is {given!r}; it must be image or text.")
+        text_TL, codes_IN = self.encode_texts(texts), self.codes(images)
+        text_BL = repeat(text_TL, "T L -> (I T) L", I=len(codes_IN))
+        codes_BN = repeat(codes_IN, "I N -> (I T) N", T=len(text_TL))
+        return rearrange(self.log_p(text_BL, codes_BN, given), "(I T) -> I T", I=len(codes_IN))
+
+    def reconstruct(self, images: Sequence[ImageLike]) -> list[Image.Image]:
+        """The images as AugVAE decodes their codes, centre-cropped to the model's resolution.
+
+        Raises:
+            ConfigError: there is no image.
+            DataError: an image cannot be read.
+        """
+        return [image for [image] in self._images(self.codes(images)[:, None])]
+
+    def log_p(self, text_BL: Tensor, codes_BN: Tensor, given: str, alone: bool = False) -> Tensor:
+        """`Sampler.log_p`, of padded text ids and image codes, row by row."""
+        return self.sampler.log_p(text_BL, codes_BN, given, alone)
+
+    # ---------------------------------------------------------------------------------------------------------- parts
+
+    def codes(self, images: Sequence[ImageLike]) -> Tensor:
+        """AugVAE's codes of images: (I, N) int64, on the CPU.
+
+        Raises:
+            ConfigError: there is no image.
+            DataError: an image cannot be read.
+        """
+        items: list[ImageLike] = _listed(images, (Image.Image, str, os.PathLike), "images")
+        resolution, size = self.vae.config.resolution, self._images_at_a_time()
+        out = []
+        for start in range(0, len(items), size):
+            x_BCHW = torch.stack([load_image(image, resolution) for image in items[start : start + size]])
+            out.append(self.vae.codes(x_BCHW.to(self.device)).cpu())
+        return torch.cat(out)
+
+    def encode_texts(self, texts: Sequence[str]) -> Tensor:
+        """Padded text ids (T, L) int64, on the CPU. `too_long` says what becomes of texts above text_len tokens.
+
+        Raises:
+            ConfigError: there is no text, or no such `too_long`.
+            TokenizerError: a text is too long, is no string, or holds a lone surrogate.
+        """
+        items: list[str] = _listed(texts, str, "texts")
+        if self.too_long not in TOO_LONG:
+            raise ConfigError(f"too_long is {self.too_long!r}; it must be one of {', '.join(TOO_LONG)}.")
+        length = self.biart.config.text_len
+        ids = self.tokenizer.encode_batch(items)
+        for i, (text, row) in enumerate(zip(items, ids, strict=True)):
+            if len(row) > length:
+                (ids[i],) = self.tokenizer.encode_batch([text], length, self.too_long)
+                kept = self.tokenizer.decode(ids[i])
+                warnings.warn(f"text {i} has {len(row)} tokens, text_len is {length}: cut to {kept!r}", stacklevel=3)
+        return self.biart.vocab.pad_text(ids)
+
+    def _images(self, codes_RSN: Tensor) -> list[list[Image.Image]]:
+        R, S, _ = codes_RSN.shape
+        images = []
+        for codes_BN in rearrange(codes_RSN, "R S N -> (R S) N").split(self._images_at_a_time()):
+            images += to_images(self.vae.decode_codes(codes_BN.to(self.device)))
+        return [images[r * S : (r + 1) * S] for r in range(R)]
+
+    def _images_at_a_time(self) -> int:
+        return self.sampler.rows_at_a_time(VAE_BYTES_A_PIXEL * self.vae.config.resolution**2)
+
+
+def _listed(items: Any, single: type | tuple[type, ...], what: str) -> list:
+    """A list of one or more; a single text or image counts as one."""
+    if isinstance(items, single) or (isinstance(items, Tensor) and items.dim() == 3):
+        items = [items]
+    try:
+        items = list(items)
+    except TypeError:
+        raise ConfigError(f"{what} is a {type(items).__name__}; give a list.") from None
+    if not items:
+        raise ConfigError(f"{what} is an empty list: give at least one.")
+    return items

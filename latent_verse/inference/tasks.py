@@ -1,0 +1,226 @@
+"""The tasks of generate.py: generate, complete, caption or score images, and write what comes of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from latent_verse.config import ConfigError
+from latent_verse.config.generate import GenerateConfig
+from latent_verse.data import DataError
+from latent_verse.data.images import EXTENSIONS, describe_files, walk
+from latent_verse.files import write_text
+from latent_verse.inference.image_io import grid, load_image, save_png, to_images
+from latent_verse.inference.pipeline import LVerse, best_device
+from latent_verse.training import runs
+
+GROUP = 1024  # images held in memory at a time to be captioned
+GRID_ROWS = 64  # more would be hard to look at, and to open
+
+
+def open_folder(out: str | None, overwrite: bool) -> Path:
+    """The folder for the results. Nothing is created yet.
+
+    Raises:
+        ConfigError: it holds files and overwrite is not set, or it cannot be created or written to.
+    """
+    if out is None and not overwrite:
+        return runs.open_run(".", "generated", backup=False, backup_dir=None, config={}).folder
+    folder = Path(out or "generated").expanduser()
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ConfigError(f"out: {there} is a file; give a folder.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"out: {there} is not writable; give another folder.")
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        raise ConfigError(f"out: {folder} holds files already. Give another folder, or --overwrite to replace them.")
+    return folder
+
+
+def load(config: GenerateConfig) -> LVerse:
+    """The model on the device that the settings ask for, with a progress bar.
+
+    Raises:
+        CheckpointError: the bundle cannot be loaded.
+    """
+    device = best_device() if config.write.gpus else "cpu"
+    if config.write.gpus and device == "cpu":
+        print("No GPU on this machine: using the CPU.", file=sys.stderr)
+    model = LVerse.from_pretrained(config.what.model, device=device)
+    model.progress, model.too_long = True, config.draw.text_too_long
+    return model
+
+
+def run(config: GenerateConfig, task: str) -> None:
+    """Do the task and write or print the results.
+
+    Raises:
+        ConfigError, CheckpointError, DataError, TokenizerError: mistakes in settings, model, images or texts.
+    """
+    if task == "score":
+        print_scores(load(config), config)
+        return
+    folder = open_folder(config.write.out, config.write.overwrite)
+    tasks = {"text": generate_images, "complete": complete_images, "image": caption_images}
+    tasks[task](load(config), config, folder)
+
+
+# --------------------------------------------------------------------------------------------------------------- tasks
+
+
+def generate_images(model: LVerse, config: GenerateConfig, folder: Path) -> None:
+    """Images for texts: one PNG each, grid.png and pictures.jsonl."""
+    texts = read_texts(config)
+    settings = config.draw.arguments() | {"rerank": config.draw.rerank}
+    images = model.text_to_image(texts, config.draw.num, **settings)
+    _write_images(folder, model, settings, [{"text": text} for text in texts], images)
+
+
+def complete_images(model: LVerse, config: GenerateConfig, folder: Path) -> None:
+    """Images whose top was given: one PNG each, grid.png (the given image first) and pictures.jsonl."""
+    given = dict(_some_readable(find_images([config.what.complete]), model.vae.config.resolution))
+    texts, rows = read_texts(config), config.what.rows
+    text = texts[0] if len(texts) == 1 else texts or None
+    settings = config.draw.arguments() | {"rerank": config.draw.rerank}
+    images = model.complete(list(given.values()), rows, text, config.draw.num, **settings)
+    texts = texts * len(given) if len(texts) == 1 else texts or [""] * len(given)
+    about = [{"text": text, "completed": name, "rows": rows} for text, name in zip(texts, given, strict=True)]
+    originals = [to_images(x_CHW[None]) for x_CHW in given.values()]
+    _write_images(folder, model, settings, about, images, originals)
+
+
+def caption_images(model: LVerse, config: GenerateConfig, folder: Path) -> None:
+    """Captions for images: printed, and captions.jsonl with one image a line."""
+    files = find_images(config.what.image)
+    settings = config.draw.arguments() | {"beams": config.draw.beams}
+    lines: list[dict] = []
+    for start in range(0, len(files), GROUP):
+        group = _readable(files[start : start + GROUP], model.vae.config.resolution)
+        if not group:
+            continue
+        captions = model.image_to_text([image for _, image in group], config.draw.num, **settings)
+        for (name, _), found in zip(group, captions, strict=True):
+            lines.append({"image": name, "captions": found, "settings": settings, "model": model.fingerprints})
+            print("\n".join(f"{name}: {text}" for text in found))
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "captions.jsonl", _jsonl(lines))  # after each group: a later image may be an error
+    if not lines:
+        raise _none_readable(files)
+    print(f"Written to {folder / 'captions.jsonl'}")
+
+
+def print_scores(model: LVerse, config: GenerateConfig) -> None:
+    """Print a table of log-likelihoods, every image with every text."""
+    name, *texts = config.what.score
+    images = _some_readable(find_images([name]), model.vae.config.resolution)
+    tensors = [image for _, image in images]
+    of_text, of_image = (model.score(tensors, texts, given=given).tolist() for given in ("image", "text"))
+    width = max(len("image"), *(len(name) for name, _ in images))
+    print(f"{'log p(text | image)':>19}  {'log p(image | text)':>19}  {'image':<{width}}  text")
+    for i, (name, _) in enumerate(images):
+        for j, text in enumerate(texts):
+            print(f"{of_text[i][j]:>19.3f}  {of_image[i][j]:>19.3f}  {name:<{width}}  {text}")
+
+
+# --------------------------------------------------------------------------------------------------------------- input
+
+
+def read_texts(config: GenerateConfig) -> list[str]:
+    """The texts of `text`, or the lines of `text_file` that are not blank. The list may be empty.
+
+    Raises:
+        ConfigError: the file is absent, not UTF-8, or holds no text.
+    """
+    name = config.what.text_file
+    if name is None:
+        return list(config.what.text)
+    try:
+        texts = [line.strip() for line in Path(name).expanduser().read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"text_file: {name} cannot be read as UTF-8 text: {error}") from error
+    texts = [text for text in texts if text]
+    if not texts:
+        raise ConfigError(f"text_file: {name} holds no text; write one text a line.")
+    return texts
+
+
+def find_images(names: Sequence[str]) -> list[tuple[str, bool]]:
+    """(file, whether it was named itself) for every named file and for every image below a named folder.
+
+    Raises:
+        DataError: no such file or folder, or a folder without images.
+    """
+    found = []
+    for name in names:
+        path, others = Path(name).expanduser(), Counter[str]()
+        if not path.exists():
+            raise DataError(f"{name} does not exist. Give an image or a folder of images.")
+        inside = [str(path / file) for file in walk(str(path), EXTENSIONS, others)] if path.is_dir() else []
+        if path.is_dir() and not inside:
+            raise DataError(f"no image below {name}: looked for {' '.join(EXTENSIONS)}, {describe_files(others)}.")
+        found += [(file, False) for file in inside] or [(str(path), True)]
+    return found
+
+
+def _readable(files: list[tuple[str, bool]], resolution: int) -> list[tuple[str, Tensor]]:
+    """The images as tensors. An unreadable one of a folder is reported and left out; DataError if it was named."""
+    out = []
+    for file, named in files:
+        try:
+            out.append((file, load_image(file, resolution)))
+        except DataError as error:
+            if named:
+                raise
+            print(f"left out: {error}", file=sys.stderr)
+    return out
+
+
+def _some_readable(files: list[tuple[str, bool]], resolution: int) -> list[tuple[str, Tensor]]:
+    """As `_readable`; DataError if no image is left."""
+    out = _readable(files, resolution)
+    if not out:
+        raise _none_readable(files)
+    return out
+
+
+def _none_readable(files: list[tuple[str, bool]]) -> DataError:
+    return DataError(f"none of {len(files)} images can be read, the first being {files[0][0]}. Are the files whole?")
+
+
+# -------------------------------------------------------------------------------------------------------------- output
+
+
+def _write_images(
+    folder: Path,
+    model: LVerse,
+    settings: dict[str, Any],
+    about: Sequence[Mapping[str, str | int]],
+    images: Sequence[Sequence[Image.Image]],
+    originals: Sequence[Sequence[Image.Image]] | None = None,
+) -> None:
+    """PNG files with metadata, pictures.jsonl and grid.png, whose rows begin with `originals`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines, rows = [], []
+    for i, (source, row) in enumerate(zip(about, images, strict=True)):
+        for j, image in enumerate(row):
+            file = f"{i:04d}_{j:02d}.png"
+            lines.append({"file": file, **source, "number": j, "settings": settings, "model": model.fingerprints})
+            metadata = {key: value if isinstance(value, str) else json.dumps(value) for key, value in lines[-1].items()}
+            save_png(image, folder / file, metadata | {"seed": str(settings["seed"]), "Software": "L-Verse"})
+        rows.append((str(source["text"]), [*(originals[i] if originals else ()), *row]))
+    write_text(folder / "pictures.jsonl", _jsonl(lines))
+    save_png(grid(rows[:GRID_ROWS]), folder / "grid.png", {"settings": json.dumps(settings)})
+    shown = f"the first {GRID_ROWS} rows" if len(rows) > GRID_ROWS else "all of them"
+    print(f"{len(lines)} images written to {folder}, {shown} in {folder / 'grid.png'} (seed {settings['seed']})")
+
+
+def _jsonl(lines: list[dict]) -> str:
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)

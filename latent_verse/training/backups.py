@@ -1,0 +1,200 @@
+"""What makes a run resumable: its folder, backups, stopping on a signal, and the state of each process."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import random
+import signal
+import threading
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+import torch.distributed as dist
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
+
+from latent_verse.checkpoints.ckpt_files import step_of
+from latent_verse.files import replacing
+from latent_verse.training import runs
+from latent_verse.training.runs import Run
+
+
+class Interrupted(Exception):
+    """The run was asked to stop (SIGTERM, Ctrl-C) and has saved; the message says where."""
+
+
+class RunFolder(pl.Callback):
+    """Make the run folder, once all processes have met, and tell them all its id.
+
+    Args:
+        run: each process's own; from `setup` on, `self.run` is the first process's.
+        config: the run's configuration as plain types, for run.json.
+        yaml_text: the same as YAML, for config.yaml.
+    """
+
+    def __init__(self, run: Run, config: dict[str, Any], yaml_text: str):
+        self.run = run
+        self.config = config
+        self.yaml_text = yaml_text
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self.run = dataclasses.replace(self.run, id=trainer.strategy.broadcast(self.run.id))
+        if trainer.is_global_zero:
+            runs.start(self.run, self.config, self.yaml_text)
+
+
+class Backup(pl.Callback):
+    """Save the whole state every `every` steps, and when the run is told to stop.
+
+    A backup appears under its name only once it is whole; the two newest are kept. After SIGTERM or Ctrl-C, training
+    finishes the current step, saves, and raises Interrupted; a second Ctrl-C stops at once.
+
+    Nothing is saved at the last batch of an epoch: its validation and its averages are still to come, and a resumed run
+    would miss them. The run's `last` checkpoint is written a moment later, when the epoch is complete.
+
+    Args:
+        every: steps between backups; None saves only when told to stop.
+
+    Raises:
+        Interrupted: from the hooks, once the run has saved.
+    """
+
+    def __init__(self, folder: RunFolder, every: int | None):
+        self.folder = folder
+        self.every = every
+        self.told_to_stop = False
+        self._handlers: dict[int, object] = {}
+        self._pid = os.getpid()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.told_to_stop |= trainer.received_sigterm
+        # Before every step, Lightning's processes tell each other of a SIGTERM and wait for their GPUs to do so. Here
+        # they ask each other less often: see on_train_batch_end. The method is private: should Lightning rename it, a
+        # test in tests/training/test_trainer.py fails; requirements.txt bounds the version.
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._handlers[number] = signal.signal(number, self._stop)
+
+    def _stop(self, number: int, frame) -> None:
+        if self.told_to_stop and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.told_to_stop = True
+        if os.getpid() != self._pid:  # a data loader's process, which inherits this handler
+            return
+        rank_zero_info(f"{signal.Signals(number).name}: saving after this step (Ctrl-C again stops at once)")
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs, batch, batch_idx) -> None:
+        stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
+        stop = self.told_to_stop
+        if trainer.world_size > 1:  # all processes must leave after the same step; asking costs, so not at every one
+            ask = trainer.global_step % trainer.log_every_n_steps == 0
+            stop = ask and trainer.strategy.reduce_boolean_decision(stop, all=False)
+        if not stepped or trainer.is_last_batch:
+            return
+        if stop:
+            raise Interrupted(f"stopped at step {trainer.global_step}; saved {self.save(trainer)}")
+        if self.every and trainer.global_step % self.every == 0:
+            self.save(trainer)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        stop = self.told_to_stop
+        if trainer.world_size > 1:
+            stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
+        if stop:
+            saved = runs.states(self.folder.run)
+            found = f"saved {saved[0]}" if saved else "there was nothing to save yet"
+            raise Interrupted(f"stopped at step {trainer.global_step}; {found}")
+
+    def save(self, trainer: pl.Trainer) -> Path:
+        """Write a backup; called by all processes together. Returns its path."""
+        place = self.folder.run.backups()
+        file = place / f"step={trainer.global_step}.ckpt"
+        if trainer.is_global_zero:
+            place.mkdir(parents=True, exist_ok=True)
+        # the first process writes the file; the others only help to gather what it holds
+        with replacing(file) if trainer.is_global_zero else nullcontext(file) as unfinished:
+            trainer.save_checkpoint(unfinished, weights_only=False)  # with the optimiser, for an exact resume
+        if trainer.is_global_zero:
+            for old in sorted(place.glob("step=*.ckpt"), key=step_of)[:-2]:  # two, in case the newest is damaged
+                old.unlink()
+            for leftover in place.glob(".step=*.tmp"):  # of a process killed while it saved
+                leftover.unlink()
+        trainer.strategy.barrier()
+        return file
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._restore_handlers()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._restore_handlers()
+
+    def _restore_handlers(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers.clear()
+
+
+class ProcessState(pl.Callback):
+    """Save and restore what differs between processes: random number generators, and the module's `process_state`.
+
+    Lightning saves rank 0's state only. Without this, a resumed run would have different dropout masks and restart
+    different codes.
+    """
+
+    def __init__(self):
+        self.loaded: list[dict] | None = None
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
+        state = {"rng": random_state(), "module": pl_module.process_state()}
+        states = [state]
+        if trainer.world_size > 1:
+            states = [None] * trainer.world_size
+            dist.all_gather_object(states, state)
+        checkpoint["process_states"] = states
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
+        self.loaded = checkpoint.get("process_states")
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.loaded is None:
+            return
+        if len(self.loaded) != trainer.world_size:
+            rank_zero_warn(
+                f"The checkpoint was saved by {len(self.loaded)} processes, and {trainer.world_size} resume from it: "
+                "weights and step are the same, data order and random numbers are not."
+            )
+        else:
+            state = self.loaded[trainer.global_rank]
+            set_random_state(state["rng"])
+            pl_module.load_process_state(state["module"])
+        self.loaded = None
+
+
+def random_state() -> dict:
+    """States of the generators of Python, NumPy, torch and every visible GPU, as plain types and tensors."""
+    version, internal, gauss = random.getstate()
+    name, keys, *rest = np.random.get_state()
+    state = {
+        "python": [version, list(internal), gauss],
+        "numpy": [name, keys.tolist(), *rest],
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: dict) -> None:
+    """Undo `random_state`."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(state["torch"].cpu())
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].cpu())

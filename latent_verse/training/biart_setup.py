@@ -1,0 +1,196 @@
+"""The parts of a run of BiART: the frozen AugVAE, the data and its tokenizer, the transformer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from latent_verse.augvae.model import AugVAE
+from latent_verse.biart.model import BiART
+from latent_verse.biart.sequence import Vocabulary
+from latent_verse.checkpoints.augvae import load_augvae
+from latent_verse.checkpoints.biart import Pretrained, check_vae
+from latent_verse.checkpoints.ckpt_files import check_resumable, fingerprint, read_ckpt
+from latent_verse.config import AugVAEConfig, ConfigError
+from latent_verse.config.train import TrainBiARTConfig
+from latent_verse.data.codes import TOKENIZER, check_codes
+from latent_verse.data.datasets import MapDataset, open_pairs
+from latent_verse.data.modules import PairDataModule
+from latent_verse.data.pairs import CaptionEncoder, PairShards, all_captions
+from latent_verse.data.text import (
+    BPETokenizer,
+    Tokenizer,
+    TokenizerError,
+    load_tokenizer,
+    pack_tokenizer,
+    unpack_tokenizer,
+)
+from latent_verse.training.trainer import say
+
+# a random AugVAE for --fake_data, which needs no file: 32 px, 8 x 8 codes
+FAKE_VAE = AugVAEConfig(
+    hidden_dim=32,
+    ch_mult=(1, 1, 1),
+    num_res_blocks=1,
+    resolution=32,
+    attn_resolutions=(8,),
+    z_channels=32,
+    codebook_dim=16,
+    num_tokens=64,
+)
+
+
+def frozen_vae(config: TrainBiARTConfig, pretrained: Pretrained | None = None) -> tuple[TrainBiARTConfig, AugVAE]:
+    """The AugVAE of vae_path, in evaluation mode; without that `pretrained`'s, or for fake data a random one.
+
+    The configuration comes back without a vae_path that a random one stands in for.
+
+    Args:
+        pretrained: the BiART to start from, which has to have been trained with it.
+
+    Raises:
+        CheckpointError: vae_path cannot be loaded, or is not what `pretrained` was trained with.
+        ConfigError: img_size is not what it takes.
+    """
+    path = config.vae.vae_path
+    if pretrained is not None and path is None:
+        vae, path = pretrained.augvae(), pretrained.where
+    elif config.data.fake_data and (path is None or not Path(path).exists()):
+        if path is not None:
+            say(f"vae_path {path} does not exist: a random AugVAE of 32 px stands in for this smoke test.")
+            config = replace(config, vae=replace(config.vae, vae_path=None), data=replace(config.data, img_size=None))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.trainer.seed)
+            vae = AugVAE(FAKE_VAE).eval()
+    else:
+        vae = load_augvae(path)
+    if config.data.img_size not in (None, vae.config.resolution):
+        raise ConfigError(
+            f"img_size: {config.data.img_size}, but {path} takes images of {vae.config.resolution} px. Leave it out."
+        )
+    if pretrained is not None:
+        check_vae(fingerprint(vae), pretrained.vae_fingerprint, pretrained.vae_path, pretrained.where)
+    return config, vae
+
+
+def open_data(
+    config: TrainBiARTConfig, vae: AugVAE, start_from: str | Path | None, pretrained: Pretrained | None = None
+) -> tuple[PairDataModule, Tokenizer, dict[str, Any]]:
+    """The data, ready to be loaded, its tokenizer, and what checkpoints say of AugVAE and tokenizer (plain types).
+
+    Args:
+        start_from: the checkpoint that the run continues from, as `checkpoints.files.starting_point` found it.
+        pretrained: the BiART that it began with.
+
+    Raises:
+        CheckpointError: start_from was trained with another AugVAE.
+        DataError: the data cannot be used, or are codes of another AugVAE or tokenizer.
+        TokenizerError: see `choose_tokenizer`.
+    """
+    if start_from:
+        then = read_ckpt(start_from)["latent_verse"]["vae"]
+        check_vae(fingerprint(vae), then["fingerprint"], then["path"], start_from)
+    datasets = open_pairs(config.data, vae.config.resolution, config.trainer.seed)
+    tokenizer = choose_tokenizer(config, datasets["train"], start_from, pretrained)
+    about = {
+        "vae": {"path": config.vae.vae_path or (pretrained and pretrained.vae_path), "fingerprint": fingerprint(vae)},
+        "tokenizer": pack_tokenizer(tokenizer),
+    }
+    for split, dataset in datasets.items():
+        if config.data.dataset == "codes":
+            check_codes(dataset.meta, about["vae"]["fingerprint"], tokenizer.fingerprint, f"{split}_dir")
+    text = config.text
+    pad = Vocabulary(tokenizer.vocab_size, vae.config.num_tokens, text.text_len, vae.num_codes).pad
+    encode = CaptionEncoder(tokenizer, text.text_len, text.text_too_long, pad)
+    return PairDataModule(datasets, config.data, config.trainer.seed, encode), tokenizer, about
+
+
+# ----------------------------------------------------------------------------------------------------------- tokenizer
+
+
+def choose_tokenizer(
+    config: TrainBiARTConfig, dataset: MapDataset | PairShards, start_from=None, pretrained=None
+) -> Tokenizer:
+    """The tokenizer of the run: of what it continues or starts from, else of its codes, else CLIP's, else a new one.
+
+    Every process decides the same: training it is deterministic. What lies in the run folder is not read: without a
+    checkpoint a run begins anew, with the settings and captions of now.
+
+    Args:
+        dataset: of training, whose captions a new tokenizer is trained on.
+
+    Raises:
+        TokenizerError: it cannot be read, or is not the kind that the settings name.
+    """
+    kind = config.text.tokenizer
+    saved = None
+    if start_from:
+        saved = unpack_tokenizer(read_ckpt(start_from)["latent_verse"]["tokenizer"])
+        where = str(start_from)
+    elif pretrained is not None:
+        saved, where = pretrained.tokenizer, pretrained.where
+    elif config.data.dataset == "codes":
+        where = dataset.folder / TOKENIZER
+        saved = load_tokenizer(where)
+    if saved is not None:
+        if saved.name != kind:
+            raise TokenizerError(
+                f"tokenizer: {kind}, but that of {where} is {saved.name}. Set tokenizer: {saved.name}."
+            )
+        return saved
+    if kind == "clip":
+        return load_tokenizer("clip")
+    try:
+        return BPETokenizer.train(all_captions(dataset), config.text.bpe_vocab_size)
+    except TokenizerError as error:
+        d = config.data
+        where = f"train_captions {d.train_captions}" if d.train_captions else f"train_dir {d.train_dir}"
+        raise TokenizerError(f"{where}: {error}") from error
+
+
+# ---------------------------------------------------------------------------------------------------------- the models
+
+
+def new_biart(
+    config: TrainBiARTConfig,
+    vae: AugVAE,
+    tokenizer: Tokenizer,
+    start_from: str | Path | None = None,
+    pretrained: Pretrained | None = None,
+) -> BiART:
+    """A transformer whose vocabulary and lengths are those of AugVAE and tokenizer.
+
+    Args:
+        start_from: the checkpoint that the run continues from.
+        pretrained: the BiART whose weights it begins with, where it does not continue; random ones without it.
+
+    Raises:
+        CheckpointError: start_from is of a transformer of another shape.
+        ConfigError: its width is no multiple of its heads, top_k exceeds the codebook.
+    """
+    if config.sampling.top_k is not None and config.sampling.top_k > vae.config.num_tokens:
+        raise ConfigError(f"top_k is {config.sampling.top_k}, but the codebook has {vae.config.num_tokens} codes.")
+    whole = config.model.resolve(
+        text_vocab=tokenizer.vocab_size,
+        image_vocab=vae.config.num_tokens,
+        text_len=config.text.text_len,
+        image_len=vae.num_codes,
+    )
+    if start_from:
+        check_resumable(start_from, "biart", whole)
+    model = BiART(whole)
+    if pretrained is not None and not start_from:
+        model.load_state_dict(pretrained.biart.state_dict())
+    return model
+
+
+def summary(config: TrainBiARTConfig, model: BiART, tokenizer: Tokenizer) -> str:
+    """A line on what is trained."""
+    return (
+        f"BiART: {model.num_parameters() / 1e6:.1f} M parameters; {model.vocab.text_len} tokens of {tokenizer.name} "
+        f"({tokenizer.vocab_size} ids), {model.vocab.image_len} codes of {model.vocab.image_vocab}; "
+        f"learning rate {config.optim.learning_rate:g}"
+    )

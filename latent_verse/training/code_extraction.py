@@ -1,0 +1,81 @@
+"""Encoding a dataset of pairs once with the frozen AugVAE, for training from codes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from latent_verse.augvae.model import AugVAE
+from latent_verse.checkpoints.biart import Pretrained
+from latent_verse.checkpoints.ckpt_files import fingerprint
+from latent_verse.config.train import TrainBiARTConfig
+from latent_verse.data.codes import extract, work_of
+from latent_verse.data.datasets import open_pairs, source_of
+from latent_verse.data.modules import loader_processes
+from latent_verse.data.pairs import work_of_shards
+from latent_verse.training.biart_setup import choose_tokenizer
+
+
+def extract_codes(config: TrainBiARTConfig, vae: AugVAE, accelerator: str, pretrained: Pretrained | None = None) -> int:
+    """Write the codes of train_dir and val_dir to <extract_codes>/train and /val; 0 when done.
+
+    Args:
+        pretrained: the BiART that is to be trained on them, whose tokenizer they then have.
+
+    Raises:
+        DataError: see `data.codes.extract`.
+    """
+    d, c, t = config.data, config.codes, config.trainer
+    device = torch.device("cuda" if accelerator == "gpu" else "cpu")
+    vae.to(device)
+    resolution = vae.config.resolution
+    webdataset = d.dataset == "webdataset"
+    datasets = open_pairs(d, resolution, t.seed, augment=False)
+    tokenizer = choose_tokenizer(config, datasets["train"], pretrained=pretrained)
+    flags = f"--tokenizer {config.text.tokenizer}"
+    for split, dataset in datasets.items():
+        crops = c.crops_per_image if split == "train" else 1
+        plan = {
+            "format": "latent_verse/codes",
+            "vae": fingerprint(vae),
+            "codebook_size": vae.config.num_tokens,
+            "image_len": vae.num_codes,
+            "resolution": resolution,
+            "tokenizer": tokenizer.fingerprint,
+            "text_vocab": tokenizer.vocab_size,
+            "source": source_of(d, split),
+            "dataset": d.dataset,
+            "crops_per_image": crops,
+            "resize_ratio": d.resize_ratio if crops > 1 else None,
+            "shard_size": None if webdataset else c.shard_size,
+            "seed": t.seed,
+        }
+        if webdataset:
+            work, total = work_of_shards(dataset.shards, resolution, crops, d.resize_ratio, t.seed), None
+        else:
+            work, total = work_of(dataset, crops, c.shard_size), len(dataset)
+            plan["pictures"] = total
+            if d.dataset == "shapes":
+                world = dataset.world
+                plan["shapes"] = {"world": world.name, "fingerprint": world.fingerprint}
+                plan["shapes"] |= {"split": dataset.split, "seed": t.seed}
+        folder = Path(c.extract_codes) / split
+        meta = extract(
+            work,
+            folder,
+            lambda x: vae.codes(x.to(device)),
+            tokenizer,
+            plan,
+            batch_size=d.batch_size,
+            threads=loader_processes(d.num_workers),
+            total=total,
+            progress=bool(t.refresh_rate),
+        )
+        flags += f" --{split}_dir {folder}"
+        print(
+            f"{folder}: {meta['pairs']} pairs, {meta['captions']} captions, {meta['skipped']} unreadable pictures; "
+            f"AugVAE {meta['vae']}, tokenizer {tokenizer.name} {meta['tokenizer']}"
+        )
+    print(f"Train on them with --dataset codes {flags}")
+    return 0

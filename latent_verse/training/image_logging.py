@@ -1,0 +1,212 @@
+"""Images and captions that training and evaluation log and write: reconstructions, and samples of BiART."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from latent_verse.biart import sampling
+from latent_verse.biart.sequence import IMAGE_TO_TEXT, TEXT_TO_IMAGE
+from latent_verse.config import UserError
+from latent_verse.config.train import SamplingConfig
+from latent_verse.data.text import Tokenizer
+from latent_verse.files import replacing, write_text
+from latent_verse.training.backups import RunFolder
+
+
+class ImageGrids(pl.Callback):
+    """Log input over reconstruction, and write both as PNG to the run folder.
+
+    Of the training batch every `every` steps, and of the first validation batch. The steps of the module return
+    {"x": (B, C, H, W) in [-1, 1], "xrec": the same}.
+
+    Args:
+        every: steps between grids of training batches.
+        at_most: images in a grid.
+    """
+
+    def __init__(self, folder: RunFolder, every: int, at_most: int = 8):
+        self.folder = folder
+        self.every = every
+        self.at_most = at_most
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs, batch, batch_idx) -> None:
+        if trainer.global_step % self.every == 0 and trainer.global_step:
+            self._write(trainer, outputs, "train")
+
+    def on_validation_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs, batch, batch_idx, dataloader_idx=0
+    ) -> None:
+        if batch_idx == 0 and outputs is not None and not trainer.sanity_checking:
+            self._write(trainer, outputs, "val")
+
+    def _write(self, trainer: pl.Trainer, outputs: dict[str, Tensor], stage: str) -> None:
+        if trainer.is_global_zero and "x" in outputs:
+            rows_BCHW = [outputs[name][: self.at_most].float().cpu() for name in ("x", "xrec")]
+            _write_grid(
+                trainer, self.folder, f"{stage}_step={trainer.global_step}", f"{stage}/reconstructions", rows_BCHW
+            )
+
+
+class SavedPictures(pl.Callback):
+    """In a test: write each input and its reconstruction as PNG files of the same number, and a grid of such pairs.
+
+    Args:
+        folder: gets original_images/, generated_images/ and grid.png.
+        at_most: images to write, over all processes.
+        in_grid: pairs in the grid.
+    """
+
+    def __init__(self, folder: Path, at_most: int, in_grid: int = 32):
+        self.folder = folder
+        self.at_most = at_most
+        self.in_grid = in_grid
+        self._pairs: list[Tensor] = []
+
+    def on_test_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs, batch, batch_idx, dataloader_idx=0
+    ) -> None:
+        from torchvision.utils import save_image
+
+        if outputs is None:
+            return
+        first = batch_idx * pl_module.config.data.batch_size
+        for j, pair in enumerate(zip(outputs["x"], outputs["xrec"], strict=True)):
+            number = (first + j) * trainer.world_size + trainer.global_rank
+            if number >= self.at_most:
+                break
+            pair_CHW = [image_CHW.float().cpu() for image_CHW in pair]
+            for name, image_CHW in zip(("original_images", "generated_images"), pair_CHW, strict=True):
+                (self.folder / name).mkdir(parents=True, exist_ok=True)
+                save_image((image_CHW + 1) / 2, self.folder / name / f"{number:06d}.png")
+            if trainer.is_global_zero and len(self._pairs) < self.in_grid:
+                self._pairs.append(torch.cat(pair_CHW, dim=2))
+
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        from torchvision.utils import make_grid, save_image
+
+        if self._pairs:
+            grid = make_grid(torch.stack(self._pairs), nrow=4, normalize=True, value_range=(-1, 1), pad_value=1)
+            save_image(grid, self.folder / "grid.png")
+
+
+class Diverged(UserError):
+    """The outputs of the network in training are no longer finite."""
+
+
+class TextImageSamples(pl.Callback):
+    """Generate an image for each of a few validation captions, and a caption for each of their images.
+
+    After every `sample_every_n_epochs`-th validation, and with --log_images every image_log_steps steps. Images go to
+    <run>/images as a grid (the validation images above, the generated ones below), captions to a text file beside it,
+    both to the logger. On shapes, whose truth is known, the share of correct ones in each direction is logged too.
+    Seeds are fixed, so that whatever changes from one time to the next is the model's doing. The tokenizer is saved in
+    the run folder.
+
+    Args:
+        settings: how to sample, how many and how often.
+        tokenizer: turns ids back into text.
+
+    Raises:
+        Diverged: from the hooks, when the model's logits are not finite.
+    """
+
+    def __init__(self, folder: RunFolder, settings: SamplingConfig, tokenizer: Tokenizer):
+        self.folder = folder
+        self.settings = settings
+        self.tokenizer = tokenizer
+        self._examples = None
+        self._last_step = 0
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero:  # a run killed before its first checkpoint may have left another tokenizer
+            with replacing(self.folder.run.folder / "tokenizer") as unfinished:
+                self.tokenizer.save(unfinished)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs, batch, batch_idx) -> None:
+        t, step = pl_module.config.trainer, trainer.global_step
+        if t.log_images and step % t.image_log_steps == 0 and step != self._last_step and self._has_data(trainer):
+            self._last_step = step
+            self._sample(trainer, pl_module)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        due = (trainer.current_epoch + 1) % self.settings.sample_every_n_epochs == 0
+        if due and not trainer.sanity_checking and self._has_data(trainer):
+            for name, share in self._sample(trainer, pl_module).items():
+                pl_module.log(f"val/{name}", share, batch_size=1)
+
+    def _has_data(self, trainer: pl.Trainer) -> bool:
+        """Whether there are examples to sample for; looked up once, and the same on every process."""
+        if self._examples is None and trainer.datamodule.has_val:
+            s, has_truth = self.settings, getattr(trainer.datamodule.dataset("val"), "world", None) is not None
+            count = max(s.num_samples, s.num_judged if has_truth else 0)
+            self._examples = trainer.datamodule.examples(count) if count else None
+        return self._examples is not None and len(self._examples.captions) > 0
+
+    @torch.no_grad()
+    def _sample(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
+        """Generate and write, on all processes alike (a sharded network needs them all). Returns the shares correct."""
+        e, s, n, device = self._examples, self.settings, self.settings.num_samples, pl_module.device
+        network = pl_module.network
+        text_BL = e.text_BL.to(device)
+        codes_BN = pl_module.codes(e.x.to(device))
+        null_trained = pl_module.config.loss.reference_dropout > 0
+        try:
+            sampled_BN = sampling.generate(
+                network, text_BL, TEXT_TO_IMAGE, seed=0, reference_dropout_trained=null_trained, **s.arguments()
+            )
+            sampled_BL = sampling.generate(network, codes_BN, IMAGE_TO_TEXT, temperature=0)
+        except sampling.NotFinite as error:
+            raise Diverged(
+                f"training has diverged: after step {trainer.global_step} the model's logits are not finite. Lower "
+                "learning_rate (or muon_learning_rate), raise warmup_steps, set gradient_clip_val, or train with "
+                "precision: 32."
+            ) from error
+        x_BCHW = pl_module.vae.decode_codes(sampled_BN).float().cpu()
+        captions = self.tokenizer.decode_batch(network.vocab.unpad_text(sampled_BL))
+        image_right, caption_right = self._are_right(x_BCHW, captions) if e.world else ([], [])
+        if trainer.is_global_zero and n:
+            originals = e.x[:n] if e.x.is_floating_point() else pl_module.vae.decode_codes(codes_BN[:n]).float().cpu()
+            marks = [" (right)" if right else " (wrong)" for right in caption_right] or [""] * len(captions)
+            lines = [
+                f"{i}. caption: {given}\n   written: {text}{mark}"
+                for i, (given, text, mark) in enumerate(zip(e.captions, captions, marks, strict=True))
+            ]
+            self._write(trainer, [originals, x_BCHW[:n]], lines[:n])
+        shares = {"text_to_image/right": image_right, "image_to_text/right": caption_right}
+        return {name: sum(right) / len(right) for name, right in shares.items() if right}
+
+    def _are_right(self, x_BCHW: Tensor, captions: list[str]) -> tuple[list[bool], list[bool]]:
+        """Which of the generated images show what their captions say, and which captions are true of their images."""
+        world, e = self._examples.world, self._examples
+        x_BHWC = ((x_BCHW + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+        of_images = zip(map(world.parse_image, x_BHWC), map(world.parse_caption, e.captions), strict=True)
+        of_captions = zip(e.scenes, map(world.parse_caption, captions), strict=True)
+        return [world.satisfies(*pair) for pair in of_images], [world.satisfies(*pair) for pair in of_captions]
+
+    def _write(self, trainer: pl.Trainer, rows_BCHW: list[Tensor], lines: list[str]) -> None:
+        name = f"samples_step={trainer.global_step}"
+        _write_grid(trainer, self.folder, name, "val/drawn", rows_BCHW)
+        write_text(self.folder.run.images / f"{name}.txt", "\n".join(lines) + "\n")
+        for logger in trainer.loggers:
+            if isinstance(logger, pl.loggers.TensorBoardLogger):
+                logger.experiment.add_text("val/written", "\n\n".join(lines), trainer.global_step)
+            elif isinstance(logger, pl.loggers.WandbLogger):
+                logger.log_text("val/written", columns=["sample"], data=[[line] for line in lines])
+
+
+def _write_grid(trainer: pl.Trainer, folder: RunFolder, name: str, tag: str, rows_BCHW: list[Tensor]) -> None:
+    """Write rows of as many images each, in [-1, 1], as <run>/images/<name>.png, and give them to the loggers."""
+    from torchvision.utils import make_grid, save_image
+
+    grid_CHW = make_grid(torch.cat(rows_BCHW), nrow=len(rows_BCHW[0]), normalize=True, value_range=(-1, 1))
+    folder.run.images.mkdir(parents=True, exist_ok=True)
+    save_image(grid_CHW, folder.run.images / f"{name}.png")
+    for logger in trainer.loggers:
+        if isinstance(logger, pl.loggers.TensorBoardLogger):
+            logger.experiment.add_image(tag, grid_CHW, trainer.global_step)
+        elif isinstance(logger, pl.loggers.WandbLogger):
+            logger.log_image(tag, [grid_CHW], caption=[f"step {trainer.global_step}"])

@@ -1,0 +1,280 @@
+"""Lightning's Trainer from a TrainerConfig: devices, strategy, logger, callbacks. Shared by all scripts."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import logging
+import os
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
+from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_only
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+from latent_verse.config import ConfigError
+from latent_verse.config.train import TrainBiARTConfig, TrainerConfig, TrainVAEConfig
+from latent_verse.training import runs
+from latent_verse.training.backups import Backup, Interrupted, ProcessState, RunFolder
+from latent_verse.training.image_logging import ImageGrids
+from latent_verse.training.progress_bar import ProgressBar
+from latent_verse.training.runs import Run
+
+Training = TypeVar("Training", TrainVAEConfig, TrainBiARTConfig)
+say = rank_zero_only(print)  # one process speaks for all
+
+
+@contextmanager
+def as_config_error() -> Iterator[None]:
+    """Decorate what hands settings to Lightning: its refusal of some becomes a ConfigError."""
+    try:
+        yield
+    except MisconfigurationException as error:
+        raise ConfigError(str(error)) from error
+
+
+def choose_devices(t: TrainerConfig) -> tuple[str, int]:
+    """(Lightning accelerator, processes on this node) for --gpus N; says so where that is not GPUs.
+
+    With an accelerator named, N is the number of its devices (for cpu: of processes).
+
+    Raises:
+        ConfigError: more GPUs are asked for than the machine has.
+    """
+    started = int(os.environ["LOCAL_WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else None  # by torchrun
+    if t.accelerator not in ("auto", "gpu", "cuda"):
+        return t.accelerator, max(1, t.gpus) if started is None else started
+    if t.gpus == 0:
+        if t.accelerator != "auto":
+            raise ConfigError(f"gpus: 0 asks for the CPU, accelerator: {t.accelerator} does not. Drop one of them.")
+        return "cpu", started or 1
+    present = torch.cuda.device_count()
+    if present == 0:
+        if t.accelerator != "auto":
+            raise ConfigError(f"accelerator: {t.accelerator}, but torch sees no GPU on this machine.")
+        rank_zero_info(f"No GPU on this machine: using the CPU in place of {t.gpus} GPU{'s' if t.gpus > 1 else ''}.")
+        return "cpu", started or 1
+    if t.gpus > present:
+        raise ConfigError(f"gpus: {t.gpus}, but torch sees {present} on this machine. Give --gpus {present} or fewer.")
+    if started not in (None, t.gpus):
+        raise ConfigError(f"gpus: {t.gpus}, but torchrun started {started} processes on this node. Make them equal.")
+    return "gpu", t.gpus
+
+
+def ease_smoke_test(config: Training, given: Mapping[str, str]) -> Training:
+    """Without a GPU, a run on fake data takes one image at a time, unless a flag says how many; says so.
+
+    A step of the released size on 8 images takes minutes and tens of GiB on a CPU, which no smoke test needs. BiART
+    is the tiny preset too, where nothing says otherwise.
+    """
+    if not config.data.fake_data or torch.cuda.is_available():
+        return config
+    shapes = {"preset", "n_layer", "n_head", "n_embd", "pretrained_path"}
+    if hasattr(config.model, "preset") and not given.keys() & shapes:
+        rank_zero_info(f"Smoke test on a CPU: preset tiny in place of {config.model.preset} (or --preset NAME).")
+        config = replace(config, model=replace(config.model, preset="tiny"))
+    flagged = given.get("batch_size", "").startswith("--")
+    if config.data.batch_size > 1 and not flagged:
+        rank_zero_info(f"Smoke test on a CPU: batch_size 1 in place of {config.data.batch_size} (or --batch_size N).")
+        config = replace(config, data=replace(config.data, batch_size=1))
+    return config
+
+
+def decide_compile(config: Training) -> Training:
+    """The configuration with `compile` true or false, where it was left to this machine."""
+    t = config.trainer
+    if t.compile is not None:
+        return config
+    compile = not config.data.fake_data and compiles_by_default(t, choose_devices(t)[0])
+    return replace(config, trainer=replace(t, compile=compile))
+
+
+@as_config_error()
+def make_trainer(t: TrainerConfig, folder: RunFolder, has_val: bool, more: Sequence[pl.Callback] = ()) -> pl.Trainer:
+    """A Trainer that logs to the run's folder, keeps its best and last checkpoints, backs up and can be interrupted.
+
+    Args:
+        has_val: whether there is validation data, which decides the best checkpoint.
+        more: callbacks beside those of every run.
+    """
+    accelerator, devices = choose_devices(t)
+    run = folder.run
+    callbacks = [
+        folder,
+        *more,
+        ProcessState(),
+        LearningRateMonitor("step"),
+        Backup(folder, t.backup_steps if t.backup else None),
+        *([ImageGrids(folder, t.image_log_steps)] if t.log_images else []),
+        *([ProgressBar(refresh_rate=t.refresh_rate)] if t.refresh_rate else []),
+        *checkpoints(run, has_val),
+    ]
+    quiet_lightning()
+    return pl.Trainer(
+        accelerator=accelerator,
+        devices=devices,
+        num_nodes=t.nodes,
+        strategy=choose_strategy(t, accelerator, devices),
+        precision=t.precision,
+        max_epochs=t.epochs,
+        max_steps=t.max_steps,
+        limit_train_batches=t.limit_train_batches,
+        limit_val_batches=t.limit_val_batches,
+        num_sanity_val_steps=t.num_sanity_val_steps,
+        accumulate_grad_batches=t.accumulate_grad_batches,
+        gradient_clip_val=t.gradient_clip_val,
+        log_every_n_steps=t.log_every_n_steps,
+        enable_progress_bar=bool(t.refresh_rate),
+        enable_model_summary=False,
+        detect_anomaly=t.debug,
+        use_distributed_sampler=False,  # the data module splits over processes itself, without padding
+        benchmark=True,
+        default_root_dir=run.folder,
+        logger=make_logger(t, run),
+        callbacks=callbacks,
+    )
+
+
+def announce(t: TrainerConfig, run: Run, start_from: Path | None, idle: list[str]) -> None:
+    """Say where a run writes, which flags have no effect (`idle_flags`), and what it continues from."""
+    say(f"Run folder: {run.folder}")
+    for line in idle:
+        say(f"No effect: {line}.")
+    if start_from:
+        say(f"Continuing from {start_from}")
+    elif t.ckpt_path:
+        say(f"ckpt_path {t.ckpt_path} is not read without --resume: this run starts anew.")
+
+
+@as_config_error()
+def fit(trainer: pl.Trainer, t: TrainerConfig, run: Run, module: pl.LightningModule, data, start_from) -> bool:
+    """Train to the end; False where the run was interrupted, and saved. Says so, and where nothing was left to do."""
+    failed = True
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=start_from, weights_only=True)
+        failed = False
+    except Interrupted as stopped:
+        failed = False
+        again = "rerun the command to resume" if t.backup else "resume with --resume --ckpt_path and that file"
+        say(f"{stopped}; {again}.")
+        return False
+    finally:
+        if t.logger == "wandb":
+            close_wandb(failed)
+    if start_from and trainer.global_step == runs.step_of(start_from):
+        say(f"{run.folder} was finished already. Raise --epochs to train longer, or give another --name.")
+    return True
+
+
+def close_wandb(failed: bool) -> None:
+    """End the run of Weights & Biases: Lightning leaves it open, and the next run of this process would join it."""
+    import wandb
+
+    wandb.finish(exit_code=int(failed))
+
+
+def compiles_by_default(t: TrainerConfig, accelerator: str) -> bool:
+    """Where `compile` is not given: on a GPU that Triton serves, with the C compiler that it needs.
+
+    Not for sharded parameters and not under anomaly detection, where it has not been tried.
+    """
+    if accelerator not in ("gpu", "cuda") or t.strategy == "fsdp" or t.debug:
+        return False
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    return (
+        compiler is not None
+        and importlib.util.find_spec("triton") is not None
+        and torch.cuda.is_available()
+        and torch.cuda.get_device_capability() >= (7, 0)
+    )
+
+
+def uncompiled(t: TrainerConfig) -> AbstractContextManager:
+    """For validation: its last batch is a smaller one, and compiling for it would take longer than it saves."""
+    return torch.compiler.set_stance("force_eager") if t.compile else nullcontext()
+
+
+def checkpoints(run: Run, has_val: bool) -> list[ModelCheckpoint]:
+    """Best (by val/total_loss) and last; `last` also without validation data."""
+    last = ModelCheckpoint(
+        run.checkpoints,
+        filename="last-{epoch}-{step}",
+        save_top_k=1,
+        monitor=None,
+        every_n_epochs=1,
+        save_on_train_epoch_end=True,
+    )
+    best = ModelCheckpoint(run.checkpoints, filename="best-{epoch}-{step}", monitor="val/total_loss", save_top_k=1)
+    return [best, last] if has_val else [last]
+
+
+def choose_strategy(t: TrainerConfig, accelerator: str, devices: int) -> str | Strategy:
+    """auto and ddp: a copy on each process; fsdp: parameters, gradients and optimiser sharded over all processes."""
+    processes = devices * t.nodes
+    backend = "gloo" if accelerator == "cpu" else None
+    if t.strategy == "fsdp":
+        return ModelParallelStrategy(
+            data_parallel_size=processes,
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=False,
+            process_group_backend=backend,
+        )
+    if processes == 1:
+        return "auto"
+    # The codebook's buffers are kept equal by all-reduced statistics: broadcasting them each step would be waste.
+    known = inspect.signature(torch.nn.parallel.DistributedDataParallel).parameters
+    no_sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # torch renamed it
+    return DDPStrategy(gradient_as_bucket_view=True, process_group_backend=backend, **{no_sync: False})
+
+
+def make_logger(t: TrainerConfig, run: Run) -> Logger:
+    """TensorBoard, Weights & Biases (offline with WANDB_MODE=offline) or CSV, into the run folder."""
+    if t.logger == "tensorboard":
+        return TensorBoardLogger(run.folder, name="", version="logs")
+    if t.logger == "csv":
+        # CSVLogger begins its file anew: a continued run gets a folder of its own
+        return CSVLogger(run.folder, name="", version=runs.free(run.folder / "logs").name)
+    return WandbLogger(
+        name=run.folder.name,
+        project="l-verse",
+        save_dir=run.folder,
+        id=run.id,
+        resume="allow",
+        offline=os.environ.get("WANDB_MODE") == "offline",
+    )
+
+
+def default_name(t: TrainerConfig, config_file: str | None, kind: str, fake: bool) -> str:
+    """The run's name: --name, else the config file's, marked where the data is fake."""
+    stem = Path(config_file).stem if config_file else kind
+    return t.name or (f"fake-{stem}" if fake else stem)
+
+
+def quiet_lightning() -> None:
+    """Hide what Lightning and PyTorch say about their insides, advertise, or advise against though asked for."""
+    for message in (
+        ".*does not have many workers.*",
+        ".*GPU available but not used.*",
+        ".*isinstance.treespec, LeafSpec.*",
+        ".*The number of training batches.*",
+        ".*Total length of `list` across ranks is zero.*",
+        ".*ModelParallelStrategy.*experimental.*",
+        ".*It is recommended to use .*sync_dist=True.*",  # the modules log values that are summed already
+    ):
+        warnings.filterwarnings("ignore", message)
+    said = ("💡 Tip", "GPU available:", "TPU available:")
+    for name in ("pytorch_lightning.utilities.rank_zero", "lightning_fabric.utilities.rank_zero"):
+        logging.getLogger(name).addFilter(lambda record: not record.getMessage().startswith(said))
+    # `recompute` hands the compiler a context_fn, and what it computes again does nothing in place
+    wrapping = logging.getLogger("torch._higher_order_ops.wrap")
+    wrapping.addFilter(lambda record: "context_fn is passed" not in record.getMessage())

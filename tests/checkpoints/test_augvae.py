@@ -1,0 +1,447 @@
+"""checkpoints/: every file an AugVAE can be in gives the same model; every other file a clear refusal."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import pytorch_lightning as pl
+import torch
+from safetensors.torch import load_file, save_file
+
+from latent_verse.augvae.model import AugVAE
+from latent_verse.checkpoints.augvae import load_augvae, load_for_training
+from latent_verse.checkpoints.ckpt_files import CheckpointError, check_resumable, find_checkpoint, newest, read_ckpt
+from latent_verse.config import ConfigError, as_plain
+from latent_verse.config.train import EvalVAEConfig, TrainerConfig, TrainVAEConfig, VAEOptimConfig, with_evaluated_shape
+from latent_verse.training.augvae import LitAugVAE
+
+SINGLE = pytest.mark.parametrize("single_level", [None, 8, 4, 2])
+
+
+def own_ckpt(model: AugVAE, file: Path, **changes) -> Path:
+    """A file as LitAugVAE under Lightning writes it: the module's state dict, and what describes it."""
+    lit = LitAugVAE(model, TrainVAEConfig(model=model.config))
+    content = {"state_dict": lit.state_dict(), "global_step": 1, "optimizer_states": [{}]}
+    lit.on_save_checkpoint(content)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(content | changes, file)
+    return file
+
+
+def released_ckpt(model: AugVAE, file: Path, **changes) -> Path:
+    """A file as the release's Lightning 1.5 wrote it.
+
+    Settings are a pickled Namespace (with much else in it), keys have no prefix, tensors that levels share are stored
+    once for each level, and the frozen LPIPS network is there. AugVAE-SL kept AugVAE-ML's settings.
+    """
+    config = as_plain(model.config)
+    del config["single_level"], config["restart_threshold"]
+    args = argparse.Namespace(**config, train_dir="/data", gpus=8, resize_ratio=0.75, loss_type="lpips_l2", seed=42)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    state["loss.net.slice1.0.weight"] = torch.randn(64, 3, 3, 3)
+    state["loss.scaling_layer.shift"] = torch.randn(1, 3, 1, 1)
+    content = {
+        "epoch": 3,
+        "global_step": 100,
+        "pytorch-lightning_version": "1.5.10",
+        "state_dict": state,
+        "hyper_parameters": {"args": args, "batch_size": 8, "learning_rate": 4.5e-6},
+        "hparams_name": "kwargs",
+        "optimizer_states": [],
+    }
+    torch.save(content | changes, file)
+    return file
+
+
+def safetensors_folder(model: AugVAE, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    return folder
+
+
+def assert_same(ours: AugVAE, source: AugVAE, x: torch.Tensor) -> None:
+    assert not ours.training
+    assert ours.config == source.config
+    for a, b in zip(ours(x), source.eval()(x), strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(ours.codes(x), source.codes(x))
+    assert ours.state_dict().keys() == source.state_dict().keys()
+    for name, value in source.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], value), name
+    # tensors that the levels share still are one
+    assert len({id(c.weight) for c in ours.pre_quants}) == len({id(c.weight) for c in ours.post_quants}) == 1
+    assert len({id(q.embedding) for q in ours.quantizers}) == 1
+
+
+def refusal(path) -> str:
+    with pytest.raises(CheckpointError) as error:
+        load_augvae(path)
+    return str(error.value)
+
+
+# ------------------------------------------------------------------------------------------- every file gives the model
+
+
+@SINGLE
+@pytest.mark.parametrize("write", [own_ckpt, released_ckpt, safetensors_folder])
+def test_every_kind_of_file_gives_the_same_model(tiny_augvae, tiny_images, tmp_path, write, single_level):
+    model = tiny_augvae(single_level=single_level, quant_beta=0.5, quant_ema_decay=0.9)
+    path = write(model, tmp_path / "some.ckpt")
+    for given in (path, str(path)):
+        assert_same(load_augvae(given), model, tiny_images())
+
+
+@pytest.mark.parametrize("write", [own_ckpt, released_ckpt, safetensors_folder])
+def test_attention_and_restarts_survive(tiny_augvae, tiny_images, tmp_path, write):
+    model = tiny_augvae(use_attn=True, single_level=4)
+    assert_same(load_augvae(write(model, tmp_path / "some.ckpt")), model, tiny_images())
+
+
+@pytest.mark.parametrize("single_level", [8, 4, 2])
+@pytest.mark.parametrize("as_dict", [False, True])
+def test_released_single_level_files_whose_settings_name_the_level_alone(
+    tiny_augvae, tiny_images, tmp_path, single_level, as_dict
+):
+    model = tiny_augvae(single_level=single_level)
+    args = {k: v for k, v in as_plain(model.config).items() if k not in ("single_level", "restart_threshold")}
+    args["attn_resolutions"] = [single_level]
+    settings = args if as_dict else {"args": argparse.Namespace(**args)}
+    file = released_ckpt(model, tmp_path / "sl.ckpt", hyper_parameters=settings)
+    assert_same(load_augvae(file), model, tiny_images())
+
+
+def test_lightnings_own_file_and_run_folder(tiny_augvae, tiny_images, tmp_path):
+    """Through a real Trainer: nothing but weights and plain types is in the file."""
+    model, x = tiny_augvae().train(), tiny_images(4)
+    lit = LitAugVAE(model, TrainVAEConfig(model=model.config))
+    trainer = pl.Trainer(
+        max_steps=1, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.fit(lit, torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x), batch_size=2))
+    run = tmp_path / "run"
+    trainer.save_checkpoint(run / "checkpoints" / "last-epoch=0-step=1.ckpt")
+    for path in (run, run / "checkpoints", run / "checkpoints" / "last-epoch=0-step=1.ckpt"):
+        assert_same(load_augvae(path), model.to(memory_format=torch.contiguous_format), x)
+    check_resumable(run / "checkpoints" / "last-epoch=0-step=1.ckpt", "augvae")
+    described = read_ckpt(run / "checkpoints" / "last-epoch=0-step=1.ckpt")["latent_verse"]
+    assert json.loads(json.dumps(described["run"])) == described["run"]
+
+
+def test_a_run_folder_gives_its_best_or_else_its_newest(tiny_augvae, tmp_path):
+    for i, name in enumerate(["last-epoch=9-step=9", "last-epoch=10-step=10"]):
+        own_ckpt(tiny_augvae(seed=i), tmp_path / "run" / "checkpoints" / f"{name}.ckpt")
+    assert find_checkpoint(tmp_path / "run").name == "last-epoch=10-step=10.ckpt"
+    own_ckpt(tiny_augvae(seed=2), tmp_path / "run" / "checkpoints" / "best-epoch=2-step=2.ckpt")
+    assert find_checkpoint(tmp_path / "run").name == "best-epoch=2-step=2.ckpt"
+    expected = tiny_augvae(seed=2).quantizer.embedding.weight
+    assert torch.equal(load_augvae(tmp_path / "run").quantizer.embedding.weight, expected)
+
+
+def test_the_newest_is_that_of_the_highest_step(tmp_path):
+    names = ["best-epoch=9-step=9.ckpt", "best-epoch=10-step=10.ckpt", "last-epoch=1-step=11.ckpt", "step=12.ckpt.tmp"]
+    files = [tmp_path / name for name in names]
+    for order in (files, files[::-1]):
+        assert newest(order).name == "last-epoch=1-step=11.ckpt"
+        assert newest(order, "best-").name == "best-epoch=10-step=10.ckpt"
+    assert newest([]) is None
+    assert newest([tmp_path / "model.ckpt"]) is None
+
+
+def test_the_weights_file_of_a_folder_stands_for_the_folder(tiny_augvae, tiny_images, tmp_path):
+    model = tiny_augvae()
+    model.save_pretrained(tmp_path)
+    assert_same(load_augvae(tmp_path / "model.safetensors"), model, tiny_images())
+
+
+def test_a_hub_id(tiny_augvae, tiny_images, tmp_path, monkeypatch):
+    model = tiny_augvae()
+    model.save_pretrained(tmp_path / "cache")
+    asked = []
+
+    def snapshot_download(name, allow_patterns):
+        asked.append((name, sorted(allow_patterns)))
+        return str(tmp_path / "cache")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert_same(load_augvae("someone/augvae"), model, tiny_images())
+    assert asked == [("someone/augvae", ["config.json", "model.safetensors"])]
+
+
+def test_training_what_was_loaded_leaves_the_file_alone(tiny_augvae, tmp_path):
+    file = own_ckpt(tiny_augvae(), tmp_path / "a.ckpt")
+    before = file.read_bytes()
+    model = load_augvae(file).train()  # memory-mapped: training must not write into the file
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            tensor.zero_()
+    assert file.read_bytes() == before
+
+
+def test_saving_over_a_folder_replaces_it_whole(tiny_augvae, tmp_path):
+    tiny_augvae(seed=1).save_pretrained(tmp_path)
+    tiny_augvae(seed=2, single_level=4).save_pretrained(tmp_path)
+    assert load_augvae(tmp_path).config.single_level == 4
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+# ------------------------------------------------------------------------------------------------------ untrusted files
+
+
+class Payload:
+    """Unpickled, it writes a file."""
+
+    def __init__(self, proof: Path):
+        self.proof = proof
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.proof}",)
+
+
+@pytest.mark.parametrize("place", ["hyper_parameters", "state_dict", "whole", "namespace"])
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_pickle_that_would_run_code_is_refused(tiny_augvae, tmp_path, place, legacy):
+    proof, file = tmp_path / "proof", tmp_path / "evil.ckpt"
+    evil = Payload(proof)
+    content = torch.load(released_ckpt(tiny_augvae(), file), weights_only=False)
+    if place == "hyper_parameters":
+        content["hyper_parameters"]["args"] = evil
+    elif place == "namespace":
+        content["hyper_parameters"]["args"].callback = evil
+    elif place == "state_dict":
+        content["state_dict"]["more"] = evil
+    torch.save(evil if place == "whole" else content, file, _use_new_zipfile_serialization=not legacy)
+    message = refusal(file)
+    assert not proof.exists()
+    assert str(file) in message and "is refused" in message and "run code" in message
+    torch.load(file, weights_only=False)  # the payload does work
+    assert proof.exists()
+
+
+def test_only_namespace_is_allowed_and_only_while_reading(tiny_augvae, tmp_path):
+    file = released_ckpt(tiny_augvae(), tmp_path / "a.ckpt", hparams=Path("a"))
+    assert "is refused" in refusal(file)
+    assert argparse.Namespace not in torch.serialization.get_safe_globals()
+
+
+# -------------------------------------------------------------------------------------------------------- damaged files
+
+
+@pytest.mark.parametrize("write", [own_ckpt, released_ckpt])
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
+def test_truncated_files(tiny_augvae, tmp_path, write, share):
+    file = write(tiny_augvae(), tmp_path / "cut.ckpt")
+    whole = file.read_bytes()
+    file.write_bytes(whole[: int(len(whole) * share)])
+    message = refusal(file)
+    assert str(file) in message and "cut off" in message
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"\x89PNG\r\n\x1a\n" + bytes(100), b"PK\x03\x04" + bytes(100)])
+def test_files_that_are_no_checkpoint(tmp_path, content):
+    (tmp_path / "a.ckpt").write_bytes(content)
+    assert "a.ckpt" in refusal(tmp_path / "a.ckpt")
+
+
+@pytest.mark.parametrize("content", [{"model": {}}, [1, 2], torch.zeros(3), {"weight": torch.zeros(3)}])
+def test_files_of_torch_that_are_no_lightning_checkpoint(tmp_path, content):
+    torch.save(content, tmp_path / "a.ckpt")
+    assert "holds no state_dict" in refusal(tmp_path / "a.ckpt")
+
+
+def test_checkpoints_of_other_models(tiny_augvae, tmp_path):
+    torch.save({"state_dict": {"layer.weight": torch.zeros(3)}}, tmp_path / "resnet.ckpt")
+    assert "neither this project's nor a released AugVAE" in refusal(tmp_path / "resnet.ckpt")
+    torch.save({"state_dict": {"a": torch.zeros(3)}, "hyper_parameters": {"lr": 1}}, tmp_path / "other.ckpt")
+    assert "neither" in refusal(tmp_path / "other.ckpt")
+    file = own_ckpt(tiny_augvae(), tmp_path / "biart.ckpt", latent_verse={"kind": "biart", "model": {}})
+    assert "is a checkpoint of biart, not of an AugVAE" in refusal(file)
+
+
+# -------------------------------------------------------------------------------------- keys and shapes that do not fit
+
+
+@pytest.mark.parametrize("write", [own_ckpt, released_ckpt])
+def test_missing_unknown_and_misshaped_keys_are_listed(tiny_augvae, tmp_path, write):
+    file = write(tiny_augvae(), tmp_path / "a.ckpt")
+    content = torch.load(file, weights_only=False)
+    prefix = "model." if write is own_ckpt else ""
+    state = content["state_dict"]
+    del state[f"{prefix}encoders.1.conv_in.bias"]
+    state[f"{prefix}encoders.7.extra"] = torch.zeros(1)
+    state[f"{prefix}decoders.0.conv_out.bias"] = torch.zeros(5)
+    torch.save(content, file)
+    message = refusal(file)
+    assert str(file) in message
+    assert "missing encoders.1.conv_in.bias" in message
+    assert "decoders.0.conv_out.bias has shape (5,), not (16,)" in message
+    # a released file's number of encoders tells nothing of AugVAE-ML: the key is unknown, not a level more
+    assert "unknown encoders.7.extra" in message
+    assert message.count("\n") == 3
+
+
+def test_only_keys_of_loss_are_dropped_from_released_files(tiny_augvae, tmp_path):
+    file = released_ckpt(tiny_augvae(), tmp_path / "a.ckpt")
+    content = torch.load(file, weights_only=False)
+    content["state_dict"]["lossy.weight"] = content["state_dict"]["discriminator.weight"] = torch.zeros(1)
+    torch.save(content, file)
+    message = refusal(file)
+    assert "unknown lossy.weight" in message and "unknown discriminator.weight" in message
+
+
+def test_a_long_list_of_keys_is_cut(tiny_augvae, tmp_path):
+    file = own_ckpt(tiny_augvae(), tmp_path / "a.ckpt", state_dict={})
+    lines = refusal(file).splitlines()
+    assert len(lines) == 22
+    assert lines[-1].strip() == f"and {len(tiny_augvae().state_dict()) - 20} more"
+
+
+def test_settings_that_describe_no_augvae(tiny_augvae, tmp_path):
+    model = tiny_augvae()
+    file = own_ckpt(model, tmp_path / "a.ckpt")
+    content = torch.load(file, weights_only=False)
+    for change in ({"no_such_setting": 1}, {"hidden_dim": 33}, {"double_z": True}):
+        described = content["latent_verse"] | {"model": as_plain(model.config) | change}
+        torch.save(content | {"latent_verse": described}, file)
+        message = refusal(file)
+        assert "do not describe an AugVAE" in message and next(iter(change)) in message
+    file = released_ckpt(model, tmp_path / "b.ckpt", hyper_parameters={"args": argparse.Namespace(seed=1)})
+    assert "hyper_parameters lack ch_mult, resolution" in refusal(file)
+
+
+# --------------------------------------------------------------------------------------------- absent files and folders
+
+
+def test_an_absent_file_names_its_neighbours(tiny_augvae, tmp_path):
+    for name in ("one.ckpt", "two.ckpt"):
+        own_ckpt(tiny_augvae(), tmp_path / name)
+    message = refusal(tmp_path / "three.ckpt")
+    assert "three.ckpt does not exist" in message
+    assert "one.ckpt, two.ckpt" in message
+
+
+def test_paths_that_cannot_be_hub_ids_are_not_looked_up(monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: pytest.fail("asked the hub"))
+    for path in (tmp_path / "absent", "absent", "./a/b", "../a", "a/b/c", "a/b.ckpt", "results/model.safetensors"):
+        assert "does not exist" in refusal(path)
+
+
+@pytest.mark.parametrize("absent", ["config.json", "model.safetensors"])
+def test_a_folder_that_lacks_a_file(tiny_augvae, tmp_path, absent):
+    tiny_augvae().save_pretrained(tmp_path)
+    (tmp_path / absent).unlink()
+    assert f"holds no {absent}" in refusal(tmp_path)
+
+
+def test_an_empty_folder(tmp_path):
+    assert "holds no config.json" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.99])
+def test_damaged_safetensors(tiny_augvae, tmp_path, share):
+    tiny_augvae().save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[: int(file.stat().st_size * share)])
+    assert f"{tmp_path} is damaged" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "5", '{"format": "latent_verse/augvae"}'])
+def test_damaged_config_json(tiny_augvae, tmp_path, text):
+    tiny_augvae().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(text)
+    assert str(tmp_path) in refusal(tmp_path)
+
+
+def test_config_json_of_another_program(tiny_augvae, tmp_path):
+    tiny_augvae().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "clip"}')
+    assert "has format None, not 'latent_verse/augvae'" in refusal(tmp_path)
+
+
+def test_safetensors_keys_that_do_not_fit(tiny_augvae, tmp_path):
+    tiny_augvae().save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    name = next(k for k in stored if k.startswith("encoders.1"))
+    del stored[name]
+    save_file(stored | {"extra": torch.zeros(1)}, tmp_path / "model.safetensors")
+    message = refusal(tmp_path)
+    assert f"missing {name}" in message and "unknown extra" in message
+
+
+def test_the_hub_out_of_reach(monkeypatch):
+    def offline(*args, **kwargs):
+        raise ConnectionError("no route to host\nwith a second line")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    message = refusal("someone/augvae")
+    assert "someone/augvae is not a file" in message and "hub: no route to host" in message
+    assert "second line" not in message
+
+
+# ------------------------------------------------------------------------------------------------------- starting a run
+
+
+def training_config(config, path, **optim) -> TrainVAEConfig:
+    return TrainVAEConfig(model=config, optim=VAEOptimConfig(pretrained_path=str(path), **optim))
+
+
+def test_training_starts_anew_or_from_weights(tiny_augvae, tiny_config, tmp_path):
+    model = tiny_augvae()
+    file = own_ckpt(model, tmp_path / "a.ckpt")
+    _, new = load_for_training(TrainVAEConfig(model=tiny_config()), set())
+    assert new.training
+    # settings that say how to train are the run's, where given
+    config = training_config(tiny_config(quant_beta=0.7, dropout=0.1), file)
+    run, again = load_for_training(config, {"quant_beta"})
+    assert again.training
+    assert again.config == run.model == dataclasses.replace(model.config, quant_beta=0.7)
+    assert again.quantizers[0].beta == 0.7
+    assert torch.equal(again.quantizer.embedding.weight, model.quantizer.embedding.weight)
+
+
+def test_fine_tuning_starts_from_the_level(tiny_augvae, tiny_config, tmp_path):
+    model = tiny_augvae()
+    file = released_ckpt(model, tmp_path / "ml.ckpt")
+    config = training_config(tiny_config(attn_resolutions=(4,)), file, finetune=True)
+    run, single = load_for_training(config, {"attn_resolutions", "hidden_dim"})
+    assert run.model == dataclasses.replace(model.config, attn_resolutions=(4,))  # the recipe, to be run again
+    assert single.config == dataclasses.replace(model.config, single_level=4)
+    assert torch.equal(single.encoders[1].conv_in.weight, model.encoders[1].conv_in.weight)
+    with pytest.raises(ConfigError, match=r"attn_resolutions: \[16\] is not a level of .*\[8, 4, 2\]"):
+        load_for_training(training_config(tiny_config(attn_resolutions=(16,)), file, finetune=True), set())
+    file = own_ckpt(single, tmp_path / "sl.ckpt")
+    with pytest.raises(ConfigError, match=r"is an AugVAE-SL \(level 4\) already"):
+        load_for_training(training_config(tiny_config(attn_resolutions=(4,)), file, finetune=True), set())
+
+
+def test_settings_that_contradict_the_weights_are_listed(tiny_augvae, tiny_config, tmp_path):
+    file = own_ckpt(tiny_augvae(), tmp_path / "a.ckpt")
+    config = training_config(tiny_config(num_tokens=99, z_channels=32), file)
+    with pytest.raises(ConfigError) as error:
+        load_for_training(config, {"num_tokens"})
+    assert "num_tokens: 99 in the settings, 24 in the checkpoint" in str(error.value)
+    assert "z_channels" not in str(error.value)  # it was not given
+    assert load_for_training(config, {"hidden_dim"})[1].config.num_tokens == 24
+
+
+@pytest.mark.parametrize(("given", "refused"), [({"resolution"}, True), ({"img_size"}, False), (set(), False)])
+def test_evaluation_takes_the_checkpoints_shape(tiny_config, given, refused):
+    config = EvalVAEConfig(trainer=TrainerConfig(ckpt_path="a.ckpt"))  # of 256 px
+    if refused:
+        with pytest.raises(ConfigError, match=r"resolution: 256, but a.ckpt takes images of 16 px"):
+            with_evaluated_shape(config, tiny_config(), given)
+    else:
+        assert with_evaluated_shape(config, tiny_config(), given).model == tiny_config()
+
+
+def test_resuming_from_what_cannot_be_resumed(tiny_augvae, tmp_path):
+    check_resumable(own_ckpt(tiny_augvae(), tmp_path / "a.ckpt"), "augvae")
+    with pytest.raises(CheckpointError, match=r"is a checkpoint of augvae; .*biart cannot resume.*--vae_path"):
+        check_resumable(tmp_path / "a.ckpt", "biart")
+    with pytest.raises(CheckpointError, match=r"not one of this project's training checkpoints.*--pretrained_path"):
+        check_resumable(released_ckpt(tiny_augvae(), tmp_path / "b.ckpt"), "augvae")

@@ -1,0 +1,598 @@
+"""eval_biart.py as a user runs it: tiny random bundles, stand-ins for Inception and CLIP, no network."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from latent_verse.biart.sampling import log_likelihood
+from latent_verse.commands import eval_biart, generate
+from latent_verse.config import ConfigError
+from latent_verse.config.cli import parse
+from latent_verse.config.evaluate import EFFECTS, TASKS, EvalBiARTConfig, EvalDataConfig, resolve_eval_biart
+from latent_verse.data.shapes import World
+from latent_verse.evaluation.pairs import Pairs, ordered
+from latent_verse.inference.image_io import load_image
+from latent_verse.inference.pipeline import LVerse
+from latent_verse.metrics import networks
+from tests.stand_ins import Colours, Oracle, Words, write_pairs
+from tests.tiny_lverse import make_lverse
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+REPO = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def no_caches(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)
+
+
+@pytest.fixture
+def bundle(tiny_augvae, tmp_path):
+    make_lverse(tiny_augvae(single_level=4), text_len=48).save_pretrained(tmp_path / "bundle")
+    return tmp_path / "bundle"
+
+
+@pytest.fixture
+def stand_ins(monkeypatch):
+    monkeypatch.setattr(networks, "open_inception", lambda download=False: Colours())
+    monkeypatch.setattr(networks, "open_clip_network", lambda *arguments: Words())
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    return write_pairs(tmp_path / "pairs", 12)
+
+
+def run(tmp_path, *flags, name="run"):
+    """Metrics of a run, which has to succeed."""
+    argv = ["--gpus", "0", "--no-java", "--log_dir", str(tmp_path / "runs"), "--name", name, *map(str, flags)]
+    assert eval_biart.main(argv) == 0
+    return json.loads((tmp_path / "runs" / name / "metrics.json").read_text())
+
+
+# --------------------------------------------------------------------------------------------------------- everything
+
+
+def test_one_command_reports_every_metric_with_all_that_identifies_it(bundle, pairs, tmp_path, stand_ins, capsys):
+    classes = tmp_path / "classes"
+    for name, first in (("red_thing", 0), ("blue", 6)):
+        (classes / name).mkdir(parents=True)
+        for i in range(first, first + 3):
+            shutil.copy(pairs / f"p{i:03d}.png", classes / name)
+    flags = ["--candidates", 2, "--is_splits", 2, "--classes_dir", classes, "--retrieval_pictures", 5]
+    out = run(tmp_path, "--model", bundle, "--test_dir", pairs, *flags, "--round_trip_pairs", 6)
+    model = LVerse.from_pretrained(bundle, device="cpu")
+    for name, record in out["figures"].items():
+        assert math.isfinite(record["value"]), name
+        assert re.search(r"\w \d+\.\d", record["library"]) and record["samples"] > 0 and record["protocol"], name
+        assert record["seed"] == 0 and record["checkpoint"] == model.fingerprints, name
+    names = set(out["figures"])
+    for selection in ("", "best_of_2_by_model/", "best_of_2_by_clip/"):
+        for metric in ("fid_0", "fid_1", "fid_2", "fid_4", "fid_8", "inception_score", "precision", "recall"):
+            assert f"generation/{selection}{metric}" in names
+        assert out["figures"][f"generation/{selection}clip_score"]["drawn"] == 2
+    assert names >= {"captions/bleu_4", "captions/cider", "captions/rouge_l", "captions/distinct_2"}
+    assert names >= {f"retrieval/text_given_image/image_to_text/r@{k}" for k in (1, 5, 10)}
+    assert names >= {f"retrieval/image_given_text/text_to_image/r@{k}" for k in (1, 5, 10)}
+    assert names >= {"zero_shot/text_given_image/top_1", "zero_shot/image_given_text/top_1"}
+    assert names >= {"round_trip/image_text_image/fid_0", "round_trip/image_text_image/clip_similarity"}
+    assert names >= {"round_trip/text_image_text/cider", "likelihood/text_given_image/bits_per_token"}
+    assert set(out["missing"]) == {
+        f"{task}/{m}" for task in ("captions", "round_trip/text_image_text") for m in ("meteor", "spice")
+    }
+    f = out["figures"]
+    assert f["generation/best_of_2_by_clip/clip_score"]["value"] > f["generation/clip_score"]["value"]
+    assert f["generation/best_of_2_by_model/log_p_text"]["value"] > f["generation/log_p_text"]["value"]
+    assert f["generation/fid_0"]["samples"] == 24 and f["generation/fid_0"]["references"] == 12
+    assert "torchmetrics" in f["generation/fid_0"]["library"] and "radius 8" in f["generation/fid_8"]["protocol"]
+    assert f["zero_shot/text_given_image/top_1"]["samples"] == 6
+    assert (
+        out["draw"] == {**out["draw"], "captions": 24, "pictures": 12, "seed": 0} and len(out["draw"]["sha256"]) == 16
+    )
+
+    said = capsys.readouterr().out
+    assert "best by CLIP of 2 images" in said and "missing: captions/meteor" in said and "java: false" in said
+    run_folder = tmp_path / "runs" / "run"
+    page = (run_folder / "index.html").read_text()
+    for heading in (
+        "Images generated for texts",
+        "Captions generated for images",
+        "Best",
+        "Median",
+        "Worst",
+        "Missing",
+    ):
+        assert f">{heading}<" in page
+    assert page.count("data:image/png;base64,") >= 9 and not re.search(r"(src|href)=.http", page)
+    written = json.loads((run_folder / "captions.json").read_text())
+    assert [row["caption"] for row in written] == [
+        text for [text] in model.image_to_text([pairs / f"p{i:03d}.png" for i in range(12)])
+    ]
+    config, _ = parse(EvalBiARTConfig, ["--config", str(run_folder / "config.yaml")], "")
+    assert config.generation.candidates == 2
+
+
+def test_metrics_are_those_of_the_files(bundle, pairs, tmp_path, stand_ins):
+    """FID and CLIP score once more from what the run has written, by torchmetrics and the network."""
+    from torchmetrics.image import FrechetInceptionDistance
+
+    out = run(tmp_path, "--model", bundle, "--test_dir", pairs, "--tasks", "generation", "--eval_captions", 9)[
+        "figures"
+    ]
+    metric = FrechetInceptionDistance(feature=Colours())
+    files = sorted((tmp_path / "runs" / "run" / "samples").glob("*.png"))
+    assert len(files) == 9
+    images = [Image.open(file) for file in files]
+    as_tensor = lambda image: torch.from_numpy(np.array(image)).permute(2, 0, 1)  # noqa: E731
+    metric.update(torch.stack([as_tensor(image) for image in images]), real=False)
+    real = [((load_image(path, 16) + 1) * 127.5).round().to(torch.uint8) for path in sorted(pairs.glob("*.png"))]
+    metric.update(torch.stack(real), real=True)
+    assert out["generation/fid_0"]["value"] == pytest.approx(metric.compute().item(), rel=1e-3)
+    texts = [image.text["text"] for image in images]
+    cosine = (Words().images(images) * Words().texts(texts)).sum(1).mean().item()
+    assert out["generation/clip_score"]["value"] == pytest.approx(100 * cosine, rel=1e-4)
+
+
+def test_likelihoods_are_the_models(bundle, pairs, tmp_path):
+    out = run(tmp_path, "--model", bundle, "--test_dir", pairs, "--tasks", "likelihood", "--likelihood_pairs", 3)
+    model = LVerse.from_pretrained(bundle, device="cpu")
+    data = Pairs(EvalDataConfig(dataset="pairs", test_dir=str(pairs)), 16, 0)
+    total = 0.0
+    for d in data.sample(3, 0):
+        codes = model.codes([data.image(d.index)])
+        total += log_likelihood(model.biart, model.encode_texts([d.caption]), codes, "text").total_B.item()
+    record = out["figures"]["likelihood/image_given_text/bits_per_code"]
+    assert record["value"] == pytest.approx(-total / math.log(2) / 3 / 16, rel=1e-4)
+    assert record["interval"][0] < record["value"] < record["interval"][1] and record["samples"] == 3
+
+
+def test_a_single_pair_has_no_interval(bundle, pairs, tmp_path):
+    out = run(tmp_path, "--model", bundle, "--test_dir", pairs, "--tasks", "likelihood", "--likelihood_pairs", 1)
+    assert len(out["figures"]) == 6
+    assert not any("interval" in record or "standard_error" in record for record in out["figures"].values())
+
+
+def test_without_networks_the_rest_still_runs_and_the_missing_files_are_named(bundle, pairs, tmp_path, capsys):
+    flags = ["--tasks", "generation", "captions", "--candidates", 2]
+    out = run(tmp_path, "--model", bundle, "--test_dir", pairs, *flags)
+    assert out["missing"]["generation/best_of_2_by_clip/clip_score"] == out["missing"]["generation/clip_score"]
+    assert "generation/log_p_text" in out["figures"] and "captions/cider" in out["figures"]
+    place = tmp_path / "torch" / "hub" / "checkpoints" / networks.INCEPTION
+    assert str(place) in out["missing"]["generation/fid_0"] == out["missing"]["generation/recall"]
+    assert (
+        "ViT-B-32.pt" in out["missing"]["generation/clip_score"]
+        and "https://" in out["missing"]["generation/clip_score"]
+    )
+    said = capsys.readouterr().out
+    assert said.count(str(place)) == 1  # for all the metrics that need it
+    assert not place.exists()
+
+
+# -------------------------------------------------------------------------------------------------- resuming, caching
+
+
+def test_a_rerun_resumes_and_keeps_its_reference(bundle, pairs, tmp_path, stand_ins, monkeypatch):
+    flags = ["--model", bundle, "--test_dir", pairs, "--tasks", "generation", "--reference_stats", tmp_path / "ref.npz"]
+    first = run(tmp_path, *flags)
+    folder = tmp_path / "runs" / "run"
+    (folder / "samples" / "000002_00.png").unlink()
+    generated = []
+    original = LVerse.draw_scored
+    monkeypatch.setattr(
+        LVerse, "draw_scored", lambda self, texts, *a, **k: generated.append(texts) or original(self, texts, *a, **k)
+    )
+    monkeypatch.setattr(
+        "latent_verse.metrics.image_quality.save_reference", lambda *a: pytest.fail("the reference is there already")
+    )
+    again = run(tmp_path, *flags)
+    assert [len(texts) for texts in generated] == [1]
+    for name, record in first["figures"].items():
+        assert again["figures"][name]["value"] == pytest.approx(record["value"], rel=1e-4, abs=1e-4), name
+    other = run(tmp_path, *flags, name="other-run")  # the cached statistics serve another run
+    assert other["figures"]["generation/fid_4"]["value"] == pytest.approx(first["figures"]["generation/fid_4"]["value"])
+
+
+def test_a_cached_reference_of_other_images_or_fewer_features_is_refused(bundle, pairs, tmp_path, stand_ins, capsys):
+    flags = ["--generated_dir", pairs, "--test_dir", pairs, "--fid_resolution", 16, "--is_splits", 1]
+    flags += ["--reference_stats", tmp_path / "ref.npz", "--prc_pictures", 6]
+    f = run(tmp_path, *flags)["figures"]
+    assert f["generation/precision"]["samples"] == f["generation/precision"]["references"] == 6
+    argv = [*map(str, flags), "--gpus", "0", "--log_dir", str(tmp_path / "runs")]
+    assert eval_biart.main([*argv, "--prc_pictures", "9"]) == 2
+    assert "prc_pictures: 6 then, 9 now" in capsys.readouterr().err
+    Image.new("RGB", (20, 20)).save(pairs / "p004.png")  # another image under the same name
+    assert eval_biart.main(argv) == 2
+    assert "files: " in capsys.readouterr().err
+
+
+def test_a_late_mistake_loses_no_results(bundle, pairs, tmp_path, capsys):
+    bare = tmp_path / "classes"
+    bare.mkdir()
+    flags = ["--model", bundle, "--test_dir", pairs, "--tasks", "likelihood", "zero_shot", "--classes_dir", bare]
+    argv = [*map(str, flags), "--gpus", "0", "--log_dir", str(tmp_path / "runs"), "--name", "run"]
+    assert eval_biart.main(argv) == 2
+    assert "classes_dir" in capsys.readouterr().err
+    out = json.loads((tmp_path / "runs" / "run" / "metrics.json").read_text())
+    assert out["tasks"] == ["likelihood"] and "likelihood/text_given_image/bits_per_token" in out["figures"]
+
+
+def test_classification_reads_images_batch_by_batch_and_skips_broken_ones(bundle, pairs, tmp_path, capsys, monkeypatch):
+    classes = tmp_path / "classes"
+    for name, first in (("red", 0), ("blue", 6)):
+        (classes / name).mkdir(parents=True)
+        for i in range(first, first + 3):
+            shutil.copy(pairs / f"p{i:03d}.png", classes / name)
+    flags = ["--model", bundle, "--test_dir", pairs, "--tasks", "zero_shot", "--classes_dir", classes]
+    whole = run(tmp_path, *flags, name="whole")
+    held = []
+    codes = LVerse.codes
+    monkeypatch.setattr(LVerse, "codes", lambda self, images: held.append(len(images)) or codes(self, images))
+    assert run(tmp_path, *flags, "--batch_size", 2, name="batches")["figures"] == whole["figures"]
+    assert held == [2, 2, 2]
+    first = ordered(sorted(str(file.relative_to(classes)) for file in classes.glob("*/*.png")), 0)[0]
+    sorted(classes.glob("*/*.png"))[first].write_bytes(b"no image")
+    assert run(tmp_path, *flags, name="broken")["figures"]["zero_shot/text_given_image/top_1"]["samples"] == 5
+    argv = [*map(str, flags), "--class_pictures", "1", "--gpus", "0", "--log_dir", str(tmp_path / "runs")]
+    assert eval_biart.main(argv) == 2
+    assert "classes_dir: none of the 1 images" in capsys.readouterr().err
+
+
+def test_what_a_late_task_needs_is_checked_first(tiny_augvae, pairs, tmp_path, capsys):
+    make_lverse(tiny_augvae(single_level=4), reference_dropout=0.0).save_pretrained(tmp_path / "bundle")
+    flags = ["--model", tmp_path / "bundle", "--test_dir", pairs, "--prior_weight", 1, "--gpus", 0]
+    assert eval_biart.main([*map(str, flags), "--log_dir", str(tmp_path / "runs")]) == 2
+    captured = capsys.readouterr()
+    assert "Give --prior pool" in captured.err and "likelihood ..." not in captured.out
+
+
+def test_results_of_different_settings_are_kept(bundle, pairs, tmp_path, capsys):
+    flags = ["--model", bundle, "--test_dir", pairs, "--tasks", "likelihood"]
+    first = run(tmp_path, *flags)
+    assert run(tmp_path, *flags)["figures"] == first["figures"]
+    folder = tmp_path / "runs" / "run"
+    assert not (folder / "metrics-1.json").exists()
+    for number in (1, 2):
+        run(tmp_path, *flags, "--likelihood_pairs", number + 1)
+        assert f"metrics-{number}.json" in capsys.readouterr().out
+    assert json.loads((folder / "metrics-1.json").read_text())["figures"] == first["figures"]
+    names = ("metrics{}.json", "index{}.html", "config{}.yaml")
+    assert {p.name for p in folder.iterdir()} == {name.format(end) for name in names for end in ("", "-1", "-2")}
+
+
+def test_runs_of_other_tasks_have_their_own_folders(bundle, pairs, tmp_path):
+    argv = ["--model", bundle, "--test_dir", pairs, "--gpus", 0, "--log_dir", tmp_path / "runs", "--tasks"]
+    assert eval_biart.main([*map(str, argv), "likelihood"]) == 0
+    assert eval_biart.main([*map(str, argv), "retrieval", "--retrieval_pictures", "2"]) == 0
+    names = {folder.name for folder in (tmp_path / "runs").iterdir()}
+    assert len(names) == 2 and all(name.endswith(("-likelihood", "-retrieval")) for name in names)
+
+
+def test_captions_that_are_too_long_are_cut_and_counted(bundle, pairs, tmp_path, recwarn):
+    (pairs / "p003.txt").write_text("a red circle " * 30 + "\na red circle")
+    flags = ["--tasks", "generation", "likelihood", "retrieval", "--retrieval_captions", 2]
+    out = run(tmp_path, "--model", bundle, "--test_dir", pairs, *flags)
+    assert out["about"]["generation"]["draw"]["cut_to_text_len"] == 1
+    assert out["about"]["likelihood"]["cut_to_text_len"] == out["about"]["retrieval"]["cut_to_text_len"] == 1
+    assert not [w for w in recwarn if "cut to" in str(w.message)]
+
+
+def test_a_lower_precision_is_named_with_every_metric(bundle, pairs, tmp_path, capsys):
+    flags = ["--model", bundle, "--test_dir", pairs, "--tasks", "generation", "likelihood"]
+    out = run(tmp_path, *flags, "--dtype", "bfloat16")
+    assert all(record["dtype"] == "bfloat16" for record in out["figures"].values())
+    assert capsys.readouterr().out.count("bfloat16") == len(out["figures"])
+    argv = [*map(str, flags), "--gpus", "0", "--log_dir", str(tmp_path / "runs"), "--name", "run"]
+    assert eval_biart.main(argv) == 2
+    assert "dtype: 'bfloat16' then, 'float32' now" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------- other systems' outputs
+
+
+def test_another_systems_images_by_the_same_command(bundle, pairs, tmp_path, stand_ins):
+    texts = ["a red circle", "a blue circle", "a green circle"]
+    flags = ["--text", *texts, "--num", 2, "--out", tmp_path / "made", "--gpus", 0]
+    assert generate.main(["--model", str(bundle), *map(str, flags)]) == 0
+    out = run(
+        tmp_path, "--generated_dir", tmp_path / "made", "--test_dir", pairs, "--fid_resolution", 16, "--is_splits", 1
+    )
+    f = out["figures"]
+    assert f["generation/fid_0"]["samples"] == 3 and f["generation/fid_0"]["drawn"] == 2
+    assert f["generation/best_of_2_by_clip/clip_score"]["value"] >= f["generation/clip_score"]["value"]
+    assert "generation/best_of_2_by_model/fid_0" not in f  # no log p by the model is known
+    assert f["generation/fid_0"]["checkpoint"].keys() == {"generated_dir"} and not any(
+        n.startswith("captions") for n in f
+    )
+    own = run(tmp_path, "--model", bundle, "--test_dir", pairs, "--tasks", "generation", name="own")
+    flags = ["--generated_dir", tmp_path / "runs" / "own" / "samples", "--test_dir", pairs, "--fid_resolution", 16]
+    again = run(tmp_path, *flags, name="again")
+    for name, record in own["figures"].items():
+        assert again["figures"][name]["value"] == pytest.approx(record["value"], rel=1e-6), name
+    assert out["about"]["generation"]["generated_dir"]["captions_of_the_draw"] == 0
+    assert again["about"]["generation"]["generated_dir"]["captions_of_the_draw"] == 24
+
+
+def test_images_without_captions_have_no_clip_score(pairs, tmp_path, stand_ins):
+    made = write_pairs(tmp_path / "made", 5)
+    (made / "p002.txt").unlink()
+    out = run(tmp_path, "--generated_dir", made, "--test_dir", pairs, "--fid_resolution", 16, "--is_splits", 1)
+    assert "1 of 5 images have no caption" in out["missing"]["generation/clip_score"]
+    assert out["figures"]["generation/fid_0"]["samples"] == 5
+
+
+def test_with_too_few_images_metrics_are_missing(pairs, tmp_path, stand_ins):
+    made = write_pairs(tmp_path / "made", 1)
+    out = run(tmp_path, "--generated_dir", made, "--test_dir", pairs, "--fid_resolution", 16)
+    for name, reason in (
+        ("fid_8", "at least 2 images of each set, got 1 generated and 12 reference images"),
+        ("inception_score", "is_splits 10 images, got 1"),
+        ("recall", "prc_neighbours 3 images of each set, got 1 generated and 12 reference images"),
+    ):
+        assert reason in out["missing"][f"generation/{name}"]
+    assert set(out["figures"]) == {"generation/clip_score"}
+
+
+def test_the_reference_images_have_no_distance_from_themselves(pairs, tmp_path, stand_ins):
+    out = run(tmp_path, "--generated_dir", pairs, "--test_dir", pairs, "--fid_resolution", 16, "--is_splits", 1)[
+        "figures"
+    ]
+    for k in (0, 1, 2, 4, 8):
+        assert out[f"generation/fid_{k}"]["value"] == pytest.approx(0, abs=0.01)  # sums of squares of hundreds
+    assert out["generation/precision"]["value"] == out["generation/recall"]["value"] == 1
+
+
+def test_another_systems_captions_by_the_same_command(pairs, tmp_path, capsys):
+    rows = [
+        {"image": f"p{i:03d}.png", "captions": [(pairs / f"p{i:03d}.txt").read_text().splitlines()[0]]}
+        for i in range(12)
+    ]
+    file = tmp_path / "captions.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    out = run(tmp_path, "--captions_file", file, "--test_dir", pairs)
+    assert out["figures"]["captions/bleu_4"]["value"] == pytest.approx(1)
+    assert out["figures"]["captions/bleu_4"]["checkpoint"].keys() == {"captions_file"}
+    assert "2 references a picture" in out["figures"]["captions/cider"]["protocol"]
+    again = run(
+        tmp_path, "--captions_file", tmp_path / "runs" / "run" / "captions.json", "--test_dir", pairs, name="again"
+    )
+    assert again["figures"]["captions/cider"]["value"] == out["figures"]["captions/cider"]["value"]
+    assert again["figures"]["captions/cider"]["written"] == "captions of captions.json"
+    assert eval_biart.main(["--compare", str(tmp_path / "runs" / "run"), str(tmp_path / "runs" / "again")]) == 0
+    assert "not comparable" not in capsys.readouterr().out  # the author is no part of the protocol
+
+
+# -------------------------------------------------------------------------------------------------------------- shapes
+
+
+def test_the_truth_of_shapes_is_exact_for_an_oracle(bundle, tmp_path, monkeypatch):
+    """A model that generates only what is true is right in everything, round trips included."""
+    world = World.preset("small")
+
+    class Perfect(Oracle):
+        def draw_scored(self, texts, count, seed, **settings):
+            return [[self.world.render(self.scene_of(t))] * count for t in texts], torch.zeros(len(texts), count)
+
+        def image_to_text(self, images, **settings):
+            from latent_verse.evaluation.context import as_pil
+
+            images = [as_pil(x) if torch.is_tensor(x) else x for x in images]
+            return super().image_to_text(images)
+
+        def encode_texts(self, texts):
+            return torch.tensor([[hash(text) % 10**9] for text in texts])
+
+    perfect = Perfect(world)
+    perfect.fingerprints, perfect.null_trained = {"biart": "oracle"}, True
+    perfect.vae = type("VAE", (), {"config": type("Config", (), {"resolution": 32})})
+    monkeypatch.setattr(LVerse, "from_pretrained", lambda *a, **k: perfect)
+    flags = [
+        "--dataset",
+        "shapes",
+        "--test_size",
+        12,
+        "--tasks",
+        "shapes",
+        "round_trip",
+        "captions",
+        "--round_trip_pairs",
+        8,
+    ]
+    f = run(tmp_path, "--model", bundle, *flags)["figures"]
+    for split in ("val", "heldout"):
+        for direction in ("text_to_image", "image_to_text"):
+            for attribute in ("all", "count", "colour", "shape", "size", "layout"):
+                record = f[f"shapes/{split}/{direction}/{attribute}"]
+                assert record["value"] == 1 and record["samples"] == 12
+                assert record["interval"] == pytest.approx([0.757, 1], abs=1e-3)
+        assert f[f"shapes/{split}/reconstruction/all"]["value"] == 1
+    for trip in ("image_text_image", "text_image_text"):
+        assert f[f"round_trip/{trip}/shapes/all"]["value"] == 1 and f[f"round_trip/{trip}/shapes/all"]["samples"] == 8
+    assert f["captions/bleu_1"]["value"] > 0.5
+
+
+def test_a_wrong_step_makes_a_trip_wrong():
+    from latent_verse.evaluation.round_trips import Trip, check_trip
+
+    world = World.preset("small")
+    oracle = Oracle(world)
+    scene = oracle.scene_of("a red square")
+    good, other = "a red square", "a blue square"
+    render = lambda text: world.render(oracle.scene_of(text))  # noqa: E731
+    right = check_trip(world, scene, good, Trip(good, render(good), render(good), good))
+    assert right["image_text_image"]["all"] and right["text_image_text"]["all"]
+    for trip, name in (
+        (Trip(other, render(other), render(good), good), "image_text_image"),  # a wrong caption, rendered faithfully
+        (Trip(good, render(other), render(good), good), "image_text_image"),
+        (Trip(good, render(good), render(other), other), "text_image_text"),
+        (Trip(good, render(good), render(good), other), "text_image_text"),
+    ):
+        found = check_trip(world, scene, good, trip)
+        assert not found[name]["all"] and not found[name]["colour"] and found[name]["shape"]
+        assert sum(trip_found["all"] for trip_found in found.values()) == 1
+
+
+def test_shapes_of_another_size_than_the_model_are_refused(bundle, tmp_path, capsys):
+    argv = ["--model", bundle, "--dataset", "shapes", "--gpus", 0, "--log_dir", tmp_path / "runs"]
+    assert eval_biart.main([*map(str, argv)]) == 2
+    assert "32 px, but 16 px" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------------------ mistakes
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("", "--generated_dir"),
+        ("--model x", "test_dir is not given"),
+        ("--model x --dataset table", "test_captions is not given"),
+        ("--model x --dataset karpathy --test_dir d", "dataset_coco.json"),
+        ("--model x --test_dir d --test_captions f", "test_captions has no effect"),
+        ("--model x --fake_data --test_dir d", "no effect with dataset fake"),
+        ("--model x --fake_data --dataset coco", "contradicts fake_data"),
+        ("--model x --test_dir d --test_size 3", "test_size has no effect"),
+        ("--model x --fake_data --tasks drawing", "'drawing' is not one of"),
+        ("--generated_dir x --fake_data --tasks retrieval", "retrieval needs --model"),
+        ("--model x --fake_data --tasks zero_shot", "needs --model and --classes_dir"),
+        ("--model x --fake_data --tasks shapes", "needs --model and --dataset shapes"),
+        ("--model x --fake_data --tasks captions --generated_dir d", "generated_dir has no effect without the task"),
+        ("--generated_dir x --fake_data --classes_dir d", "give --model"),
+        ("--compare a", "compare has 1 runs"),
+        ("--compare a b --model x", "--model has no effect with --compare"),
+        ("--model x --fake_data --candidates 0", "candidates is 0"),
+        ("--model x --fake_data --candidates 2 --temperature 0", "candidates 2 has no effect at temperature 0"),
+        ("--model x --fake_data --blur_radii 0 0", "blur_radii is [0, 0]"),
+        ("--model x --fake_data --class_prompt hello", "class_prompt is 'hello'"),
+        ("--model x --fake_data --class_names f", "class_names has no effect"),
+        ("--model x --fake_data --retrieval_picture 3", "Did you mean --retrieval_pictures"),
+        ("--model x --fake_data --tasks captions --candidates 8", "candidates has no effect here"),
+        ("--generated_dir x --fake_data --guidance 2", "guidance has no effect here: it is read by generation without"),
+        ("--generated_dir x --fake_data --eval_captions 9", "eval_captions has no effect with --generated_dir"),
+        ("--captions_file x --fake_data --beams 4", "captions without --captions_file or round_trip"),
+        ("--captions_file x --fake_data --dtype bfloat16", "dtype bfloat16 has no effect without --model"),
+        ("--model x --fake_data --tasks generation --prior_weight 1", "it is read by retrieval or zero_shot"),
+        ("--model x --fake_data --class_pictures 5", "class_pictures has no effect here"),
+        ("--model x --fake_data --prior pool", "prior pool has no effect with prior_weight 0"),
+        ("--model x --fake_data --world full", "world has no effect with dataset fake"),
+        ("--model nowhere/bundle --fake_data --gpus 0", "nowhere/bundle"),
+        ("--generated_dir nowhere --fake_data --gpus 0", "nowhere is no folder"),
+        ("--captions_file nowhere.json --fake_data --gpus 0", "nowhere.json cannot be read"),
+    ],
+)
+def test_mistakes(tmp_path, capsys, flags, message):
+    more = [] if "--compare" in flags else ["--log_dir", str(tmp_path / "runs")]
+    assert eval_biart.main([*flags.split(), *more]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_every_setting_of_a_task_names_the_task():
+    """Otherwise a new setting would be accepted silently by runs that do not read it."""
+    config = EvalBiARTConfig()
+    free = {"java", "classes_dir", "class_names"}  # of the machine; checked by rules of their own
+    sections = (config.generation, config.captions, config.likelihood, config.networks)
+    assert {name for section in sections for name in vars(section)} - free == EFFECTS.keys()
+
+
+def test_tasks_follow_from_what_is_given():
+    def tasks(flags):
+        config, given = parse(EvalBiARTConfig, flags.split(), "")
+        return set(resolve_eval_biart(config, given)[1])
+
+    everything = set(TASKS)
+    assert tasks("--model x --test_dir d") == everything - {"zero_shot", "shapes"}
+    assert tasks("--model x --dataset shapes --classes_dir c") == everything
+    assert tasks("--generated_dir x --test_dir d") == {"generation"}
+    assert tasks("--captions_file x --test_dir d") == {"captions"}
+    assert tasks("--generated_dir y --captions_file x --test_dir d") == {"generation", "captions"}
+    assert tasks("--model x --test_dir d --tasks captions") == {"captions"}
+    with pytest.raises(ConfigError):
+        tasks("--model x --test_dir d --tasks captions --classes_dir c")
+
+
+def test_class_names_of_a_file_and_of_folders(tmp_path):
+    from latent_verse.data import DataError
+    from latent_verse.evaluation.text_tasks import class_names
+
+    assert class_names(["red_fox", "dog"], None) == ["red fox", "dog"]
+    file = tmp_path / "names.txt"
+    file.write_text("n01\tred fox\nn02\tdog, domestic dog\n")
+    assert class_names(["n01", "n02"], str(file)) == ["red fox", "dog, domestic dog"]
+    with pytest.raises(DataError, match="no line `n03<TAB>name`"):
+        class_names(["n01", "n03"], str(file))
+    with pytest.raises(DataError, match="cannot be read"):
+        class_names(["n01"], str(tmp_path / "none"))
+
+
+def test_help_answers_without_torch():
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", str(REPO / "eval_biart.py"), "--help"], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "--generated_dir" in done.stdout
+    assert not re.search(r"\| +(torch|open_clip|torchmetrics|numpy)$", done.stderr, re.M)
+    assert time.perf_counter() - start < 20
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_metrics_of_one(bundle, pairs, tmp_path):
+    """By the command line, without Inception and CLIP, which tests of the parts cover."""
+    flags = ["--model", bundle, "--test_dir", pairs, "--candidates", 2, "--round_trip_pairs", 5, "--batch_size", 3]
+    one = run(tmp_path, *flags)
+    argv = [*flags, "--log_dir", tmp_path / "runs", "--name", "two", "--no-java", "--gpus", 2, "--accelerator", "cpu"]
+    done = subprocess.run(
+        [sys.executable, str(REPO / "eval_biart.py"), *map(str, argv)],
+        cwd=REPO, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    two = json.loads((tmp_path / "runs" / "two" / "metrics.json").read_text())
+    assert two["figures"].keys() == one["figures"].keys() and two["missing"] == one["missing"]
+    for name, record in one["figures"].items():
+        assert two["figures"][name]["value"] == pytest.approx(record["value"], rel=1e-3, abs=1e-9), name
+    assert done.stdout.count("Written to") == 1
+    broken = subprocess.run(
+        [sys.executable, str(REPO / "eval_biart.py"), *map(str, argv), "--guidance", "2"],
+        cwd=REPO, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert broken.returncode == 2 and "guidance: 1.0 then, 2.0 now" in broken.stderr
+    assert "Traceback" not in broken.stderr
+
+
+def test_the_benchmark_of_the_protocols_sampling_runs(tmp_path, capsys):
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("coco_sampling", REPO / "benchmarks" / "coco_sampling.py")
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    argv = [
+        "--size",
+        "tiny",
+        "--captions",
+        "5",
+        "--candidates",
+        "2",
+        "--batch_size",
+        "3",
+        "--json",
+        str(tmp_path / "r.json"),
+    ]
+    assert benchmark.main(argv) == 0
+    out = json.loads((tmp_path / "r.json").read_text())
+    assert out["pictures_per_second"] == pytest.approx(10 / out["seconds"]) and out["extrapolated"]
+    assert out["hours_for_30000_captions"] == pytest.approx(out["seconds"] * 6000 / 3600)
+    assert {"codes", "scores", "decoding"} < out["seconds_by_part"].keys() and min(out["seconds_by_part"].values()) > 0
+    assert "extrapolated" in capsys.readouterr().out

@@ -1,0 +1,205 @@
+"""eval_vae.py as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from latent_verse.commands import eval_vae
+from tests.runs_on_pictures import write_pictures
+
+REPO = Path(__file__).parents[2]
+FLAGS = ["--gpus", "0", "--num_workers", "0", "--refresh_rate", "0"]
+
+
+@pytest.fixture
+def model(tmp_path, tiny_augvae) -> Path:
+    """A folder of save_pretrained."""
+    tiny_augvae().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture(autouse=True)
+def no_network_weights(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+
+
+def evaluate(tmp_path: Path, model: Path, *more: str) -> dict:
+    before = set((tmp_path / "runs").glob("*")) if (tmp_path / "runs").exists() else set()
+    flags = ["--ckpt_path", str(model), "--log_dir", str(tmp_path / "runs"), *FLAGS, *more]
+    assert eval_vae.main(flags) == 0
+    (run,) = set((tmp_path / "runs").glob("*")) - before
+    return json.loads((run / "metrics.json").read_text()) | {"run": run}
+
+
+def test_metrics_files_and_table(tmp_path, model, capsys):
+    pictures = write_pictures(tmp_path / "pictures", 11)
+    results = evaluate(tmp_path, model, "--test_dir", str(pictures), "--batch_size", "4", "--save_images", "6")
+    assert results["images"] == 11 and results["skipped"] == 0
+    assert 0 < results["psnr"] < 60 and -1 <= results["ssim"] <= 1
+    assert {"codes_used_8", "perplexity_4", "perplexity_2"} <= results.keys()
+    assert set(results["missing"]) == {"lpips", "rfid"} and "lpips" not in results and "rfid" not in results
+    assert "vgg16-397923af.pth" in results["missing"]["lpips"] and "weights-inception" in results["missing"]["rfid"]
+    assert "torchmetrics" in results["protocol"]["library"]
+    run = results["run"]
+    for name in ("original_images", "generated_images"):
+        assert sorted(p.name for p in (run / name).iterdir()) == [f"{i:06d}.png" for i in range(6)]
+        with Image.open(run / name / "000000.png") as image:
+            assert image.size == (16, 16)
+    assert (run / "grid.png").is_file() and (run / "config.yaml").is_file()
+    said = capsys.readouterr().out
+    assert "psnr" in said and "missing" in said and str(run) in said
+
+
+def test_written_images_give_the_printed_metrics(tmp_path, model):
+    """The originals on disk are the centre crops, unstretched, and the metrics are those of the pairs."""
+    import numpy as np
+
+    pictures = write_pictures(tmp_path / "pictures", 3)
+    results = evaluate(tmp_path, model, "--test_dir", str(pictures), "--batch_size", "2")
+
+    def read(name):
+        return (
+            np.stack([np.asarray(Image.open(p), dtype=float) for p in sorted((results["run"] / name).iterdir())]) / 255
+        )
+
+    a, b = read("original_images"), read("generated_images")
+    mse = ((a - b) ** 2).mean(axis=(1, 2, 3))
+    assert results["mse"] == pytest.approx(mse.mean(), rel=0.02)  # files are rounded to 8 bits
+    assert results["psnr"] == pytest.approx((-10 * np.log10(mse)).mean(), rel=0.01)
+    assert results["l1"] == pytest.approx(np.abs(a - b).mean(), rel=0.02)
+
+
+def test_limit_and_batch_size_do_not_change_the_metrics(tmp_path, model):
+    pictures = write_pictures(tmp_path / "pictures", 9)
+    common = ["--test_dir", str(pictures), "--eval_images", "7", "--save_images", "0"]
+    a, b = (evaluate(tmp_path, model, *common, "--batch_size", n) for n in ("7", "3"))
+    assert a["images"] == b["images"] == 7
+    for name in ("psnr", "ssim", "l1", "mse", "perplexity_8"):
+        assert a[name] == pytest.approx(b[name], rel=1e-4)
+    assert not (a["run"] / "original_images").exists()
+
+
+def test_fake_data_and_yaml_of_training(tmp_path, model):
+    results = evaluate(tmp_path, model, "--fake_data", "--eval_images", "5")
+    assert results["images"] == 5 and results["missing"]["lpips"] == "not computed on fake data"
+    yaml = REPO / "configs" / "tiny_augvae_sl.yaml"  # finetune, another shape: those of the checkpoint count
+    flags = [
+        "--config",
+        str(yaml),
+        "--no-fake_data",
+        "--resolution",
+        "16",
+        "--val_dir",
+        str(write_pictures(tmp_path / "v", 2)),
+    ]
+    assert evaluate(tmp_path, model, *flags)["images"] == 2
+
+
+def test_corrupt_images_are_counted_not_scored(tmp_path, model):
+    pictures = write_pictures(tmp_path / "pictures", 5)
+    (pictures / "class0" / "bad.png").write_bytes(b"not a picture")
+    cut = next(pictures.rglob("000.png")).read_bytes()
+    (pictures / "class1" / "cut.png").write_bytes(cut[: len(cut) // 2])
+    results = evaluate(tmp_path, model, "--test_dir", str(pictures), "--batch_size", "4")
+    assert results["images"] == 5 and results["skipped"] == 2
+
+
+def test_lpips_needs_the_right_weights(tmp_path, model, monkeypatch):
+    """Random VGG weights where torchvision keeps its own: refused by their hash; used if the hash is the right one."""
+    from torchvision.models import vgg16
+
+    place = Path(torch.hub.get_dir()) / "checkpoints"
+    place.mkdir(parents=True)
+    torch.save(vgg16(weights=None).state_dict(), place / "vgg16-397923af.pth")
+    pictures = write_pictures(tmp_path / "pictures", 3)
+    refused = evaluate(tmp_path, model, "--test_dir", str(pictures))["missing"]["lpips"]
+    assert "damaged or another network" in refused and "397923af" in refused
+    monkeypatch.setattr("latent_verse.metrics.networks.sha256", lambda path: "397923af" + 56 * "0")
+    results = evaluate(tmp_path, model, "--test_dir", str(pictures))
+    assert results["lpips"] > 0 and set(results["missing"]) == {"rfid"}
+
+
+def test_rfid_is_computed_by_the_code_for_generated_images(tmp_path, model, monkeypatch):
+    """With a stand-in for Inception: the rFID of eval_vae is that of the written files by eval_biart's functions."""
+    from latent_verse.evaluation.samples import read_image
+    from latent_verse.metrics import image_quality, networks
+    from latent_verse.metrics.processes import Ranks
+    from tests.stand_ins import Colours
+
+    monkeypatch.setattr(networks, "open_inception", lambda download=False: Colours())
+    pictures = write_pictures(tmp_path / "pictures", 7)
+    results = evaluate(tmp_path, model, "--test_dir", str(pictures), "--batch_size", "3")
+    assert "rfid" not in results["missing"]
+    sides = []
+    for name in ("original_images", "generated_images"):
+        files = sorted((results["run"] / name).iterdir())
+        options = {"radii": (0,), "batch_size": 4, "keep_features": 0, "keep_logits": False}
+        side = image_quality.extract_features(lambda i, f=files: read_image(f[i], 16), 7, Colours(), Ranks(), **options)
+        sides.append(side.moments[0])
+    assert results["rfid"] == pytest.approx(image_quality.frechet_distance(*sides), rel=1e-6)
+    assert results["rfid"] > 1
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--fake_data"], "ckpt_path is not given"),
+        (["--ckpt_path", "{model}"], "Neither test_dir nor val_dir is given"),
+        (["--ckpt_path", "nowhere.ckpt", "--fake_data"], "nowhere.ckpt does not exist"),
+        (["--ckpt_path", "{model}", "--fake_data", "--resolution", "64"], "16 px"),
+        (["--ckpt_path", "{model}", "--test_dir", "no-such-folder"], "no-such-folder"),
+        (["--ckpt_path", "{model}", "--fake_data", "--eval_images", "0"], "eval_images is 0"),
+    ],
+)
+def test_mistakes(tmp_path, model, capsys, flags, message):
+    flags = [f.format(model=model) for f in flags]
+    assert eval_vae.main([*flags, *FLAGS, "--log_dir", str(tmp_path / "runs")]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_more_processes_than_images(tmp_path, model):
+    pictures = write_pictures(tmp_path / "pictures", 3)
+    flags = ["--ckpt_path", str(model), "--log_dir", str(tmp_path / "runs"), *FLAGS, "--test_dir", str(pictures)]
+    done = subprocess.run(
+        [sys.executable, "eval_vae.py", *flags, "--eval_images", "1", "--accelerator", "cpu", "--gpus", "2"],
+        cwd=REPO, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    (run,) = (tmp_path / "runs").iterdir()
+    assert json.loads((run / "metrics.json").read_text())["images"] == 1
+
+
+def test_configs_with_lpips_need_no_vgg_to_evaluate(tmp_path, model):
+    recipe = str(REPO / "configs" / "imagenet_augvae_ml.yaml")
+    pictures = write_pictures(tmp_path / "pictures", 2)
+    flags = ["--config", recipe, "--resolution", "16", "--test_dir", str(pictures), "--no-log_images"]
+    assert "lpips" in evaluate(tmp_path, model, *flags)["missing"]
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_metrics_of_one(tmp_path, model, one_thread):
+    pictures = write_pictures(tmp_path / "pictures", 11)  # 6 and 5: the last batch of one process is empty
+    common = ["--test_dir", str(pictures), "--batch_size", "5", "--save_images", "11"]
+    one = evaluate(tmp_path, model, *common)
+    flags = ["--ckpt_path", str(model), "--log_dir", str(tmp_path / "runs"), *FLAGS, *common, "--name", "two"]
+    done = subprocess.run(
+        [sys.executable, str(REPO / "eval_vae.py"), *flags, "--accelerator", "cpu", "--gpus", "2"],
+        cwd=REPO, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    two = json.loads((tmp_path / "runs" / "two" / "metrics.json").read_text())
+    assert two["images"] == 11
+    for name in ("psnr", "ssim", "l1", "mse", "perplexity_8", "codes_used_4"):
+        assert two[name] == pytest.approx(one[name], rel=1e-4)
+    for name in ("original_images", "generated_images"):
+        for i in range(11):
+            ours, theirs = (p / name / f"{i:06d}.png" for p in (one["run"], tmp_path / "runs" / "two"))
+            assert ours.read_bytes() == theirs.read_bytes()

@@ -1,0 +1,322 @@
+"""generate.py as a user runs it, through main(argv), on a tiny random bundle; and flags that hold whole texts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Optional, Tuple
+
+import pytest
+import torch
+from PIL import Image
+
+from latent_verse.commands import generate
+from latent_verse.config import ConfigError, cli, setting
+from latent_verse.config.generate import TASKS, USED, DrawConfig, GenerateConfig, WhatConfig, WriteConfig
+from latent_verse.inference import tasks as generation
+from latent_verse.inference.pipeline import LVerse
+from tests.tiny_lverse import make_lverse, photo, same
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+REPO = Path(__file__).parents[2]
+TEXTS = ["a red, round circle", "赤い丸 ${x ???"]
+
+
+@pytest.fixture
+def bundle(tiny_augvae, tmp_path):
+    make_lverse(tiny_augvae(single_level=4), text_len=48).save_pretrained(tmp_path / "bundle")
+    return str(tmp_path / "bundle")
+
+
+@pytest.fixture
+def images(tmp_path):
+    folder = tmp_path / "images"
+    (folder / "deep").mkdir(parents=True)
+    photo(seed=1).save(folder / "a.png")
+    photo(20, 50, "L", seed=2).save(folder / "deep" / "b.webp")
+    return folder
+
+
+def run(bundle, *argv):
+    return generate.main(["--model", bundle, "--gpus", "0", *map(str, argv)])
+
+
+def lines(file):
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+# --------------------------------------------------------------------------------------------------------------- tasks
+
+
+def test_text_gives_images_with_metadata_an_index_and_a_grid(bundle, tmp_path, capsys):
+    out = tmp_path / "out"
+    argv = ["--text", *TEXTS, "--num", 2, "--guidance", 2, "--rerank", 2, "--top_k", 20, "--seed", 7, "--out", out]
+    assert run(bundle, *argv) == 0
+    assert "4 images written" in capsys.readouterr().out
+    names = ["0000_00.png", "0000_01.png", "0001_00.png", "0001_01.png"]
+    assert sorted(p.name for p in out.iterdir()) == [*names, "grid.png", "pictures.jsonl"]
+    model = LVerse.from_pretrained(bundle, device="cpu")
+    expected = model.text_to_image(TEXTS, 2, guidance=2.0, rerank=2, top_k=20, seed=7)
+    written = [[Image.open(out / name) for name in names[:2]], [Image.open(out / name) for name in names[2:]]]
+    assert same(written, expected, within=0)
+    about = written[1][1].text
+    assert about["text"] == TEXTS[1] and about["seed"] == "7" and about["number"] == "1"
+    settings = {"temperature": 1.0, "top_k": 20, "top_p": None, "guidance": 2.0, "seed": 7, "rerank": 2}
+    assert json.loads(about["settings"]) == settings
+    assert json.loads(about["model"]) == model.fingerprints
+    assert b"tEXt" in (out / names[0]).read_bytes()
+    index = lines(out / "pictures.jsonl")
+    assert [(entry["file"], entry["text"]) for entry in index] == [(n, TEXTS[i // 2]) for i, n in enumerate(names)]
+    assert Image.open(out / "grid.png").width > 2 * 128
+
+
+def test_text_file_holds_one_text_a_line(bundle, tmp_path):
+    file = tmp_path / "texts.txt"
+    file.write_text("\ufeff" + "\n\n".join(TEXTS) + "\n", encoding="utf-8")
+    assert run(bundle, "--text_file", file, "--out", tmp_path / "out", "--temperature", 0) == 0
+    assert [entry["text"] for entry in lines(tmp_path / "out" / "pictures.jsonl")] == TEXTS
+
+
+def test_image_gives_captions(bundle, images, tmp_path, capsys):
+    out = tmp_path / "out"
+    argv = ["--image", images, images / "a.png", "--out", out, "--num", 2, "--temperature", 0.8, "--seed", 3]
+    assert run(bundle, *argv) == 0
+    found = lines(out / "captions.jsonl")
+    assert [Path(entry["image"]).name for entry in found] == ["a.png", "b.webp", "a.png"]
+    model = LVerse.from_pretrained(bundle, device="cpu")
+    files = [entry["image"] for entry in found]
+    expected = model.image_to_text(files, 2, temperature=0.8, seed=3)
+    assert [entry["captions"] for entry in found] == expected
+    assert found[0]["settings"]["temperature"] == 0.8 and found[0]["model"] == model.fingerprints
+    assert f"{files[1]}: {expected[1][0]}" in capsys.readouterr().out
+
+
+def test_captions_are_greedy_by_default_or_by_beams(bundle, images, tmp_path):
+    model = LVerse.from_pretrained(bundle, device="cpu")
+    for argv, settings in (([], {}), (["--beams", 3], {"beams": 3})):
+        out = tmp_path / f"out{len(argv)}"
+        assert run(bundle, "--image", images / "a.png", "--out", out, *argv) == 0
+        (entry,) = lines(out / "captions.jsonl")
+        assert [entry["captions"]] == model.image_to_text([images / "a.png"], **settings)
+
+
+@pytest.mark.parametrize("group", [1024, 1])  # with 1 a group may hold no image at all
+def test_unreadable_images_of_a_folder_are_left_out_and_one_named_is_an_error(
+    bundle, images, tmp_path, capsys, monkeypatch, group
+):
+    monkeypatch.setattr(generation, "GROUP", group)
+    (images / "broken.jpg").write_bytes(b"not an image")
+    assert run(bundle, "--image", images, "--out", tmp_path / "out") == 0
+    assert "left out" in capsys.readouterr().err
+    assert len(lines(tmp_path / "out" / "captions.jsonl")) == 2
+    assert run(bundle, "--image", images / "broken.jpg", "--out", tmp_path / "out2") == 2
+    assert "broken.jpg cannot be read" in capsys.readouterr().err
+    (images / "a.png").unlink()
+    (images / "deep" / "b.webp").unlink()
+    assert run(bundle, "--image", images, "--out", tmp_path / "out2") == 2
+    assert str(images / "broken.jpg") in capsys.readouterr().err
+    assert not (tmp_path / "out2").exists()
+
+
+def test_score_prints_a_table(bundle, images, capsys):
+    assert run(bundle, "--score", images, *TEXTS) == 0
+    rows = capsys.readouterr().out.splitlines()
+    model = LVerse.from_pretrained(bundle, device="cpu")
+    files = [images / "a.png", images / "deep" / "b.webp"]
+    tables = [model.score(files, TEXTS, given=given).flatten() for given in ("image", "text")]
+    assert len(rows) == 5 and "log p(text | image)" in rows[0]
+    for i, row in enumerate(rows[1:]):
+        assert [float(x) for x in row.split()[:2]] == pytest.approx([float(t[i]) for t in tables], abs=2e-3)
+        assert row.endswith(TEXTS[i % 2]) and str(files[i // 2]) in row
+
+
+@pytest.mark.parametrize("texts", [[], ["a red circle"]])
+def test_complete_writes_images_and_shows_the_given_one(bundle, images, tmp_path, texts):
+    out = tmp_path / "out"
+    argv = ["--complete", images / "a.png", "--rows", 2, "--num", 2, "--seed", 1, "--out", out]
+    assert run(bundle, *argv, *(["--text", *texts] if texts else [])) == 0
+    model = LVerse.from_pretrained(bundle, device="cpu")
+    expected = model.complete([images / "a.png"], 2, texts or None, 2, seed=1)
+    assert same([[Image.open(out / "0000_00.png"), Image.open(out / "0000_01.png")]], expected, within=0)
+    about = Image.open(out / "0000_00.png").text
+    assert about["rows"] == "2" and about["completed"].endswith("a.png") and about["text"] == "".join(texts)
+    assert Image.open(out / "grid.png").width > 3 * 128
+
+
+# ------------------------------------------------------------------------------------------------------------- folders
+
+
+def test_nothing_is_overwritten_without_the_flag(bundle, images, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    argv = ["--text", "a", "--seed", 1, "--out", out]
+    assert run(bundle, *argv) == 0  # an empty folder is free
+    (out / "notes.txt").write_text("mine")
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    for again in (argv, ["--image", images, "--out", out], ["--text", "a", "--out", out / "notes.txt" / "in"]):
+        assert run(bundle, *again) == 2
+        error = capsys.readouterr().err
+        assert "--overwrite" in error or "is a file" in error
+        assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+    assert run(bundle, *argv[:2], "--seed", 2, "--out", out, "--overwrite") == 0
+    after = {p.name: p.read_bytes() for p in out.iterdir()}
+    assert after["notes.txt"] == b"mine" and after["0000_00.png"] != before["0000_00.png"]
+    monkeypatch.chdir(tmp_path)
+    for expected in ("generated", "generated-2"):
+        assert run(bundle, "--text", "a") == 0
+        assert (tmp_path / expected / "0000_00.png").is_file()
+    assert len(list(tmp_path.glob("generated*"))) == 2
+
+
+def test_a_random_seed_is_recorded_and_gives_the_same_images(bundle, tmp_path):
+    assert run(bundle, "--text", "a", "--out", tmp_path / "one") == 0
+    seed = Image.open(tmp_path / "one" / "0000_00.png").text["seed"]
+    assert run(bundle, "--text", "a", "--out", tmp_path / "two", "--seed", seed) == 0
+    assert (tmp_path / "one" / "0000_00.png").read_bytes() == (tmp_path / "two" / "0000_00.png").read_bytes()
+
+
+# ------------------------------------------------------------------------------------------------------------ mistakes
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "Nothing to do"),
+        (["--text", "a", "--image", "IMAGES"], "--image and --text are different tasks"),
+        (["--text", "a", "--text_file", "f"], "text and text_file are both given"),
+        (["--text", "a", "--rows", 2], "--rows: no effect with --text"),
+        (["--text", "a", "--beams", 2], "--beams: no effect with --text"),
+        (["--image", "IMAGES", "--rerank", 2], "--rerank: no effect with --image"),
+        (["--score", "IMAGES", "a", "--seed", 2], "--seed: no effect with --score"),
+        (["--score", "IMAGES"], "score needs"),
+        (["--complete", "IMAGES"], "complete needs rows"),
+        (["--complete", "IMAGES", "--rows", 4], "keep 1 to 3"),
+        (["--text", "a", "--gpus", 4], "gpus is 4"),
+        (["--text", "a", "--temprature", 1], "Did you mean --temperature"),
+        (["--text", "a", "--temperature", -1], "temperature is -1.0"),
+        (["--text", "a", "--temperature", 0, "--num", 3], "(generate.py: num) has no effect at temperature 0"),
+        (["--text", "a", "--top_k", 25], "top_k is 25; it must be in [1, 24]"),
+        (["--text", "a", "--top_k", "many"], "top_k: 'many'"),
+        (["--text", "a " * 99, "--text_too_long", "error"], "the limit text_len is 48"),
+        (["--image", "absent.png"], "absent.png does not exist"),
+        (["--image", "EMPTY"], "no image below EMPTY"),
+        (["--text_file", "absent.txt"], "absent.txt cannot be read"),
+        (["--text_file", "BLANK"], "holds no text"),
+        (["--text", "a", "--model", "nowhere"], "nowhere does not exist"),
+        (["--text", "a", "--model", "IMAGES"], "is no bundle"),
+        (["--text"], "expected at least one argument"),
+    ],
+)
+def test_mistakes_are_one_line_and_code_2(bundle, images, tmp_path, capsys, monkeypatch, argv, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "blank.txt").write_text(" \n\n")
+    places = {"IMAGES": images, "EMPTY": tmp_path / "empty", "BLANK": tmp_path / "blank.txt"}
+    assert run(bundle, *(places.get(a, a) for a in argv)) == 2
+    error = capsys.readouterr().err
+    assert message.replace("EMPTY", str(tmp_path / "empty")) in error and "Traceback" not in error
+    assert not list(tmp_path.glob("generated*"))
+
+
+def test_the_gpu_flag_chooses_the_device(bundle, monkeypatch, capsys):
+    """--gpus 1 is cuda or mps, whichever this machine has; --gpus 0 is the CPU."""
+    devices = []
+    monkeypatch.setattr(LVerse, "from_pretrained", lambda model, device: devices.append(device) or SimpleNamespace())
+    config = GenerateConfig(what=WhatConfig(model=bundle))
+    for cuda, mps, expected in ((True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda here=cuda: here)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda here=mps: here)
+        generation.load(config)
+        assert devices.pop() == expected
+        assert ("No GPU" in capsys.readouterr().err) == (expected == "cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    generation.load(GenerateConfig(what=WhatConfig(model=bundle), write=WriteConfig(gpus=0)))
+    assert devices == ["cpu"] and capsys.readouterr().err == ""
+
+
+def test_a_model_is_needed(capsys):
+    assert generate.main(["--text", "a"]) == 2
+    assert "model is not given" in capsys.readouterr().err
+
+
+def test_help_is_fast_and_names_every_flag():
+    begin = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "generate.py", "--help"], cwd=REPO, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0
+    assert time.perf_counter() - begin < 5  # 0.1 s on an idle machine
+    for section in (WhatConfig, DrawConfig, WriteConfig):
+        for f in dataclasses.fields(section):
+            assert f"--{f.name}" in done.stdout
+    code = "import generate, sys; sys.exit('torch' in sys.modules or 'omegaconf' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPO, timeout=60).returncode == 0
+
+
+def test_every_flag_is_used_by_a_task():
+    flags = {f.name for section in (WhatConfig, DrawConfig, WriteConfig) for f in dataclasses.fields(section)}
+    assert set(USED) == set(TASKS)
+    assert flags == set().union(*USED.values()) | {"model", "gpus"}
+
+
+# ---------------------------------------------------------------------------------------------- flags that hold texts
+
+
+@dataclasses.dataclass
+class Words:
+    words: Tuple[str, ...] = setting((), "whole texts")
+    maybe: Optional[Tuple[str, ...]] = setting(None, "whole texts or none")
+    numbers: Tuple[int, ...] = setting((1,), "numbers, as before")
+
+
+@dataclasses.dataclass
+class Run:
+    section: Words = dataclasses.field(default_factory=Words)
+
+
+@pytest.mark.parametrize(
+    "texts", [["a, b", "c d"], ["[1, 2]"], ["${oc.env:HOME}", "${x"], ["???"], ["null"], [""], ["1e6"], ["赤, 🔴"]]
+)
+def test_texts_stay_whole_on_the_command_line_and_in_yaml(tmp_path, texts):
+    config, given = cli.parse(Run, ["--words", *texts], "")
+    assert config.section.words == tuple(texts) and given == {"words": "--words"}
+    plain = json.dumps([t for t in texts if "$" not in t], ensure_ascii=False)
+    (tmp_path / "c.yaml").write_text(f"words: {plain}\nnumbers: [3, 4]\n", encoding="utf-8")
+    config, _ = cli.parse(Run, ["-c", str(tmp_path / "c.yaml")], "")
+    assert config.section.words == tuple(t for t in texts if "$" not in t) and config.section.numbers == (3, 4)
+
+
+def test_other_forms_of_texts(tmp_path):
+    (tmp_path / "c.yaml").write_text("words: one text, whole\nmaybe: null\n")
+    config, _ = cli.parse(Run, ["-c", str(tmp_path / "c.yaml")], "")
+    assert config.section.words == ("one text, whole",) and config.section.maybe is None
+    (tmp_path / "c.yaml").write_text("words: [3, 0.5]\n")
+    assert cli.parse(Run, ["-c", str(tmp_path / "c.yaml")], "")[0].section.words == ("3", "0.5")
+    for wrong in ("true", "{a: 1}", "[[a]]", "null"):
+        (tmp_path / "c.yaml").write_text(f"words: {wrong}\n")
+        with pytest.raises(ConfigError, match="is not a text"):
+            cli.parse(Run, ["-c", str(tmp_path / "c.yaml")], "")
+
+
+def test_numbers_are_still_read_in_every_form():
+    for argv in (["--numbers", "1", "2"], ["--numbers", "1,2"], ["--numbers", "[1, 2]"]):
+        assert cli.parse(Run, argv, "")[0].section.numbers == (1, 2)
+    with pytest.raises(ConfigError, match="a list of numbers"):
+        cli.parse(Run, ["--numbers", "a"], "")
+
+
+def test_a_yaml_file_gives_settings_and_a_saved_configuration_can_be_read(bundle, tmp_path):
+    file = tmp_path / "settings.yaml"
+    file.write_text("beams: 1\nwhat:\n  text: [a, b]\nseed: 4\n")
+    assert run(bundle, "-c", file, "--out", tmp_path / "out") == 0
+    assert len(lines(tmp_path / "out" / "pictures.jsonl")) == 2
+    config = GenerateConfig(what=WhatConfig(text=("a, b", "c")))
+    file.write_text(cli.to_yaml(config))
+    assert cli.parse(GenerateConfig, ["-c", str(file)], "")[0] == config
+    assert torch.get_num_threads() == 1

@@ -1,0 +1,299 @@
+"""Codes ahead of training: what is written, what comes back, interruption, and codes of another AugVAE."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from latent_verse.checkpoints.ckpt_files import fingerprint
+from latent_verse.data import DataError
+from latent_verse.data.captions import PairFolder
+from latent_verse.data.codes import CodesDataset, check_codes, extract, smallest_type, work_of
+from latent_verse.data.pairs import work_of_shards
+from latent_verse.data.shapes import PRESETS, ShapesDataset, World
+from latent_verse.data.text import BPETokenizer
+from latent_verse.data.transforms import centre_crop, to_unit_range
+
+R, PAIRS = 16, 7
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Seven square pictures of 16 px with one to three captions each."""
+    place = tmp_path / "pictures"
+    place.mkdir()
+    for i in range(PAIRS):
+        pixels = np.random.default_rng(i).integers(0, 255, (R, R, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(place / f"{i}.png")
+        (place / f"{i}.txt").write_text("\n".join(f"caption {n} of picture {i} ✓" for n in range(1 + i % 3)))
+    return place
+
+
+@pytest.fixture
+def made(folder, tmp_path, tiny_augvae):
+    """Runs the extraction of `folder`: made(crops=1, shard_size=3, encode=None, out="codes") -> (folder, vae, bpe)."""
+
+    def make(crops=1, shard_size=3, encode=None, out="codes", seed=0, resize_ratio=1.0):
+        vae = tiny_augvae(seed=seed)
+        dataset = PairFolder(folder, R, train=False, as_uint8=True, resize_ratio=resize_ratio)
+        bpe = BPETokenizer.train((t for i in range(PAIRS) for t in dataset.captions(i)), 300)
+        plan = {
+            "format": "latent_verse/codes",
+            "vae": fingerprint(vae),
+            "codebook_size": vae.config.num_tokens,
+            "image_len": vae.num_codes,
+            "tokenizer": bpe.fingerprint,
+            "text_vocab": bpe.vocab_size,
+            "crops_per_image": crops,
+        }
+        work = work_of(dataset, crops, shard_size)
+        encode = encode or vae.codes
+        extract(work, tmp_path / out, encode, bpe, plan, batch_size=2, threads=2, progress=False)
+        return tmp_path / out, vae, bpe
+
+    return make
+
+
+def test_codes_and_captions_come_back(made, folder):
+    out, vae, bpe = made()
+    assert sorted(path.name for path in out.iterdir()) == [
+        *(f"codes-{i:05d}.tar" for i in range(3)),
+        "codes.json",
+        "tokenizer",
+    ]
+    pictures = PairFolder(folder, R, train=False, as_uint8=True)
+    codes = CodesDataset(out, train=False)
+    assert len(codes) == PAIRS
+    for i in range(PAIRS):
+        image, caption = pictures[(0, i)]
+        found, text = codes[(0, i)]
+        assert np.array_equal(found, vae.codes(to_unit_range(image)[None])[0].numpy())
+        assert text == (caption, bpe.encode(caption))
+        assert codes.captions(i) == pictures.captions(i)
+    assert codes._codes.dtype == np.uint16
+
+
+def test_other_programs_can_read_the_shards(made):
+    import webdataset as wds
+
+    out, vae, _ = made()
+    samples = list(wds.WebDataset(str(out / "codes-00000.tar"), shardshuffle=False).decode())
+    assert len(samples) == 3
+    assert samples[0]["npy"].shape == (1, vae.num_codes) and samples[2]["json"]["captions"][0].endswith("✓")
+
+
+def test_training_draws_captions_as_from_pictures_and_crops_of_its_own(made, folder):
+    out, _, _ = made(crops=3, resize_ratio=0.3)
+    pictures, codes = PairFolder(folder, R, seed=5), CodesDataset(out, seed=5)
+    assert [codes[(e, i)][1].text for e in range(4) for i in range(PAIRS)] == [
+        pictures[(e, i)][1] for e in range(4) for i in range(PAIRS)
+    ]
+    drawn = {codes[(e, 0)][0].tobytes() for e in range(20)}
+    assert len(drawn) == 3
+    assert codes[(3, 0)][0].tobytes() == CodesDataset(out, seed=5)[(3, 0)][0].tobytes()
+    assert {CodesDataset(out, train=False)[(e, 0)][0].tobytes() for e in range(5)} == {codes._codes[0, 0].tobytes()}
+
+
+@pytest.fixture
+def wide_pairs(tmp_path):
+    """Writes seven pictures of 24 x 20 px with their captions as a pair folder and as tar shards of the given sizes:
+    wide_pairs(sizes) -> (folder, shards). The third picture cannot be read."""
+
+    def write(sizes, out="shards"):
+        place = tmp_path / "wide"
+        place.mkdir(exist_ok=True)
+        (tmp_path / out).mkdir()
+        members = []
+        for i in range(PAIRS):
+            pixels = np.random.default_rng(i).integers(0, 255, (20, 24, 3)).astype(np.uint8)
+            Image.fromarray(pixels).save(place / f"{i}.png")
+            picture = (place / f"{i}.png").read_bytes() if i != 2 else b"no picture"
+            (place / f"{i}.png").write_bytes(picture)
+            captions = [f"caption {n} of picture {i} ✓" for n in range(1 + i % 3)]
+            (place / f"{i}.txt").write_text("\n".join(captions))
+            text = (
+                (f"{i}.txt", captions[0]) if len(captions) == 1 else (f"{i}.json", json.dumps({"captions": captions}))
+            )
+            members.append([(f"{i}.png", picture), (text[0], text[1].encode())])
+        shards, left = [], iter(members)
+        for number, size in enumerate(sizes):
+            shards.append(str(tmp_path / out / f"{number}.tar"))
+            with tarfile.open(shards[-1], "w") as tar:
+                for name, content in (member for _ in range(size) for member in next(left)):
+                    about = tarfile.TarInfo(name)
+                    about.size = len(content)
+                    tar.addfile(about, io.BytesIO(content))
+        return place, shards
+
+    return write
+
+
+@pytest.mark.parametrize("sizes", [(7,), (3, 4), (1, 2, 4)])
+def test_shards_give_the_codes_and_captions_of_a_pair_folder(wide_pairs, tmp_path, tiny_augvae, sizes):
+    place, shards = wide_pairs(sizes)
+    vae, pictures = tiny_augvae(), PairFolder(place, R, train=False, as_uint8=True)
+    bpe = BPETokenizer.train((t for i in range(PAIRS) for t in pictures.captions(i)), 300)
+    plan = {
+        "format": "latent_verse/codes",
+        "vae": fingerprint(vae),
+        "codebook_size": vae.config.num_tokens,
+        "image_len": vae.num_codes,
+        "tokenizer": bpe.fingerprint,
+        "text_vocab": bpe.vocab_size,
+        "crops_per_image": 1,
+    }
+    found = []
+    for name, work in (("pairs", work_of(pictures, 1, 3)), ("tar", work_of_shards(shards, R, 1, 0.75, 0))):
+        extract(work, tmp_path / name, vae.codes, bpe, plan, batch_size=2, threads=2, progress=False)
+        found.append(CodesDataset(tmp_path / name, train=False))
+    folder, tar = found
+    assert len(tar.meta["shards"]) == len(sizes)
+    assert len(folder) == len(tar) == PAIRS - 1 and folder.meta["skipped"] == tar.meta["skipped"] == 1
+    for i in range(PAIRS - 1):
+        (codes, caption), (expected, text) = tar[i], folder[i]
+        assert np.array_equal(codes, expected) and caption == text
+        assert tar.captions(i) == folder.captions(i)
+    assert len({tar[i][0].tobytes() for i in range(PAIRS - 1)}) == PAIRS - 1
+
+
+def test_crops_from_shards_depend_on_seed_and_name_and_not_on_the_shard(wide_pairs, tmp_path):
+    def pictures(sizes, crops=3, seed=0, resize_ratio=0.25):
+        _, shards = wide_pairs(sizes, f"{sizes}{crops}{seed}{resize_ratio}")
+        work = [item for part in work_of_shards(shards, R, crops, resize_ratio, seed) for item in part()]
+        return {name: load() for name, load, _ in work if name != "2"}
+
+    def differing(some, others, crop):
+        return sum(not torch.equal(some[name][crop], others[name][crop]) for name in some)
+
+    whole = pictures((7,))
+    assert list(whole) == list("013456")
+    for name, crops in whole.items():
+        with Image.open(tmp_path / "wide" / f"{name}.png") as image:
+            assert torch.equal(crops[0], centre_crop(image, R))
+        assert len({crop.numpy().tobytes() for crop in crops}) == len(crops) == 3
+    for sizes in ((3, 4), (2, 5)):
+        other = pictures(sizes)
+        assert [differing(whole, other, crop) for crop in range(3)] == [0, 0, 0]
+    fewer = pictures((7,), crops=2)
+    assert [differing(fewer, whole, crop) for crop in range(2)] == [0, 0]
+    for changed in (pictures((7,), seed=1), pictures((7,), resize_ratio=0.9)):
+        assert differing(whole, changed, 0) == 0 and differing(whole, changed, 1) > 3
+
+
+def test_an_interrupted_extraction_goes_on_and_is_not_read_before(made, tiny_augvae, tmp_path):
+    calls = []
+
+    def failing(x):
+        calls.append(len(x))
+        if len(calls) > 3:
+            raise KeyboardInterrupt
+        return tiny_augvae().codes(x)
+
+    with pytest.raises(KeyboardInterrupt):
+        made(encode=failing)
+    with pytest.raises(DataError, match=r"unfinished.* Rerun the command"):
+        CodesDataset(tmp_path / "codes")
+    first = (tmp_path / "codes" / "codes-00000.tar").stat().st_mtime_ns
+
+    def counting(x):
+        calls.append(len(x))
+        return tiny_augvae().codes(x)
+
+    calls.clear()
+    out, _, _ = made(encode=counting)
+    assert sum(calls) == PAIRS - 3  # the first shard was whole
+    assert (out / "codes-00000.tar").stat().st_mtime_ns == first
+    whole, _, _ = made(out="whole")
+    for name in ("codes-00000.tar", "codes-00002.tar"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes()
+    calls.clear()
+    made(encode=counting)  # complete: nothing to do
+    assert not calls
+
+
+def test_nothing_is_overwritten(made, tmp_path):
+    made()
+    with pytest.raises(DataError, match=r"codes of different settings:\n  vae: '\w{16}' then, '\w{16}' now"):
+        made(seed=1)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("42")
+    with pytest.raises(DataError, match="mine holds something else"):
+        made(out="mine")
+
+
+def test_codes_of_another_augvae_or_tokenizer_are_refused(made, tiny_augvae):
+    out, vae, bpe = made()
+    meta = CodesDataset(out).meta
+    check_codes(meta, fingerprint(vae), bpe.fingerprint, "train_dir")
+    other = fingerprint(tiny_augvae(seed=1))
+    with pytest.raises(DataError, match=f"train_dir: .*{fingerprint(vae)}, but vae_path is {other}"):
+        check_codes(meta, other, bpe.fingerprint, "train_dir")
+    with pytest.raises(DataError, match=f"val_dir: .*{bpe.fingerprint}, but .* 0123456789abcdef"):
+        check_codes(meta, fingerprint(vae), "0123456789abcdef", "val_dir")
+
+
+def test_damaged_folders_are_named(made, tmp_path):
+    with pytest.raises(DataError, match=r"train_dir: .* is no folder of codes: .*--extract_codes"):
+        CodesDataset(tmp_path / "nothing")
+    out, _, _ = made(out="all/train")
+    with pytest.raises(DataError, match=r"Did you mean .*all/train\?"):
+        CodesDataset(tmp_path / "all")
+    meta = json.loads((out / "codes.json").read_text())
+    (out / "codes.json").write_text(json.dumps({**meta, "pairs": PAIRS + 1}))
+    with pytest.raises(DataError, match=r"holds 7 pairs, its codes\.json says 8"):
+        CodesDataset(out)
+    (out / "codes.json").write_text(json.dumps({**meta, "codebook_size": 2}))
+    with pytest.raises(DataError, match=r"holds codes other than its codes\.json says"):
+        CodesDataset(out)
+    (out / "codes.json").write_text(json.dumps(meta))
+    with open(out / "codes-00001.tar", "r+b") as file:
+        file.truncate(700)
+    with pytest.raises(DataError, match=r"shard .*codes-00001.tar"):
+        CodesDataset(out)
+
+
+def test_unreadable_pictures_are_left_out_and_counted(made, folder):
+    (folder / "2.png").write_bytes(b"no picture")
+    out, _, _ = made()
+    codes = CodesDataset(out)
+    assert len(codes) == PAIRS - 1 and codes.meta["skipped"] == 1
+    assert [codes.captions(i)[0][-3] for i in range(len(codes))] == list("013456")
+    with tarfile.open(out / "codes-00000.tar") as tar:
+        assert [name for name in tar.getnames() if name.endswith("npy")] == ["000000000.npy", "000000001.npy"]
+
+
+def test_shapes_keep_their_truth(tmp_path, monkeypatch):
+    world = World.preset("small")
+    dataset = ShapesDataset(world, "val", 5, seed=3, as_uint8=True)
+    bpe = BPETokenizer.train(dataset.captions(0), 300)
+    plan = {
+        "format": "latent_verse/codes",
+        "vae": "0" * 16,
+        "codebook_size": 70_000,
+        "image_len": 4,
+        "tokenizer": bpe.fingerprint,
+        "text_vocab": bpe.vocab_size,
+        "crops_per_image": 1,
+        "shapes": {"world": "small", "fingerprint": world.fingerprint, "split": "val", "seed": 3},
+    }
+
+    def encode(x):
+        return torch.full((len(x), 4), 69_999)
+
+    extract(work_of(dataset, 1, 10), tmp_path, encode, bpe, plan, batch_size=2, threads=1, progress=False)
+    codes = CodesDataset(tmp_path, train=False)
+    assert smallest_type(70_000) is np.uint32 and codes[0][0].tolist() == [69_999] * 4
+    for i in range(5):
+        assert codes.scene(i) == dataset.scene(i)
+        assert all(codes.world.satisfies(codes.scene(i), world.parse_caption(text)) for text in codes.captions(i))
+        assert codes.captions(i) == dataset.sample_captions(i, 8)  # frequent ones more than once
+    monkeypatch.setitem(PRESETS, "small", dataclasses.replace(world, counts=(1, 1)))
+    with pytest.raises(DataError, match="another version of the small shapes world"):
+        CodesDataset(tmp_path, train=False)

@@ -1,0 +1,388 @@
+"""Decoding, cropping and the folder datasets: the same pictures as plain PIL + torchvision, and bad input refused."""
+
+import io
+import logging
+import os
+import pickle
+import struct
+import subprocess
+import sys
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+from torchvision.transforms import CenterCrop, InterpolationMode, Resize
+from torchvision.transforms.functional import pil_to_tensor, resized_crop
+
+from latent_verse.data import DataError, FakeDataset, FlatImages, ImageDataset
+from latent_verse.data.images import PathList
+from latent_verse.data.transforms import (
+    UnreadableImage,
+    centre_crop,
+    crop_box,
+    decode_rgb,
+    random_crop,
+    sample_generator,
+    to_unit_range,
+)
+
+
+def photo(width=90, height=60, seed=0):
+    """A PIL picture with smooth areas, edges and texture."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[0:height, 0:width]
+    channels = [128 + 100 * np.sin(x / (7 + 3 * c) + seed) * np.cos(y / (5 + 2 * c)) for c in range(3)]
+    array = np.stack(channels, -1) + rng.normal(0, 6, (height, width, 3))
+    array[height // 4 : height // 2, width // 4 : width // 2] = rng.integers(0, 255, 3)
+    return Image.fromarray(array.clip(0, 255).astype(np.uint8))
+
+
+def encoded(image, kind, **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def as_tensor(image):
+    return pil_to_tensor(image.convert("RGB")).int()
+
+
+def gap(a, b):
+    assert a.shape == b.shape
+    return (a.int() - b.int()).abs().max().item()
+
+
+# ------------------------------------------------------------------------------------------------------- same pictures
+
+SIZES = [(90, 60), (60, 90), (64, 64), (301, 200), (40, 33), (640, 480), (500, 97), (33, 501)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_evaluation_picture_is_that_of_pil_and_torchvision(size, kind):
+    data = encoded(photo(*size), kind)
+    plain = CenterCrop(64)(Resize(64, InterpolationMode.BILINEAR, antialias=True)(Image.open(io.BytesIO(data))))
+    ours = centre_crop(decode_rgb(data), 64)
+    assert ours.dtype == torch.uint8
+    assert gap(ours, as_tensor(plain)) <= 2
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_training_picture_is_that_of_pil_and_torchvision(size, kind):
+    data = encoded(photo(*size), kind)
+    for epoch in range(3):
+        top, left, side = crop_box(size[1], size[0], 0.5, sample_generator(1, epoch))
+        plain = resized_crop(Image.open(io.BytesIO(data)), top, left, side, side, [64, 64], antialias=True)
+        ours = random_crop(decode_rgb(data), 64, 0.5, sample_generator(1, epoch))
+        assert gap(ours, as_tensor(plain)) <= 2
+
+
+def test_centre_crop_of_a_very_long_picture_is_right_and_cheap():
+    stripe = photo(3000, 20)
+    plain = CenterCrop(64)(Resize(64, antialias=True)(stripe))
+    assert gap(centre_crop(stripe, 64), as_tensor(plain)) <= 2
+    # resized whole, this one would take 256 x 51 million pixels
+    assert centre_crop(torch.zeros(3, 1, 200_000, dtype=torch.uint8), 256).shape == (3, 256, 256)
+
+
+def test_centre_crop_takes_pil_and_tensor_alike():
+    image = photo(70, 50)
+    assert torch.equal(centre_crop(image, 32), centre_crop(pil_to_tensor(image), 32))
+
+
+def test_crop_boxes_fit_cover_the_range_and_move():
+    boxes = [crop_box(60, 90, 0.75, sample_generator(0, i)) for i in range(400)]
+    sides = [side for _, _, side in boxes]
+    assert all(0 <= top <= 60 - side and 0 <= left <= 90 - side for top, left, side in boxes)
+    assert min(sides) == round(60 * 0.75**0.5) and max(sides) == 60
+    assert min(left for _, left, _ in boxes) <= 2 and max(left for _, left, _ in boxes) >= 30
+    assert crop_box(1, 1, 0.75, sample_generator(0)) == (0, 0, 1)
+
+
+def test_unit_range():
+    x = to_unit_range(torch.tensor([0, 255, 51], dtype=torch.uint8))
+    assert x.dtype == torch.float32
+    torch.testing.assert_close(x, torch.tensor([-1.0, 1.0, -0.6]))
+
+
+# ------------------------------------------------------------------------------------------------------------- formats
+
+
+@pytest.mark.parametrize(
+    "kind,mode",
+    [
+        *[("JPEG", "RGB"), ("JPEG", "L"), ("JPEG", "CMYK"), ("PNG", "RGB"), ("PNG", "L"), ("PNG", "1"), ("PNG", "P")],
+        *[("BMP", "RGB"), ("WEBP", "RGB"), ("TIFF", "RGB"), ("TIFF", "CMYK"), ("PPM", "RGB"), ("PPM", "L")],
+    ],
+)
+def test_formats_and_modes_decode_as_pil_does(kind, mode):
+    data = encoded(photo().convert(mode), kind)
+    assert gap(decode_rgb(data), as_tensor(Image.open(io.BytesIO(data)))) <= 2
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_sixteen_bit_gray_is_scaled_not_clipped(kind):
+    ramp = np.linspace(0, 65535, 64 * 48).astype(np.uint16).reshape(48, 64)
+    decoded = decode_rgb(encoded(Image.fromarray(ramp), kind))
+    assert gap(decoded, torch.from_numpy((ramp / 257).round().astype(np.int32)).expand(3, -1, -1)) <= 1
+
+
+def test_sixteen_bit_pgm_and_rgb_png():
+    ramp = np.linspace(0, 65535, 32 * 32).astype(">u2").reshape(32, 32)
+    decoded = decode_rgb(b"P5 32 32 65535\n" + ramp.tobytes())
+    expected = torch.from_numpy((ramp.astype(np.float64) / 257).round().astype(np.int32))
+    assert gap(decoded, expected.expand(3, -1, -1)) <= 1
+
+    def chunk(kind, body):  # Pillow reads 16-bit colour PNGs but does not write them
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    rows = b"".join(b"\0" + np.repeat(row, 3).astype(">u2").tobytes() for row in ramp)
+    header = struct.pack(">IIBBBBB", 32, 32, 16, 2, 0, 0, 0)
+    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    assert gap(decode_rgb(png), expected.expand(3, -1, -1)) <= 1
+
+
+def test_transparency_goes_over_white():
+    clear = Image.new("RGBA", (20, 10), (200, 0, 0, 0))
+    half = Image.new("RGBA", (20, 10), (0, 0, 0, 128))
+    assert decode_rgb(encoded(clear, "PNG")).unique().tolist() == [255]
+    assert decode_rgb(encoded(half, "PNG")).unique().tolist() == [127]
+    assert decode_rgb(encoded(clear.convert("LA"), "PNG")).unique().tolist() == [255]
+    assert decode_rgb(encoded(clear, "WEBP", lossless=True)).unique().tolist() == [255]
+    palette = Image.new("P", (20, 10), 3)
+    palette.putpalette([10, 20, 30] * 256)
+    assert decode_rgb(encoded(palette, "PNG", transparency=3)).unique().tolist() == [255]
+    assert decode_rgb(encoded(palette, "PNG"))[:, 0, 0].tolist() == [10, 20, 30]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_rotation_is_applied_once(kind, orientation):
+    image = photo(64, 40)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(image, kind, exif=exif)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    decoded = decode_rgb(data)
+    assert decoded.shape[1:] == ((40, 64) if orientation < 5 else (64, 40))
+    assert gap(decoded, as_tensor(upright)) <= 2
+
+
+def bomb():
+    """A tiny PNG that claims 30000 x 30000 pixels."""
+    data = bytearray(encoded(Image.new("L", (8, 8)), "PNG"))
+    data[16:24] = struct.pack(">II", 30000, 30000)
+    data[29:33] = struct.pack(">I", zlib.crc32(bytes(data[12:29])))
+    return bytes(data)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM"])
+def test_truncated_pictures_are_refused(kind):
+    data = encoded(photo(200, 150), kind)
+    for cut in (len(data) // 2, len(data) * 9 // 10):
+        with pytest.raises(UnreadableImage):
+            decode_rgb(data[:cut])
+
+
+@pytest.mark.parametrize("data", [b"", b"no picture at all", bomb(), encoded(photo(), "JPEG")[:3]])
+def test_rubbish_and_bombs_are_refused(data):
+    with pytest.raises(UnreadableImage):
+        decode_rgb(data)
+
+
+def test_jpegs_are_read_where_torchvision_has_no_libjpeg(monkeypatch):
+    def absent(*args):
+        raise RuntimeError("decode_jpeg: torchvision not compiled with libjpeg support")
+
+    data = encoded(photo(), "JPEG")
+    expected = decode_rgb(data)
+    monkeypatch.setattr("latent_verse.data.transforms.decode_jpeg", absent)
+    assert gap(decode_rgb(data), expected) <= 2
+
+
+# ------------------------------------------------------------------------------------------------------------- folders
+
+
+def make_folder(root, names):
+    for i, name in enumerate(names):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kind = {"jpg": "JPEG", "jpeg": "JPEG", "tif": "TIFF", "pgm": "PPM"}.get(path.suffix[1:].lower())
+        photo(40, 30, seed=i).save(path, kind or path.suffix[1:])
+    return root
+
+
+ALL_KINDS = ["a.jpg", "b.JPEG", "c.png", "d.bmp", "sub/e.webp", "sub/deep/f.tif", "sub/g.ppm", "sub/h.PGM"]
+
+
+def test_flat_folder_takes_every_format_at_any_depth(tmp_path):
+    make_folder(tmp_path, ALL_KINDS)
+    (tmp_path / "notes.txt").write_text("x")
+    (tmp_path / "._a.jpg").write_bytes(b"macOS leaves such files")
+    dataset = FlatImages(tmp_path, 16)
+    assert [os.path.relpath(dataset.paths[i], tmp_path) for i in range(8)] == [
+        *["a.jpg", "b.JPEG", "c.png", "d.bmp", "sub/e.webp", "sub/g.ppm", "sub/h.PGM", "sub/deep/f.tif"]
+    ]
+    for image, label in (dataset[i] for i in range(len(dataset))):
+        assert image.shape == (3, 16, 16) and image.dtype == torch.float32 and label == -1
+        assert -1 <= image.min() < image.max() <= 1
+    assert FlatImages(tmp_path, 16, as_uint8=True)[0][0].dtype == torch.uint8
+
+
+def test_imagefolder_labels_are_those_of_torchvision(tmp_path):
+    make_folder(tmp_path, ["dog/1.png", "cat/2.jpg", "cat/more/3.jpg", "ant/4.png"])
+    (tmp_path / "empty").mkdir()
+    dataset = ImageDataset(tmp_path, 16)
+    assert dataset.classes == ["ant", "cat", "dog", "empty"]
+    assert dataset.class_to_idx == {"ant": 0, "cat": 1, "dog": 2, "empty": 3}
+    assert [dataset[i][1] for i in range(4)] == [0, 1, 1, 2]
+
+
+def test_links_are_followed_and_loops_end(tmp_path):
+    make_folder(tmp_path / "real", ["a.png"])
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "one").symlink_to(tmp_path / "real")
+    (root / "two").symlink_to(tmp_path / "real")
+    (root / "up").symlink_to(root)
+    assert len(FlatImages(root, 16)) == 2
+
+
+def test_path_list_keeps_odd_names():
+    names = ["a.jpg", "ü/ö 1.png", "b\udcff.jpg", ""]
+    paths = PathList("/root", names)
+    assert [paths[i] for i in range(len(paths))] == [f"/root/{name}" for name in names]
+
+
+@pytest.mark.parametrize("kind", [ImageDataset, FlatImages])
+def test_missing_and_empty_folders(tmp_path, kind):
+    with pytest.raises(DataError, match=r"train_dir: .*/nowhere does not exist"):
+        kind(tmp_path / "nowhere", 16, key="train_dir")
+    (tmp_path / "file.png").write_bytes(b"x")
+    with pytest.raises(DataError, match="is a file, not a folder"):
+        kind(tmp_path / "file.png", 16)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"looked for \.jpg .*found no file at all"):
+        kind(tmp_path / "empty", 16)
+    (tmp_path / "text" / "class").mkdir(parents=True)
+    for i in range(12):
+        (tmp_path / "text" / "class" / f"{i}.txt").write_text("x")
+    with pytest.raises(DataError, match=r"looked for \.jpg .*found 12 \.txt"):
+        kind(tmp_path / "text", 16)
+
+
+def test_layout_mistakes_are_named(tmp_path):
+    make_folder(tmp_path / "flat", ["a.png", "b.png"])
+    with pytest.raises(DataError, match=r"2 images lie in the folder itself.*--dataset flat"):
+        ImageDataset(tmp_path / "flat", 16)
+    (tmp_path / "tars").mkdir()
+    (tmp_path / "tars" / "0.tar").write_bytes(b"x")
+    for kind in (ImageDataset, FlatImages):
+        with pytest.raises(DataError, match="--dataset webdataset"):
+            kind(tmp_path / "tars", 16)
+
+
+def test_folder_without_one_readable_image(tmp_path):
+    for i in range(5):
+        (tmp_path / f"{i}.jpg").write_bytes(b"damaged")
+    with pytest.raises(DataError, match=r"not one of the 5 images of .*0\.jpg.*not an image of a known format"):
+        FlatImages(tmp_path, 16)
+    with pytest.raises(DataError, match=r"resize_ratio is 0"):
+        FlatImages(tmp_path, 16, resize_ratio=0)
+
+
+# ------------------------------------------------------------------------------------------------------- corrupt files
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    """Eight pictures of which 2, 3 and 7 are damaged."""
+    make_folder(tmp_path, [f"{i}.jpg" for i in range(8)])
+    (tmp_path / "2.jpg").write_bytes(b"")
+    (tmp_path / "3.jpg").write_bytes((tmp_path / "4.jpg").read_bytes()[:400])
+    (tmp_path / "7.jpg").write_bytes(bomb())
+    return tmp_path
+
+
+def test_training_takes_the_next_readable_image(damaged, caplog):
+    dataset = FlatImages(damaged, 16, resize_ratio=1.0, as_uint8=True)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            images = [dataset[i][0] for i in range(8)]
+    # with the whole square at resize_ratio 1 and a height of 30 only the horizontal place is random: compare files
+    assert [dataset._load_readable(i)[1] for i in range(8)] == [0, 1, 4, 4, 4, 5, 6, 0]
+    assert all(image.shape == (3, 16, 16) for image in images)
+    assert dataset.skipped.count == 3
+    assert len(caplog.records) == 3  # once each, not once per epoch
+    for name in ("2.jpg", "3.jpg", "7.jpg"):
+        assert str(damaged / name) in caplog.text
+
+
+def test_evaluation_drops_them(damaged):
+    dataset = FlatImages(damaged, 16, train=False)
+    assert [dataset[i] is None for i in range(8)] == [i in (2, 3, 7) for i in range(8)]
+    assert dataset.skipped.count == 3
+
+
+def test_all_files_lost_after_the_start_is_an_error_not_a_recursion(tmp_path):
+    dataset = FlatImages(make_folder(tmp_path, [f"{i}.png" for i in range(30)]), 16)
+    for path in tmp_path.iterdir():
+        path.unlink()
+    with pytest.raises(
+        DataError, match=r"30 images in a row cannot be read, from .*13\.png"
+    ):  # names are in string order
+        dataset[5]
+
+
+# ---------------------------------------------------------------------------------------------------------- randomness
+
+
+def test_crops_depend_on_seed_epoch_and_index_only(tmp_path):
+    make_folder(tmp_path, ["0.png", "1.png"])
+
+    def crop(seed, epoch, index):
+        return FlatImages(tmp_path, 16, seed=seed, as_uint8=True)[(epoch, index)][0]
+
+    first = crop(0, 0, 0)
+    torch.manual_seed(123)  # the global generator plays no part
+    assert torch.equal(crop(0, 0, 0), first)
+    assert not torch.equal(crop(0, 1, 0), first)
+    assert not torch.equal(crop(1, 0, 0), first)
+    dataset = FlatImages(tmp_path, 16, as_uint8=True)
+    dataset.epoch = 1
+    assert torch.equal(dataset[0][0], crop(0, 1, 0))
+    ours = FlatImages(tmp_path, 16, train=False, as_uint8=True)
+    assert torch.equal(ours[(0, 1)][0], ours[(5, 1)][0])
+
+
+def test_fake_images_are_repeatable_varied_and_not_noise():
+    dataset = FakeDataset(20, 32, as_uint8=True)
+    assert len(dataset) == 20
+    assert torch.equal(dataset[3][0], FakeDataset(50, 32, as_uint8=True)[3][0])
+    assert not torch.equal(dataset[3][0], dataset[4][0])
+    assert not torch.equal(dataset[3][0], FakeDataset(20, 32, train=False, as_uint8=True)[3][0])
+    image, label = FakeDataset(20, 32)[13]
+    assert image.dtype == torch.float32 and image.min() >= -1 and image.max() <= 1 and label == 3
+    neighbours = (image[:, :, 1:] - image[:, :, :-1]).abs().median()
+    assert neighbours < 0.1 < image.std()
+    with pytest.raises(IndexError):
+        dataset[20]
+
+
+def test_datasets_can_be_sent_to_spawned_workers(tmp_path):
+    dataset = FlatImages(make_folder(tmp_path, ["0.png", "1.png"]), 16, as_uint8=True)
+    assert torch.equal(pickle.loads(pickle.dumps(dataset))[(2, 1)][0], dataset[(2, 1)][0])
+
+
+def test_the_original_s_name_stays():
+    from latent_verse.data import ImageDataset2
+
+    assert ImageDataset2 is FlatImages
+
+
+def test_importing_the_room_is_cheap():
+    code = "import sys, latent_verse.data as d; d.DataError; sys.exit('torch' in sys.modules or 'PIL' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,0 +1,306 @@
+"""Tar shards: found or refused, read over ranks x workers with every sample counted, damaged ones passed over."""
+
+import functools
+import http.server
+import io
+import tarfile
+import threading
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from latent_verse.data import DataError, EvalShards, TrainShards
+from latent_verse.data.shards import count_images, find_shards
+from latent_verse.data.transforms import Collate
+
+
+@functools.cache
+def picture(i, kind="JPEG"):
+    file = io.BytesIO()
+    colour = np.random.default_rng(i).integers(0, 255, (1, 1, 3))
+    Image.fromarray(np.broadcast_to(colour, (12, 18, 3)).astype(np.uint8)).save(file, kind)
+    return file.getvalue()
+
+
+def write_tar(path, members):
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+def write_shards(folder, sizes):
+    """Shard k holds sizes[k] samples; labels count on over all shards, so a label names a sample."""
+    folder.mkdir(parents=True, exist_ok=True)
+    label = 0
+    for k, size in enumerate(sizes):
+        members = []
+        for _ in range(size):
+            suffix, kind = [("jpg", "JPEG"), ("PNG", "PNG"), ("webp", "WEBP")][label % 3]
+            members.append((f"{label:04d}.{suffix}", picture(label, kind)))
+            members.append((f"{label:04d}.cls", str(label).encode()))
+            label += 1
+        write_tar(folder / f"{k:03d}.tar", members)
+    return [str(folder / f"{k:03d}.tar") for k in range(len(sizes))]
+
+
+def loader(dataset, workers, **options):
+    return DataLoader(
+        dataset,
+        dataset.batch_size,
+        num_workers=workers,
+        collate_fn=Collate((3, 8, 8)),
+        persistent_workers=workers > 0,
+        **options,
+    )
+
+
+def labels(batches):
+    return [batch[1].tolist() for batch in batches]
+
+
+def flat(batches):
+    return [label for batch in batches for label in batch]
+
+
+# -------------------------------------------------------------------------------------------------------- which shards
+
+
+def test_every_way_to_name_shards(tmp_path):
+    shards = write_shards(tmp_path, [1, 1, 1])
+    (tmp_path / "notes.md").write_text("x")
+    (tmp_path / "list.txt").write_text(f"# comment\n{shards[0]}\n\n{tmp_path}/00{{1..2}}.tar\n")
+    assert find_shards(str(tmp_path)) == shards
+    assert find_shards(tmp_path) == shards
+    assert find_shards(f"{tmp_path}/{{000..002}}.tar") == shards
+    assert find_shards(f"{tmp_path}/{{000,002}}.tar,{shards[1]}") == [shards[0], shards[2], shards[1]]
+    assert find_shards(f"{tmp_path}/0*.tar") == shards
+    assert find_shards(shards) == shards
+    assert find_shards(f"{tmp_path}/list.txt") == shards
+    assert find_shards(f"file://{shards[0]}") == shards[:1]
+    assert find_shards("http://host/{00..02}.tar") == [f"http://host/0{i}.tar" for i in range(3)]
+    assert find_shards("gs://bucket/a.tar,gs://bucket/b.tar") == ["gs://bucket/a.tar", "gs://bucket/b.tar"]
+    assert find_shards("pipe:curl -s http://host/{0..1}.tar") == [f"pipe:curl -s http://host/{i}.tar" for i in range(2)]
+
+
+def test_missing_shards_are_named(tmp_path):
+    write_shards(tmp_path, [1, 1])
+    with pytest.raises(DataError, match=r"val_dir: 2 of 4 shards do not exist, the first is .*/002\.tar"):
+        find_shards(f"{tmp_path}/{{000..003}}.tar", "val_dir")
+    with pytest.raises(DataError, match=r"1 of 1 shards do not exist, the first is .*nowhere"):
+        find_shards(tmp_path / "nowhere")
+    with pytest.raises(DataError, match="no file matches"):
+        find_shards(f"{tmp_path}/x*.tar")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.jpg").write_bytes(picture(0))
+    with pytest.raises(DataError, match=r"no shard .*found 1 \.jpg.*--dataset imagefolder or flat"):
+        find_shards(tmp_path / "images")
+
+
+def test_counting_reads_headers_and_counts_images(tmp_path):
+    shards = write_shards(tmp_path, [5, 0])
+    write_tar(
+        tmp_path / "mixed.tar", [("a.jpg", b""), ("a.txt", b""), ("b.txt", b""), ("c/d.JPEG", b""), ("__x__", b"")]
+    )
+    assert [count_images(shard) for shard in shards] == [5, 0]
+    assert count_images(str(tmp_path / "mixed.tar")) == 2
+    write_shards(tmp_path, [7])  # rewritten: the cached count must not be used
+    assert count_images(shards[0]) == 7
+
+
+# ---------------------------------------------------------------------------------------------------------- evaluation
+
+
+@pytest.mark.parametrize("sizes", [[7, 3, 5, 4, 6], [9], [2, 1], [1]])
+@pytest.mark.parametrize("world,workers", [(1, 0), (1, 2), (2, 2), (3, 0)])
+def test_evaluation_sees_each_sample_once_in_equal_steps(tmp_path, sizes, world, workers):
+    shards = write_shards(tmp_path, sizes)
+    ranks = []
+    for rank in range(world):
+        dataset = EvalShards(shards, 8, batch_size=2, rank=rank, world=world, as_uint8=True)
+        ranks.append(labels(loader(dataset, workers)))
+        assert dataset.steps(workers) == len(ranks[-1])
+    assert sorted(flat(batch for rank in ranks for batch in rank)) == list(range(sum(sizes)))
+    assert len({len(rank) for rank in ranks}) == 1
+    if world == 1:
+        assert all(ranks[0])
+
+
+def test_samples_are_pictures_with_labels(tmp_path):
+    shards = write_shards(tmp_path / "a", [3])
+    write_tar(
+        tmp_path / "b.tar", [("x.jpg", picture(0)), ("y.jpg", picture(1)), ("y.cls", b"cat"), ("z.txt", b"no image")]
+    )
+    for i, (image, label) in enumerate(EvalShards(shards, 8, batch_size=1)):
+        assert image.dtype == torch.float32 and image.shape == (3, 8, 8) and label == i
+        expected = np.random.default_rng(i).integers(0, 255, 3) / 127.5 - 1
+        np.testing.assert_allclose(image.mean((1, 2)), expected, atol=0.05)
+    assert [label for _, label in EvalShards([str(tmp_path / "b.tar")], 8, batch_size=1)] == [-1, -1]
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+def train(shards, steps=4, world=1, rank=0, batch_size=2, seed=0, buffer=8):
+    return TrainShards(
+        *(shards, 8, steps, batch_size), seed=seed, shuffle_buffer=buffer, rank=rank, world=world, as_uint8=True
+    )
+
+
+def run(dataset, workers, epoch=0, first=0):
+    dataset.start_at(epoch, first)
+    return labels(loader(dataset, workers, drop_last=True))
+
+
+def test_training_over_two_ranks_with_two_workers(tmp_path):
+    shards = write_shards(tmp_path, [6] * 8)  # 48 samples, 4 slots with 2 shards each
+    ranks = [run(train(shards, steps=12, world=2, rank=rank), 2) for rank in range(2)]
+    assert [len(rank) for rank in ranks] == [12, 12]
+    assert all(len(batch) == 2 for rank in ranks for batch in rank)
+    # shards of equal size and an epoch of their length: nothing is lost and nothing comes twice
+    assert sorted(flat(ranks[0]) + flat(ranks[1])) == list(range(48))
+    assert flat(ranks[0]) != sorted(flat(ranks[0]))
+    again = [run(train(shards, steps=12, world=2, rank=rank), 2) for rank in range(2)]
+    assert again == ranks
+    epochs = [flat(run(train(shards, steps=12, world=2, rank=0), 2, epoch)) for epoch in range(3)]
+    assert sorted(epochs[0]) != sorted(epochs[1])  # other shards, not only another order
+    assert epochs[1] != epochs[2]
+    assert run(train(shards, steps=12, seed=1), 0) != run(train(shards, steps=12, seed=0), 0)
+
+
+@pytest.mark.parametrize("sizes", [[5], [3, 4]])
+def test_fewer_shards_than_ranks_and_workers_still_train(tmp_path, sizes):
+    shards = write_shards(tmp_path, sizes)
+    ranks = [run(train(shards, steps=5, world=2, rank=rank), 2) for rank in range(2)]
+    assert [len(rank) for rank in ranks] == [5, 5]
+    assert ranks[0] != ranks[1]
+    assert set(flat(ranks[0]) + flat(ranks[1])) <= set(range(sum(sizes)))
+
+
+def test_an_epoch_may_be_longer_than_the_data(tmp_path):
+    shards = write_shards(tmp_path, [3, 2])
+    counts = Counter(flat(run(train(shards, steps=10), 0)))
+    assert sum(counts.values()) == 20 and set(counts) == set(range(5))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_pass_continues_at_any_batch(tmp_path, workers):
+    shards = write_shards(tmp_path, [5, 6, 7])
+    dataset = train(shards, steps=7)
+    for epoch in (0, 1):
+        dataset.start_at(epoch, 0)
+        whole = [image for image, _ in loader(dataset, workers)]
+        for first in (1, 3, 6) if workers else range(7):
+            dataset.start_at(epoch, first)
+            rest = [image for image, _ in loader(dataset, workers)]
+            assert len(rest) == 7 - first
+            assert all(torch.equal(a, b) for a, b in zip(rest, whole[first:], strict=True))
+
+
+# ------------------------------------------------------------------------------------------------------------- damaged
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    """One shard of ten samples, 3, 4 and 9 of them unreadable."""
+    bad = {3: b"", 4: picture(4)[:200], 9: b"not an image"}
+    members = []
+    for i in range(10):
+        members += [(f"{i}.jpg", bad.get(i, picture(i))), (f"{i}.cls", str(i).encode())]
+    write_tar(tmp_path / "bad.tar", members)
+    return [str(tmp_path / "bad.tar")]
+
+
+def test_evaluation_drops_unreadable_members(damaged, caplog):
+    for workers in (0, 2):
+        dataset = EvalShards(damaged, 8, batch_size=2, as_uint8=True)
+        assert sorted(flat(labels(loader(dataset, workers)))) == [0, 1, 2, 5, 6, 7, 8]
+        assert dataset.skipped.count == 3  # made in a worker, seen here
+    assert "9 in " in caplog.text and "bad.tar" in caplog.text
+    # dropped ones count for the steps, so ranks stay together
+    lengths = {len(labels(loader(EvalShards(damaged, 8, 2, rank, 2, True), 0))) for rank in range(2)}
+    assert lengths == {3}
+
+
+def test_training_replaces_them_and_still_resumes(damaged):
+    dataset = train(damaged, steps=10)
+    whole = run(dataset, 0)
+    assert [len(batch) for batch in whole] == [2] * 10
+    assert set(flat(whole)) == {0, 1, 2, 5, 6, 7, 8}
+    assert dataset.skipped.count == 3
+    for first in range(10):
+        assert run(dataset, 0, first=first) == whole[first:]
+
+
+def test_a_broken_off_shard_is_counted_and_the_next_one_read(tmp_path, caplog):
+    shards = write_shards(tmp_path, [6, 2])
+    with tarfile.open(shards[0]) as tar:
+        cut = tar.getmembers()[6].offset_data + 20  # within the fourth picture
+    with open(shards[0], "r+b") as file:
+        file.truncate(cut)
+    dataset = EvalShards(shards, 8, batch_size=2, as_uint8=True)
+    seen = flat(labels(loader(dataset, 0)))
+    assert seen == [0, 1, 2, 6, 7]
+    assert dataset.skipped.count == 1 and f"part of shard {shards[0]}" in caplog.text
+    assert len(seen) <= dataset.steps(0) * 2
+
+
+def test_shards_without_content_are_errors(tmp_path):
+    (tmp_path / "no.tar").write_bytes(b"this is no tar file" * 100)
+    (tmp_path / "empty.tar").write_bytes(b"")
+    for name in ("no.tar", "empty.tar"):
+        for dataset in (EvalShards([str(tmp_path / name)], 8, 2), train([str(tmp_path / name)])):
+            with pytest.raises(DataError, match=rf"shard .*{name} cannot be read"):
+                list(dataset)
+    gone = write_shards(tmp_path / "gone", [2])
+    (tmp_path / "gone" / "000.tar").unlink()
+    with pytest.raises(DataError, match=r"000\.tar cannot be opened"):
+        list(loader(EvalShards(gone, 8, 2), 1))  # the error comes out of the worker process
+    write_tar(tmp_path / "text.tar", [("a.txt", b"x"), ("b.txt", b"y")])
+    assert list(EvalShards([str(tmp_path / "text.tar")], 8, 2)) == []
+    with pytest.raises(DataError, match=r"no sample with an image \(jpg jpeg png webp\) in .*text\.tar"):
+        list(train([str(tmp_path / "text.tar")]))
+
+
+def test_members_are_never_unpickled(tmp_path):
+    write_tar(tmp_path / "a.tar", [("0.jpg", picture(0)), ("0.pyd", b"cos\nabort\n."), ("0.pkl", b"cos\nabort\n.")])
+    assert len(list(EvalShards([str(tmp_path / "a.tar")], 8, 1))) == 1
+
+
+# -------------------------------------------------------------------------------------------------------------- remote
+
+
+def test_pipe_urls(tmp_path):
+    write_shards(tmp_path, [4, 3])
+    shards = find_shards(f"pipe:cat {tmp_path}/{{000,001}}.tar")
+    dataset = EvalShards(shards, 8, batch_size=2, as_uint8=True)
+    assert sorted(flat(labels(loader(dataset, 2)))) == list(range(7))
+    assert dataset.steps(2) is None
+    assert len(flat(run(train(shards, steps=6), 2))) == 12
+    with pytest.raises(DataError, match=r"shard pipe:cat /nowhere\.tar 2>/dev/null cannot be read"):
+        list(EvalShards(["pipe:cat /nowhere.tar 2>/dev/null"], 8, 2))
+
+
+def test_http_urls(tmp_path):
+    write_shards(tmp_path, [4, 3])
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(tmp_path)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        url = f"http://127.0.0.1:{server.server_port}"
+        shards = find_shards(f"{url}/{{000..001}}.tar")
+        assert flat(labels(loader(EvalShards(shards, 8, 2, as_uint8=True), 0))) == list(range(7))
+        with pytest.raises(DataError, match=r"shard http://.*/nowhere\.tar cannot be read"):
+            list(EvalShards([f"{url}/nowhere.tar"], 8, 2))
+    finally:
+        server.shutdown()
+        server.server_close()

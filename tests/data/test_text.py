@@ -1,0 +1,237 @@
+"""Tokenizers: round trips, limits, any Unicode, files that are missing or changed."""
+
+import importlib.util
+import json
+import pickle
+import random
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from latent_verse.data.text import BPETokenizer, ClipTokenizer, TokenizerError, load_tokenizer
+
+CAPTIONS = ["a red circle left of a blue square", "a green triangle above a red circle", "a blue circle", ""] * 5
+# Decomposed and composed accents, scripts of several bytes a letter, joined emoji, a NUL, right-to-left, CJK.
+UNICODE = ["Cafe\u0301 Élan", "日本語の猫", "👩‍👩‍👧 🏳️‍🌈 naïve", "שלום", "a\x00b", "ǅ ﬁ ß", "  two \n words\t"]
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    return BPETokenizer.train(CAPTIONS, vocab_size=320)
+
+
+@pytest.fixture(scope="module")
+def clip():
+    return ClipTokenizer()
+
+
+@pytest.mark.parametrize("text", CAPTIONS[:4] + UNICODE)
+def test_bpe_round_trip_is_exact_after_normalisation(bpe, text):
+    ids = bpe.encode(text)
+    assert all(0 <= i < bpe.vocab_size for i in ids)
+    assert bpe.decode(ids) == bpe.normalise(text)
+    assert bpe.normalise(bpe.normalise(text)) == bpe.normalise(text)
+
+
+def test_bpe_normalisation_is_what_it_says(bpe):
+    assert bpe.normalise("  A  Red\nCafe\u0301 ") == "a red café"
+    assert bpe.encode("A RED circle") == bpe.encode(" a red   circle ")
+    assert bpe.encode("") == bpe.encode("  \n") == []
+    assert bpe.decode([]) == ""
+
+
+def test_bpe_learns_words(bpe):
+    assert len(bpe.encode("a red circle left of a blue square")) == 8
+    assert bpe.encode("circle") == bpe.encode("red circle")[-1:]  # the same token at the start of a caption
+
+
+def test_bpe_training_is_repeatable_and_bounded(bpe):
+    again = BPETokenizer.train(CAPTIONS, vocab_size=320)
+    assert again.fingerprint == bpe.fingerprint
+    assert bpe.vocab_size <= 320
+    assert BPETokenizer.train(CAPTIONS, vocab_size=270).fingerprint != bpe.fingerprint
+    assert BPETokenizer.train(CAPTIONS, vocab_size=270).vocab_size == 270
+
+
+@pytest.mark.parametrize("captions", [[], ["", "  \n"]])
+def test_bpe_refuses_to_train_on_nothing(captions):
+    with pytest.raises(TokenizerError, match="no caption"):
+        BPETokenizer.train(captions, vocab_size=300)
+
+
+def test_bpe_refuses_a_vocabulary_below_the_bytes():
+    with pytest.raises(TokenizerError, match="256"):
+        BPETokenizer.train(CAPTIONS, vocab_size=100)
+
+
+def any_captions(count, seed=0):
+    """Captions of every kind that people write, and of some that they do not."""
+    rng = random.Random(seed)
+    words = "a photo of the small brown dog's two cats, sitting near an Eiffel-tower; we're they'll I'd don't".split()
+    entities = ["&amp;", "&lt;b&gt;", "&#39;", "&amp;amp;", "&eacute;", "&nbsp;", "&notanentity;", "&#x1F600;"]
+    unicode = [*UNICODE[:6], "naïve", "ΑΒΓ ς", "İstanbul", "ＨＥＬＬＯ", "“quoted”", "Ã©", "\u200d", "it’s", "'ſ"]
+    odd = ["\x00", "\x1b[31m", "\t\n", "\x7f", "\u2028", "\xa0", "\ufeff", "</w>", "<start_of_text>", "<END_OF_TEXT>"]
+
+    def piece():
+        kind = rng.randrange(8)
+        if kind == 0:
+            return f"{rng.random() * 10 ** rng.randrange(6):.{rng.randrange(4)}f}"
+        if kind == 1:
+            return "".join(rng.choices("abcxyzé日🔴'!-", k=rng.randrange(1, 40)))
+        if kind == 2:  # any character at all
+            return "".join(chr(rng.randrange(1, 0xD800)) for _ in range(4)) + chr(rng.randrange(0xE000, 0x110000))
+        return rng.choice([words, entities, unicode, odd, words][kind - 3])
+
+    some = ["", " ", "a" * 5000, "ab" * 1000, "日" * 700, "!" * 600, "<start_of_text>", "a<end_of_text>!"]
+    while len(some) < count:
+        some.append(rng.choice(["", " ", " "]).join(piece() for _ in range(rng.randrange(1, 14))))
+    return some
+
+
+@pytest.fixture(scope="module")
+def open_clips():
+    """open_clip's own tokenizer, from its file: importing the whole package takes long."""
+    folder = importlib.util.find_spec("open_clip").submodule_search_locations[0]
+    return runpy.run_path(str(Path(folder) / "tokenizer.py"))["SimpleTokenizer"]()
+
+
+def test_clip_equals_open_clip_on_2000_captions(clip, open_clips):
+    captions = any_captions(2000)
+    batch = clip.encode_batch(captions)
+    assert clip.vocab_size == open_clips.vocab_size
+    for caption, ids in zip(captions, batch, strict=True):
+        assert ids == open_clips.encode(caption), caption
+        kept = [i for i in ids if i not in open_clips.all_special_ids]
+        assert clip.decode(ids) == open_clips.decode(kept).strip(), caption
+
+
+def test_clip_decodes_any_ids_as_open_clip(clip, open_clips):
+    rng = random.Random(0)
+    for _ in range(300):
+        ids = [rng.randrange(clip.vocab_size - 2) if rng.random() < 0.5 else rng.randrange(512) for _ in range(20)]
+        assert clip.decode(ids) == open_clips.decode(ids).strip()
+
+
+def test_clip_agrees_with_known_ids(clip):
+    assert clip.vocab_size == 49408
+    assert clip.fingerprint == "e8a9e8ab7a19a355"  # as saved bundles and checkpoints record it
+    assert clip.encode("a photo of a cat") == [320, 1125, 539, 320, 2368]  # CLIP's README
+    assert clip.encode("") == []
+
+
+def test_clip_decodes_cleaned_text(clip):
+    assert clip.decode(clip.encode("  It's &amp; CAFÉ  3.5! ")) == "it 's & café 3 . 5 !"
+    assert clip.normalise("  It's &amp; CAFÉ") == "it's & café"
+
+
+@pytest.mark.parametrize("text", ["日本語", "👩 🏳️‍🌈", "שלום", "naïve"])
+def test_clip_keeps_any_unicode(clip, text):
+    assert clip.decode(clip.encode(text)).replace(" ", "") == text.replace(" ", "")
+
+
+def test_clip_leaves_out_its_own_specials(clip):
+    assert clip.decode([49406, *clip.encode("a cat"), 49407]) == "a cat"
+
+
+def test_clip_does_not_import_open_clip():
+    code = "import sys, latent_verse.data.text as t; t.ClipTokenizer(); assert 'open_clip' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_clip_without_open_clip_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(TokenizerError, match="pip install open_clip_torch"):
+        ClipTokenizer()
+
+
+@pytest.mark.parametrize("which", ["bpe", "clip"])
+def test_length_truncates_or_refuses(which, request):
+    tokenizer = request.getfixturevalue(which)
+    text = "a red circle left of a blue square"
+    full = tokenizer.encode(text)
+    assert tokenizer.encode_batch([text, "", "a"], length=3) == [full[:3], [], tokenizer.encode("a")]
+    assert tokenizer.encode_batch([text], length=len(full), too_long="error") == [full]
+    with pytest.raises(TokenizerError) as error:
+        tokenizer.encode_batch(["a", text], length=3, too_long="error")
+    for part in ("Caption 1", text, f"{len(full)} tokens", "text_len is 3", "text_too_long: truncate"):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize("which", ["bpe", "clip"])
+def test_truncation_never_halves_a_character(which, request):
+    tokenizer = request.getfixturevalue(which)
+    for length in range(1, 12):
+        text = tokenizer.decode(tokenizer.encode_batch(["a 日本語 🦄🦄"], length=length)[0])
+        assert "\ufffd" not in text
+        assert len(tokenizer.encode_batch(["a 日本語 🦄🦄"], length=length)[0]) <= length
+
+
+@pytest.mark.parametrize("which", ["bpe", "clip"])
+def test_bad_input_is_named(which, request):
+    tokenizer = request.getfixturevalue(which)
+    with pytest.raises(TokenizerError, match="Caption 1 is None"):
+        tokenizer.encode_batch(["a", None])
+    with pytest.raises(TokenizerError, match="surrogate at character 2"):
+        tokenizer.encode("a \ud800")
+    with pytest.raises(TokenizerError, match="list of captions"):
+        tokenizer.encode_batch("a red circle")
+    with pytest.raises(TokenizerError, match="at least 1"):
+        tokenizer.encode_batch(["a"], length=0)
+    with pytest.raises(TokenizerError, match="one of truncate, error"):
+        tokenizer.encode_batch(["a"], length=2, too_long="cut")
+    for bad in (tokenizer.vocab_size, -1):
+        with pytest.raises(TokenizerError, match=f"Token id {bad}"):
+            tokenizer.decode([bad])
+
+
+@pytest.mark.parametrize("which", ["bpe", "clip"])
+def test_save_and_load_give_the_same_tokenizer(which, request, tmp_path):
+    tokenizer = request.getfixturevalue(which)
+    tokenizer.save(tmp_path / "run")
+    loaded = load_tokenizer(tmp_path / "run")
+    assert type(loaded) is type(tokenizer)
+    assert (loaded.name, loaded.vocab_size, loaded.fingerprint) == (which, tokenizer.vocab_size, tokenizer.fingerprint)
+    texts = [*CAPTIONS, *UNICODE]
+    assert loaded.encode_batch(texts) == tokenizer.encode_batch(texts)
+    assert loaded.decode_batch(loaded.encode_batch(texts)) == tokenizer.decode_batch(tokenizer.encode_batch(texts))
+
+
+@pytest.mark.parametrize("which", ["bpe", "clip"])
+def test_worker_processes_can_have_it(which, request):
+    tokenizer = request.getfixturevalue(which)
+    copy = pickle.loads(pickle.dumps(tokenizer))
+    texts = ["a red circle", *UNICODE]
+    assert copy.fingerprint == tokenizer.fingerprint and copy.encode_batch(texts) == tokenizer.encode_batch(texts)
+
+
+def test_load_by_name(clip):
+    assert load_tokenizer("clip").fingerprint == clip.fingerprint
+
+
+def test_load_errors_name_the_file(bpe, tmp_path):
+    with pytest.raises(TokenizerError, match="clpi"):
+        load_tokenizer("clpi")
+    with pytest.raises(TokenizerError, match=r"tokenizer_config\.json"):
+        load_tokenizer(tmp_path)
+    bpe.save(tmp_path)
+    vocabulary = tmp_path / "tokenizer.json"
+    whole = vocabulary.read_text()
+    vocabulary.write_text(whole[:100])
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json is not valid JSON"):
+        load_tokenizer(tmp_path)
+    vocabulary.write_text("{}")
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json is not a BPE tokenizer"):
+        load_tokenizer(tmp_path)
+    vocabulary.unlink()
+    with pytest.raises(TokenizerError, match=r"no tokenizer\.json"):
+        load_tokenizer(tmp_path)
+    BPETokenizer.train(["other words other words"], 300).save(tmp_path / "other")
+    vocabulary.write_text((tmp_path / "other" / "tokenizer.json").read_text())
+    with pytest.raises(TokenizerError, match="fingerprint"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"name": "word"}))
+    with pytest.raises(TokenizerError, match="'word'"):
+        load_tokenizer(tmp_path)

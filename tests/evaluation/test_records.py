@@ -1,0 +1,58 @@
+"""Records of metrics, two runs side by side, and the cases that the page shows."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from latent_verse.commands import eval_biart
+from latent_verse.evaluation.page import choose
+from latent_verse.evaluation.records import Records
+
+
+def test_two_runs_side_by_side(tmp_path, capsys):
+    for name, value, samples, own in (("a", 40.0, 100, {"dtype": "float32"}), ("b", 30.0, 50, {})):
+        records = Records({"biart": name}, 0)
+        records.add("generation/fid_0", value, samples=samples, library="x 1.0", protocol="p")
+        records.add("generation/fid_8", 1.0, samples=7, library="x 1.0", protocol="p", **own)
+        records.add("captions/cider", 0.5, samples=7, library="x 1.0", protocol="p", drawn=1)
+        if name == "a":
+            records.add("captions/spice", 0.2, samples=7, library="x 1.0", protocol="p")
+        else:
+            records.miss("captions/spice", "no Java")
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.json").write_text(json.dumps(records.as_json()))
+    assert eval_biart.main(["--compare", str(tmp_path / "a"), str(tmp_path / "b" / "metrics.json")]) == 0
+    head, fid, with_dtype, cider, spice = capsys.readouterr().out.splitlines()
+    assert head.split() == [str(tmp_path / "a"), str(tmp_path / "b" / "metrics.json"), "difference"]
+    assert fid.split()[:4] == ["generation/fid_0", "40", "30", "-10"] and "not comparable: samples 100 and 50" in fid
+    assert with_dtype.split() == ["generation/fid_8", "1", "1", "+0"]
+    assert cider.split() == ["captions/cider", "0.5", "0.5", "+0"]
+    assert spice.split() == ["captions/spice", "0.2", "missing"]
+    (tmp_path / "b" / "metrics.json").write_text("{}")
+    assert eval_biart.main(["--compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 2
+    assert str(tmp_path / "b" / "metrics.json") in capsys.readouterr().err
+    assert eval_biart.main(["--compare", str(tmp_path / "a"), str(tmp_path / "none")]) == 2
+    assert "does not exist" in capsys.readouterr().err
+
+
+def test_a_metric_that_is_no_number_is_missing():
+    records = Records({}, 0)
+    records.add("x", float("nan"), samples=3, library="l 1.0", protocol="p")
+    assert not records.values and "nan on 3 samples" in records.missing["x"]
+
+
+@pytest.mark.parametrize(
+    ("scores", "count", "expected"),
+    [
+        ([5, 1, 4, 2, 3, 0, 6], 2, ([6, 0], [2, 4], [5, 1])),
+        ([1, 2, 3], 5, ([2], [1], [0])),
+        ([7], 3, ([0], [], [])),
+        ([1, 2], 1, ([1], [], [0])),
+        ([], 3, ([], [], [])),
+        ([1, 1, 1, 1, 1, 1], 2, ([0, 1], [2, 3], [5, 4])),
+    ],
+)
+def test_best_median_and_worst(scores, count, expected):
+    assert tuple(choose(scores, count).values()) == expected

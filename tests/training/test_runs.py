@@ -1,0 +1,224 @@
+"""Run folders: free names, continuing only one's own interrupted run, the newest checkpoint by its step."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+
+import pytest
+
+from latent_verse.config import ConfigError, as_plain
+from latent_verse.config.train import TrainVAEConfig
+from latent_verse.training import runs
+from latent_verse.training.runs import Run, open_run, states, stem
+
+CONFIG = as_plain(TrainVAEConfig())
+
+
+def changed(section: str, leaf: str, value) -> dict:
+    config = copy.deepcopy(CONFIG)
+    config[section][leaf] = value
+    return config
+
+
+def begin(log_dir, name="a", backup_dir=None, config=CONFIG, steps=(), last=(), best=()) -> Run:
+    """A run that was interrupted after it had saved at these steps."""
+    run = open_run(str(log_dir), name, True, backup_dir, config)
+    runs.start(run, config, "model: {}\n")
+    for place, pattern, numbers in (
+        (run.backups(), "step={}.ckpt", steps),
+        (run.checkpoints, "last-epoch=0-step={}.ckpt", last),
+        (run.checkpoints, "best-epoch=0-step={}.ckpt", best),
+    ):
+        place.mkdir(parents=True, exist_ok=True)
+        for n in numbers:
+            (place / pattern.format(n)).touch()
+    return run
+
+
+def continued(log_dir, name="a", backup_dir=None, config=CONFIG) -> str | None:
+    """The name of the file that a rerun continues from."""
+    found = states(open_run(str(log_dir), name, True, backup_dir, config))
+    return found[0].name if found else None
+
+
+# ---------------------------------------------------------------------------------------------------------- free names
+
+
+def test_without_backup_a_taken_name_is_left_alone(tmp_path):
+    for expected in ("a", "a-2", "a-3"):
+        run = open_run(str(tmp_path), "a", False, None, CONFIG)
+        assert (run.folder, states(run)) == (tmp_path / expected, [])
+        assert not run.folder.exists()  # nothing is written yet
+        run.folder.mkdir()
+    assert open_run(str(tmp_path), "b", False, None, CONFIG).folder.name == "b"
+
+
+def test_without_backup_an_interrupted_run_is_not_continued(tmp_path):
+    begin(tmp_path, steps=[5])
+    run = open_run(str(tmp_path), "a", False, None, CONFIG)
+    assert run.folder.name == "a-2"
+    assert not states(run)
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/a"])
+def test_names_that_are_no_folder_names(tmp_path, name):
+    for backup in (False, True):
+        with pytest.raises(ConfigError, match="cannot be a folder name"):
+            open_run(str(tmp_path), name, backup, None, CONFIG)
+
+
+# ---------------------------------------------------------------------------------------------------------- continuing
+
+
+def test_with_backup_a_new_name_is_a_new_run(tmp_path):
+    run = open_run(str(tmp_path / "deep" / "er"), "a", True, None, CONFIG)
+    assert run == Run(tmp_path / "deep" / "er" / "a", run.id) and run.id
+    assert not (tmp_path / "deep").exists()
+
+
+def test_with_backup_a_rerun_is_the_same_run(tmp_path):
+    first = begin(tmp_path, steps=[5])
+    again = open_run(str(tmp_path), "a", True, None, CONFIG)
+    assert (again.folder, again.id) == (first.folder, first.id)
+    assert states(again) == [first.folder / "backups" / "step=5.ckpt"]
+
+
+def test_a_run_that_saved_nothing_starts_anew_in_its_folder(tmp_path):
+    first = begin(tmp_path)
+    again = open_run(str(tmp_path), "a", True, None, CONFIG)
+    assert (again.id, states(again)) == (first.id, [])
+
+
+def test_a_run_that_saved_nothing_may_begin_with_other_settings(tmp_path):
+    first = begin(tmp_path)
+    assert open_run(str(tmp_path), "a", True, None, changed("data", "batch_size", 3)).id == first.id
+
+
+def test_log_dir_is_a_file(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="is a file"):
+        open_run(str(tmp_path / "file"), "a", False, None, CONFIG)
+
+
+def test_newest_by_step_not_by_name(tmp_path):
+    begin(tmp_path, steps=[9, 10])
+    assert continued(tmp_path) == "step=10.ckpt"
+    begin(tmp_path, "b", steps=[900], last=[1000, 99])
+    assert continued(tmp_path, "b") == "last-epoch=0-step=1000.ckpt"
+
+
+def test_newest_by_step_not_by_time(tmp_path):
+    run = begin(tmp_path, steps=[9, 10])
+    os.utime(run.backups() / "step=10.ckpt", (1, 1))
+    assert continued(tmp_path) == "step=10.ckpt"
+
+
+def test_best_checkpoints_and_unfinished_files_are_not_continued_from(tmp_path):
+    run = begin(tmp_path, steps=[5], best=[50])
+    (run.backups() / ".step=70.ckpt.tmp").touch()
+    (run.backups() / "step=80.ckpt.part").touch()
+    assert continued(tmp_path) == "step=5.ckpt"
+
+
+@pytest.mark.parametrize(
+    ("section", "leaf", "value"),
+    [
+        ("model", "num_tokens", 100),
+        ("data", "batch_size", 3),
+        ("data", "train_dir", "elsewhere"),
+        ("optim", "learning_rate", 1.0),
+        ("loss", "loss_type", "l1"),
+        ("trainer", "seed", 1),
+        ("trainer", "precision", "bf16-mixed"),
+        ("trainer", "accumulate_grad_batches", 2),
+    ],
+)
+def test_other_settings_are_refused_and_listed(tmp_path, section, leaf, value):
+    begin(tmp_path, steps=[5])
+    with pytest.raises(ConfigError) as error:
+        open_run(str(tmp_path), "a", True, None, changed(section, leaf, value))
+    message = str(error.value)
+    assert f"{leaf}: " in message and "then" in message and str(value) in message
+    assert str(CONFIG[section][leaf]) in message
+    other = {"num_tokens", "batch_size", "learning_rate", "loss_type", "seed"} - {leaf}
+    assert not [name for name in other if f"{name}:" in message]  # only what changed is listed
+    assert "--name" in message
+
+
+@pytest.mark.parametrize(
+    ("section", "leaf", "value"),
+    [("trainer", "epochs", 500), ("trainer", "gpus", 0), ("data", "num_workers", 3), ("data", "prefetch_factor", 9)],
+)
+def test_length_and_machine_may_change(tmp_path, section, leaf, value):
+    begin(tmp_path, steps=[5])
+    assert continued(tmp_path, config=changed(section, leaf, value)) == "step=5.ckpt"
+
+
+@pytest.mark.parametrize("content", [None, "", "{"])
+def test_a_folder_of_something_else_is_refused(tmp_path, content):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "photo.txt").touch()
+    if content is not None:
+        (tmp_path / "a" / "run.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"is not a run of this program.*--name"):
+        open_run(str(tmp_path), "a", True, None, CONFIG)
+
+
+def test_run_json_of_another_program_is_refused(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "run.json").write_text('{"version": 1}')
+    with pytest.raises(ConfigError, match="is not a run of this program"):
+        open_run(str(tmp_path), "a", True, None, CONFIG)
+
+
+# ------------------------------------------------------------------------------------------------- shared backup folder
+
+
+def test_another_runs_backups_in_a_shared_folder_are_never_picked(tmp_path):
+    shared = str(tmp_path / "backups")
+    fake = begin(tmp_path / "smoke tests", "a", shared, steps=[999])  # of the same name, further on
+    mine = begin(tmp_path / "mine", "a", shared, steps=[3])
+    begin(tmp_path / "mine", "b", shared, steps=[500])
+    assert fake.backups() != mine.backups()
+    assert fake.backups().parent == mine.backups().parent == tmp_path / "backups"
+    assert continued(tmp_path / "mine", "a", shared) == "step=3.ckpt"
+    assert continued(tmp_path / "new", "a", shared) is None
+
+
+def test_a_deleted_and_begun_again_run_does_not_find_its_old_backups(tmp_path):
+    import shutil
+
+    shared = str(tmp_path / "backups")
+    shutil.rmtree(begin(tmp_path, "a", shared, steps=[999]).folder)
+    begin(tmp_path, "a", shared)
+    assert continued(tmp_path, "a", shared) is None
+
+
+# --------------------------------------------------------------------------------------------------------------- names
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "name"),
+    [
+        ("results/run/checkpoints/best-epoch=1-step=2.ckpt", "run"),
+        ("results/run/backups/step=2.ckpt", "run"),
+        ("results/run", "run"),
+        ("files/augvae.ckpt", "augvae"),
+        ("some/hub-id", "hub-id"),
+    ],
+)
+def test_stem(checkpoint, name):
+    assert stem(checkpoint) == name
+
+
+def test_start_writes_what_a_rerun_reads(tmp_path):
+    run = Run(tmp_path / "a" / "b", "some-id")
+    runs.start(run, CONFIG, "trainer: {}\n")
+    assert json.loads((run.folder / "run.json").read_text()) == {"id": "some-id", "config": CONFIG}
+    assert (run.folder / "config.yaml").read_text() == "trainer: {}\n"
+
+
+def test_ids_differ():
+    assert len({runs.new_id() for _ in range(100)}) == 100

@@ -1,0 +1,162 @@
+"""What the Trainer is given, by default and by the settings."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from types import SimpleNamespace
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import TQDMProgressBar
+
+from latent_verse.augvae.model import AugVAE
+from latent_verse.config.train import TrainerConfig, TrainVAEConfig
+from latent_verse.metrics.reconstruction import ReconstructionMetrics
+from latent_verse.training import progress_bar, trainer
+from latent_verse.training.augvae import LitAugVAE
+from latent_verse.training.backups import Backup, Interrupted, RunFolder
+from latent_verse.training.progress_bar import ProgressBar
+from latent_verse.training.runs import Run
+from latent_verse.training.trainer import compiles_by_default, make_trainer
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "attribute", "found"),
+    [
+        ("gradient_clip_val", 0.25, "gradient_clip_val", 0.25),
+        ("gradient_clip_val", None, "gradient_clip_val", None),
+        ("accumulate_grad_batches", 3, "accumulate_grad_batches", 3),
+        ("epochs", 7, "max_epochs", 7),
+        ("max_steps", 11, "max_steps", 11),
+        ("limit_train_batches", 0.5, "limit_train_batches", 0.5),
+        ("limit_val_batches", 4, "limit_val_batches", 4),
+        ("num_sanity_val_steps", 2, "num_sanity_val_steps", 2),
+        ("log_every_n_steps", 13, "log_every_n_steps", 13),
+        ("precision", "bf16-mixed", "precision", "bf16-mixed"),
+        ("debug", True, "_detect_anomaly", True),
+    ],
+)
+def test_settings_reach_the_trainer(setting, value, attribute, found, tmp_path):
+    t = TrainerConfig(gpus=0, logger="csv", refresh_rate=0, **{setting: value})
+    made = make_trainer(t, RunFolder(Run(tmp_path / "run", "0"), {}, ""), has_val=True)
+    assert getattr(made, attribute) == found
+    assert not (tmp_path / "run").exists()  # nothing is written before all processes have met
+
+
+def test_networks_are_compiled_on_a_gpu_that_triton_serves(monkeypatch):
+    assert TrainerConfig().compile is None
+    assert not compiles_by_default(TrainerConfig(), "cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(trainer.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(trainer.shutil, "which", lambda name: "/usr/bin/cc")
+    assert compiles_by_default(TrainerConfig(), "gpu")
+    assert not compiles_by_default(TrainerConfig(strategy="fsdp"), "gpu")
+    assert not compiles_by_default(TrainerConfig(debug=True), "gpu")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (6, 1))
+    assert not compiles_by_default(TrainerConfig(), "gpu")
+
+
+@pytest.mark.parametrize("absent", ["triton", "cc"])
+def test_they_are_not_without_triton_or_its_compiler(absent, monkeypatch):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(trainer.importlib.util, "find_spec", lambda name: None if absent == "triton" else object())
+    monkeypatch.setattr(trainer.shutil, "which", lambda name: None if absent == "cc" else "/usr/bin/cc")
+    assert not compiles_by_default(TrainerConfig(), "gpu")
+
+
+def test_training_is_compiled_and_validation_is_not(tiny_config, tiny_images, monkeypatch):
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(torch.nn.Module.compile, backend=backend))
+    config = TrainVAEConfig(model=tiny_config(), trainer=TrainerConfig(compile=True))
+    module = LitAugVAE(AugVAE(config.model), config)
+    module.configure_model()
+    module.eval()
+    with torch.no_grad():
+        module.validation_step([tiny_images()], 0)
+    assert not compiled
+    module.train()
+    module.training_step([tiny_images()], 0)["loss"].backward()
+    assert compiled
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("device", "evaluates", "memory_format"),
+    [
+        ("cpu", False, torch.contiguous_format),
+        ("cpu", True, torch.channels_last),
+        ("cuda", False, torch.channels_last),
+        ("cuda", True, torch.channels_last),
+    ],
+)
+def test_memory_format_of_weights_and_activations(tiny_config, tiny_images, device, evaluates, memory_format):
+    """Channels last but where a CPU trains; the networks' answer is the same."""
+    torch.manual_seed(0)
+    module = LitAugVAE(AugVAE(tiny_config()), TrainVAEConfig(model=tiny_config()))
+    module._trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device(device)))
+    if evaluates:
+        module.test_metrics = ReconstructionMetrics(module.model.levels, 24, 16, with_networks=False)
+    module.eval()
+    with torch.no_grad():
+        expected, *_ = module.model(tiny_images())
+        module.configure_model()
+        formats = set()
+        for layer in module.model.modules():
+            if isinstance(layer, torch.nn.Conv2d) and layer.kernel_size == (3, 3):
+                assert layer.weight.is_contiguous(memory_format=memory_format)
+                layer.register_forward_hook(lambda _, x, y: formats.add(y.is_contiguous(memory_format=memory_format)))
+        _, reconstruction = module.reconstruct(tiny_images())
+    assert formats == {True}
+    torch.testing.assert_close(reconstruction, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("refresh_rate", "max_steps", "drawn"), [(1, -1, [0, 4, 8, 9]), (1, 8, [0, 4, 7]), (3, -1, [2, 8, 9])]
+)
+def test_the_bar_reads_figures_five_times_a_second_and_at_either_end(monkeypatch, refresh_rate, max_steps, drawn):
+    seen, clock = [], [0.0]
+    monkeypatch.setattr(progress_bar.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(TQDMProgressBar, "on_train_batch_end", lambda self, *args: seen.append(args[-1]))
+    bar = ProgressBar(refresh_rate)
+    for batch_idx in range(10 if max_steps < 0 else max_steps):
+        now = SimpleNamespace(is_last_batch=batch_idx == 9, global_step=batch_idx + 1, max_steps=max_steps)
+        bar.on_train_batch_end(now, None, None, None, batch_idx)
+        clock[0] += 0.0501
+    assert seen == drawn
+
+
+@pytest.mark.parametrize(("out", "err"), [(True, True), (False, True), (True, False), (False, False)])
+def test_the_bar_is_for_terminals(monkeypatch, out, err):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: out)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: err)
+    assert ProgressBar(1).is_enabled == (out and err)
+
+
+def test_a_signal_is_not_broadcast_before_every_step_and_one_before_training_counts():
+    made = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    loop = made.fit_loop.epoch_loop
+    assert callable(loop._broadcast_sigterm_tensor)  # Lightning's, which would wait for the device
+    backup = Backup(None, None)
+    made._signal_connector.received_sigterm = True
+    backup.on_train_start(made, None)
+    backup.teardown(made, None, "fit")
+    assert backup.told_to_stop
+    assert "_broadcast_sigterm_tensor" in vars(loop) and loop._broadcast_sigterm_tensor() is None
+
+
+def test_a_signal_before_the_first_step_ends_a_run_that_has_saved_nothing(tmp_path):
+    backup = Backup(SimpleNamespace(run=Run(tmp_path / "run", "0")), None)
+    backup.told_to_stop = True
+    trainer_ = SimpleNamespace(world_size=1, global_step=0)
+    with pytest.raises(Interrupted, match="stopped at step 0; there was nothing to save yet"):
+        backup.on_train_epoch_start(trainer_, None)
