@@ -26,8 +26,10 @@ from latent_verse.evaluation.pairs import Pairs, ordered
 from latent_verse.inference.image_io import load_image
 from latent_verse.inference.pipeline import LVerse
 from latent_verse.metrics import networks
-from tests.inference.test_pipeline import make_lverse, one_thread  # noqa: F401 (a fixture)
 from tests.stand_ins import Colours, Oracle, Words, write_pairs
+from tests.tiny_lverse import make_lverse
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 REPO = Path(__file__).parents[2]
 
