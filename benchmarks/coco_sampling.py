@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from latent_verse.augvae.model import AugVAE
 from latent_verse.biart.model import BiART
-from latent_verse.config import AugVAEConfig, BiARTConfig
+from latent_verse.config import AugVAEConfig, BiARTConfig, SamplingSettings
 from latent_verse.data.text import BPETokenizer, load_tokenizer
 from latent_verse.evaluation import samples
 from latent_verse.inference.pipeline import LVerse
@@ -97,8 +97,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     model = random_model(args.size, args.device, getattr(torch, args.dtype))
-    settings = {"temperature": 1.0, "top_k": None, "top_p": None, "guidance": args.guidance}
-    options = {"candidates": args.candidates, "seed": 0, "batch_size": args.batch_size, "sampling": settings}
+    sampling = SamplingSettings(guidance=args.guidance)
+    options = {"candidates": args.candidates, "seed": 0, "batch_size": args.batch_size, "sampling": sampling}
     texts = captions(args.captions)
     with tempfile.TemporaryDirectory() as folder:
         warm = texts[: min(args.batch_size, len(texts))]

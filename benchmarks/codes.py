@@ -65,7 +65,7 @@ def compare(device: str, image_size: int, preset: str, batch: int, precision: to
     vae, module = build(image_size, preset, device)
     x = (torch.rand(batch, 3, image_size, image_size) * 2 - 1).to(device)
     text = torch.randint(0, 4096, (batch, module.model.vocab.text_len)).to(device)
-    text[:, 16:] = -1
+    text[:, 16:] = module.model.vocab.pad
     codes = vae.codes(x)
     same = torch.equal(module.codes(x), codes) and torch.equal(module.codes(codes), codes)
     ways = {

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from latent_verse.commands import eval_biart
-from latent_verse.evaluation import image_tasks as picture_tasks
+from latent_verse.evaluation import image_tasks
 from latent_verse.evaluation.samples import read_image
 from latent_verse.metrics import networks
 from tests.stand_ins import Colours, Words, write_pairs
@@ -43,11 +43,11 @@ def test_the_metric(metric):
 
 
 def test_one_line_reports_it(blocks, metric, tmp_path, monkeypatch):
-    head, end, body = inspect.getsource(picture_tasks.report_images).partition('\n    """\n')
+    head, end, body = inspect.getsource(image_tasks.report_images).partition('\n    """\n')
     source = head + end + textwrap.indent(blocks[1], "    ") + body
-    namespace = vars(picture_tasks) | {"colourfulness": metric.colourfulness}
+    namespace = vars(image_tasks) | {"colourfulness": metric.colourfulness}
     exec(source, namespace)
-    monkeypatch.setattr(picture_tasks, "report_images", namespace["report_images"])
+    monkeypatch.setattr(image_tasks, "report_images", namespace["report_images"])
     monkeypatch.setattr(networks, "open_inception", lambda download=False: Colours())
     monkeypatch.setattr(networks, "open_clip_network", lambda *arguments: Words())
     pairs = write_pairs(tmp_path / "pairs", 5)

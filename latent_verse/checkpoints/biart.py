@@ -98,8 +98,9 @@ def load_checkpoint(file: Path) -> Pretrained:
 
 
 def take_over(config: TrainBiARTConfig, given: Mapping[str, str]) -> tuple[TrainBiARTConfig, Pretrained | None]:
-    """What pretrained_path names, None without it, and the run's configuration with its shape and tokenizer. Its AugVAE
-    is the run's, where no flag names another place of it.
+    """The pretrained BiART, None if pretrained_path is not given, and the configuration with its shape and tokenizer.
+
+    Its AugVAE becomes the run's, unless a flag says where else that AugVAE is.
 
     Args:
         given: settings that were given: those that contradict its shape or tokenizer are refused, defaults yield.
@@ -158,7 +159,7 @@ def export_bundle(
     """Make a bundle of a checkpoint or run folder (its best one). Returns the checkpoint's path.
 
     Args:
-        vae: AugVAE, where it is at hand; else that of `vae_path`, else that of `Pretrained.augvae`.
+        vae: AugVAE, if already loaded; default that of `vae_path`, else that of `Pretrained.augvae`.
 
     Raises:
         CheckpointError: a file is absent, damaged or of another kind, or AugVAE is not the one it was trained with.

@@ -54,8 +54,7 @@ def run(config: TrainBiARTConfig, given: Mapping[str, str]) -> int:
     if config.codes.extract_codes:
         return extract_codes(config, vae, choose_devices(t)[0], pretrained)
     config = ease_smoke_test(config, given)
-    yaml_file = next((s for s in given.values() if not s.startswith("--")), None)
-    name = default_name(t, yaml_file, "biart", config.data.fake_data)
+    name = default_name(config, given, "biart")
     run = open_run(t.log_dir, name, t.backup, t.backup_dir, as_plain(config))
     start_from = starting_point(states(run), t.ckpt_path if t.resume else None, "biart")
     pl.seed_everything(t.seed, verbose=False)

@@ -42,8 +42,7 @@ def run(config: TrainVAEConfig, given: Mapping[str, str]) -> int:
     t = config.trainer
     pl.seed_everything(t.seed, verbose=False)
     config, model = load_for_training(ease_smoke_test(config, given), given)
-    yaml_file = next((s for s in given.values() if not s.startswith("--")), None)
-    name = default_name(t, yaml_file, "augvae", config.data.fake_data)
+    name = default_name(config, given, "augvae")
     run = runs.open_run(t.log_dir, name, t.backup, t.backup_dir, as_plain(config))
     start_from = starting_point(runs.states(run), t.ckpt_path if t.resume else None, "augvae", model.config)
     data = ImageDataModule(open_images(config.data, model.config.resolution, t.seed), config.data, t.seed)

@@ -37,7 +37,7 @@ class EvaluatedConfig(Settings):
     captions_file: Optional[str] = setting(
         None, "evaluate these captions instead of generating any: COCO results JSON, or generate.py's JSON lines"
     )
-    tasks: Tuple[str, ...] = setting((), f"tasks to run, of {' '.join(TASKS)}; default all that are possible")
+    tasks: Tuple[str, ...] = setting((), f"tasks to run, of {' '.join(TASKS)}; default all that are possible", TASKS)
     compare: Tuple[str, ...] = setting((), "print the metrics of two runs (folders or metrics.json files) side by side")
 
 
@@ -222,8 +222,6 @@ def _tasks(config: EvalBiARTConfig) -> tuple[str, ...]:
         "shapes": "--model and --dataset shapes",
     }
     for task in j.tasks:
-        if task not in TASKS:
-            raise ConfigError(f"tasks: {task!r} is not one of {', '.join(TASKS)}.")
         if not can.get(task, bool(j.model)):
             raise ConfigError(f"tasks: {task} needs {needs.get(task, '--model')}.")
     if not (j.model or j.tasks) and config.likelihood.classes_dir:

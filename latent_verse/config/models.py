@@ -87,7 +87,7 @@ class BiARTVariant(Settings):
     """What may differ between two transformers of one size. A run's settings and the transformer's own both have it."""
 
     pos_by_modality: bool = setting(
-        False, "count positions within the text and within the image, so that a place means the same in both directions"
+        False, "count positions within the text and within the image, so that they are the same in both directions"
     )
     embd_pdrop: float = setting(0.0, "dropout after the embeddings", training_only=True, at_least=0, at_most=1)
     resid_pdrop: float = setting(0.0, "dropout on each residual branch", training_only=True, at_least=0, at_most=1)
@@ -128,13 +128,18 @@ def _instead_of_preset(name: str) -> Any:
 
 
 @dataclass(frozen=True)
-class BiARTModelConfig(BiARTVariant):
-    """What a run says of the transformer's shape; the rest of it follows from tokenizer and AugVAE."""
+class BiARTSize(Settings):
+    """A run's choice of depth and width."""
 
-    preset: str = setting("12x768", "depth and width, layers x channels; n_* change single ones", tuple(PRESETS))
+    preset: str = setting("12x768", "size, named by layers x channels; the settings n_* override it", tuple(PRESETS))
     n_layer: Optional[int] = _instead_of_preset("n_layer")
     n_head: Optional[int] = _instead_of_preset("n_head")
     n_embd: Optional[int] = _instead_of_preset("n_embd")
+
+
+@dataclass(frozen=True)
+class BiARTModelConfig(BiARTVariant, BiARTSize):  # --help lists the last base's settings first
+    """What a run says of the transformer's shape; the rest of it follows from tokenizer and AugVAE."""
 
     def resolve(self, text_vocab: int, image_vocab: int, text_len: int, image_len: int) -> BiARTConfig:
         """The transformer's whole shape.

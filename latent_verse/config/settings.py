@@ -108,10 +108,10 @@ def check_value(f: dataclasses.Field, value: Any, source: str = "") -> None:
     items = value if listed else () if value is None else (value,)
     shown = list(value) if listed else repr(value)
     choices, bounds = f.metadata["choices"], f.metadata["bounds"]
-    if choices and not set(items) <= set(choices):
-        raise ConfigError(
-            f"{f.name}: {shown}{source} is not one of {', '.join(choices)}{closest(str(value), choices, '', '.')}"
-        )
+    for item in items if choices else ():
+        if item not in choices:
+            near = closest(str(item), choices, otherwise=".")
+            raise ConfigError(f"{f.name}: {item!r}{source} is not one of {', '.join(choices)}{near}")
     numbers = [item for item in items if isinstance(item, (int, float))]
     if not all(math.isfinite(number) for number in numbers):
         raise ConfigError(f"{f.name} is {shown}{source}; it must be a finite number.")

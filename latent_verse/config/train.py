@@ -585,20 +585,13 @@ def resolve_train_biart(config: TrainBiARTConfig, given: Mapping[str, str]) -> T
 
 def idle_flags_biart(config: TrainBiARTConfig, given: Mapping[str, str]) -> list[str]:
     """As `idle_flags_vae`, for train_biart."""
-    dataset, trained = config.data.dataset, "the tokenizer is not trained: "
+    dataset, resumed, pretrained = config.data.dataset, config.trainer.resume, config.optim.pretrained_path
     layout = PAIR_DATASETS[dataset]
-    saved = config.trainer.resume or config.optim.pretrained_path
-    why = (
-        f"{trained}it comes from the checkpoint"
-        if config.trainer.resume
-        else f"{trained}it comes from pretrained_path"
-        if config.optim.pretrained_path
-        else f"{trained}it comes with the codes"
-        if dataset == "codes"
-        else f"{trained}it is {config.text.tokenizer}"
-    )
+    origins = {"the checkpoint": resumed, "pretrained_path": pretrained, "the codes": dataset == "codes"}
+    origin = next((f"comes from {name}" for name, given_by in origins.items() if given_by), None)
+    new = origin is None and config.text.tokenizer == "bpe"
     idle = {
-        "bpe_vocab_size": (saved or dataset == "codes" or config.text.tokenizer != "bpe", why),
+        "bpe_vocab_size": (not new, f"the tokenizer is not trained: it {origin or f'is {config.text.tokenizer}'}"),
         "resize_ratio": (not layout.has_effect("resize_ratio"), f"dataset {dataset} is not cropped"),
         "world": (not layout.has_effect("world"), "the data is not shapes"),
         "val_size": (not layout.has_effect("val_size"), f"dataset {dataset} is validated on all its pairs"),

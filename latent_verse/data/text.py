@@ -105,7 +105,7 @@ class Tokenizer:
             too_long: "truncate" cuts longer captions at `length`, never inside a character; "error" refuses them.
 
         Raises:
-            TokenizerError: a caption is too long, is no string, or holds a lone surrogate, which no UTF-8 file can.
+            TokenizerError: a caption is too long, is no string, or holds a lone surrogate, which UTF-8 cannot encode.
         """
         if too_long not in TOO_LONG:
             raise TokenizerError(f"too_long is {too_long!r}; it must be one of {', '.join(TOO_LONG)}.")

@@ -14,7 +14,6 @@ from latent_verse.config.evaluate import EvalBiARTConfig
 from latent_verse.evaluation.page import Case, Gallery, choose
 from latent_verse.evaluation.pairs import Pairs, Sample
 from latent_verse.evaluation.records import Records
-from latent_verse.evaluation.samples import Sampling
 from latent_verse.inference.pipeline import LVerse
 from latent_verse.metrics import networks
 from latent_verse.metrics.processes import Ranks
@@ -44,11 +43,6 @@ class Context:
     def seed(self) -> int:
         """Of the choice of captions and of sampling."""
         return self.config.write.seed
-
-    @property
-    def sampling(self) -> Sampling:
-        """How images are sampled."""
-        return self.config.generation.arguments()
 
     @functools.cached_property
     def inception(self) -> networks.Inception | str:

@@ -37,11 +37,10 @@ def device(gpus: int, accelerator: str = "auto", rank: int = 0) -> str:
     """Where process `rank` of this machine computes: its own CUDA GPU, Apple's (mps) or the CPU."""
     import torch
 
-    if accelerator == "cpu" or not gpus:
-        return "cpu"
-    if torch.cuda.is_available():
-        return f"cuda:{int(os.environ.get('LOCAL_RANK', rank)) % torch.cuda.device_count()}"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+    from latent_verse.inference.pipeline import best_device
+
+    kind = "cpu" if accelerator == "cpu" or not gpus else best_device()
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', rank)) % torch.cuda.device_count()}" if kind == "cuda" else kind
 
 
 def launch(work: Callable[..., int], count: int, *arguments: object) -> int:

@@ -47,7 +47,7 @@ def generate(c: Context) -> dict[str, object]:
             candidates=g.candidates,
             seed=c.seed,
             batch_size=c.config.write.batch_size,
-            sampling=c.sampling,
+            sampling=g,
             dtype=c.config.write.dtype,
         )
         groups = samples.read_groups(folder)
@@ -236,7 +236,7 @@ def round_trip(c: Context) -> None:
         seed=c.seed,
         beams=c.config.captions.beams,
         batch_size=c.config.write.batch_size,
-        sampling=c.sampling,
+        sampling=c.config.generation,
         world=world,
         scenes=[c.pairs.scene(sample.index) for sample in chosen] if world else [],
     )
@@ -295,7 +295,7 @@ def shapes_truth(c: Context) -> dict[str, object]:
     """Exact truth on unseen scenes and on held-out combinations, per attribute; returns the counts."""
     g, d = c.config.generation, c.config.data
     reranked = {"rerank": g.candidates, "rerank_temperature": g.temperature} if g.candidates > 1 else {}
-    settings = shapes.ShapesDrawConfig(**c.sampling, **reranked)
+    settings = shapes.ShapesDrawConfig(**g.arguments(), **reranked)
     world, counts = World.preset(d.world), {}
     for split in ("val", "heldout"):
         found = c.ranks.share(lambda s=split: shapes.evaluate(c.model, world, s, len(c.pairs), c.seed, settings)[0])

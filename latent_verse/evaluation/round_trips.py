@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from latent_verse.config import SamplingSettings
 from latent_verse.data.shapes import Scene, World
-from latent_verse.evaluation.samples import Sampling, calls
+from latent_verse.evaluation.samples import calls
 from latent_verse.evaluation.shapes_truth import ATTRIBUTES
 from latent_verse.inference.pipeline import LVerse
 from latent_verse.metrics.processes import Ranks
@@ -47,7 +48,7 @@ def travel(
     seed: int,
     beams: int,
     batch_size: int,
-    sampling: Sampling,
+    sampling: SamplingSettings,
     world: World | None = None,
     scenes: Sequence[Scene] = (),
 ) -> list[Trip]:
@@ -71,7 +72,7 @@ def travel(
         for part, own_seed in ranks.follow(
             calls(model, texts, ranks.mine(len(texts)), seed, batch_size), "round trips"
         ):
-            rows = model.text_to_image([texts[i] for i in part], seed=own_seed, **sampling)
+            rows = model.text_to_image([texts[i] for i in part], seed=own_seed, **sampling.arguments())
             found |= {i: row[0] for i, row in zip(part, rows, strict=True)}
         return list(ranks.gather(found).values())
 

@@ -15,12 +15,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypedDict
 
 from PIL import Image
 from torch import Tensor
 
-from latent_verse.config import ConfigError
+from latent_verse.config import ConfigError, SamplingSettings
 from latent_verse.data import DataError
 from latent_verse.data.images import EXTENSIONS
 from latent_verse.data.transforms import centre_crop, decode_rgb, mix_seed
@@ -31,15 +30,6 @@ from latent_verse.metrics.processes import Ranks
 
 INDEX = "pictures.jsonl"
 ABOUT = "settings.json"  # of the images in the folder, which takes no others
-
-
-class Sampling(TypedDict):
-    """The settings of `LVerse.text_to_image` that say how codes are sampled."""
-
-    temperature: float
-    top_k: int | None
-    top_p: float | None
-    guidance: float
 
 
 @dataclass
@@ -71,7 +61,7 @@ def generate(
     candidates: int,
     seed: int,
     batch_size: int,
-    sampling: Sampling,
+    sampling: SamplingSettings,
     dtype: str = "float32",
 ) -> None:
     """Generate `candidates` images for each text into `folder`, those that are missing, shared among processes.
@@ -88,13 +78,13 @@ def generate(
         "texts": digest,
         "candidates": candidates,
         "seed": seed,
-        **sampling,
+        **sampling.arguments(),
         "dtype": dtype,
     }
     ranks.share(lambda: _claim(folder, about))
     missing = [i for i in ranks.mine(len(texts)) if not all(p.is_file() for p in _files(folder, i, candidates))]
     for part, own_seed in ranks.follow(calls(model, texts, missing, seed, batch_size), "generating"):
-        images, log_p = model.draw_scored([texts[i] for i in part], candidates, seed=own_seed, **sampling)
+        images, log_p = model.draw_scored([texts[i] for i in part], candidates, seed=own_seed, **sampling.arguments())
         for i, row, values in zip(part, images, log_p.tolist(), strict=True):
             for file, image, value in zip(_files(folder, i, candidates), row, values, strict=True):
                 save_png(image, file, {"text": texts[i], "log_p": repr(value), "Software": "L-Verse"})

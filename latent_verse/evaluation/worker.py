@@ -12,8 +12,7 @@ from latent_verse.config.cli import one_line_errors
 from latent_verse.config.evaluate import EvalBiARTConfig
 from latent_verse.data import DataError
 from latent_verse.data.shapes import ShapesDataset, World
-from latent_verse.evaluation import image_tasks as picture_tasks
-from latent_verse.evaluation import page, text_tasks
+from latent_verse.evaluation import image_tasks, page, text_tasks
 from latent_verse.evaluation.context import Context
 from latent_verse.evaluation.distributed import device
 from latent_verse.evaluation.pairs import Pairs
@@ -26,12 +25,12 @@ from latent_verse.training import runs
 
 WORK = {
     "likelihood": text_tasks.likelihoods,
-    "generation": picture_tasks.generate,
+    "generation": image_tasks.generate,
     "captions": text_tasks.caption,
     "retrieval": text_tasks.retrieve,
     "zero_shot": text_tasks.classify,
-    "round_trip": picture_tasks.round_trip,
-    "shapes": picture_tasks.shapes_truth,
+    "round_trip": image_tasks.round_trip,
+    "shapes": image_tasks.shapes_truth,
 }
 RESOLUTION = 256  # to compare another system's images at, unless a setting says otherwise
 

@@ -31,7 +31,7 @@ from latent_verse.data.text import TOO_LONG, Tokenizer
 from latent_verse.inference.batching import Sampler
 from latent_verse.inference.image_io import ImageLike, load_image, to_images
 
-VAE_BYTES_A_PIXEL = 4096  # of AugVAE's activations, about
+VAE_BYTES_PER_PIXEL = 4096  # roughly what the activations of AugVAE take
 
 
 def best_device() -> str:
@@ -362,7 +362,7 @@ class LVerse:
         return [images[r * S : (r + 1) * S] for r in range(R)]
 
     def _images_at_a_time(self) -> int:
-        return self.sampler.rows_at_a_time(VAE_BYTES_A_PIXEL * self.vae.config.resolution**2)
+        return self.sampler.rows_at_a_time(VAE_BYTES_PER_PIXEL * self.vae.config.resolution**2)
 
 
 def _listed(items: Any, single: type | tuple[type, ...], what: str) -> list:

@@ -9,6 +9,7 @@ import signal
 import threading
 from contextlib import nullcontext
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -67,7 +68,7 @@ class Backup(pl.Callback):
         self.folder = folder
         self.every = every
         self.told_to_stop = False
-        self._handlers: dict[int, object] = {}
+        self._handlers: dict[int, Any] = {}  # what handled these signals before
         self._pid = os.getpid()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -80,7 +81,7 @@ class Backup(pl.Callback):
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._handlers[number] = signal.signal(number, self._stop)
 
-    def _stop(self, number: int, frame) -> None:
+    def _stop(self, number: int, frame: FrameType | None) -> None:
         if self.told_to_stop and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.told_to_stop = True
@@ -146,12 +147,12 @@ class ProcessState(pl.Callback):
     different codes.
     """
 
-    def __init__(self):
-        self.loaded: list[dict] | None = None
+    def __init__(self) -> None:
+        self.loaded: list[dict[str, Any]] | None = None
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
         state = {"rng": random_state(), "module": pl_module.process_state()}
-        states = [state]
+        states: list[Any] = [state]
         if trainer.world_size > 1:
             states = [None] * trainer.world_size
             dist.all_gather_object(states, state)
@@ -175,8 +176,8 @@ class ProcessState(pl.Callback):
         self.loaded = None
 
 
-def random_state() -> dict:
-    """States of the generators of Python, NumPy, torch and every visible GPU, as plain types and tensors."""
+def random_state() -> dict[str, Any]:
+    """States of the generators of Python, NumPy, torch and this process's GPU, as plain types and tensors."""
     version, internal, gauss = random.getstate()
     name, keys, *rest = np.random.get_state()
     state = {
@@ -189,8 +190,8 @@ def random_state() -> dict:
     return state
 
 
-def set_random_state(state: dict) -> None:
-    """Undo `random_state`."""
+def set_random_state(state: dict[str, Any]) -> None:
+    """Restore what `random_state` returned."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, *rest = state["numpy"]

@@ -13,7 +13,11 @@ from latent_verse.biart.model import BiART
 from latent_verse.biart.sequence import Vocabulary
 from latent_verse.checkpoints.augvae import load_augvae
 from latent_verse.checkpoints.biart import Pretrained, check_vae
-from latent_verse.checkpoints.ckpt_files import check_resumable, fingerprint, read_ckpt
+from latent_verse.checkpoints.ckpt_files import (
+    check_resumable,
+    fingerprint,
+    read_ckpt,
+)
 from latent_verse.config import AugVAEConfig, ConfigError
 from latent_verse.config.train import TrainBiARTConfig
 from latent_verse.data.codes import TOKENIZER, check_codes
@@ -44,9 +48,9 @@ FAKE_VAE = AugVAEConfig(
 
 
 def frozen_vae(config: TrainBiARTConfig, pretrained: Pretrained | None = None) -> tuple[TrainBiARTConfig, AugVAE]:
-    """The AugVAE of vae_path, in evaluation mode; without that `pretrained`'s, or for fake data a random one.
+    """The AugVAE of vae_path, in evaluation mode; if not given, that of `pretrained`, or for fake data a random one.
 
-    The configuration comes back without a vae_path that a random one stands in for.
+    The configuration is returned without vae_path if a random AugVAE replaces it.
 
     Args:
         pretrained: the BiART to start from, which has to have been trained with it.
@@ -79,7 +83,7 @@ def frozen_vae(config: TrainBiARTConfig, pretrained: Pretrained | None = None) -
 def open_data(
     config: TrainBiARTConfig, vae: AugVAE, start_from: str | Path | None, pretrained: Pretrained | None = None
 ) -> tuple[PairDataModule, Tokenizer, dict[str, Any]]:
-    """The data, ready to be loaded, its tokenizer, and what checkpoints say of AugVAE and tokenizer (plain types).
+    """The data, its tokenizer, and what checkpoints record about AugVAE and tokenizer (plain types).
 
     Args:
         start_from: the checkpoint that the run continues from, as `checkpoints.files.starting_point` found it.
@@ -114,10 +118,10 @@ def open_data(
 def choose_tokenizer(
     config: TrainBiARTConfig, dataset: MapDataset | PairShards, start_from=None, pretrained=None
 ) -> Tokenizer:
-    """The tokenizer of the run: of what it continues or starts from, else of its codes, else CLIP's, else a new one.
+    """The run's tokenizer: from its checkpoint or pretrained model, else from its codes, else CLIP's, else a new one.
 
-    Every process decides the same: training it is deterministic. What lies in the run folder is not read: without a
-    checkpoint a run begins anew, with the settings and captions of now.
+    Training a tokenizer is deterministic, so that all processes get the same. The run folder is not read: without a
+    checkpoint a run starts anew, with the current settings and captions.
 
     Args:
         dataset: of training, whose captions a new tokenizer is trained on.
@@ -161,15 +165,15 @@ def new_biart(
     start_from: str | Path | None = None,
     pretrained: Pretrained | None = None,
 ) -> BiART:
-    """A transformer whose vocabulary and lengths are those of AugVAE and tokenizer.
+    """A transformer with the vocabulary and lengths of AugVAE and tokenizer.
 
     Args:
         start_from: the checkpoint that the run continues from.
-        pretrained: the BiART whose weights it begins with, where it does not continue; random ones without it.
+        pretrained: the BiART whose weights a new run starts from; else they are random.
 
     Raises:
-        CheckpointError: start_from is of a transformer of another shape.
-        ConfigError: its width is no multiple of its heads, top_k exceeds the codebook.
+        CheckpointError: start_from is a checkpoint of another shape.
+        ConfigError: n_embd is not a multiple of n_head, or top_k exceeds the codebook.
     """
     if config.sampling.top_k is not None and config.sampling.top_k > vae.config.num_tokens:
         raise ConfigError(f"top_k is {config.sampling.top_k}, but the codebook has {vae.config.num_tokens} codes.")
@@ -188,7 +192,7 @@ def new_biart(
 
 
 def summary(config: TrainBiARTConfig, model: BiART, tokenizer: Tokenizer) -> str:
-    """A line on what is trained."""
+    """One line that describes the model."""
     return (
         f"BiART: {model.num_parameters() / 1e6:.1f} M parameters; {model.vocab.text_len} tokens of {tokenizer.name} "
         f"({tokenizer.vocab_size} ids), {model.vocab.image_len} codes of {model.vocab.image_vocab}; "

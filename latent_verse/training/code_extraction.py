@@ -21,7 +21,7 @@ def extract_codes(config: TrainBiARTConfig, vae: AugVAE, accelerator: str, pretr
     """Write the codes of train_dir and val_dir to <extract_codes>/train and /val; 0 when done.
 
     Args:
-        pretrained: the BiART that is to be trained on them, whose tokenizer they then have.
+        pretrained: the BiART that is to be trained on them, whose tokenizer they get.
 
     Raises:
         DataError: see `data.codes.extract`.

@@ -36,7 +36,7 @@ say = rank_zero_only(print)  # one process speaks for all
 
 @contextmanager
 def as_config_error() -> Iterator[None]:
-    """Decorate what hands settings to Lightning: its refusal of some becomes a ConfigError."""
+    """Turn Lightning's refusal of a setting into a ConfigError; used as a decorator."""
     try:
         yield
     except MisconfigurationException as error:
@@ -44,9 +44,9 @@ def as_config_error() -> Iterator[None]:
 
 
 def choose_devices(t: TrainerConfig) -> tuple[str, int]:
-    """(Lightning accelerator, processes on this node) for --gpus N; says so where that is not GPUs.
+    """(Lightning accelerator, processes on this node) for --gpus N; says so if the CPU is used instead of GPUs.
 
-    With an accelerator named, N is the number of its devices (for cpu: of processes).
+    If an accelerator is named, N is the number of its devices (for cpu: of processes).
 
     Raises:
         ConfigError: more GPUs are asked for than the machine has.
@@ -72,10 +72,10 @@ def choose_devices(t: TrainerConfig) -> tuple[str, int]:
 
 
 def ease_smoke_test(config: Training, given: Mapping[str, str]) -> Training:
-    """Without a GPU, a run on fake data takes one image at a time, unless a flag says how many; says so.
+    """Without a GPU, a run on fake data uses batch_size 1 unless a flag gives another; says so.
 
-    A step of the released size on 8 images takes minutes and tens of GiB on a CPU, which no smoke test needs. BiART
-    is the tiny preset too, where nothing says otherwise.
+    A step of the released model on 8 images takes minutes and tens of GiB on a CPU, which no smoke test needs. BiART
+    also becomes the tiny preset, unless its shape is given.
     """
     if not config.data.fake_data or torch.cuda.is_available():
         return config
@@ -91,7 +91,7 @@ def ease_smoke_test(config: Training, given: Mapping[str, str]) -> Training:
 
 
 def decide_compile(config: Training) -> Training:
-    """The configuration with `compile` true or false, where it was left to this machine."""
+    """The configuration with `compile` decided for this machine, if it was not given."""
     t = config.trainer
     if t.compile is not None:
         return config
@@ -101,11 +101,11 @@ def decide_compile(config: Training) -> Training:
 
 @as_config_error()
 def make_trainer(t: TrainerConfig, folder: RunFolder, has_val: bool, more: Sequence[pl.Callback] = ()) -> pl.Trainer:
-    """A Trainer that logs to the run's folder, keeps its best and last checkpoints, backs up and can be interrupted.
+    """A Trainer that logs to the run folder, keeps the best and last checkpoints, saves backups and can be interrupted.
 
     Args:
         has_val: whether there is validation data, which decides the best checkpoint.
-        more: callbacks beside those of every run.
+        more: callbacks in addition to those of every run.
     """
     accelerator, devices = choose_devices(t)
     run = folder.run
@@ -146,7 +146,7 @@ def make_trainer(t: TrainerConfig, folder: RunFolder, has_val: bool, more: Seque
 
 
 def announce(t: TrainerConfig, run: Run, start_from: Path | None, idle: list[str]) -> None:
-    """Say where a run writes, which flags have no effect (`idle_flags`), and what it continues from."""
+    """Say where a run writes, which flags have no effect (`idle_flags`), and which checkpoint it resumes from."""
     say(f"Run folder: {run.folder}")
     for line in idle:
         say(f"No effect: {line}.")
@@ -158,7 +158,7 @@ def announce(t: TrainerConfig, run: Run, start_from: Path | None, idle: list[str
 
 @as_config_error()
 def fit(trainer: pl.Trainer, t: TrainerConfig, run: Run, module: pl.LightningModule, data, start_from) -> bool:
-    """Train to the end; False where the run was interrupted, and saved. Says so, and where nothing was left to do."""
+    """Train to the end; False if the run was interrupted and saved. Says so, or that the run was finished already."""
     failed = True
     try:
         trainer.fit(module, datamodule=data, ckpt_path=start_from, weights_only=True)
@@ -184,9 +184,9 @@ def close_wandb(failed: bool) -> None:
 
 
 def compiles_by_default(t: TrainerConfig, accelerator: str) -> bool:
-    """Where `compile` is not given: on a GPU that Triton serves, with the C compiler that it needs.
+    """Whether to compile if `compile` is not given: on a GPU that Triton supports, with the C compiler that it needs.
 
-    Not for sharded parameters and not under anomaly detection, where it has not been tried.
+    Not with sharded parameters or anomaly detection, where it has not been tried.
     """
     if accelerator not in ("gpu", "cuda") or t.strategy == "fsdp" or t.debug:
         return False
@@ -200,7 +200,7 @@ def compiles_by_default(t: TrainerConfig, accelerator: str) -> bool:
 
 
 def uncompiled(t: TrainerConfig) -> AbstractContextManager:
-    """For validation: its last batch is a smaller one, and compiling for it would take longer than it saves."""
+    """A context for validation: compiling again for its smaller last batch would take longer than it saves."""
     return torch.compiler.set_stance("force_eager") if t.compile else nullcontext()
 
 
@@ -242,7 +242,7 @@ def make_logger(t: TrainerConfig, run: Run) -> Logger:
     if t.logger == "tensorboard":
         return TensorBoardLogger(run.folder, name="", version="logs")
     if t.logger == "csv":
-        # CSVLogger begins its file anew: a continued run gets a folder of its own
+        # CSVLogger overwrites its file: a resumed run gets a folder of its own
         return CSVLogger(run.folder, name="", version=runs.free(run.folder / "logs").name)
     return WandbLogger(
         name=run.folder.name,
@@ -254,14 +254,15 @@ def make_logger(t: TrainerConfig, run: Run) -> Logger:
     )
 
 
-def default_name(t: TrainerConfig, config_file: str | None, kind: str, fake: bool) -> str:
-    """The run's name: --name, else the config file's, marked where the data is fake."""
-    stem = Path(config_file).stem if config_file else kind
-    return t.name or (f"fake-{stem}" if fake else stem)
+def default_name(config: Training, given: Mapping[str, str], kind: str) -> str:
+    """The run's name: --name, else the config file's, with the prefix fake- for fake data."""
+    files = [Path(source).stem for source in given.values() if not source.startswith("--")]
+    stem = next(iter(files), kind)
+    return config.trainer.name or (f"fake-{stem}" if config.data.fake_data else stem)
 
 
 def quiet_lightning() -> None:
-    """Hide what Lightning and PyTorch say about their insides, advertise, or advise against though asked for."""
+    """Hide advertisements, internals, and warnings about what the user asked for, of Lightning and PyTorch."""
     for message in (
         ".*does not have many workers.*",
         ".*GPU available but not used.*",

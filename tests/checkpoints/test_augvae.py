@@ -157,6 +157,7 @@ def test_the_weights_file_of_a_folder_stands_for_the_folder(tiny_augvae, tiny_im
     model = tiny_augvae()
     model.save_pretrained(tmp_path)
     assert_same(load_augvae(tmp_path / "model.safetensors"), model, tiny_images())
+    assert_same(AugVAE.from_pretrained(tmp_path), model, tiny_images())
 
 
 def test_a_hub_id(tiny_augvae, tiny_images, tmp_path, monkeypatch):

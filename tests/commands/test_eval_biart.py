@@ -26,8 +26,10 @@ from latent_verse.evaluation.pairs import Pairs, ordered
 from latent_verse.inference.image_io import load_image
 from latent_verse.inference.pipeline import LVerse
 from latent_verse.metrics import networks
-from tests.inference.test_pipeline import make_lverse, one_thread  # noqa: F401 (a fixture)
 from tests.stand_ins import Colours, Oracle, Words, write_pairs
+from tests.tiny_lverse import make_lverse
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 REPO = Path(__file__).parents[2]
 
@@ -464,7 +466,7 @@ def test_shapes_of_another_size_than_the_model_are_refused(bundle, tmp_path, cap
         ("--model x --fake_data --test_dir d", "no effect with dataset fake"),
         ("--model x --fake_data --dataset coco", "contradicts fake_data"),
         ("--model x --test_dir d --test_size 3", "test_size has no effect"),
-        ("--model x --fake_data --tasks drawing", "'drawing' is not one of"),
+        ("--model x --fake_data --tasks drawing", "'drawing' (from --tasks) is not one of"),
         ("--generated_dir x --fake_data --tasks retrieval", "retrieval needs --model"),
         ("--model x --fake_data --tasks zero_shot", "needs --model and --classes_dir"),
         ("--model x --fake_data --tasks shapes", "needs --model and --dataset shapes"),

@@ -267,7 +267,7 @@ def record_first_weights(monkeypatch) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("source", ["bundle", "", "checkpoints"])
 def test_a_run_starts_from_the_weights_of_another(world, tmp_path, monkeypatch, source):
     """Of a bundle, run folder or file: shape, tokenizer and AugVAE come with them, and other data may follow."""
-    assert train_biart.main([*world, "--epochs", "1", "--name", "first"]) == 0
+    assert train_biart.main([*world, "--epochs", "1", "--name", "first", "--pos_by_modality"]) == 0
     first = tmp_path / "runs/first"
     place = next((first / source).glob("best-*")) if source == "checkpoints" else first / source
     for file in (tmp_path / "train").glob("*.txt"):
@@ -339,7 +339,7 @@ def test_what_contradicts_the_weights_to_start_from_is_refused(world, tmp_path, 
             ["is another BiART", "n_layer: 2 in the settings, 1 there", "text_len"],
         ),
         (["--preset", "12x768"], None),  # n_* of `world` are the same
-        (["--resume", "--ckpt_path", "x.ckpt"], ["pretrained_path begins a run and resume continues one"]),
+        (["--resume", "--ckpt_path", "x.ckpt"], ["pretrained_path", "resume", "give one of them"]),
         (["--tokenizer", "clip"], ["tokenizer: clip in the settings, bpe there"]),
         (["--vae_path", str(tmp_path / "other_vae")], ["vae_path is the AugVAE", "runs/first/bundle was trained with"]),
         (["--pretrained_path", str(tmp_path / "vae")], ["is an AugVAE, the first half of a bundle"]),
@@ -428,7 +428,7 @@ def test_what_is_not_read_is_said(world, tmp_path, capsys):
     flags = ["--max_steps", "1", "--name", "a", "--ckpt_path", "some.ckpt", "--world", "full"]
     assert train_biart.main([*world, *codes, *flags]) == 0
     said = capsys.readouterr().out
-    assert "No effect: bpe_vocab_size: the tokenizer is not trained: it comes with the codes." in said
+    assert "No effect: bpe_vocab_size: the tokenizer is not trained: it comes from the codes." in said
     assert "No effect: world: the data is not shapes." in said
     assert "ckpt_path some.ckpt is not read without --resume: this run starts anew." in said
     capsys.readouterr()

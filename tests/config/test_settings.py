@@ -28,7 +28,7 @@ from latent_verse.config.train import (
     resolve_train_vae,
     resolve_trainer,
 )
-from latent_verse.demo import DemoConfig
+from latent_verse.demo.run import DemoConfig
 from latent_verse.evaluation.shapes_truth import ShapesDrawConfig, ShapesEvalConfig
 
 SCRIPTS = [TrainVAEConfig, EvalVAEConfig, TrainBiARTConfig, EvalBiARTConfig, GenerateConfig]

@@ -12,18 +12,19 @@ import torch
 from PIL import Image
 
 from latent_verse.commands import generate
-from latent_verse.config import ConfigError
+from latent_verse.config import ConfigError, SamplingSettings
 from latent_verse.config.evaluate import EvalDataConfig
 from latent_verse.data import DataError
 from latent_verse.evaluation import samples
 from latent_verse.evaluation.pairs import Pairs, ordered
 from latent_verse.metrics.processes import Ranks
-from tests.inference.test_pipeline import make_lverse, one_thread  # noqa: F401 (a fixture)
 from tests.stand_ins import write_pairs
+from tests.tiny_lverse import make_lverse
 from tests.training.test_ddp import in_two_processes
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TEXTS = ["a red circle", "two small blue squares", "a red circle", "a red", "a blue circle"]
-SAMPLING = {"temperature": 1.0, "top_k": None, "top_p": None, "guidance": 1.0}
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def model(tiny_augvae):
 
 
 def generated(model, folder, ranks=None, batch_size=2, **changes):
-    options = {"candidates": 2, "seed": 3, "batch_size": batch_size, "sampling": SAMPLING} | changes
+    options = {"candidates": 2, "seed": 3, "batch_size": batch_size, "sampling": SamplingSettings()} | changes
     samples.generate(model, TEXTS, folder, ranks or Ranks(), **options)
     return {p.name: np.asarray(Image.open(p)).astype(int) for p in sorted(folder.glob("*.png"))}
 
@@ -238,7 +239,7 @@ def test_names_and_ids(tmp_path):
         {"filename": i["file_name"], "cocoid": i["id"], "split": "test", "sentences": [{"raw": "a"}]} for i in images
     ]
     (tmp_path / "karpathy.json").write_text(json.dumps({"images": karpathy}))
-    own.dataset, own.test_captions = "karpathy", str(tmp_path / "karpathy.json")
+    own = EvalDataConfig(dataset="karpathy", test_dir=str(folder), test_captions=str(tmp_path / "karpathy.json"))
     assert Pairs(own, 32, 0).image_ids() == [70, 71, 72]
     for cocoid in (70, None):  # two of one id, one without: names tell them apart
         karpathy[1]["cocoid"] = cocoid

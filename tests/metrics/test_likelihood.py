@@ -13,8 +13,10 @@ from latent_verse.config import ConfigError
 from latent_verse.metrics import likelihood
 from latent_verse.metrics.likelihood import Scores, corrected, ranks_of_truth, retrieval
 from latent_verse.metrics.processes import Ranks
-from tests.inference.test_pipeline import make_lverse, one_thread  # noqa: F401 (a fixture)
+from tests.tiny_lverse import make_lverse
 from tests.training.test_ddp import in_two_processes
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TEXTS = ["a red circle", "two small blue squares", "a", "red squares " * 20]
 

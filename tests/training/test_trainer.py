@@ -12,14 +12,15 @@ import torch
 from pytorch_lightning.callbacks import TQDMProgressBar
 
 from latent_verse.augvae.model import AugVAE
-from latent_verse.config.train import TrainerConfig, TrainVAEConfig
+from latent_verse.config import ConfigError
+from latent_verse.config.train import ImageDataConfig, TrainerConfig, TrainVAEConfig
 from latent_verse.metrics.reconstruction import ReconstructionMetrics
 from latent_verse.training import progress_bar, trainer
 from latent_verse.training.augvae import LitAugVAE
 from latent_verse.training.backups import Backup, Interrupted, RunFolder
 from latent_verse.training.progress_bar import ProgressBar
 from latent_verse.training.runs import Run
-from latent_verse.training.trainer import compiles_by_default, make_trainer
+from latent_verse.training.trainer import compiles_by_default, decide_compile, make_trainer
 
 
 @pytest.mark.parametrize(
@@ -43,6 +44,23 @@ def test_settings_reach_the_trainer(setting, value, attribute, found, tmp_path):
     made = make_trainer(t, RunFolder(Run(tmp_path / "run", "0"), {}, ""), has_val=True)
     assert getattr(made, attribute) == found
     assert not (tmp_path / "run").exists()  # nothing is written before all processes have met
+
+
+def test_what_lightning_refuses_is_a_mistake_of_the_user(tmp_path):
+    if torch.backends.mps.is_available():
+        pytest.skip("this machine has what the test asks for")
+    t = TrainerConfig(accelerator="mps", logger="csv", refresh_rate=0)
+    with pytest.raises(ConfigError, match="MPS"):
+        make_trainer(t, RunFolder(Run(tmp_path / "run", "0"), {}, ""), has_val=True)
+
+
+def test_compile_is_decided_once_and_only_where_it_was_left_open(monkeypatch):
+    monkeypatch.setattr(trainer, "compiles_by_default", lambda t, accelerator: True)
+    assert decide_compile(TrainVAEConfig()).trainer.compile is True
+    assert decide_compile(TrainVAEConfig(data=ImageDataConfig(fake_data=True))).trainer.compile is False
+    for compile in (True, False):
+        config = TrainVAEConfig(trainer=TrainerConfig(compile=compile))
+        assert decide_compile(config) is config
 
 
 def test_networks_are_compiled_on_a_gpu_that_triton_serves(monkeypatch):
