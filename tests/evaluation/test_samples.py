@@ -20,7 +20,7 @@ from latent_verse.evaluation.pairs import Pairs, ordered
 from latent_verse.metrics.processes import Ranks
 from tests.stand_ins import write_pairs
 from tests.tiny_lverse import make_lverse
-from tests.training.test_ddp import in_two_processes
+from tests.two_processes import in_two_processes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -18,7 +18,7 @@ from latent_verse.metrics.image_quality import Moments, extract_features, freche
 from latent_verse.metrics.networks import NetworkMissing, Weights
 from latent_verse.metrics.processes import Ranks
 from tests.stand_ins import Colours, write_pairs
-from tests.training.test_ddp import in_two_processes
+from tests.two_processes import in_two_processes
 
 OPTIONS = {"radii": (0, 2), "batch_size": 3, "keep_features": 100, "keep_logits": True}
 

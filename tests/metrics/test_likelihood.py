@@ -14,7 +14,7 @@ from latent_verse.metrics import likelihood
 from latent_verse.metrics.likelihood import Scores, corrected, ranks_of_truth, retrieval
 from latent_verse.metrics.processes import Ranks
 from tests.tiny_lverse import make_lverse
-from tests.training.test_ddp import in_two_processes
+from tests.two_processes import in_two_processes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

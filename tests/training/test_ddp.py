@@ -3,49 +3,19 @@
 from __future__ import annotations
 
 import copy
-import traceback
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from latent_verse.augvae.model import AugVAE
 from latent_verse.augvae.quantizer import Codebook
+from tests.two_processes import in_two_processes
 
-WORLD, STEPS = 2, 3
+STEPS = 3
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo")
-
-
-def _process(rank: int, folder: str, work, arguments: tuple) -> None:
-    torch.set_num_threads(1)
-    try:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=WORLD)
-        result = work(rank, *arguments)
-        dist.destroy_process_group()
-    except BaseException:
-        result = traceback.format_exc()
-    torch.save(result, f"{folder}/rank{rank}.pt")
-
-
-def in_two_processes(folder, work, *arguments) -> list:
-    """What work(rank, *arguments) gives in each process. Forked: no start-up cost; results come back as files."""
-    context = mp.get_context("fork")
-    processes = [context.Process(target=_process, args=(r, str(folder), work, arguments)) for r in range(WORLD)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-    hung = [r for r, process in enumerate(processes) if process.is_alive()]
-    for process in processes:
-        process.kill()
-    assert not hung, f"ranks {hung} hang"
-    results = [torch.load(folder / f"rank{r}.pt", weights_only=True) for r in range(WORLD)]
-    failures = [r for r in results if isinstance(r, str)]
-    assert not failures, "\n".join(failures)
-    return results
 
 
 def batch(step: int) -> torch.Tensor:
