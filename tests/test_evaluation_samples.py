@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -238,7 +239,7 @@ def test_names_and_ids(tmp_path):
         {"filename": i["file_name"], "cocoid": i["id"], "split": "test", "sentences": [{"raw": "a"}]} for i in images
     ]
     (tmp_path / "karpathy.json").write_text(json.dumps({"images": karpathy}))
-    own.dataset, own.test_captions = "karpathy", str(tmp_path / "karpathy.json")
+    own = replace(own, dataset="karpathy", test_captions=str(tmp_path / "karpathy.json"))
     assert Pairs(own, 32, 0).image_ids() == [70, 71, 72]
     for cocoid in (70, None):  # two of one id, one without: names tell them apart
         karpathy[1]["cocoid"] = cocoid
