@@ -78,7 +78,7 @@ def timed(model: LVerse, device: str) -> dict[str, float]:
 
         setattr(owner, name, call)
 
-    watch(model, "draw_scored", "codes")  # and the two below, which `main` subtracts
+    watch(model, "sample_scored", "codes")  # and the two below, which `main` subtracts
     watch(model, "log_p", "scores")
     watch(model.vae, "decode_codes", "decoding")
     return spent

@@ -17,7 +17,7 @@ from latent_verse.commands import train_vae
 from latent_verse.config import ConfigError
 from latent_verse.config.train import TrainVAEConfig, VAELossConfig
 from latent_verse.training.augvae import LitAugVAE
-from tests.runs_on_pictures import SMALL
+from tests.image_runs import SMALL
 
 PAGE = Path(__file__).parent.parent / "docs" / "extending.md"
 SECTIONS = re.findall(r"^## (.+)$", PAGE.read_text(), re.MULTILINE)

@@ -16,8 +16,8 @@ import torch
 
 from latent_verse.commands import eval_biart, eval_vae, generate, train_biart, train_vae
 from latent_verse.metrics import networks
+from tests.image_runs import SMALL, write_pictures
 from tests.inference.test_pipeline import one_thread  # noqa: F401 (a fixture)
-from tests.runs_on_pictures import SMALL, write_pictures
 from tests.stand_ins import Colours, Words, write_pairs
 from tests.test_readme import REPO, commands, flags
 

@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import nn
 
 from latent_verse.config import AugVAEConfig
-from latent_verse.nn.activation_checkpointing import Recomputing
+from latent_verse.nn.activation_checkpointing import ActivationCheckpointing
 
 
 class PixelNorm(nn.LayerNorm):
@@ -32,7 +32,7 @@ def make_norm(kind: str, channels: int) -> nn.Module:
     return nn.GroupNorm(32, channels, eps=1e-6) if kind == "group" else PixelNorm(channels, eps=1e-6)
 
 
-class ResnetBlock(Recomputing):
+class ResnetBlock(ActivationCheckpointing):
     """norm -> swish -> conv, twice, plus the input (through a 1x1 convolution if the width changes)."""
 
     def __init__(self, in_channels: int, out_channels: int, dropout: float, norm: str):
@@ -46,8 +46,8 @@ class ResnetBlock(Recomputing):
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
-        h_BCHW = self._part(lambda x: self.conv1(F.silu(self.norm1(x))), x_BCHW)
-        h_BCHW = self._part(lambda h: self.conv2(self.dropout(F.silu(self.norm2(h)))), h_BCHW, self.dropout.p)
+        h_BCHW = self.recomputed(lambda x: self.conv1(F.silu(self.norm1(x))), x_BCHW)
+        h_BCHW = self.recomputed(lambda h: self.conv2(self.dropout(F.silu(self.norm2(h)))), h_BCHW, self.dropout.p)
         if hasattr(self, "nin_shortcut"):
             x_BCHW = self.nin_shortcut(x_BCHW)
         return x_BCHW + h_BCHW
@@ -146,7 +146,7 @@ class Stage(nn.Module):
         return h_BCHW
 
 
-class Encoder(Recomputing):
+class Encoder(ActivationCheckpointing):
     """(B, in_channels, R, R) -> (B, z_channels, R / 2**(len(ch_mult) - 1), same).
 
     Args:
@@ -175,10 +175,10 @@ class Encoder(Recomputing):
         h_BCHW = self.conv_in(x_BCHW)
         for stage in self.down:
             h_BCHW = stage(h_BCHW)
-        return self._part(lambda h: self.conv_out(F.silu(self.norm_out(h))), self.mid(h_BCHW))
+        return self.recomputed(lambda h: self.conv_out(F.silu(self.norm_out(h))), self.mid(h_BCHW))
 
 
-class Decoder(Recomputing):
+class Decoder(ActivationCheckpointing):
     """(B, in_channels, r, r) -> (B, out_channels, R, R), R = `resolution` = r * 2**(len(ch_mult) - 1).
 
     Args:
@@ -213,4 +213,4 @@ class Decoder(Recomputing):
         h_BCHW = self.mid(self.conv_in(z_BCHW))
         for stage in reversed(self.up):
             h_BCHW = stage(h_BCHW)
-        return self._part(lambda h: self.conv_out(F.silu(self.norm_out(h))), h_BCHW)
+        return self.recomputed(lambda h: self.conv_out(F.silu(self.norm_out(h))), h_BCHW)

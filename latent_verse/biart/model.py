@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from latent_verse.biart.sequence import DIRECTIONS, IGNORE, MODALITIES, Modality, Sequences, Vocabulary, target_modality
 from latent_verse.config import BiARTConfig
-from latent_verse.nn.activation_checkpointing import Recomputing
+from latent_verse.nn.activation_checkpointing import ActivationCheckpointing
 
 
 def loss_weights(reference_weight: float, text: float = 1.0, image: float = 1.0) -> dict[str, float]:
@@ -105,7 +105,7 @@ class Attention(nn.Module):
         return self.resid_drop(self.proj(y_BHTD.transpose(1, 2).reshape(B, T, C)))
 
 
-class Block(Recomputing):
+class Block(ActivationCheckpointing):
     """x + attention(norm x), then x + MLP(norm x).
 
     Activation checkpointing recomputes the outputs of the second norm and of GELU, a third of what a block otherwise
@@ -127,8 +127,8 @@ class Block(Recomputing):
     def forward(self, x_BTC: Tensor, past: Past | None = None) -> Tensor:
         x_BTC = x_BTC + self.attn(self.ln1(x_BTC), past)
         widen, gelu, narrow, dropout = self.mlp
-        wide_BTF = self._part(lambda x: widen(self.ln2(x)), x_BTC)
-        return x_BTC + dropout(self._part(lambda wide: narrow(gelu(wide)), wide_BTF))
+        wide_BTF = self.recomputed(lambda x: widen(self.ln2(x)), x_BTC)
+        return x_BTC + dropout(self.recomputed(lambda wide: narrow(gelu(wide)), wide_BTF))
 
 
 class BiART(nn.Module):

@@ -28,7 +28,7 @@ def run(config: EvalVAEConfig, given: Mapping[str, str]) -> int:
         from latent_verse.metrics.reconstruction import ReconstructionMetrics, table
         from latent_verse.training import runs
         from latent_verse.training.augvae import LitAugVAE
-        from latent_verse.training.image_logging import SavedPictures
+        from latent_verse.training.image_logging import SavedImages
         from latent_verse.training.progress_bar import ProgressBar
         from latent_verse.training.trainer import choose_devices, choose_strategy, quiet_lightning
 
@@ -57,7 +57,7 @@ def run(config: EvalVAEConfig, given: Mapping[str, str]) -> int:
         enable_progress_bar=bool(bar),
         enable_model_summary=False,
         logger=False,
-        callbacks=[SavedPictures(place, config.eval.save_images), *bar],
+        callbacks=[SavedImages(place, config.eval.save_images), *bar],
     )
     trainer.test(lit, datamodule=data, verbose=False)
     results = lit.test_results | {"checkpoint": str(t.ckpt_path), "skipped": data.skipped}

@@ -26,7 +26,7 @@ class WhatConfig(Settings):
 
 
 @dataclass(frozen=True)
-class DrawConfig(SamplingSettings):
+class GenerateSamplingConfig(SamplingSettings):
     """How images and captions are sampled."""
 
     num: int = setting(1, "images per text, or captions per image", at_least=1)
@@ -63,7 +63,7 @@ class GenerateConfig:
     """Everything generate.py can be told."""
 
     what: WhatConfig = field(default_factory=WhatConfig)
-    draw: DrawConfig = field(default_factory=DrawConfig)
+    draw: GenerateSamplingConfig = field(default_factory=GenerateSamplingConfig)
     write: WriteConfig = field(default_factory=WriteConfig)
 
 

@@ -53,7 +53,7 @@ from latent_verse.data.transforms import mix_seed
 
 log = logging.getLogger(__name__)
 
-CROP_DRAW, CAPTION_DRAW = 0, 1  # a sample's crop and its caption are chosen by separate random numbers
+CROP_SEED, CAPTION_SEED = 0, 1  # a sample's crop and its caption are chosen by separate random numbers
 
 
 class EncodedCaption(NamedTuple):
@@ -100,7 +100,7 @@ class PairDataset(MapImages):
         ids: image file -> its id, where a captions file gives ids; empty for training data.
     """
 
-    crop_draw = (CROP_DRAW,)
+    crop_draw = (CROP_SEED,)
 
     def __init__(self, resolution: int, *args, **options):
         super().__init__(resolution, *args, **options)
@@ -113,7 +113,7 @@ class PairDataset(MapImages):
 
     def target(self, used: int, epoch: int, index: int) -> str:
         captions = self.captions(used)
-        return captions[mix_seed(self.seed, epoch, index, CAPTION_DRAW) % len(captions)]
+        return captions[mix_seed(self.seed, epoch, index, CAPTION_SEED) % len(captions)]
 
     def image_path(self, i: int) -> str | None:
         """The file of item i; None where there is none."""

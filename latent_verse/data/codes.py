@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from latent_verse.data import DataError
-from latent_verse.data.captions import CAPTION_DRAW, CROP_DRAW, CaptionList, EncodedCaption
+from latent_verse.data.captions import CAPTION_SEED, CROP_SEED, CaptionList, EncodedCaption
 from latent_verse.data.images import SkipLog
 from latent_verse.data.shapes import Scene, ShapesDataset, World
 from latent_verse.data.text import Tokenizer
@@ -287,8 +287,8 @@ class CodesDataset(Dataset):
         epoch, i = key if isinstance(key, tuple) else (0, key)
         if not 0 <= i < len(self):
             raise IndexError(f"index {i} in a dataset of {len(self)}")
-        crop = mix_seed(self.seed, epoch, i, CROP_DRAW) % self._codes.shape[1] if self.train else 0
-        number = mix_seed(self.seed, epoch, i, CAPTION_DRAW) % int(self._first[i + 1] - self._first[i])
+        crop = mix_seed(self.seed, epoch, i, CROP_SEED) % self._codes.shape[1] if self.train else 0
+        number = mix_seed(self.seed, epoch, i, CAPTION_SEED) % int(self._first[i + 1] - self._first[i])
         at = self._first[i] + number
         ids = self._ids[self._ends[at] : self._ends[at + 1]].tolist()
         return self._codes[i, crop], EncodedCaption(self._captions[i][number], ids)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from latent_verse.data import DataError
-from latent_verse.data.captions import CAPTION_DRAW, CROP_DRAW, EncodedCaption
+from latent_verse.data.captions import CAPTION_SEED, CROP_SEED, EncodedCaption
 from latent_verse.data.codes import Work
 from latent_verse.data.images import SkipLog
 from latent_verse.data.shards import (
@@ -162,7 +162,7 @@ class PairTrainShards(TrainShards):
     def __iter__(self) -> Iterator[tuple[Tensor, str]]:
         epoch = int(self._start[0])
         for image, (name, captions) in super().__iter__():
-            yield image, captions[mix_seed(self.seed, epoch, name, CAPTION_DRAW) % len(captions)]
+            yield image, captions[mix_seed(self.seed, epoch, name, CAPTION_SEED) % len(captions)]
 
 
 class PairEvalShards(EvalShards):
@@ -214,7 +214,7 @@ def work_of_shards(
         image, (name, _) = decode_pair(raw)
         images = [centre_crop(image, resolution)]
         for k in range(1, crops):
-            images.append(random_crop(image, resolution, resize_ratio, sample_generator(seed, k, name, CROP_DRAW)))
+            images.append(random_crop(image, resolution, resize_ratio, sample_generator(seed, k, name, CROP_SEED)))
         return torch.stack(images)
 
     def part(shard: str) -> Iterator[Work]:

@@ -295,7 +295,7 @@ def shapes_truth(c: Context) -> dict[str, object]:
     """Exact truth on unseen scenes and on held-out combinations, per attribute; returns the counts."""
     g, d = c.config.generation, c.config.data
     reranked = {"rerank": g.candidates, "rerank_temperature": g.temperature} if g.candidates > 1 else {}
-    settings = shapes.ShapesDrawConfig(**g.arguments(), **reranked)
+    settings = shapes.ShapesSamplingConfig(**g.arguments(), **reranked)
     world, counts = World.preset(d.world), {}
     for split in ("val", "heldout"):
         found = c.ranks.share(lambda s=split: shapes.evaluate(c.model, world, s, len(c.pairs), c.seed, settings)[0])

@@ -84,7 +84,7 @@ def generate(
     ranks.share(lambda: _claim(folder, about))
     missing = [i for i in ranks.mine(len(texts)) if not all(p.is_file() for p in _files(folder, i, candidates))]
     for part, own_seed in ranks.follow(calls(model, texts, missing, seed, batch_size), "generating"):
-        images, log_p = model.draw_scored([texts[i] for i in part], candidates, seed=own_seed, **sampling.arguments())
+        images, log_p = model.sample_scored([texts[i] for i in part], candidates, seed=own_seed, **sampling.arguments())
         for i, row, values in zip(part, images, log_p.tolist(), strict=True):
             for file, image, value in zip(_files(folder, i, candidates), row, values, strict=True):
                 save_png(image, file, {"text": texts[i], "log_p": repr(value), "Software": "L-Verse"})

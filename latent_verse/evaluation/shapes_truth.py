@@ -43,7 +43,7 @@ class ShapesConfig(Settings):
 
 
 @dataclass(frozen=True)
-class ShapesDrawConfig(SamplingSettings):
+class ShapesSamplingConfig(SamplingSettings):
     """How images are sampled; captions are greedy."""
 
     rerank: int = setting(
@@ -71,7 +71,7 @@ class ShapesEvalConfig:
     """Everything this command can be told."""
 
     what: ShapesConfig = field(default_factory=ShapesConfig)
-    draw: ShapesDrawConfig = field(default_factory=ShapesDrawConfig)
+    draw: ShapesSamplingConfig = field(default_factory=ShapesSamplingConfig)
     write: ShapesWriteConfig = field(default_factory=ShapesWriteConfig)
 
 
@@ -97,7 +97,7 @@ class Case:
 
 
 def evaluate(
-    model: LVerse, world: World, split: str, count: int, seed: int, draw: ShapesDrawConfig
+    model: LVerse, world: World, split: str, count: int, seed: int, draw: ShapesSamplingConfig
 ) -> tuple[dict[str, dict], list[Case]]:
     """Evaluate a model on the first `count` scenes of a split.
 

@@ -171,7 +171,7 @@ class LVerse:
         text_RL = self.encode_texts(texts)
         return self._images(self.sampler.sample(text_RL, TEXT_TO_IMAGE, num_images, sampling, seed, rerank))
 
-    def draw_scored(
+    def sample_scored(
         self,
         texts: Sequence[str],
         num_images: int = 1,

@@ -25,12 +25,12 @@ PRODUCTS = [
 ]
 
 
-class Recomputing(nn.Module):
+class ActivationCheckpointing(nn.Module):
     """A module with parts whose intermediate results can be recomputed: see `checkpoint_activations`."""
 
     activation_checkpointing = False
 
-    def _part(self, part: Callable[[Tensor], Tensor], x: Tensor, dropout: float = 0.0) -> Tensor:
+    def recomputed(self, part: Callable[[Tensor], Tensor], x: Tensor, dropout: float = 0.0) -> Tensor:
         """part(x), which ends with a product. With `activation_checkpointing`, only x is kept for the backward pass.
 
         Args:
@@ -47,5 +47,5 @@ class Recomputing(nn.Module):
 def checkpoint_activations(network: nn.Module) -> None:
     """From now on, `network` recomputes the outputs of norms and activation functions in the backward pass."""
     for module in network.modules():
-        if isinstance(module, Recomputing):
+        if isinstance(module, ActivationCheckpointing):
             module.activation_checkpointing = True

@@ -51,7 +51,7 @@ class ImageGrids(pl.Callback):
             )
 
 
-class SavedPictures(pl.Callback):
+class SavedImages(pl.Callback):
     """In a test: write each input and its reconstruction as PNG files of the same number, and a grid of such pairs.
 
     Args:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from latent_verse.augvae.model import AugVAE
 from latent_verse.config import AugVAEConfig
-from tests.parity_figures import ADAMW, CONFIG, RELEASED, SEEDS
+from tests.augvae.parity_values import ADAMW, CONFIG, RELEASED, SEEDS
 
 
 def noise(key: str, shape: tuple[int, ...]) -> np.ndarray:

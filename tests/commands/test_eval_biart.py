@@ -192,9 +192,9 @@ def test_a_rerun_resumes_and_keeps_its_reference(bundle, pairs, tmp_path, stand_
     folder = tmp_path / "runs" / "run"
     (folder / "samples" / "000002_00.png").unlink()
     generated = []
-    original = LVerse.draw_scored
+    original = LVerse.sample_scored
     monkeypatch.setattr(
-        LVerse, "draw_scored", lambda self, texts, *a, **k: generated.append(texts) or original(self, texts, *a, **k)
+        LVerse, "sample_scored", lambda self, texts, *a, **k: generated.append(texts) or original(self, texts, *a, **k)
     )
     monkeypatch.setattr(
         "latent_verse.metrics.image_quality.save_reference", lambda *a: pytest.fail("the reference is there already")
@@ -384,7 +384,7 @@ def test_the_truth_of_shapes_is_exact_for_an_oracle(bundle, tmp_path, monkeypatc
     world = World.preset("small")
 
     class Perfect(Oracle):
-        def draw_scored(self, texts, count, seed, **settings):
+        def sample_scored(self, texts, count, seed, **settings):
             return [[self.world.render(self.scene_of(t))] * count for t in texts], torch.zeros(len(texts), count)
 
         def image_to_text(self, images, **settings):

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from latent_verse.commands import eval_vae
-from tests.runs_on_pictures import write_pictures
+from tests.image_runs import write_pictures
 
 REPO = Path(__file__).parents[2]
 FLAGS = ["--gpus", "0", "--num_workers", "0", "--refresh_rate", "0"]

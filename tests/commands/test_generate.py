@@ -17,7 +17,7 @@ from PIL import Image
 
 from latent_verse.commands import generate
 from latent_verse.config import ConfigError, cli, setting
-from latent_verse.config.generate import TASKS, USED, DrawConfig, GenerateConfig, WhatConfig, WriteConfig
+from latent_verse.config.generate import TASKS, USED, GenerateConfig, GenerateSamplingConfig, WhatConfig, WriteConfig
 from latent_verse.inference import tasks as generation
 from latent_verse.inference.pipeline import LVerse
 from tests.tiny_lverse import make_lverse, photo, same
@@ -252,7 +252,7 @@ def test_help_is_fast_and_names_every_flag():
     )
     assert done.returncode == 0
     assert time.perf_counter() - begin < 5  # 0.1 s on an idle machine
-    for section in (WhatConfig, DrawConfig, WriteConfig):
+    for section in (WhatConfig, GenerateSamplingConfig, WriteConfig):
         for f in dataclasses.fields(section):
             assert f"--{f.name}" in done.stdout
     code = "import generate, sys; sys.exit('torch' in sys.modules or 'omegaconf' in sys.modules)"
@@ -260,7 +260,9 @@ def test_help_is_fast_and_names_every_flag():
 
 
 def test_every_flag_is_used_by_a_task():
-    flags = {f.name for section in (WhatConfig, DrawConfig, WriteConfig) for f in dataclasses.fields(section)}
+    flags = {
+        f.name for section in (WhatConfig, GenerateSamplingConfig, WriteConfig) for f in dataclasses.fields(section)
+    }
     assert set(USED) == set(TASKS)
     assert flags == set().union(*USED.values()) | {"model", "gpus"}
 

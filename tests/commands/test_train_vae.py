@@ -20,7 +20,7 @@ from latent_verse.checkpoints.augvae import load_augvae
 from latent_verse.commands import train_vae
 from latent_verse.training.augvae import LitAugVAE
 from latent_verse.training.backups import Backup
-from tests.runs_on_pictures import SMALL, write_pictures
+from tests.image_runs import SMALL, write_pictures
 
 REPO = Path(__file__).parents[2]
 

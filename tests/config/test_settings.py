@@ -12,7 +12,7 @@ from latent_verse.commands import train_vae
 from latent_verse.config import AugVAEConfig, BiARTConfig, ConfigError, SamplingSettings, as_plain, training_only
 from latent_verse.config.cli import leaves, parse, to_yaml
 from latent_verse.config.evaluate import EvalBiARTConfig, GenerationConfig
-from latent_verse.config.generate import DrawConfig, GenerateConfig
+from latent_verse.config.generate import GenerateConfig, GenerateSamplingConfig
 from latent_verse.config.train import (
     FAKE_LIMITS,
     EvalVAEConfig,
@@ -29,7 +29,7 @@ from latent_verse.config.train import (
     resolve_trainer,
 )
 from latent_verse.demo.run import DemoConfig
-from latent_verse.evaluation.shapes_truth import ShapesDrawConfig, ShapesEvalConfig
+from latent_verse.evaluation.shapes_truth import ShapesEvalConfig, ShapesSamplingConfig
 
 SCRIPTS = [TrainVAEConfig, EvalVAEConfig, TrainBiARTConfig, EvalBiARTConfig, GenerateConfig]
 ROOT = Path(__file__).parents[2]
@@ -82,7 +82,7 @@ def test_a_value_out_of_range_is_refused_in_python_too():
 
 def test_sampling_is_declared_once():
     """Each script's section is the one dataclass: the same names, ranges and contradictions."""
-    sections = [SamplingConfig, GenerationConfig, DrawConfig, ShapesDrawConfig]
+    sections = [SamplingConfig, GenerationConfig, GenerateSamplingConfig, ShapesSamplingConfig]
     for section in sections:
         assert issubclass(section, SamplingSettings)
         for wrong in ({"temperature": -1}, {"top_k": 0}, {"top_p": 0}, {"top_p": 1.5}, {"guidance": -1}):
@@ -94,8 +94,10 @@ def test_sampling_is_declared_once():
                 section(temperature=0, **{name: value})
         given = {"temperature": 0.5, "top_k": 3, "top_p": 0.9, "guidance": 2.0}
         assert section(**given).arguments().items() >= given.items()
-    assert DrawConfig(seed=3).arguments()["seed"] == 3
-    assert ShapesDrawConfig(temperature=0, top_k=5, rerank=4).top_k == 5  # which those to choose from are sampled by
+    assert GenerateSamplingConfig(seed=3).arguments()["seed"] == 3
+    assert (
+        ShapesSamplingConfig(temperature=0, top_k=5, rerank=4).top_k == 5
+    )  # which those to choose from are sampled by
 
 
 def test_settings_that_change_only_how_a_model_trains():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -51,11 +50,11 @@ class Counting:
         self.model, self.calls, self.stop_after = model, [], stop_after
         self.fingerprints, self.encode_texts = model.fingerprints, model.encode_texts
 
-    def draw_scored(self, texts, *args, **kwargs):
+    def sample_scored(self, texts, *args, **kwargs):
         if self.stop_after is not None and len(self.calls) == self.stop_after:
             raise KeyboardInterrupt
         self.calls.append(list(texts))
-        return self.model.draw_scored(texts, *args, **kwargs)
+        return self.model.sample_scored(texts, *args, **kwargs)
 
 
 def test_images_carry_their_text_and_score_and_an_index_lists_them(model, tmp_path):
@@ -70,7 +69,7 @@ def test_images_carry_their_text_and_score_and_an_index_lists_them(model, tmp_pa
 
 
 def test_scores_are_those_of_the_codes_that_were_sampled(model):
-    images, log_p = model.draw_scored(TEXTS[:2], 3, seed=5)
+    images, log_p = model.sample_scored(TEXTS[:2], 3, seed=5)
     assert log_p.shape == (2, 3) and [len(row) for row in images] == [3, 3]
     assert [[np.asarray(p).tolist() for p in row] for row in images] == [
         [np.asarray(p).tolist() for p in row] for row in model.text_to_image(TEXTS[:2], 3, seed=5)

@@ -13,7 +13,7 @@ from PIL import Image
 from latent_verse.data import DataError
 from latent_verse.data.shapes import ShapesDataset, World
 from latent_verse.evaluation import shapes_truth as shapes
-from latent_verse.evaluation.shapes_truth import ATTRIBUTES, ShapesDrawConfig, evaluate
+from latent_verse.evaluation.shapes_truth import ATTRIBUTES, ShapesSamplingConfig, evaluate
 from tests.stand_ins import Oracle
 
 SMALL = World.preset("small")
@@ -40,7 +40,7 @@ def oracle():
 
 @pytest.mark.parametrize("split", ["val", "heldout"])
 def test_an_oracle_is_right_in_everything(oracle, split):
-    results, cases = evaluate(oracle, SMALL, split, 25, 0, ShapesDrawConfig(rerank=3))
+    results, cases = evaluate(oracle, SMALL, split, 25, 0, ShapesSamplingConfig(rerank=3))
     for name in ("text_to_image", "image_to_text", "reranked"):
         assert (results[name]["right"], results[name]["total"]) == (25, 25)
         assert results[name]["attributes"] == {a: {"right": 25, "total": 25} for a in ATTRIBUTES}
@@ -52,7 +52,7 @@ def test_an_oracle_is_right_in_everything(oracle, split):
 
 
 def test_a_blind_model_is_right_in_next_to_nothing():
-    results, _ = evaluate(Blind(SMALL), SMALL, "val", 40, 0, ShapesDrawConfig())
+    results, _ = evaluate(Blind(SMALL), SMALL, "val", 40, 0, ShapesSamplingConfig())
     assert results["text_to_image"]["right"] <= 2
     assert results["image_to_text"]["right"] <= 2
     assert results["reconstruction"]["right"] == 0
@@ -67,13 +67,13 @@ def test_only_what_the_image_shows_counts(oracle):
         def text_to_image(self, texts, **settings):
             return [[SMALL.render(SMALL.scene(0))] for _ in texts]
 
-    results, cases = evaluate(Wrong(SMALL), SMALL, "val", 10, 0, ShapesDrawConfig())
+    results, cases = evaluate(Wrong(SMALL), SMALL, "val", 10, 0, ShapesSamplingConfig())
     assert results["image_to_text"]["right"] == 10
     assert results["text_to_image"]["right"] == sum(case.right["text_to_image"] for case in cases) < 3
 
 
 def test_the_seed_decides_and_settings_reach_the_model(oracle):
-    draw = ShapesDrawConfig(temperature=0.0, guidance=2.0, rerank=4, rerank_temperature=0.8, top_k=5)
+    draw = ShapesSamplingConfig(temperature=0.0, guidance=2.0, rerank=4, rerank_temperature=0.8, top_k=5)
     oracle.calls.clear()
     first, cases = evaluate(oracle, SMALL, "val", 6, 3, draw)
     again, cases_again = evaluate(oracle, SMALL, "val", 6, 3, draw)
@@ -89,11 +89,11 @@ def test_the_seed_decides_and_settings_reach_the_model(oracle):
 def test_more_scenes_than_there_are(oracle):
     single = dataclasses.replace(SMALL, counts=(1,))
     with pytest.raises(DataError, match="different scenes"):
-        evaluate(oracle, single, "val", 100, 0, ShapesDrawConfig())
+        evaluate(oracle, single, "val", 100, 0, ShapesSamplingConfig())
 
 
 def test_write_json(oracle, tmp_path):
-    results, cases = evaluate(oracle, SMALL, "val", 5, 0, ShapesDrawConfig(rerank=2))
+    results, cases = evaluate(oracle, SMALL, "val", 5, 0, ShapesSamplingConfig(rerank=2))
     shapes.write_json(tmp_path / "new" / "val.json", results, cases, samples=2)
     written = json.loads((tmp_path / "new" / "val.json").read_text())
     assert written["text_to_image"] == results["text_to_image"]

@@ -15,7 +15,7 @@ from latent_verse.augvae.model import AugVAE
 from latent_verse.biart.model import BiART, loss_weights
 from latent_verse.config import BiARTConfig
 from latent_verse.config.train import TrainBiARTConfig, TrainerConfig, TrainVAEConfig, VAELossConfig
-from latent_verse.nn.activation_checkpointing import Recomputing, checkpoint_activations
+from latent_verse.nn.activation_checkpointing import ActivationCheckpointing, checkpoint_activations
 from latent_verse.training.augvae import LitAugVAE
 from latent_verse.training.biart import LitBiART
 from tests.fake_cuda import Kept
@@ -129,5 +129,5 @@ def test_the_setting_reaches_the_networks(tiny_config, asked):
     ]
     for module in modules:
         module.configure_model()
-        parts = [m for m in module.model.modules() if isinstance(m, Recomputing)]
+        parts = [m for m in module.model.modules() if isinstance(m, ActivationCheckpointing)]
         assert parts and all(m.activation_checkpointing is asked for m in parts)
