@@ -63,7 +63,7 @@ def least(x_NK: torch.Tensor, values_N: torch.Tensor, index_N: torch.Tensor) -> 
 
 
 def count(indices: torch.Tensor, num_tokens: int) -> torch.Tensor:
-    """How often each of K = num_tokens codes occurs, (K,) int64: torch.bincount, which would wait for the GPU."""
+    """How often each of K = num_tokens codes occurs, (K,) int64, as torch.bincount, which waits for the GPU."""
     flat_N = indices.flatten()
     return flat_N.new_zeros(num_tokens).scatter_add_(0, flat_N, flat_N.new_ones(()).expand_as(flat_N))
 

@@ -14,8 +14,8 @@ from torch import nn
 
 
 def can_capture(model: nn.Module, device: torch.device) -> bool:
-    """Not under autocast, whose cache of cast weights may be freed between two replays, and not with sharded
-    parameters, which are gathered anew in every step.
+    """Whether decoding steps can become CUDA graphs: not under autocast, whose cache of cast weights may be freed
+    between two replays, and not with sharded parameters, which are gathered anew in every step.
     """
     if device.type != "cuda" or torch.is_autocast_enabled("cuda"):
         return False

@@ -38,8 +38,8 @@ class KVCache:
 
     Args:
         bucket: the number of slots that a decoding step reads is a multiple of this. 1, the default on a CPU, reads the
-            filled slots only. More reads and masks some empty ones, so that many steps have the same shapes, as CUDA
-            graphs need; the default on a GPU is 128.
+            filled slots only. A larger one also reads and masks empty slots, so that many steps have the same shapes,
+            as CUDA graphs need; the default on a GPU is 128.
     """
 
     def __init__(
@@ -193,9 +193,7 @@ class BiART(nn.Module):
 
     @staticmethod
     def call_block(block: nn.Module, x_BTC: Tensor) -> Tensor:
-        """block(x_BTC). Training may replace this by a compiled one; cached decoding does not call it, whose number of
-        slots changes.
-        """
+        """block(x_BTC). Training may compile this function; cached decoding, with its changing shapes, bypasses it."""
         return block(x_BTC)
 
     def forward(self, idx_BT: Tensor, seg_BT: Tensor) -> Tensor:

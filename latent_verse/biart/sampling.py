@@ -270,15 +270,19 @@ def beam_search(
         best_BL, best_B = text_BWL[:, 0].clone(), torch.full((batch,), -math.inf, device=device)
         sum_BW = torch.full((batch, beam_size), -math.inf, device=device)
         sum_BW[:, 0] = 0  # all beams are still the same, empty caption
+
+        def best_with(score_BW: Tensor) -> tuple[Tensor, Tensor]:
+            """The best caption of those that ended before and those of text_BWL, which have score_BW, and its score."""
+            score_B, beam_B = score_BW.max(dim=1)
+            text_BL = text_BWL[torch.arange(batch, device=device), beam_B]
+            better_B = score_B > best_B
+            return torch.where(better_B[:, None], text_BL, best_BL), torch.where(better_B, score_B, best_B)
+
         for step in range(L):
             log_p_RV = F.linear(feature_RC, weight_VC).float().log_softmax(dim=-1)
             _check_finite(~log_p_RV.isfinite().all())
             score_BWV = sum_BW[:, :, None] + log_p_RV.view(batch, beam_size, V + 1)
-            # The best caption that ends here, against the best that ended before.
-            ended_B, beam_B = (score_BWV[:, :, V] / (step + 1) ** length_penalty).max(dim=1)
-            ended_BL = text_BWL[torch.arange(batch, device=device), beam_B]
-            better_B = ended_B > best_B
-            best_BL, best_B = torch.where(better_B[:, None], ended_BL, best_BL), torch.where(better_B, ended_B, best_B)
+            best_BL, best_B = best_with(score_BWV[:, :, V] / (step + 1) ** length_penalty)
             # The likeliest beams that continue.
             open_BM = score_BWV[:, :, :V].flatten(1)
             sum_BM, flat_BM = open_BM.topk(min(beam_size, open_BM.shape[1]), dim=1)
@@ -295,10 +299,7 @@ def beam_search(
             feature_RC = model.decode(token_BW.view(-1, 1), seg_R1, cache, pos_1, cache.slots(position))[:, 0]
             position += 1
         if step + 1 == L:  # captions that fill text_len have no end token
-            full_B, beam_B = (sum_BW / L**length_penalty).max(dim=1)
-            full_BL = text_BWL[torch.arange(batch, device=device), beam_B]
-            better_B = full_B > best_B
-            best_BL, best_B = torch.where(better_B[:, None], full_BL, best_BL), torch.where(better_B, full_B, best_B)
+            best_BL, best_B = best_with(sum_BW / L**length_penalty)
     return best_BL, best_B
 
 

@@ -152,7 +152,7 @@ class ClipTokenizer(Tokenizer):
     """CLIP's vocabulary of 49,408 (Radford et al., 2021), read from the installed package open_clip.
 
     Text is cleaned and split as by open_clip: ftfy, HTML entities, one space between words, lower case. `decode` adds a
-    space after every word and mark: "It's 3.5" comes back as "it 's 3 . 5". A folder holds its fingerprint alone.
+    space after every word and mark: "It's 3.5" comes back as "it 's 3 . 5".
 
     Raises:
         TokenizerError: open_clip is not installed.
