@@ -1,4 +1,4 @@
-"""Fixtures that several test files share: small AugVAEs and pictures for them."""
+"""Fixtures that several test files share: small AugVAEs and images for them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-import latent_verse.checkpoints.augvae  # noqa: F401  it gives AugVAE its save_pretrained
-from latent_verse.augvae.model import AugVAE
+from latent_verse import AugVAE
 from latent_verse.config import AugVAEConfig
 
 # 16 px, levels 8, 4 and 2: milliseconds a pass
@@ -56,7 +55,7 @@ def tiny_augvae(tiny_config):
 
 @pytest.fixture
 def tiny_images():
-    """Makes pictures (B, 3, 16, 16) in [-1, 1]."""
+    """Makes images (B, 3, 16, 16) in [-1, 1]."""
     return lambda batch=2, seed=1: torch.rand(batch, 3, 16, 16, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 

@@ -40,7 +40,7 @@ def on_gpu(*tensors: torch.Tensor) -> bool:
     return all(t.device == torch.device(DEVICE) for t in tensors)
 
 
-def pictures(batch: int, side: int) -> torch.Tensor:
+def images(batch: int, side: int) -> torch.Tensor:
     return torch.empty(batch, 3, side, side)
 
 
@@ -61,10 +61,10 @@ def test_augvae_trains_without_waiting(tiny_config, autocast, single_level, rest
         module = LitAugVAE(AugVAE(config.model), config).train()
         module.log = lambda name, value, **kwargs: logged.update({name: value})
         module.configure_model()
-        out = module.training_step([pictures(2, 16)], 0)
+        out = module.training_step([images(2, 16)], 0)
         assert on_gpu(*out.values(), *logged.values()) and logged
         assert module.model.encoders[0].conv_in.weight.is_contiguous(memory_format=torch.channels_last)
-        module.eval().validation_step([pictures(2, 16)], 0)
+        module.eval().validation_step([images(2, 16)], 0)
     assert not waits.seen
     # statistics of the codebook are float32, and what the last convolution gives is autocast's dtype
     assert module.model.quantizer.embedding.embed_avg.dtype == torch.float32
@@ -77,7 +77,7 @@ def test_augvae_looks_at_its_codebook_once_to_start_it_from_data(tiny_config):
         module = LitAugVAE(AugVAE(config.model), config)
         module._trainer = type("Trainer", (), {"global_step": 0})()
         for batch_idx in range(3):
-            module.on_train_batch_start([pictures(8, 16)], batch_idx)
+            module.on_train_batch_start([images(8, 16)], batch_idx)
     assert waits.seen == {"is_fresh": 1}
 
 
@@ -87,9 +87,9 @@ def test_augvae_is_evaluated_without_waiting(tiny_augvae):
         model = AugVAE(model.config).eval()
         metrics = ReconstructionMetrics(model.levels, model.config.num_tokens, 16, with_networks=False)
         metrics.to(DEVICE)
-        encoded = model.encode(pictures(2, 16))
-        metrics.update(pictures(2, 16), model.decode(encoded.z_q), encoded.indices)
-        codes = model.codes(pictures(2, 16))
+        encoded = model.encode(images(2, 16))
+        metrics.update(images(2, 16), model.decode(encoded.z_q), encoded.indices)
+        codes = model.codes(images(2, 16))
         assert not waits.seen and on_gpu(codes)
         assert on_gpu(model.decode_codes(codes))  # which looks whether codes are the codebook's
     assert set(waits.seen) == {"decode_codes"}
@@ -127,7 +127,7 @@ def test_biart_trains_without_waiting(tiny_config, autocast, pos_by_modality, fr
         vae = AugVAE(tiny_config(single_level=4))
         module = LitBiART(BiART(BiARTConfig(**sizes)), vae, config, {}).train()
         module.configure_model()
-        x = pictures(4, 16) if from_images else torch.empty(4, 16, dtype=torch.int16)
+        x = images(4, 16) if from_images else torch.empty(4, 16, dtype=torch.int16)
         text = torch.full((4, 6), module.model.vocab.pad)
         dropouts = {"reference_dropout": 0.1, "word_dropout": 0.1, "code_dropout": 0.1}
         total, means = module.loss(module.model, module.pack([x, text], 2, **dropouts))
@@ -200,7 +200,7 @@ def kept_by_augvae(batch: int, plain: bool = False, autocast: torch.dtype | None
         if again:
             checkpoint_activations(model)
         with Kept(model) as kept:
-            x_BCHW = pictures(batch, 256)
+            x_BCHW = images(batch, 256)
             reconstruction, embed_loss, _ = model(x_BCHW)
             (reconstruction - x_BCHW).square().mean() + embed_loss
         return kept.bytes

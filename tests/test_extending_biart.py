@@ -22,5 +22,5 @@ def test_the_worked_example_of_a_position_encoding_runs(monkeypatch):
     assert generate(model, text_BL, "text_to_image", seed=0).shape == (2, 6)
     # the example acts: with all positions equal, features differ
     sequences = page["sequences"]
-    monkeypatch.setattr(type(model), "positions", lambda self, pos_T, image_first_B1: torch.zeros(len(pos_T), 16))
+    monkeypatch.setattr(type(model), "positions", lambda self, places, image_first_B1: torch.zeros(1, 16))
     assert not torch.allclose(model.features(sequences.idx_BT, sequences.seg_BT), page["expected_BTC"], atol=1e-2)

@@ -1,7 +1,6 @@
 """Convolutional blocks of AugVAE (paper appendix A; the VQGAN family of Esser et al. 2021).
 
-Module names are those of the released checkpoints: they are a contract, held by
-tests/checkpoints/test_release_layout.py.
+Module names are those of the released checkpoints, which tests/checkpoints/test_release_layout.py checks.
 
 Shapes: B batch, C channels, H height, W width, T = H * W positions.
 """
@@ -28,7 +27,7 @@ class PixelNorm(nn.LayerNorm):
 
 
 def make_norm(kind: str, channels: int) -> nn.Module:
-    """The norm that AugVAEConfig.norm names: GroupNorm with the release's 32 groups, or PixelNorm; the same keys."""
+    """What AugVAEConfig.norm names: GroupNorm with the release's 32 groups, or PixelNorm, whose keys are the same."""
     return nn.GroupNorm(32, channels, eps=1e-6) if kind == "group" else PixelNorm(channels, eps=1e-6)
 
 
@@ -84,11 +83,11 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double height and width by nearest neighbour, then convolve (3x3).
+    """Double height and width by nearest neighbour and convolve (3x3), at once.
 
-    Both are done at once. Each output pixel sees only 2x2 pixels of the input, whose weights are sums of the 3x3 ones:
-    a transposed 4x4 convolution with stride 2. It takes 4 products per pixel and channel instead of 9, and keeps
-    nothing enlarged for the backward pass.
+    Each output pixel sees 2x2 pixels of the input, whose weights are sums of the 3x3 ones: a transposed 4x4 convolution
+    with stride 2. It takes 4 products per pixel and channel instead of 9, and keeps nothing enlarged for the backward
+    pass.
     """
 
     windows: torch.Tensor
@@ -147,12 +146,10 @@ class Stage(nn.Module):
 
 
 class Encoder(ActivationCheckpointing):
-    """(B, in_channels, R, R) -> (B, z_channels, R / 2**(len(ch_mult) - 1), same).
+    """(B, in_channels, R, R) -> (B, z_channels, r, r), R = `resolution` = r * 2**(len(ch_mult) - 1).
 
     Args:
-        c: the settings that all networks share.
-        ch_mult: of this network, one factor of hidden_dim a stage.
-        resolution: R.
+        ch_mult: the factor of hidden_dim of each stage.
         attend_at: the resolution whose stage gets attention, with `use_attn`.
     """
 
@@ -179,11 +176,7 @@ class Encoder(ActivationCheckpointing):
 
 
 class Decoder(ActivationCheckpointing):
-    """(B, in_channels, r, r) -> (B, out_channels, R, R), R = `resolution` = r * 2**(len(ch_mult) - 1).
-
-    Args:
-        c, ch_mult, attend_at: as an Encoder's; the first factor is of the last stage to run.
-    """
+    """(B, in_channels, r, r) -> (B, out_channels, R, R), as an Encoder in reverse: the first stage runs last."""
 
     def __init__(
         self,

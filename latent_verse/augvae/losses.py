@@ -1,8 +1,7 @@
 """Reconstruction losses of AugVAE: MSE, L1, smooth L1, and LPIPS (Zhang et al. 2018) on top of MSE or L1.
 
 `LOSSES` is the table of them. LPIPS is torchmetrics', with its backbone from torchvision's cache. It is never part of a
-module: it is frozen, stays in evaluation mode and float32 whatever Lightning does, and its 14.7 M weights reach no
-checkpoint.
+module: it stays frozen, in evaluation mode and float32 whatever Lightning does, and its weights reach no checkpoint.
 
 Shapes: B batch, C channels, H height, W width.
 """
@@ -30,9 +29,7 @@ def vgg16_file() -> Path:
 
 
 def fetch_vgg16() -> None:
-    """Download VGG16's weights into torchvision's cache and check their hash, unless they are there already.
-
-    Call it in one process per node.
+    """Download VGG16's weights into torchvision's cache, unless they are there. Call it in one process per node.
 
     Raises:
         ConfigError: they are absent and cannot be downloaded; says which file to put where.
@@ -69,10 +66,9 @@ class LPIPS:
             self.net = _LPIPS(net="vgg", pnet_rand=untrained)
         self.net.eval().requires_grad_(False)
 
-    def to(self, device: torch.device) -> LPIPS:
+    def to(self, device: torch.device) -> None:
         """Move the network to a device."""
         self.net.to(device)
-        return self
 
     def __call__(self, a_BCHW: Tensor, b_BCHW: Tensor) -> Tensor:
         with torch.autocast(a_BCHW.device.type, enabled=False):
@@ -80,14 +76,14 @@ class LPIPS:
 
 
 class ReconstructionLoss:
-    """The loss of a reconstruction: the mean of `pixel`. Base class of all `LOSSES`, which may add terms.
+    """The mean of `pixel`; the base class of all `LOSSES`, which may add terms.
 
     Attributes:
         terms: the names of what `compute` returns. Each is logged; the loss is their sum.
         uses_lpips: whether `fetch_vgg16` must be called first, and p_loss_weight has an effect.
 
     Args:
-        config: the settings of all losses; each reads its own.
+        config: the settings of all losses.
         untrained: if weights of a frozen network are missing, take random ones and warn. For fake data.
     """
 

@@ -1,8 +1,8 @@
 """AugVAE: a multi-level VQ-VAE with one shared codebook, and its single-level form (paper section 3.1).
 
 Level 0 is the largest. Encoder 0 reads the image; each further encoder halves the *unquantised* map of the one before.
-Decoding runs from the smallest level up: every decoder after the first reads the codes of its level and what has been
-decoded so far. The single-level form keeps one level's codes; 1x1 `connectors` replace the missing inputs.
+Decoding runs from the smallest level up: each decoder reads the codes of its level and what has been decoded so far.
+The single-level form keeps one level's codes; 1x1 `connectors` replace the missing inputs.
 
 Shapes: B batch, C channels, H height, W width, R resolution of an image, h of a level, D code dimension, K codes in the
 codebook, N codes of an image.
@@ -26,19 +26,12 @@ INNER_CH_MULT = (2, 4)  # of each encoder and decoder between two levels, as rel
 
 
 class Encoded(NamedTuple):
-    """What `AugVAE.encode` returns; the lists hold one entry per level, largest first.
+    """What `AugVAE.encode` returns; the lists hold one entry per level, largest first."""
 
-    Attributes:
-        z_q: quantised maps (B, D, h, h).
-        indices: codes (B, h, h) int64.
-        embed_loss: sum of the levels' quantiser losses, ().
-        perplexity: of the codes of all levels together, ().
-    """
-
-    z_q: list[torch.Tensor]
-    indices: list[torch.Tensor]
-    embed_loss: torch.Tensor
-    perplexity: torch.Tensor
+    z_q: list[torch.Tensor]  # quantised maps (B, D, h, h)
+    indices: list[torch.Tensor]  # codes (B, h, h) int64
+    embed_loss: torch.Tensor  # sum of the levels' quantiser losses, ()
+    perplexity: torch.Tensor  # of the codes of all levels together, ()
 
 
 class AugVAE(nn.Module):
@@ -131,21 +124,17 @@ class AugVAE(nn.Module):
                 f"images have shape {tuple(x_BCHW.shape)}; this AugVAE takes (B, {', '.join(map(str, expected))}). "
                 "Resize and crop them first (latent_verse.data.transforms.centre_crop)."
             )
-        out = []
-        h_BCHW = x_BCHW
+        out, h_BCHW = [], x_BCHW
         for encoder, pre_quant in zip(self.encoders, self.pre_quants, strict=False):
             h_BCHW = encoder(h_BCHW)
             out.append(pre_quant(h_BCHW))
         return out
 
     def encode(self, x_BCHW: torch.Tensor) -> Encoded:
-        """Quantise images (B, C, R, R) in [-1, 1] at all `levels`.
+        """Quantise images (B, C, R, R) in [-1, 1] at all `levels`; ValueError as `features`.
 
         In training mode the codebook learns, level by level: as in the original, each level is quantised with the
         codebook that the levels before it have changed.
-
-        Raises:
-            ValueError: as `features`.
         """
         quantised = [
             quantizer(z_BDHW) for quantizer, z_BDHW in zip(self.quantizers, self.features(x_BCHW), strict=False)
@@ -153,14 +142,10 @@ class AugVAE(nn.Module):
         z_q, indices, losses = (list(column) for column in zip(*quantised, strict=True))
         counts_K = count(torch.cat([level.flatten() for level in indices]), self.quantizer.codebook_size)
         embed_loss = torch.stack(losses).sum()
-        return Encoded(z_q, indices, embed_loss, perplexity(counts_K).to(embed_loss.dtype))
+        return Encoded(z_q, indices, embed_loss, perplexity(counts_K).to(embed_loss))
 
     def decode(self, z_q: list[torch.Tensor]) -> torch.Tensor:
-        """Quantised maps -> images (B, C, R, R), whose values may exceed [-1, 1].
-
-        Args:
-            z_q: maps (B, D, h, h) of all `levels`, as `encode` returns them, or of `code_levels` only.
-        """
+        """Maps (B, D, h, h) of all `levels` or of `code_levels` -> images (B, C, R, R), not clamped to [-1, 1]."""
         if self.config.single_level is not None:
             h_BCHW = self.post_quants[0](z_q[-1])
             for connector, decoder in zip(self.connectors, self.decoders, strict=True):
@@ -185,7 +170,7 @@ class AugVAE(nn.Module):
     def codes(self, x_BCHW: torch.Tensor) -> torch.Tensor:
         """Images (B, C, R, R) in [-1, 1] -> codes (B, N) int64 of `code_levels`, largest first, row by row.
 
-        The codebook does not learn from them, not even in training mode.
+        The codebook learns nothing, not even in training mode.
 
         Raises:
             ValueError: as `features`.
@@ -221,9 +206,7 @@ class AugVAE(nn.Module):
 
     @torch.no_grad()
     def initialise_codebook(self, x_BCHW: torch.Tensor) -> None:
-        """Start the codebook from encoder outputs for images (B, C, R, R) in [-1, 1], all levels together.
-
-        A collective under torch.distributed.
+        """Start the codebook from all levels' maps of images (B, C, R, R) in [-1, 1]. A collective.
 
         Raises:
             ValueError: as `features`.
@@ -233,9 +216,7 @@ class AugVAE(nn.Module):
     # -------------------------------------------------------------------------------------------------- other forms
 
     def to_single_level(self, resolution: int) -> AugVAE:
-        """A new AugVAE-SL that keeps the level of this resolution. It needs fine-tuning: its connectors are untrained.
-
-        All other weights are copied. Device, dtype and training mode are this model's.
+        """A new AugVAE-SL that keeps the level of this resolution; only its connectors are untrained: fine-tune it.
 
         Raises:
             ValueError: this model is single-level already.

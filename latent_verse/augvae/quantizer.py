@@ -1,8 +1,8 @@
-"""Quantisers: what turns AugVAE's vectors into codes and back. `QUANTIZERS` is the table of those there are.
+"""Quantisers turn AugVAE's vectors into codes and back. `QUANTIZERS` is the table of them.
 
 "ema" is the release's, whose codebook is an exponential moving average (van den Oord et al. 2017, appendix A.1). It
-never makes a one-hot matrix, and holds only a slice of the N x K distance matrix at a time: counts come from
-scatter_add, sums from index_add. Distances and statistics are float32 (float64 for float64 input) under any autocast.
+makes no one-hot matrix and holds only a slice of the N x K distance matrix at a time. Distances and statistics are
+float32 (float64 for float64 input) under any autocast.
 
 Shapes: N vectors, K codes, D code dimension; B batch, H height, W width.
 """
@@ -19,7 +19,7 @@ from einops import rearrange
 from torch import nn
 
 from latent_verse.config import AugVAEConfig, ConfigError
-from latent_verse.nn.precision import LOW_PRECISION, keeping_float32
+from latent_verse.nn.precision import LOW_PRECISION, in_float64, keeping_float32
 
 # Elements of the distance matrix held at a time: a sixteenth of it, within these bounds. 4 MiB of float32 fit in the
 # caches of a CPU and 32 MiB in those of a large GPU, which would wait for kernel launches if there were fewer.
@@ -50,8 +50,8 @@ def world_size() -> int:
 def least(x_NK: torch.Tensor, values_N: torch.Tensor, index_N: torch.Tensor) -> None:
     """Write each row's minimum and its index (int64), the first of equal ones. K must be a multiple of BLOCK.
 
-    On a CPU, `min` with indices uses no vector instructions, but `amin` does. There we take the minimum of each block,
-    then the best block, then the index within it: 3 to 6 times faster, with the same result.
+    On a CPU, `min` with indices uses no vector instructions, but `amin` does: the minimum of each block, then the best
+    block, then the index within it are 3 to 6 times faster.
     """
     if x_NK.device.type != "cpu":
         torch.min(x_NK, dim=1, out=(values_N, index_N))
@@ -63,18 +63,15 @@ def least(x_NK: torch.Tensor, values_N: torch.Tensor, index_N: torch.Tensor) -> 
 
 
 def count(indices: torch.Tensor, num_tokens: int) -> torch.Tensor:
-    """How often each code occurs in `indices` (any shape): (K,) int64, K = num_tokens.
-
-    torch.bincount gives the same, but waits for the GPU: the size of its result depends on the largest index.
-    """
+    """How often each of K = num_tokens codes occurs, (K,) int64, as torch.bincount, which waits for the GPU."""
     flat_N = indices.flatten()
     return flat_N.new_zeros(num_tokens).scatter_add_(0, flat_N, flat_N.new_ones(()).expand_as(flat_N))
 
 
 def to_vectors(z_BDHW: torch.Tensor) -> torch.Tensor:
-    """Maps (B, D, H, W) -> their vectors (B * H * W, D), row by row: contiguous, and float32 where z is half precision.
+    """Maps (B, D, H, W) -> their vectors (B * H * W, D), row by row, float32 where z is half precision.
 
-    A copy where z has contiguous channels: what follows reads whole vectors, and is several times slower over a view.
+    Contiguous: what follows reads whole vectors, and is several times slower over a view.
     """
     z_ND = rearrange(z_BDHW, "b d h w -> (b h w) d").contiguous()
     return z_ND.float() if z_ND.dtype in LOW_PRECISION else z_ND
@@ -83,8 +80,8 @@ def to_vectors(z_BDHW: torch.Tensor) -> torch.Tensor:
 def add_vectors(z_BDHW: torch.Tensor, x_ND: torch.Tensor) -> torch.Tensor:
     """Maps plus vectors (B * H * W, D), in the maps' memory format. The vectors take no gradient.
 
-    On a CPU, large maps of different layouts add slowly: addresses that are powers of two apart share few cache lines.
-    Transposing one of them first, image by image, is 4 to 6 times faster at 64 x 64 x 256.
+    On a CPU, large maps of different layouts add slowly, as addresses that are powers of two apart share few cache
+    lines: transposing one of them first, image by image, is 4 to 6 times faster at 64 x 64 x 256.
     """
     B, D, H, W = z_BDHW.shape
     x_BND = x_ND.view(B, H * W, D)
@@ -98,24 +95,18 @@ def add_vectors(z_BDHW: torch.Tensor, x_ND: torch.Tensor) -> torch.Tensor:
 
 def perplexity(counts: torch.Tensor) -> torch.Tensor:
     """exp(entropy) of how often codes were used, (...) float64; counts (..., K). The original's formula (eps 1e-10)."""
-    p = counts.to(torch.float64) / counts.sum(-1, keepdim=True).clamp(min=1)
+    counts = in_float64(counts)
+    p = counts / counts.sum(-1, keepdim=True).clamp(min=1)
     return torch.exp(-(p * torch.log(p + 1e-10)).sum(-1))
 
 
 class Quantizer(nn.Module):
-    """What AugVAE asks of a quantiser; `QUANTIZERS` holds the classes that answer. All levels share one instance.
-
-    Attributes:
-        codebook_size: K, the number of codes: 0 to K - 1.
-    """
+    """The base class of `QUANTIZERS`. All levels share one instance, with K = `codebook_size` codes."""
 
     codebook_size: int
 
     def forward(self, z_BDHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Quantise maps; in training mode a codebook may learn from them.
-
-        Args:
-            z_BDHW: the encoder's vectors, of any floating-point type.
+        """Quantise maps of any floating-point type; in training mode a codebook may learn from them.
 
         Returns:
             z_q (B, D, H, W) of z's type, whose gradient reaches z; codes (B, H, W) int64; loss (), to be added.
@@ -140,13 +131,12 @@ class Quantizer(nn.Module):
 
 
 class Codebook(nn.Module):
-    """K code vectors of length D, and the two moving averages whose ratio they are.
+    """K = num_tokens code vectors of length D = dim, and the two moving averages whose ratio they are.
 
     State-dict names are the release's: `weight` (K, D), `cluster_size` (K,), `embed_avg` (K, D). All stay float32 when
-    the model is cast to half precision, which would round small increments away.
+    the model is cast to half precision.
 
     Args:
-        num_tokens, dim: K and D.
         decay: of the moving averages, per update.
         eps: Laplace smoothing of the cluster sizes.
         restart_threshold: codes with a smaller cluster size are moved onto encoder outputs; 0 never does.
@@ -200,10 +190,9 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def update(self, z_ND: torch.Tensor, indices_N: torch.Tensor) -> None:
-        """One step of the moving averages, from the vectors z_ND and their codes on all processes.
+        """One step of the moving averages, from the vectors and codes of all processes.
 
-        All processes then hold the same codebook. Under torch.distributed this is a collective: every process must call
-        it, in the same order.
+        A collective under torch.distributed, after which all processes hold the same codebook.
         """
         K, D = self.weight.shape
         # one tensor for both statistics, so that one all-reduce is enough
@@ -223,10 +212,7 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def initialise(self, z_ND: torch.Tensor) -> None:
-        """Set every code to a random vector of z_ND; if there are fewer vectors than codes, they repeat.
-
-        All processes then hold the same codebook. A collective under torch.distributed, as `update`.
-        """
+        """Set every code to a random vector of z_ND, which repeat if there are too few. A collective, as `update`."""
         candidates_MD = self._candidates(z_ND, len(self.weight))
         order_K = torch.arange(len(self.weight), device=z_ND.device) % len(candidates_MD)
         self.weight.copy_(candidates_MD[order_K])
@@ -252,7 +238,7 @@ class Codebook(nn.Module):
     def _restart(self, z_ND: torch.Tensor) -> None:
         """Move codes that are no longer used onto encoder outputs, with averages to match (Jukebox, section 3.2).
 
-        No tensor's size depends on the data: the nth dead code takes the nth candidate.
+        The nth dead code takes the nth candidate, so that no tensor's size depends on the data.
         """
         dead_K = torch.lt(self.cluster_size, self.restart_threshold)
         candidates_MD = self._candidates(z_ND, 256)
@@ -267,31 +253,23 @@ class Codebook(nn.Module):
 
 
 class EMAQuantizer(Quantizer):
-    """Nearest code, straight-through gradient, commitment loss; in training mode the codebook learns.
-
-    Args:
-        embedding: the codebook; the name is the release's.
-        beta: weight of the commitment loss.
-    """
+    """Nearest code, straight-through gradient, commitment loss times beta; in training mode the codebook learns."""
 
     def __init__(self, embedding: Codebook, beta: float):
         super().__init__()
-        self.embedding = embedding
+        self.embedding = embedding  # the release's name
         self.codebook_size = len(embedding.weight)
         self.beta = beta
 
     @classmethod
     def from_config(cls, config: AugVAEConfig) -> EMAQuantizer:
-        """A quantiser with the codebook that the quant_* settings describe."""
         c = config
         codebook = Codebook(c.num_tokens, c.codebook_dim, c.quant_ema_decay, c.quant_ema_eps, c.restart_threshold)
         return cls(codebook, c.quant_beta)
 
     @torch.compiler.disable  # collectives and in-place statistics; the convolutions around it are what compiles
     def forward(self, z_BDHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """As `Quantizer.forward`; the loss is the commitment loss, times beta."""
-        B, D, H, W = z_BDHW.shape
-        dtype = z_BDHW.dtype
+        (B, D, H, W), dtype = z_BDHW.shape, z_BDHW.dtype
         if dtype in LOW_PRECISION:
             z_BDHW = z_BDHW.float()
         z_ND = to_vectors(z_BDHW)
@@ -323,11 +301,7 @@ QUANTIZERS: dict[str, Callable[[AugVAEConfig], Quantizer]] = {"ema": EMAQuantize
 
 
 def make_quantizer(config: AugVAEConfig) -> Quantizer:
-    """The quantiser that `config.quantizer` names.
-
-    Raises:
-        ConfigError: `QUANTIZERS` has no such entry, or its number of codes is not num_tokens.
-    """
+    """The quantiser that `config.quantizer` names; ConfigError if there is none, or its size is not num_tokens."""
     name = config.quantizer
     if name not in QUANTIZERS:
         raise ConfigError(f"quantizer is {name!r}; it must be one of: {', '.join(QUANTIZERS)}.")

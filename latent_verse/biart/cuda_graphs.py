@@ -14,10 +14,8 @@ from torch import nn
 
 
 def can_capture(model: nn.Module, device: torch.device) -> bool:
-    """Whether a decoding step of `model` can become a CUDA graph.
-
-    Not under autocast, whose cache of cast weights may be freed between two replays, and not with sharded parameters,
-    which are gathered anew in every step.
+    """Whether decoding steps can become CUDA graphs: not under autocast, whose cache of cast weights may be freed
+    between two replays, and not with sharded parameters, which are gathered anew in every step.
     """
     if device.type != "cuda" or torch.is_autocast_enabled("cuda"):
         return False
@@ -28,11 +26,9 @@ class CUDAGraphs:
     """Calls `step(slots)`; with `capture` as CUDA graphs, one for each number of slots.
 
     The first call with a number of slots runs `step` itself, which initialises what a capture must not wait for. The
-    second call captures it, and all later ones replay the graph. If a capture fails, a warning says so and `step` runs
-    without graphs from then on.
-
-    A graph repeats the same kernels on the same memory. So `step` has to keep everything that changes between calls in
-    tensors that it updates in place, and must not wait for the device.
+    second call captures it, and all later ones replay the graph. If a capture fails, `step` runs without graphs, with a
+    warning. `step` has to keep everything that changes between calls in tensors that it updates in place, and must not
+    wait for the device.
     """
 
     def __init__(self, step: Callable[[int], None], capture: bool):
@@ -43,7 +39,6 @@ class CUDAGraphs:
             self._stream, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
 
     def __call__(self, slots: int) -> None:
-        """Run the step that reads `slots` slots of the cache."""
         if self.capture and slots in self._warm and slots not in self._graphs:
             self._capture(slots)
         if not self.capture:

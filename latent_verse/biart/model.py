@@ -3,8 +3,8 @@
 Shape suffixes: B batch, T positions, C channels (n_embd), H heads, D channels per head, V classes, M tokens, S slots,
 F = 4 C.
 
-It differs from minGPT in three ways: a segment embedding, attention by `scaled_dot_product_attention`, and a head that
-computes the logits of one modality only, since the layout (`sequence.py`) says which modality comes next.
+Unlike minGPT it has a segment embedding, attention by `scaled_dot_product_attention`, and a head that computes the
+logits of one modality only, since the layout (`sequence.py`) says which modality comes next.
 """
 
 from __future__ import annotations
@@ -24,9 +24,7 @@ from latent_verse.nn.activation_checkpointing import ActivationCheckpointing
 
 
 def loss_weights(reference_weight: float, text: float = 1.0, image: float = 1.0) -> dict[str, float]:
-    """Weights for `BiART.loss`: `text` and `image` where the modality is the target, and `reference_weight` times that
-    where it is the reference.
-    """
+    """For `BiART.loss`: `text` and `image` where the modality is the target, `reference_weight` times it elsewhere."""
     own = {"text": text, "image": image}
     return {
         f"{direction}/{modality}": own[modality] * (1.0 if modality == target_modality(direction) else reference_weight)
@@ -39,18 +37,13 @@ class KVCache:
     """Keys and values of all blocks, allocated once as in gpt-fast.
 
     Args:
-        bucket: the number of slots that a decoding step reads is a multiple of this. 1 reads the filled slots only,
-            which is the least work and the default on a CPU. A larger bucket reads some empty slots and masks them, so
-            that many steps have the same shapes, as CUDA graphs need: the default on a GPU is 128.
+        bucket: the number of slots that a decoding step reads is a multiple of this. 1, the default on a CPU, reads the
+            filled slots only. A larger one also reads and masks empty slots, so that many steps have the same shapes,
+            as CUDA graphs need; the default on a GPU is 128.
     """
 
     def __init__(
-        self,
-        config: BiARTConfig,
-        batch: int,
-        device: torch.device | str,
-        dtype: torch.dtype,
-        bucket: int | None = None,
+        self, config: BiARTConfig, batch: int, device: torch.device | str, dtype: torch.dtype, bucket: int | None = None
     ):
         self.bucket = bucket or (128 if torch.device(device).type == "cuda" else 1)
         slots = math.ceil(Vocabulary.of(config).input_len / self.bucket) * self.bucket
@@ -71,7 +64,7 @@ class KVCache:
 
 
 class Past(NamedTuple):
-    """One block's part of the cache, the slots that this step writes (pos_T), and the number of slots that it reads."""
+    """One block's part of the cache, and which slots a step writes (pos_T) and how many it reads."""
 
     k_BHSD: Tensor
     v_BHSD: Tensor
@@ -108,8 +101,7 @@ class Attention(nn.Module):
 class Block(ActivationCheckpointing):
     """x + attention(norm x), then x + MLP(norm x).
 
-    Activation checkpointing recomputes the outputs of the second norm and of GELU, a third of what a block otherwise
-    keeps for the backward pass.
+    Activation checkpointing recomputes the outputs of the second norm and of GELU, a third of what a block keeps.
     """
 
     def __init__(self, config: BiARTConfig):
@@ -171,36 +163,37 @@ class BiART(nn.Module):
 
     # -------------------------------------------------------------------------------------------------- forward pass
 
-    def positions(self, pos_T: Tensor, image_first_B1: Tensor) -> Tensor:
-        """The position embeddings of the places pos_T in the sequence, (T, C), or (B, T, C) by modality.
+    def positions(self, places: slice | Tensor, image_first_B1: Tensor) -> Tensor:
+        """The position embeddings of T places in the sequence, (T, C), or (B, T, C) by modality.
 
         Training, prefill and decoding all call this: another position encoding replaces it here.
 
         Args:
+            places: what a table of all places is indexed with. A whole sequence gives a slice, whose gradient costs
+                half as much as a look-up's; decoding gives places_T.
             image_first_B1: which rows begin with the image.
         """
-        if self.config.pos_by_modality:  # text has the first L + 1 rows of the table, whichever modality comes first
-            turned_T = (pos_T + self.vocab.text_len + 1) % self.pos_emb.shape[1]
-            pos_T = torch.where(image_first_B1, turned_T, pos_T)
-        return F.embedding(pos_T, self.pos_emb[0])
+        table_PC = self.pos_emb[0]
+        if not self.config.pos_by_modality:
+            return table_PC[places]
+        # text has the first L + 1 rows of the table, whichever modality comes first
+        place_T = torch.arange(len(table_PC), device=table_PC.device)[places]
+        turned_T = (place_T + self.vocab.text_len + 1) % len(table_PC)
+        return F.embedding(torch.where(image_first_B1, turned_T, place_T), table_PC)
 
-    def _embed(self, idx_BT: Tensor, seg_BT: Tensor, pos_T: Tensor, image_first_B1: Tensor) -> Tensor:
-        return self.drop(self.tok_emb(idx_BT) + self.seg_emb(seg_BT) + self.positions(pos_T, image_first_B1))
+    def _embed(self, idx_BT: Tensor, seg_BT: Tensor, places: slice | Tensor, image_first_B1: Tensor) -> Tensor:
+        return self.drop(self.tok_emb(idx_BT) + self.seg_emb(seg_BT) + self.positions(places, image_first_B1))
 
     def features(self, idx_BT: Tensor, seg_BT: Tensor) -> Tensor:
         """Joint ids and segments -> features_BTC, from which the heads read the next token."""
-        pos_T = torch.arange(idx_BT.shape[1], device=idx_BT.device)
-        x_BTC = self._embed(idx_BT, seg_BT, pos_T, idx_BT[:, :1] == self.vocab.begin_image)
+        x_BTC = self._embed(idx_BT, seg_BT, slice(idx_BT.shape[1]), idx_BT[:, :1] == self.vocab.begin_image)
         for block in self.blocks:
             x_BTC = self.call_block(block, x_BTC)
         return self.ln_f(x_BTC)
 
     @staticmethod
     def call_block(block: nn.Module, x_BTC: Tensor) -> Tensor:
-        """block(x_BTC). Training may replace this function with a compiled one, which serves all blocks.
-
-        Cached decoding calls the blocks directly, or each number of slots would be compiled.
-        """
+        """block(x_BTC). Training may compile this function; cached decoding, with its changing shapes, bypasses it."""
         return block(x_BTC)
 
     def forward(self, idx_BT: Tensor, seg_BT: Tensor) -> Tensor:
@@ -224,8 +217,8 @@ class BiART(nn.Module):
 
         Args:
             weight_VC: from `head_weight`.
-            chunk: compute the logits of so many tokens at a time, and again in the backward pass. This takes a fraction
-                of the head's memory and about a third more of its FLOPs.
+            chunk: compute the logits of so many tokens at a time, and again in the backward pass: a fraction of the
+                head's memory for a third more of its FLOPs.
         """
 
         def nll(x_MC: Tensor, class_M: Tensor) -> Tensor:
@@ -234,11 +227,8 @@ class BiART(nn.Module):
         x_MC, class_M = features_BTC.flatten(0, 1), class_BT.flatten()
         if chunk is None or len(x_MC) <= chunk:
             return nll(x_MC, class_M).view_as(class_BT)
-        pieces = [
-            checkpoint(nll, x, c, use_reentrant=False)
-            for x, c in zip(x_MC.split(chunk), class_M.split(chunk), strict=True)
-        ]
-        return torch.cat(pieces).view_as(class_BT)
+        chunks = zip(x_MC.split(chunk), class_M.split(chunk), strict=True)
+        return torch.cat([checkpoint(nll, *pair, use_reentrant=False) for pair in chunks]).view_as(class_BT)
 
     def loss(
         self,
@@ -249,21 +239,18 @@ class BiART(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum of the cross-entropies of text and image in both directions.
 
-        Each is a mean over its counted tokens, so that a long modality does not outweigh a short one. Directions are
-        weighted by their share of the rows.
+        Each is a mean over its counted tokens, so that a long modality does not outweigh a short one, and is also
+        weighted by its direction's share of the rows.
 
         Args:
-            weights: for each "direction/modality", the weight of its mean, the direction's share of the rows not
-                included. 0 leaves that head out. See `loss_weights`.
+            weights: of each "direction/modality", as `loss_weights` gives them; 0 leaves that head out. KeyError if the
+                batch has one without a weight.
             chunk: see `token_losses`.
             token_share: for each "direction/modality", this process's number of counted tokens (`Sequences.counted`)
                 over the mean number of all processes, so that the mean of their losses is a mean over all their tokens.
 
         Returns:
             The loss, and the mean of each "direction/modality" that was computed, detached, in nats per token.
-
-        Raises:
-            KeyError: a "direction/modality" of the batch has no weight.
         """
         features_BTC = self.features(sequences.idx_BT, sequences.seg_BT)
         total, means = features_BTC.new_zeros((), dtype=torch.float32), {}
@@ -294,11 +281,9 @@ class BiART(nn.Module):
         return self._cached(idx_BT, seg_BT, cache, pos_T, slots=idx_BT.shape[1], mask_TS=None)
 
     def decode(self, idx_B1: Tensor, seg_B1: Tensor, cache: KVCache, pos_1: Tensor, slots: int) -> Tensor:
-        """Read one more token -> features_B1C. Shapes depend on `slots` alone, and nothing waits for the device.
+        """Read one more token, at position pos_1 -> features_B1C. `slots` is cache.slots(position).
 
-        Args:
-            pos_1: the token's position.
-            slots: cache.slots(position).
+        Shapes depend on `slots` alone, and nothing waits for the device.
         """
         mask_TS = None
         if cache.bucket > 1:  # additive, because every block would convert a boolean mask to that
@@ -330,8 +315,8 @@ class BiART(nn.Module):
     def flops_per_token(self) -> float:
         """FLOPs of forward and backward pass per input position, for MFU; counted as in PaLM, appendix B.
 
-        6 per weight of a matrix product, and 12 n_layer n_embd T for attention, as if it were not causal. Of the head
-        counts what a position uses on average: its own modality's rows. Embeddings and recomputation count nothing.
+        6 per weight of a matrix product, with the head's rows of a position's own modality, and 12 n_layer n_embd T for
+        attention, as if it were not causal. Embeddings and recomputation count nothing.
         """
         c, T = self.config, self.vocab.input_len
         head = sum(self.vocab.length(m) * self.vocab.num_classes(m) for m in MODALITIES) * c.n_embd / T

@@ -21,6 +21,7 @@ from latent_verse.biart.cuda_graphs import CUDAGraphs, can_capture
 from latent_verse.biart.model import BiART, KVCache
 from latent_verse.biart.sequence import IGNORE, IMAGE_TO_TEXT, TEXT_TO_IMAGE, Direction, Modality, target_modality
 from latent_verse.config import SamplingSettings
+from latent_verse.nn.precision import in_float64
 
 
 class NotFinite(ValueError):
@@ -37,14 +38,10 @@ class Likelihood(NamedTuple):
 def check_settings(
     temperature: float, top_k: int | None, top_p: float | None, guidance: float, num_classes: int, null_trained: bool
 ) -> None:
-    """Check sampling settings.
+    """ValueError if a setting is out of range, or needs dropped references in training (`null_trained`).
 
     Args:
         num_classes: of the target modality's head.
-        null_trained: whether training dropped references, which guidance needs.
-
-    Raises:
-        ValueError: a setting is out of range, or guidance is asked of a model that was trained without it.
     """
     SamplingSettings(temperature, top_k, top_p, guidance)
     if top_k is not None and top_k > num_classes:
@@ -59,11 +56,10 @@ def check_settings(
 def choose(
     logits_BV: Tensor, u_B: Tensor | None, temperature: float, top_k: int | None = None, top_p: float | None = None
 ) -> Tensor:
-    """Sample class_B from logits: invert the cumulative distribution at u_B, uniform in [0, 1).
+    """Sample class_B from logits: invert the cumulative distribution at u_B, uniform in [0, 1), each its own row's.
 
     top_k keeps the k likeliest classes. top_p then keeps the smallest set of them whose probability reaches p (Holtzman
-    et al., 2020). At temperature 0, or without u_B, the likeliest class is taken. With one uniform number a token, a
-    sample does not depend on its batch.
+    et al., 2020). At temperature 0, or without u_B, the likeliest class is taken.
     """
     logits_BV = logits_BV.float()
     if temperature == 0 or u_B is None:
@@ -151,10 +147,9 @@ def generate(
     """Sample one target for every reference -> codes_BN, or text_BL (text ids, padded after the end), int64.
 
     Args:
-        reference: text_BL as `Vocabulary.pad_text` makes it (text_to_image) or codes_BN (image_to_text). For rows of
-            `null` (`Vocabulary.null_reference`) the target is sampled without a reference.
+        reference: text_BL (text_to_image) or codes_BN (image_to_text), or `Vocabulary.null_reference` to do without.
         temperature, top_k, top_p: see `choose`.
-        guidance: g samples from null + g * (given - null), at twice the work unless g is 1.
+        guidance: see `guide`; twice the work unless it is 1.
         seed: sample i has a random stream of its own, from seed + i, or from seed[i] of a sequence, so that neither the
             size of the batch nor the other samples change it. None takes torch's global generator.
         prefix_BK: the first K tokens of the target, which are kept.
@@ -242,9 +237,8 @@ def beam_search(
 ) -> tuple[Tensor, Tensor]:
     """The likeliest caption that `beam_size` beams find: text_BL (padded after the end), and its score_B.
 
-    A caption's score is log p(text | image) divided by its number of tokens, the end included, to the power of
-    `length_penalty`. 0 compares sums; 1 compares means per token, which favours longer captions. The search is exact if
-    beam_size is at least the number of all unfinished captions.
+    The score is log p(text | image) / tokens**length_penalty, the end of the text counted: 0 compares sums, 1 means per
+    token, which favours longer captions. With as many beams as there are unfinished captions the search is exact.
 
     Raises:
         NotFinite: the logits are not finite.
@@ -276,15 +270,19 @@ def beam_search(
         best_BL, best_B = text_BWL[:, 0].clone(), torch.full((batch,), -math.inf, device=device)
         sum_BW = torch.full((batch, beam_size), -math.inf, device=device)
         sum_BW[:, 0] = 0  # all beams are still the same, empty caption
+
+        def best_with(score_BW: Tensor) -> tuple[Tensor, Tensor]:
+            """The best caption of those that ended before and those of text_BWL, which have score_BW, and its score."""
+            score_B, beam_B = score_BW.max(dim=1)
+            text_BL = text_BWL[torch.arange(batch, device=device), beam_B]
+            better_B = score_B > best_B
+            return torch.where(better_B[:, None], text_BL, best_BL), torch.where(better_B, score_B, best_B)
+
         for step in range(L):
             log_p_RV = F.linear(feature_RC, weight_VC).float().log_softmax(dim=-1)
             _check_finite(~log_p_RV.isfinite().all())
             score_BWV = sum_BW[:, :, None] + log_p_RV.view(batch, beam_size, V + 1)
-            # The best caption that ends here, against the best that ended before.
-            ended_B, beam_B = (score_BWV[:, :, V] / (step + 1) ** length_penalty).max(dim=1)
-            ended_BL = text_BWL[torch.arange(batch, device=device), beam_B]
-            better_B = ended_B > best_B
-            best_BL, best_B = torch.where(better_B[:, None], ended_BL, best_BL), torch.where(better_B, ended_B, best_B)
+            best_BL, best_B = best_with(score_BWV[:, :, V] / (step + 1) ** length_penalty)
             # The likeliest beams that continue.
             open_BM = score_BWV[:, :, :V].flatten(1)
             sum_BM, flat_BM = open_BM.topk(min(beam_size, open_BM.shape[1]), dim=1)
@@ -301,17 +299,12 @@ def beam_search(
             feature_RC = model.decode(token_BW.view(-1, 1), seg_R1, cache, pos_1, cache.slots(position))[:, 0]
             position += 1
         if step + 1 == L:  # captions that fill text_len have no end token
-            full_B, beam_B = (sum_BW / L**length_penalty).max(dim=1)
-            full_BL = text_BWL[torch.arange(batch, device=device), beam_B]
-            better_B = full_B > best_B
-            best_BL, best_B = torch.where(better_B[:, None], full_BL, best_BL), torch.where(better_B, full_B, best_B)
+            best_BL, best_B = best_with(sum_BW / L**length_penalty)
     return best_BL, best_B
 
 
 def log_likelihood(model: BiART, text_BL: Tensor, codes_BN: Tensor, given: Modality, alone: bool = False) -> Likelihood:
-    """log p(codes | text) for given="text", log p(text | codes) with the text's end for given="image"; in nats.
-
-    With given="image" this re-ranks images sampled for a text.
+    """log p(codes | text) for given="text", log p(text and its end | codes) for given="image"; in nats.
 
     Args:
         alone: drop what is given, as reference dropout does in training: log p of the target by itself.
@@ -332,6 +325,6 @@ def log_likelihood(model: BiART, text_BL: Tensor, codes_BN: Tensor, given: Modal
         feature_BTC = feature_BTC[:, model.vocab.positions(direction, modality)]
         tokens_BT = -model.token_losses(feature_BTC, class_BT, model.head_weight(modality))
     tokens_BT = tokens_BT.masked_fill(class_BT == IGNORE, 0.0)
-    total_B = tokens_BT.double().sum(dim=1).float()  # of 1,024 terms: the differences that rank images are small
+    total_B = in_float64(tokens_BT).sum(dim=1).float()  # of 1,024 terms: the differences that rank images are small
     _check_finite(~total_B.isfinite().all())
-    return Likelihood(total_B, tokens_BT)
+    return Likelihood(total_B.to(device), tokens_BT)

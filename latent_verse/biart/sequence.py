@@ -31,11 +31,7 @@ IGNORE = -100  # the class that a cross-entropy leaves out (torch's default igno
 
 
 def target_modality(direction: Direction) -> Modality:
-    """What `direction` generates.
-
-    Raises:
-        ValueError: there is no such direction.
-    """
+    """What `direction` generates; ValueError if there is no such direction."""
     if direction not in DIRECTIONS:
         raise ValueError(f"direction is {direction!r}; it must be one of {', '.join(DIRECTIONS)}.")
     return "image" if direction == TEXT_TO_IMAGE else "text"
@@ -59,9 +55,8 @@ class Sequences:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Sequences:
         """The same batch on `device`."""
-        idx_BT, seg_BT, text_BL, codes_BN = (
-            t.to(device, non_blocking=non_blocking) for t in (self.idx_BT, self.seg_BT, self.text_BL, self.codes_BN)
-        )
+        tensors = (self.idx_BT, self.seg_BT, self.text_BL, self.codes_BN)
+        idx_BT, seg_BT, text_BL, codes_BN = (t.to(device, non_blocking=non_blocking) for t in tensors)
         return Sequences(idx_BT, seg_BT, text_BL, codes_BN, self.num_text_to_image)
 
     def classes(self, modality: Modality) -> Tensor:
@@ -97,37 +92,30 @@ class Vocabulary:
 
     @classmethod
     def of(cls, config: BiARTConfig) -> Vocabulary:
-        """The vocabulary and lengths of a transformer."""
         return cls(config.text_vocab, config.image_vocab, config.text_len, config.image_len)
 
     @property
     def image_start(self) -> int:
-        """The first code's id."""
         return self.text_vocab
 
     @property
     def pad(self) -> int:
-        """Fills captions; the first one ends the text."""
         return self.text_vocab + self.image_vocab
 
     @property
     def begin_text(self) -> int:
-        """Begins every text."""
         return self.pad + 1
 
     @property
     def begin_image(self) -> int:
-        """Begins every image."""
         return self.pad + 2
 
     @property
     def null(self) -> int:
-        """Replaces hidden tokens."""
         return self.pad + 3
 
     @property
     def size(self) -> int:
-        """Number of joint ids."""
         return self.pad + 4
 
     @property
@@ -152,11 +140,7 @@ class Vocabulary:
     # ------------------------------------------------------------------------------------------------------ tokens
 
     def pad_text(self, ids: Sequence[Sequence[int]], truncate: bool = False) -> Tensor:
-        """Lists of text ids -> text_BL, padded with `pad`.
-
-        Raises:
-            ValueError: an id is out of range, or a text is longer than text_len and `truncate` does not cut it.
-        """
+        """Lists of text ids -> text_BL; ValueError for other ids, and for long texts that `truncate` does not cut."""
         text_BL = torch.full((len(ids), self.text_len), self.pad, dtype=torch.long)
         for row, tokens in enumerate(ids):
             if len(tokens) > self.text_len and not truncate:
@@ -178,11 +162,7 @@ class Vocabulary:
         return torch.full((batch, length), self.null, dtype=torch.long, device=device)
 
     def check_text(self, text_BL: Tensor, allow_null: bool = False) -> None:
-        """Check that each row of text_BL holds text ids and then only pads, or with `allow_null` only nulls.
-
-        Raises:
-            ValueError: it has another shape or holds other ids.
-        """
+        """ValueError unless each row of text_BL has text ids and then only pads, or with `allow_null` only nulls."""
         if text_BL.dim() != 2 or text_BL.shape[1] != self.text_len:
             raise ValueError(
                 f"text has shape {tuple(text_BL.shape)}; it must be (batch, text_len={self.text_len}): see pad_text."
@@ -199,16 +179,11 @@ class Vocabulary:
         if bool((is_pad[:, :-1] & ~is_pad[:, 1:]).any()):
             raise ValueError("text continues after a pad: only the end of a row may be padded.")
 
-    def check_codes(self, codes_BN: Tensor, length: int | None = None, allow_null: bool = False) -> None:
-        """Check that codes_BN holds codes, (B, length), or with `allow_null` rows of nulls. Default length: image_len.
-
-        Raises:
-            ValueError: it has another shape or holds other ids.
-        """
-        length = self.image_len if length is None else length
-        if codes_BN.dim() != 2 or codes_BN.shape[1] != length:
+    def check_codes(self, codes_BN: Tensor, allow_null: bool = False) -> None:
+        """ValueError unless each row of codes_BN has only codes, or with `allow_null` only nulls."""
+        if codes_BN.dim() != 2 or codes_BN.shape[1] != self.image_len:
             raise ValueError(
-                f"codes have shape {tuple(codes_BN.shape)}; they must be (batch, {length}): "
+                f"codes have shape {tuple(codes_BN.shape)}; they must be (batch, {self.image_len}): "
                 "check that the AugVAE and the image size are those BiART was built for."
             )
         allowed = (codes_BN >= 0) & (codes_BN < self.image_vocab)
@@ -252,13 +227,12 @@ class Vocabulary:
         """Pairs of text and codes -> what the network reads and what it has to predict.
 
         Args:
-            direction: one of DIRECTIONS, or how many of the first rows are text_to_image, the rest being image_to_text.
-                Both directions are in every batch; a constant number keeps every shape static.
-            reference_dropout: the probability that a sample's reference is dropped: all its tokens become `null`, its
-                begin token stays, and its loss is left out.
-            word_dropout, code_dropout: the share of the tokens of generated texts and images that the tokens after
-                them see as `null`, more in some rows and fewer in others. They are still predicted (Bowman et al.,
-                2016), from the reference rather than from the tokens before them.
+            direction: one of DIRECTIONS, or how many of the first rows are text_to_image, the others image_to_text; a
+                constant number keeps every shape static.
+            reference_dropout: the probability that all tokens of a sample's reference become `null`, except its begin
+                token, and that its loss is left out.
+            word_dropout, code_dropout: the share of the tokens of target texts and images that the tokens after them
+                see as `null`, more in some rows and fewer in others. They are still predicted (Bowman et al., 2016).
             generator: makes the random choices reproducible; on the CPU.
             validate: check that ids are in range, which waits for the GPU if the tensors are on one.
 
@@ -272,16 +246,14 @@ class Vocabulary:
         batch, device = len(text_BL), text_BL.device
         if len(codes_BN) != batch:
             raise ValueError(f"There are {batch} texts but codes of {len(codes_BN)} images: they must come in pairs.")
-        if isinstance(direction, str):
-            direction = batch if target_modality(direction) == "image" else 0
-        if not 0 <= direction <= batch:
-            raise ValueError(f"direction asks for {direction} rows text_to_image in a batch of {batch}.")
+        n = batch * (target_modality(direction) == "image") if isinstance(direction, str) else direction
+        if not 0 <= n <= batch:
+            raise ValueError(f"direction asks for {n} rows text_to_image in a batch of {batch}.")
         if not 0 <= reference_dropout <= 1:
             raise ValueError(f"reference_dropout is {reference_dropout}; it is a probability.")
         for name, share in (("word_dropout", word_dropout), ("code_dropout", code_dropout)):
             if not 0 <= share <= 0.5:
                 raise ValueError(f"{name} is {share}; it must lie between 0 and 0.5.")
-        n = direction
 
         # The first pad is learnt as the end of the text; what follows it is not.
         is_pad_BL = text_BL == self.pad
@@ -302,12 +274,8 @@ class Vocabulary:
         image = torch.cat([torch.full_like(image_BN[:, :1], self.begin_image), image_BN], dim=1)
         forth, back = torch.cat([text[:n], image[:n]], dim=1), torch.cat([image[n:], text[n:]], dim=1)
         idx_BT = torch.cat([forth, back])[:, :-1].contiguous()
-        seg_BT = torch.cat(
-            [
-                self.segments(TEXT_TO_IMAGE, device).expand(n, -1),
-                self.segments(IMAGE_TO_TEXT, device).expand(batch - n, -1),
-            ]
-        )
+        first_T, second_T = (self.segments(direction, device) for direction in DIRECTIONS)
+        seg_BT = torch.cat([first_T.expand(n, -1), second_T.expand(batch - n, -1)])
         packed = Sequences(idx_BT, seg_BT, text_class_BL, image_class_BN, n)
         for part, rows in packed.parts():
             share = code_dropout if part == TEXT_TO_IMAGE else word_dropout
@@ -323,7 +291,7 @@ class Vocabulary:
         """What is known before sampling: begin token, reference, begin token, and any first K tokens of the target.
 
         Args:
-            reference: text_BL or codes_BN, by `direction`. Each row is either real or all `null`.
+            reference: text_BL or codes_BN, by `direction`; all `null` in rows without a reference.
             prefix_BK: codes, or text ids without pads.
 
         Returns:
@@ -353,8 +321,7 @@ class Vocabulary:
             if bool(((classes_BK < 0) | (classes_BK >= limit)).any()):
                 raise ValueError(f"the prefix contains ids outside of [0, {limit}), the {modality} vocabulary.")
             parts.append(self.to_ids(classes_BK, modality))
-        idx_BT = torch.cat(parts, dim=1)
         # If the prefix is the whole target, its last token is not read: nothing comes after it.
-        idx_BT = idx_BT[:, : self.input_len]
+        idx_BT = torch.cat(parts, dim=1)[:, : self.input_len]
         seg_BT = self.segments(direction, idx_BT.device)[: idx_BT.shape[1]].expand(len(idx_BT), -1)
         return idx_BT, seg_BT

@@ -1,7 +1,6 @@
 """Tokenizers: CLIP's byte-pair vocabulary, and a small byte-level BPE trained on the user's own captions.
 
-Both give plain ids, without start, end or padding: BiART adds its own special tokens after `vocab_size` (see
-`biart/sequence.py`). An empty caption has no ids.
+Both give plain ids, without start, end or padding, which BiART adds (see `biart/sequence.py`).
 
     tokenizer = load_tokenizer("clip")                          # or the folder of a run or bundle
     tokenizer = BPETokenizer.train(captions, vocab_size=2000)
@@ -55,7 +54,7 @@ class PackedTokenizer(TypedDict):
 
 
 class Tokenizer:
-    """What both tokenizers share; a subclass adds `name`, `_ids`, `decode` and `save`.
+    """What both tokenizers share; a subclass adds `name`, `_ids` and `decode`.
 
     Attributes:
         vocab_size: ids are in [0, vocab_size).
@@ -69,36 +68,30 @@ class Tokenizer:
         self.vocab_size: int = bpe.get_vocab_size()
         model = json.loads(bpe.to_str())["model"]
         ordered = sorted(model["vocab"].items(), key=lambda item: item[1])
-        digest = hashlib.sha256(json.dumps([ordered, model["merges"]]).encode())
-        self.fingerprint = digest.hexdigest()[:16]
+        self.fingerprint = hashlib.sha256(json.dumps([ordered, model["merges"]]).encode()).hexdigest()[:16]
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         raise NotImplementedError
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of one list of ids.
-
-        Raises:
-            TokenizerError: an id is outside the vocabulary.
-        """
+        """The text of one list of ids; TokenizerError for an id outside the vocabulary."""
         raise NotImplementedError
 
     def save(self, folder: str | Path) -> None:
         """Write a folder that `load_tokenizer` reads."""
-        raise NotImplementedError
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        meta = {"name": self.name, "vocab_size": self.vocab_size, "fingerprint": self.fingerprint}
+        (folder / META_FILE).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
 
     def encode(self, text: str) -> list[int]:
-        """The ids of one caption, of any length.
-
-        Raises:
-            TokenizerError: as `encode_batch`.
-        """
+        """The ids of one caption, of any length; TokenizerError as `encode_batch`."""
         return self.encode_batch([text])[0]
 
     def encode_batch(
         self, texts: Sequence[str], length: int | None = None, too_long: str = "truncate"
     ) -> list[list[int]]:
-        """The ids of each caption, without padding.
+        """The ids of each caption; none for an empty one.
 
         Args:
             length: the largest number of ids of a caption; None is no limit.
@@ -129,7 +122,7 @@ class Tokenizer:
         return batch
 
     def _cut(self, ids: list[int], length: int) -> list[int]:
-        """The first `length` ids, without the last few (up to three) where they are only a part of a character."""
+        """The first `length` ids, without the last few (up to three) if they are a part of a character."""
         cut = ids[:length]
         whole = self.decode(ids)
         for stop in range(length, max(length - 4, 0), -1):
@@ -151,21 +144,15 @@ class Tokenizer:
                 )
         return ids
 
-    def _save_meta(self, folder: str | Path) -> Path:
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        meta = {"name": self.name, "vocab_size": self.vocab_size, "fingerprint": self.fingerprint}
-        (folder / META_FILE).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-        return folder
-
     def __repr__(self) -> str:
         return f"{type(self).__name__}(vocab_size={self.vocab_size}, fingerprint={self.fingerprint!r})"
 
 
 class ClipTokenizer(Tokenizer):
-    """CLIP's vocabulary of 49,408 (Radford et al., 2021), cleaned and split as by open_clip: ftfy, HTML entities, one
-    space between words, lower case. `decode` gives that cleaned text with a space after every word and mark:
-    "It's 3.5" comes back as "it 's 3 . 5". The vocabulary is read from the installed package open_clip, offline.
+    """CLIP's vocabulary of 49,408 (Radford et al., 2021), read from the installed package open_clip.
+
+    Text is cleaned and split as by open_clip: ftfy, HTML entities, one space between words, lower case. `decode` adds a
+    space after every word and mark: "It's 3.5" comes back as "it 's 3 . 5".
 
     Raises:
         TokenizerError: open_clip is not installed.
@@ -201,26 +188,19 @@ class ClipTokenizer(Tokenizer):
         """The cleaned text, without CLIP's own start and end of text."""
         return self._bpe.decode(self._check_ids(ids)).replace(WORD_END, " ").strip()
 
-    def save(self, folder: str | Path) -> None:
-        """Write the name and the fingerprint, by which `load_tokenizer` checks open_clip's vocabulary."""
-        self._save_meta(folder)
-
 
 class BPETokenizer(Tokenizer):
-    """Byte-level BPE. Text is normalised: lower case, Unicode NFC, one space between words, none at the ends. After
-    that the round trip is exact for any Unicode text, because every byte has an id.
+    """Byte-level BPE, made by `train` or `load_tokenizer`.
 
-    Args:
-        bpe: what `train` or `load_tokenizer` made.
+    Text is normalised: lower case, Unicode NFC, one space between words, none at the ends. After that the round trip is
+    exact for any Unicode text, because every byte has an id.
     """
 
     name = "bpe"
 
     @classmethod
     def train(cls, captions: Iterable[str], vocab_size: int) -> BPETokenizer:
-        """Learn merges from captions; blank ones are skipped.
-
-        The result has at most `vocab_size` ids: fewer if no more pairs occur twice.
+        """Learn merges from captions, for at most `vocab_size` ids: fewer if no more pairs occur twice.
 
         Raises:
             TokenizerError: `vocab_size` is below 256, or no caption holds any text.
@@ -231,8 +211,7 @@ class BPETokenizer(Tokenizer):
             )
         if isinstance(captions, str):
             raise TokenizerError("train takes a list of captions, and was given a single string.")
-        captions = [_checked(text, i) for i, text in enumerate(captions)]
-        captions = [text for text in captions if text.strip()]
+        captions = [text for i, text in enumerate(captions) if _checked(text, i).strip()]
         if not captions:
             raise TokenizerError("There is no caption to train a tokenizer on: the list is empty or all are blank.")
         bpe = tokenizers.Tokenizer(models.BPE())
@@ -243,11 +222,9 @@ class BPETokenizer(Tokenizer):
         # The prefix space gives a word the same tokens wherever it stands; decode removes it.
         bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
         bpe.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
         trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            min_frequency=2,
-            show_progress=False,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            vocab_size=vocab_size, min_frequency=2, show_progress=False, initial_alphabet=alphabet
         )
         bpe.train_from_iterator(captions, trainer)
         return cls(bpe)
@@ -265,9 +242,9 @@ class BPETokenizer(Tokenizer):
         return self._bpe.decode(self._check_ids(ids)).removeprefix(" ")
 
     def save(self, folder: str | Path) -> None:
-        """Write tokenizer.json (the format of the `tokenizers` library) and the name and fingerprint beside it."""
-        folder = self._save_meta(folder)
-        self._bpe.save(str(folder / VOCABULARY_FILE))
+        """Write tokenizer.json, in the format of the `tokenizers` library, and the name and fingerprint beside it."""
+        super().save(folder)
+        self._bpe.save(str(Path(folder) / VOCABULARY_FILE))
 
 
 def load_tokenizer(name_or_dir: str | Path) -> Tokenizer:
@@ -305,11 +282,7 @@ def pack_tokenizer(tokenizer: Tokenizer) -> PackedTokenizer:
 
 
 def unpack_tokenizer(packed: PackedTokenizer) -> Tokenizer:
-    """The tokenizer that `pack_tokenizer` packed.
-
-    Raises:
-        TokenizerError: as `load_tokenizer`.
-    """
+    """The tokenizer that `pack_tokenizer` packed; TokenizerError as `load_tokenizer`."""
     with tempfile.TemporaryDirectory() as folder:
         for name, text in packed["files"].items():
             (Path(folder) / Path(name).name).write_text(text, encoding="utf-8")

@@ -1,8 +1,7 @@
-"""Sampling and scoring with BiART in batches that fit in memory; samples are reproducible by seed.
+"""Sampling and scoring of tokens with BiART in batches that fit in memory; samples are reproducible by seed.
 
-Integers in, integers out: `pipeline.py` turns images and texts into them and back. Shape suffixes: B samples,
-R references, S samples of each reference, W the samples kept of those, C candidates for each of them, K known codes,
-T tokens of a reference or a target, N image codes, L text tokens.
+Shape suffixes: B samples, R references, S samples of each reference, W the samples kept of those, C candidates for each
+of them, K known codes, T tokens of a reference or a target, N image codes, L text tokens.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from latent_verse.biart.model import BiART
 from latent_verse.biart.sampling import beam_search, check_settings, generate, log_likelihood
-from latent_verse.biart.sequence import target_modality
+from latent_verse.biart.sequence import Direction, Modality, target_modality
 from latent_verse.config import ConfigError, SamplingSettings
 from latent_verse.data.transforms import mix_seed
 from latent_verse.progress import progress_bar
@@ -32,7 +31,6 @@ class Sampler:
     """BiART with what many samples need: batches by memory, a seed for each sample, re-ranking, a progress bar.
 
     Attributes:
-        biart: the model; its mode and its gradients are left alone.
         null_trained: whether training dropped references, which guidance and sampling without a reference need.
         batch_size: samples at a time; None chooses by memory.
         progress: show a progress bar on stderr, if that is a terminal.
@@ -43,12 +41,8 @@ class Sampler:
     batch_size: int | None = None
     progress: bool = False
 
-    def check(self, direction: str, num: int, sampling: SamplingSettings, rerank: int = 0) -> None:
-        """Refuse settings that do not suit the model or each other, before anything is computed.
-
-        Raises:
-            ConfigError: a setting is too large, has no effect, or needs a model that was trained differently.
-        """
+    def check(self, direction: Direction, num: int, sampling: SamplingSettings, rerank: int = 0) -> None:
+        """ConfigError if a setting is out of range, has no effect, or needs a model that was trained differently."""
         modality = target_modality(direction)
         classes = self.biart.vocab.num_classes(modality)
         try:
@@ -67,7 +61,7 @@ class Sampler:
     def sample(
         self,
         reference_RT: Tensor,
-        direction: str,
+        direction: Direction,
         num: int,
         sampling: SamplingSettings,
         seed: int | None,
@@ -90,9 +84,8 @@ class Sampler:
         prefix_BK = None if prefix_RK is None else repeat(prefix_RK, "R K -> (R S) K", S=samples)
         modality = target_modality(direction)
         tokens, parts = self.biart.vocab.length(modality), []
-        with progress_bar(
-            what=f"sampling {modality}s", total=len(reference_BT) * tokens, unit="token", shown=self.progress
-        ) as bar:
+        what, total = f"sampling {modality}s", len(reference_BT) * tokens
+        with progress_bar(what=what, total=total, unit="token", shown=self.progress) as bar:
             for rows in self._batches(len(reference_BT), self._cache_bytes(1 if sampling.guidance == 1 else 2)):
                 target_BT = generate(
                     self.biart,
@@ -115,11 +108,7 @@ class Sampler:
         return target_RWCT.take_along_dim(best_RW1[..., None], dim=2).squeeze(2)
 
     def beam_search(self, codes_BN: Tensor, beams: int) -> Tensor:
-        """The likeliest caption that beam search finds for each image's codes, text_BL on the CPU.
-
-        Raises:
-            ConfigError: batch_size is out of range.
-        """
+        """The likeliest caption that beam search finds for each image's codes, text_BL on the CPU."""
         parts = []
         with progress_bar(what="searching captions", total=len(codes_BN), unit="image", shown=self.progress) as bar:
             for rows in self._batches(len(codes_BN), self._cache_bytes(beams)):
@@ -127,18 +116,15 @@ class Sampler:
                 bar.update(rows.stop - rows.start)
         return torch.cat(parts)
 
-    def log_p(self, text_BL: Tensor, codes_BN: Tensor, given: str, alone: bool = False) -> Tensor:
+    def log_p(self, text_BL: Tensor, codes_BN: Tensor, given: Modality, alone: bool = False) -> Tensor:
         """The totals of `log_likelihood` in nats, (B,) float32 on the CPU.
 
         Args:
             given: "image" scores the text, "text" the codes.
             alone: score the target without what is given.
-
-        Raises:
-            ConfigError: batch_size is out of range.
         """
         vocab, width = self.biart.vocab, self.biart.config.n_embd
-        target = "text" if given == "image" else "image"
+        target: Modality = "text" if given == "image" else "image"
         logits = vocab.length(target) * vocab.num_classes(target)
         bytes_each = 4 * (3 * logits + 10 * vocab.input_len * width)  # with their softmax; the MLP of one block
         parts = []
@@ -151,11 +137,7 @@ class Sampler:
     # -------------------------------------------------------------------------------------------- batches and progress
 
     def rows_at_a_time(self, bytes_each: int) -> int:
-        """`batch_size`, or as many rows as fit if each takes `bytes_each`.
-
-        Raises:
-            ConfigError: batch_size is below 1.
-        """
+        """`batch_size`, or as many rows as fit if each takes `bytes_each`; ConfigError if batch_size is below 1."""
         if self.batch_size is not None and self.batch_size < 1:
             raise ConfigError(f"batch_size is {self.batch_size}; it must be at least 1, or None.")
         return self.batch_size or max(1, min(LARGEST_BATCH, BATCH_BYTES // bytes_each))
@@ -174,10 +156,7 @@ def sample_seeds(seed: int | None, reference_RT: Tensor, samples: int) -> list[i
     """A seed for each of `samples` samples of each reference, from `seed`, the reference and the sample's number.
 
     A reference that occurs again continues the numbers, so that its samples are new ones. Seed None takes one from
-    torch's global generator.
-
-    Raises:
-        ConfigError: the seed is negative.
+    torch's global generator; ConfigError if it is negative.
     """
     if seed is None:
         seed = int(torch.randint(2**62, ()))

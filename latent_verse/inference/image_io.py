@@ -1,4 +1,4 @@
-"""Images in and out: files, PIL images and tensors -> AugVAE's input; its output -> PIL, PNG with metadata, a grid.
+"""Files, PIL images and tensors -> AugVAE's input; its output -> PIL images, PNG files with metadata, a grid.
 
 Shape suffixes: B batch, C = 3 colours, H height, W width; R is the model's resolution.
 """
@@ -71,14 +71,8 @@ def _to_uint8(x: Tensor) -> Tensor:
     return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-# ------------------------------------------------------------------------------------------------------------- writing
-
-
 def save_png(image: Image.Image, path: Path, about: dict[str, str]) -> None:
-    """Write a PNG, whole or not at all, with `about` as its text metadata (`Image.open(path).text`).
-
-    Latin-1 text goes into tEXt chunks, all other text into iTXt chunks, which are UTF-8.
-    """
+    """Write a PNG, whole or not at all, with `about` as its text metadata (`Image.open(path).text`)."""
     info = PngInfo()
     for key, value in about.items():
         info.add_text(key, value)
@@ -89,8 +83,7 @@ def save_png(image: Image.Image, path: Path, about: dict[str, str]) -> None:
 def grid(rows: list[tuple[str, list[Image.Image]]], side: int = 128, gap: int = 8) -> Image.Image:
     """Rows of images of one size, each row below its text. Small images are enlarged to at least `side` pixels.
 
-    Letters that the font lacks appear as boxes. The font is DejaVu Sans (Latin, Greek, Cyrillic, ...) if the system
-    has it, otherwise Pillow's own.
+    The font is DejaVu Sans if the system has it, otherwise Pillow's own; letters that it lacks appear as boxes.
     """
     font, line = _font(), 18
     width, height = rows[0][1][0].size
@@ -99,10 +92,10 @@ def grid(rows: list[tuple[str, list[Image.Image]]], side: int = 128, gap: int = 
     total = gap + max(max(len(images) for _, images in rows) * (width + gap), 320)
     texts = [_wrap(text, font, total - 2 * gap) for text, _ in rows]
     sheet = Image.new("RGB", (total, gap + sum(len(lines) * line + height + 2 * gap for lines in texts)), "white")
-    draw, y = ImageDraw.Draw(sheet), gap
+    canvas, y = ImageDraw.Draw(sheet), gap
     for lines, (_, images) in zip(texts, rows, strict=True):
         for text in lines:
-            draw.text((gap, y), text, fill="black", font=font)
+            canvas.text((gap, y), text, fill="black", font=font)
             y += line
         for column, image in enumerate(images):
             sheet.paste(image.resize((width, height), Image.Resampling.NEAREST), (gap + column * (width + gap), y))

@@ -23,11 +23,11 @@ from torch import Tensor
 
 from latent_verse.augvae.model import AugVAE
 from latent_verse.biart.model import BiART
-from latent_verse.biart.sequence import IMAGE_TO_TEXT, TEXT_TO_IMAGE
+from latent_verse.biart.sequence import IMAGE_TO_TEXT, TEXT_TO_IMAGE, Modality
 from latent_verse.checkpoints.bundle import fingerprints, load_bundle, save_bundle
 from latent_verse.checkpoints.ckpt_files import CheckpointError
 from latent_verse.config import ConfigError, SamplingSettings
-from latent_verse.data.text import TOO_LONG, Tokenizer
+from latent_verse.data.text import Tokenizer
 from latent_verse.inference.batching import Sampler
 from latent_verse.inference.image_io import ImageLike, load_image, to_images
 
@@ -46,16 +46,13 @@ class LVerse:
 
     Samples depend on the seed, on their own text or image, and on their number among the samples of it, but not on
     what else is in the call: one image can be generated again alone. `seed=None` takes one from torch's global
-    generator.
+    generator. The attributes `null_trained`, `batch_size` and `progress` are those of a `Sampler`.
 
     Args:
         vae, biart, tokenizer: the parts. AugVAE is set to evaluation mode.
         info: how they were trained; reference_dropout sets `null_trained`.
 
     Attributes:
-        null_trained: whether training dropped references, which guidance and generation without a text need.
-        batch_size: samples at a time; None chooses by memory.
-        progress: show a progress bar on stderr, if that is a terminal.
         too_long: "truncate" a text of more than text_len tokens, with a warning, or make it an "error".
 
     Raises:
@@ -98,8 +95,8 @@ class LVerse:
 
         Args:
             device: None takes `best_device`.
-            dtype: BiART's (torch.bfloat16, "float16", ...); None keeps the stored one. AugVAE stays in float32,
-                because lower precision picks wrong codes.
+            dtype: BiART's (torch.bfloat16, "float16", ...); None keeps the stored one. AugVAE stays in float32, as
+                lower precision picks wrong codes.
 
         Raises:
             CheckpointError: absent, incomplete, damaged, of another kind, or parts that do not belong together.
@@ -119,11 +116,7 @@ class LVerse:
         return model
 
     def save_pretrained(self, directory: str | os.PathLike) -> None:
-        """Write a bundle: config.json, vae/, biart.safetensors, tokenizer/.
-
-        Raises:
-            CheckpointError: the folder exists, is not empty and is no bundle.
-        """
+        """Write a bundle; CheckpointError if the folder holds anything else."""
         save_bundle(directory, self.vae, self.biart, self.tokenizer, self.info)
 
     @functools.cached_property
@@ -134,7 +127,7 @@ class LVerse:
     @property
     def device(self) -> torch.device:
         """Where the model computes. Results are returned on the CPU."""
-        return next(self.vae.parameters()).device
+        return self.vae.device
 
     @property
     def sampler(self) -> Sampler:
@@ -181,11 +174,7 @@ class LVerse:
         guidance: float = 1.0,
         seed: int | None = None,
     ) -> tuple[list[list[Image.Image]], Tensor]:
-        """As `text_to_image`, with log p(text | sampled codes) of each image: (texts, num_images) float32, on the CPU.
-
-        Raises:
-            ConfigError, TokenizerError: as `text_to_image`.
-        """
+        """As `text_to_image`, with log p(text | sampled codes) of each image, (texts, num_images) float32, on CPU."""
         sampling = SamplingSettings(temperature, top_k, top_p, guidance)
         self.sampler.check(TEXT_TO_IMAGE, num_images, sampling)
         text_RL = self.encode_texts(texts)
@@ -211,8 +200,7 @@ class LVerse:
 
         Args:
             text: one for all images, or one for each. None needs a model trained with reference_dropout.
-
-        The other settings are those of `text_to_image`.
+            num_images, temperature, top_k, top_p, guidance, rerank, seed: as in `text_to_image`.
 
         Raises:
             ConfigError: a setting cannot be used, AugVAE has several levels of codes, or the model needs a text.
@@ -287,7 +275,7 @@ class LVerse:
 
     # --------------------------------------------------------------------------------------------------------- scores
 
-    def score(self, images: Sequence[ImageLike], texts: Sequence[str], given: str = "image") -> Tensor:
+    def score(self, images: Sequence[ImageLike], texts: Sequence[str], given: Modality = "image") -> Tensor:
         """log p of every image with every text, in nats: (I, T) float32 on the CPU.
 
         Args:
@@ -306,16 +294,11 @@ class LVerse:
         return rearrange(self.log_p(text_BL, codes_BN, given), "(I T) -> I T", I=len(codes_IN))
 
     def reconstruct(self, images: Sequence[ImageLike]) -> list[Image.Image]:
-        """The images as AugVAE decodes their codes, centre-cropped to the model's resolution.
-
-        Raises:
-            ConfigError: there is no image.
-            DataError: an image cannot be read.
-        """
+        """The images as AugVAE decodes their codes, centre-cropped to its resolution; errors as `codes`."""
         return [image for [image] in self._images(self.codes(images)[:, None])]
 
-    def log_p(self, text_BL: Tensor, codes_BN: Tensor, given: str, alone: bool = False) -> Tensor:
-        """`Sampler.log_p`, of padded text ids and image codes, row by row."""
+    def log_p(self, text_BL: Tensor, codes_BN: Tensor, given: Modality, alone: bool = False) -> Tensor:
+        """`Sampler.log_p`."""
         return self.sampler.log_p(text_BL, codes_BN, given, alone)
 
     # ---------------------------------------------------------------------------------------------------------- parts
@@ -336,17 +319,15 @@ class LVerse:
         return torch.cat(out)
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
-        """Padded text ids (T, L) int64, on the CPU. `too_long` says what becomes of texts above text_len tokens.
+        """Padded text ids (T, L) int64, on the CPU.
 
         Raises:
-            ConfigError: there is no text, or no such `too_long`.
-            TokenizerError: a text is too long, is no string, or holds a lone surrogate.
+            ConfigError: there is no text.
+            TokenizerError: a text cannot be used, or there is no such `too_long`.
         """
         items: list[str] = _listed(texts, str, "texts")
-        if self.too_long not in TOO_LONG:
-            raise ConfigError(f"too_long is {self.too_long!r}; it must be one of {', '.join(TOO_LONG)}.")
         length = self.biart.config.text_len
-        ids = self.tokenizer.encode_batch(items)
+        ids = self.tokenizer.encode_batch(items, too_long=self.too_long)
         for i, (text, row) in enumerate(zip(items, ids, strict=True)):
             if len(row) > length:
                 (ids[i],) = self.tokenizer.encode_batch([text], length, self.too_long)
@@ -357,7 +338,7 @@ class LVerse:
     def _images(self, codes_RSN: Tensor) -> list[list[Image.Image]]:
         R, S, _ = codes_RSN.shape
         images = []
-        for codes_BN in rearrange(codes_RSN, "R S N -> (R S) N").split(self._images_at_a_time()):
+        for codes_BN in codes_RSN.flatten(0, 1).split(self._images_at_a_time()):
             images += to_images(self.vae.decode_codes(codes_BN.to(self.device)))
         return [images[r * S : (r + 1) * S] for r in range(R)]
 

@@ -1,12 +1,13 @@
-"""The tasks of generate.py: generate, complete, caption or score images, and write what comes of it."""
+"""What generate.py does: generate, complete, caption or score images, and write the results."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,12 @@ from latent_verse.inference.image_io import grid, load_image, save_png, to_image
 from latent_verse.inference.pipeline import LVerse, best_device
 from latent_verse.training import runs
 
-GROUP = 1024  # images held in memory at a time to be captioned
-GRID_ROWS = 64  # more would be hard to look at, and to open
+GROUP = 1024  # images in memory at a time
+GRID_ROWS = 64  # of grid.png
 
 
 def open_folder(out: str | None, overwrite: bool) -> Path:
-    """The folder for the results. Nothing is created yet.
-
-    Raises:
-        ConfigError: it holds files and overwrite is not set, or it cannot be created or written to.
-    """
+    """The folder for the results, not yet created; ConfigError if it cannot be, or holds files without overwrite."""
     if out is None and not overwrite:
         return runs.open_run(".", "generated", backup=False, backup_dir=None, config={}).folder
     folder = Path(out or "generated").expanduser()
@@ -46,11 +43,8 @@ def open_folder(out: str | None, overwrite: bool) -> Path:
 
 
 def load(config: GenerateConfig) -> LVerse:
-    """The model on the device that the settings ask for, with a progress bar.
-
-    Raises:
-        CheckpointError: the bundle cannot be loaded.
-    """
+    """The model on the device that the settings ask for, with a progress bar; CheckpointError as `from_pretrained`."""
+    assert config.what.model is not None  # resolve_generate
     device = best_device() if config.write.gpus else "cpu"
     if config.write.gpus and device == "cpu":
         print("No GPU on this machine: using the CPU.", file=sys.stderr)
@@ -62,8 +56,11 @@ def load(config: GenerateConfig) -> LVerse:
 def run(config: GenerateConfig, task: str) -> None:
     """Do the task and write or print the results.
 
+    Args:
+        config, task: from `resolve_generate`.
+
     Raises:
-        ConfigError, CheckpointError, DataError, TokenizerError: mistakes in settings, model, images or texts.
+        UserError: a mistake in the settings, the model, the images or the texts.
     """
     if task == "score":
         print_scores(load(config), config)
@@ -85,42 +82,40 @@ def generate_images(model: LVerse, config: GenerateConfig, folder: Path) -> None
 
 
 def complete_images(model: LVerse, config: GenerateConfig, folder: Path) -> None:
-    """Images whose top was given: one PNG each, grid.png (the given image first) and pictures.jsonl."""
-    given = dict(_some_readable(find_images([config.what.complete]), model.vae.config.resolution))
-    texts, rows = read_texts(config), config.what.rows
+    """Images whose top is given: one PNG each, grid.png (the given image first) and pictures.jsonl."""
+    source, rows = config.what.complete, config.what.rows
+    assert source is not None and rows is not None  # resolve_generate
+    given = dict(read_images([source], model.vae.config.resolution))
+    texts = read_texts(config)
     text = texts[0] if len(texts) == 1 else texts or None
     settings = config.draw.arguments() | {"rerank": config.draw.rerank}
     images = model.complete(list(given.values()), rows, text, config.draw.num, **settings)
     texts = texts * len(given) if len(texts) == 1 else texts or [""] * len(given)
-    about = [{"text": text, "completed": name, "rows": rows} for text, name in zip(texts, given, strict=True)]
+    about: list[dict[str, str | int]] = [
+        {"text": text, "completed": name, "rows": rows} for text, name in zip(texts, given, strict=True)
+    ]
     originals = [to_images(x_CHW[None]) for x_CHW in given.values()]
     _write_images(folder, model, settings, about, images, originals)
 
 
 def caption_images(model: LVerse, config: GenerateConfig, folder: Path) -> None:
     """Captions for images: printed, and captions.jsonl with one image a line."""
-    files = find_images(config.what.image)
     settings = config.draw.arguments() | {"beams": config.draw.beams}
-    lines: list[dict] = []
-    for start in range(0, len(files), GROUP):
-        group = _readable(files[start : start + GROUP], model.vae.config.resolution)
-        if not group:
-            continue
+    images, lines = read_images(config.what.image, model.vae.config.resolution), list[dict]()
+    while group := list(itertools.islice(images, GROUP)):
         captions = model.image_to_text([image for _, image in group], config.draw.num, **settings)
         for (name, _), found in zip(group, captions, strict=True):
             lines.append({"image": name, "captions": found, "settings": settings, "model": model.fingerprints})
             print("\n".join(f"{name}: {text}" for text in found))
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "captions.jsonl", _jsonl(lines))  # after each group: a later image may be an error
-    if not lines:
-        raise _none_readable(files)
     print(f"Written to {folder / 'captions.jsonl'}")
 
 
 def print_scores(model: LVerse, config: GenerateConfig) -> None:
     """Print a table of log-likelihoods, every image with every text."""
     name, *texts = config.what.score
-    images = _some_readable(find_images([name]), model.vae.config.resolution)
+    images = list(read_images([name], model.vae.config.resolution))
     tensors = [image for _, image in images]
     of_text, of_image = (model.score(tensors, texts, given=given).tolist() for given in ("image", "text"))
     width = max(len("image"), *(len(name) for name, _ in images))
@@ -134,11 +129,7 @@ def print_scores(model: LVerse, config: GenerateConfig) -> None:
 
 
 def read_texts(config: GenerateConfig) -> list[str]:
-    """The texts of `text`, or the lines of `text_file` that are not blank. The list may be empty.
-
-    Raises:
-        ConfigError: the file is absent, not UTF-8, or holds no text.
-    """
+    """`text`, which may be empty, or the lines of `text_file` that are not blank; ConfigError if it has no text."""
     name = config.what.text_file
     if name is None:
         return list(config.what.text)
@@ -153,7 +144,7 @@ def read_texts(config: GenerateConfig) -> list[str]:
 
 
 def find_images(names: Sequence[str]) -> list[tuple[str, bool]]:
-    """(file, whether it was named itself) for every named file and for every image below a named folder.
+    """(file, whether it is one of `names`) for every file of `names` and every image below its folders.
 
     Raises:
         DataError: no such file or folder, or a folder without images.
@@ -170,29 +161,25 @@ def find_images(names: Sequence[str]) -> list[tuple[str, bool]]:
     return found
 
 
-def _readable(files: list[tuple[str, bool]], resolution: int) -> list[tuple[str, Tensor]]:
-    """The images as tensors. An unreadable one of a folder is reported and left out; DataError if it was named."""
-    out = []
+def read_images(names: Sequence[str], resolution: int) -> Iterator[tuple[str, Tensor]]:
+    """(file, x_CHW) of every image that `find_images` finds; unreadable ones of a folder are reported and left out.
+
+    Raises:
+        DataError: as `find_images`; a file of `names` cannot be read, or none of all images.
+    """
+    files, unreadable = find_images(names), 0
     for file, named in files:
         try:
-            out.append((file, load_image(file, resolution)))
+            x_CHW = load_image(file, resolution)
         except DataError as error:
             if named:
                 raise
             print(f"left out: {error}", file=sys.stderr)
-    return out
-
-
-def _some_readable(files: list[tuple[str, bool]], resolution: int) -> list[tuple[str, Tensor]]:
-    """As `_readable`; DataError if no image is left."""
-    out = _readable(files, resolution)
-    if not out:
-        raise _none_readable(files)
-    return out
-
-
-def _none_readable(files: list[tuple[str, bool]]) -> DataError:
-    return DataError(f"none of {len(files)} images can be read, the first being {files[0][0]}. Are the files whole?")
+            unreadable += 1
+        else:
+            yield file, x_CHW
+    if unreadable == len(files):
+        raise DataError(f"none of {len(files)} images can be read, the first being {files[0][0]}. Are the files whole?")
 
 
 # -------------------------------------------------------------------------------------------------------------- output

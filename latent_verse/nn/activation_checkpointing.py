@@ -31,11 +31,7 @@ class ActivationCheckpointing(nn.Module):
     activation_checkpointing = False
 
     def recomputed(self, part: Callable[[Tensor], Tensor], x: Tensor, dropout: float = 0.0) -> Tensor:
-        """part(x), which ends with a product. With `activation_checkpointing`, only x is kept for the backward pass.
-
-        Args:
-            dropout: the dropout inside `part`; above 0, the recomputation uses the same random numbers.
-        """
+        """part(x), which ends with a product and may hold dropout. Only x is kept, with `activation_checkpointing`."""
         if not (self.activation_checkpointing and torch.is_grad_enabled()):
             return part(x)
         how: dict[str, Any] = {}

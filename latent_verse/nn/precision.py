@@ -1,4 +1,4 @@
-"""What stays float32 when the module around it is cast to half precision."""
+"""What is computed in a higher precision than the module around it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ from collections.abc import Callable
 from torch import Tensor, bfloat16, float16
 
 LOW_PRECISION = (float16, bfloat16)
+
+
+def in_float64(x: Tensor) -> Tensor:
+    """x in float64, on its device, or on the CPU where the device is mps, which has none."""
+    return (x.cpu() if x.device.type == "mps" else x).double()
 
 
 def keeping_float32(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

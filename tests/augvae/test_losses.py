@@ -206,7 +206,7 @@ def test_untrained_stand_in_warns_once_and_is_the_same_everywhere(lpips, images)
         loss = LOSSES["lpips_l2"](VAELossConfig(), untrained=True)
     assert len(caught) == 1
     assert "untrained VGG16" in str(caught[0].message) and "mean nothing" in str(caught[0].message)
-    assert torch.equal(torch.get_rng_state(), state)  # it draws from no generator but its own
+    assert torch.equal(torch.get_rng_state(), state)  # it uses no generator but its own
     # `lpips` was made under another seed
     for (name, ours), theirs in zip(loss.lpips.net.state_dict().items(), lpips.net.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs), name

@@ -10,19 +10,9 @@ import torch.nn.functional as F
 from latent_verse.biart.model import BiART, KVCache, loss_weights
 from latent_verse.biart.sequence import DIRECTIONS, IGNORE, IMAGE_TO_TEXT, TEXT_TO_IMAGE, target_modality
 from latent_verse.config import PRESETS, BiARTConfig, BiARTModelConfig, BiARTVariant, ConfigError, as_plain
+from tests.biart.tiny_biart import CONFIG, lively
 
-CONFIG = BiARTConfig(text_vocab=11, image_vocab=13, text_len=5, image_len=7, n_layer=2, n_head=2, n_embd=32)
 BY_MODALITY = dataclasses.replace(CONFIG, pos_by_modality=True)
-
-
-def lively(config=CONFIG, seed=0) -> BiART:
-    """A model whose weights are large enough for its predictions to differ visibly."""
-    torch.manual_seed(seed)
-    model = BiART(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
-    return model
 
 
 def pairs(model, batch=4, seed=1):

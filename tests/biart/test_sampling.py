@@ -6,22 +6,10 @@ import math
 import pytest
 import torch
 
-from latent_verse.biart.model import BiART
 from latent_verse.biart.sampling import beam_search, check_settings, choose, generate, guide, log_likelihood, uniforms
 from latent_verse.biart.sequence import DIRECTIONS, IMAGE_TO_TEXT, TEXT_TO_IMAGE, target_modality
 from latent_verse.config import BiARTConfig
-
-CONFIG = BiARTConfig(text_vocab=11, image_vocab=13, text_len=5, image_len=7, n_layer=2, n_head=2, n_embd=32)
-
-
-def lively(config=CONFIG, seed=0) -> BiART:
-    """A model whose weights are large enough for its predictions to differ visibly."""
-    torch.manual_seed(seed)
-    model = BiART(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
-    return model
+from tests.biart.tiny_biart import CONFIG, lively
 
 
 def references(model, direction, batch=4, seed=1):

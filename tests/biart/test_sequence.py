@@ -22,7 +22,7 @@ def test_pad_and_unpad_text():
     assert text_BL.tolist() == [[1, 2, PAD], [PAD, PAD, PAD], [3, 4, 5]]
     assert VOCAB.unpad_text(text_BL) == ids
     assert VOCAB.pad_text([[1, 2, 3, 4]], truncate=True).tolist() == [[1, 2, 3]]
-    with pytest.raises(ValueError, match="text 0 has 4 tokens, but text_len is 3"):
+    with pytest.raises(ValueError, match=r"text 0 has 4 tokens.* text_len is 3"):
         VOCAB.pad_text([[1, 2, 3, 4]])
 
 

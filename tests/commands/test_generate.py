@@ -18,7 +18,7 @@ from PIL import Image
 from latent_verse.commands import generate
 from latent_verse.config import ConfigError, cli, setting
 from latent_verse.config.generate import TASKS, USED, GenerateConfig, GenerateSamplingConfig, WhatConfig, WriteConfig
-from latent_verse.inference import tasks as generation
+from latent_verse.inference import tasks
 from latent_verse.inference.pipeline import LVerse
 from tests.tiny_lverse import make_lverse, photo, same
 
@@ -110,13 +110,13 @@ def test_captions_are_greedy_by_default_or_by_beams(bundle, images, tmp_path):
 def test_unreadable_images_of_a_folder_are_left_out_and_one_named_is_an_error(
     bundle, images, tmp_path, capsys, monkeypatch, group
 ):
-    monkeypatch.setattr(generation, "GROUP", group)
+    monkeypatch.setattr(tasks, "GROUP", group)
     (images / "broken.jpg").write_bytes(b"not an image")
     assert run(bundle, "--image", images, "--out", tmp_path / "out") == 0
     assert "left out" in capsys.readouterr().err
     assert len(lines(tmp_path / "out" / "captions.jsonl")) == 2
     assert run(bundle, "--image", images / "broken.jpg", "--out", tmp_path / "out2") == 2
-    assert "broken.jpg cannot be read" in capsys.readouterr().err
+    assert "broken.jpg" in capsys.readouterr().err
     (images / "a.png").unlink()
     (images / "deep" / "b.webp").unlink()
     assert run(bundle, "--image", images, "--out", tmp_path / "out2") == 2
@@ -161,8 +161,7 @@ def test_nothing_is_overwritten_without_the_flag(bundle, images, tmp_path, capsy
     before = {p.name: p.read_bytes() for p in out.iterdir()}
     for again in (argv, ["--image", images, "--out", out], ["--text", "a", "--out", out / "notes.txt" / "in"]):
         assert run(bundle, *again) == 2
-        error = capsys.readouterr().err
-        assert "--overwrite" in error or "is a file" in error
+        assert "out: " in capsys.readouterr().err
         assert {p.name: p.read_bytes() for p in out.iterdir()} == before
     assert run(bundle, *argv[:2], "--seed", 2, "--out", out, "--overwrite") == 0
     after = {p.name: p.read_bytes() for p in out.iterdir()}
@@ -188,8 +187,8 @@ def test_a_random_seed_is_recorded_and_gives_the_same_images(bundle, tmp_path):
     ("argv", "message"),
     [
         ([], "Nothing to do"),
-        (["--text", "a", "--image", "IMAGES"], "--image and --text are different tasks"),
-        (["--text", "a", "--text_file", "f"], "text and text_file are both given"),
+        (["--text", "a", "--image", "IMAGES"], "--image and --text"),
+        (["--text", "a", "--text_file", "f"], "text and text_file"),
         (["--text", "a", "--rows", 2], "--rows: no effect with --text"),
         (["--text", "a", "--beams", 2], "--beams: no effect with --text"),
         (["--image", "IMAGES", "--rerank", 2], "--rerank: no effect with --image"),
@@ -201,16 +200,16 @@ def test_a_random_seed_is_recorded_and_gives_the_same_images(bundle, tmp_path):
         (["--text", "a", "--temprature", 1], "Did you mean --temperature"),
         (["--text", "a", "--temperature", -1], "temperature is -1.0"),
         (["--text", "a", "--temperature", 0, "--num", 3], "(generate.py: num) has no effect at temperature 0"),
-        (["--text", "a", "--top_k", 25], "top_k is 25; it must be in [1, 24]"),
+        (["--text", "a", "--top_k", 25], "top_k is 25"),
         (["--text", "a", "--top_k", "many"], "top_k: 'many'"),
-        (["--text", "a " * 99, "--text_too_long", "error"], "the limit text_len is 48"),
+        (["--text", "a " * 99, "--text_too_long", "error"], "text_len is 48"),
         (["--image", "absent.png"], "absent.png does not exist"),
         (["--image", "EMPTY"], "no image below EMPTY"),
-        (["--text_file", "absent.txt"], "absent.txt cannot be read"),
-        (["--text_file", "BLANK"], "holds no text"),
+        (["--text_file", "absent.txt"], "text_file: absent.txt"),
+        (["--text_file", "BLANK"], "blank.txt holds no text"),
         (["--text", "a", "--model", "nowhere"], "nowhere does not exist"),
-        (["--text", "a", "--model", "IMAGES"], "is no bundle"),
-        (["--text"], "expected at least one argument"),
+        (["--text", "a", "--model", "IMAGES"], "images is no bundle"),
+        (["--text"], "--text"),
     ],
 )
 def test_mistakes_are_one_line_and_code_2(bundle, images, tmp_path, capsys, monkeypatch, argv, message):
@@ -232,11 +231,11 @@ def test_the_gpu_flag_chooses_the_device(bundle, monkeypatch, capsys):
     for cuda, mps, expected in ((True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda here=cuda: here)
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda here=mps: here)
-        generation.load(config)
+        tasks.load(config)
         assert devices.pop() == expected
         assert ("No GPU" in capsys.readouterr().err) == (expected == "cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    generation.load(GenerateConfig(what=WhatConfig(model=bundle), write=WriteConfig(gpus=0)))
+    tasks.load(GenerateConfig(what=WhatConfig(model=bundle), write=WriteConfig(gpus=0)))
     assert devices == ["cpu"] and capsys.readouterr().err == ""
 
 
