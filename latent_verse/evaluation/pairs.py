@@ -25,7 +25,7 @@ from latent_verse.data.shapes import Scene
 
 GENERATED_SIZES = {"shapes": 256, "fake": 32}  # pairs where test_size does not say
 COCO_NAME = re.compile(r"(?:^|_)(\d{12})$")  # 000000391895.jpg, COCO_val2014_000000391895.jpg
-RULE = "pictures by SHA-256 of seed/name, one caption each by SHA-256 of seed/name/number; then the next captions"
+RULE = "images by SHA-256 of seed/name, one caption each by SHA-256 of seed/name/number; then the next captions"
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@
     print(records.table("title")); json.dumps(records.as_json())
     print(compare("results/a", "results/b"))
 
-Protocols are compared word by word between runs, old ones included: rewording one makes them "not comparable".
+Protocols are compared word by word between runs: rewording one makes them "not comparable" with older runs.
 """
 
 from __future__ import annotations
@@ -21,6 +21,15 @@ from latent_verse.data import DataError
 
 OWN = f"latent_verse {__version__}"
 SAME = ("library", "samples", "protocol", "seed", "dtype")  # what two records must share to be comparable
+# protocols of earlier versions in other words for the same thing: their runs stay comparable
+REWORDED = {
+    "references a picture": "references per image",
+    "one caption of the draw a picture": "one sampled caption per image",
+    "a picture": "an image",
+    "picture": "image",
+    "drawn": "sampled",
+    "drew": "sampled",
+}
 
 
 class Record(TypedDict, total=False):
@@ -136,6 +145,9 @@ def read_metrics(place: str) -> dict[str, dict]:
         raise DataError(f"compare: {path} is not valid JSON ({error}).") from error
     if not isinstance(content, dict) or "figures" not in content:
         raise DataError(f"compare: {path} holds no metrics of eval_biart.py. Was it written by another script?")
+    for name, record in content["figures"].items():
+        for old, new in REWORDED.items() if not name.startswith("zero_shot/") else ():  # which quotes the user's prompt
+            record["protocol"] = record["protocol"].replace(old, new)
     return content
 
 

@@ -43,7 +43,7 @@ def caption(c: Context) -> dict[str, object]:
     references = [c.pairs.captions(i) for i in numbers]
     scores = c.ranks.share(lambda: captions.score(generated, references, k.java))
     about = {"samples": len(generated), "checkpoint": checkpoint, "written": how}
-    protocol = f"{sum(map(len, references)) / len(references):.3g} references a picture; {scores.tokenizer}"
+    protocol = f"{sum(map(len, references)) / len(references):.3g} references per image; {scores.tokenizer}"
     for name, value in scores.metrics.items():
         library = versions("pycocoevalcap")
         c.records.add(f"captions/{name}", value, library=library, protocol=protocol, better="higher", **about)
@@ -193,7 +193,7 @@ def likelihoods(c: Context) -> dict[str, object]:
         "bits_per_dimension": "log2 p of AugVAE's codes over 3 x R x R: the rate of a lossy code, not of the pixels",
     }
     for name, (value, error) in found.bits().items():
-        protocol = f"{units[name.rsplit('/', 1)[1]]}; teacher forcing, one caption of the draw a picture"
+        protocol = f"{units[name.rsplit('/', 1)[1]]}; teacher forcing, one sampled caption per image"
         about = {"library": OWN, "protocol": protocol, "better": "lower"}
         if not math.isnan(error):
             about |= {"standard_error": error, "interval": (value - 1.96 * error, value + 1.96 * error)}

@@ -104,10 +104,11 @@ def open_folder(config: EvalBiARTConfig) -> Path:
         ConfigError: the name cannot be a folder's, or log_dir is a file.
     """
     j, w = config.judged, config.write
-    judged = j.model or j.generated_dir or j.captions_file
-    stem = runs.stem(judged.rstrip("/")).removesuffix(".jsonl").removesuffix(".json")
+    evaluated = j.model or j.generated_dir or j.captions_file
+    stem = runs.stem(evaluated.rstrip("/")).removesuffix(".jsonl").removesuffix(".json")
     if stem == "bundle":  # as training names it, in the run's folder
-        stem = Path(judged).expanduser().resolve().parent.name or stem
+        stem = Path(evaluated).expanduser().resolve().parent.name or stem
+    stem = f"fake-{stem}" if config.data.fake_data else stem  # a smoke test keeps out of the real results' folder
     name = w.name or "-".join(["eval", stem, *j.tasks])
     runs.open_run(w.log_dir, name, False, None, {})  # refuses what cannot be a folder
     folder = Path(w.log_dir) / name

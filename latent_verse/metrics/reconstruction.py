@@ -78,7 +78,7 @@ class ReconstructionMetrics(nn.Module):
         self.count.update(n)
         self.usage.update(indices)
         mse_B = (a_BCHW - b_BCHW).square().mean(dim=(1, 2, 3))
-        self.psnr.update(-10 * torch.log10(mse_B.clamp(min=1e-10)))  # 100 dB for equal pictures
+        self.psnr.update(-10 * torch.log10(mse_B.clamp(min=1e-10)))  # 100 dB for equal images
         self.mse.update(mse_B)
         self.l1.update((a_BCHW - b_BCHW).abs().mean(), weight=n)
         if self.ssim is not None:
@@ -105,7 +105,7 @@ class ReconstructionMetrics(nn.Module):
         out["missing"] = dict(self.missing)
         out["protocol"] = {
             "images": "resize of the shorter side, centre crop, values in [0, 1], reconstructions clamped",
-            "psnr": "mean over pictures, in dB",
+            "psnr": "mean over images, in dB",
             "ssim": f"Gaussian window of {SSIM_WINDOW}, sigma 1.5",
             "lpips": "VGG16, linear weights v0.1",
             "rfid": f"{networks.Inception.described}, against the same centre crops, 8-bit",

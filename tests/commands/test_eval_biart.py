@@ -274,12 +274,15 @@ def test_results_of_different_settings_are_kept(bundle, pairs, tmp_path, capsys)
     assert {p.name for p in folder.iterdir()} == {name.format(end) for name in names for end in ("", "-1", "-2")}
 
 
-def test_runs_of_other_tasks_have_their_own_folders(bundle, pairs, tmp_path):
+def test_runs_of_other_tasks_and_of_fake_data_have_their_own_folders(bundle, pairs, tmp_path):
     argv = ["--model", bundle, "--test_dir", pairs, "--gpus", 0, "--log_dir", tmp_path / "runs", "--tasks"]
     assert eval_biart.main([*map(str, argv), "likelihood"]) == 0
     assert eval_biart.main([*map(str, argv), "retrieval", "--retrieval_pictures", "2"]) == 0
-    names = {folder.name for folder in (tmp_path / "runs").iterdir()}
-    assert len(names) == 2 and all(name.endswith(("-likelihood", "-retrieval")) for name in names)
+    fake = ["--model", bundle, "--fake_data", "--gpus", 0, "--log_dir", tmp_path / "runs", "--tasks", "likelihood"]
+    assert eval_biart.main([*map(str, fake)]) == 0
+    stem = tmp_path.name  # of the folder that the bundle lies in
+    expected = {f"eval-{stem}-likelihood", f"eval-{stem}-retrieval", f"eval-fake-{stem}-likelihood"}
+    assert {folder.name for folder in (tmp_path / "runs").iterdir()} == expected
 
 
 def test_captions_that_are_too_long_are_cut_and_counted(bundle, pairs, tmp_path, recwarn):
@@ -366,7 +369,7 @@ def test_another_systems_captions_by_the_same_command(pairs, tmp_path, capsys):
     out = run(tmp_path, "--captions_file", file, "--test_dir", pairs)
     assert out["figures"]["captions/bleu_4"]["value"] == pytest.approx(1)
     assert out["figures"]["captions/bleu_4"]["checkpoint"].keys() == {"captions_file"}
-    assert "2 references a picture" in out["figures"]["captions/cider"]["protocol"]
+    assert "2 references per image" in out["figures"]["captions/cider"]["protocol"]
     again = run(
         tmp_path, "--captions_file", tmp_path / "runs" / "run" / "captions.json", "--test_dir", pairs, name="again"
     )
