@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import re
-import shlex
 import subprocess
-from pathlib import Path
 
 import pytest
 
@@ -21,22 +18,7 @@ from latent_verse.config.train import (
     resolve_train_vae,
 )
 from latent_verse.demo import run as demo
-
-REPO = Path(__file__).parent.parent
-PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
-
-
-def commands(script: str, pages: list[Path] = PAGES) -> list[str]:
-    """Lines of shell blocks that run `script`, continued ones joined."""
-    lines = []
-    for page in pages:
-        for block in re.findall(r"```sh\n(.*?)```", page.read_text(), re.S):
-            lines += [line for line in block.replace("\\\n", " ").splitlines() if script in line]
-    return lines
-
-
-def flags(line: str, script: str) -> list[str]:
-    return shlex.split(line.split(script, 1)[1])
+from tests.documented_commands import REPO, commands, flags
 
 
 @pytest.fixture(autouse=True)

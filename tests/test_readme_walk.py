@@ -16,10 +16,9 @@ import torch
 
 from latent_verse.commands import eval_biart, eval_vae, generate, train_biart, train_vae
 from latent_verse.metrics import networks
+from tests.documented_commands import REPO, commands, flags
 from tests.image_runs import SMALL, write_pictures
-from tests.inference.test_pipeline import one_thread  # noqa: F401 (a fixture)
 from tests.stand_ins import Colours, Words, write_pairs
-from tests.test_readme import REPO, commands, flags
 
 SMALL_BIART = (
     "--n_layer 1 --n_head 2 --n_embd 16 --tokenizer bpe --bpe_vocab_size 300 --text_len 12 --batch_size 4 --epochs 1 "
@@ -43,7 +42,7 @@ MAINS = {
 
 
 def write_coco(folder: Path, split: str, count: int) -> list[dict]:
-    """Pictures in folder/split, their captions in folder/annotations; returns the images of a Karpathy file."""
+    """Images in folder/split, their captions in folder/annotations; returns the images of a Karpathy file."""
     made = sorted(write_pairs(folder / split, count).glob("*.png"))
     texts = [image.with_suffix(".txt").read_text().splitlines() for image in made]
     images = [image.rename(image.with_name(f"COCO_{split}_{i:012d}.png")) for i, image in enumerate(made)]
