@@ -100,22 +100,15 @@ def test_one_command_reports_every_metric_with_all_that_identifies_it(bundle, pa
     assert f["generation/fid_0"]["samples"] == 24 and f["generation/fid_0"]["references"] == 12
     assert "torchmetrics" in f["generation/fid_0"]["library"] and "radius 8" in f["generation/fid_8"]["protocol"]
     assert f["zero_shot/text_given_image/top_1"]["samples"] == 6
-    assert (
-        out["draw"] == {**out["draw"], "captions": 24, "pictures": 12, "seed": 0} and len(out["draw"]["sha256"]) == 16
-    )
+    assert out["draw"].items() >= {"captions": 24, "pictures": 12, "seed": 0}.items()
+    assert len(out["draw"]["sha256"]) == 16
 
     said = capsys.readouterr().out
     assert "best by CLIP of 2 images" in said and "missing: captions/meteor" in said and "java: false" in said
     run_folder = tmp_path / "runs" / "run"
     page = (run_folder / "index.html").read_text()
-    for heading in (
-        "Images generated for texts",
-        "Captions generated for images",
-        "Best",
-        "Median",
-        "Worst",
-        "Missing",
-    ):
+    galleries = ("Images generated for texts", "Captions generated for images")
+    for heading in (*galleries, "Best", "Median", "Worst", "Missing"):
         assert f">{heading}<" in page
     assert page.count("data:image/png;base64,") >= 9 and not re.search(r"(src|href)=.http", page)
     written = json.loads((run_folder / "captions.json").read_text())
@@ -130,9 +123,8 @@ def test_metrics_are_those_of_the_files(bundle, pairs, tmp_path, stand_ins):
     """FID and CLIP score once more from what the run has written, by torchmetrics and the network."""
     from torchmetrics.image import FrechetInceptionDistance
 
-    out = run(tmp_path, "--model", bundle, "--test_dir", pairs, "--tasks", "generation", "--eval_captions", 9)[
-        "figures"
-    ]
+    flags = ["--model", bundle, "--test_dir", pairs, "--tasks", "generation", "--eval_captions", 9]
+    out = run(tmp_path, *flags)["figures"]
     metric = FrechetInceptionDistance(feature=Colours())
     files = sorted((tmp_path / "runs" / "run" / "samples").glob("*.png"))
     assert len(files) == 9
@@ -173,10 +165,8 @@ def test_without_networks_the_rest_still_runs_and_the_missing_files_are_named(bu
     assert "generation/log_p_text" in out["figures"] and "captions/cider" in out["figures"]
     place = tmp_path / "torch" / "hub" / "checkpoints" / networks.INCEPTION
     assert str(place) in out["missing"]["generation/fid_0"] == out["missing"]["generation/recall"]
-    assert (
-        "ViT-B-32.pt" in out["missing"]["generation/clip_score"]
-        and "https://" in out["missing"]["generation/clip_score"]
-    )
+    reason = out["missing"]["generation/clip_score"]
+    assert "ViT-B-32.pt" in reason and "https://" in reason
     said = capsys.readouterr().out
     assert said.count(str(place)) == 1  # for all the metrics that need it
     assert not place.exists()
@@ -256,7 +246,7 @@ def test_what_a_late_task_needs_is_checked_first(tiny_augvae, pairs, tmp_path, c
     flags = ["--model", tmp_path / "bundle", "--test_dir", pairs, "--prior_weight", 1, "--gpus", 0]
     assert eval_biart.main([*map(str, flags), "--log_dir", str(tmp_path / "runs")]) == 2
     captured = capsys.readouterr()
-    assert "Give --prior pool" in captured.err and "likelihood ..." not in captured.out
+    assert "prior_weight 1" in captured.err and "likelihood ..." not in captured.out
 
 
 def test_results_of_different_settings_are_kept(bundle, pairs, tmp_path, capsys):
@@ -310,9 +300,8 @@ def test_another_systems_images_by_the_same_command(bundle, pairs, tmp_path, sta
     texts = ["a red circle", "a blue circle", "a green circle"]
     flags = ["--text", *texts, "--num", 2, "--out", tmp_path / "made", "--gpus", 0]
     assert generate.main(["--model", str(bundle), *map(str, flags)]) == 0
-    out = run(
-        tmp_path, "--generated_dir", tmp_path / "made", "--test_dir", pairs, "--fid_resolution", 16, "--is_splits", 1
-    )
+    flags = ["--generated_dir", tmp_path / "made", "--test_dir", pairs, "--fid_resolution", 16, "--is_splits", 1]
+    out = run(tmp_path, *flags)
     f = out["figures"]
     assert f["generation/fid_0"]["samples"] == 3 and f["generation/fid_0"]["drawn"] == 2
     assert f["generation/best_of_2_by_clip/clip_score"]["value"] >= f["generation/clip_score"]["value"]
@@ -350,28 +339,24 @@ def test_with_too_few_images_metrics_are_missing(pairs, tmp_path, stand_ins):
 
 
 def test_the_reference_images_have_no_distance_from_themselves(pairs, tmp_path, stand_ins):
-    out = run(tmp_path, "--generated_dir", pairs, "--test_dir", pairs, "--fid_resolution", 16, "--is_splits", 1)[
-        "figures"
-    ]
+    flags = ["--generated_dir", pairs, "--test_dir", pairs, "--fid_resolution", 16, "--is_splits", 1]
+    out = run(tmp_path, *flags)["figures"]
     for k in (0, 1, 2, 4, 8):
         assert out[f"generation/fid_{k}"]["value"] == pytest.approx(0, abs=0.01)  # sums of squares of hundreds
     assert out["generation/precision"]["value"] == out["generation/recall"]["value"] == 1
 
 
 def test_another_systems_captions_by_the_same_command(pairs, tmp_path, capsys):
-    rows = [
-        {"image": f"p{i:03d}.png", "captions": [(pairs / f"p{i:03d}.txt").read_text().splitlines()[0]]}
-        for i in range(12)
-    ]
+    texts = {f"p{i:03d}": (pairs / f"p{i:03d}.txt").read_text().splitlines() for i in range(12)}
+    rows = [{"image": f"{name}.png", "captions": of_it[:1]} for name, of_it in texts.items()]
     file = tmp_path / "captions.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
     out = run(tmp_path, "--captions_file", file, "--test_dir", pairs)
     assert out["figures"]["captions/bleu_4"]["value"] == pytest.approx(1)
     assert out["figures"]["captions/bleu_4"]["checkpoint"].keys() == {"captions_file"}
     assert "2 references per image" in out["figures"]["captions/cider"]["protocol"]
-    again = run(
-        tmp_path, "--captions_file", tmp_path / "runs" / "run" / "captions.json", "--test_dir", pairs, name="again"
-    )
+    written = tmp_path / "runs" / "run" / "captions.json"
+    again = run(tmp_path, "--captions_file", written, "--test_dir", pairs, name="again")
     assert again["figures"]["captions/cider"]["value"] == out["figures"]["captions/cider"]["value"]
     assert again["figures"]["captions/cider"]["written"] == "captions of captions.json"
     assert eval_biart.main(["--compare", str(tmp_path / "runs" / "run"), str(tmp_path / "runs" / "again")]) == 0
@@ -402,18 +387,7 @@ def test_the_truth_of_shapes_is_exact_for_an_oracle(bundle, tmp_path, monkeypatc
     perfect.fingerprints, perfect.null_trained = {"biart": "oracle"}, True
     perfect.vae = type("VAE", (), {"config": type("Config", (), {"resolution": 32})})
     monkeypatch.setattr(LVerse, "from_pretrained", lambda *a, **k: perfect)
-    flags = [
-        "--dataset",
-        "shapes",
-        "--test_size",
-        12,
-        "--tasks",
-        "shapes",
-        "round_trip",
-        "captions",
-        "--round_trip_pairs",
-        8,
-    ]
+    flags = "--dataset shapes --test_size 12 --tasks shapes round_trip captions --round_trip_pairs 8".split()
     f = run(tmp_path, "--model", bundle, *flags)["figures"]
     for split in ("val", "heldout"):
         for direction in ("text_to_image", "image_to_text"):
@@ -425,27 +399,6 @@ def test_the_truth_of_shapes_is_exact_for_an_oracle(bundle, tmp_path, monkeypatc
     for trip in ("image_text_image", "text_image_text"):
         assert f[f"round_trip/{trip}/shapes/all"]["value"] == 1 and f[f"round_trip/{trip}/shapes/all"]["samples"] == 8
     assert f["captions/bleu_1"]["value"] > 0.5
-
-
-def test_a_wrong_step_makes_a_trip_wrong():
-    from latent_verse.evaluation.round_trips import Trip, check_trip
-
-    world = World.preset("small")
-    oracle = Oracle(world)
-    scene = oracle.scene_of("a red square")
-    good, other = "a red square", "a blue square"
-    render = lambda text: world.render(oracle.scene_of(text))  # noqa: E731
-    right = check_trip(world, scene, good, Trip(good, render(good), render(good), good))
-    assert right["image_text_image"]["all"] and right["text_image_text"]["all"]
-    for trip, name in (
-        (Trip(other, render(other), render(good), good), "image_text_image"),  # a wrong caption, rendered faithfully
-        (Trip(good, render(other), render(good), good), "image_text_image"),
-        (Trip(good, render(good), render(other), other), "text_image_text"),
-        (Trip(good, render(good), render(good), other), "text_image_text"),
-    ):
-        found = check_trip(world, scene, good, trip)
-        assert not found[name]["all"] and not found[name]["colour"] and found[name]["shape"]
-        assert sum(trip_found["all"] for trip_found in found.values()) == 1
 
 
 def test_shapes_of_another_size_than_the_model_are_refused(bundle, tmp_path, capsys):
@@ -463,20 +416,6 @@ def test_shapes_of_another_size_than_the_model_are_refused(bundle, tmp_path, cap
 def test_what_is_to_be_evaluated_is_not_there(tmp_path, capsys, flags):
     assert eval_biart.main([*flags.split(), "--fake_data", "--gpus", "0", "--log_dir", str(tmp_path / "runs")]) == 2
     assert flags.split()[1] in capsys.readouterr().err
-
-
-def test_class_names_of_a_file_and_of_folders(tmp_path):
-    from latent_verse.data import DataError
-    from latent_verse.evaluation.text_tasks import class_names
-
-    assert class_names(["red_fox", "dog"], None) == ["red fox", "dog"]
-    file = tmp_path / "names.txt"
-    file.write_text("n01\tred fox\nn02\tdog, domestic dog\n")
-    assert class_names(["n01", "n02"], str(file)) == ["red fox", "dog, domestic dog"]
-    with pytest.raises(DataError, match="no line `n03<TAB>name`"):
-        class_names(["n01", "n03"], str(file))
-    with pytest.raises(DataError, match="cannot be read"):
-        class_names(["n01"], str(tmp_path / "none"))
 
 
 def test_help_answers_without_torch():
