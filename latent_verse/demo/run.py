@@ -2,10 +2,9 @@
 
     python -m latent_verse.demo --world small --out demo        what `make demo` runs
 
-Each stage is a script that a user would call, in a process of its own; this file decides their order and gathers the
-results. If interrupted, rerun the command to resume: finished stages are recognised by their outputs, and unfinished
-ones resume by their own means (--backup, shards of codes). If a stage's output is gone, the stages after it do not
-count as finished.
+Each stage is a script that a user would call, in a process of its own. If interrupted, rerun the command to resume:
+finished stages are recognised by their outputs, and unfinished ones resume by their own means (--backup, shards of
+codes). If a stage's output is gone, the stages after it do not count as finished.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from latent_verse.config.cli import one_line_errors, parse, read_yaml
 from latent_verse.config.train import TrainBiARTConfig, TrainVAEConfig
 from latent_verse.data.shapes import PRESETS, World
 from latent_verse.demo import results
-from latent_verse.files import write_text
+from latent_verse.files import write_json
 
 ROOT = Path(__file__).parents[2]
 PREFIX = {"small": "demo", "full": "demo_full"}  # of the recipes' names in configs/
@@ -64,22 +63,15 @@ class DemoConfig:
 
 @dataclass(frozen=True)
 class Stage:
-    """One process.
-
-    Attributes:
-        command: its arguments, after the interpreter.
-        output: a pattern below the demo's folder; the stage is finished if a file matches it.
-        world, recipe: fingerprints of the shapes world that it generates and of the recipe that it follows, if any.
-        again: whether a rerun makes the output anew. Training does not: it finds itself finished.
-    """
+    """One process."""
 
     name: str
     title: str
-    command: list[str]
-    output: str
-    world: str = ""
-    recipe: str = ""
-    again: bool = False
+    command: list[str]  # arguments of the interpreter
+    output: str  # a pattern below the demo's folder; the stage is finished if a file matches it
+    world: str = ""  # fingerprint of the shapes world that it generates, if it does
+    recipe: str = ""  # digest of the recipe that it follows, if it does
+    again: bool = False  # whether a rerun makes the output anew; training does not: it finds itself finished
 
     def shown(self) -> str:
         """The command as a person types it."""
@@ -193,7 +185,7 @@ class StagesFile:
             "seconds": round(so_far + seconds, 2),
             "finished": finished,
         }
-        write_text(self.file, json.dumps(self.stages, indent=1))
+        write_json(self.file, self.stages)
 
 
 @contextlib.contextmanager
@@ -207,9 +199,7 @@ def only_one(out: Path) -> Iterator[int]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise ConfigError(
-                f"out: another demo, or one of its stages, is still running in {out}. Wait for it."
-            ) from None
+            raise ConfigError(f"out: another demo, or its stage, is still running in {out}. Wait for it.") from None
         yield lock.fileno()
 
 
