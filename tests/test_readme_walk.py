@@ -91,7 +91,7 @@ def project(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "")  # no Java, which differs from machine to machine
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))  # no network of a metric but the two stand-ins
     monkeypatch.setattr(torch.hub, "_hub_dir", None)
-    monkeypatch.setattr(networks, "open_inception", lambda download=False: Colours())
+    monkeypatch.setattr(networks, "open_inception", Colours)
     monkeypatch.setattr(networks, "open_clip_network", lambda *arguments: Words())
 
 
