@@ -10,15 +10,16 @@ from pathlib import Path
 from torch import Tensor
 
 from latent_verse.data.shapes import World
+from latent_verse.data.transforms import centre_crop
 from latent_verse.evaluation import round_trips, samples
 from latent_verse.evaluation import shapes_truth as shapes
-from latent_verse.evaluation.context import Context, as_pil
+from latent_verse.evaluation.context import Context
 from latent_verse.evaluation.pairs import ordered
 from latent_verse.evaluation.records import OWN
 from latent_verse.evaluation.samples import Group, read_image
 from latent_verse.machine import versions
 from latent_verse.metrics import captions, image_quality
-from latent_verse.metrics.image_quality import ImageFeatures
+from latent_verse.metrics.image_quality import ImageFeatures, as_pil
 from latent_verse.metrics.intervals import wilson
 
 CROP = "both sides resized (shorter side, bilinear, antialiased) and centre-cropped to {r} px, 8-bit"
@@ -199,13 +200,11 @@ def score_by_clip(c: Context, groups: Sequence[Group]) -> Scores | None:
     mine, size = c.ranks.mine(len(groups)), c.config.write.batch_size
     for start in c.ranks.follow(range(0, len(mine), size), "CLIP"):
         part = mine[start : start + size]
-        for i in part:
-            scores[i] = []
+        texts, by_number = [groups[i].text for i in part], []
         for n in range(count):
             images = [as_pil(read_image(groups[i].files[n], c.resolution)) for i in part]
-            values = image_quality.clip_scores(c.clip, images, [groups[i].text for i in part])
-            for i, value in zip(part, values, strict=True):
-                scores[i].append(value)
+            by_number.append(image_quality.clip_scores(c.clip, images, texts))
+        scores |= {i: list(values) for i, *values in zip(part, *by_number, strict=True)}
     return list(c.ranks.gather(scores).values())
 
 
@@ -238,7 +237,7 @@ def round_trip(c: Context) -> None:
         batch_size=c.config.write.batch_size,
         sampling=c.config.generation,
         world=world,
-        scenes=[c.pairs.scene(sample.index) for sample in chosen] if world else [],
+        scenes=[c.pairs.dataset.scene(sample.index) for sample in chosen] if world else [],
     )
     count = len(trips)
     if world:
@@ -270,7 +269,7 @@ def _report_regenerated(
         for k in c.config.generation.blur_radii:
             c.records.miss(f"{prefix}fid_{k}", c.inception)
     else:
-        back = [round_trips.as_uint8(trip.regenerated) for trip in trips]
+        back = [centre_crop(trip.regenerated, c.resolution) for trip in trips]
         real, generated = (_features(c, of.__getitem__, len(of), keep_logits=False) for of in (images, back))
         report_fid(c, prefix, real, generated, {})
     if isinstance(c.clip, str):

@@ -58,7 +58,7 @@ class Records:
 
     Args:
         checkpoint: fingerprints of what is evaluated: a model's parts, or another system's files.
-        seed: of sampling; a record may name another.
+        seed: of sampling.
     """
 
     def __init__(self, checkpoint: dict[str, str], seed: int):
@@ -68,10 +68,7 @@ class Records:
         self.missing: dict[str, str] = {}
 
     def add(self, name: str, value: float, *, samples: int, library: str, protocol: str, **more: object) -> None:
-        """Keep a metric; `more`: other fields of `Record`.
-
-        A value that is not a finite number, which JSON cannot hold, is kept as missing.
-        """
+        """Keep a metric; `more`: other fields of `Record`. A value that is not finite, which JSON lacks, is missing."""
         if not math.isfinite(value):
             self.miss(name, f"it came out as {value} on {samples} samples")
             return

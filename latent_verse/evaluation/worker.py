@@ -98,11 +98,7 @@ def check_model(c: Context, tasks: tuple[str, ...]) -> None:
 
 
 def open_folder(config: EvalBiARTConfig) -> Path:
-    """<log_dir>/<name>; a rerun of the command resumes in the same folder.
-
-    Raises:
-        ConfigError: the name cannot be a folder's, or log_dir is a file.
-    """
+    """Make <log_dir>/<name>, where a rerun resumes. Raises ConfigError: no folder can have that name."""
     j, w = config.judged, config.write
     evaluated = j.model or j.generated_dir or j.captions_file
     stem = runs.stem(evaluated.rstrip("/")).removesuffix(".jsonl").removesuffix(".json")
@@ -155,6 +151,6 @@ def write(c: Context, tasks: tuple[str, ...], about: dict[str, dict | None], yam
     write_text(c.folder / "config.yaml", yaml_text)
     title = f"{evaluated} on {c.pairs.source}"
     about_run = facts | {"captions": draw, "checkpoint": c.records.checkpoint}
-    page.write(c.folder / "index.html", title, c.records.values, c.records.missing, c.galleries, about_run, yaml_text)
+    page.write(c.folder / "index.html", title, c.records, c.galleries, about_run, yaml_text)
     print(c.records.table(title))
     print(f"Written to {c.folder}: metrics.json and index.html")

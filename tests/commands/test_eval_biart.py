@@ -25,6 +25,7 @@ from latent_verse.evaluation.pairs import Pairs, ordered
 from latent_verse.inference.image_io import load_image
 from latent_verse.inference.pipeline import LVerse
 from latent_verse.metrics import networks
+from latent_verse.metrics.image_quality import as_pil
 from tests.stand_ins import Colours, Oracle, Words, write_pairs
 from tests.tiny_lverse import make_lverse
 
@@ -48,7 +49,7 @@ def bundle(tiny_augvae, tmp_path):
 
 @pytest.fixture
 def stand_ins(monkeypatch):
-    monkeypatch.setattr(networks, "open_inception", lambda download=False: Colours())
+    monkeypatch.setattr(networks, "open_inception", Colours)
     monkeypatch.setattr(networks, "open_clip_network", lambda *arguments: Words())
 
 
@@ -375,8 +376,6 @@ def test_the_truth_of_shapes_is_exact_for_an_oracle(bundle, tmp_path, monkeypatc
             return [[self.world.render(self.scene_of(t))] * count for t in texts], torch.zeros(len(texts), count)
 
         def image_to_text(self, images, **settings):
-            from latent_verse.evaluation.context import as_pil
-
             images = [as_pil(x) if torch.is_tensor(x) else x for x in images]
             return super().image_to_text(images)
 
