@@ -20,7 +20,7 @@ from latent_verse import __version__
 from latent_verse.data import DataError
 
 OWN = f"latent_verse {__version__}"
-SAME = ("library", "samples", "protocol", "seed", "dtype")  # what two records must share to be comparable
+SAME = ("library", "samples", "protocol", "seed", "dtype", "drawn")  # what two records must share to be comparable
 # protocols of earlier versions in other words for the same thing: their runs stay comparable
 REWORDED = {
     "references a picture": "references per image",
@@ -162,11 +162,10 @@ def compare(first: str, second: str) -> str:
         cells = [shown(record["value"]) if record else "missing" for record in (a, b)]
         difference, note = "", ""
         if a and b:
+            a, b = {"drawn": 1} | a, {"drawn": 1} | b
             difference = f"{b['value'] - a['value']:+.4g}"
             both = (key for key in SAME if key in a and key in b)  # another system's outputs have no dtype
             other = [f"{key} {a[key]!r} and {b[key]!r}" for key in both if a[key] != b[key]]
-            if a.get("drawn", 1) != b.get("drawn", 1):
-                other.append(f"drawn {a.get('drawn', 1)} and {b.get('drawn', 1)}")
             note = f"not comparable: {'; '.join(other)}" if other else ""
         lines.append((name, *cells, difference, note))
     widths = [max(len(line[column]) for line in lines) for column in range(4)]

@@ -191,20 +191,9 @@ def check(config: ShapesEvalConfig) -> None:
 
 @one_line_errors
 def main(argv: list[str] | None = None) -> int:
-    """Evaluate and print; 0 when done, 2 for a mistake in the settings or the model."""
+    """Evaluate, print and write; 0 when done, 2 for a mistake in the settings, the bundle or the number of scenes."""
     config, _ = parse(ShapesEvalConfig, argv, __doc__)
     check(config)
-    run(config)
-    return 0
-
-
-def run(config: ShapesEvalConfig) -> None:
-    """Load the model, evaluate, print and write.
-
-    Raises:
-        CheckpointError: the bundle cannot be loaded.
-        ConfigError, DataError: as `evaluate`, or the bundle's resolution is not the world's.
-    """
     from latent_verse.evaluation.distributed import device
     from latent_verse.inference.pipeline import LVerse
 
@@ -223,6 +212,7 @@ def run(config: ShapesEvalConfig) -> None:
     print(table(results, f"{w.model}: {w.count} scenes of {w.world}/{w.split}"))
     if config.write.json:
         write_json(Path(config.write.json), about | results, cases, config.write.samples)
+    return 0
 
 
 if __name__ == "__main__":

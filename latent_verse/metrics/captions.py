@@ -231,9 +231,7 @@ def read_captions_file(path: Path, ids: Sequence[int | str], names: Sequence[str
             entries = [json.loads(line) for line in text.splitlines() if line.strip()]
     except ValueError as error:
         raise DataError(f"captions_file: {path} is neither COCO results JSON nor JSON lines ({error}).") from error
-    places: dict[int | str, int] = {}
-    for i in reversed(range(len(names))):  # of equal short names, the first one's
-        places |= {os.path.basename(names[i]): i}
+    places = {os.path.basename(name): i for i, name in reversed(list(enumerate(names)))}  # of equal ones, the first
     places |= {name: i for i, name in enumerate(names)} | {found: i for i, found in enumerate(ids)}
     captions: dict[int, str] = {}
     unknown = []
@@ -247,9 +245,7 @@ def read_captions_file(path: Path, ids: Sequence[int | str], names: Sequence[str
                 "caption (or captions)."
             ) from error
         if not isinstance(caption, str):
-            raise DataError(
-                f"captions_file: the caption of entry {number} of {path} is {caption!r}; it must be a text."
-            )
+            raise DataError(f"captions_file: the caption of entry {number} of {path} is {caption!r}, not a text.")
         place = places.get(key, places.get(os.path.basename(str(key))))
         if place is None:
             unknown.append(key)
