@@ -149,19 +149,15 @@ def open_inception() -> Inception:
     return Inception(inception_weights().find())
 
 
+@dataclass(frozen=True, eq=False)
 class ClipNetwork:
-    """An open_clip model: images and texts -> unit vectors (B, D) float32 on the CPU."""
+    """An open_clip model in evaluation mode: images and texts -> unit vectors (B, D) float32 on the CPU."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        preprocess: Callable[[Image.Image], Tensor],
-        tokenizer: Callable[[list[str]], Tensor],
-        described: str,
-        device: str = "cpu",
-    ):
-        self.model, self.preprocess, self.tokenizer = model.to(device).eval(), preprocess, tokenizer
-        self.described, self.device = described, device
+    model: nn.Module
+    preprocess: Callable[[Image.Image], Tensor]
+    tokenizer: Callable[[list[str]], Tensor]
+    described: str
+    device: str
 
     @torch.no_grad()
     def images(self, images: Sequence[Image.Image]) -> Tensor:
@@ -212,5 +208,5 @@ def open_clip_network(model: str, pretrained: str, device: str = "cpu") -> ClipN
         raise ConfigError(f"clip_weights: {file} cannot be read as weights of {model}: {reason}") from error
     # a metric says whose weights it used: a tag identifies them, the name of a file does not
     known = pretrained if weights.sha256 else f"{Path(pretrained).name} (SHA-256 {sha256(file)[:16]})"
-    described = f"CLIP {model} {known}"
-    return ClipNetwork(net, preprocess, open_clip.get_tokenizer(model), described, device)
+    tokenizer = open_clip.get_tokenizer(model)
+    return ClipNetwork(net.to(device).eval(), preprocess, tokenizer, f"CLIP {model} {known}", device)
