@@ -10,7 +10,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import measure, plain, plot, run
+from benchmarks import coco_sampling, measure, plain, plot, run
 from benchmarks.biart import sequences_of
 from benchmarks.measure import PeakBytes, Row, peer, race, row
 from benchmarks.quantizer import agree
@@ -163,3 +163,13 @@ def test_plots_and_table_come_from_the_results(tmp_path, capsys):
     assert (tmp_path / "scaling_quantiser_cpu.png").stat().st_size > 1000
     said = capsys.readouterr().out
     assert "| quantizer | N 1 | one-hot | 4.00x | 1/8.0 | **missed**: >= 3x |" in said and "met: >= 3x" in said
+
+
+def test_the_sampling_of_cocos_protocol_is_extrapolated(tmp_path, capsys):
+    flags = "--size tiny --captions 5 --candidates 2 --batch_size 3 --json".split()
+    assert coco_sampling.main([*flags, str(tmp_path / "r.json")]) == 0
+    out = json.loads((tmp_path / "r.json").read_text())
+    assert out["pictures_per_second"] == pytest.approx(10 / out["seconds"]) and out["extrapolated"]
+    assert out["hours_for_30000_captions"] == pytest.approx(out["seconds"] * 6000 / 3600)
+    assert {"codes", "scores", "decoding"} < out["seconds_by_part"].keys() and min(out["seconds_by_part"].values()) > 0
+    assert "extrapolated" in capsys.readouterr().out

@@ -48,7 +48,7 @@ def test_one_line_reports_it(blocks, metric, tmp_path, monkeypatch):
     namespace = vars(image_tasks) | {"colourfulness": metric.colourfulness}
     exec(source, namespace)
     monkeypatch.setattr(image_tasks, "report_images", namespace["report_images"])
-    monkeypatch.setattr(networks, "open_inception", lambda download=False: Colours())
+    monkeypatch.setattr(networks, "open_inception", Colours)
     monkeypatch.setattr(networks, "open_clip_network", lambda *arguments: Words())
     pairs = write_pairs(tmp_path / "pairs", 5)
     flags = ["--generated_dir", pairs, "--test_dir", pairs, "--fid_resolution", 16, "--is_splits", 1, "--gpus", 0]

@@ -18,7 +18,7 @@ from latent_verse.config.train import (
     resolve_train_vae,
 )
 from latent_verse.demo import run as demo
-from tests.doc_commands import REPO, commands, flags
+from tests.documented_commands import REPO, commands, flags
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,7 @@ import torch
 
 from latent_verse.commands import eval_biart, eval_vae, generate, train_biart, train_vae
 from latent_verse.metrics import networks
-from tests.doc_commands import REPO, commands, flags
+from tests.documented_commands import REPO, commands, flags
 from tests.image_runs import SMALL, write_pictures
 from tests.stand_ins import Colours, Words, write_pairs
 
@@ -42,7 +42,7 @@ MAINS = {
 
 
 def write_coco(folder: Path, split: str, count: int) -> list[dict]:
-    """Pictures in folder/split, their captions in folder/annotations; returns the images of a Karpathy file."""
+    """Images in folder/split, their captions in folder/annotations; returns the images of a Karpathy file."""
     made = sorted(write_pairs(folder / split, count).glob("*.png"))
     texts = [image.with_suffix(".txt").read_text().splitlines() for image in made]
     images = [image.rename(image.with_name(f"COCO_{split}_{i:012d}.png")) for i, image in enumerate(made)]
@@ -91,7 +91,7 @@ def project(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "")  # no Java, which differs from machine to machine
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))  # no network of a metric but the two stand-ins
     monkeypatch.setattr(torch.hub, "_hub_dir", None)
-    monkeypatch.setattr(networks, "open_inception", lambda download=False: Colours())
+    monkeypatch.setattr(networks, "open_inception", Colours)
     monkeypatch.setattr(networks, "open_clip_network", lambda *arguments: Words())
 
 

@@ -13,13 +13,13 @@ TASKS = ("likelihood", "generation", "captions", "retrieval", "zero_shot", "roun
 DTYPES = ("float32", "bfloat16", "float16")
 # which tasks a setting changes; --generated_dir and --captions_file leave less (_check_effects)
 EFFECTS = {
-    "candidates": ("drawing", "shapes"),
-    **dict.fromkeys(("temperature", "top_k", "top_p", "guidance"), ("drawing", "round_trip", "shapes")),
+    "candidates": ("sampling", "shapes"),
+    **dict.fromkeys(("temperature", "top_k", "top_p", "guidance"), ("sampling", "round_trip", "shapes")),
     **dict.fromkeys(("eval_captions", "fid_resolution", "reference", "reference_stats"), ("generation",)),
     **dict.fromkeys(("prc_pictures", "prc_neighbours", "is_splits"), ("generation",)),
     **dict.fromkeys(("blur_radii", "clip_model", "clip_weights", "download"), ("generation", "round_trip")),
     "caption_pictures": ("captions",),
-    "beams": ("writing", "round_trip"),
+    "beams": ("captioning", "round_trip"),
     "likelihood_pairs": ("likelihood",),
     **dict.fromkeys(("retrieval_pictures", "retrieval_captions"), ("retrieval",)),
     **dict.fromkeys(("length_power", "prior_weight", "prior"), ("retrieval", "zero_shot")),
@@ -121,7 +121,7 @@ class NetworksConfig(Settings):
 class EvalWriteConfig(Settings):
     """Where results go, and which machine computes."""
 
-    name: Optional[str] = setting(None, "name of the run folder in log_dir; default eval-<model>-<tasks given>")
+    name: Optional[str] = setting(None, "name of the run folder in log_dir; default eval-[fake-]<model>-<tasks given>")
     log_dir: str = setting("results", "folder that holds the run folders")
     seed: int = setting(0, "seed for the choice of pairs and for sampling", at_least=0)
     gpus: int = setting(1, "number of processes, each with one GPU; 0 is the CPU", at_least=0)
@@ -181,14 +181,17 @@ def _check_effects(config: EvalBiARTConfig, tasks: tuple[str, ...]) -> None:
     """Raises ConfigError for a setting that is not its default and that nothing of this run reads."""
     j, g, d = config.judged, config.generation, config.data
     done = set(tasks)
-    done |= {"drawing"} if "generation" in tasks and not j.generated_dir else set()
-    done |= {"writing"} if "captions" in tasks and not j.captions_file else set()
+    done |= {"sampling"} if "generation" in tasks and not j.generated_dir else set()
+    done |= {"captioning"} if "captions" in tasks and not j.captions_file else set()
     default = EvalBiARTConfig()
     for section in ("generation", "captions", "likelihood", "networks"):
         for name, value in vars(getattr(config, section)).items():
             changed = value != getattr(getattr(default, section), name)
             if changed and name in EFFECTS and not done & set(EFFECTS[name]):
-                named = {"drawing": "generation without --generated_dir", "writing": "captions without --captions_file"}
+                named = {
+                    "sampling": "generation without --generated_dir",
+                    "captioning": "captions without --captions_file",
+                }
                 readers = " or ".join(named.get(task, task) for task in EFFECTS[name])
                 raise ConfigError(
                     f"{name} has no effect here: it is read by {readers}, and this run does {', '.join(tasks)}."

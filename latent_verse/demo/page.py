@@ -1,9 +1,4 @@
-"""The demo's page: one HTML file that holds its images and curves and loads nothing from the network.
-
-    write_page(folder, report)        writes <folder>/index.html
-
-Images are embedded as they are and enlarged by the browser, pixel by pixel; curves are SVG by matplotlib.
-"""
+"""The demo's page: one HTML file that holds its images and curves (SVG) and loads nothing from the network."""
 
 from __future__ import annotations
 
@@ -40,23 +35,15 @@ class Curves:
 
 @dataclass
 class Report:
-    """All that the page shows.
-
-    Attributes:
-        metrics: what metrics.json holds.
-        splits: {"unseen": results, "heldout": results}, each as evaluation/shapes.py writes its JSON file.
-        folder: the names of images in there are relative to it.
-        stages: (title, seconds, command) of each stage, in order.
-        facts: (name, value): machine, commit, ...
-    """
+    """All that the page shows."""
 
     title: str
-    metrics: dict[str, Any]
-    splits: dict[str, dict[str, Any]]
-    folder: Path
-    stages: list[tuple[str, float, str]]
+    metrics: dict[str, Any]  # what metrics.json holds
+    splits: dict[str, dict[str, Any]]  # "unseen" and "heldout", as evaluation/shapes_truth.py writes its JSON file
+    folder: Path  # where the images are that `splits` names
+    stages: list[tuple[str, float, str]]  # title, seconds, command
     curves: list[Curves] = field(default_factory=list)
-    facts: list[tuple[str, str]] = field(default_factory=list)
+    facts: list[tuple[str, str]] = field(default_factory=list)  # (name, value): machine, commit, ...
 
 
 def read_curves(run: Path, names: dict[str, str]) -> dict[str, list[tuple[int, float]]]:
@@ -89,11 +76,7 @@ def write_page(folder: Path, report: Report) -> Path:
         results=_results(report),
         among="" if rerank_temperature is None else f" among those sampled at temperature {rerank_temperature:g}",
         splits=[
-            {
-                "title": SPLIT_NAMES[name],
-                "note": SPLIT_NOTES[name],
-                "cases": [case for case in split["cases"] if "picture" in case],
-            }
+            (SPLIT_NAMES[name], SPLIT_NOTES[name], [case for case in split["cases"] if "picture" in case])
             for name, split in report.splits.items()
         ],
         source=lambda file: embedded(report.folder / file),

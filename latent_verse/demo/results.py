@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from latent_verse.demo.page import Curves, Report, read_curves, write_page
-from latent_verse.files import write_text
+from latent_verse.files import write_json
 from latent_verse.machine import commit, machine
 
 SPLITS = ("unseen", "heldout")
@@ -20,17 +20,16 @@ RIGHT_COLUMNS = {"val/text_to_image/right": "text to image", "val/image_to_text/
 
 
 def write(out: Path, world: str, stages: list[tuple[str, str, str]], seconds: dict[str, float]) -> Path:
-    """Write <out>/metrics.json and <out>/index.html; returns the page's path.
+    """Write metrics.json and index.html into the demo's folder; returns the page's path.
 
     Args:
-        out: the demo's folder, which holds unseen.json, heldout.json, codes/ and runs/.
         stages: (name, title, command) of each stage.
         seconds: of each stage, all its runs together.
     """
     splits = {split: json.loads((out / f"{split}.json").read_text()) for split in SPLITS}
     facts = machine() | {"commit": commit()}
     metrics = gather(world, splits, seconds) | {"facts": facts, "commands": [command for _, _, command in stages]}
-    write_text(out / "metrics.json", json.dumps(metrics, indent=1))
+    write_json(out / "metrics.json", metrics)
     sampling = splits["unseen"]["draw"]
     codes = json.loads((out / "codes" / "train" / "codes.json").read_text())
     about = {
@@ -58,7 +57,7 @@ def gather(world: str, splits: dict[str, dict[str, Any]], seconds: dict[str, flo
 
     {text_to_image: {unseen: {right, total, attributes}, heldout, reranked, reranked_heldout}, image_to_text: {unseen,
     heldout}, reconstruction: {unseen, heldout}, seconds: {stage: s, total: s}, world, draw}. `reranked` is on unseen
-    scenes; both re-ranked results say how many images there were to choose from (`drawn`).
+    scenes; both re-ranked results have the number of images to choose from.
     """
     metrics: dict[str, Any] = {"world": world, "draw": splits["unseen"]["draw"]}
     for direction in ("text_to_image", "image_to_text", "reconstruction"):

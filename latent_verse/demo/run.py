@@ -2,10 +2,9 @@
 
     python -m latent_verse.demo --world small --out demo        what `make demo` runs
 
-Each stage is a script that a user would call, in a process of its own; this file decides their order and gathers the
-results. If interrupted, rerun the command to resume: finished stages are recognised by their outputs, and unfinished
-ones resume by their own means (--backup, shards of codes). If a stage's output is gone, the stages after it do not
-count as finished.
+Each stage is a script that a user would call, in a process of its own. If interrupted, rerun the command to resume:
+finished stages are recognised by their outputs, and unfinished ones resume by their own means (--backup, shards of
+codes). If a stage's output is gone, the stages after it do not count as finished.
 """
 
 from __future__ import annotations
@@ -27,11 +26,11 @@ from types import FrameType
 from typing import Any, Optional
 
 from latent_verse.config import ConfigError, Settings, setting
-from latent_verse.config.cli import one_line_errors, parse
+from latent_verse.config.cli import one_line_errors, parse, read_yaml
 from latent_verse.config.train import TrainBiARTConfig, TrainVAEConfig
 from latent_verse.data.shapes import PRESETS, World
 from latent_verse.demo import results
-from latent_verse.files import write_text
+from latent_verse.files import write_json
 
 ROOT = Path(__file__).parents[2]
 PREFIX = {"small": "demo", "full": "demo_full"}  # of the recipes' names in configs/
@@ -57,28 +56,22 @@ class DemoSettings(Settings):
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """Everything the demo can be told."""
+    """Every setting of the demo."""
 
     demo: DemoSettings = field(default_factory=DemoSettings)
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One process.
-
-    Attributes:
-        command: its arguments, after the interpreter.
-        output: a pattern below the demo's folder; the stage is finished if a file matches it.
-        world: fingerprint of the shapes world that it generates, if it does.
-        again: whether a rerun makes the output anew. Training does not: it finds itself finished.
-    """
+    """One process."""
 
     name: str
     title: str
-    command: list[str]
-    output: str
-    world: str = ""
-    again: bool = False
+    command: list[str]  # arguments of the interpreter
+    output: str  # a pattern below the demo's folder; the stage is finished if a file matches it
+    world: str = ""  # fingerprint of the shapes world that it generates, if it does
+    recipe: str = ""  # digest of the recipe that it follows, if it does
+    again: bool = False  # whether a rerun makes the output anew; training does not: it finds itself finished
 
     def shown(self) -> str:
         """The command as a person types it."""
@@ -86,7 +79,7 @@ class Stage:
 
 
 class Stopped(Exception):
-    """A stage failed, or the demo was told to stop; the message says what to do. `code` is the exit code."""
+    """A stage failed, or a signal stopped the demo; the message says what to do. `code` is the exit code."""
 
     def __init__(self, message: str, code: int):
         super().__init__(message)
@@ -113,18 +106,19 @@ def plan(s: DemoSettings, out: Path) -> list[Stage]:
     for kind, title, more in (("augvae_ml", "AugVAE-ML", []), ("augvae_sl", "AugVAE-SL", ["--pretrained_path", ml])):
         file = recipe[kind]
         command = ["train_vae.py", "--config", shown_path(file), *folders, *more, *runs]
-        config, _ = parse(TrainVAEConfig, ["--config", str(file)], "")
+        config, digest = read_recipe(TrainVAEConfig, file)
         last = f"runs/{file.stem}/checkpoints/last-epoch={config.trainer.epochs - 1}-*.ckpt"
-        stages.append(Stage(kind, title, command, last))
+        stages.append(Stage(kind, title, command, last, recipe=digest))
 
-    config, _ = parse(TrainBiARTConfig, ["--config", str(recipe["biart"])], "")
+    config, digest = read_recipe(TrainBiARTConfig, recipe["biart"])
     start = ["train_biart.py", "--config", shown_path(recipe["biart"]), "--vae_path", sl]
     sizes = ["--dataset_size", str(pairs), "--val_size", str(min(VAL_PAIRS, pairs))]
     shapes = ["--dataset", "shapes", "--world", s.world, *sizes]
     extract = [*start, *shapes, "--extract_codes", at["codes"], "--gpus", str(s.gpus)]
-    stages.append(Stage("codes", "codes", extract, "codes/val/codes.json", world))
+    stages.append(Stage("codes", "codes", extract, "codes/val/codes.json", world, digest))
     folders = ["--dataset", "codes", "--train_dir", f"{at['codes']}/train", "--val_dir", f"{at['codes']}/val"]
-    stages.append(Stage("biart", "BiART", [*start, *folders, *runs], f"runs/{recipe['biart'].stem}/bundle/config.json"))
+    bundle = f"runs/{recipe['biart'].stem}/bundle/config.json"
+    stages.append(Stage("biart", "BiART", [*start, *folders, *runs], bundle, recipe=digest))
 
     sampling = config.sampling.arguments()
     flags = [word for name, value in sampling.items() if value is not None for word in (f"--{name}", f"{value:g}")]
@@ -135,6 +129,13 @@ def plan(s: DemoSettings, out: Path) -> list[Stage]:
         command = [*evaluate, "--split", split, "--json", shown_path(out / file), "--gpus", str(s.gpus)]
         stages.append(Stage(name, f"evaluation on {name} scenes", command, file, world, again=True))
     return stages
+
+
+def read_recipe(cls: type, file: Path) -> tuple[Any, str]:
+    """The settings of a recipe, and a digest of those that it names: of its values, not its comments."""
+    config, _ = parse(cls, ["--config", str(file)], "")
+    values = json.dumps(read_yaml(cls, str(file)), sort_keys=True)
+    return config, hashlib.sha256(values.encode()).hexdigest()[:16]
 
 
 def train_pairs(s: DemoSettings) -> int:
@@ -161,7 +162,7 @@ class StagesFile:
         """Raises ConfigError if a stage was started with another command, recipe or world than it has now."""
         for stage in stages:
             found = self.stages.get(stage.name)
-            now = (stage.shown(), _recipe(stage), stage.world)
+            now = (stage.shown(), stage.recipe, stage.world)
             if found and (found["command"], found["recipe"], found.get("world", "")) != now:
                 raise ConfigError(
                     f"{self.file.parent} holds a demo with different settings: its stage {stage.title} had another "
@@ -179,20 +180,12 @@ class StagesFile:
         so_far = 0.0 if known["finished"] else known["seconds"]
         self.stages[stage.name] = {
             "command": stage.shown(),
-            "recipe": _recipe(stage),
+            "recipe": stage.recipe,
             "world": stage.world,
             "seconds": round(so_far + seconds, 2),
             "finished": finished,
         }
-        write_text(self.file, json.dumps(self.stages, indent=1))
-
-
-def _recipe(stage: Stage) -> str:
-    """A digest of the recipe that a stage names, "" if it names none."""
-    if "--config" not in stage.command:
-        return ""
-    file = ROOT / stage.command[stage.command.index("--config") + 1]
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+        write_json(self.file, self.stages)
 
 
 @contextlib.contextmanager
@@ -206,9 +199,7 @@ def only_one(out: Path) -> Iterator[int]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise ConfigError(
-                f"out: another demo, or one of its stages, is still running in {out}. Wait for it."
-            ) from None
+            raise ConfigError(f"out: another demo, or its stage, is still running in {out}. Wait for it.") from None
         yield lock.fileno()
 
 

@@ -10,24 +10,19 @@ from pathlib import Path
 
 from latent_verse.config.cli import one_line_errors, parse
 from latent_verse.data.shapes import World, write_pairs
-from latent_verse.demo.run import VAL_PAIRS, DemoConfig, DemoSettings, train_pairs
+from latent_verse.demo.run import VAL_PAIRS, DemoConfig, train_pairs
 
 CAPTIONS = 8  # of each image
 
 
-def write_images(s: DemoSettings) -> None:
-    """Write <out>/data/train, <out>/data/val and, at the end, the file <out>/data/finished."""
+@one_line_errors
+def main(argv: list[str] | None = None) -> int:
+    """Write both folders and, at the end, the file data/finished; 0 when done, 2 for a mistake in the settings."""
+    s = parse(DemoConfig, argv, __doc__)[0].demo
     world, folder, pairs = World.preset(s.world), Path(s.out).expanduser() / "data", train_pairs(s)
     write_pairs(world, folder / "train", pairs, "train", captions=CAPTIONS)
     write_pairs(world, folder / "val", min(VAL_PAIRS, pairs), "val", captions=CAPTIONS)
     (folder / "finished").touch()
-
-
-@one_line_errors
-def main(argv: list[str] | None = None) -> int:
-    """Write the images; 0 when done, 2 for a mistake in the settings."""
-    config, _ = parse(DemoConfig, argv, __doc__)
-    write_images(config.demo)
     return 0
 
 

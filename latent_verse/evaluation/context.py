@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from PIL import Image
 from torch import Tensor
@@ -18,61 +19,56 @@ from latent_verse.inference.pipeline import LVerse
 from latent_verse.metrics import networks
 from latent_verse.metrics.processes import Ranks
 
+T = TypeVar("T")
+
 
 @dataclass(eq=False)
 class Context:
-    """An evaluation in this process.
-
-    Attributes:
-        model: None if another system's outputs are evaluated.
-        resolution: pixels a side of every image that is compared.
-        galleries: best, median and worst cases for the page.
-    """
+    """An evaluation in this process."""
 
     config: EvalBiARTConfig
     ranks: Ranks
     device: str
     folder: Path
-    model: LVerse | None
+    model: LVerse | None  # None if another system's outputs are evaluated
     pairs: Pairs
-    resolution: int
+    resolution: int  # of every image that is compared
     records: Records
-    galleries: list[Gallery] = field(default_factory=list)
+    galleries: list[Gallery] = field(default_factory=list)  # best, median and worst cases for the page
 
     @property
     def seed(self) -> int:
-        """Of the choice of captions and of sampling."""
+        """The seed of the choice of captions and of sampling."""
         return self.config.write.seed
 
     @functools.cached_property
     def inception(self) -> networks.Inception | str:
         """InceptionV3 on the device, or the reason why it is missing."""
-        download = self.config.networks.download
-        try:
-            if download:
-                self.ranks.share(lambda: networks.inception_weights().find(True) and None)
-            return networks.open_inception().to(self.device)
-        except networks.NetworkMissing as error:
-            return str(error)
+        return self._network(networks.inception_weights, lambda: networks.open_inception().to(self.device))
 
     @functools.cached_property
     def clip(self) -> networks.ClipNetwork | str:
         """CLIP on the device, or the reason why it is missing."""
-        n = self.config.networks
+        names = self.config.networks.clip_model, self.config.networks.clip_weights
+        return self._network(
+            lambda: networks.clip_weights(*names), lambda: networks.open_clip_network(*names, self.device)
+        )
+
+    def _network(self, weights: Callable[[], networks.Weights], open_it: Callable[[], T]) -> T | str:
         try:
-            if n.download:
-                self.ranks.share(lambda: networks.clip_weights(n.clip_model, n.clip_weights).find(True) and None)
-            return networks.open_clip_network(n.clip_model, n.clip_weights, self.device)
+            if self.config.networks.download:
+                self.ranks.share(lambda: weights().find(download=True))
+            return open_it()
         except networks.NetworkMissing as error:
             return str(error)
 
     def readable(self, chosen: list[Sample]) -> tuple[list[Sample], list[Tensor]]:
-        """Those whose image can be read, and these images, uint8 (3, R, R)."""
+        """The samples whose image can be read, and these images, uint8 (3, R, R)."""
         read = [(sample, x) for sample in chosen if (x := self.pairs.image(sample.index)) is not None]
         return [sample for sample, _ in read], [x for _, x in read]
 
     def cut(self, texts: Sequence[str]) -> int:
-        """How many of the texts are longer than the model takes: what is scored is not all of them."""
+        """The number of texts that are longer than the model takes: only their beginning is scored."""
         longest = self.model.biart.config.text_len
         return sum(len(ids) > longest for ids in self.model.tokenizer.encode_batch(list(texts)))
 
@@ -83,13 +79,6 @@ class Context:
         count = self.config.write.page_cases
         if not (self.ranks.is_first and scores and count):
             return
-        parts = {
-            heading: [Case(scores[i], *case_of(i)) for i in numbers]
-            for heading, numbers in choose(scores, count).items()
-        }
+        chosen = choose(scores, count).items()
+        parts = {heading: [Case(scores[i], *case_of(i)) for i in numbers] for heading, numbers in chosen}
         self.galleries.append(Gallery(title, f"{scored}, of {len(scores)}", parts))
-
-
-def as_pil(x_CHW: Tensor) -> Image.Image:
-    """A uint8 image (3, H, W) as a PIL image."""
-    return Image.fromarray(x_CHW.permute(1, 2, 0).contiguous().numpy())

@@ -10,15 +10,16 @@ from pathlib import Path
 from torch import Tensor
 
 from latent_verse.data.shapes import World
+from latent_verse.data.transforms import centre_crop
 from latent_verse.evaluation import round_trips, samples
 from latent_verse.evaluation import shapes_truth as shapes
-from latent_verse.evaluation.context import Context, as_pil
+from latent_verse.evaluation.context import Context
 from latent_verse.evaluation.pairs import ordered
 from latent_verse.evaluation.records import OWN
 from latent_verse.evaluation.samples import Group, read_image
 from latent_verse.machine import versions
 from latent_verse.metrics import captions, image_quality
-from latent_verse.metrics.image_quality import ImageFeatures
+from latent_verse.metrics.image_quality import ImageFeatures, as_pil
 from latent_verse.metrics.intervals import wilson
 
 CROP = "both sides resized (shorter side, bilinear, antialiased) and centre-cropped to {r} px, 8-bit"
@@ -27,11 +28,11 @@ Scores = list[list[float]]  # of the images of each caption
 
 def generate(c: Context) -> dict[str, object]:
     """Generate images, or read another system's, and evaluate them; returns what metrics.json says of them."""
-    judged, g = c.config.judged, c.config.generation
+    j, g = c.config.judged, c.config.generation
     chosen = c.pairs.sample(g.eval_captions, c.seed)
     about: dict[str, object] = {}
-    if judged.generated_dir:
-        groups = samples.read_groups(Path(judged.generated_dir).expanduser())
+    if j.generated_dir:
+        groups = samples.read_groups(Path(j.generated_dir).expanduser())
         digest = c.ranks.share(lambda: samples.fingerprint_files([f for group in groups for f in group.files]))
         checkpoint = {"generated_dir": digest}
         texts = {sample.caption for sample in chosen}
@@ -66,7 +67,7 @@ def generate(c: Context) -> dict[str, object]:
             c.records.add_mean(f"{prefix}clip_score", values, library=library, protocol=clip_protocol(c), **more)
         if all(group.log_p[0] is not None for group in groups):
             values = [group.log_p[n] for group, n in zip(groups, numbers, strict=True)]
-            protocol = "mean of the model's log p(text | the codes it drew), in nats"
+            protocol = "mean of the model's log p(text | the codes it sampled), in nats"
             c.records.add_mean(f"{prefix}log_p_text", values, library=OWN, protocol=protocol, **more)
     show(c, groups, clip)
     return about
@@ -172,7 +173,7 @@ def report_fid(c: Context, prefix: str, real: ImageFeatures, generated: ImageFea
             c.records.miss(name, f"needs at least 2 images of each set, got {counts}")
             continue
         blurred = f", both blurred (Pillow GaussianBlur, radius {k})" if k else ""
-        protocol = f"{CROP.format(r=c.resolution)}{blurred}; {c.inception.described}; against {a.count} pictures"
+        protocol = f"{CROP.format(r=c.resolution)}{blurred}; {c.inception.described}; against {a.count} images"
         about = {"library": versions("torchmetrics", "torch-fidelity"), "protocol": protocol, "references": a.count}
         value = image_quality.frechet_distance(a, b)
         c.records.add(name, value, samples=b.count, better="lower", **about, **more)
@@ -183,7 +184,7 @@ def report_fid(c: Context, prefix: str, real: ImageFeatures, generated: ImageFea
 
 def clip_protocol(c: Context) -> str:
     """How CLIP scores are computed."""
-    return f"100 x cosine of a picture ({c.resolution} px) and its caption, mean over pictures; {c.clip.described}"
+    return f"100 x cosine of an image ({c.resolution} px) and its caption, mean over images; {c.clip.described}"
 
 
 def score_by_clip(c: Context, groups: Sequence[Group]) -> Scores | None:
@@ -199,13 +200,11 @@ def score_by_clip(c: Context, groups: Sequence[Group]) -> Scores | None:
     mine, size = c.ranks.mine(len(groups)), c.config.write.batch_size
     for start in c.ranks.follow(range(0, len(mine), size), "CLIP"):
         part = mine[start : start + size]
-        for i in part:
-            scores[i] = []
+        texts, by_number = [groups[i].text for i in part], []
         for n in range(count):
             images = [as_pil(read_image(groups[i].files[n], c.resolution)) for i in part]
-            values = image_quality.clip_scores(c.clip, images, [groups[i].text for i in part])
-            for i, value in zip(part, values, strict=True):
-                scores[i].append(value)
+            by_number.append(image_quality.clip_scores(c.clip, images, texts))
+        scores |= {i: list(values) for i, *values in zip(part, *by_number, strict=True)}
     return list(c.ranks.gather(scores).values())
 
 
@@ -238,7 +237,7 @@ def round_trip(c: Context) -> None:
         batch_size=c.config.write.batch_size,
         sampling=c.config.generation,
         world=world,
-        scenes=[c.pairs.scene(sample.index) for sample in chosen] if world else [],
+        scenes=[c.pairs.dataset.scene(sample.index) for sample in chosen] if world else [],
     )
     count = len(trips)
     if world:
@@ -250,7 +249,7 @@ def round_trip(c: Context) -> None:
     own = [trip.recaptioned for trip in trips]
     scores = c.ranks.share(lambda: captions.score(own, [[text] for text in texts], c.config.captions.java))
     for name, value in scores.metrics.items():
-        protocol = f"caption of the picture drawn for a text, against that text alone; {scores.tokenizer}"
+        protocol = f"caption of the image sampled for a text, against that text alone; {scores.tokenizer}"
         about = {"library": versions("pycocoevalcap"), "protocol": protocol, "better": "higher"}
         c.records.add(f"round_trip/text_image_text/{name}", value, samples=count, **about)
     for name, reason in scores.missing.items():
@@ -270,7 +269,7 @@ def _report_regenerated(
         for k in c.config.generation.blur_radii:
             c.records.miss(f"{prefix}fid_{k}", c.inception)
     else:
-        back = [round_trips.as_uint8(trip.regenerated) for trip in trips]
+        back = [centre_crop(trip.regenerated, c.resolution) for trip in trips]
         real, generated = (_features(c, of.__getitem__, len(of), keep_logits=False) for of in (images, back))
         report_fid(c, prefix, real, generated, {})
     if isinstance(c.clip, str):
@@ -284,7 +283,7 @@ def _report_regenerated(
     to_text, to_image = zip(*c.ranks.gather(values).values(), strict=True)
     about = {"library": versions("open_clip_torch"), "better": "higher"}
     c.records.add_mean(f"{prefix}clip_score", to_text, protocol=clip_protocol(c), **about)
-    protocol = f"100 x cosine of the picture given and the one that came back; {c.clip.described}"
+    protocol = f"100 x cosine of the image given and the one that came back; {c.clip.described}"
     c.records.add_mean(f"{prefix}clip_similarity", to_image, protocol=protocol, **about)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from latent_verse.evaluation.records import Record, interval, selection, shown
+from latent_verse.evaluation.records import Records, interval, selection, shown
 from latent_verse.files import write_text
 from latent_verse.html import embedded, render
 
@@ -46,24 +46,18 @@ def choose(scores: Sequence[float], count: int) -> dict[str, list[int]]:
 
 
 def write(
-    path: Path,
-    title: str,
-    records: dict[str, Record],
-    missing: dict[str, str],
-    galleries: Sequence[Gallery],
-    about: dict[str, object],
-    settings: str,
+    path: Path, title: str, records: Records, galleries: Sequence[Gallery], about: dict[str, object], settings: str
 ) -> None:
     """Write the page, whole or not at all. `about`: facts of the run; `settings`: its configuration as YAML."""
     measured: dict[tuple[str, str], list[str]] = {}  # names of metrics by protocol and library
-    for name, record in records.items():
+    for name, record in records.values.items():
         measured.setdefault((record["protocol"], record["library"]), []).append(name)
     page = render(
         "evaluation.html",
         title=title,
-        metrics=[(name, shown(r["value"]), interval(r), r["samples"], selection(r)) for name, r in records.items()],
+        metrics=[(n, shown(r["value"]), interval(r), r["samples"], selection(r)) for n, r in records.values.items()],
         protocols=[(", ".join(names), *how) for how, names in measured.items()],
-        missing=missing,
+        missing=records.missing,
         galleries=galleries,
         about=[(name, value) for name, value in about.items() if value],
         settings=settings,

@@ -1,18 +1,19 @@
 """The images and captions that an evaluation reads, and the fixed sample of captions that it generates images for.
 
-The sample is a function of the seed and of the images' names alone: not of the order of files, the machine, or the
-version of a random number generator. Images are ordered by SHA-256 of "<seed>/<name>"; each pass over them takes one
-more caption of every image, in the order of SHA-256 of "<seed>/<name>/<number>". So the first 30,000 of COCO's
-validation set are 30,000 different images with one caption each.
+The sample depends on the seed and the images' names alone, not on the order of files, the machine or the version of a
+random number generator. Images are ordered by SHA-256 of "<seed>/<name>"; each pass over them takes one more caption of
+every image, in the order of SHA-256 of "<seed>/<name>/<number>". So the first 30,000 captions of COCO's validation set
+are of 30,000 different images.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +22,10 @@ from torch import Tensor
 from latent_verse.config.evaluate import EvalDataConfig
 from latent_verse.config.train import PairDataConfig
 from latent_verse.data.datasets import PAIRS, Given, Split
-from latent_verse.data.shapes import Scene
 
 GENERATED_SIZES = {"shapes": 256, "fake": 32}  # pairs where test_size does not say
 COCO_NAME = re.compile(r"(?:^|_)(\d{12})$")  # 000000391895.jpg, COCO_val2014_000000391895.jpg
-RULE = "pictures by SHA-256 of seed/name, one caption each by SHA-256 of seed/name/number; then the next captions"
+RULE = "images by SHA-256 of seed/name, one caption each by SHA-256 of seed/name/number; then the next captions"
 
 
 @dataclass(frozen=True)
@@ -44,18 +44,14 @@ class Pairs:
         ids: of each image, in the captions file; empty if they do not identify all images.
         made_up: whether there are no files.
         unreadable: numbers of images that could not be read; complete once all have been asked for.
-
-    Raises:
-        DataError: naming the setting and the file.
     """
 
     def __init__(self, data: EvalDataConfig, resolution: int, seed: int):
-        self.resolution, self.world, self.unreadable = resolution, None, set()
+        self.unreadable: set[int] = set()
         self.dataset = _open(data, resolution, seed)
-        if data.dataset == "shapes":
-            self.world = self.dataset.world
+        self.world = self.dataset.world if data.dataset == "shapes" else None
         paths = [self.dataset.image_path(i) for i in range(len(self.dataset))]
-        self.made_up = made = any(path is None for path in paths)
+        self.made_up = made = None in paths
         known = getattr(self.dataset, "ids", {})
         ids = [known.get(path) for path in paths]
         self.ids = ids if None not in ids and len(set(ids)) == len(ids) else []
@@ -77,16 +73,11 @@ class Pairs:
     def identity(self, i: int) -> str:
         """What distinguishes image i from another one of its name: the name and the size of its file."""
         path = self.dataset.image_path(i)
-        there = path is not None and os.path.isfile(path)
-        return f"{self.names[i]} {os.path.getsize(path)}" if there else self.names[i]
+        return f"{self.names[i]} {os.path.getsize(path)}" if path and os.path.isfile(path) else self.names[i]
 
     def captions(self, i: int) -> list[str]:
         """All captions of image i."""
         return [str(caption) for caption in self.dataset.captions(i)]
-
-    def scene(self, i: int) -> Scene:
-        """The true scene of image i of shapes."""
-        return self.dataset.scene(i)
 
     def image_ids(self) -> list[int | str]:
         """The captions file's ids, or those in COCO's file names; else the names, or numbers for made-up images."""
@@ -102,25 +93,16 @@ class Pairs:
 
     def sample(self, count: int, seed: int) -> list[Sample]:
         """The first `count` captions of the fixed sample, or all there are."""
-        order = ordered(self.names, seed)
+        return list(itertools.islice(self._in_order(seed), count))
+
+    def _in_order(self, seed: int) -> Iterator[Sample]:
         captions = {}
-        chosen: list[Sample] = []
-        turn = 0
-        while len(chosen) < count:
-            before = len(chosen)
-            for i in order:
-                if i not in captions:
-                    numbered = list(enumerate(self.captions(i)))
-                    numbered.sort(key=lambda pair, i=i: _rank(f"{seed}/{self.names[i]}/{pair[0]}"))
-                    captions[i] = [caption for _, caption in numbered]
-                if turn < len(captions[i]):
-                    chosen.append(Sample(i, captions[i][turn]))
-                if len(chosen) == count:
-                    break
-            if len(chosen) == before:
-                break
-            turn += 1
-        return chosen
+        for i in ordered(self.names, seed):
+            texts = self.captions(i)
+            captions[i] = [texts[n] for n in ordered([f"{self.names[i]}/{n}" for n in range(len(texts))], seed)]
+            yield from (Sample(i, text) for text in captions[i][:1])
+        for turn in range(1, max(map(len, captions.values()), default=0)):
+            yield from (Sample(i, texts[turn]) for i, texts in captions.items() if turn < len(texts))
 
     def about(self, chosen: list[Sample], seed: int) -> dict[str, int | str]:
         """The sample as metrics.json describes it, with a hash of its names and captions."""
@@ -132,11 +114,8 @@ class Pairs:
 
 def ordered(names: Sequence[str], seed: int) -> list[int]:
     """The numbers of names in the order of the fixed sample."""
-    return sorted(range(len(names)), key=lambda i: _rank(f"{seed}/{names[i]}"))
-
-
-def _rank(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+    keys = [hashlib.sha256(f"{seed}/{name}".encode("utf-8", "surrogateescape")).digest() for name in names]
+    return sorted(range(len(names)), key=keys.__getitem__)
 
 
 def _open(data: EvalDataConfig, resolution: int, seed: int) -> Any:

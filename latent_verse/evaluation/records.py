@@ -5,7 +5,7 @@
     print(records.table("title")); json.dumps(records.as_json())
     print(compare("results/a", "results/b"))
 
-Protocols are compared word by word between runs, old ones included: rewording one makes them "not comparable".
+Protocols are compared word by word between runs: rewording one makes them "not comparable" with older runs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,16 @@ from latent_verse import __version__
 from latent_verse.data import DataError
 
 OWN = f"latent_verse {__version__}"
-SAME = ("library", "samples", "protocol", "seed", "dtype")  # what two records must share to be comparable
+SAME = ("library", "samples", "protocol", "seed", "dtype", "drawn")  # what two records must share to be comparable
+# protocols of earlier versions in other words for the same thing: their runs stay comparable
+REWORDED = {
+    "references a picture": "references per image",
+    "one caption of the draw a picture": "one sampled caption per image",
+    "a picture": "an image",
+    "picture": "image",
+    "drawn": "sampled",
+    "drew": "sampled",
+}
 
 
 class Record(TypedDict, total=False):
@@ -49,7 +58,7 @@ class Records:
 
     Args:
         checkpoint: fingerprints of what is evaluated: a model's parts, or another system's files.
-        seed: of sampling; a record may name another.
+        seed: of sampling.
     """
 
     def __init__(self, checkpoint: dict[str, str], seed: int):
@@ -59,10 +68,7 @@ class Records:
         self.missing: dict[str, str] = {}
 
     def add(self, name: str, value: float, *, samples: int, library: str, protocol: str, **more: object) -> None:
-        """Keep a metric; `more`: other fields of `Record`.
-
-        A value that is not a finite number, which JSON cannot hold, is kept as missing.
-        """
+        """Keep a metric; `more`: other fields of `Record`. A value that is not finite, which JSON lacks, is missing."""
         if not math.isfinite(value):
             self.miss(name, f"it came out as {value} on {samples} samples")
             return
@@ -136,6 +142,9 @@ def read_metrics(place: str) -> dict[str, dict]:
         raise DataError(f"compare: {path} is not valid JSON ({error}).") from error
     if not isinstance(content, dict) or "figures" not in content:
         raise DataError(f"compare: {path} holds no metrics of eval_biart.py. Was it written by another script?")
+    for name, record in content["figures"].items():
+        for old, new in REWORDED.items() if not name.startswith("zero_shot/") else ():  # which quotes the user's prompt
+            record["protocol"] = record["protocol"].replace(old, new)
     return content
 
 
@@ -153,11 +162,10 @@ def compare(first: str, second: str) -> str:
         cells = [shown(record["value"]) if record else "missing" for record in (a, b)]
         difference, note = "", ""
         if a and b:
+            a, b = {"drawn": 1} | a, {"drawn": 1} | b
             difference = f"{b['value'] - a['value']:+.4g}"
             both = (key for key in SAME if key in a and key in b)  # another system's outputs have no dtype
             other = [f"{key} {a[key]!r} and {b[key]!r}" for key in both if a[key] != b[key]]
-            if a.get("drawn", 1) != b.get("drawn", 1):
-                other.append(f"drawn {a.get('drawn', 1)} and {b.get('drawn', 1)}")
             note = f"not comparable: {'; '.join(other)}" if other else ""
         lines.append((name, *cells, difference, note))
     widths = [max(len(line[column]) for line in lines) for column in range(4)]

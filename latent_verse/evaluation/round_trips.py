@@ -1,7 +1,6 @@
 """Round trips: image -> caption -> image and text -> image -> caption, each step by the model itself.
 
-On shapes every step is checked exactly: a caption has to be true of the image it was written for, and a generated image
-has to match its text.
+On shapes every step is checked exactly: a caption has to be true of its image, and a generated image of its text.
 """
 
 from __future__ import annotations
@@ -9,14 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
 from latent_verse.config import SamplingSettings
 from latent_verse.data.shapes import Scene, World
-from latent_verse.evaluation.samples import calls
+from latent_verse.evaluation import samples
 from latent_verse.evaluation.shapes_truth import ATTRIBUTES
 from latent_verse.inference.pipeline import LVerse
 from latent_verse.metrics.processes import Ranks
@@ -24,19 +21,13 @@ from latent_verse.metrics.processes import Ranks
 
 @dataclass
 class Trip:
-    """Both round trips of one pair.
+    """Both round trips of one pair."""
 
-    Attributes:
-        caption, regenerated: caption of the pair's image, and the image generated for that caption.
-        generated, recaptioned: image generated for the pair's text, and the caption of that image.
-        right: on shapes: {trip: {attribute: whether both steps are right in it}}.
-    """
-
-    caption: str
-    regenerated: Image.Image
-    generated: Image.Image
-    recaptioned: str
-    right: dict[str, dict[str, bool]] = field(default_factory=dict)
+    caption: str  # of the pair's image
+    regenerated: Image.Image  # for that caption
+    generated: Image.Image  # for the pair's text
+    recaptioned: str  # the caption of that image
+    right: dict[str, dict[str, bool]] = field(default_factory=dict)  # on shapes, as `check_trip` returns it
 
 
 def travel(
@@ -60,18 +51,11 @@ def travel(
     """
 
     def caption(images: Sequence[Image.Image] | Sequence[Tensor]) -> list[str]:
-        mine, found = list(ranks.mine(len(images))), {}
-        for start in range(0, len(mine), batch_size):
-            part = mine[start : start + batch_size]
-            rows = model.image_to_text([images[i] for i in part], beams=beams, seed=seed)
-            found |= {i: row[0] for i, row in zip(part, rows, strict=True)}
-        return list(ranks.gather(found).values())
+        return samples.caption(model, images.__getitem__, len(images), ranks, beams=beams, batch_size=batch_size)
 
     def generate(texts: Sequence[str]) -> list[Image.Image]:
-        found = {}
-        for part, own_seed in ranks.follow(
-            calls(model, texts, ranks.mine(len(texts)), seed, batch_size), "round trips"
-        ):
+        found, calls = {}, samples.calls(model, texts, ranks.mine(len(texts)), seed, batch_size)
+        for part, own_seed in ranks.follow(calls, "round trips"):
             rows = model.text_to_image([texts[i] for i in part], seed=own_seed, **sampling.arguments())
             found |= {i: row[0] for i, row in zip(part, rows, strict=True)}
         return list(ranks.gather(found).values())
@@ -89,18 +73,8 @@ def check_trip(world: World, scene: Scene, text: str, trip: Trip) -> dict[str, d
     """{trip: {attribute: whether both of its steps are right in it}}, by the exact readers of shapes."""
     caption, generated = world.parse_caption(trip.caption), world.parse_image(trip.generated)
     steps = {
-        "image_text_image": (
-            world.compare(scene, caption),
-            world.compare(world.parse_image(trip.regenerated), caption),
-        ),
-        "text_image_text": (
-            world.compare(generated, world.parse_caption(text)),
-            world.compare(generated, world.parse_caption(trip.recaptioned)),
-        ),
+        "image_text_image": [(scene, caption), (world.parse_image(trip.regenerated), caption)],
+        "text_image_text": [(generated, world.parse_caption(t)) for t in (text, trip.recaptioned)],
     }
-    return {name: {a: there[a] and back[a] for a in (*ATTRIBUTES, "all")} for name, (there, back) in steps.items()}
-
-
-def as_uint8(image: Image.Image) -> Tensor:
-    """An RGB image as uint8 (3, H, W)."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    found = {name: [world.compare(*step) for step in both] for name, both in steps.items()}
+    return {name: {a: there[a] and back[a] for a in (*ATTRIBUTES, "all")} for name, (there, back) in found.items()}

@@ -1,9 +1,8 @@
 """Generated images on disk: generating them for a list of captions, and reading any system's.
 
-A folder of images is PNG files `<caption>_<number>.png` and pictures.jsonl, as generate.py writes them: one line an
-image with `file`, `text`, `number` and, if the model has generated it, `log_p`, its own log p(text | image). An image
-depends only on the seed, its caption and its number, so processes share the captions, and an interrupted run resumes
-with the images that are missing.
+A folder holds PNG files `<caption>_<number>.png` and pictures.jsonl, as generate.py writes them: one line per image
+with `file`, `text`, `number` and, if the model has generated it, `log_p`, its own log p(text | image). An image depends
+only on the seed, its caption and its number: processes share the captions, and a rerun generates what is missing.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from latent_verse.config import ConfigError, SamplingSettings
 from latent_verse.data import DataError
 from latent_verse.data.images import EXTENSIONS
 from latent_verse.data.transforms import centre_crop, decode_rgb, mix_seed
-from latent_verse.files import differences, write_text
+from latent_verse.files import differences, write_json, write_text
 from latent_verse.inference.image_io import save_png
 from latent_verse.inference.pipeline import LVerse
 from latent_verse.metrics.processes import Ranks
@@ -34,11 +33,11 @@ ABOUT = "settings.json"  # of the images in the folder, which takes no others
 
 @dataclass
 class Group:
-    """The images generated for one caption: files, and the model's log p(text | image) of each if it is known."""
+    """The images generated for one caption."""
 
     text: str | None
     files: list[Path] = field(default_factory=list)
-    log_p: list[float | None] = field(default_factory=list)
+    log_p: list[float | None] = field(default_factory=list)  # of each image: the model's log p(text | image)
 
 
 def read_image(path: Path, resolution: int) -> Tensor:
@@ -73,14 +72,8 @@ def generate(
         ConfigError: the folder holds images of another model, of other texts or settings.
     """
     digest = hashlib.sha256("\n".join(texts).encode("utf-8", "replace")).hexdigest()[:16]
-    about = {
-        "model": model.fingerprints,
-        "texts": digest,
-        "candidates": candidates,
-        "seed": seed,
-        **sampling.arguments(),
-        "dtype": dtype,
-    }
+    about = {"model": model.fingerprints, "texts": digest, "candidates": candidates, "seed": seed}
+    about |= sampling.arguments() | {"dtype": dtype}
     ranks.share(lambda: _claim(folder, about))
     missing = [i for i in ranks.mine(len(texts)) if not all(p.is_file() for p in _files(folder, i, candidates))]
     for part, own_seed in ranks.follow(calls(model, texts, missing, seed, batch_size), "generating"):
@@ -90,6 +83,18 @@ def generate(
                 save_png(image, file, {"text": texts[i], "log_p": repr(value), "Software": "L-Verse"})
     ranks.gather({ranks.rank: None})  # until all processes are done
     ranks.share(lambda: write_index(folder, texts, candidates))
+
+
+def caption(
+    model: LVerse, read: Callable[[int], Tensor | Image.Image], count: int, ranks: Ranks, *, beams: int, batch_size: int
+) -> list[str]:
+    """The model's captions of images 0 .. count - 1, shared among processes."""
+    mine, found = ranks.mine(count), {}
+    for start in range(0, len(mine), batch_size):
+        part = mine[start : start + batch_size]
+        rows = model.image_to_text([read(i) for i in part], beams=beams)
+        found |= {i: row[0] for i, row in zip(part, rows, strict=True)}
+    return list(ranks.gather(found).values())
 
 
 def calls(
@@ -118,7 +123,7 @@ def _claim(folder: Path, about: dict[str, object]) -> None:
     if not file.is_file():
         if any(folder.glob("*.png")):
             raise ConfigError(f"{folder} holds images of unknown origin. Give another --name, or remove them.")
-        write_text(file, json.dumps(about, indent=1) + "\n")
+        write_json(file, about)
         return
     changed = differences(json.loads(file.read_text()), about)
     if changed:

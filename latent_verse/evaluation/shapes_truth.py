@@ -10,7 +10,6 @@ bound for text to image. No scene occurs twice, and the same seed gives the same
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from dataclasses import asdict, dataclass, field
@@ -19,10 +18,10 @@ from typing import TYPE_CHECKING, Any, Optional
 
 from PIL import Image
 
+from latent_verse import files
 from latent_verse.config import ConfigError, SamplingSettings, Settings, setting
 from latent_verse.config.cli import one_line_errors, parse
 from latent_verse.data.shapes import PRESETS, SPLITS, Scene, ShapesDataset, World
-from latent_verse.files import write_text
 from latent_verse.metrics.intervals import wilson
 
 if TYPE_CHECKING:
@@ -68,7 +67,7 @@ class ShapesWriteConfig(Settings):
 
 @dataclass(frozen=True)
 class ShapesEvalConfig:
-    """Everything this command can be told."""
+    """Every setting of this command."""
 
     what: ShapesConfig = field(default_factory=ShapesConfig)
     draw: ShapesSamplingConfig = field(default_factory=ShapesSamplingConfig)
@@ -77,33 +76,26 @@ class ShapesEvalConfig:
 
 @dataclass
 class Case:
-    """One scene, and everything generated for it.
-
-    Attributes:
-        text, image: caption and image of the scene.
-        generated, reranked: images for `text`.
-        caption: for `image`.
-        right: by direction: reconstruction, text_to_image, image_to_text, reranked.
-    """
+    """A scene with its caption and image, and everything generated for it."""
 
     scene: Scene
     text: str
     image: Image.Image
     reconstruction: Image.Image
-    generated: Image.Image
-    caption: str
-    reranked: Image.Image | None
-    right: dict[str, bool]
+    generated: Image.Image  # for `text`
+    caption: str  # for `image`
+    reranked: Image.Image | None  # for `text`
+    right: dict[str, bool]  # by direction: reconstruction, text_to_image, image_to_text, reranked
 
 
 def evaluate(
-    model: LVerse, world: World, split: str, count: int, seed: int, draw: ShapesSamplingConfig
+    model: LVerse, world: World, split: str, count: int, seed: int, sampling: ShapesSamplingConfig
 ) -> tuple[dict[str, dict], list[Case]]:
     """Evaluate a model on the first `count` scenes of a split.
 
     Returns:
-        The results, {text_to_image, image_to_text, reconstruction: {right, total, ...}, ...}, text_to_image and
-        image_to_text with {attribute: {right, total}} and, if draw.rerank is set, `reranked` besides; and the cases.
+        The results, {text_to_image, image_to_text, reconstruction: {right, total}}, the first two with {attribute:
+        {right, total}} and, if sampling.rerank is set, `reranked` besides; and the cases.
 
     Raises:
         DataError: the split has fewer scenes.
@@ -113,16 +105,15 @@ def evaluate(
     scenes = [data.scene(i) for i in range(count)]
     texts = [data.captions(i, 1)[0] for i in range(count)]
     images = [world.render(scene) for scene in scenes]
-    settings = draw.arguments() | {"seed": seed}
+    settings = sampling.arguments() | {"seed": seed}
     reconstructions = model.reconstruct(images)
-    first = settings | {"top_k": None, "top_p": None} if draw.temperature == 0 else settings
+    first = settings | {"top_k": None, "top_p": None} if sampling.temperature == 0 else settings
     generated = [row[0] for row in model.text_to_image(texts, **first)]
     captions = [row[0] for row in model.image_to_text(images, seed=seed)]
     reranked: list[Image.Image | None] = [None] * count
-    if draw.rerank:
-        settings |= {"temperature": draw.rerank_temperature}
-        best = model.text_to_image(texts, rerank=draw.rerank, **settings)
-        reranked = [row[0] for row in best]
+    if sampling.rerank:
+        settings |= {"temperature": sampling.rerank_temperature}
+        reranked = [row[0] for row in model.text_to_image(texts, rerank=sampling.rerank, **settings)]
 
     reports: dict[str, list[dict[str, bool]]] = {"text_to_image": [], "image_to_text": [], "reranked": []}
     cases = []
@@ -142,8 +133,8 @@ def evaluate(
         cases.append(case)
 
     results: dict[str, dict] = {name: _counts(reports[name]) for name in ("text_to_image", "image_to_text")}
-    if draw.rerank:
-        results["reranked"] = _counts(reports["reranked"]) | {"drawn": draw.rerank}
+    if sampling.rerank:
+        results["reranked"] = _counts(reports["reranked"]) | {"drawn": sampling.rerank}
     results["reconstruction"] = {"right": sum(case.right["reconstruction"] for case in cases), "total": count}
     return results, cases
 
@@ -170,7 +161,7 @@ def write_json(path: Path, results: dict[str, Any], cases: list[Case], samples: 
                     image.save(place / f"{i:04d}_{name}.png")
                     about[name] = f"{place.name}/{i:04d}_{name}.png"
         listed.append(about)
-    write_text(path, json.dumps(results | {"cases": listed}, indent=1))
+    files.write_json(path, results | {"cases": listed})
 
 
 def table(results: dict[str, Any], title: str) -> str:
@@ -200,20 +191,9 @@ def check(config: ShapesEvalConfig) -> None:
 
 @one_line_errors
 def main(argv: list[str] | None = None) -> int:
-    """Evaluate and print; 0 when done, 2 for a mistake in the settings or the model."""
+    """Evaluate, print and write; 0 when done, 2 for a mistake in the settings, the bundle or the number of scenes."""
     config, _ = parse(ShapesEvalConfig, argv, __doc__)
     check(config)
-    run(config)
-    return 0
-
-
-def run(config: ShapesEvalConfig) -> None:
-    """Load the model, evaluate, print and write.
-
-    Raises:
-        CheckpointError: the bundle cannot be loaded.
-        ConfigError, DataError: as `evaluate`, or the bundle's resolution is not the world's.
-    """
     from latent_verse.evaluation.distributed import device
     from latent_verse.inference.pipeline import LVerse
 
@@ -232,6 +212,7 @@ def run(config: ShapesEvalConfig) -> None:
     print(table(results, f"{w.model}: {w.count} scenes of {w.world}/{w.split}"))
     if config.write.json:
         write_json(Path(config.write.json), about | results, cases, config.write.samples)
+    return 0
 
 
 if __name__ == "__main__":

@@ -13,12 +13,13 @@ from torch import Tensor
 from latent_verse.data import DataError
 from latent_verse.data.images import ImageDataset
 from latent_verse.evaluation import samples
-from latent_verse.evaluation.context import Context, as_pil
+from latent_verse.evaluation.context import Context
 from latent_verse.evaluation.pairs import ordered
 from latent_verse.evaluation.records import OWN
 from latent_verse.files import write_text
 from latent_verse.machine import versions
 from latent_verse.metrics import captions, likelihood
+from latent_verse.metrics.image_quality import as_pil
 from latent_verse.metrics.intervals import wilson
 
 LOG_P = {"image": "text_given_image", "text": "image_given_text"}  # by what is given
@@ -38,12 +39,13 @@ def caption(c: Context) -> dict[str, object]:
         generated = captions.read_captions_file(path, ids, names)
         checkpoint, how = {"captions_file": samples.fingerprint_files([path])}, f"captions of {path.name}"
     else:
-        generated = generate_captions(c, numbers)
+        read, size = lambda n: c.pairs.image(numbers[n]), c.config.write.batch_size
+        generated = samples.caption(c.model, read, len(numbers), c.ranks, beams=k.beams, batch_size=size)
         checkpoint, how = c.model.fingerprints, f"beam search with {k.beams}" if k.beams > 1 else "greedy"
     references = [c.pairs.captions(i) for i in numbers]
     scores = c.ranks.share(lambda: captions.score(generated, references, k.java))
     about = {"samples": len(generated), "checkpoint": checkpoint, "written": how}
-    protocol = f"{sum(map(len, references)) / len(references):.3g} references a picture; {scores.tokenizer}"
+    protocol = f"{sum(map(len, references)) / len(references):.3g} references per image; {scores.tokenizer}"
     for name, value in scores.metrics.items():
         library = versions("pycocoevalcap")
         c.records.add(f"captions/{name}", value, library=library, protocol=protocol, better="higher", **about)
@@ -61,16 +63,6 @@ def caption(c: Context) -> dict[str, object]:
 
         c.add_gallery("Captions generated for images", f"ordered by {key}", scores.each[key], case)
     return {"pictures": len(generated), "references": sum(map(len, references)), "file": "captions.json"}
-
-
-def generate_captions(c: Context, numbers: list[int]) -> list[str]:
-    """The model's captions of images, shared among processes."""
-    mine, size, found = list(c.ranks.mine(len(numbers))), c.config.write.batch_size, {}
-    for start in range(0, len(mine), size):
-        part = mine[start : start + size]
-        rows = c.model.image_to_text([c.pairs.image(numbers[n]) for n in part], beams=c.config.captions.beams)
-        found |= {n: row[0] for n, row in zip(part, rows, strict=True)}
-    return list(c.ranks.gather(found).values())
 
 
 # ----------------------------------------------------------------------------------------------------------- retrieval
@@ -131,7 +123,7 @@ def classify(c: Context) -> dict[str, object]:
     scores = likelihood.score_all(c.model, codes_IN, text_CL, c.ranks)
     for given, name in LOG_P.items():
         matrix_IC = likelihood.corrected(scores, given, k.length_power, k.prior_weight, k.prior)
-        rank_I = likelihood.class_ranks(matrix_IC, label_I)
+        rank_I = likelihood.ranks_of_truth(matrix_IC, label_I[:, None] == torch.arange(len(names)))
         for top in (1, 5):
             if top == 5 and len(names) <= 5:
                 continue
@@ -193,7 +185,7 @@ def likelihoods(c: Context) -> dict[str, object]:
         "bits_per_dimension": "log2 p of AugVAE's codes over 3 x R x R: the rate of a lossy code, not of the pixels",
     }
     for name, (value, error) in found.bits().items():
-        protocol = f"{units[name.rsplit('/', 1)[1]]}; teacher forcing, one caption of the draw a picture"
+        protocol = f"{units[name.rsplit('/', 1)[1]]}; teacher forcing, one sampled caption per image"
         about = {"library": OWN, "protocol": protocol, "better": "lower"}
         if not math.isnan(error):
             about |= {"standard_error": error, "interval": (value - 1.96 * error, value + 1.96 * error)}

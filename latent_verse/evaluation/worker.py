@@ -98,16 +98,13 @@ def check_model(c: Context, tasks: tuple[str, ...]) -> None:
 
 
 def open_folder(config: EvalBiARTConfig) -> Path:
-    """<log_dir>/<name>; a rerun of the command resumes in the same folder.
-
-    Raises:
-        ConfigError: the name cannot be a folder's, or log_dir is a file.
-    """
+    """Make <log_dir>/<name>, where a rerun resumes. Raises ConfigError: no folder can have that name."""
     j, w = config.judged, config.write
-    judged = j.model or j.generated_dir or j.captions_file
-    stem = runs.stem(judged.rstrip("/")).removesuffix(".jsonl").removesuffix(".json")
+    evaluated = j.model or j.generated_dir or j.captions_file
+    stem = runs.stem(evaluated.rstrip("/")).removesuffix(".jsonl").removesuffix(".json")
     if stem == "bundle":  # as training names it, in the run's folder
-        stem = Path(judged).expanduser().resolve().parent.name or stem
+        stem = Path(evaluated).expanduser().resolve().parent.name or stem
+    stem = f"fake-{stem}" if config.data.fake_data else stem  # a smoke test keeps out of the real results' folder
     name = w.name or "-".join(["eval", stem, *j.tasks])
     runs.open_run(w.log_dir, name, False, None, {})  # refuses what cannot be a folder
     folder = Path(w.log_dir) / name
@@ -154,6 +151,6 @@ def write(c: Context, tasks: tuple[str, ...], about: dict[str, dict | None], yam
     write_text(c.folder / "config.yaml", yaml_text)
     title = f"{evaluated} on {c.pairs.source}"
     about_run = facts | {"captions": draw, "checkpoint": c.records.checkpoint}
-    page.write(c.folder / "index.html", title, c.records.values, c.records.missing, c.galleries, about_run, yaml_text)
+    page.write(c.folder / "index.html", title, c.records, c.galleries, about_run, yaml_text)
     print(c.records.table(title))
     print(f"Written to {c.folder}: metrics.json and index.html")

@@ -7,7 +7,6 @@ need it are missing, with the reason; the others are computed on another tokeniz
 from __future__ import annotations
 
 import contextlib
-import importlib
 import importlib.util
 import io
 import json
@@ -15,7 +14,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from latent_verse.data import DataError
@@ -31,19 +30,13 @@ Scored = dict[str, tuple[float, Sequence[float]]]  # by metric: its value, and t
 
 @dataclass
 class CaptionScores:
-    """Metrics over all images and of each, and what is missing, with the reason.
+    """Metrics over all images and of each, by name, and what is missing, with the reason."""
 
-    Attributes:
-        metrics: {"bleu_1": ..., "cider": ...}, on the library's own scale: CIDEr to 10, the others to 1.
-        each: {"cider": [of image 0, ...], ...}, in the order of the captions.
-        words: the captions as they were tokenized.
-    """
-
-    metrics: dict[str, float]
-    each: dict[str, list[float]]
+    metrics: dict[str, float]  # on the library's own scale: CIDEr to 10, the others to 1
+    each: dict[str, list[float]]  # in the order of the captions
     missing: dict[str, str]
     tokenizer: str
-    words: list[list[str]] = field(default_factory=list)
+    words: list[list[str]]  # the captions as they were tokenized
 
 
 def score(generated: Sequence[str], references: Sequence[Sequence[str]], java: bool = True) -> CaptionScores:
@@ -62,31 +55,31 @@ def score(generated: Sequence[str], references: Sequence[Sequence[str]], java: b
         words = [plain_words(text) for text in generated]
         missing = dict.fromkeys((*BLEU_NAMES, "rouge_l", "cider", *JAVA_NAMES), reason)
         return CaptionScores({}, {}, missing, PLAIN, words)
-    res, gts, tokenizer, no_java = _tokenize(generated, references, _no_java(java))
+    res, gts, tokenizer, no_java = _tokenize(generated, references, java)
     out = CaptionScores({}, {}, {}, tokenizer, [res[i][0].split() for i in res])
-    _add(out, "bleu", lambda: _bleu(gts, res))
-    _add(out, "rouge_l", lambda: _single("rouge.rouge", "Rouge", gts, res))
+    _add(out, "bleu", _bleu, gts, res)
+    _add(out, "rouge_l", _rouge_l, gts, res)
     if len(res) == 1:
         out.missing["cider"] = "needs more than one image: it weighs words by how many images they occur with"
     else:
-        _add(out, "cider", lambda: _single("cider.cider", "Cider", gts, res))
+        _add(out, "cider", _cider, gts, res)
     if no_java:
         out.missing |= dict.fromkeys(JAVA_NAMES, no_java)
         return out
-    _add(out, "meteor", lambda: _meteor(gts, res))
+    _add(out, "meteor", _meteor, gts, res)
     absent = spice_missing()
     if absent:
         out.missing["spice"] = absent
     else:
-        _add(out, "spice", lambda: _spice(gts, res))
+        _add(out, "spice", _spice, gts, res)
     return out
 
 
-def _add(out: CaptionScores, name: str, compute: Callable[[], Scored]) -> None:
+def _add(out: CaptionScores, name: str, scorer: Callable[[Texts, Texts], Scored], gts: Texts, res: Texts) -> None:
     """Keep what a scorer returns. If it fails, as Java programs may, the metric is missing."""
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # some of them print
-            found = compute()
+            found = scorer(gts, res)
     except (OSError, ValueError, RuntimeError, AssertionError) as error:
         out.missing[name] = f"its scorer failed: {type(error).__name__}: {str(error).strip()[:200]}"
         return
@@ -101,9 +94,16 @@ def _bleu(gts: Texts, res: Texts) -> Scored:
     return {name: (values[n], each[n]) for n, name in enumerate(BLEU_NAMES)}
 
 
-def _single(module: str, scorer: str, gts: Texts, res: Texts) -> Scored:
-    make = getattr(importlib.import_module(f"pycocoevalcap.{module}"), scorer)
-    return {{"Rouge": "rouge_l", "Cider": "cider"}[scorer]: make().compute_score(gts, res)}
+def _rouge_l(gts: Texts, res: Texts) -> Scored:
+    from pycocoevalcap.rouge.rouge import Rouge
+
+    return {"rouge_l": Rouge().compute_score(gts, res)}
+
+
+def _cider(gts: Texts, res: Texts) -> Scored:
+    from pycocoevalcap.cider.cider import Cider
+
+    return {"cider": Cider().compute_score(gts, res)}
 
 
 def _meteor(gts: Texts, res: Texts) -> Scored:
@@ -143,16 +143,13 @@ def spice_missing() -> str:
 # ---------------------------------------------------------------------------------------------------------- tokenizing
 
 
-def _no_java(wanted: bool) -> str:
-    if not wanted:
-        return "needs Java, which java: false turns off"
-    return "" if shutil.which("java") else "needs Java, and there is no `java` on this machine's PATH"
-
-
 def _tokenize(
-    generated: Sequence[str], references: Sequence[Sequence[str]], no_java: str
+    generated: Sequence[str], references: Sequence[Sequence[str]], java: bool
 ) -> tuple[Texts, Texts, str, str]:
     """(captions, references, both tokenized; which tokenizer; why not the field's, or "")."""
+    no_java = "" if java else "needs Java, which java: false turns off"
+    if java and not shutil.which("java"):
+        no_java = "needs Java, and there is no `java` on this machine's PATH"
     res = {i: [" ".join(text.split())] for i, text in enumerate(generated)}
     gts = {i: [" ".join(text.split()) for text in texts] for i, texts in enumerate(references)}
     if not no_java:
@@ -197,11 +194,7 @@ def plain_words(text: str) -> list[str]:
 
 
 def diversity(words: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Distinct among all 1-, 2-, 3-grams (Li et al., 2016), different words, words a caption, share of unique captions.
-
-    Args:
-        words: the tokenized captions.
-    """
+    """Of tokenized captions: shares of distinct n-grams (Li et al., 2016) and captions, vocabulary, mean length."""
     out = {}
     for n in (1, 2, 3):
         grams = [tuple(row[i : i + n]) for row in words for i in range(len(row) - n + 1)]
@@ -232,16 +225,13 @@ def read_captions_file(path: Path, ids: Sequence[int | str], names: Sequence[str
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"captions_file: {path} cannot be read as UTF-8 text: {error}") from error
     try:
-        entries = (
-            json.loads(text)
-            if text.lstrip().startswith("[")
-            else [json.loads(s) for s in text.splitlines() if s.strip()]
-        )
+        if text.lstrip().startswith("["):
+            entries = json.loads(text)
+        else:
+            entries = [json.loads(line) for line in text.splitlines() if line.strip()]
     except ValueError as error:
         raise DataError(f"captions_file: {path} is neither COCO results JSON nor JSON lines ({error}).") from error
-    places: dict[int | str, int] = {}
-    for i in reversed(range(len(names))):  # of equal short names, the first one's
-        places |= {os.path.basename(names[i]): i}
+    places = {os.path.basename(name): i for i, name in reversed(list(enumerate(names)))}  # of equal ones, the first
     places |= {name: i for i, name in enumerate(names)} | {found: i for i, found in enumerate(ids)}
     captions: dict[int, str] = {}
     unknown = []
@@ -255,9 +245,7 @@ def read_captions_file(path: Path, ids: Sequence[int | str], names: Sequence[str
                 "caption (or captions)."
             ) from error
         if not isinstance(caption, str):
-            raise DataError(
-                f"captions_file: the caption of entry {number} of {path} is {caption!r}; it must be a text."
-            )
+            raise DataError(f"captions_file: the caption of entry {number} of {path} is {caption!r}, not a text.")
         place = places.get(key, places.get(os.path.basename(str(key))))
         if place is None:
             unknown.append(key)

@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -25,41 +24,19 @@ from torchmetrics.image import FrechetInceptionDistance
 
 from latent_verse.data import DataError
 from latent_verse.files import differences, replacing
-from latent_verse.metrics.networks import ClipNetwork
+from latent_verse.metrics.networks import ClipNetwork, Inception
 from latent_verse.metrics.processes import Ranks
 
 ReadImage = Callable[[int], Tensor | None]  # image i as uint8 (3, R, R), None if it cannot be read
 
 
-class FeatureNetwork(Protocol):
-    """What computes features: `networks.Inception`, or a stand-in."""
-
-    num_features: int
-
-    def features_and_logits(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 images -> (B, F) and (B, V) float32."""
-        ...
-
-
-class _Identity(nn.Module):
-    """In place of the network that torchmetrics would run: its input is features already."""
-
-    def __init__(self, num_features: int):
-        super().__init__()
-        self.num_features = num_features
-
-    def forward(self, features_BF: Tensor) -> Tensor:
-        return features_BF
-
-
 class FrechetDistance(FrechetInceptionDistance):
-    """torchmetrics' FID of features (B, F) that are computed elsewhere, in float64; summed over processes by it.
-
-    It is also right if a process has no images.
-    """
+    """torchmetrics' FID of features (B, F) that are computed elsewhere, in float64, whichever process has how many."""
 
     def __init__(self, num_features: int, sync_on_compute: bool = True):
-        super().__init__(feature=_Identity(num_features), sync_on_compute=sync_on_compute)
+        network = nn.Identity()  # the input is features already
+        network.num_features = num_features
+        super().__init__(feature=network, sync_on_compute=sync_on_compute)
         self.orig_dtype = torch.float64
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: object, **kwargs: object) -> FrechetDistance:
@@ -82,7 +59,7 @@ class Moments:
 
     @classmethod
     def none(cls, num_features: int) -> Moments:
-        """Of no features yet."""
+        """The moments of no features."""
         zeros = torch.zeros(num_features, num_features, dtype=torch.float64)
         return cls(0, zeros[0].clone(), zeros)
 
@@ -112,12 +89,16 @@ def frechet_distance(real: Moments, generated: Moments) -> float:
     return metric.compute().item()
 
 
+def as_pil(x_CHW: Tensor) -> Image.Image:
+    """A uint8 image (3, H, W) as a PIL image."""
+    return Image.fromarray(x_CHW.permute(1, 2, 0).contiguous().numpy())
+
+
 def blur(x_CHW: Tensor, radius: int) -> Tensor:
     """A uint8 image (3, H, W) under Pillow's GaussianBlur; radius 0 leaves it as it is."""
     if radius == 0:
         return x_CHW
-    image = Image.fromarray(x_CHW.permute(1, 2, 0).contiguous().numpy()).filter(ImageFilter.GaussianBlur(radius))
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return torch.from_numpy(np.array(as_pil(x_CHW).filter(ImageFilter.GaussianBlur(radius)))).permute(2, 0, 1)
 
 
 # ------------------------------------------------------------------------------------------------------------ features
@@ -125,22 +106,17 @@ def blur(x_CHW: Tensor, radius: int) -> Tensor:
 
 @dataclass
 class ImageFeatures:
-    """The features of a set of images: moments by blur radius and, of the images as they are, some features and logits.
-
-    Attributes:
-        features: {number: (F,) float32} of the first images, for precision and recall.
-        logits: {number: (V,) float32}, for Inception Score; none of a reference set.
-    """
+    """The features of a set of images: moments by blur radius; features and logits, by number, without blur."""
 
     moments: dict[int, Moments]
-    features: dict[int, np.ndarray] = field(default_factory=dict)
-    logits: dict[int, np.ndarray] = field(default_factory=dict)
+    features: dict[int, np.ndarray] = field(default_factory=dict)  # (F,) float32 of the first images, for precision
+    logits: dict[int, np.ndarray] = field(default_factory=dict)  # (V,) float32, for Inception Score
 
 
 def extract_features(
     read: ReadImage,
     count: int,
-    network: FeatureNetwork,
+    network: Inception,
     ranks: Ranks,
     *,
     radii: Sequence[int],
@@ -153,7 +129,7 @@ def extract_features(
     """Features of images 0 .. count - 1, shared among processes; the same result in each.
 
     Args:
-        keep_features: how many of the first images' features to keep.
+        keep_features: the number of images, the first, to keep features of.
         workers: threads that read and blur; None takes as many as there are cores, up to 16.
     """
     found = ImageFeatures({k: Moments.none(network.num_features) for k in radii})

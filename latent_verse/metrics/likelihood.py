@@ -21,7 +21,6 @@ from latent_verse.biart.model import BiART
 from latent_verse.config import ConfigError
 from latent_verse.metrics.processes import Ranks
 
-GIVEN = ("image", "text")  # log p(text | image), log p(image | text)
 RECALLS = (1, 5, 10)
 NO_PRIOR = (
     "prior_weight {} with prior: null needs a model trained with reference_dropout. "
@@ -30,15 +29,11 @@ NO_PRIOR = (
 
 
 class LikelihoodModel(Protocol):
-    """What is asked of a model: an `LVerse` has it.
-
-    Attributes:
-        null_trained: whether it was trained with reference_dropout, so that it has log p without a reference.
-    """
+    """What these metrics need of an `LVerse`, which lies in a room above."""
 
     vae: AugVAE
     biart: BiART
-    null_trained: bool
+    null_trained: bool  # with reference_dropout, so that it has log p without a reference
 
     def log_p(self, text_BL: Tensor, codes_BN: Tensor, given: str, alone: bool = False) -> Tensor:
         """log p(text | codes) for given="image", log p(codes | text) for "text"; `alone`: without the reference."""
@@ -47,19 +42,13 @@ class LikelihoodModel(Protocol):
 
 @dataclass
 class Scores:
-    """Every image with every text, and what the corrections need.
-
-    Attributes:
-        text_given_image_IT, image_given_text_IT: log p in nats, float64.
-        text_alone_T, image_alone_I: log p without a reference; None for a model that never learnt it.
-        tokens_T: tokens of each text, its end included.
-    """
+    """log p of every image with every text in nats, float64, and what the corrections need."""
 
     text_given_image_IT: Tensor
     image_given_text_IT: Tensor
-    text_alone_T: Tensor | None
+    text_alone_T: Tensor | None  # log p without a reference; None for a model that never learnt it
     image_alone_I: Tensor | None
-    tokens_T: Tensor
+    tokens_T: Tensor  # tokens of each text, its end included
 
 
 def token_counts(model: LikelihoodModel, text_TL: Tensor) -> Tensor:
@@ -68,12 +57,12 @@ def token_counts(model: LikelihoodModel, text_TL: Tensor) -> Tensor:
 
 
 def score_all(
-    model: LikelihoodModel, codes_IN: Tensor, text_TL: Tensor, ranks: Ranks, given: Sequence[str] = GIVEN
+    model: LikelihoodModel, codes_IN: Tensor, text_TL: Tensor, ranks: Ranks, given: Sequence[str] = ("image", "text")
 ) -> Scores:
     """Score every image with every text, the images shared among processes; the same Scores in each.
 
     Args:
-        given: which of the two likelihoods; the matrix of the other is empty.
+        given: which likelihoods, log p(text | image) or log p(image | text); the matrix of the other is empty.
     """
     rows: dict[int, list[Tensor]] = {}
     T = len(text_TL)
@@ -147,14 +136,6 @@ def retrieval(matrix_IT: Tensor, owner_T: Tensor) -> dict[str, dict[str, float]]
         out[direction] = {f"r@{k}": (rank_Q <= k).double().mean().item() for k in RECALLS}
         out[direction]["median_rank"] = rank_Q.double().quantile(0.5).item()
     return out
-
-
-# ------------------------------------------------------------------------------------------------------ classification
-
-
-def class_ranks(matrix_IC: Tensor, label_I: Tensor) -> Tensor:
-    """The rank, from 1, of each image's class; a wrong class of the same score comes first."""
-    return ranks_of_truth(matrix_IC, label_I[:, None] == torch.arange(matrix_IC.shape[1]))
 
 
 # --------------------------------------------------------------------------------------------------------- likelihoods

@@ -1,8 +1,8 @@
 """The networks that metrics use: where their weights are, whether they are the right ones, and how to call them.
 
-If weights are missing, the error says which file to put where; nothing is downloaded unless asked for. Every file is
-checked against the hash that its publisher put into its name or address before it is read: a damaged or different
-network gives numbers that look right. Tests put small stand-ins in place of `open_inception` and `open_clip_network`.
+Nothing is downloaded unless asked for. Every file is checked against the hash that its publisher put into its name or
+address before it is read: a damaged or different network gives numbers that look right. Tests put small stand-ins in
+place of `open_inception` and `open_clip_network`.
 
 Shapes: B batch, H x W pixels, F features, D dimensions of CLIP's space.
 """
@@ -50,7 +50,11 @@ class Weights:
         if not self.file.is_file():
             if not download:
                 raise NetworkMissing(f"needs {self.file}, from {self.url}")
-            self._fetch()
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                torch.hub.download_url_to_file(self.url, str(self.file), hash_prefix=self.sha256 or None)
+            except Exception as error:  # urllib, ssl and socket raise kinds of their own
+                raise NetworkMissing(f"needs {self.file}, from {self.url}, which cannot be reached: {error}") from error
         found = sha256(self.file)
         if not found.startswith(self.sha256):
             raise NetworkMissing(
@@ -58,13 +62,6 @@ class Weights:
                 f"damaged or another network. Put {self.url} there"
             )
         return self.file
-
-    def _fetch(self) -> None:
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(self.url, str(self.file), hash_prefix=self.sha256 or None)
-        except Exception as error:  # urllib, ssl and socket raise kinds of their own
-            raise NetworkMissing(f"needs {self.file}, from {self.url}, which cannot be reached: {error}") from error
 
 
 def sha256(path: Path) -> str:
@@ -79,14 +76,9 @@ def sha256(path: Path) -> str:
 # ---------------------------------------------------------------------------------------------------- where they are
 
 
-def inception_file() -> Path:
-    """torch-fidelity's port of the original FID's InceptionV3, in torch's cache ($TORCH_HOME, or ~/.cache/torch)."""
-    return Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION
-
-
 def inception_weights() -> Weights:
-    """InceptionV3 of FID, Inception Score, precision and recall."""
-    return Weights(inception_file(), INCEPTION_URL, "6726825d")
+    """torch-fidelity's port of the original FID's InceptionV3, in torch's cache ($TORCH_HOME, or ~/.cache/torch)."""
+    return Weights(Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION, INCEPTION_URL, "6726825d")
 
 
 def vgg16_weights() -> Weights:
@@ -99,10 +91,7 @@ def vgg16_weights() -> Weights:
 
 
 def clip_weights(model: str, pretrained: str) -> Weights:
-    """Weights of an open_clip model.
-
-    Args:
-        pretrained: a tag of open_clip that has an address, or a file.
+    """Weights of an open_clip model, by a tag of open_clip that has an address, or a file.
 
     Raises:
         NetworkMissing: no such tag.
@@ -128,7 +117,7 @@ def clip_weights(model: str, pretrained: str) -> Weights:
 class Inception(nn.Module):
     """torch-fidelity's InceptionV3 with the original's weights and resizing: uint8 (B, 3, H, W) -> (B, 2048) float32.
 
-    Never under autocast, always in evaluation mode: half precision changes FID.
+    Always in float32 and evaluation mode: half precision changes FID.
     """
 
     num_features = 2048
@@ -155,24 +144,20 @@ class Inception(nn.Module):
         return super().train(False)
 
 
-def open_inception(download: bool = False) -> Inception:
+def open_inception() -> Inception:
     """InceptionV3 on the CPU. Raises NetworkMissing."""
-    return Inception(inception_weights().find(download))
+    return Inception(inception_weights().find())
 
 
+@dataclass(frozen=True, eq=False)
 class ClipNetwork:
-    """An open_clip model: images and texts -> unit vectors (B, D) float32 on the CPU."""
+    """An open_clip model in evaluation mode: images and texts -> unit vectors (B, D) float32 on the CPU."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        preprocess: Callable[[Image.Image], Tensor],
-        tokenizer: Callable[[list[str]], Tensor],
-        described: str,
-        device: str = "cpu",
-    ):
-        self.model, self.preprocess, self.tokenizer = model.to(device).eval(), preprocess, tokenizer
-        self.described, self.device = described, device
+    model: nn.Module
+    preprocess: Callable[[Image.Image], Tensor]
+    tokenizer: Callable[[list[str]], Tensor]
+    described: str
+    device: str
 
     @torch.no_grad()
     def images(self, images: Sequence[Image.Image]) -> Tensor:
@@ -186,7 +171,7 @@ class ClipNetwork:
         return self.model.encode_text(self.tokenizer(list(texts)).to(self.device), normalize=True).float().cpu()
 
 
-def open_clip_network(model: str, pretrained: str, device: str = "cpu", download: bool = False) -> ClipNetwork:
+def open_clip_network(model: str, pretrained: str, device: str = "cpu") -> ClipNetwork:
     """CLIP by open_clip, from a checked file.
 
     Raises:
@@ -200,7 +185,7 @@ def open_clip_network(model: str, pretrained: str, device: str = "cpu", download
         hint = f"Did you mean {near[0]}?" if near else "open_clip.list_models() has them all."
         raise ConfigError(f"clip_model: {model} is no architecture of open_clip. {hint}")
     weights = clip_weights(model, pretrained)
-    file = weights.find(download)
+    file = weights.find()
     # given a file, open_clip would not know what the tag says about the architecture and the preprocessing
     tag = open_clip.pretrained.get_pretrained_cfg(model, pretrained)
     logging.disable(logging.WARNING)  # it warns of random weights, which the file's replace below
@@ -223,5 +208,5 @@ def open_clip_network(model: str, pretrained: str, device: str = "cpu", download
         raise ConfigError(f"clip_weights: {file} cannot be read as weights of {model}: {reason}") from error
     # a metric says whose weights it used: a tag identifies them, the name of a file does not
     known = pretrained if weights.sha256 else f"{Path(pretrained).name} (SHA-256 {sha256(file)[:16]})"
-    described = f"CLIP {model} {known}"
-    return ClipNetwork(net, preprocess, open_clip.get_tokenizer(model), described, device)
+    tokenizer = open_clip.get_tokenizer(model)
+    return ClipNetwork(net.to(device).eval(), preprocess, tokenizer, f"CLIP {model} {known}", device)

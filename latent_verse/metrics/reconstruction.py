@@ -32,18 +32,10 @@ class ReconstructionMetrics(nn.Module):
     Args:
         levels, num_tokens: of the AugVAE, for the use of its codebook.
         resolution: side of the images.
-        fid_features: network (B, C, H, W) uint8 -> (B, F) in place of InceptionV3; for tests.
         with_networks: False leaves out LPIPS and rFID, which mean nothing on fake data.
     """
 
-    def __init__(
-        self,
-        levels: tuple[int, ...],
-        num_tokens: int,
-        resolution: int,
-        fid_features: nn.Module | None = None,
-        with_networks: bool = True,
-    ):
+    def __init__(self, levels: tuple[int, ...], num_tokens: int, resolution: int, with_networks: bool = True):
         super().__init__()
         self.missing: dict[str, str] = {}
         self.psnr, self.mse, self.l1 = Mean(), Mean(), Mean()
@@ -63,7 +55,7 @@ class ReconstructionMetrics(nn.Module):
         except NetworkMissing as error:
             self.missing["lpips"] = str(error)
         try:
-            self.features = networks.open_inception() if fid_features is None else fid_features
+            self.features = networks.open_inception()
             self.fid = FrechetDistance(self.features.num_features)
         except NetworkMissing as error:
             self.missing["rfid"] = str(error)
@@ -78,7 +70,7 @@ class ReconstructionMetrics(nn.Module):
         self.count.update(n)
         self.usage.update(indices)
         mse_B = (a_BCHW - b_BCHW).square().mean(dim=(1, 2, 3))
-        self.psnr.update(-10 * torch.log10(mse_B.clamp(min=1e-10)))  # 100 dB for equal pictures
+        self.psnr.update(-10 * torch.log10(mse_B.clamp(min=1e-10)))  # 100 dB for equal images
         self.mse.update(mse_B)
         self.l1.update((a_BCHW - b_BCHW).abs().mean(), weight=n)
         if self.ssim is not None:
@@ -105,7 +97,7 @@ class ReconstructionMetrics(nn.Module):
         out["missing"] = dict(self.missing)
         out["protocol"] = {
             "images": "resize of the shorter side, centre crop, values in [0, 1], reconstructions clamped",
-            "psnr": "mean over pictures, in dB",
+            "psnr": "mean over images, in dB",
             "ssim": f"Gaussian window of {SSIM_WINDOW}, sigma 1.5",
             "lpips": "VGG16, linear weights v0.1",
             "rfid": f"{networks.Inception.described}, against the same centre crops, 8-bit",
@@ -119,9 +111,10 @@ UNITS = {"psnr": "dB, higher is better", "ssim": "to 1, higher is better", "rfid
 
 def table(results: dict[str, Any], title: str) -> str:
     """The metrics as lines to print; missing ones with the reason."""
-    rows = [(k, f"{v:.4f}" if isinstance(v, float) else str(v), UNITS.get(k, "")) for k, v in results.items()
-            if isinstance(v, (int, float))]  # fmt: skip
-    rows = [(k, v.removesuffix(".0000") if k.startswith("codes_used") else v, u) for k, v, u in rows]
-    lines = [title, *(f"  {k:<16} {v:>12}  {u}".rstrip() for k, v, u in rows)]
+    lines = [title]
+    for name, value in results.items():
+        if isinstance(value, (int, float)):
+            shown = f"{value:.0f}" if name == "images" or name.startswith("codes_used") else f"{value:.4f}"
+            lines.append(f"  {name:<16} {shown:>12}  {UNITS.get(name, '')}".rstrip())
     lines += [f"  {k:<16} {'missing':>12}  {why}" for k, why in results.get("missing", {}).items()]
     return "\n".join(lines)

@@ -18,14 +18,14 @@ from PIL import Image
 
 from latent_verse.biart.sampling import log_likelihood
 from latent_verse.commands import eval_biart, generate
-from latent_verse.config import ConfigError
 from latent_verse.config.cli import parse
-from latent_verse.config.evaluate import EFFECTS, TASKS, EvalBiARTConfig, EvalDataConfig, resolve_eval_biart
+from latent_verse.config.evaluate import EvalBiARTConfig, EvalDataConfig
 from latent_verse.data.shapes import World
 from latent_verse.evaluation.pairs import Pairs, ordered
 from latent_verse.inference.image_io import load_image
 from latent_verse.inference.pipeline import LVerse
 from latent_verse.metrics import networks
+from latent_verse.metrics.image_quality import as_pil
 from tests.stand_ins import Colours, Oracle, Words, write_pairs
 from tests.tiny_lverse import make_lverse
 
@@ -49,7 +49,7 @@ def bundle(tiny_augvae, tmp_path):
 
 @pytest.fixture
 def stand_ins(monkeypatch):
-    monkeypatch.setattr(networks, "open_inception", lambda download=False: Colours())
+    monkeypatch.setattr(networks, "open_inception", Colours)
     monkeypatch.setattr(networks, "open_clip_network", lambda *arguments: Words())
 
 
@@ -101,22 +101,15 @@ def test_one_command_reports_every_metric_with_all_that_identifies_it(bundle, pa
     assert f["generation/fid_0"]["samples"] == 24 and f["generation/fid_0"]["references"] == 12
     assert "torchmetrics" in f["generation/fid_0"]["library"] and "radius 8" in f["generation/fid_8"]["protocol"]
     assert f["zero_shot/text_given_image/top_1"]["samples"] == 6
-    assert (
-        out["draw"] == {**out["draw"], "captions": 24, "pictures": 12, "seed": 0} and len(out["draw"]["sha256"]) == 16
-    )
+    assert out["draw"].items() >= {"captions": 24, "pictures": 12, "seed": 0}.items()
+    assert len(out["draw"]["sha256"]) == 16
 
     said = capsys.readouterr().out
     assert "best by CLIP of 2 images" in said and "missing: captions/meteor" in said and "java: false" in said
     run_folder = tmp_path / "runs" / "run"
     page = (run_folder / "index.html").read_text()
-    for heading in (
-        "Images generated for texts",
-        "Captions generated for images",
-        "Best",
-        "Median",
-        "Worst",
-        "Missing",
-    ):
+    galleries = ("Images generated for texts", "Captions generated for images")
+    for heading in (*galleries, "Best", "Median", "Worst", "Missing"):
         assert f">{heading}<" in page
     assert page.count("data:image/png;base64,") >= 9 and not re.search(r"(src|href)=.http", page)
     written = json.loads((run_folder / "captions.json").read_text())
@@ -131,9 +124,8 @@ def test_metrics_are_those_of_the_files(bundle, pairs, tmp_path, stand_ins):
     """FID and CLIP score once more from what the run has written, by torchmetrics and the network."""
     from torchmetrics.image import FrechetInceptionDistance
 
-    out = run(tmp_path, "--model", bundle, "--test_dir", pairs, "--tasks", "generation", "--eval_captions", 9)[
-        "figures"
-    ]
+    flags = ["--model", bundle, "--test_dir", pairs, "--tasks", "generation", "--eval_captions", 9]
+    out = run(tmp_path, *flags)["figures"]
     metric = FrechetInceptionDistance(feature=Colours())
     files = sorted((tmp_path / "runs" / "run" / "samples").glob("*.png"))
     assert len(files) == 9
@@ -174,10 +166,8 @@ def test_without_networks_the_rest_still_runs_and_the_missing_files_are_named(bu
     assert "generation/log_p_text" in out["figures"] and "captions/cider" in out["figures"]
     place = tmp_path / "torch" / "hub" / "checkpoints" / networks.INCEPTION
     assert str(place) in out["missing"]["generation/fid_0"] == out["missing"]["generation/recall"]
-    assert (
-        "ViT-B-32.pt" in out["missing"]["generation/clip_score"]
-        and "https://" in out["missing"]["generation/clip_score"]
-    )
+    reason = out["missing"]["generation/clip_score"]
+    assert "ViT-B-32.pt" in reason and "https://" in reason
     said = capsys.readouterr().out
     assert said.count(str(place)) == 1  # for all the metrics that need it
     assert not place.exists()
@@ -257,7 +247,7 @@ def test_what_a_late_task_needs_is_checked_first(tiny_augvae, pairs, tmp_path, c
     flags = ["--model", tmp_path / "bundle", "--test_dir", pairs, "--prior_weight", 1, "--gpus", 0]
     assert eval_biart.main([*map(str, flags), "--log_dir", str(tmp_path / "runs")]) == 2
     captured = capsys.readouterr()
-    assert "Give --prior pool" in captured.err and "likelihood ..." not in captured.out
+    assert "prior_weight 1" in captured.err and "likelihood ..." not in captured.out
 
 
 def test_results_of_different_settings_are_kept(bundle, pairs, tmp_path, capsys):
@@ -274,12 +264,15 @@ def test_results_of_different_settings_are_kept(bundle, pairs, tmp_path, capsys)
     assert {p.name for p in folder.iterdir()} == {name.format(end) for name in names for end in ("", "-1", "-2")}
 
 
-def test_runs_of_other_tasks_have_their_own_folders(bundle, pairs, tmp_path):
+def test_runs_of_other_tasks_and_of_fake_data_have_their_own_folders(bundle, pairs, tmp_path):
     argv = ["--model", bundle, "--test_dir", pairs, "--gpus", 0, "--log_dir", tmp_path / "runs", "--tasks"]
     assert eval_biart.main([*map(str, argv), "likelihood"]) == 0
     assert eval_biart.main([*map(str, argv), "retrieval", "--retrieval_pictures", "2"]) == 0
-    names = {folder.name for folder in (tmp_path / "runs").iterdir()}
-    assert len(names) == 2 and all(name.endswith(("-likelihood", "-retrieval")) for name in names)
+    fake = ["--model", bundle, "--fake_data", "--gpus", 0, "--log_dir", tmp_path / "runs", "--tasks", "likelihood"]
+    assert eval_biart.main([*map(str, fake)]) == 0
+    stem = tmp_path.name  # of the folder that the bundle lies in
+    expected = {f"eval-{stem}-likelihood", f"eval-{stem}-retrieval", f"eval-fake-{stem}-likelihood"}
+    assert {folder.name for folder in (tmp_path / "runs").iterdir()} == expected
 
 
 def test_captions_that_are_too_long_are_cut_and_counted(bundle, pairs, tmp_path, recwarn):
@@ -308,9 +301,8 @@ def test_another_systems_images_by_the_same_command(bundle, pairs, tmp_path, sta
     texts = ["a red circle", "a blue circle", "a green circle"]
     flags = ["--text", *texts, "--num", 2, "--out", tmp_path / "made", "--gpus", 0]
     assert generate.main(["--model", str(bundle), *map(str, flags)]) == 0
-    out = run(
-        tmp_path, "--generated_dir", tmp_path / "made", "--test_dir", pairs, "--fid_resolution", 16, "--is_splits", 1
-    )
+    flags = ["--generated_dir", tmp_path / "made", "--test_dir", pairs, "--fid_resolution", 16, "--is_splits", 1]
+    out = run(tmp_path, *flags)
     f = out["figures"]
     assert f["generation/fid_0"]["samples"] == 3 and f["generation/fid_0"]["drawn"] == 2
     assert f["generation/best_of_2_by_clip/clip_score"]["value"] >= f["generation/clip_score"]["value"]
@@ -348,28 +340,24 @@ def test_with_too_few_images_metrics_are_missing(pairs, tmp_path, stand_ins):
 
 
 def test_the_reference_images_have_no_distance_from_themselves(pairs, tmp_path, stand_ins):
-    out = run(tmp_path, "--generated_dir", pairs, "--test_dir", pairs, "--fid_resolution", 16, "--is_splits", 1)[
-        "figures"
-    ]
+    flags = ["--generated_dir", pairs, "--test_dir", pairs, "--fid_resolution", 16, "--is_splits", 1]
+    out = run(tmp_path, *flags)["figures"]
     for k in (0, 1, 2, 4, 8):
         assert out[f"generation/fid_{k}"]["value"] == pytest.approx(0, abs=0.01)  # sums of squares of hundreds
     assert out["generation/precision"]["value"] == out["generation/recall"]["value"] == 1
 
 
 def test_another_systems_captions_by_the_same_command(pairs, tmp_path, capsys):
-    rows = [
-        {"image": f"p{i:03d}.png", "captions": [(pairs / f"p{i:03d}.txt").read_text().splitlines()[0]]}
-        for i in range(12)
-    ]
+    texts = {f"p{i:03d}": (pairs / f"p{i:03d}.txt").read_text().splitlines() for i in range(12)}
+    rows = [{"image": f"{name}.png", "captions": of_it[:1]} for name, of_it in texts.items()]
     file = tmp_path / "captions.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
     out = run(tmp_path, "--captions_file", file, "--test_dir", pairs)
     assert out["figures"]["captions/bleu_4"]["value"] == pytest.approx(1)
     assert out["figures"]["captions/bleu_4"]["checkpoint"].keys() == {"captions_file"}
-    assert "2 references a picture" in out["figures"]["captions/cider"]["protocol"]
-    again = run(
-        tmp_path, "--captions_file", tmp_path / "runs" / "run" / "captions.json", "--test_dir", pairs, name="again"
-    )
+    assert "2 references per image" in out["figures"]["captions/cider"]["protocol"]
+    written = tmp_path / "runs" / "run" / "captions.json"
+    again = run(tmp_path, "--captions_file", written, "--test_dir", pairs, name="again")
     assert again["figures"]["captions/cider"]["value"] == out["figures"]["captions/cider"]["value"]
     assert again["figures"]["captions/cider"]["written"] == "captions of captions.json"
     assert eval_biart.main(["--compare", str(tmp_path / "runs" / "run"), str(tmp_path / "runs" / "again")]) == 0
@@ -388,8 +376,6 @@ def test_the_truth_of_shapes_is_exact_for_an_oracle(bundle, tmp_path, monkeypatc
             return [[self.world.render(self.scene_of(t))] * count for t in texts], torch.zeros(len(texts), count)
 
         def image_to_text(self, images, **settings):
-            from latent_verse.evaluation.context import as_pil
-
             images = [as_pil(x) if torch.is_tensor(x) else x for x in images]
             return super().image_to_text(images)
 
@@ -400,18 +386,7 @@ def test_the_truth_of_shapes_is_exact_for_an_oracle(bundle, tmp_path, monkeypatc
     perfect.fingerprints, perfect.null_trained = {"biart": "oracle"}, True
     perfect.vae = type("VAE", (), {"config": type("Config", (), {"resolution": 32})})
     monkeypatch.setattr(LVerse, "from_pretrained", lambda *a, **k: perfect)
-    flags = [
-        "--dataset",
-        "shapes",
-        "--test_size",
-        12,
-        "--tasks",
-        "shapes",
-        "round_trip",
-        "captions",
-        "--round_trip_pairs",
-        8,
-    ]
+    flags = "--dataset shapes --test_size 12 --tasks shapes round_trip captions --round_trip_pairs 8".split()
     f = run(tmp_path, "--model", bundle, *flags)["figures"]
     for split in ("val", "heldout"):
         for direction in ("text_to_image", "image_to_text"):
@@ -425,27 +400,6 @@ def test_the_truth_of_shapes_is_exact_for_an_oracle(bundle, tmp_path, monkeypatc
     assert f["captions/bleu_1"]["value"] > 0.5
 
 
-def test_a_wrong_step_makes_a_trip_wrong():
-    from latent_verse.evaluation.round_trips import Trip, check_trip
-
-    world = World.preset("small")
-    oracle = Oracle(world)
-    scene = oracle.scene_of("a red square")
-    good, other = "a red square", "a blue square"
-    render = lambda text: world.render(oracle.scene_of(text))  # noqa: E731
-    right = check_trip(world, scene, good, Trip(good, render(good), render(good), good))
-    assert right["image_text_image"]["all"] and right["text_image_text"]["all"]
-    for trip, name in (
-        (Trip(other, render(other), render(good), good), "image_text_image"),  # a wrong caption, rendered faithfully
-        (Trip(good, render(other), render(good), good), "image_text_image"),
-        (Trip(good, render(good), render(other), other), "text_image_text"),
-        (Trip(good, render(good), render(good), other), "text_image_text"),
-    ):
-        found = check_trip(world, scene, good, trip)
-        assert not found[name]["all"] and not found[name]["colour"] and found[name]["shape"]
-        assert sum(trip_found["all"] for trip_found in found.values()) == 1
-
-
 def test_shapes_of_another_size_than_the_model_are_refused(bundle, tmp_path, capsys):
     argv = ["--model", bundle, "--dataset", "shapes", "--gpus", 0, "--log_dir", tmp_path / "runs"]
     assert eval_biart.main([*map(str, argv)]) == 2
@@ -456,86 +410,11 @@ def test_shapes_of_another_size_than_the_model_are_refused(bundle, tmp_path, cap
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ("", "--generated_dir"),
-        ("--model x", "test_dir is not given"),
-        ("--model x --dataset table", "test_captions is not given"),
-        ("--model x --dataset karpathy --test_dir d", "dataset_coco.json"),
-        ("--model x --test_dir d --test_captions f", "test_captions has no effect"),
-        ("--model x --fake_data --test_dir d", "no effect with dataset fake"),
-        ("--model x --fake_data --dataset coco", "contradicts fake_data"),
-        ("--model x --test_dir d --test_size 3", "test_size has no effect"),
-        ("--model x --fake_data --tasks drawing", "'drawing' (from --tasks) is not one of"),
-        ("--generated_dir x --fake_data --tasks retrieval", "retrieval needs --model"),
-        ("--model x --fake_data --tasks zero_shot", "needs --model and --classes_dir"),
-        ("--model x --fake_data --tasks shapes", "needs --model and --dataset shapes"),
-        ("--model x --fake_data --tasks captions --generated_dir d", "generated_dir has no effect without the task"),
-        ("--generated_dir x --fake_data --classes_dir d", "give --model"),
-        ("--compare a", "compare has 1 runs"),
-        ("--compare a b --model x", "--model has no effect with --compare"),
-        ("--model x --fake_data --candidates 0", "candidates is 0"),
-        ("--model x --fake_data --candidates 2 --temperature 0", "candidates 2 has no effect at temperature 0"),
-        ("--model x --fake_data --blur_radii 0 0", "blur_radii is [0, 0]"),
-        ("--model x --fake_data --class_prompt hello", "class_prompt is 'hello'"),
-        ("--model x --fake_data --class_names f", "class_names has no effect"),
-        ("--model x --fake_data --retrieval_picture 3", "Did you mean --retrieval_pictures"),
-        ("--model x --fake_data --tasks captions --candidates 8", "candidates has no effect here"),
-        ("--generated_dir x --fake_data --guidance 2", "guidance has no effect here: it is read by generation without"),
-        ("--generated_dir x --fake_data --eval_captions 9", "eval_captions has no effect with --generated_dir"),
-        ("--captions_file x --fake_data --beams 4", "captions without --captions_file or round_trip"),
-        ("--captions_file x --fake_data --dtype bfloat16", "dtype bfloat16 has no effect without --model"),
-        ("--model x --fake_data --tasks generation --prior_weight 1", "it is read by retrieval or zero_shot"),
-        ("--model x --fake_data --class_pictures 5", "class_pictures has no effect here"),
-        ("--model x --fake_data --prior pool", "prior pool has no effect with prior_weight 0"),
-        ("--model x --fake_data --world full", "world has no effect with dataset fake"),
-        ("--model nowhere/bundle --fake_data --gpus 0", "nowhere/bundle"),
-        ("--generated_dir nowhere --fake_data --gpus 0", "nowhere is no folder"),
-        ("--captions_file nowhere.json --fake_data --gpus 0", "nowhere.json cannot be read"),
-    ],
+    "flags", ["--model nowhere/bundle", "--generated_dir nowhere/images", "--captions_file nowhere/captions.json"]
 )
-def test_mistakes(tmp_path, capsys, flags, message):
-    more = [] if "--compare" in flags else ["--log_dir", str(tmp_path / "runs")]
-    assert eval_biart.main([*flags.split(), *more]) == 2
-    assert message in capsys.readouterr().err
-
-
-def test_every_setting_of_a_task_names_the_task():
-    """Otherwise a new setting would be accepted silently by runs that do not read it."""
-    config = EvalBiARTConfig()
-    free = {"java", "classes_dir", "class_names"}  # of the machine; checked by rules of their own
-    sections = (config.generation, config.captions, config.likelihood, config.networks)
-    assert {name for section in sections for name in vars(section)} - free == EFFECTS.keys()
-
-
-def test_tasks_follow_from_what_is_given():
-    def tasks(flags):
-        config, given = parse(EvalBiARTConfig, flags.split(), "")
-        return set(resolve_eval_biart(config, given)[1])
-
-    everything = set(TASKS)
-    assert tasks("--model x --test_dir d") == everything - {"zero_shot", "shapes"}
-    assert tasks("--model x --dataset shapes --classes_dir c") == everything
-    assert tasks("--generated_dir x --test_dir d") == {"generation"}
-    assert tasks("--captions_file x --test_dir d") == {"captions"}
-    assert tasks("--generated_dir y --captions_file x --test_dir d") == {"generation", "captions"}
-    assert tasks("--model x --test_dir d --tasks captions") == {"captions"}
-    with pytest.raises(ConfigError):
-        tasks("--model x --test_dir d --tasks captions --classes_dir c")
-
-
-def test_class_names_of_a_file_and_of_folders(tmp_path):
-    from latent_verse.data import DataError
-    from latent_verse.evaluation.text_tasks import class_names
-
-    assert class_names(["red_fox", "dog"], None) == ["red fox", "dog"]
-    file = tmp_path / "names.txt"
-    file.write_text("n01\tred fox\nn02\tdog, domestic dog\n")
-    assert class_names(["n01", "n02"], str(file)) == ["red fox", "dog, domestic dog"]
-    with pytest.raises(DataError, match="no line `n03<TAB>name`"):
-        class_names(["n01", "n03"], str(file))
-    with pytest.raises(DataError, match="cannot be read"):
-        class_names(["n01"], str(tmp_path / "none"))
+def test_what_is_to_be_evaluated_is_not_there(tmp_path, capsys, flags):
+    assert eval_biart.main([*flags.split(), "--fake_data", "--gpus", "0", "--log_dir", str(tmp_path / "runs")]) == 2
+    assert flags.split()[1] in capsys.readouterr().err
 
 
 def test_help_answers_without_torch():
@@ -570,29 +449,3 @@ def test_two_processes_give_the_metrics_of_one(bundle, pairs, tmp_path):
     )  # fmt: skip
     assert broken.returncode == 2 and "guidance: 1.0 then, 2.0 now" in broken.stderr
     assert "Traceback" not in broken.stderr
-
-
-def test_the_benchmark_of_the_protocols_sampling_runs(tmp_path, capsys):
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("coco_sampling", REPO / "benchmarks" / "coco_sampling.py")
-    benchmark = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmark)
-    argv = [
-        "--size",
-        "tiny",
-        "--captions",
-        "5",
-        "--candidates",
-        "2",
-        "--batch_size",
-        "3",
-        "--json",
-        str(tmp_path / "r.json"),
-    ]
-    assert benchmark.main(argv) == 0
-    out = json.loads((tmp_path / "r.json").read_text())
-    assert out["pictures_per_second"] == pytest.approx(10 / out["seconds"]) and out["extrapolated"]
-    assert out["hours_for_30000_captions"] == pytest.approx(out["seconds"] * 6000 / 3600)
-    assert {"codes", "scores", "decoding"} < out["seconds_by_part"].keys() and min(out["seconds_by_part"].values()) > 0
-    assert "extrapolated" in capsys.readouterr().out

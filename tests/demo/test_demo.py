@@ -257,10 +257,12 @@ def test_a_recipe_that_has_changed(tmp_path, recipes):
     record = StagesFile(tmp_path / "out" / "stages.json")
     record.add(planned[1], 1.0, True)
     StagesFile(record.file).check_same(planned)
-    with open(recipes / "demo_augvae_ml.yaml", "a") as file:
-        file.write("# changed\n")
+    recipe = recipes / "demo_augvae_ml.yaml"
+    recipe.write_text("# only a comment\n" + recipe.read_text())
+    StagesFile(record.file).check_same(demo.plan(s, tmp_path / "out"))
+    recipe.write_text(recipe.read_text().replace("epochs: 2", "epochs: 3"))
     with pytest.raises(ConfigError, match="AugVAE-ML"):
-        StagesFile(record.file).check_same(planned)
+        StagesFile(record.file).check_same(demo.plan(s, tmp_path / "out"))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 
 from latent_verse.commands import eval_biart
 from latent_verse.evaluation.page import choose
-from latent_verse.evaluation.records import Records
+from latent_verse.evaluation.records import Records, compare
 
 
 def test_two_runs_side_by_side(tmp_path, capsys):
@@ -35,6 +35,27 @@ def test_two_runs_side_by_side(tmp_path, capsys):
     assert str(tmp_path / "b" / "metrics.json") in capsys.readouterr().err
     assert eval_biart.main(["--compare", str(tmp_path / "a"), str(tmp_path / "none")]) == 2
     assert "does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("fid_0", "InceptionV3; against 50 pictures", "InceptionV3; against 50 images"),
+        ("cider", "2.5 references a picture; PTB", "2.5 references per image; PTB"),
+        ("clip", "cosine of a picture (9 px), mean over pictures", "cosine of an image (9 px), mean over images"),
+        ("log_p", "log p(text | the codes it drew)", "log p(text | the codes it sampled)"),
+        ("bits", "one caption of the draw a picture", "one sampled caption per image"),
+        ("trip", "caption of the picture drawn for a text", "caption of the image sampled for a text"),
+    ],
+)
+def test_a_run_whose_protocol_is_in_older_words_is_comparable(tmp_path, name, old, new):
+    for run, protocol in (("old", old), ("new", new)):
+        records = Records({}, 0)
+        for metric in (name, f"zero_shot/{name}"):  # whose protocol quotes what the user has written
+            records.add(metric, 1.0, samples=3, library="x 1.0", protocol=protocol)
+        (tmp_path / run).write_text(json.dumps(records.as_json()))
+    _, same, quoted = compare(str(tmp_path / "old"), str(tmp_path / "new")).splitlines()
+    assert "not comparable" not in same and "not comparable: protocol" in quoted
 
 
 def test_a_metric_that_is_no_number_is_missing():

@@ -247,7 +247,7 @@ def test_names_and_ids(tmp_path):
         assert Pairs(own, 32, 0).image_ids() == Pairs(own, 32, 0).names
     shapes = Pairs(EvalDataConfig(dataset="shapes", test_size=4), 32, 0)
     assert shapes.image_ids() == [0, 1, 2, 3] and shapes.made_up
-    assert shapes.captions(2) and shapes.scene(2) and shapes.image(2).shape == (3, 32, 32)
+    assert shapes.captions(2) and shapes.dataset.scene(2) and shapes.image(2).shape == (3, 32, 32)
 
 
 def test_settings_are_named_as_eval_biart_names_them(tmp_path):

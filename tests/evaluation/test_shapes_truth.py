@@ -1,4 +1,4 @@
-"""evaluation/shapes.py: a perfect oracle scores everything, a blind one next to nothing, and the command works."""
+"""An oracle is right in every scene, a blind model in next to none; the command that measures it."""
 
 from __future__ import annotations
 
@@ -73,13 +73,13 @@ def test_only_what_the_image_shows_counts(oracle):
 
 
 def test_the_seed_decides_and_settings_reach_the_model(oracle):
-    draw = ShapesSamplingConfig(temperature=0.0, guidance=2.0, rerank=4, rerank_temperature=0.8, top_k=5)
+    sampling = ShapesSamplingConfig(temperature=0.0, guidance=2.0, rerank=4, rerank_temperature=0.8, top_k=5)
     oracle.calls.clear()
-    first, cases = evaluate(oracle, SMALL, "val", 6, 3, draw)
-    again, cases_again = evaluate(oracle, SMALL, "val", 6, 3, draw)
+    first, cases = evaluate(oracle, SMALL, "val", 6, 3, sampling)
+    again, cases_again = evaluate(oracle, SMALL, "val", 6, 3, sampling)
     assert first == again
     assert [case.text for case in cases] == [case.text for case in cases_again]
-    _, cases_other = evaluate(oracle, SMALL, "val", 6, 4, draw)
+    _, cases_other = evaluate(oracle, SMALL, "val", 6, 4, sampling)
     assert [case.text for case in cases] != [case.text for case in cases_other]
     greedy, chosen = oracle.calls[:2]
     assert greedy == {"temperature": 0.0, "guidance": 2.0, "top_k": None, "top_p": None, "seed": 3}

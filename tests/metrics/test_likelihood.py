@@ -132,7 +132,8 @@ def test_equal_scores_count_against():
     right = torch.eye(4, dtype=torch.bool)
     assert ranks_of_truth(torch.zeros(4, 4), right).tolist() == [4, 4, 4, 4]
     assert ranks_of_truth(torch.eye(4), right).tolist() == [1, 1, 1, 1]
-    assert likelihood.class_ranks(torch.tensor([[0.0, 2, 1], [3, 2, 2]]), torch.tensor([2, 2])).tolist() == [2, 3]
+    last = torch.tensor([[False, False, True]] * 2)
+    assert ranks_of_truth(torch.tensor([[0.0, 2, 1], [3, 2, 2]]), last).tolist() == [2, 3]
 
 
 # ---------------------------------------------------------------------------------------------------------------- bits

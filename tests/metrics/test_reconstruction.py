@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from latent_verse.augvae.quantizer import perplexity
+from latent_verse.metrics import networks
 from latent_verse.metrics.codebook_usage import CodebookUsage
-from latent_verse.metrics.networks import INCEPTION, inception_file
 from latent_verse.metrics.reconstruction import ReconstructionMetrics, table
 from latent_verse.metrics.running import Mean
 
@@ -45,7 +45,7 @@ def measure(x, reconstruction, sizes, **arguments):
 
 
 def ssim(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Wang et al. 2004, values in [0, 1]: Gaussian window of 11, sigma 1.5, borders reflected; one value a picture."""
+    """Wang et al. 2004, values in [0, 1]: Gaussian window of 11, sigma 1.5, borders reflected; one value per image."""
     offsets = torch.arange(11, dtype=a.dtype) - 5
     line = torch.exp(-(offsets**2) / (2 * 1.5**2))
     window = (line[:, None] * line / line.sum() ** 2).expand(3, 1, 11, 11)
@@ -95,7 +95,7 @@ def test_missing_networks_are_named_and_never_zero():
     assert not {"lpips", "rfid"} & out.keys()
     assert out["missing"].keys() == {"lpips", "rfid"}
     assert "vgg16-397923af.pth" in out["missing"]["lpips"] and "https://" in out["missing"]["lpips"]
-    assert str(inception_file()) in out["missing"]["rfid"] and INCEPTION in out["missing"]["rfid"]
+    assert str(networks.inception_weights().file) in out["missing"]["rfid"]
     printed = table(out, "title")
     assert printed.splitlines()[0] == "title"
     for name in ("lpips", "rfid"):
@@ -130,30 +130,35 @@ class Brightness(nn.Module):
         return x_BCHW.float().mean(dim=(1, 2, 3))[:, None]
 
 
+@pytest.fixture
+def brightness(monkeypatch):
+    monkeypatch.setattr(networks, "open_inception", Brightness)
+
+
 def flat_images(levels: list[int]) -> torch.Tensor:
     """Images of one 8-bit value each, in [-1, 1]."""
     return (torch.tensor(levels, dtype=torch.float32) / 255 * 2 - 1)[:, None, None, None].expand(-1, 3, 16, 16)
 
 
 @pytest.mark.parametrize("sizes", [[4], [3, 1], [2, 0, 2]])
-def test_rfid_of_one_feature_is_the_closed_form(sizes):
+def test_rfid_of_one_feature_is_the_closed_form(brightness, sizes):
     real, made = [100, 110, 120, 150], [60, 100, 130, 200]
-    out = measure(flat_images(real), flat_images(made), sizes, fid_features=Brightness())
+    out = measure(flat_images(real), flat_images(made), sizes)
     a, b = torch.tensor(real, dtype=torch.float64), torch.tensor(made, dtype=torch.float64)
     assert out["rfid"] == pytest.approx(((a.mean() - b.mean()) ** 2 + (a.std() - b.std()) ** 2).item(), rel=1e-4)
     assert "rfid" not in out["missing"]
 
 
-def test_rfid_of_a_shift_is_its_square_and_of_the_same_is_zero():
+def test_rfid_of_a_shift_is_its_square_and_of_the_same_is_zero(brightness):
     real = [100, 110, 120, 150]
     shifted = flat_images([v + 7 for v in real])
-    assert measure(flat_images(real), shifted, [4], fid_features=Brightness())["rfid"] == pytest.approx(49, rel=1e-4)
-    same = measure(flat_images(real), flat_images(real), [4], fid_features=Brightness())["rfid"]
+    assert measure(flat_images(real), shifted, [4])["rfid"] == pytest.approx(49, rel=1e-4)
+    same = measure(flat_images(real), flat_images(real), [4])["rfid"]
     assert same == pytest.approx(0, abs=1e-3)
 
 
-def test_rfid_of_a_single_image_is_missing():
-    out = measure(flat_images([100]), flat_images([100]), [1], fid_features=Brightness())
+def test_rfid_of_a_single_image_is_missing(brightness):
+    out = measure(flat_images([100]), flat_images([100]), [1])
     assert "rfid" not in out
     assert "at least 2" in out["missing"]["rfid"]
 

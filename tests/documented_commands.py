@@ -1,4 +1,4 @@
-"""The commands in the shell blocks of README.md and docs/."""
+"""The commands that README.md and docs/ show."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 import shlex
 from pathlib import Path
 
-REPO = Path(__file__).parents[1]
+REPO = Path(__file__).parent.parent
 PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
 
 
@@ -20,5 +20,5 @@ def commands(script: str, pages: list[Path] = PAGES) -> list[str]:
 
 
 def flags(line: str, script: str) -> list[str]:
-    """The arguments that `line` gives to `script`."""
+    """What follows `script` in a line, as words."""
     return shlex.split(line.split(script, 1)[1])

@@ -1,0 +1,41 @@
+"""Parts of the tasks that need no model: the truth of a round trip, and the names of classes."""
+
+from __future__ import annotations
+
+import pytest
+
+from latent_verse.data import DataError
+from latent_verse.data.shapes import World
+from latent_verse.evaluation.round_trips import Trip, check_trip
+from latent_verse.evaluation.text_tasks import class_names
+from tests.stand_ins import Oracle
+
+
+def test_a_wrong_step_makes_a_trip_wrong():
+    world = World.preset("small")
+    oracle = Oracle(world)
+    scene = oracle.scene_of("a red square")
+    good, other = "a red square", "a blue square"
+    render = lambda text: world.render(oracle.scene_of(text))  # noqa: E731
+    right = check_trip(world, scene, good, Trip(good, render(good), render(good), good))
+    assert right["image_text_image"]["all"] and right["text_image_text"]["all"]
+    for trip, name in (
+        (Trip(other, render(other), render(good), good), "image_text_image"),  # a wrong caption, rendered faithfully
+        (Trip(good, render(other), render(good), good), "image_text_image"),
+        (Trip(good, render(good), render(other), other), "text_image_text"),
+        (Trip(good, render(good), render(good), other), "text_image_text"),
+    ):
+        found = check_trip(world, scene, good, trip)
+        assert not found[name]["all"] and not found[name]["colour"] and found[name]["shape"]
+        assert sum(trip_found["all"] for trip_found in found.values()) == 1
+
+
+def test_class_names_of_a_file_and_of_folders(tmp_path):
+    assert class_names(["red_fox", "dog"], None) == ["red fox", "dog"]
+    file = tmp_path / "names.txt"
+    file.write_text("n01\tred fox\nn02\tdog, domestic dog\n")
+    assert class_names(["n01", "n02"], str(file)) == ["red fox", "dog, domestic dog"]
+    with pytest.raises(DataError, match="no line `n03<TAB>name`"):
+        class_names(["n01", "n03"], str(file))
+    with pytest.raises(DataError, match="cannot be read"):
+        class_names(["n01"], str(tmp_path / "none"))
