@@ -1,0 +1,90 @@
+"""What is installed: dependencies, packages, recipes in the wheel, commands, and names of earlier versions."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import latent_verse
+from latent_verse import __main__ as command_line
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    tomllib = pytest.importorskip("tomli")
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def lines(file: str) -> set[str]:
+    text = (ROOT / file).read_text().splitlines()
+    return {line.strip() for line in text if line.strip() and not line.startswith(("#", "-r"))}
+
+
+def test_requirements_are_the_dependencies_and_the_extras():
+    extras = PROJECT["project"]["optional-dependencies"]
+    assert lines("requirements.txt") == {*PROJECT["project"]["dependencies"], *extras["eval"], *extras["demo"]}
+    assert lines("requirements-dev.txt") == {*extras["dev"]} - {"latent-verse[eval,demo]"}
+
+
+def test_every_room_is_in_the_wheel():
+    rooms = {p.parent.relative_to(ROOT).as_posix().replace("/", ".") for p in ROOT.glob("latent_verse/**/__init__.py")}
+    assert set(PROJECT["tool"]["setuptools"]["packages"]) == rooms | {"latent_verse.configs"}
+
+
+def test_names_of_earlier_versions():
+    from latent_verse.checkpoint import load_augvae
+    from latent_verse.pipeline import LVerse
+
+    assert load_augvae is latent_verse.load_augvae and LVerse is latent_verse.LVerse
+
+
+def test_commands(capsys):
+    assert command_line.main([]) == 0 and command_line.main(["--help"]) == 0
+    said = capsys.readouterr().out
+    files = {p.stem.replace("_", "-") for p in (ROOT / "latent_verse" / "commands").glob("[!_]*.py")}
+    assert set(command_line.COMMANDS) == files and all(name in said for name in files)
+    assert {p.stem.replace("_", "-") for p in ROOT.glob("*.py")} == files
+    assert command_line.main(["train-vea"]) == 2 and "train-vae" in capsys.readouterr().err
+    assert command_line.main(["train-vae", "--epoch", "3"]) == 2 and "--epochs" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_wheel_runs_a_shipped_recipe_from_any_folder(tmp_path):
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    source = tmp_path / "source"
+    names = ["latent_verse", "configs", "pyproject.toml", "README.md", "LICENSE"]
+    source.mkdir()
+    subprocess.run(["cp", "-r", *(str(ROOT / name) for name in names), str(source)], check=True)  # build/ stays there
+    subprocess.run([*build, "--wheel-dir", str(tmp_path), str(source)], check=True)
+    (wheel,) = tmp_path.glob("latent_verse-*.whl")
+    with zipfile.ZipFile(wheel) as content:
+        content.extractall(tmp_path / "site")
+        names = set(content.namelist())
+    assert {f"latent_verse/configs/{p.name}" for p in (ROOT / "configs").glob("*.yaml")} <= names
+    assert {f"latent_verse/templates/{p.name}" for p in (ROOT / "latent_verse" / "templates").iterdir()} <= names
+    assert "latent_verse/py.typed" in names
+    (tmp_path / "elsewhere").mkdir()
+    command = [
+        sys.executable,
+        "-m",
+        "latent_verse",
+        "train-vae",
+        "--config",
+        "tiny_augvae_ml",
+        "--fake_data",
+        "--gpus",
+        "0",
+    ]
+    command += ["--max_steps", "1", "--limit_val_batches", "1", "--num_workers", "0"]
+    place = {"cwd": tmp_path / "elsewhere", "capture_output": True, "text": True}
+    done = subprocess.run(
+        command, **place, env={"PATH": "", "PYTHONPATH": str(tmp_path / "site"), "HOME": str(tmp_path)}
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "elsewhere" / "results" / "fake-tiny_augvae_ml" / "config.yaml").is_file()
