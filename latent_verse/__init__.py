@@ -20,7 +20,7 @@ __version__ = "0.1.0"
 __all__ = ["AugVAE", "BiART", "LVerse", "__version__", "load_augvae"]
 
 _HOMES = {
-    "AugVAE": "latent_verse.augvae.model",
+    "AugVAE": "latent_verse.checkpoints.augvae",  # which gives it from_pretrained and save_pretrained
     "BiART": "latent_verse.biart.model",
     "LVerse": "latent_verse.inference.pipeline",
     "load_augvae": "latent_verse.checkpoint",
