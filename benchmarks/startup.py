@@ -132,7 +132,7 @@ def suite(device: str, size: str) -> Iterator[Row]:
             flags = ["--num", "1", "--seed", "1", "--gpus", gpus, "--overwrite", "--out", f"{folder}/out"]
             commands.append(
                 (
-                    "generate.py: first picture of a tiny bundle",
+                    "generate.py: first image of a tiny bundle",
                     ["generate.py", "--model", str(bundle(Path(folder) / "bundle")), "--text", "a red circle", *flags],
                     5.0,
                     "torch",

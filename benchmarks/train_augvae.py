@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run all, print a table; 1 if a loss is not finite or has not fallen."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/imagenet_augvae_ml.yaml")
-    parser.add_argument("--train_dir", help="any folder of pictures; fake ones where not given")
+    parser.add_argument("--train_dir", help="any folder of images; default fake ones")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--precisions", nargs="+", default=["32", "bf16"])
     parser.add_argument("--json", type=Path)
