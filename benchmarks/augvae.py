@@ -118,7 +118,7 @@ def our_step(module: LitAugVAE, x_BCHW: torch.Tensor, precision: str, task: str)
     def step():
         with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"), torch.set_grad_enabled(train):
             if not train:
-                reconstruction = module._through(x_BCHW)[1]
+                reconstruction = module.reconstruct(x_BCHW)[1]
                 (reconstruction - x_BCHW).square().mean()
                 return reconstruction
             parts, reconstruction = module._losses(x_BCHW, "train")
