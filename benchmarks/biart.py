@@ -5,8 +5,8 @@
 Ours is LitBiART's loss (both directions in the batch, heads by modality, attention by SDPA), backward pass and AdamW,
 in bfloat16 with compiled blocks on a GPU and in float32 on a CPU. The peers predict the next token of the same
 sequences over the joint vocabulary, in the same precision, with AdamW's ordinary step; minGPT also in float32, as it is
-published. With the same weights minGPT and GPT-2 must give BiART's logits. MFU is by `BiART.flops_per_token` over 989
-TFLOP/s.
+published. With the same weights minGPT and GPT-2 must give BiART's logits. MFU follows from `BiART.flops_per_token` and
+989 TFLOP/s.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@
     python benchmarks/run.py codes [--device cuda]
 
 Both run LitBiART's training step, backward pass and AdamW on the same batches of random pairs. From images each step
-first runs the frozen AugVAE, of the released width, with random weights. Its loader is left out (the images are on the
-device), so the ratio is a lower bound: decoding and cropping images costs a trainer from images more. The speed of
-extraction is printed too, with the number of epochs after which it has paid for itself.
+first runs the frozen AugVAE, of the released width, with random weights. The loader is left out (the images are on the
+device), so the ratio is a lower bound: training from images also has to decode and crop them. The speed of extraction
+is printed too.
 """
 
 from __future__ import annotations

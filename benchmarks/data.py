@@ -5,9 +5,10 @@
 
 Every implementation gets the same bytes and crops the same squares. "plain" is what training scripts commonly do: PIL,
 v1 transforms, ToTensor, Normalize. The rest stop at uint8, as `latent_verse.data` does (the device makes the floats),
-except where float is named. Time is the process's CPU time with one thread, so that a shared machine tells the truth;
-implementations are timed alternately and the best round counts. The last columns are the largest difference from the
-plain image, in 1/255, and whether it stays within 2. Without --dir, images of 500 x 375 and 640 x 480 are generated.
+except where float is named. Time is the process's CPU time with one thread, which other programs do not lengthen.
+Implementations are timed alternately, and the best round is reported. The last columns are the largest difference from
+the plain image, in 1/255, and whether it stays within 2. Without --dir, images of 500 x 375 and 640 x 480 are
+generated.
 """
 
 from __future__ import annotations

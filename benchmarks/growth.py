@@ -2,9 +2,9 @@
 
     python benchmarks/run.py growth [--device cuda]
 
-Time and memory of ours alone, against the least that must grow: the exponent of a power law through neighbouring
-points says how (1 is linear). Listing a dataset is measured on names from a generator, as `walk` gives them, and on
-up to `files` empty files; the loader's memory is that of its batches after a pass.
+Time and memory of ours alone. The exponent of a power law through neighbouring points says how they grow (1 is linear).
+Listing a dataset is measured on names from a generator, as `walk` gives them, and on up to `files` empty files; the
+loader's memory is that of its batches after a pass.
 """
 
 from __future__ import annotations

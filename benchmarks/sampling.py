@@ -7,11 +7,11 @@ Both generate the same 1,024 codes for the same texts, greedily, with the same w
 them). The cached loop runs in full. The plain one is timed at `--positions` lengths of the sequence, evenly spaced, and
 the time of all tokens is the integral over them (trapezoids); `--positions 1024` times every token. At each length its
 choice is compared with the cached one's. Two plain loops: minGPT's, whose head gives the joint vocabulary's logits at
-every position, and a kinder one with the head at the last position only. Total variation is between the distributions
-that both expect of the next code, the largest of all; below 3 % is asked for. Guidance is the cached loop with
-guidance 3.
-run.py's area takes minGPT's own network (`plain.MinGPT`) and Hugging Face's GPT-2 with its cache, and holds ours
-against the bandwidth bound: a step has to read every weight of the blocks, the image head and the cache at least once.
+every position, and a faster one with the head at the last position only. Total variation is the largest distance
+between the two distributions of any next code; it has to be below 3 %. Guidance is the cached loop with guidance 3.
+
+run.py's area takes minGPT's own network (`plain.MinGPT`) and Hugging Face's GPT-2 with its cache, and compares ours
+with the bandwidth bound: a step has to read every weight of the blocks, the image head and the cache at least once.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def time_plain(
 
 @torch.no_grad()
 def distribution_gap(model: BiART, text_BL, codes_BN) -> float:
-    """The largest total variation distance, over all codes, between what the cached steps and the plain network expect.
+    """The largest total variation distance of any next code, between the cached and the plain network's distribution.
 
     Both read the same sequence: the plain network at once, the cached one a token at a time.
     """
