@@ -23,7 +23,7 @@ _HOMES = {
     "AugVAE": "latent_verse.checkpoints.augvae",  # which gives it from_pretrained and save_pretrained
     "BiART": "latent_verse.biart.model",
     "LVerse": "latent_verse.inference.pipeline",
-    "load_augvae": "latent_verse.checkpoint",
+    "load_augvae": "latent_verse.checkpoints.augvae",
 }
 
 

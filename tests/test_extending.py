@@ -149,7 +149,7 @@ def test_a_new_position_encoding_is_sampled_from_and_acts(run_section, monkeypat
     model, sequences = page["model"], page["sequences"]
     assert generate(model, page["text_BL"], "text_to_image", seed=0).shape == (2, 6)
     # with all positions equal, features differ
-    monkeypatch.setattr(type(model), "positions", lambda self, pos_T, image_first_B1: torch.zeros(len(pos_T), 16))
+    monkeypatch.setattr(type(model), "positions", lambda self, places, image_first_B1: torch.zeros(1, 16))
     assert not torch.allclose(model.features(sequences.idx_BT, sequences.seg_BT), page["expected_BTC"], atol=1e-2)
 
 
@@ -198,7 +198,7 @@ def test_a_new_metric_is_reported_by_the_lines_of_the_page(colourfulness, tmp_pa
     source = head + end + textwrap.indent(report, "    ") + body
     edited = run([source], **vars(image_tasks), colourfulness=colourfulness)
     monkeypatch.setattr(image_tasks, "report_images", edited["report_images"])
-    monkeypatch.setattr(networks, "open_inception", lambda download=False: Colours())
+    monkeypatch.setattr(networks, "open_inception", lambda **options: Colours())
     monkeypatch.setattr(networks, "open_clip_network", lambda *arguments: Words())
     pairs = write_pairs(tmp_path / "pairs", 5)
     flags = ["--generated_dir", pairs, "--test_dir", pairs, "--fid_resolution", 16, "--is_splits", 1, "--gpus", 0]
