@@ -1,4 +1,5 @@
-# make test | make lint | make clean-venv. Both make .venv first, or renew it when a requirements file has changed.
+# make test | test-all | lint | demo | demo-long | clean-venv
+# All but the last create .venv first, or install into it again if a requirements file has changed.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -19,11 +20,12 @@ test-all: $(VENV)/.installed
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
-demo: $(VENV)/.installed  # 10.5 minutes on two cores; continues where it was; writes demo/index.html
+demo: $(VENV)/.installed  # 10.5 minutes on two cores; if interrupted, rerun it to resume; writes demo/index.html
 	$(BIN)/python -m latent_verse.demo --world small --out demo
 
-demo-long: $(VENV)/.installed  # the full world: 1 h 45 on a CPU, or a GPU where there is one; writes demo/long/index.html
+demo-long: $(VENV)/.installed  # the full world: 1 h 45 on two cores; uses a GPU if there is one; writes demo/long/index.html
 	$(BIN)/python -m latent_verse.demo --world full --out demo/long
 
 clean-venv:

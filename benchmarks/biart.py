@@ -5,8 +5,8 @@
 Ours is LitBiART's loss (both directions in the batch, heads by modality, attention by SDPA), backward pass and AdamW,
 in bfloat16 with compiled blocks on a GPU and in float32 on a CPU. The peers predict the next token of the same
 sequences over the joint vocabulary, in the same precision, with AdamW's ordinary step; minGPT also in float32, as it is
-published. With the same weights minGPT and GPT-2 must give BiART's logits. MFU is by `BiART.flops_per_token` over 989
-TFLOP/s.
+published. With the same weights minGPT and GPT-2 must give BiART's logits. MFU follows from `BiART.flops_per_token` and
+989 TFLOP/s.
 """
 
 from __future__ import annotations
@@ -160,13 +160,13 @@ def _train(device: str, preset: str, batch: int, peer_batch: int, s: dict, bf16:
         entries[-1]["memory_ratio"] = (their_bytes / peer_batch) / (memory["ours"] / batch)
     rate = T / times["ours"]
     flops = rate * model.flops_per_token()
-    figures = {"tokens_per_s": rate, "flops_per_s": flops, "parameters": model.num_parameters()}
+    results = {"tokens_per_s": rate, "flops_per_s": flops, "parameters": model.num_parameters()}
     if device == "cuda":
-        figures |= {"mfu": flops / PEAK_BF16, "memory_with_weights_bytes": with_weights}
+        results |= {"mfu": flops / PEAK_BF16, "memory_with_weights_bytes": with_weights}
     else:
-        figures |= {"share_of_matmul_rate": flops / matmul_rate(device, torch.float32)}
+        results |= {"share_of_matmul_rate": flops / matmul_rate(device, torch.float32)}
     goal = {"24x1024": ">= 50 % MFU, batch 32 within 40 GB"}.get(preset) if device == "cuda" else None
-    met = figures.get("mfu", 0) >= 0.5 and figures["memory_with_weights_bytes"] <= 40e9 if goal else None
+    met = results.get("mfu", 0) >= 0.5 and results["memory_with_weights_bytes"] <= 40e9 if goal else None
     return row(
         "biart",
         f"{preset}, {vocab.text_len} + {vocab.image_len} tokens, batch {batch}, {'bf16, compiled' if bf16 else 'fp32'}",
@@ -176,5 +176,5 @@ def _train(device: str, preset: str, batch: int, peer_batch: int, s: dict, bf16:
         same=same,
         goal=goal,
         met=met,
-        figures=figures,
+        figures=results,
     )

@@ -125,7 +125,7 @@ def main(argv: list[str] | None = None) -> int:
         result["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
     shares = ", ".join(f"{part} {seconds / total:.0%}" for part, seconds in parts.items())
     print(f"{args.captions} captions x {args.candidates}, {args.size}, {args.dtype} on {args.device}: {total:.1f} s")
-    print(f"{result['pictures_per_second']:.3f} pictures/s ({shares})")
+    print(f"{result['pictures_per_second']:.3f} images/s ({shares})")
     word = "extrapolated" if result["extrapolated"] else "measured"
     print(f"{PROTOCOL} captions: {result[f'hours_for_{PROTOCOL}_captions']:.2f} hours on one device ({word})")
     if args.json:

@@ -5,9 +5,10 @@
 
 Every implementation gets the same bytes and crops the same squares. "plain" is what training scripts commonly do: PIL,
 v1 transforms, ToTensor, Normalize. The rest stop at uint8, as `latent_verse.data` does (the device makes the floats),
-except where float is named. Time is the process's CPU time with one thread, so that a shared machine tells the truth;
-implementations are timed alternately and the best round counts. The last columns are the largest difference from the
-plain image, in 1/255, and whether it stays within 2. Without --dir, images of 500 x 375 and 640 x 480 are generated.
+except where float is named. Time is the process's CPU time with one thread, which other programs do not lengthen.
+Implementations are timed alternately, and the best round is reported. The last columns are the largest difference from
+the plain image, in 1/255, and whether it stays within 2. Without --dir, images of 500 x 375 and 640 x 480 are
+generated.
 """
 
 from __future__ import annotations
@@ -45,23 +46,23 @@ RATIO = 0.75
 BILINEAR = Image.Resampling.BILINEAR
 
 
-def made_pictures(number: int) -> list[bytes]:
+def made_images(number: int) -> list[bytes]:
     """JPEGs with photograph-like spectra: noise summed over scales."""
     rng = np.random.default_rng(0)
     files = []
     for i in range(number):
         width, height = [(500, 375), (640, 480)][i % 2]
-        picture = np.zeros((height, width, 3))
+        image = np.zeros((height, width, 3))
         for scale in (4, 16, 64, 256):
             small = Image.fromarray(rng.integers(0, 255, (scale, scale, 3), dtype=np.uint8))
-            picture += np.asarray(small.resize((width, height), Image.Resampling.BICUBIC), dtype=float) / scale**0.5
+            image += np.asarray(small.resize((width, height), Image.Resampling.BICUBIC), dtype=float) / scale**0.5
         file = io.BytesIO()
-        Image.fromarray((picture / picture.max() * 255).astype(np.uint8)).save(file, "JPEG", quality=90)
+        Image.fromarray((image / image.max() * 255).astype(np.uint8)).save(file, "JPEG", quality=90)
         files.append(file.getvalue())
     return files
 
 
-def read_pictures(folder: str, number: int) -> list[bytes]:
+def read_images(folder: str, number: int) -> list[bytes]:
     paths = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in (".jpg", ".jpeg"))[:number]
     if not paths:
         raise SystemExit(f"--dir: no .jpg or .jpeg below {folder}")
@@ -196,7 +197,7 @@ def suite(device: str, size: str) -> Iterator[Row]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        files, of_training = made_pictures(s["images"]), 0.0
+        files, of_training = made_images(s["images"]), 0.0
         for task, ways in (("train", train_ways(s["resolution"])), ("evaluate", eval_ways(s["resolution"]))):
             rows = {r["way"]: r for r in measure(ways, files, s["rounds"])}
             ours, plain = (1 / rows[name]["images_per_s"] for name in (OURS, PLAIN))
@@ -210,7 +211,7 @@ def suite(device: str, size: str) -> Iterator[Row]:
                     for name, r in rows.items()
                     if name not in (OURS, "latent_verse, float")
                 ],
-                unit="picture (CPU time)",
+                unit="image (CPU time)",
                 same=rows[OURS]["max_difference"] <= 2,
                 goal=">= 1.5x the original's pipeline",
                 met=plain / ours >= 1.5,
@@ -232,7 +233,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     torch.set_num_threads(1)
-    files = read_pictures(args.dir, args.images) if args.dir else made_pictures(args.images)
+    files = read_images(args.dir, args.images) if args.dir else made_images(args.images)
     versions = {"torch": torch.__version__, "torchvision": torchvision.__version__, "pillow": Image.__version__}
     result = {"images": len(files), "source": args.dir or "made", "resolution": args.resolution, **versions, "rows": []}
     print(f"{len(files)} JPEGs ({result['source']}) to {args.resolution} px, one core, {versions}")

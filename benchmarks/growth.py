@@ -2,9 +2,9 @@
 
     python benchmarks/run.py growth [--device cuda]
 
-Time and memory of ours alone, against the least that must grow: the exponent of a power law through neighbouring
-points says how (1 is linear). Listing a dataset is measured on names from a generator, as `walk` gives them, and on
-up to `files` empty files; the loader's memory is that of its batches after a pass.
+Time and memory of ours alone. The exponent of a power law through neighbouring points says how they grow (1 is linear).
+Listing a dataset is measured on names from a generator, as `walk` gives them, and on up to `files` empty files; the
+loader's memory is that of its batches after a pass.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def suite(device: str, size: str) -> Iterator[Row]:
     """Rows of each law, in order of their x."""
     s = SIZES[size]
     for law, points in (
-        ("picture (px, forward)", [(x, lambda x=x: _forward(s, x, 1, device)) for x in s["pixels"]]),
+        ("image (px, forward)", [(x, lambda x=x: _forward(s, x, 1, device)) for x in s["pixels"]]),
         ("codes (training step)", [(x, lambda x=x: _step(s, device, image_len=x)) for x in s["codes"]]),
         ("batch (training step)", [(x, lambda x=x: _step(s, device, batch=x)) for x in s["batch"]]),
         ("vocabulary (training step)", [(x, lambda x=x: _step(s, device, image_vocab=x)) for x in s["vocabulary"]]),
@@ -83,13 +83,13 @@ def suite(device: str, size: str) -> Iterator[Row]:
         for x, make in points:
             run = make()
             taken, held = race({"ours": run}, device, s["repeats"])["ours"], peak_bytes(run, device)
-            figures = {}
+            results = {}
             if before:
-                figures["exponent"] = math.log(taken / before[1]) / math.log(x / before[0])
+                results["exponent"] = math.log(taken / before[1]) / math.log(x / before[0])
             before = (x, taken)
             ours = {"seconds": taken, "bytes": held}
             name = {"name": f"growth: {law}", "series": "ours", "x": x}
-            yield row("growth", f"{law.split(' (')[0]} {x}", ours, [], unit="call", figures=figures, law=name)
+            yield row("growth", f"{law.split(' (')[0]} {x}", ours, [], unit="call", figures=results, law=name)
     for samples in s["samples"]:
         yield _listing(samples)
     yield _files(s["files"])

@@ -2,12 +2,12 @@
 
     python benchmarks/heads.py [--device cuda] [--n_embd 768] [--batch 8] [--json FILE]
 
-The work is the heads': given features of a batch with both directions in it, the loss and its gradients with respect to
-the features and the head. "full" computes the joint vocabulary's logits at every position, sets those of the other
-modality to -inf and takes the cross-entropy. "modality" computes what comes next only. "modality, chunked" does so for
-`--chunk` tokens at a time and again in the backward pass. Each implementation runs in fresh processes, one for the
-time and one for the memory: what it adds to the allocator's peak (CUDA) or to the process's (CPU, where malloc is told
-to hand freed memory back at once, which costs time but makes the peak that of what is held).
+The work is that of the heads: from the features of a batch with both directions in it to the loss and its gradients
+with respect to the features and the head. "full" computes the joint vocabulary's logits at every position, sets those
+of the other modality to -inf and takes the cross-entropy. "modality" computes what comes next only. "modality, chunked"
+does so for `--chunk` tokens at a time and again in the backward pass. Each implementation runs in fresh processes, one
+for the time and one for the memory: what it adds to the peak of the allocator (CUDA) or of the process (CPU, where
+malloc is set to return freed memory at once, which is slower but makes the peak what is held).
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def run_variant(variant: str, sizes: dict, batch: int, device: str, dtype: str, 
         fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
         return int(fields[key].split()[0]) * 1024
 
-    # The head's own gradient is there with every way: not part of what they add.
+    # The head's own gradient exists in every variant, so it is not part of what they add.
     before = torch.cuda.memory_allocated() if device == "cuda" else resident("VmRSS")
     times = []
     for _ in range(repeats + 1):

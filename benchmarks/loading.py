@@ -77,8 +77,8 @@ def layouts(files: list[bytes], resolution: int, plain: float) -> Iterator[Row]:
     """CPU time of a training sample from class folders, tar shards and codes, against the plain pipeline's `plain`."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        pictures = ImageDataset(class_folders(files, root / "images"), resolution, as_uint8=True)
-        ways = {"class folders": lambda: [pictures[(0, i)] for i in range(len(pictures))]}
+        images = ImageDataset(class_folders(files, root / "images"), resolution, as_uint8=True)
+        ways = {"class folders": lambda: [images[(0, i)] for i in range(len(images))]}
         errors = {}
         try:
             from latent_verse.data.shards import EvalShards  # noqa: F401

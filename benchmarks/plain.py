@@ -1,4 +1,4 @@
-"""The plain formulations that ours is held against: the one-hot quantiser, Muon, minGPT, and Hugging Face's GPT-2.
+"""The plain formulations that ours is compared with: the one-hot quantiser, Muon, minGPT, and Hugging Face's GPT-2.
 
 minGPT's is written here after its description (three projections, a mask buffer, softmax over the whole matrix, one
 head over the joint vocabulary at every position), with BiART's segment embedding, so that with the same weights it must

@@ -29,7 +29,7 @@ def laws(rows: list[dict]) -> dict[str, dict[str, list[tuple[float, dict]]]]:
     }
 
 
-def draw(area: str, found: dict, path: Path, title: str) -> None:
+def plot_area(area: str, found: dict, path: Path, title: str) -> None:
     """One panel of time for each law of an area, ours and its peers, on logarithmic axes."""
     import matplotlib
 
@@ -99,7 +99,9 @@ def main(argv: list[str] | None = None) -> int:
             by_area[law.split(": ", 1)[0]][law] = series
         for area, found in by_area.items():
             path = args.out / f"scaling_{area}_{device}.png"
-            draw(area, found, path, f"{area}: {about['device']}, torch {about['packages']['torch']}, {about['commit']}")
+            plot_area(
+                area, found, path, f"{area}: {about['device']}, torch {about['packages']['torch']}, {about['commit']}"
+            )
             print(path)
         print("\n".join(markdown(rows)))
     return 0

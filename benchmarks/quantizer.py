@@ -192,7 +192,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--D", type=int, default=256, help="code dimension")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("--json", type=Path, help="also write the results here")
     args = parser.parse_args(argv)
 
     where = torch.cuda.get_device_name() if args.device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
@@ -207,18 +207,18 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{variant:8s} {r['seconds']:9.4f} s {r['bytes'] / 2**20:9.1f} MiB", flush=True)
     plain, ours = results["one-hot"], results["ours"]
     problem = agree(plain, ours)
-    figures = {
+    results = {
         "speedup": plain["seconds"] / ours["seconds"],
         "memory_share": ours["bytes"] / plain["bytes"],
         "codes_differing": int((plain["indices"] != ours["indices"]).sum()),
     }
     print(
-        f"{figures['speedup']:.1f}x as fast, {figures['memory_share']:.1%} of the memory; {problem or 'same results'}"
+        f"{results['speedup']:.1f}x as fast, {results['memory_share']:.1%} of the memory; {problem or 'same results'}"
     )
     if args.json:
         rows = [{"variant": v, "seconds": r["seconds"], "bytes": r["bytes"]} for v, r in results.items()]
         setup = {"N": args.N, "K": args.K, "D": args.D, "device": where, "torch": torch.__version__}
-        args.json.write_text(json.dumps({"setup": setup, "rows": rows, **figures}, indent=2) + "\n")
+        args.json.write_text(json.dumps({"setup": setup, "rows": rows, **results}, indent=2) + "\n")
     return 1 if problem else 0
 
 

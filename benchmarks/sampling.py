@@ -7,11 +7,11 @@ Both generate the same 1,024 codes for the same texts, greedily, with the same w
 them). The cached loop runs in full. The plain one is timed at `--positions` lengths of the sequence, evenly spaced, and
 the time of all tokens is the integral over them (trapezoids); `--positions 1024` times every token. At each length its
 choice is compared with the cached one's. Two plain loops: minGPT's, whose head gives the joint vocabulary's logits at
-every position, and a kinder one with the head at the last position only. Total variation is between the distributions
-that both expect of the next code, the largest of all; below 3 % is asked for. Guidance is the cached loop with
-guidance 3.
-run.py's area takes minGPT's own network (`plain.MinGPT`) and Hugging Face's GPT-2 with its cache, and holds ours
-against the bandwidth bound: a step has to read every weight of the blocks, the image head and the cache at least once.
+every position, and a faster one with the head at the last position only. Total variation is the largest distance
+between the two distributions of any next code; it has to be below 3 %. Guidance is the cached loop with guidance 3.
+
+run.py's area takes minGPT's own network (`plain.MinGPT`) and Hugging Face's GPT-2 with its cache, and compares ours
+with the bandwidth bound: a step has to read every weight of the blocks, the image head and the cache at least once.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def time_plain(
 
 @torch.no_grad()
 def distribution_gap(model: BiART, text_BL, codes_BN) -> float:
-    """The largest total variation distance, over all codes, between what the cached steps and the plain network expect.
+    """The largest total variation distance of any next code, between the cached and the plain network's distribution.
 
     Both read the same sequence: the plain network at once, the cached one a token at a time.
     """
@@ -85,19 +85,19 @@ def measure(model: BiART, batch: int, positions: int, device: str) -> dict:
     text_BL = torch.randint(model.vocab.text_vocab, (batch, model.vocab.text_len), generator=generator).to(device)
     result = {}
 
-    def draw(guidance, **settings):
+    def sample(guidance, **settings):
         result["codes"] = generate(model, text_BL, TEXT_TO_IMAGE, temperature=0, guidance=guidance, **settings)
 
     nearly_all = torch.zeros(batch, model.vocab.image_len - min(8, model.vocab.image_len), dtype=torch.long)
-    draw(3.0, prefix_BK=nearly_all)  # warm-up: the prefill and the last tokens
-    draw(1.0, prefix_BK=nearly_all)
-    guided = seconds(lambda: draw(3.0), device)
-    cached = seconds(lambda: draw(1.0), device)
+    sample(3.0, prefix_BK=nearly_all)  # warm-up: the prefill and the last tokens
+    sample(1.0, prefix_BK=nearly_all)
+    guided = seconds(lambda: sample(3.0), device)
+    cached = seconds(lambda: sample(1.0), device)
     codes = result["codes"]
     plain, equal = time_plain(model, text_BL, codes, positions, device, lambda i, s: model(i, s)[:, -1])
     at_last = lambda i, s: model.head(model.features(i, s)[:, -1])  # noqa: E731
     kinder, _ = time_plain(model, text_BL, codes, positions, device, at_last)
-    drawn = generate(model, text_BL, TEXT_TO_IMAGE, temperature=1.0, seed=0)
+    sampled = generate(model, text_BL, TEXT_TO_IMAGE, temperature=1.0, seed=0)
     return {
         "batch": batch,
         "cached_s": cached,
@@ -107,7 +107,7 @@ def measure(model: BiART, batch: int, positions: int, device: str) -> dict:
         "last_position_head_s": kinder,
         "ratio_last_position_head": kinder / cached,
         "greedy_equal": equal,
-        "total_variation": distribution_gap(model, text_BL, drawn),
+        "total_variation": distribution_gap(model, text_BL, sampled),
         "guidance_cost": guided / cached,
     }
 
@@ -179,27 +179,29 @@ def suite(device: str, size: str) -> Iterator[Row]:
         yield _case(device, preset, model, batch, positions, gpt2_tokens, repeats, bandwidth)
 
 
-def _without_graphs(draw: Callable[[], None], codes_BN: torch.Tensor, drawn: dict, device: str) -> tuple[float, bool]:
+def _without_graphs(
+    sample: Callable[[], None], codes_BN: torch.Tensor, sampled: dict, device: str
+) -> tuple[float, bool]:
     """Seconds of the same loop launched kernel by kernel, and whether it generated the same codes."""
     capture, library.can_capture = library.can_capture, lambda model, device: False
     try:
-        return seconds(draw, device), torch.equal(drawn[1.0], codes_BN)
+        return seconds(sample, device), torch.equal(sampled[1.0], codes_BN)
     finally:
         library.can_capture = capture
 
 
 def _case(device, preset, model, batch, positions, gpt2_tokens, repeats, bandwidth) -> Row:
     text_BL = torch.randint(model.vocab.text_vocab, (batch, model.vocab.text_len)).to(device)
-    drawn = {}
+    sampled = {}
 
-    def draw(guidance=1.0, **settings):
-        drawn[guidance] = generate(model, text_BL, TEXT_TO_IMAGE, temperature=0, guidance=guidance, **settings)
+    def sample(guidance=1.0, **settings):
+        sampled[guidance] = generate(model, text_BL, TEXT_TO_IMAGE, temperature=0, guidance=guidance, **settings)
 
     nearly_all = torch.zeros(batch, model.vocab.image_len - 2, dtype=torch.long)
     for guidance in (1.0, 3.0):
-        draw(guidance, prefix_BK=nearly_all)  # warm-up
-    times = race({"guided": lambda: draw(3.0), "ours": draw}, device, repeats, warm=0)
-    codes_BN = drawn[1.0]
+        sample(guidance, prefix_BK=nearly_all)  # warm-up
+    times = race({"guided": lambda: sample(3.0), "ours": sample}, device, repeats, warm=0)
+    codes_BN = sampled[1.0]
     ours, peers, same, equal = times["ours"], [], None, None
     for name, wanted in (("minGPT", positions), ("Hugging Face GPT-2, cached", gpt2_tokens)):
         if not wanted:
@@ -216,7 +218,7 @@ def _case(device, preset, model, batch, positions, gpt2_tokens, repeats, bandwid
         except (ImportError, RuntimeError) as error:
             peers.append(absent(name, error))
     if device == "cuda" and batch <= 8:
-        theirs, same = _without_graphs(draw, codes_BN, drawn, device)
+        theirs, same = _without_graphs(sample, codes_BN, sampled, device)
         peers.append(peer("ours, without CUDA graphs", ours, theirs))
     ratio = next((p.get("ratio", 0) for p in peers if p["name"] == "minGPT"), None)
     share = bound_bytes(model, batch) / bandwidth / ours
@@ -230,7 +232,7 @@ def _case(device, preset, model, batch, positions, gpt2_tokens, repeats, bandwid
     return row(
         "sampling",
         f"{preset}, {model.vocab.image_len} codes, batch {batch}",
-        {"seconds": ours, "bytes": peak_bytes(lambda: draw(prefix_BK=nearly_all), device)},
+        {"seconds": ours, "bytes": peak_bytes(lambda: sample(prefix_BK=nearly_all), device)},
         peers,
         unit="images of a batch",
         same=same,
@@ -257,7 +259,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--image_len", type=int, default=1024)
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1])
     parser.add_argument("--positions", type=int, default=6, help="lengths at which the plain loops are timed")
-    parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("--json", type=Path, help="also write the results here")
     args = parser.parse_args(argv)
     dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     width = args.n_embd or (768 if args.device == "cuda" else 256)

@@ -2,9 +2,10 @@
 
     python benchmarks/run.py startup
 
-Each is a process of its own, timed alternately with what it rests on: Python, importing PyTorch, importing PyTorch and
-Lightning. A process is timed from its start to its end, a training run to the first step on its progress bar. With one
-thread this is the CPU time of the process, else the wall clock. Training runs stop after that step, without validation.
+Each is a process of its own, timed alternately with what it needs in any case: Python, importing PyTorch, importing
+PyTorch and Lightning. A process is timed from its start to its end, a training run to the first step on its progress
+bar. With one thread this is the CPU time of the process, else the wall clock. Training runs stop after that step,
+without validation.
 """
 
 from __future__ import annotations
@@ -132,7 +133,7 @@ def suite(device: str, size: str) -> Iterator[Row]:
             flags = ["--num", "1", "--seed", "1", "--gpus", gpus, "--overwrite", "--out", f"{folder}/out"]
             commands.append(
                 (
-                    "generate.py: first picture of a tiny bundle",
+                    "generate.py: first image of a tiny bundle",
                     ["generate.py", "--model", str(bundle(Path(folder) / "bundle")), "--text", "a red circle", *flags],
                     5.0,
                     "torch",

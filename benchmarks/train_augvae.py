@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Train the released-size AugVAE-ML and -SL for some hundred steps in fp32 and bf16: does the loss fall, without NaN?
+"""Train AugVAE-ML and -SL of the released size for a few hundred steps in fp32 and bf16; check that the loss falls.
 
 Prints images/s and peak memory of each, on real images (--train_dir, any folder) or fake ones. The GPU check:
 
     python benchmarks/train_augvae.py --train_dir images --json benchmarks/results/train_augvae_h200.json
 
-On a CPU give a small shape: --config configs/tiny_augvae_ml.yaml --steps 20 --batch_size 4.
+On a CPU, give a small shape: --config configs/tiny_augvae_ml.yaml --steps 20 --batch_size 4.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run all, print a table; 1 if a loss is not finite or has not fallen."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/imagenet_augvae_ml.yaml")
-    parser.add_argument("--train_dir", help="any folder of pictures; fake ones where not given")
+    parser.add_argument("--train_dir", help="any folder of images; default fake ones")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--precisions", nargs="+", default=["32", "bf16"])
     parser.add_argument("--json", type=Path)

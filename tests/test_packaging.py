@@ -44,6 +44,11 @@ def test_names_of_earlier_versions():
     assert load_augvae is latent_verse.load_augvae and LVerse is latent_verse.LVerse
 
 
+def test_the_first_import_of_augvae_can_read_and_write_files():
+    code = "from latent_verse import AugVAE; AugVAE.from_pretrained, AugVAE.save_pretrained"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=120).returncode == 0
+
+
 def test_commands(capsys):
     assert command_line.main([]) == 0 and command_line.main(["--help"]) == 0
     said = capsys.readouterr().out

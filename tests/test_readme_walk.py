@@ -86,7 +86,7 @@ def project(tmp_path, monkeypatch):
     write_coco(Path("coco"), "train2017", 8)
     write_coco(Path("coco"), "val2017", 4)
     Path("coco/dataset_coco.json").write_text(json.dumps({"images": write_coco(Path("coco"), "val2014", 6)}))
-    shutil.copytree("coco/val2014", "other/pictures", ignore=shutil.ignore_patterns("*.txt"))
+    shutil.copytree("coco/val2014", "other/images", ignore=shutil.ignore_patterns("*.txt"))
     Path("other/captions.json").write_text(json.dumps([{"image_id": i, "caption": "a circle"} for i in range(6)]))
     monkeypatch.setenv("PATH", "")  # no Java, which differs from machine to machine
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))  # no network of a metric but the two stand-ins

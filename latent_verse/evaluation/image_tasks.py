@@ -94,7 +94,7 @@ def report_images(
 ) -> None:
     """Metrics of image files: FID, FID-k, Inception Score, precision and recall, or why they are missing.
 
-    A metric of your own goes here: see docs/extending_metrics.md.
+    A metric of your own goes here: see docs/extending.md.
     """
     g = c.config.generation
     if real is None:
