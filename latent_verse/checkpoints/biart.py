@@ -117,13 +117,11 @@ def take_over(config: TrainBiARTConfig, given: Mapping[str, str]) -> tuple[Train
     there = pretrained.biart.config
     names = {f.name for f in fields(m)} - {"preset"} - training_only(BiARTModelConfig)
     shape = {name: getattr(there, name) for name in names}
-    text = {"text_len": there.text_len, "tokenizer": pretrained.tokenizer.name}
+    text = replace(t, text_len=there.text_len, tokenizer=pretrained.tokenizer.name)
+    found = shape | {"text_len": text.text_len, "tokenizer": text.tokenizer}
     asked = {k: (v, f" (preset {m.preset})") for k, v in PRESETS[m.preset].items() if "preset" in given}
-    for name in (*shape, *text):
-        value = getattr(m if name in shape else t, name)
-        if name in given and value is not None:
-            asked[name] = (value, "")
-    found = shape | text
+    given_values = {name: getattr(m if name in shape else t, name) for name in found if name in given}
+    asked |= {name: (value, "") for name, value in given_values.items() if value is not None}
     differ = [
         f"{name}: {value} in the settings{by}, {found[name]} there"
         for name, (value, by) in sorted(asked.items())
@@ -132,7 +130,7 @@ def take_over(config: TrainBiARTConfig, given: Mapping[str, str]) -> tuple[Train
     if differ:
         raise ConfigError(f"pretrained_path {path} is another BiART:\n  " + "\n  ".join(differ))
     vae = config.vae if given.get("vae_path", "").startswith("--") else replace(config.vae, vae_path=None)
-    return replace(config, model=replace(m, **shape), text=replace(t, **text), vae=vae), pretrained
+    return replace(config, model=replace(m, **shape), text=text, vae=vae), pretrained
 
 
 def check_vae(found: str, then: str, path: str | None, file: str | os.PathLike) -> None:

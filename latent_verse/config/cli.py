@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import functools
 import gc
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -47,8 +48,13 @@ def leaves(cls: type) -> Iterator[tuple[str, dataclasses.Field, Any]]:
             yield section, f, hints[f.name]
 
 
-def parse(cls: type[Config], argv: list[str] | None, description: str) -> tuple[Config, dict[str, str]]:
+def parse(
+    cls: type[Config], argv: list[str] | None, description: str, prog: str | None = None
+) -> tuple[Config, dict[str, str]]:
     """Read flags (and the YAML file they name) into `cls`, a dataclass of section dataclasses.
+
+    Args:
+        prog: the program's name in --help; default that of the running script.
 
     Returns:
         The configuration, and where each setting that was given came from: {leaf: "--flag" or "file.yaml"}.
@@ -57,7 +63,7 @@ def parse(cls: type[Config], argv: list[str] | None, description: str) -> tuple[
         ConfigError: an unknown key or flag, a wrong type or value, a missing or malformed file.
         SystemExit: after --help.
     """
-    parser = make_parser(cls, description)
+    parser = make_parser(cls, description, prog)
     flags, unknown = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
     if unknown:
         names = [f.name for _, f, _ in leaves(cls)] + ["config"]
@@ -72,9 +78,10 @@ def parse(cls: type[Config], argv: list[str] | None, description: str) -> tuple[
     return build(cls, given), {leaf: source for leaf, (_, source) in given.items()}
 
 
-def make_parser(cls: type, description: str) -> Parser:
+def make_parser(cls: type, description: str, prog: str | None = None) -> Parser:
     """A parser with one flag a leaf, grouped by section; only flags that are given appear in its result."""
     parser = Parser(
+        prog,
         usage="%(prog)s [--config FILE] [--SETTING VALUE ...]",
         description=description,
         allow_abbrev=False,
@@ -113,6 +120,7 @@ def find_config(name: str) -> str:
     Raises:
         ConfigError: a bare name that is neither a file nor a recipe.
     """
+    name = os.path.expanduser(name)
     if Path(name).exists() or Path(name).name != name or Path(name).suffix:
         return name
     folder = next((folder for folder in RECIPES if folder.is_dir()), RECIPES[0])
@@ -139,7 +147,7 @@ def read_yaml(cls: type, path: str) -> dict[str, Any]:
         there = f" That folder holds: {', '.join(near)}." if near else ""
         raise ConfigError(f"config file {path} does not exist.{there}")
     try:
-        tree = OmegaConf.to_container(OmegaConf.load(file), resolve=True)
+        tree: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=True)
     except Exception as error:  # OmegaConf and PyYAML raise a dozen kinds
         raise ConfigError(f"config file {path} is not readable YAML: {error}") from error
     if not isinstance(tree, dict):
@@ -181,12 +189,21 @@ def build(cls: type[Config], given: dict[str, tuple[Any, str]]) -> Config:
 def convert(f: dataclasses.Field, value: Any, hint: Any, source: str) -> Any:
     """One value from YAML or a flag as its annotated type, by OmegaConf's rules, and in the setting's range.
 
+    In paths, `~` is expanded.
+
     Raises:
         ConfigError: naming the setting, the value, what was expected and where it was given.
     """
     converted = _typed(f.name, value, hint, source)
     check_value(f, converted, f" (from {source})")
-    return converted
+    return _expanded(converted) if f.metadata["path"] else converted
+
+
+def _expanded(paths: Any) -> Any:
+    """None, a path, paths with commas between them (shards) or a tuple of paths, with `~` expanded in each."""
+    if isinstance(paths, tuple):
+        return tuple(_expanded(path) for path in paths)
+    return paths and ",".join(os.path.expanduser(path) for path in paths.split(","))
 
 
 def _typed(name: str, value: Any, hint: Any, source: str) -> Any:
@@ -206,10 +223,11 @@ def _typed(name: str, value: Any, hint: Any, source: str) -> Any:
     if _is_sequence(hint):
         value = _items(value)
     try:
-        field_type = dataclasses.make_dataclass("Leaf", [("leaf", hint)])
-        converted = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(field_type), {"leaf": value}))["leaf"]
+        leaf_type = OmegaConf.structured(dataclasses.make_dataclass("Leaf", [("leaf", hint)]))
+        leaf: Any = OmegaConf.to_container(OmegaConf.merge(leaf_type, {"leaf": value}))
     except OmegaConfBaseException as error:
         raise ConfigError(f"{name}: {value!r} (from {source}) is not {_type_name(hint)}.") from error
+    converted = leaf["leaf"]
     if _is_sequence(hint) and Ellipsis not in _inner(hint).__args__ and len(converted) != len(_inner(hint).__args__):
         raise ConfigError(
             f"{name}: {converted} (from {source}) has {len(converted)} items, not {len(_inner(hint).__args__)}."

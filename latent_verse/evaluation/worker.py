@@ -109,8 +109,7 @@ def open_folder(config: EvalBiARTConfig) -> Path:
     if stem == "bundle":  # as training names it, in the run's folder
         stem = Path(judged).expanduser().resolve().parent.name or stem
     name = w.name or "-".join(["eval", stem, *j.tasks])
-    runs.open_run(w.log_dir, name, False, None, {})  # refuses what cannot be a folder
-    folder = Path(w.log_dir) / name
+    folder = runs.run_folder(w.log_dir, name)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

@@ -33,7 +33,7 @@ def open_folder(out: str | None, overwrite: bool) -> Path:
         ConfigError: it holds files and overwrite is not set, or it cannot be created or written to.
     """
     if out is None and not overwrite:
-        return runs.open_run(".", "generated", backup=False, backup_dir=None, config={}).folder
+        return runs.new_folder(".", "generated")
     folder = Path(out or "generated").expanduser()
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir():
