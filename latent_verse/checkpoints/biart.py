@@ -25,7 +25,6 @@ class Pretrained:
     Attributes:
         where: the checkpoint or bundle.
         biart: in evaluation mode, float32, on the CPU; with the averaged weights if the run kept them.
-        vae_fingerprint: of its AugVAE.
         vae_path: where its AugVAE was when BiART was trained; None for a smoke test's random one.
         info: see `pipeline.LVerse`.
         bundled: the AugVAE of a bundle, None for a checkpoint.
@@ -98,16 +97,13 @@ def load_checkpoint(file: Path) -> Pretrained:
 
 
 def take_over(config: TrainBiARTConfig, given: Mapping[str, str]) -> tuple[TrainBiARTConfig, Pretrained | None]:
-    """The pretrained BiART, None if pretrained_path is not given, and the configuration with its shape and tokenizer.
+    """The configuration with the shape and tokenizer of pretrained_path, if that is given, and the pretrained BiART.
 
-    Its AugVAE becomes the run's, unless a flag says where else that AugVAE is.
-
-    Args:
-        given: settings that were given: those that contradict its shape or tokenizer are refused, defaults yield.
+    Its AugVAE becomes the run's, unless the flag --vae_path says where else that AugVAE is.
 
     Raises:
         CheckpointError: see `load_pretrained`.
-        ConfigError: the settings contradict it.
+        ConfigError: settings that were `given` contradict it; defaults yield.
     """
     path = config.optim.pretrained_path
     if path is None:
@@ -134,20 +130,15 @@ def take_over(config: TrainBiARTConfig, given: Mapping[str, str]) -> tuple[Train
 
 
 def check_vae(found: str, then: str, path: str | None, file: str | os.PathLike) -> None:
-    """Refuse an AugVAE of another fingerprint than a BiART was trained with.
-
-    Args:
-        found: the fingerprint of the AugVAE at hand.
-        then, path: the fingerprint of the one in training, and where it lay; None is a smoke test's random one.
-        file: the BiART.
+    """Refuse an AugVAE of another fingerprint (found) than the BiART in `file` was trained with (then, from path).
 
     Raises:
         CheckpointError: they differ.
     """
     if found != then:
+        there = f"{then} ({path or 'a random one, for fake data'})"
         raise CheckpointError(
-            f"vae_path is the AugVAE {found}, but {file} was trained with {then} "
-            f"({path or 'a random one, for fake data'}). Give that one as vae_path."
+            f"vae_path is the AugVAE {found}, but {file} was trained with {there}. Give it as vae_path."
         )
 
 

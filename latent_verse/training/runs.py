@@ -30,8 +30,8 @@ class Run:
 
     Attributes:
         folder: <log_dir>/<name>.
-        id: unique to the run. Every process of a new run makes one; the first process's is used (callbacks.RunFolder).
-        backup_dir: the configured folder for backups, None for inside the run folder.
+        id: unique to the run. Every process of a new run makes one; the first process's is used (backups.RunFolder).
+        backup_dir: the folder for backups of several runs, None for inside the run folder.
     """
 
     folder: Path
@@ -40,12 +40,10 @@ class Run:
 
     @property
     def checkpoints(self) -> Path:
-        """Best and last checkpoints."""
         return self.folder / "checkpoints"
 
     @property
     def images(self) -> Path:
-        """Image grids."""
         return self.folder / "images"
 
     def backups(self) -> Path:
