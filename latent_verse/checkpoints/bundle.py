@@ -101,7 +101,7 @@ def load_bundle(path: str | os.PathLike) -> tuple[AugVAE, BiART, Tokenizer, dict
     changed = [name for name in found if found[name] != recorded.get(name)]
     if changed:
         parts = " and ".join(changed)
-        raise CheckpointError(f"{folder} is mixed or damaged: {parts} is not what config.json records. Export it again.")
+        raise CheckpointError(f"{folder} is mixed or damaged: {parts} is not what config.json records. Export again.")
     return vae, biart.eval(), tokenizer, info, recorded
 
 
