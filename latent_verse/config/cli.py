@@ -79,7 +79,7 @@ def parse(
 
 
 def make_parser(cls: type, description: str, prog: str | None = None) -> Parser:
-    """A parser with one flag a leaf, grouped by section; only flags that are given appear in its result."""
+    """A parser with a flag for each leaf, grouped by section; only flags that are given appear in its result."""
     parser = Parser(
         prog,
         usage="%(prog)s [--config FILE] [--SETTING VALUE ...]",
@@ -87,13 +87,8 @@ def make_parser(cls: type, description: str, prog: str | None = None) -> Parser:
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
-    parser.add_argument(
-        "-c",
-        "--config",
-        "--configs",
-        metavar="FILE",
-        help="YAML file of settings, or the name of a shipped recipe; flags override it",
-    )
+    text = "YAML file of settings, or the name of a shipped recipe; flags override it"
+    parser.add_argument("-c", "--config", "--configs", metavar="FILE", help=text)
     groups: dict[str, Any] = {}
     for section, f, hint in leaves(cls):
         group = groups.setdefault(section, parser.add_argument_group(section))
@@ -102,9 +97,8 @@ def make_parser(cls: type, description: str, prog: str | None = None) -> Parser:
         text = argparse.SUPPRESS if f.metadata["hidden"] else text
         if _is(hint, bool):
             group.add_argument(f"--{f.name}", nargs="?", const="true", metavar="true|false", help=text)
-            group.add_argument(
-                f"--no-{f.name}", dest=f.name, action="store_const", const="false", help=argparse.SUPPRESS
-            )
+            off = {"dest": f.name, "action": "store_const", "const": "false", "help": argparse.SUPPRESS}
+            group.add_argument(f"--no-{f.name}", **off)
         elif _is_sequence(hint):
             group.add_argument(f"--{f.name}", nargs="+", metavar="TEXT" if _is_texts(hint) else "N", help=text)
         else:
@@ -246,10 +240,9 @@ def to_yaml(config: Any) -> str:
 def quick_imports() -> Iterator[None]:
     """Import PyTorch and Lightning inside this: a program starts a quarter faster and ends faster.
 
-    Python's garbage collector goes through everything again and again while a million objects are made that stay, and
-    once more at the end. It is off inside, and what there is afterwards it never looks at (`gc.freeze`), which also
-    leaves those pages shared with the data loader's processes. Where PyTorch is imported already, as in a notebook or
-    in tests, this does nothing: other people's garbage is not to be kept.
+    The garbage collector is off inside, and never looks at what is there afterwards (`gc.freeze`), which also leaves
+    those pages shared with the data loader's processes. Where PyTorch is imported already, this does nothing: other
+    people's garbage is not to be kept.
     """
     if "torch" in sys.modules or not gc.isenabled():
         yield
@@ -263,10 +256,7 @@ def quick_imports() -> Iterator[None]:
 
 
 def one_line_errors(program: Callable[..., int]) -> Callable[..., int]:
-    """Decorate a program that returns its exit code: a mistake of the user becomes one line on stderr and the code 2.
-
-    Any other exception is a mistake of ours, and keeps its traceback.
-    """
+    """Decorate a program that returns its exit code: a UserError becomes one line on stderr and the code 2."""
 
     @functools.wraps(program)
     def wrapped(*args, **kwargs) -> int:

@@ -33,13 +33,9 @@ EFFECTS = {
 class EvaluatedConfig(Settings):
     """What to evaluate: a model, another system's outputs, or two finished evaluations side by side."""
 
-    model: Optional[str] = setting(
-        None, "model to evaluate: a bundle that train_biart.py wrote, or a hub id", path=True
-    )
+    model: Optional[str] = setting(None, "model to evaluate: bundle of train_biart.py, or hub id", path=True)
     generated_dir: Optional[str] = setting(None, "evaluate the images in this folder, generate none", path=True)
-    captions_file: Optional[str] = setting(
-        None, "evaluate these captions (COCO results or generate.py's JSON lines)", path=True
-    )
+    captions_file: Optional[str] = setting(None, "captions to evaluate: COCO results, or generate.py's", path=True)
     tasks: Tuple[str, ...] = setting((), f"tasks to run, of {' '.join(TASKS)}; default all that are possible", TASKS)
     compare: Tuple[str, ...] = setting((), "two runs (folders or metrics.json files) to print side by side", path=True)
 
@@ -53,7 +49,7 @@ class EvalDataConfig(Settings):
     test_dir: Optional[str] = setting(None, "folder of test pairs, or of test images (coco, karpathy)", path=True)
     test_captions: Optional[str] = setting(
         None,
-        "caption file of coco (default ../annotations/captions_<folder>.json) or karpathy, or the table itself",
+        "caption file of coco (default ../annotations/captions_<folder>.json) or karpathy, or the table",
         path=True,
     )
     world: str = setting("small", "world of the dataset shapes", ("small", "full"))
@@ -99,12 +95,8 @@ class LikelihoodConfig(Settings):
     length_power: float = setting(0.0, "divide log p(text | image) by length to this power: 0 sum, 1 mean", at_least=0)
     prior_weight: float = setting(0.0, "weight of the prior log p to subtract; 1: mutual information", at_least=0)
     prior: str = setting("null", "estimate of the prior log p: unconditional, or mean over the pool", ("null", "pool"))
-    classes_dir: Optional[str] = setting(
-        None, "folder of class folders of images, for zero-shot classification", path=True
-    )
-    class_names: Optional[str] = setting(
-        None, "class names, a `folder<TAB>name` per line; default folders' names", path=True
-    )
+    classes_dir: Optional[str] = setting(None, "class folders of images, for zero-shot classification", path=True)
+    class_names: Optional[str] = setting(None, "file of a `folder<TAB>class name` per line; default folders", path=True)
     class_prompt: str = setting("a photo of a {}", "text that is scored for a class; {} stands for its name")
     class_pictures: Optional[int] = setting(None, "largest number of images to classify; default all", at_least=1)
     round_trip_pairs: int = setting(100, "sampled pairs for round trips, in both directions", at_least=2)

@@ -13,6 +13,7 @@ from latent_verse.config.settings import ConfigError, SamplingSettings, Settings
 # short names of precision, and Lightning's
 PRECISIONS = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true"}
 PRECISION_NAMES = (*PRECISIONS, *PRECISIONS.values(), "16-true", "bf16-true", "transformer-engine")
+ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps", "tpu")
 
 # ----------------------------------------------------------------------------------------------- runs: shared sections
 
@@ -46,20 +47,14 @@ class TrainerConfig(Settings):
     gpus: int = setting(1, "GPUs on each node; 0 is the CPU", at_least=0)
     nodes: int = setting(1, "number of machines", at_least=1)
     gpu_dist: Optional[bool] = setting(None, "the original's flag for several GPUs; follows from gpus", hidden=True)
-    accelerator: str = setting(
-        "auto",
-        "auto, cpu (then gpus is the number of processes) or Lightning's other names",
-        ("auto", "cpu", "gpu", "cuda", "mps", "tpu"),
-    )
+    accelerator: str = setting("auto", "with cpu, gpus is the number of processes", ACCELERATORS)
     strategy: str = setting("auto", "auto, ddp: a copy of the model per process; fsdp: shards", ("auto", "ddp", "fsdp"))
     precision: str = setting("32", "numeric precision of training, by short name or Lightning's", PRECISION_NAMES)
     epochs: int = setting(100, "passes over the training data", at_least=1)
     max_steps: int = setting(-1, "stop after this many optimiser steps; -1 means no limit", at_least=-1)
     limit_train_batches: Optional[float] = setting(None, "batches per epoch: count, or fraction below 1", at_least=0)
     limit_val_batches: Optional[float] = setting(None, "batches per validation: count, or fraction below 1", at_least=0)
-    val_percent_check: float = setting(
-        100.0, "the original's limit_val_batches, in percent", at_least=0, at_most=100, hidden=True
-    )
+    val_percent_check: float = setting(100.0, "limit_val_batches in percent", at_least=0, at_most=100, hidden=True)
     num_sanity_val_steps: int = setting(0, "validation batches to run before training, as a check", at_least=0)
     accumulate_grad_batches: int = setting(1, "batches whose gradients are accumulated for one step", at_least=1)
     gradient_clip_val: Optional[float] = setting(None, "clip gradients to this norm; default no clipping", above=0)
@@ -163,13 +158,11 @@ class PairDataConfig(ImageDataConfig):
     train_dir: Optional[str] = setting(None, "training pairs, images, tar shards or codes", path=True)
     val_dir: Optional[str] = setting(None, "validation data, like train_dir; karpathy: default train_dir", path=True)
     dataset: Optional[str] = setting(
-        None,
-        "layout: name.jpg with name.txt, caption files, tar shards, codes, or generated; default pairs",
-        PAIR_DATASETS,
+        None, "layout: name.jpg with name.txt, caption files, tar shards, codes or generated", PAIR_DATASETS
     )
     train_captions: Optional[str] = setting(
         None,
-        "caption file of coco (default ../annotations/captions_<folder>.json) or karpathy, or the table itself",
+        "caption file of coco (default ../annotations/captions_<folder>.json) or karpathy, or the table",
         path=True,
     )
     val_captions: Optional[str] = setting(None, "like train_captions; karpathy: default train_captions", path=True)
@@ -185,9 +178,7 @@ class BiARTOptimConfig(Settings):
     """Optimiser and schedule: a linear warm-up, then a cosine over the whole run."""
 
     pretrained_path: Optional[str] = setting(
-        None,
-        "BiART to start from: bundle, run folder, checkpoint or hub id; shape, tokenizer and AugVAE come with it",
-        path=True,
+        None, "BiART to start from, with tokenizer and AugVAE: bundle, run folder, checkpoint or hub id", path=True
     )
     learning_rate: float = setting(3e-4, "peak learning rate, not multiplied by processes or batch_size", above=0)
     optimizer: str = setting("adamw", "adamw for everything, or muon for the matrices of the blocks", ("adamw", "muon"))
@@ -208,16 +199,14 @@ class BiARTOptimConfig(Settings):
 class BiARTLossConfig(Settings):
     """Cross-entropy of the target plus reference_weight x that of the reference, in both directions."""
 
-    text_to_image_share: float = setting(
-        0.5, "share of each batch trained text-to-image; the rest is image-to-text", at_least=0, at_most=1
-    )
+    text_to_image_share: float = setting(0.5, "share of each batch trained text-to-image", at_least=0, at_most=1)
     reference_weight: float = setting(0.1, "weight of the loss on the reference tokens", at_least=0)
     reference_dropout: float = setting(0.1, "share trained without reference, for guidance", at_least=0, at_most=1)
     word_dropout: float = setting(
-        0.0, "share of words hidden from later words, to make them rely on the image", at_least=0, at_most=0.5
+        0.0, "share of words hidden from later words, which then rely on the image", at_least=0, at_most=0.5
     )
     code_dropout: float = setting(
-        0.0, "share of codes hidden from later codes, to make them rely on the text", at_least=0, at_most=0.5
+        0.0, "share of codes hidden from later codes, which then rely on the text", at_least=0, at_most=0.5
     )
     text_loss_weight: float = setting(1.0, "loss weight of text (for one direction: text_to_image_share)", above=0)
     image_loss_weight: float = setting(1.0, "loss weight of image codes (see text_loss_weight)", above=0)
