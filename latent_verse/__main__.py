@@ -30,7 +30,8 @@ def main(argv: list[str] | None = None) -> int:
         hint = f"Did you mean {near[0]}?" if near else f"The commands are {', '.join(COMMANDS)}."
         print(f"error: latent-verse has no command {name!r}. {hint}", file=sys.stderr)
         return 2
-    return importlib.import_module(f"latent_verse.commands.{name.replace('-', '_')}").main(rest)
+    command = importlib.import_module(f"latent_verse.commands.{name.replace('-', '_')}")
+    return command.main(rest, f"latent-verse {name}")
 
 
 if __name__ == "__main__":

@@ -33,12 +33,11 @@ def render(template: str, **content: object) -> str:
 
 def embedded(image: Image.Image | Path | bytes) -> str:
     """A `src` that holds the image itself: a PIL image or a PNG file as PNG, bytes as SVG."""
-    if isinstance(image, bytes):
-        return f"data:image/svg+xml;base64,{base64.b64encode(image).decode()}"
+    kind = "svg+xml" if isinstance(image, bytes) else "png"
     if isinstance(image, Path):
-        data = image.read_bytes()
-    else:
+        image = image.read_bytes()
+    elif isinstance(image, Image.Image):
         buffer = io.BytesIO()
         image.save(buffer, format="PNG")
-        data = buffer.getvalue()
-    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
+        image = buffer.getvalue()
+    return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from typing import NamedTuple, cast
+import os
+from collections.abc import Callable
+from typing import ClassVar, NamedTuple, cast
 
 import torch
 from einops import rearrange
@@ -40,6 +42,10 @@ class AugVAE(nn.Module):
     Raises:
         ConfigError: the configuration cannot be built.
     """
+
+    # set by checkpoints/augvae.py: a network may not import the readers of its files
+    from_pretrained: ClassVar[Callable[[str | os.PathLike], AugVAE]]
+    save_pretrained: ClassVar[Callable[[AugVAE, str | os.PathLike], None]]
 
     def __init__(self, config: AugVAEConfig):
         super().__init__()

@@ -13,13 +13,7 @@ import torch
 from torch import nn
 
 from latent_verse.augvae.model import AugVAE
-from latent_verse.checkpoints.ckpt_files import (
-    CheckpointError,
-    fetch_from_hub,
-    fill,
-    find_checkpoint,
-    read_ckpt,
-)
+from latent_verse.checkpoints.ckpt_files import CheckpointError, fetch_from_hub, fill, find_checkpoint, read_ckpt
 from latent_verse.config import AugVAEConfig, ConfigError, as_plain
 from latent_verse.config.train import TrainVAEConfig, with_pretrained_shape
 from latent_verse.files import replacing, write_json
@@ -29,7 +23,7 @@ WEIGHTS = "model.safetensors"
 
 
 def load_augvae(path: str | os.PathLike) -> AugVAE:
-    """An AugVAE from any file that can hold one, in evaluation mode and on the CPU. The file says if it is -ML or -SL.
+    """An AugVAE, -ML or -SL, from any file that can hold one; in evaluation mode, on the CPU.
 
     Args:
         path: this project's or a released .ckpt, a run folder (its best checkpoint), a folder with config.json and
@@ -58,8 +52,7 @@ def load_for_training(config: TrainVAEConfig, given: Collection[str]) -> tuple[T
         The run's configuration, with the shape that the checkpoint gave it, and the model in training mode.
 
     Raises:
-        CheckpointError: see the class.
-        ConfigError: the settings contradict the pretrained model, or it has no such level.
+        CheckpointError, ConfigError: as `load_augvae` and `with_pretrained_shape`.
     """
     if config.optim.pretrained_path is None:
         return config, AugVAE(config.model)
@@ -87,7 +80,6 @@ def save_augvae(model: AugVAE, directory: str | os.PathLike) -> None:
     write_json(directory / "config.json", {"format": FORMAT, "config": as_plain(model.config)})
 
 
-# Set here because a network may not import the readers of its files.
 AugVAE.from_pretrained = staticmethod(load_augvae)
 AugVAE.save_pretrained = save_augvae
 
@@ -99,7 +91,7 @@ def _augvae_from_folder(directory: Path) -> AugVAE:
     for name in ("config.json", WEIGHTS):
         if not (directory / name).is_file():
             raise CheckpointError(
-                f"{directory} holds no {name}; AugVAE.save_pretrained writes config.json and {WEIGHTS}."
+                f"{directory} holds no {name}; AugVAE.save_pretrained writes both files of an AugVAE."
             )
     try:
         content = json.loads((directory / "config.json").read_text())
@@ -134,7 +126,7 @@ def _augvae_from_ckpt(file: Path) -> AugVAE:
 
 
 def _released_config(hyper_parameters: dict[str, Any], state: dict[str, torch.Tensor], file: Path) -> AugVAEConfig:
-    """The configuration of a released file. Levels are counted in the weights, as -SL files kept -ML's settings."""
+    """The configuration of a released file. Levels are counted in the weights: -SL files kept -ML's settings."""
     args = hyper_parameters.get("args", hyper_parameters)
     args = args if isinstance(args, dict) else vars(args)
     values = {f.name: args[f.name] for f in dataclasses.fields(AugVAEConfig) if f.name in args}
@@ -156,9 +148,7 @@ def _config(values: dict[str, Any], file: Path) -> AugVAEConfig:
         config = AugVAEConfig(**values)
         config.validate()
     except (TypeError, ConfigError) as error:
-        raise CheckpointError(
-            f"{file}: its settings do not describe an AugVAE this version can build: {error}"
-        ) from error
+        raise CheckpointError(f"{file}: its settings are not of an AugVAE this version can build: {error}") from error
     return config
 
 

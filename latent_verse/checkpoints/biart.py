@@ -25,7 +25,6 @@ class Pretrained:
     Attributes:
         where: the checkpoint or bundle.
         biart: in evaluation mode, float32, on the CPU; with the averaged weights if the run kept them.
-        vae_fingerprint: of its AugVAE.
         vae_path: where its AugVAE was when BiART was trained; None for a smoke test's random one.
         info: see `pipeline.LVerse`.
         bundled: the AugVAE of a bundle, None for a checkpoint.
@@ -98,16 +97,13 @@ def load_checkpoint(file: Path) -> Pretrained:
 
 
 def take_over(config: TrainBiARTConfig, given: Mapping[str, str]) -> tuple[TrainBiARTConfig, Pretrained | None]:
-    """The pretrained BiART, None if pretrained_path is not given, and the configuration with its shape and tokenizer.
+    """The configuration with the shape and tokenizer of pretrained_path, if that is given, and the pretrained BiART.
 
-    Its AugVAE becomes the run's, unless a flag says where else that AugVAE is.
-
-    Args:
-        given: settings that were given: those that contradict its shape or tokenizer are refused, defaults yield.
+    Its AugVAE becomes the run's, unless the flag --vae_path says where else that AugVAE is.
 
     Raises:
         CheckpointError: see `load_pretrained`.
-        ConfigError: the settings contradict it.
+        ConfigError: settings that were `given` contradict it; defaults yield.
     """
     path = config.optim.pretrained_path
     if path is None:
@@ -117,13 +113,11 @@ def take_over(config: TrainBiARTConfig, given: Mapping[str, str]) -> tuple[Train
     there = pretrained.biart.config
     names = {f.name for f in fields(m)} - {"preset"} - training_only(BiARTModelConfig)
     shape = {name: getattr(there, name) for name in names}
-    text = {"text_len": there.text_len, "tokenizer": pretrained.tokenizer.name}
+    text = replace(t, text_len=there.text_len, tokenizer=pretrained.tokenizer.name)
+    found = shape | {"text_len": text.text_len, "tokenizer": text.tokenizer}
     asked = {k: (v, f" (preset {m.preset})") for k, v in PRESETS[m.preset].items() if "preset" in given}
-    for name in (*shape, *text):
-        value = getattr(m if name in shape else t, name)
-        if name in given and value is not None:
-            asked[name] = (value, "")
-    found = shape | text
+    given_values = {name: getattr(m if name in shape else t, name) for name in found if name in given}
+    asked |= {name: (value, "") for name, value in given_values.items() if value is not None}
     differ = [
         f"{name}: {value} in the settings{by}, {found[name]} there"
         for name, (value, by) in sorted(asked.items())
@@ -132,24 +126,19 @@ def take_over(config: TrainBiARTConfig, given: Mapping[str, str]) -> tuple[Train
     if differ:
         raise ConfigError(f"pretrained_path {path} is another BiART:\n  " + "\n  ".join(differ))
     vae = config.vae if given.get("vae_path", "").startswith("--") else replace(config.vae, vae_path=None)
-    return replace(config, model=replace(m, **shape), text=replace(t, **text), vae=vae), pretrained
+    return replace(config, model=replace(m, **shape), text=text, vae=vae), pretrained
 
 
 def check_vae(found: str, then: str, path: str | None, file: str | os.PathLike) -> None:
-    """Refuse an AugVAE of another fingerprint than a BiART was trained with.
-
-    Args:
-        found: the fingerprint of the AugVAE at hand.
-        then, path: the fingerprint of the one in training, and where it lay; None is a smoke test's random one.
-        file: the BiART.
+    """Refuse an AugVAE of another fingerprint (found) than the BiART in `file` was trained with (then, from path).
 
     Raises:
         CheckpointError: they differ.
     """
     if found != then:
+        there = f"{then} ({path or 'a random one, for fake data'})"
         raise CheckpointError(
-            f"vae_path is the AugVAE {found}, but {file} was trained with {then} "
-            f"({path or 'a random one, for fake data'}). Give that one as vae_path."
+            f"vae_path is the AugVAE {found}, but {file} was trained with {there}. Give it as vae_path."
         )
 
 

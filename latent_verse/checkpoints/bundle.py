@@ -28,8 +28,7 @@ def save_bundle(
 ) -> None:
     """Write config.json, vae/, biart.safetensors and tokenizer/; each appears whole or not at all.
 
-    config.json comes first and records the fingerprints. If writing is interrupted, `load_bundle` refuses the folder,
-    and it may be written again.
+    config.json comes first, with the fingerprints: `load_bundle` refuses a folder whose writing was interrupted.
 
     Args:
         info: facts about training that generation needs, see `pipeline.LVerse`.
@@ -101,10 +100,8 @@ def load_bundle(path: str | os.PathLike) -> tuple[AugVAE, BiART, Tokenizer, dict
     found = fingerprints(vae, biart, tokenizer)
     changed = [name for name in found if found[name] != recorded.get(name)]
     if changed:
-        raise CheckpointError(
-            f"{folder} is a mixed or damaged bundle: {' and '.join(changed)} is not what config.json records. "
-            "Was its writing or copying interrupted? Export it again."
-        )
+        parts = " and ".join(changed)
+        raise CheckpointError(f"{folder} is mixed or damaged: {parts} is not what config.json records. Export again.")
     return vae, biart.eval(), tokenizer, info, recorded
 
 

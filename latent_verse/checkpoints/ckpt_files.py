@@ -40,9 +40,8 @@ def read_ckpt(file: str | os.PathLike) -> dict[str, Any]:
     file = Path(file)
     if not file.is_file():
         near = sorted(p.name for p in file.parent.glob("*.ckpt")) if file.parent.is_dir() else []
-        raise CheckpointError(
-            f"checkpoint {file} does not exist.{' That folder holds: ' + ', '.join(near) if near else ''}"
-        )
+        there = f" That folder holds: {', '.join(near)}" if near else ""
+        raise CheckpointError(f"checkpoint {file} does not exist.{there}")
     if file.suffix == ".safetensors":  # some versions of PyTorch read it, others take it for a pickle of code
         raise CheckpointError(f"{file} contains only weights; expected a Lightning .ckpt.")
     try:
@@ -54,10 +53,7 @@ def read_ckpt(file: str | os.PathLike) -> dict[str, Any]:
         refused = re.search(r"GLOBAL ([\w.]+)|global ([\w.]+)|class ([\w.]+)", str(error))
         if "Unsupported" in str(error) or refused:
             name = next(filter(None, refused.groups())) if refused else "something other than plain data"
-            raise CheckpointError(
-                f"{file} is refused: it names {name}, and reading that would run code. "
-                "Only tensors, plain types and argparse.Namespace are read."
-            ) from error
+            raise CheckpointError(f"{file} is refused: it names {name}, and reading that would run code.") from error
         raise CheckpointError(f"{file} is not a complete checkpoint; was it cut off? ({first_line(error)})") from error
     if not isinstance(content, dict) or "state_dict" not in content:
         raise CheckpointError(f"{file} holds no state_dict; expected a Lightning checkpoint.")
@@ -92,12 +88,9 @@ def starting_point(
     """The checkpoint that training resumes from, None to start anew.
 
     Args:
-        states: the run's own checkpoints, newest first (runs.states). If one is damaged, the one before it is tried,
-            with a warning.
-        ckpt_path: what --resume names, None without it; of a run folder, its newest checkpoint. The run's own
-            checkpoint is preferred if it is at least as many steps on.
-        kind: what is trained.
-        model: configuration of the model to be trained; the checkpoint's must have the same shape. None: not compared.
+        states: the run's own checkpoints, newest first (runs.states); a damaged one is skipped with a warning.
+        ckpt_path: the checkpoint or run folder of --resume, or None. The run's own is preferred if it is as far.
+        kind, model: what is trained, and its shape, which the checkpoint's has to equal; None is not compared.
 
     Raises:
         CheckpointError: training cannot resume from ckpt_path, or from any of the run's own checkpoints.
@@ -108,10 +101,8 @@ def starting_point(
         folders = [place / "backups", place / "checkpoints", place]
         given = newest(f for d in folders for f in d.glob("*.ckpt")) if place.is_dir() else place
         if given is None:
-            raise CheckpointError(
-                f"ckpt_path: the folder {place} holds no .ckpt to resume from. To start from the weights of a bundle "
-                "or of save_pretrained, give it as --pretrained_path."
-            )
+            remedy = "To start from the weights of a bundle or AugVAE, give it as --pretrained_path."
+            raise CheckpointError(f"ckpt_path: the folder {place} holds no .ckpt to resume from. {remedy}")
         given_step = check_resumable(given, kind, model)
     problem = None
     for own in states:
@@ -138,11 +129,9 @@ def check_resumable(file: str | os.PathLike, kind: Kind, model: AugVAEConfig | B
     found = own.get("kind")
     if found != kind or "optimizer_states" not in content:
         what = f"a checkpoint of {found}" if found else "not one of this project's training checkpoints"
-        remedy = {
-            "augvae": "To start from its weights alone, give it as --pretrained_path.",
-            "biart": "Give a checkpoint or run folder of train_biart.py; an AugVAE goes to --vae_path, a bundle to "
-            "--pretrained_path.",
-        }[kind]
+        remedy = "To start from its weights alone, give it as --pretrained_path."
+        if kind == "biart":
+            remedy = "Give one of train_biart.py; an AugVAE belongs to --vae_path, a bundle to --pretrained_path."
         raise CheckpointError(f"{file} is {what}; training of {kind} cannot resume from it. {remedy}")
     if model is not None:
         wanted, there = as_plain(model), own.get("model", {})
@@ -175,13 +164,10 @@ def fill(model: nn.Module, state: dict[str, torch.Tensor], file: Path) -> None:
 
 
 def fetch_from_hub(name: str, files: Iterable[str]) -> Path:
-    """Fetch files of a hub id into Hugging Face's cache. Returns their folder.
-
-    Args:
-        files: names or patterns.
+    """Fetch files (names or patterns) of a hub id into Hugging Face's cache. Returns their folder.
 
     Raises:
-        CheckpointError: `name` can only be a path, and does not exist, or cannot be fetched.
+        CheckpointError: `name` is an absent path, or cannot be fetched.
     """
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith((".ckpt", ".safetensors")):
         raise CheckpointError(f"{name} does not exist; give a .ckpt file, a folder of save_pretrained, or a hub id.")
@@ -190,9 +176,7 @@ def fetch_from_hub(name: str, files: Iterable[str]) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=list(files)))
     except Exception as error:  # huggingface_hub and its HTTP client each raise their own
-        raise CheckpointError(
-            f"{name} is not a file or folder here, and could not be fetched from the hub: {first_line(error)}"
-        ) from error
+        raise CheckpointError(f"{name} is not a file or folder, nor on the hub: {first_line(error)}") from error
 
 
 def first_line(error: BaseException) -> str:
@@ -201,10 +185,7 @@ def first_line(error: BaseException) -> str:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """16 hexadecimal digits of a model's weights, their names, types and shapes; the device does not matter.
-
-    Settings do not count, or a version of this program with one more setting would not recognise older models.
-    """
+    """16 hexadecimal digits of a model's weights, names, types and shapes, but not of its device or settings."""
     digest = hashlib.sha256()
     for key, tensor in model.state_dict().items():
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())

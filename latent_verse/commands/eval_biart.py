@@ -12,9 +12,9 @@ from latent_verse.config.evaluate import EvalBiARTConfig, resolve_eval_biart
 
 
 @one_line_errors
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     """Evaluate; 0 when done, 2 for a mistake in the settings, the model, images or captions."""
-    config, given = parse(EvalBiARTConfig, argv, __doc__)
+    config, given = parse(EvalBiARTConfig, argv, __doc__, prog)
     return run(*resolve_eval_biart(config, given))
 
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 
 from latent_verse.config.cli import one_line_errors, parse, quick_imports, to_yaml
 from latent_verse.config.train import EvalVAEConfig, resolve_eval_vae, with_evaluated_shape
+from latent_verse.files import write_json, write_text
 
 
 @one_line_errors
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     """Evaluate; 0 when done, 2 for a mistake in the settings, data or checkpoint."""
-    config, given = parse(EvalVAEConfig, argv, __doc__)
+    config, given = parse(EvalVAEConfig, argv, __doc__, prog)
     return run(resolve_eval_vae(config), given)
 
 
@@ -36,7 +36,7 @@ def run(config: EvalVAEConfig, given: Mapping[str, str]) -> int:
     model = load_augvae(t.ckpt_path)
     config = with_evaluated_shape(config, model.config, given)
     accelerator, devices = choose_devices(t)
-    place = runs.open_run(t.log_dir, t.name or f"eval-{runs.stem(t.ckpt_path)}", False, None, {}).folder
+    folder = runs.new_folder(t.log_dir, t.name or f"eval-{runs.stem(t.ckpt_path)}")
     fake = config.data.fake_data
     data = ImageDataModule(open_images(config.data, model.config.resolution, t.seed, ["test"]), config.data, t.seed)
     lit = LitAugVAE(model, config)
@@ -57,14 +57,14 @@ def run(config: EvalVAEConfig, given: Mapping[str, str]) -> int:
         enable_progress_bar=bool(bar),
         enable_model_summary=False,
         logger=False,
-        callbacks=[SavedImages(place, config.eval.save_images), *bar],
+        callbacks=[SavedImages(folder, config.eval.save_images), *bar],
     )
     trainer.test(lit, datamodule=data, verbose=False)
     results = lit.test_results | {"checkpoint": str(t.ckpt_path), "skipped": data.skipped}
     if trainer.is_global_zero:
-        place.mkdir(parents=True, exist_ok=True)
-        runs.write_whole(place / "metrics.json", json.dumps(results, indent=2) + "\n")
-        runs.write_whole(place / "config.yaml", to_yaml(config))
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "metrics.json", results)
+        write_text(folder / "config.yaml", to_yaml(config))
         print(table(results, f"{t.ckpt_path}: {results['images']} images"))
-        print(f"Written to {place}")
+        print(f"Written to {folder}")
     return 0

@@ -7,9 +7,9 @@ from latent_verse.config.generate import GenerateConfig, resolve_generate
 
 
 @one_line_errors
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     """Generate; 0 when done, 2 for a mistake in the settings, the model, images or texts."""
-    config, given = parse(GenerateConfig, argv, __doc__)
+    config, given = parse(GenerateConfig, argv, __doc__, prog)
     return run(*resolve_generate(config, given))
 
 

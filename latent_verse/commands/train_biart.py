@@ -13,9 +13,9 @@ from latent_verse.config.train import TrainBiARTConfig, idle_flags_biart, resolv
 
 
 @one_line_errors
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     """Train; 0 when done or interrupted and saved, 2 for a mistake in the settings, data or checkpoint."""
-    config, given = parse(TrainBiARTConfig, argv, __doc__)
+    config, given = parse(TrainBiARTConfig, argv, __doc__, prog)
     return run(resolve_train_biart(config, given), given)
 
 

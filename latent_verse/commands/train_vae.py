@@ -9,9 +9,9 @@ from latent_verse.config.train import TrainVAEConfig, idle_flags_vae, resolve_tr
 
 
 @one_line_errors
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     """Train; 0 when done or interrupted and saved, 2 for a mistake in the settings, data or checkpoint."""
-    config, given = parse(TrainVAEConfig, argv, __doc__)
+    config, given = parse(TrainVAEConfig, argv, __doc__, prog)
     return run(resolve_train_vae(config, given), given)
 
 

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import functools
 import gc
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -47,8 +48,13 @@ def leaves(cls: type) -> Iterator[tuple[str, dataclasses.Field, Any]]:
             yield section, f, hints[f.name]
 
 
-def parse(cls: type[Config], argv: list[str] | None, description: str) -> tuple[Config, dict[str, str]]:
+def parse(
+    cls: type[Config], argv: list[str] | None, description: str, prog: str | None = None
+) -> tuple[Config, dict[str, str]]:
     """Read flags (and the YAML file they name) into `cls`, a dataclass of section dataclasses.
+
+    Args:
+        prog: the program's name in --help; default that of the running script.
 
     Returns:
         The configuration, and where each setting that was given came from: {leaf: "--flag" or "file.yaml"}.
@@ -57,7 +63,7 @@ def parse(cls: type[Config], argv: list[str] | None, description: str) -> tuple[
         ConfigError: an unknown key or flag, a wrong type or value, a missing or malformed file.
         SystemExit: after --help.
     """
-    parser = make_parser(cls, description)
+    parser = make_parser(cls, description, prog)
     flags, unknown = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
     if unknown:
         names = [f.name for _, f, _ in leaves(cls)] + ["config"]
@@ -72,21 +78,17 @@ def parse(cls: type[Config], argv: list[str] | None, description: str) -> tuple[
     return build(cls, given), {leaf: source for leaf, (_, source) in given.items()}
 
 
-def make_parser(cls: type, description: str) -> Parser:
-    """A parser with one flag a leaf, grouped by section; only flags that are given appear in its result."""
+def make_parser(cls: type, description: str, prog: str | None = None) -> Parser:
+    """A parser with a flag for each leaf, grouped by section; only flags that are given appear in its result."""
     parser = Parser(
+        prog,
         usage="%(prog)s [--config FILE] [--SETTING VALUE ...]",
         description=description,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
-    parser.add_argument(
-        "-c",
-        "--config",
-        "--configs",
-        metavar="FILE",
-        help="YAML file of settings, or the name of a shipped recipe; flags override it",
-    )
+    text = "YAML file of settings, or the name of a shipped recipe; flags override it"
+    parser.add_argument("-c", "--config", "--configs", metavar="FILE", help=text)
     groups: dict[str, Any] = {}
     for section, f, hint in leaves(cls):
         group = groups.setdefault(section, parser.add_argument_group(section))
@@ -95,9 +97,8 @@ def make_parser(cls: type, description: str) -> Parser:
         text = argparse.SUPPRESS if f.metadata["hidden"] else text
         if _is(hint, bool):
             group.add_argument(f"--{f.name}", nargs="?", const="true", metavar="true|false", help=text)
-            group.add_argument(
-                f"--no-{f.name}", dest=f.name, action="store_const", const="false", help=argparse.SUPPRESS
-            )
+            off = {"dest": f.name, "action": "store_const", "const": "false", "help": argparse.SUPPRESS}
+            group.add_argument(f"--no-{f.name}", **off)
         elif _is_sequence(hint):
             group.add_argument(f"--{f.name}", nargs="+", metavar="TEXT" if _is_texts(hint) else "N", help=text)
         else:
@@ -113,6 +114,7 @@ def find_config(name: str) -> str:
     Raises:
         ConfigError: a bare name that is neither a file nor a recipe.
     """
+    name = os.path.expanduser(name)
     if Path(name).exists() or Path(name).name != name or Path(name).suffix:
         return name
     folder = next((folder for folder in RECIPES if folder.is_dir()), RECIPES[0])
@@ -139,7 +141,7 @@ def read_yaml(cls: type, path: str) -> dict[str, Any]:
         there = f" That folder holds: {', '.join(near)}." if near else ""
         raise ConfigError(f"config file {path} does not exist.{there}")
     try:
-        tree = OmegaConf.to_container(OmegaConf.load(file), resolve=True)
+        tree: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=True)
     except Exception as error:  # OmegaConf and PyYAML raise a dozen kinds
         raise ConfigError(f"config file {path} is not readable YAML: {error}") from error
     if not isinstance(tree, dict):
@@ -181,12 +183,21 @@ def build(cls: type[Config], given: dict[str, tuple[Any, str]]) -> Config:
 def convert(f: dataclasses.Field, value: Any, hint: Any, source: str) -> Any:
     """One value from YAML or a flag as its annotated type, by OmegaConf's rules, and in the setting's range.
 
+    In paths, `~` is expanded.
+
     Raises:
         ConfigError: naming the setting, the value, what was expected and where it was given.
     """
     converted = _typed(f.name, value, hint, source)
     check_value(f, converted, f" (from {source})")
-    return converted
+    return _expanded(converted) if f.metadata["path"] else converted
+
+
+def _expanded(paths: Any) -> Any:
+    """None, a path, paths with commas between them (shards) or a tuple of paths, with `~` expanded in each."""
+    if isinstance(paths, tuple):
+        return tuple(_expanded(path) for path in paths)
+    return paths and ",".join(os.path.expanduser(path) for path in paths.split(","))
 
 
 def _typed(name: str, value: Any, hint: Any, source: str) -> Any:
@@ -206,10 +217,11 @@ def _typed(name: str, value: Any, hint: Any, source: str) -> Any:
     if _is_sequence(hint):
         value = _items(value)
     try:
-        field_type = dataclasses.make_dataclass("Leaf", [("leaf", hint)])
-        converted = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(field_type), {"leaf": value}))["leaf"]
+        leaf_type = OmegaConf.structured(dataclasses.make_dataclass("Leaf", [("leaf", hint)]))
+        leaf: Any = OmegaConf.to_container(OmegaConf.merge(leaf_type, {"leaf": value}))
     except OmegaConfBaseException as error:
         raise ConfigError(f"{name}: {value!r} (from {source}) is not {_type_name(hint)}.") from error
+    converted = leaf["leaf"]
     if _is_sequence(hint) and Ellipsis not in _inner(hint).__args__ and len(converted) != len(_inner(hint).__args__):
         raise ConfigError(
             f"{name}: {converted} (from {source}) has {len(converted)} items, not {len(_inner(hint).__args__)}."
@@ -228,10 +240,9 @@ def to_yaml(config: Any) -> str:
 def quick_imports() -> Iterator[None]:
     """Import PyTorch and Lightning inside this: a program starts a quarter faster and ends faster.
 
-    Python's garbage collector goes through everything again and again while a million objects are made that stay, and
-    once more at the end. It is off inside, and what there is afterwards it never looks at (`gc.freeze`), which also
-    leaves those pages shared with the data loader's processes. Where PyTorch is imported already, as in a notebook or
-    in tests, this does nothing: other people's garbage is not to be kept.
+    The garbage collector is off inside, and never looks at what is there afterwards (`gc.freeze`), which also leaves
+    those pages shared with the data loader's processes. Where PyTorch is imported already, this does nothing: other
+    people's garbage is not to be kept.
     """
     if "torch" in sys.modules or not gc.isenabled():
         yield
@@ -245,10 +256,7 @@ def quick_imports() -> Iterator[None]:
 
 
 def one_line_errors(program: Callable[..., int]) -> Callable[..., int]:
-    """Decorate a program that returns its exit code: a mistake of the user becomes one line on stderr and the code 2.
-
-    Any other exception is a mistake of ours, and keeps its traceback.
-    """
+    """Decorate a program that returns its exit code: a UserError becomes one line on stderr and the code 2."""
 
     @functools.wraps(program)
     def wrapped(*args, **kwargs) -> int:

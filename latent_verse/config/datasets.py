@@ -83,10 +83,8 @@ def check_files(layouts: Mapping[str, Layout], data: Any, split: str) -> None:
     for need in layout.needs:
         if not getattr(data, setting_of(split, need)):
             what = layout.captions_file if need == "captions" else f"the {split} images"
-            raise ConfigError(
-                f"{setting_of(split, need)} is not given; dataset {data.dataset} needs it: {what}. "
-                "For a smoke test try --fake_data."
-            )
+            missing = f"{setting_of(split, need)} is not given; dataset {data.dataset} needs it: {what}"
+            raise ConfigError(f"{missing}. For a smoke test try --fake_data.")
     for name in (setting_of(part, "captions") for part in (split, "val")):
         if getattr(data, name, None) and not layout.has_effect("captions"):
             readers = " or ".join(other for other, its in layouts.items() if its.has_effect("captions"))

@@ -11,15 +11,16 @@ from latent_verse.config.settings import ConfigError, SamplingSettings, Settings
 
 TASKS = ("likelihood", "generation", "captions", "retrieval", "zero_shot", "round_trip", "shapes")
 DTYPES = ("float32", "bfloat16", "float16")
-# which tasks a setting changes; --generated_dir and --captions_file leave less (_check_effects)
+# which tasks a setting changes; these two stand for a task whose samples the model generates
+IMAGES, CAPTIONS = "generation without --generated_dir", "captions without --captions_file"
 EFFECTS = {
-    "candidates": ("sampling", "shapes"),
-    **dict.fromkeys(("temperature", "top_k", "top_p", "guidance"), ("sampling", "round_trip", "shapes")),
+    "candidates": (IMAGES, "shapes"),
+    **dict.fromkeys(("temperature", "top_k", "top_p", "guidance"), (IMAGES, "round_trip", "shapes")),
     **dict.fromkeys(("eval_captions", "fid_resolution", "reference", "reference_stats"), ("generation",)),
     **dict.fromkeys(("prc_pictures", "prc_neighbours", "is_splits"), ("generation",)),
     **dict.fromkeys(("blur_radii", "clip_model", "clip_weights", "download"), ("generation", "round_trip")),
     "caption_pictures": ("captions",),
-    "beams": ("captioning", "round_trip"),
+    "beams": (CAPTIONS, "round_trip"),
     "likelihood_pairs": ("likelihood",),
     **dict.fromkeys(("retrieval_pictures", "retrieval_captions"), ("retrieval",)),
     **dict.fromkeys(("length_power", "prior_weight", "prior"), ("retrieval", "zero_shot")),
@@ -32,26 +33,24 @@ EFFECTS = {
 class EvaluatedConfig(Settings):
     """What to evaluate: a model, another system's outputs, or two finished evaluations side by side."""
 
-    model: Optional[str] = setting(None, "model to evaluate: a bundle that train_biart.py wrote, or a hub id")
-    generated_dir: Optional[str] = setting(None, "evaluate the images in this folder instead of generating any")
-    captions_file: Optional[str] = setting(
-        None, "evaluate these captions instead of generating any: COCO results JSON, or generate.py's JSON lines"
-    )
+    model: Optional[str] = setting(None, "model to evaluate: bundle of train_biart.py, or hub id", path=True)
+    generated_dir: Optional[str] = setting(None, "evaluate the images in this folder, generate none", path=True)
+    captions_file: Optional[str] = setting(None, "captions to evaluate: COCO results, or generate.py's", path=True)
     tasks: Tuple[str, ...] = setting((), f"tasks to run, of {' '.join(TASKS)}; default all that are possible", TASKS)
-    compare: Tuple[str, ...] = setting((), "print the metrics of two runs (folders or metrics.json files) side by side")
+    compare: Tuple[str, ...] = setting((), "two runs (folders or metrics.json files) to print side by side", path=True)
 
 
 @dataclass(frozen=True)
 class EvalDataConfig(Settings):
     """Test images with captions."""
 
-    dataset: Optional[str] = setting(
-        None, "layout: name.jpg with name.txt, caption files, or generated; default pairs", EVAL_DATASETS
-    )
+    dataset: Optional[str] = setting(None, "layout: name.jpg with name.txt, caption files, or generated", EVAL_DATASETS)
     fake_data: bool = setting(False, "same as --dataset fake: a smoke test without data")
-    test_dir: Optional[str] = setting(None, "test images: pair folder, or image folder (coco, karpathy)")
+    test_dir: Optional[str] = setting(None, "folder of test pairs, or of test images (coco, karpathy)", path=True)
     test_captions: Optional[str] = setting(
-        None, "caption file of coco (default ../annotations/captions_<folder>.json) or karpathy, or the table itself"
+        None,
+        "caption file of coco (default ../annotations/captions_<folder>.json) or karpathy, or the table",
+        path=True,
     )
     world: str = setting("small", "world of the dataset shapes", ("small", "full"))
     split: str = setting(
@@ -67,13 +66,10 @@ class GenerationConfig(SamplingSettings):
     eval_captions: int = setting(30000, "number of captions to generate images for, at most all there are", at_least=1)
     candidates: int = setting(1, "images per caption; several are also re-ranked by the model and by CLIP", at_least=1)
     blur_radii: Tuple[int, ...] = setting((0, 1, 2, 4, 8), "radii k of FID-k, which blurs both image sets", at_least=0)
-    fid_resolution: Optional[int] = setting(
-        None, "resolution for FID, both sets; default the model's, else 256", at_least=1
-    )
+    fid_resolution: Optional[int] = setting(None, "resolution for FID; default the model's, else 256", at_least=1)
     reference: str = setting("all", "reference set for FID: all images, or the sampled pairs' only", ("all", "drawn"))
     reference_stats: Optional[str] = setting(
-        None,
-        "file with the statistics of FID's reference set: read if it exists, else written; default in the run folder",
+        None, "statistics of FID's reference set: read if there, else written; default in the run folder", path=True
     )
     prc_pictures: int = setting(10000, "largest number of images per set for precision and recall", at_least=2)
     prc_neighbours: int = setting(3, "nearest neighbours that define the manifold for precision and recall", at_least=1)
@@ -97,12 +93,10 @@ class LikelihoodConfig(Settings):
     retrieval_pictures: int = setting(100, "images in the retrieval pool, each scored with every caption", at_least=2)
     retrieval_captions: int = setting(1, "captions per image in the retrieval pool (Karpathy: 5)", at_least=1)
     length_power: float = setting(0.0, "divide log p(text | image) by length to this power: 0 sum, 1 mean", at_least=0)
-    prior_weight: float = setting(
-        0.0, "weight of the candidate's prior log p, which is subtracted; 1 ranks by mutual information", at_least=0
-    )
+    prior_weight: float = setting(0.0, "weight of the prior log p to subtract; 1: mutual information", at_least=0)
     prior: str = setting("null", "estimate of the prior log p: unconditional, or mean over the pool", ("null", "pool"))
-    classes_dir: Optional[str] = setting(None, "folder of class folders of images, for zero-shot classification")
-    class_names: Optional[str] = setting(None, "class names, a `folder<TAB>name` per line; default folders' names")
+    classes_dir: Optional[str] = setting(None, "class folders of images, for zero-shot classification", path=True)
+    class_names: Optional[str] = setting(None, "file of a `folder<TAB>class name` per line; default folders", path=True)
     class_prompt: str = setting("a photo of a {}", "text that is scored for a class; {} stands for its name")
     class_pictures: Optional[int] = setting(None, "largest number of images to classify; default all", at_least=1)
     round_trip_pairs: int = setting(100, "sampled pairs for round trips, in both directions", at_least=2)
@@ -113,7 +107,7 @@ class NetworksConfig(Settings):
     """Networks of the metrics. Metrics whose weights are missing are skipped and reported; the rest still run."""
 
     clip_model: str = setting("ViT-B-32", "architecture for CLIP scores, as open_clip names it")
-    clip_weights: str = setting("openai", "weights of clip_model: a tag of open_clip, or a file")
+    clip_weights: str = setting("openai", "weights of clip_model: a tag of open_clip, or a file", path=True)
     download: bool = setting(False, "download missing weights once, hash-checked, to the caches of torch and CLIP")
 
 
@@ -122,7 +116,7 @@ class EvalWriteConfig(Settings):
     """Where results go, and which machine computes."""
 
     name: Optional[str] = setting(None, "name of the run folder in log_dir; default eval-[fake-]<model>-<tasks given>")
-    log_dir: str = setting("results", "folder that holds the run folders")
+    log_dir: str = setting("results", "folder that holds the run folders", path=True)
     seed: int = setting(0, "seed for the choice of pairs and for sampling", at_least=0)
     gpus: int = setting(1, "number of processes, each with one GPU; 0 is the CPU", at_least=0)
     accelerator: str = setting("auto", "auto, or cpu (then gpus is the number of processes)", ("auto", "cpu"))
@@ -134,7 +128,7 @@ class EvalWriteConfig(Settings):
 
 @dataclass(frozen=True)
 class EvalBiARTConfig:
-    """Everything eval_biart.py can be told."""
+    """Every setting of eval_biart.py."""
 
     judged: EvaluatedConfig = field(default_factory=EvaluatedConfig)
     data: EvalDataConfig = field(default_factory=EvalDataConfig)
@@ -166,10 +160,7 @@ def resolve_eval_biart(config: EvalBiARTConfig, given: Mapping[str, str]) -> tup
             raise ConfigError(f"--{others[0]} has no effect with --compare, which reads two finished runs.")
         return config, ()
     if not (j.model or j.generated_dir or j.captions_file):
-        raise ConfigError(
-            "Nothing to evaluate: give --model, or another system's outputs as --generated_dir or --captions_file, or "
-            "two finished runs to --compare."
-        )
+        raise ConfigError("Nothing to evaluate: give --model, --generated_dir, --captions_file or --compare.")
     config = replace(config, data=_resolve_data(config.data))
     _check_numbers(config)
     tasks = _tasks(config)
@@ -180,27 +171,18 @@ def resolve_eval_biart(config: EvalBiARTConfig, given: Mapping[str, str]) -> tup
 def _check_effects(config: EvalBiARTConfig, tasks: tuple[str, ...]) -> None:
     """Raises ConfigError for a setting that is not its default and that nothing of this run reads."""
     j, g, d = config.judged, config.generation, config.data
-    done = set(tasks)
-    done |= {"sampling"} if "generation" in tasks and not j.generated_dir else set()
-    done |= {"captioning"} if "captions" in tasks and not j.captions_file else set()
+    done = {*tasks}
+    done |= {IMAGES} if "generation" in tasks and not j.generated_dir else set()
+    done |= {CAPTIONS} if "captions" in tasks and not j.captions_file else set()
     default = EvalBiARTConfig()
     for section in ("generation", "captions", "likelihood", "networks"):
         for name, value in vars(getattr(config, section)).items():
             changed = value != getattr(getattr(default, section), name)
             if changed and name in EFFECTS and not done & set(EFFECTS[name]):
-                named = {
-                    "sampling": "generation without --generated_dir",
-                    "captioning": "captions without --captions_file",
-                }
-                readers = " or ".join(named.get(task, task) for task in EFFECTS[name])
-                raise ConfigError(
-                    f"{name} has no effect here: it is read by {readers}, and this run does {', '.join(tasks)}."
-                )
+                where = f"it is read by {' or '.join(EFFECTS[name])}, and this run does {', '.join(tasks)}"
+                raise ConfigError(f"{name} has no effect here: {where}.")
     if j.generated_dir and g.reference == "all" and g.eval_captions != default.generation.eval_captions:
-        raise ConfigError(
-            "eval_captions has no effect with --generated_dir: all its images are evaluated, against all images of the "
-            "data. With --reference drawn it says against which."
-        )
+        raise ConfigError("eval_captions has no effect with --generated_dir and --reference all: all are evaluated.")
     if config.likelihood.prior != default.likelihood.prior and not config.likelihood.prior_weight:
         raise ConfigError(f"prior {config.likelihood.prior} has no effect with prior_weight 0.")
     for name in ("world", "split"):
@@ -212,24 +194,18 @@ def _check_effects(config: EvalBiARTConfig, tasks: tuple[str, ...]) -> None:
 
 def _tasks(config: EvalBiARTConfig) -> tuple[str, ...]:
     j, shapes = config.judged, config.data.dataset == "shapes"
-    can = {
-        "generation": bool(j.model or j.generated_dir),
-        "captions": bool(j.model or j.captions_file),
-        "zero_shot": bool(j.model and config.likelihood.classes_dir),
-        "shapes": bool(j.model and shapes),
-    }
-    needs = {
-        "generation": "--model or --generated_dir",
-        "captions": "--model or --captions_file",
-        "zero_shot": "--model and --classes_dir",
-        "shapes": "--model and --dataset shapes",
+    needs = dict.fromkeys(TASKS, ("--model", j.model)) | {
+        "generation": ("--model or --generated_dir", j.model or j.generated_dir),
+        "captions": ("--model or --captions_file", j.model or j.captions_file),
+        "zero_shot": ("--model and --classes_dir", j.model and config.likelihood.classes_dir),
+        "shapes": ("--model and --dataset shapes", j.model and shapes),
     }
     for task in j.tasks:
-        if not can.get(task, bool(j.model)):
-            raise ConfigError(f"tasks: {task} needs {needs.get(task, '--model')}.")
+        if not needs[task][1]:
+            raise ConfigError(f"tasks: {task} needs {needs[task][0]}.")
     if not (j.model or j.tasks) and config.likelihood.classes_dir:
         raise ConfigError("classes_dir: classification is by a model's likelihood; give --model.")
-    chosen = tuple(task for task in TASKS if (task in j.tasks if j.tasks else can.get(task, bool(j.model))))
+    chosen = tuple(task for task in TASKS if (task in j.tasks if j.tasks else needs[task][1]))
     for task, name in (("generation", "generated_dir"), ("captions", "captions_file"), ("zero_shot", "classes_dir")):
         where = config.likelihood if name == "classes_dir" else j
         if getattr(where, name) and task not in chosen:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -16,12 +17,12 @@ TASKS = ("complete", "score", "image", "text")  # `complete` takes texts as well
 class WhatConfig(Settings):
     """The model, and one of four things to do: text, image, score or complete."""
 
-    model: Optional[str] = setting(None, "model: a bundle that train_biart.py wrote, or a hub id")
+    model: Optional[str] = setting(None, "model: a bundle that train_biart.py wrote, or a hub id", path=True)
     text: Tuple[str, ...] = setting((), "generate images for these texts, one argument each")
-    text_file: Optional[str] = setting(None, "generate images for the texts in this file, one per line")
-    image: Tuple[str, ...] = setting((), "generate captions for these images (files or folders)")
+    text_file: Optional[str] = setting(None, "generate images for the texts in this file, one per line", path=True)
+    image: Tuple[str, ...] = setting((), "generate captions for these images (files or folders)", path=True)
     score: Tuple[str, ...] = setting((), "score an image (or folder) against one or more texts")
-    complete: Optional[str] = setting(None, "keep the top of this image (or of each in a folder) and generate the rest")
+    complete: Optional[str] = setting(None, "keep the top of this image (or of each in a folder) only", path=True)
     rows: Optional[int] = setting(None, "number of rows of codes that complete keeps", at_least=1)
 
 
@@ -30,17 +31,9 @@ class GenerateSamplingConfig(SamplingSettings):
     """How images and captions are sampled."""
 
     num: int = setting(1, "images per text, or captions per image", at_least=1)
-    temperature: Optional[float] = setting(
-        None,
-        "sampling temperature; 0 always takes the most likely token; default 1 for images, 0 for captions",
-        at_least=0,
-    )
+    temperature: float = setting(1.0, "sampling temperature; 0, captions' default, takes the likeliest", at_least=0)
     seed: Optional[int] = setting(None, "seed for sampling; default a random one, which is recorded", at_least=0)
-    rerank: int = setting(
-        0,
-        "generate this many candidates per image and keep the one that best predicts its text; 0 disables it",
-        at_least=0,
-    )
+    rerank: int = setting(0, "candidates per image, of which the one that best predicts its text is kept", at_least=0)
     beams: int = setting(1, "beam search for captions with this many beams; 1 is greedy", at_least=1)
     text_too_long: str = setting("truncate", "cut texts that are too long, or raise an error", ("truncate", "error"))
 
@@ -53,14 +46,14 @@ class GenerateSamplingConfig(SamplingSettings):
 class WriteConfig(Settings):
     """Where results go, and which machine makes them."""
 
-    out: Optional[str] = setting(None, "folder for the results, new or empty; default generated, generated-2, ...")
+    out: Optional[str] = setting(None, "new or empty folder for results; default generated, -2, ...", path=True)
     overwrite: bool = setting(False, "write into a folder that is not empty, and replace files of the same name")
     gpus: int = setting(1, "1 uses the GPU if there is one, 0 the CPU", at_least=0, at_most=1)
 
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """Everything generate.py can be told."""
+    """Every setting of generate.py."""
 
     what: WhatConfig = field(default_factory=WhatConfig)
     draw: GenerateSamplingConfig = field(default_factory=GenerateSamplingConfig)
@@ -105,9 +98,11 @@ def resolve_generate(config: GenerateConfig, given: Mapping[str, str]) -> tuple[
         raise ConfigError('score needs an image and a text: --score image.png "a red circle".')
     if task == "complete" and what.rows is None:
         raise ConfigError("complete needs rows: how many rows of codes to keep, from the top.")
-    draw = config.draw
-    if draw.temperature is None:
-        draw = replace(draw, temperature=0.0 if task == "image" else 1.0)
-    if draw.seed is None:
-        draw = replace(draw, seed=random.randrange(2**31))
-    return replace(config, draw=draw), task
+    sampling = config.draw
+    if task == "image" and "temperature" not in given:
+        sampling = replace(sampling, temperature=0.0)
+    if sampling.seed is None:
+        sampling = replace(sampling, seed=random.randrange(2**31))
+    if task == "score":  # the image; texts follow it
+        what = replace(what, score=(os.path.expanduser(what.score[0]), *what.score[1:]))
+    return replace(config, what=what, draw=sampling), task

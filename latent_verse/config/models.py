@@ -38,10 +38,7 @@ class AugVAEConfig(Settings):
     quant_ema_decay: float = setting(0.99, "EMA decay of the codebook", training_only=True, at_least=0, at_most=1)
     quant_ema_eps: float = setting(1e-5, "smoothing of the cluster sizes", training_only=True, at_least=0, at_most=1)
     restart_threshold: float = setting(
-        0.0,
-        "restart codes used less often than this per batch, from encoder outputs; 0 disables it (as released)",
-        training_only=True,
-        at_least=0,
+        0.0, "restart codes used less often than this per batch; 0: never (as released)", training_only=True, at_least=0
     )
     single_level: Optional[int] = setting(None, "keep only this level (AugVAE-SL); null keeps all (AugVAE-ML)")
 
@@ -86,9 +83,7 @@ class AugVAEConfig(Settings):
 class BiARTVariant(Settings):
     """What may differ between two transformers of one size. A run's settings and the transformer's own both have it."""
 
-    pos_by_modality: bool = setting(
-        False, "count positions within the text and within the image, so that they are the same in both directions"
-    )
+    pos_by_modality: bool = setting(False, "count positions in text and image apart, the same in both directions")
     embd_pdrop: float = setting(0.0, "dropout after the embeddings", training_only=True, at_least=0, at_most=1)
     resid_pdrop: float = setting(0.0, "dropout on each residual branch", training_only=True, at_least=0, at_most=1)
     attn_pdrop: float = setting(0.0, "dropout on the attention weights", training_only=True, at_least=0, at_most=1)

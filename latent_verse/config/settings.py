@@ -35,6 +35,7 @@ def setting(
     above: float | None = None,
     at_most: float | None = None,
     below: float | None = None,
+    path: bool = False,
     training_only: bool = False,
     hidden: bool = False,
 ) -> Any:
@@ -42,6 +43,7 @@ def setting(
 
     Args:
         choices: the allowed values, where they are a fixed set.
+        path: a file or folder, of which `~` is expanded when flags and YAML are read; or several.
         training_only: of a model's setting: it changes how the model trains, not which weights it has.
         hidden: left out of --help: a name of the original's that has no use here, but works.
     """
@@ -50,12 +52,14 @@ def setting(
         "help": help,
         "choices": choices,
         "bounds": {name: bound for name, bound in bounds.items() if bound is not None},
+        "path": path,
         "training_only": training_only,
         "hidden": hidden,
     }
     return field(default=default, metadata=metadata)
 
 
+@dataclass(frozen=True)
 class Settings:
     """Base of a section of settings: frozen, and a value out of its range is refused whenever one is made."""
 
@@ -68,16 +72,12 @@ class Settings:
 class SamplingSettings(Settings):
     """How tokens are sampled from the model's distribution, wherever images or captions are generated."""
 
-    temperature: float = setting(
-        1.0, "sampling temperature for images; 0 always takes the most likely code", at_least=0
-    )
+    temperature: float = setting(1.0, "sampling temperature for images; 0 takes the most likely code", at_least=0)
     top_k: Optional[int] = setting(None, "sample only from the k most likely tokens", at_least=1)
     top_p: Optional[float] = setting(
         None, "sample only from the most likely tokens that together reach this probability", above=0, at_most=1
     )
-    guidance: float = setting(
-        1.0, "classifier-free guidance scale: above 1 follows the input more closely; 1 is off", at_least=0
-    )
+    guidance: float = setting(1.0, "scale of classifier-free guidance towards the input; 1 is off", at_least=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -13,6 +13,7 @@ from latent_verse.config.settings import ConfigError, SamplingSettings, Settings
 # short names of precision, and Lightning's
 PRECISIONS = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true"}
 PRECISION_NAMES = (*PRECISIONS, *PRECISIONS.values(), "16-true", "bf16-true", "transformer-engine")
+ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps", "tpu")
 
 # ----------------------------------------------------------------------------------------------- runs: shared sections
 
@@ -21,21 +22,15 @@ PRECISION_NAMES = (*PRECISIONS, *PRECISIONS.values(), "16-true", "bf16-true", "t
 class ImageDataConfig(Settings):
     """The images, and how they are loaded."""
 
-    train_dir: Optional[str] = setting(None, "training images: a folder; for webdataset a folder, pattern or URL")
-    val_dir: Optional[str] = setting(None, "validation images, given like train_dir")
-    test_dir: Optional[str] = setting(None, "images for evaluation; default val_dir")
-    dataset: Optional[str] = setting(
-        None,
-        "layout: class folders, any folder, tar shards, or generated images; default imagefolder",
-        IMAGE_DATASETS,
-    )
+    train_dir: Optional[str] = setting(None, "training images: folder; webdataset: folder, pattern or URL", path=True)
+    val_dir: Optional[str] = setting(None, "validation images, given like train_dir", path=True)
+    test_dir: Optional[str] = setting(None, "images for evaluation; default val_dir", path=True)
+    dataset: Optional[str] = setting(None, "layout: class folders, any folder, tar shards or generated", IMAGE_DATASETS)
     fake_data: bool = setting(False, "same as --dataset fake: a short smoke test without any images")
     web_dataset: bool = setting(False, "same as --dataset webdataset", hidden=True)
-    dataset_size: Optional[int] = setting(
-        None, "samples per epoch for webdataset (default counted) or fake", at_least=1
-    )
+    dataset_size: Optional[int] = setting(None, "samples per epoch of webdataset (default counted) or fake", at_least=1)
     img_size: Optional[int] = setting(None, "the original's second name for resolution; must equal it", hidden=True)
-    resize_ratio: float = setting(0.75, "smallest fraction of the area that a training crop covers", above=0, at_most=1)
+    resize_ratio: float = setting(0.75, "smallest share of the area that a training crop covers", above=0, at_most=1)
     batch_size: int = setting(8, "images per step and process", at_least=1)
     num_workers: Optional[int] = setting(None, "loader processes per training process; default by machine", at_least=0)
     prefetch_factor: int = setting(2, "batches that each loader process prefetches", at_least=1)
@@ -47,55 +42,35 @@ class TrainerConfig(Settings):
     """The run: machine, length, logs and checkpoints."""
 
     name: Optional[str] = setting(None, "name of the run folder in log_dir; default the config file's name")
-    log_dir: str = setting("results", "folder that holds the run folders")
+    log_dir: str = setting("results", "folder that holds the run folders", path=True)
     seed: int = setting(42, "seed for weights, data order and augmentation", at_least=0, below=2**32)
     gpus: int = setting(1, "GPUs on each node; 0 is the CPU", at_least=0)
     nodes: int = setting(1, "number of machines", at_least=1)
     gpu_dist: Optional[bool] = setting(None, "the original's flag for several GPUs; follows from gpus", hidden=True)
-    accelerator: str = setting(
-        "auto",
-        "auto, cpu (then gpus is the number of processes), gpu, or another of Lightning's",
-        ("auto", "cpu", "gpu", "cuda", "mps", "tpu"),
-    )
+    accelerator: str = setting("auto", "with cpu, gpus is the number of processes", ACCELERATORS)
     strategy: str = setting("auto", "auto, ddp: a copy of the model per process; fsdp: shards", ("auto", "ddp", "fsdp"))
     precision: str = setting("32", "numeric precision of training, by short name or Lightning's", PRECISION_NAMES)
     epochs: int = setting(100, "passes over the training data", at_least=1)
     max_steps: int = setting(-1, "stop after this many optimiser steps; -1 means no limit", at_least=-1)
-    limit_train_batches: Optional[float] = setting(
-        None, "batches per epoch: a count, or a fraction below 1", at_least=0
-    )
+    limit_train_batches: Optional[float] = setting(None, "batches per epoch: count, or fraction below 1", at_least=0)
     limit_val_batches: Optional[float] = setting(None, "batches per validation: count, or fraction below 1", at_least=0)
-    val_percent_check: float = setting(
-        100.0,
-        "the original's form of limit_val_batches: a percentage, 0 to 100",
-        at_least=0,
-        at_most=100,
-        hidden=True,
-    )
+    val_percent_check: float = setting(100.0, "limit_val_batches in percent", at_least=0, at_most=100, hidden=True)
     num_sanity_val_steps: int = setting(0, "validation batches to run before training, as a check", at_least=0)
     accumulate_grad_batches: int = setting(1, "batches whose gradients are accumulated for one step", at_least=1)
     gradient_clip_val: Optional[float] = setting(None, "clip gradients to this norm; default no clipping", above=0)
-    compile: Optional[bool] = setting(
-        None, "use torch.compile: the first step is slow, later ones are faster; default on for a GPU with Triton"
-    )
-    activation_checkpointing: bool = setting(
-        False, "recompute norms and activation functions in the backward pass: less memory, larger batches"
-    )
+    compile: Optional[bool] = setting(None, "use torch.compile; default on for a GPU with Triton")
+    activation_checkpointing: bool = setting(False, "save memory: recompute norms and activations")
     logger: str = setting("tensorboard", "where metrics are logged", ("tensorboard", "wandb", "csv"))
     log_every_n_steps: int = setting(10, "steps between logged training metrics", at_least=1)
     log_images: bool = setting(False, "log grids of images, also as PNG files in the run folder")
     image_log_steps: int = setting(1000, "steps between logged image grids", at_least=1)
-    refresh_rate: int = setting(
-        1, "steps between updates of the progress bar (at most 5 per second); 0 hides it", at_least=0
-    )
+    refresh_rate: int = setting(1, "steps between updates of the progress bar; 0 hides it", at_least=0)
     backup: bool = setting(False, "save the whole state regularly; if interrupted, rerun the command to resume")
     backup_steps: int = setting(1000, "steps between backups", at_least=1)
-    backup_dir: Optional[str] = setting(None, "folder for backups, one sub-folder per run; default in the run folder")
+    backup_dir: Optional[str] = setting(None, "folder for backups of runs; default in the run folder", path=True)
     resume: bool = setting(False, "resume training from ckpt_path")
-    ckpt_path: Optional[str] = setting(None, "checkpoint or run folder to resume from, or to evaluate")
-    debug: bool = setting(
-        False, "short run: 100 batches per epoch, backups and grids every 10 steps, anomaly detection"
-    )
+    ckpt_path: Optional[str] = setting(None, "checkpoint or run folder to resume from, or to evaluate", path=True)
+    debug: bool = setting(False, "100 batches per epoch, backups and grids every 10 steps, anomaly detection")
 
 
 # ------------------------------------------------------------------------------------------------------ runs: AugVAE
@@ -106,22 +81,14 @@ class VAEOptimConfig(Settings):
     """Optimiser of AugVAE, and how its codebook starts."""
 
     learning_rate: float = setting(4.5e-6, "base learning rate; it is multiplied by processes x batch_size", above=0)
-    optimizer: str = setting(
-        "adamw",
-        "adamw (as released), or muon for the convolutions, which learns faster in short runs",
-        ("adamw", "muon"),
-    )
+    optimizer: str = setting("adamw", "adamw (as released), or muon for convolutions", ("adamw", "muon"))
     lr_decay: bool = setting(False, "the original's schedule: halve the rate when the training loss stops falling")
     lr_cosine: bool = setting(False, "warm up, then decay to zero along a cosine over the whole run")
     warmup_steps: int = setting(0, "linear warm-up steps of lr_cosine", at_least=0)
     weight_decay: float = setting(1e-5, "weight decay of AdamW", at_least=0)
     betas: Tuple[float, float] = setting((0.9, 0.999), "beta1 and beta2 of AdamW", at_least=0, below=1)
-    codebook_init: str = setting(
-        "normal",
-        "initialise codes with normal noise (as released) or with encoder outputs of the first batch",
-        ("normal", "data"),
-    )
-    pretrained_path: Optional[str] = setting(None, "AugVAE to start from: checkpoint, folder or hub id")
+    codebook_init: str = setting("normal", "codes begin as noise (as released) or encoder outputs", ("normal", "data"))
+    pretrained_path: Optional[str] = setting(None, "AugVAE to start from: checkpoint, folder or hub id", path=True)
     finetune: bool = setting(False, "train AugVAE-SL at the one level in attn_resolutions, from pretrained_path")
 
 
@@ -140,7 +107,7 @@ class VAELossConfig(Settings):
 
 @dataclass(frozen=True)
 class TrainVAEConfig:
-    """Everything train_vae.py can be told."""
+    """Every setting of train_vae.py."""
 
     model: AugVAEConfig = field(default_factory=AugVAEConfig)
     data: ImageDataConfig = field(default_factory=ImageDataConfig)
@@ -159,7 +126,7 @@ class ReconstructionEvalConfig(Settings):
 
 @dataclass(frozen=True)
 class EvalVAEConfig(TrainVAEConfig):
-    """Everything eval_vae.py can be told: train_vae.py's settings, so that its YAML files serve, and `eval`."""
+    """Every setting of eval_vae.py: those of train_vae.py, so that its YAML files serve, and `eval`."""
 
     eval: ReconstructionEvalConfig = field(default_factory=ReconstructionEvalConfig)
 
@@ -171,7 +138,7 @@ class EvalVAEConfig(TrainVAEConfig):
 class FrozenVAEConfig(Settings):
     """The AugVAE whose codes BiART reads and writes. It is not trained."""
 
-    vae_path: Optional[str] = setting(None, "AugVAE: run folder, checkpoint, folder of save_pretrained or hub id")
+    vae_path: Optional[str] = setting(None, "AugVAE: run folder, checkpoint, saved folder or hub id", path=True)
 
 
 @dataclass(frozen=True)
@@ -188,20 +155,17 @@ class TextConfig(Settings):
 class PairDataConfig(ImageDataConfig):
     """The images with captions, and how they are loaded."""
 
-    train_dir: Optional[str] = setting(
-        None, "training data: pair folder, image folder (coco, karpathy), tar shards, or codes"
-    )
-    val_dir: Optional[str] = setting(None, "validation data, given like train_dir; default for karpathy: train_dir")
-    test_dir: Optional[str] = setting(None, "images for evaluation; default val_dir")
+    train_dir: Optional[str] = setting(None, "training pairs, images, tar shards or codes", path=True)
+    val_dir: Optional[str] = setting(None, "validation data, like train_dir; karpathy: default train_dir", path=True)
     dataset: Optional[str] = setting(
-        None,
-        "layout: name.jpg with name.txt, caption files, tar shards, codes, or generated; default pairs",
-        PAIR_DATASETS,
+        None, "layout: name.jpg with name.txt, caption files, tar shards, codes or generated", PAIR_DATASETS
     )
     train_captions: Optional[str] = setting(
-        None, "caption file of coco (default ../annotations/captions_<folder>.json) or karpathy, or the table itself"
+        None,
+        "caption file of coco (default ../annotations/captions_<folder>.json) or karpathy, or the table",
+        path=True,
     )
-    val_captions: Optional[str] = setting(None, "given like train_captions; default for karpathy: train_captions")
+    val_captions: Optional[str] = setting(None, "like train_captions; karpathy: default train_captions", path=True)
     world: str = setting("small", "world of the dataset shapes", ("small", "full"))
     dataset_size: Optional[int] = setting(
         None, "training pairs per epoch for shapes (default 10000), fake (512) or webdataset (counted)", at_least=1
@@ -214,7 +178,7 @@ class BiARTOptimConfig(Settings):
     """Optimiser and schedule: a linear warm-up, then a cosine over the whole run."""
 
     pretrained_path: Optional[str] = setting(
-        None, "BiART to start from: bundle, run folder, checkpoint or hub id; shape, tokenizer and AugVAE come with it"
+        None, "BiART to start from, with tokenizer and AugVAE: bundle, run folder, checkpoint or hub id", path=True
     )
     learning_rate: float = setting(3e-4, "peak learning rate, not multiplied by processes or batch_size", above=0)
     optimizer: str = setting("adamw", "adamw for everything, or muon for the matrices of the blocks", ("adamw", "muon"))
@@ -225,9 +189,7 @@ class BiARTOptimConfig(Settings):
     weight_decay: float = setting(0.05, "weight decay of matrices; biases, norms and embeddings have none", at_least=0)
     betas: Tuple[float, float] = setting((0.9, 0.95), "beta1 and beta2 of AdamW", at_least=0, below=1)
     warmup_steps: int = setting(0, "linear warm-up steps", at_least=0)
-    min_lr_ratio: float = setting(
-        0.1, "final learning rate as a fraction of the peak; 1: constant", at_least=0, at_most=1
-    )
+    min_lr_ratio: float = setting(0.1, "final learning rate as a share of the peak; 1: constant", at_least=0, at_most=1)
     ema_decay: float = setting(
         0.0, "EMA decay of the weights used for validation, sampling and export; 0 disables it", at_least=0, below=1
     )
@@ -237,58 +199,34 @@ class BiARTOptimConfig(Settings):
 class BiARTLossConfig(Settings):
     """Cross-entropy of the target plus reference_weight x that of the reference, in both directions."""
 
-    text_to_image_share: float = setting(
-        0.5, "fraction of each batch that is trained text-to-image; the rest is image-to-text", at_least=0, at_most=1
-    )
+    text_to_image_share: float = setting(0.5, "share of each batch trained text-to-image", at_least=0, at_most=1)
     reference_weight: float = setting(0.1, "weight of the loss on the reference tokens", at_least=0)
-    reference_dropout: float = setting(
-        0.1, "fraction of samples trained without their reference, which guidance needs", at_least=0, at_most=1
-    )
+    reference_dropout: float = setting(0.1, "share trained without reference, for guidance", at_least=0, at_most=1)
     word_dropout: float = setting(
-        0.0,
-        "fraction of words hidden from later words, which must then rely on the image",
-        at_least=0,
-        at_most=0.5,
+        0.0, "share of words hidden from later words, which then rely on the image", at_least=0, at_most=0.5
     )
     code_dropout: float = setting(
-        0.0,
-        "fraction of codes hidden from later codes, which must then rely on the text",
-        at_least=0,
-        at_most=0.5,
+        0.0, "share of codes hidden from later codes, which then rely on the text", at_least=0, at_most=0.5
     )
-    text_loss_weight: float = setting(
-        1.0, "loss weight of text tokens; for one direction, see text_to_image_share", above=0
-    )
-    image_loss_weight: float = setting(
-        1.0, "loss weight of image codes; for one direction, see text_to_image_share", above=0
-    )
-    loss_chunk: Optional[int] = setting(
-        None, "compute logits for this many tokens at a time, to save memory", at_least=1
-    )
+    text_loss_weight: float = setting(1.0, "loss weight of text (for one direction: text_to_image_share)", above=0)
+    image_loss_weight: float = setting(1.0, "loss weight of image codes (see text_loss_weight)", above=0)
+    loss_chunk: Optional[int] = setting(None, "tokens whose logits are computed at once; less saves memory", at_least=1)
 
 
 @dataclass(frozen=True)
 class SamplingConfig(SamplingSettings):
     """Samples that are generated and logged during training; they have no effect on training."""
 
-    num_samples: int = setting(
-        8, "validation pairs to generate samples for, in both directions; 0 for none", at_least=0
-    )
-    num_judged: int = setting(
-        32, "validation scenes of shapes whose samples are checked for truth; 0 for none", at_least=0
-    )
-    sample_every_n_epochs: int = setting(
-        1, "epochs between samples; log_images adds one every image_log_steps", at_least=1
-    )
+    num_samples: int = setting(8, "validation pairs to generate from, both ways; 0 for none", at_least=0)
+    num_judged: int = setting(32, "scenes of shapes whose samples are checked for truth; 0 for none", at_least=0)
+    sample_every_n_epochs: int = setting(1, "epochs between samples (log_images: also image_log_steps)", at_least=1)
 
 
 @dataclass(frozen=True)
 class CodesConfig(Settings):
     """Encoding a dataset once, so that training reads codes (--dataset codes) and runs no AugVAE."""
 
-    extract_codes: Optional[str] = setting(
-        None, "instead of training, write the codes of train_dir and val_dir to this folder's train/ and val/"
-    )
+    extract_codes: Optional[str] = setting(None, "do not train: write codes to its train/ and val/", path=True)
     crops_per_image: int = setting(1, "crops per training image: centre, then random ones (resize_ratio)", at_least=1)
     shard_size: int = setting(10000, "images per shard of codes", at_least=1)
 
@@ -297,12 +235,12 @@ class CodesConfig(Settings):
 class BundleConfig(Settings):
     """The folder that generation needs. Every run writes one at its end, to <run folder>/bundle."""
 
-    export: Optional[str] = setting(None, "instead of training, write the bundle of ckpt_path to this folder")
+    export: Optional[str] = setting(None, "do not train: write the bundle of ckpt_path to this folder", path=True)
 
 
 @dataclass(frozen=True)
 class TrainBiARTConfig:
-    """Everything train_biart.py can be told."""
+    """Every setting of train_biart.py."""
 
     model: BiARTModelConfig = field(default_factory=BiARTModelConfig)
     vae: FrozenVAEConfig = field(default_factory=FrozenVAEConfig)
@@ -322,7 +260,7 @@ class TrainBiARTConfig:
 Data = TypeVar("Data", bound=ImageDataConfig)
 
 
-def resolve_trainer(t: TrainerConfig) -> TrainerConfig:
+def resolve_trainer(t: TrainerConfig, optimizer: str = "adamw") -> TrainerConfig:
     """Replace the original's names, short names and `debug` by the settings that they stand for.
 
     The saved configuration then has one name for each thing, and can be read again.
@@ -338,24 +276,27 @@ def resolve_trainer(t: TrainerConfig) -> TrainerConfig:
         raise ConfigError(f"gpu_dist: false contradicts gpus {t.gpus} on {t.nodes} node(s). Drop it, or set gpus: 1.")
     if t.resume and not t.ckpt_path:
         raise ConfigError(
-            "resume needs ckpt_path: the checkpoint to continue from (a rerun with --backup needs neither)."
+            "resume needs ckpt_path: the checkpoint to resume from (a rerun with --backup needs neither)."
         )
-    limits = {name: batch_limit(name, getattr(t, name)) for name in ("limit_train_batches", "limit_val_batches")}
-    if limits["limit_train_batches"] == 0:
+    if optimizer == "muon" and t.strategy == "fsdp":
+        raise ConfigError("optimizer: muon needs whole matrices, which strategy: fsdp shards. Use ddp, or adamw.")
+    limit_train = batch_limit("limit_train_batches", t.limit_train_batches)
+    limit_val = batch_limit("limit_val_batches", t.limit_val_batches)
+    if limit_train == 0:
         raise ConfigError("limit_train_batches is 0: nothing would be trained. eval_vae.py evaluates without training.")
     if t.val_percent_check < 100:
-        limits["limit_val_batches"] = t.val_percent_check / 100
-    steps = {}
+        limit_val = t.val_percent_check / 100
     if t.debug:
-        limits = {name: 100 if limit is None else limit for name, limit in limits.items()}
-        steps = {"backup_steps": min(t.backup_steps, 10), "image_log_steps": min(t.image_log_steps, 10)}
+        limit_train, limit_val = (100 if limit is None else limit for limit in (limit_train, limit_val))
     return replace(
         t,
         strategy="ddp" if t.gpu_dist and t.strategy == "auto" else t.strategy,
         precision=PRECISIONS.get(t.precision, t.precision),
         val_percent_check=100.0,
-        **limits,
-        **steps,
+        limit_train_batches=limit_train,
+        limit_val_batches=limit_val,
+        backup_steps=min(t.backup_steps, 10) if t.debug else t.backup_steps,
+        image_log_steps=min(t.image_log_steps, 10) if t.debug else t.image_log_steps,
     )
 
 
@@ -378,20 +319,13 @@ def resolve_data(d: Data, resolution: int | None, default: str = "imagefolder") 
     Raises:
         ConfigError: settings that contradict each other.
     """
-    named = {layout for flag, layout in ((d.fake_data, "fake"), (d.web_dataset, "webdataset")) if flag}
-    if d.fake_data:
-        named.discard("webdataset")  # the original's smoke test of a WebDataset recipe
-    if d.dataset and d.dataset not in (named or {d.dataset}):
-        if not d.fake_data:
-            raise ConfigError(f"dataset: {d.dataset} contradicts web_dataset: true. Give one of them.")
-        named = {"fake"}
+    if d.web_dataset and not d.fake_data and d.dataset not in (None, "webdataset"):
+        raise ConfigError(f"dataset: {d.dataset} contradicts web_dataset: true. Give one of them.")
     if resolution is not None and d.img_size not in (None, resolution):
         raise ConfigError(f"img_size {d.img_size} contradicts resolution {resolution}; they must be equal: give one.")
-    dataset = named.pop() if named else d.dataset or default
+    # fake_data goes first: the smoke test of any recipe
+    dataset = "fake" if d.fake_data else "webdataset" if d.web_dataset else d.dataset or default
     return replace(d, dataset=dataset, fake_data=dataset == "fake", web_dataset=dataset == "webdataset")
-
-
-FAKE_LIMITS = {"epochs": 1, "limit_train_batches": 2, "limit_val_batches": 1}
 
 
 def limit_fake_data(t: TrainerConfig, given: Mapping[str, str]) -> TrainerConfig:
@@ -400,9 +334,10 @@ def limit_fake_data(t: TrainerConfig, given: Mapping[str, str]) -> TrainerConfig
     A recipe's own length and backups (YAML) are meant for images: a second smoke test would find the first finished.
     """
     flags = {leaf for leaf, source in given.items() if source.startswith("--")}
-    lengths = {"epochs", "max_steps", "limit_train_batches", "limit_val_batches", "val_percent_check", "debug"}
-    limits = {} if flags & lengths else FAKE_LIMITS
-    return replace(t, backup=t.backup and "backup" in flags, **limits)
+    t = replace(t, backup=t.backup and "backup" in flags)
+    if flags & {"epochs", "max_steps", "limit_train_batches", "limit_val_batches", "val_percent_check", "debug"}:
+        return t
+    return replace(t, epochs=1, limit_train_batches=2, limit_val_batches=1)
 
 
 def resolve_train_vae(config: TrainVAEConfig, given: Mapping[str, str]) -> TrainVAEConfig:
@@ -415,9 +350,8 @@ def resolve_train_vae(config: TrainVAEConfig, given: Mapping[str, str]) -> Train
         ConfigError: a configuration that could never work, before anything is built or written.
     """
     o = config.optim
-    t, data = config.trainer, config.data
-    t = resolve_trainer(t)
-    data = resolve_data(data, None if o.pretrained_path else config.model.resolution)
+    t = resolve_trainer(config.trainer, o.optimizer)
+    data = resolve_data(config.data, None if o.pretrained_path else config.model.resolution)
     if data.fake_data:
         t = limit_fake_data(t, given)
     check_files(IMAGE_DATASETS, data, "train")
@@ -430,13 +364,11 @@ def resolve_train_vae(config: TrainVAEConfig, given: Mapping[str, str]) -> Train
         raise ConfigError(f"warmup_steps {o.warmup_steps} has no effect without lr_cosine: true.")
     if o.finetune and not o.pretrained_path:
         raise ConfigError("finetune trains AugVAE-SL from an AugVAE-ML: name its checkpoint with pretrained_path.")
-    if o.finetune and len(config.model.attn_resolutions) != 1:
+    levels = list(config.model.attn_resolutions)
+    if o.finetune and len(levels) != 1:
         raise ConfigError(
-            f"finetune keeps one level, but attn_resolutions is {list(config.model.attn_resolutions)}. "
-            "Give the level to keep, for instance attn_resolutions: [32]."
+            f"finetune keeps one level, but attn_resolutions is {levels}. Give that level, for instance 32."
         )
-    if o.optimizer == "muon" and t.strategy == "fsdp":
-        raise ConfigError("optimizer: muon needs whole kernels, which strategy: fsdp shards. Use ddp, or adamw.")
     if o.pretrained_path:  # the checkpoint decides the shape, and its codebook has begun already
         o = replace(o, codebook_init="normal")
     else:
@@ -470,8 +402,8 @@ def with_pretrained_shape(config: TrainVAEConfig, pretrained: AugVAEConfig, give
     o, there = config.optim, f"pretrained_path {config.optim.pretrained_path}"
     if o.finetune and pretrained.single_level is not None:
         raise ConfigError(
-            f"{there} is an AugVAE-SL (level {pretrained.single_level}) already; "
-            "fine-tune from an AugVAE-ML, or drop finetune to train this one on."
+            f"{there} is an AugVAE-SL (level {pretrained.single_level}), and finetune needs an AugVAE-ML. "
+            "Leave finetune out to train this one further."
         )
     free = training_only(AugVAEConfig)
     fixed = {f.name for f in fields(AugVAEConfig)} - free - {"double_z"}
@@ -485,17 +417,13 @@ def with_pretrained_shape(config: TrainVAEConfig, pretrained: AugVAEConfig, give
     if contradictions:
         raise ConfigError(f"{there} has another shape:\n  " + "\n  ".join(contradictions))
     if config.data.img_size not in (None, pretrained.resolution):
-        raise ConfigError(
-            f"img_size: {config.data.img_size}, but {o.pretrained_path} takes images of "
-            f"{pretrained.resolution} px. Drop it."
-        )
+        raise ConfigError(f"img_size: {config.data.img_size}, but {there} takes {pretrained.resolution} px. Drop it.")
     model = replace(pretrained, **{name: getattr(config.model, name) for name in free & set(given)})
     if o.finetune:  # the recipe names the level to keep, and can be run again
         (level,) = config.model.attn_resolutions
         if level not in pretrained.attn_resolutions:
             raise ConfigError(
-                f"attn_resolutions: [{level}] is not a level of {o.pretrained_path}, which has "
-                f"{list(pretrained.attn_resolutions)}."
+                f"attn_resolutions: {level} is none of {list(pretrained.attn_resolutions)}, as {there} has."
             )
         model = replace(model, attn_resolutions=(level,))
     return replace(config, model=model)
@@ -504,16 +432,15 @@ def with_pretrained_shape(config: TrainVAEConfig, pretrained: AugVAEConfig, give
 def with_evaluated_shape(config: EvalVAEConfig, model: AugVAEConfig, given: Collection[str]) -> EvalVAEConfig:
     """The configuration of an evaluation, with the shape of the model taken from the checkpoint.
 
-    Other model settings of a YAML file that serves training as well are the checkpoint's to know.
+    Other model settings of a YAML file that serves training too have no effect.
 
     Raises:
         ConfigError: resolution or img_size was given and is another.
     """
     for name, value in (("resolution", config.model.resolution), ("img_size", config.data.img_size)):
         if name in given and value not in (None, model.resolution):
-            raise ConfigError(
-                f"{name}: {value}, but {config.trainer.ckpt_path} takes images of {model.resolution} px. Drop it."
-            )
+            there = f"ckpt_path {config.trainer.ckpt_path}"
+            raise ConfigError(f"{name}: {value}, but {there} takes images of {model.resolution} px. Drop it.")
     return replace(config, model=model)
 
 
@@ -549,33 +476,27 @@ def idle_flags(
 
 def resolve_train_biart(config: TrainBiARTConfig, given: Mapping[str, str]) -> TrainBiARTConfig:
     """As `resolve_train_vae`, for train_biart."""
-    t = resolve_trainer(config.trainer)
-    if config.optim.pretrained_path and t.resume:
-        raise ConfigError("pretrained_path starts a new run and resume continues one: give one of them.")
+    o, c, guidance = config.optim, config.codes, config.sampling.guidance
+    t = resolve_trainer(config.trainer, o.optimizer)
+    if o.pretrained_path and t.resume:
+        raise ConfigError("pretrained_path starts a new run, and resume does not: give one of them.")
     if config.bundle.export:
         if not t.ckpt_path:
-            raise ConfigError(
-                "export needs ckpt_path: the checkpoint or run folder of train_biart.py to make a bundle of."
-            )
-        if config.codes.extract_codes:
+            raise ConfigError("export needs ckpt_path: a checkpoint or run folder of train_biart.py to export.")
+        if c.extract_codes:
             raise ConfigError("export and extract_codes are two tasks; give one of them.")
         return replace(config, trainer=t)
     data = resolve_pairs(config.data)
     if data.fake_data:
         t = limit_fake_data(t, given)
-    elif not (config.vae.vae_path or config.optim.pretrained_path):
+    elif not (config.vae.vae_path or o.pretrained_path):
         raise ConfigError("vae_path is not given: name the AugVAE of train_vae.py, or try --fake_data.")
-    o, c, guidance = config.optim, config.codes, config.sampling.guidance
     if o.muon_learning_rate is not None and o.optimizer != "muon":
         raise ConfigError("muon_learning_rate has no effect without optimizer: muon.")
-    if o.optimizer == "muon" and t.strategy == "fsdp":
-        raise ConfigError("optimizer: muon needs whole matrices, and strategy: fsdp cuts them. Use adamw or ddp.")
     if guidance != 1 and not config.loss.reference_dropout:
         raise ConfigError(f"guidance {guidance} needs reference_dropout above 0 in training; 0.1 is usual.")
     if c.extract_codes and data.dataset == "codes":
-        raise ConfigError(
-            "extract_codes reads images, but dataset is codes: train on the codes, or name a dataset of images."
-        )
+        raise ConfigError("extract_codes reads images, but dataset is codes: leave extract_codes out to train on them.")
     if c.crops_per_image > 1 and not c.extract_codes:
         raise ConfigError(f"crops_per_image {c.crops_per_image} has no effect without extract_codes.")
     if c.crops_per_image > 1 and data.dataset == "shapes":
@@ -585,13 +506,12 @@ def resolve_train_biart(config: TrainBiARTConfig, given: Mapping[str, str]) -> T
 
 def idle_flags_biart(config: TrainBiARTConfig, given: Mapping[str, str]) -> list[str]:
     """As `idle_flags_vae`, for train_biart."""
-    dataset, resumed, pretrained = config.data.dataset, config.trainer.resume, config.optim.pretrained_path
+    dataset, tokenizer = config.data.dataset or "pairs", config.text.tokenizer
     layout = PAIR_DATASETS[dataset]
-    origins = {"the checkpoint": resumed, "pretrained_path": pretrained, "the codes": dataset == "codes"}
-    origin = next((f"comes from {name}" for name, given_by in origins.items() if given_by), None)
-    new = origin is None and config.text.tokenizer == "bpe"
+    ready = config.trainer.resume or config.optim.pretrained_path or dataset == "codes"
+    source = "it comes from the checkpoint, pretrained_path or codes" if ready else f"it is {tokenizer}"
     idle = {
-        "bpe_vocab_size": (not new, f"the tokenizer is not trained: it {origin or f'is {config.text.tokenizer}'}"),
+        "bpe_vocab_size": (bool(ready) or tokenizer != "bpe", f"the tokenizer is not trained: {source}"),
         "resize_ratio": (not layout.has_effect("resize_ratio"), f"dataset {dataset} is not cropped"),
         "world": (not layout.has_effect("world"), "the data is not shapes"),
         "val_size": (not layout.has_effect("val_size"), f"dataset {dataset} is validated on all its pairs"),

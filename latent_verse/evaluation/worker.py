@@ -106,8 +106,7 @@ def open_folder(config: EvalBiARTConfig) -> Path:
         stem = Path(evaluated).expanduser().resolve().parent.name or stem
     stem = f"fake-{stem}" if config.data.fake_data else stem  # a smoke test keeps out of the real results' folder
     name = w.name or "-".join(["eval", stem, *j.tasks])
-    runs.open_run(w.log_dir, name, False, None, {})  # refuses what cannot be a folder
-    folder = Path(w.log_dir) / name
+    folder = runs.run_folder(w.log_dir, name)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

@@ -30,7 +30,7 @@ GRID_ROWS = 64  # of grid.png
 def open_folder(out: str | None, overwrite: bool) -> Path:
     """The folder for the results, not yet created; ConfigError if it cannot be, or holds files without overwrite."""
     if out is None and not overwrite:
-        return runs.open_run(".", "generated", backup=False, backup_dir=None, config={}).folder
+        return runs.new_folder(".", "generated")
     folder = Path(out or "generated").expanduser()
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir():

@@ -51,11 +51,7 @@ class LitAugVAE(pl.LightningModule):
     # ----------------------------------------------------------------------------------------------------- preparation
 
     def prepare_data(self) -> None:
-        """Fetch LPIPS' backbone if the loss uses LPIPS, in one process per node.
-
-        Raises:
-            ConfigError: as `fetch_vgg16`.
-        """
+        """Fetch LPIPS' backbone if the loss uses LPIPS, in one process per node. Raises as `fetch_vgg16`."""
         if self.loss_type.uses_lpips and self.test_metrics is None and not self.config.data.fake_data:
             fetch_vgg16()
 
@@ -100,11 +96,7 @@ class LitAugVAE(pl.LightningModule):
 
     @property
     def _memory_format(self) -> torch.memory_format:
-        """Channels last, which suits tensor cores; contiguous for training on a CPU.
-
-        There, channels last makes the forward pass of convolutions faster but GroupNorm's backward pass seven times
-        slower.
-        """
+        """Channels last, but contiguous for training on a CPU: GroupNorm's backward pass is seven times as fast."""
         device = self._trainer.strategy.root_device if self._trainer else self.device
         trains_on_cpu = device.type == "cpu" and self.test_metrics is None
         return torch.contiguous_format if trains_on_cpu else torch.channels_last
@@ -249,7 +241,7 @@ class LitAugVAE(pl.LightningModule):
             self.plateau.load_state_dict(self.plateau_state)
 
     def process_state(self) -> dict:
-        """What differs between processes and is not in the state dict; callbacks.ProcessState saves it."""
+        """What differs between processes and is not in the state dict; backups.ProcessState saves it."""
         return {"epoch_loss": self.epoch_loss.cpu(), "train_counts": self.usage["train_usage"].counts_LK.cpu()}
 
     def load_process_state(self, state: dict) -> None:

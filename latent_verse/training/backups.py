@@ -49,16 +49,11 @@ class RunFolder(pl.Callback):
 
 
 class Backup(pl.Callback):
-    """Save the whole state every `every` steps, and when the run is told to stop.
+    """Save the whole state every `every` steps (None: never), and when the run has to stop; the two newest are kept.
 
-    A backup appears under its name only once it is whole; the two newest are kept. After SIGTERM or Ctrl-C, training
-    finishes the current step, saves, and raises Interrupted; a second Ctrl-C stops at once.
-
-    Nothing is saved at the last batch of an epoch: its validation and its averages are still to come, and a resumed run
-    would miss them. The run's `last` checkpoint is written a moment later, when the epoch is complete.
-
-    Args:
-        every: steps between backups; None saves only when told to stop.
+    After SIGTERM or Ctrl-C, training finishes the current step, saves, and raises Interrupted; a second Ctrl-C stops at
+    once. Nothing is saved at the last batch of an epoch: a resumed run would miss its validation and its averages. The
+    run's `last` checkpoint is written a moment later, when the epoch is complete.
 
     Raises:
         Interrupted: from the hooks, once the run has saved.
@@ -73,9 +68,8 @@ class Backup(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.told_to_stop |= trainer.received_sigterm
-        # Before every step, Lightning's processes tell each other of a SIGTERM and wait for their GPUs to do so. Here
-        # they ask each other less often: see on_train_batch_end. The method is private: should Lightning rename it, a
-        # test in tests/training/test_trainer.py fails; requirements.txt bounds the version.
+        # Before every step, Lightning's processes would wait for their GPUs to tell each other of a SIGTERM; here they
+        # ask less often (on_train_batch_end). tests/training/test_trainer.py pins this private method.
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
@@ -143,15 +137,14 @@ class Backup(pl.Callback):
 class ProcessState(pl.Callback):
     """Save and restore what differs between processes: random number generators, and the module's `process_state`.
 
-    Lightning saves rank 0's state only. Without this, a resumed run would have different dropout masks and restart
-    different codes.
+    Lightning saves rank 0's only: a resumed run would have other dropout masks and restart other codes.
     """
 
     def __init__(self) -> None:
         self.loaded: list[dict[str, Any]] | None = None
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
-        state = {"rng": random_state(), "module": pl_module.process_state()}
+        state = {"rng": random_state(), "module": getattr(pl_module, "process_state", dict)()}
         states: list[Any] = [state]
         if trainer.world_size > 1:
             states = [None] * trainer.world_size
@@ -172,7 +165,8 @@ class ProcessState(pl.Callback):
         else:
             state = self.loaded[trainer.global_rank]
             set_random_state(state["rng"])
-            pl_module.load_process_state(state["module"])
+            if state["module"]:
+                pl_module.load_process_state(state["module"])
         self.loaded = None
 
 

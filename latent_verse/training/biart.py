@@ -39,8 +39,8 @@ class LitBiART(pl.LightningModule):
     In validation a batch may be empty: a process may run out of pairs before the others.
 
     Args:
-        vae: the frozen AugVAE, or anything with its `codes`, `decode_codes` and `to`. It is not a part of this module:
-            checkpoints do not contain it, and it keeps its own precision, so that codes equal those extracted before.
+        vae: the frozen AugVAE, or anything with its `codes`, `decode_codes` and `to`. It is no part of this module:
+            checkpoints do not hold it, and its precision stays, so that codes equal those extracted before.
         about: what checkpoints record beside the settings: AugVAE's path and fingerprint, the tokenizer; plain types.
     """
 
@@ -168,7 +168,7 @@ class LitBiART(pl.LightningModule):
         return total
 
     def on_train_batch_end(self, outputs, batch, batch_idx: int) -> None:
-        """At max_steps make Lightning validate before it stops, even in the middle of an epoch."""
+        """At max_steps, even in the middle of an epoch, let Lightning validate before it stops."""
         if self.global_step == self.trainer.max_steps:
             self.trainer.should_stop = True
 
@@ -235,10 +235,3 @@ class LitBiART(pl.LightningModule):
             "run": as_plain(self.config),
             **self.about,
         }
-
-    def process_state(self) -> dict[str, Any]:
-        """Empty: only random numbers differ between processes, and callbacks.ProcessState saves those."""
-        return {}
-
-    def load_process_state(self, state: dict[str, Any]) -> None:
-        """Restore `process_state`."""

@@ -13,11 +13,7 @@ from latent_verse.biart.model import BiART
 from latent_verse.biart.sequence import Vocabulary
 from latent_verse.checkpoints.augvae import load_augvae
 from latent_verse.checkpoints.biart import Pretrained, check_vae
-from latent_verse.checkpoints.ckpt_files import (
-    check_resumable,
-    fingerprint,
-    read_ckpt,
-)
+from latent_verse.checkpoints.ckpt_files import check_resumable, fingerprint, read_ckpt
 from latent_verse.config import AugVAEConfig, ConfigError
 from latent_verse.config.train import TrainBiARTConfig
 from latent_verse.data.codes import TOKENIZER, check_codes
@@ -36,24 +32,16 @@ from latent_verse.training.trainer import say
 
 # a random AugVAE for --fake_data, which needs no file: 32 px, 8 x 8 codes
 FAKE_VAE = AugVAEConfig(
-    hidden_dim=32,
-    ch_mult=(1, 1, 1),
-    num_res_blocks=1,
-    resolution=32,
-    attn_resolutions=(8,),
-    z_channels=32,
-    codebook_dim=16,
-    num_tokens=64,
-)
+    resolution=32, attn_resolutions=(8,), hidden_dim=32, ch_mult=(1, 1, 1), num_res_blocks=1, z_channels=32,
+    codebook_dim=16, num_tokens=64,
+)  # fmt: skip
 
 
 def frozen_vae(config: TrainBiARTConfig, pretrained: Pretrained | None = None) -> tuple[TrainBiARTConfig, AugVAE]:
     """The AugVAE of vae_path, in evaluation mode; if not given, that of `pretrained`, or for fake data a random one.
 
-    The configuration is returned without vae_path if a random AugVAE replaces it.
-
-    Args:
-        pretrained: the BiART to start from, which has to have been trained with it.
+    Returns:
+        The configuration, without vae_path if a random AugVAE replaces it, and the AugVAE.
 
     Raises:
         CheckpointError: vae_path cannot be loaded, or is not what `pretrained` was trained with.
@@ -72,9 +60,8 @@ def frozen_vae(config: TrainBiARTConfig, pretrained: Pretrained | None = None) -
     else:
         vae = load_augvae(path)
     if config.data.img_size not in (None, vae.config.resolution):
-        raise ConfigError(
-            f"img_size: {config.data.img_size}, but {path} takes images of {vae.config.resolution} px. Leave it out."
-        )
+        there = f"{path} takes images of {vae.config.resolution} px"
+        raise ConfigError(f"img_size: {config.data.img_size}, but {there}. Leave it out.")
     if pretrained is not None:
         check_vae(fingerprint(vae), pretrained.vae_fingerprint, pretrained.vae_path, pretrained.where)
     return config, vae
@@ -86,7 +73,7 @@ def open_data(
     """The data, its tokenizer, and what checkpoints record about AugVAE and tokenizer (plain types).
 
     Args:
-        start_from: the checkpoint that the run continues from, as `checkpoints.files.starting_point` found it.
+        start_from: the checkpoint that the run resumes from.
         pretrained: the BiART that it began with.
 
     Raises:
@@ -120,11 +107,8 @@ def choose_tokenizer(
 ) -> Tokenizer:
     """The run's tokenizer: from its checkpoint or pretrained model, else from its codes, else CLIP's, else a new one.
 
-    Training a tokenizer is deterministic, so that all processes get the same. The run folder is not read: without a
-    checkpoint a run starts anew, with the current settings and captions.
-
-    Args:
-        dataset: of training, whose captions a new tokenizer is trained on.
+    Training one on the captions of `dataset` is deterministic, so that all processes get the same. The run folder is
+    not read: without a checkpoint a run starts anew, with the current settings and captions.
 
     Raises:
         TokenizerError: it cannot be read, or is not the kind that the settings name.
@@ -141,9 +125,7 @@ def choose_tokenizer(
         saved = load_tokenizer(where)
     if saved is not None:
         if saved.name != kind:
-            raise TokenizerError(
-                f"tokenizer: {kind}, but that of {where} is {saved.name}. Set tokenizer: {saved.name}."
-            )
+            raise TokenizerError(f"tokenizer: {kind}, but that of {where} is {saved.name}. Set that.")
         return saved
     if kind == "clip":
         return load_tokenizer("clip")
@@ -168,7 +150,7 @@ def new_biart(
     """A transformer with the vocabulary and lengths of AugVAE and tokenizer.
 
     Args:
-        start_from: the checkpoint that the run continues from.
+        start_from: the checkpoint that the run resumes from.
         pretrained: the BiART whose weights a new run starts from; else they are random.
 
     Raises:
@@ -177,12 +159,7 @@ def new_biart(
     """
     if config.sampling.top_k is not None and config.sampling.top_k > vae.config.num_tokens:
         raise ConfigError(f"top_k is {config.sampling.top_k}, but the codebook has {vae.config.num_tokens} codes.")
-    whole = config.model.resolve(
-        text_vocab=tokenizer.vocab_size,
-        image_vocab=vae.config.num_tokens,
-        text_len=config.text.text_len,
-        image_len=vae.num_codes,
-    )
+    whole = config.model.resolve(tokenizer.vocab_size, vae.config.num_tokens, config.text.text_len, vae.num_codes)
     if start_from:
         check_resumable(start_from, "biart", whole)
     model = BiART(whole)

@@ -18,14 +18,10 @@ from latent_verse.training.backups import RunFolder
 
 
 class ImageGrids(pl.Callback):
-    """Log input over reconstruction, and write both as PNG to the run folder.
+    """Log input over reconstruction of a training batch every `every` steps, and of the first validation batch.
 
-    Of the training batch every `every` steps, and of the first validation batch. The steps of the module return
-    {"x": (B, C, H, W) in [-1, 1], "xrec": the same}.
-
-    Args:
-        every: steps between grids of training batches.
-        at_most: images in a grid.
+    The steps of the module return {"x": (B, C, H, W) in [-1, 1], "xrec": the same}. Grids of `at_most` images are
+    written to the run folder too.
     """
 
     def __init__(self, folder: RunFolder, every: int, at_most: int = 8):
@@ -46,18 +42,15 @@ class ImageGrids(pl.Callback):
     def _write(self, trainer: pl.Trainer, outputs: dict[str, Tensor], stage: str) -> None:
         if trainer.is_global_zero and "x" in outputs:
             rows_BCHW = [outputs[name][: self.at_most].float().cpu() for name in ("x", "xrec")]
-            _write_grid(
-                trainer, self.folder, f"{stage}_step={trainer.global_step}", f"{stage}/reconstructions", rows_BCHW
-            )
+            name = f"{stage}_step={trainer.global_step}"
+            _write_grid(trainer, self.folder, name, f"{stage}/reconstructions", rows_BCHW)
 
 
 class SavedImages(pl.Callback):
     """In a test: write each input and its reconstruction as PNG files of the same number, and a grid of such pairs.
 
-    Args:
-        folder: gets original_images/, generated_images/ and grid.png.
-        at_most: images to write, over all processes.
-        in_grid: pairs in the grid.
+    `folder` gets original_images/ and generated_images/, of `at_most` images over all processes, and grid.png of
+    `in_grid` pairs.
     """
 
     def __init__(self, folder: Path, at_most: int, in_grid: int = 32):
@@ -101,14 +94,9 @@ class TextImageSamples(pl.Callback):
     """Generate an image for each of a few validation captions, and a caption for each of their images.
 
     After every `sample_every_n_epochs`-th validation, and with --log_images every image_log_steps steps. Images go to
-    <run>/images as a grid (the validation images above, the generated ones below), captions to a text file beside it,
-    both to the logger. On shapes, whose truth is known, the share of correct ones in each direction is logged too.
-    Seeds are fixed, so that whatever changes from one time to the next is the model's doing. The tokenizer is saved in
-    the run folder.
-
-    Args:
-        settings: how to sample, how many and how often.
-        tokenizer: turns ids back into text.
+    <run>/images as a grid (validation images above, generated ones below), captions to a text file beside it, both to
+    the logger. On shapes, whose truth is known, the share of correct ones in each direction is logged too. The seed is
+    fixed, so that samples change only with the model. The tokenizer is saved in the run folder.
 
     Raises:
         Diverged: from the hooks, when the model's logits are not finite.

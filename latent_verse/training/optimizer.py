@@ -30,10 +30,8 @@ def adamw(parameters: list, **settings) -> torch.optim.AdamW:
     tensors = [p for group in parameters for p in (group["params"] if isinstance(group, dict) else [group])]
     fused = all(p.device.type in FUSED_ON and p.is_floating_point() and not hasattr(p, "device_mesh") for p in tensors)
     optimizer = torch.optim.AdamW(parameters, fused=True if fused and tensors else None, **settings)
-    # The fused kernel can undo the scale of fp16 gradients itself and says so by this attribute. Lightning then refuses
-    # gradient_clip_val, in bf16 too (its issue 21435). Where it is False, Lightning undoes the scale before it clips,
-    # which is right for every optimiser. The attribute is private to torch; tests/training/test_optimizer.py holds its
-    # effect.
+    # True would say that the fused kernel undoes the scale of fp16 gradients, and Lightning would then refuse
+    # gradient_clip_val, in bf16 too (its issue 21435). tests/training/test_optimizer.py pins this private attribute.
     optimizer._step_supports_amp_scaling = False
     return optimizer
 

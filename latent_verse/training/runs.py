@@ -23,8 +23,6 @@ COMPUTES = ("model", "data", "optim", "loss", "vae", "text")
 TRAINER_COMPUTES = ("seed", "precision", "accumulate_grad_batches", "gradient_clip_val", "limit_train_batches")
 MACHINE_ONLY = ("num_workers", "prefetch_factor", "test_dir")
 
-write_whole = write_text  # the name of earlier versions
-
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -32,8 +30,8 @@ class Run:
 
     Attributes:
         folder: <log_dir>/<name>.
-        id: unique to the run. Every process of a new run makes one; the first process's is used (callbacks.RunFolder).
-        backup_dir: the configured folder for backups, None for inside the run folder.
+        id: unique to the run. Every process of a new run makes one; the first process's is used (backups.RunFolder).
+        backup_dir: the folder for backups of several runs, None for inside the run folder.
     """
 
     folder: Path
@@ -42,12 +40,10 @@ class Run:
 
     @property
     def checkpoints(self) -> Path:
-        """Best and last checkpoints."""
         return self.folder / "checkpoints"
 
     @property
     def images(self) -> Path:
-        """Image grids."""
         return self.folder / "images"
 
     def backups(self) -> Path:
@@ -64,33 +60,24 @@ def open_run(log_dir: str, name: str, backup: bool, backup_dir: str | None, conf
     Without, a folder of that name is another run and stays as it is: this one becomes `<name>-2`, `<name>-3`, ...
 
     Raises:
-        ConfigError: the folder belongs to a run with different settings or to no run, or the name is no folder name.
+        ConfigError: the folder belongs to a run with different settings or to no run; see `run_folder` as well.
     """
-    if Path(log_dir).exists() and not Path(log_dir).is_dir():
-        raise ConfigError(f"log_dir: {log_dir} is a file; name a folder.")
-    if not name or name in (".", "..") or "/" in name or os.sep in name:
-        raise ConfigError(f"name: {name!r} cannot be a folder name. Choose letters, digits, - and _.")
-    folder = Path(log_dir) / name
+    folder = run_folder(log_dir, name)
     place = None if backup_dir is None else Path(backup_dir)
-    if not backup:
-        return Run(free(folder), new_id(), place)
-    if not folder.exists():
-        return Run(folder, new_id(), place)
+    if not (backup and folder.exists()):
+        return Run(free(folder), uuid.uuid4().hex[:12], place)
     try:
         about = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         run_id, old = about["id"], about["config"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"{folder} exists but is not a run of this program ({error!r}). Give another --name."
-        ) from error
+        raise ConfigError(f"{folder} exists but is not a run of this program ({error!r}). Choose --name.") from error
     run = Run(folder, run_id, place)
     before, now = _what_decides(old), _what_decides(config)
     changed = differences(before, {leaf: value for leaf, value in now.items() if leaf in before})  # others are newer
     if changed and states(run):  # without a checkpoint there is nothing to resume: it starts anew, as it is set now
         raise ConfigError(
-            f"{folder} is a run with different settings, so --backup cannot resume it:\n  "
-            + "\n  ".join(changed)
-            + "\nGive the old settings to resume it, or another --name for a new run."
+            f"{folder} is a run with different settings, which --backup cannot resume. Give its settings, or another "
+            "--name for a new run:\n  " + "\n  ".join(changed)
         )
     return run
 
@@ -108,9 +95,22 @@ def start(run: Run, config: dict[str, Any], yaml_text: str) -> None:
     write_text(run.folder / "config.yaml", yaml_text)
 
 
-def new_id() -> str:
-    """An id that no other run has."""
-    return uuid.uuid4().hex[:12]
+def run_folder(log_dir: str, name: str) -> Path:
+    """<log_dir>/<name>, which may exist.
+
+    Raises:
+        ConfigError: log_dir is a file, or the name cannot be a folder's.
+    """
+    if Path(log_dir).exists() and not Path(log_dir).is_dir():
+        raise ConfigError(f"log_dir: {log_dir} is a file; name a folder.")
+    if not name or name in (".", "..") or "/" in name or os.sep in name:
+        raise ConfigError(f"name: {name!r} cannot be a folder name. Choose letters, digits, - and _.")
+    return Path(log_dir) / name
+
+
+def new_folder(log_dir: str, name: str) -> Path:
+    """<log_dir>/<name>, or <name>-2, <name>-3, ... where that exists. Raises as `run_folder`; nothing is written."""
+    return free(run_folder(log_dir, name))
 
 
 def stem(checkpoint: str) -> str:
@@ -132,6 +132,8 @@ def free(folder: Path) -> Path:
 
 def _what_decides(config: dict[str, Any]) -> dict[str, Any]:
     """The settings that decide what a run computes. No two sections have one of the same name."""
-    sections = {leaf: value for name in COMPUTES for leaf, value in config.get(name, {}).items()}
-    decides = {leaf: value for leaf, value in sections.items() if leaf not in MACHINE_ONLY}
-    return decides | {leaf: config.get("trainer", {}).get(leaf) for leaf in TRAINER_COMPUTES}
+    decides = {leaf: value for name in COMPUTES for leaf, value in config.get(name, {}).items()}
+    decides |= {leaf: config.get("trainer", {}).get(leaf) for leaf in TRAINER_COMPUTES}
+    # earlier versions recorded paths with `~`
+    decides = {leaf: os.path.expanduser(value) if isinstance(value, str) else value for leaf, value in decides.items()}
+    return {leaf: value for leaf, value in decides.items() if leaf not in MACHINE_ONLY}

@@ -72,10 +72,9 @@ def choose_devices(t: TrainerConfig) -> tuple[str, int]:
 
 
 def ease_smoke_test(config: Training, given: Mapping[str, str]) -> Training:
-    """Without a GPU, a run on fake data uses batch_size 1 unless a flag gives another; says so.
+    """Without a GPU, a run on fake data uses batch_size 1, and BiART's preset tiny, unless they are given; says so.
 
-    A step of the released model on 8 images takes minutes and tens of GiB on a CPU, which no smoke test needs. BiART
-    also becomes the tiny preset, unless its shape is given.
+    A step of the released model on 8 images would take minutes and tens of GiB on a CPU.
     """
     if not config.data.fake_data or torch.cuda.is_available():
         return config
@@ -146,19 +145,19 @@ def make_trainer(t: TrainerConfig, folder: RunFolder, has_val: bool, more: Seque
 
 
 def announce(t: TrainerConfig, run: Run, start_from: Path | None, idle: list[str]) -> None:
-    """Say where a run writes, which flags have no effect (`idle_flags`), and which checkpoint it resumes from."""
+    """Print where a run writes, which flags have no effect (`idle`), and which checkpoint it resumes from."""
     say(f"Run folder: {run.folder}")
     for line in idle:
         say(f"No effect: {line}.")
     if start_from:
-        say(f"Continuing from {start_from}")
+        say(f"Resuming from {start_from}")
     elif t.ckpt_path:
         say(f"ckpt_path {t.ckpt_path} is not read without --resume: this run starts anew.")
 
 
 @as_config_error()
 def fit(trainer: pl.Trainer, t: TrainerConfig, run: Run, module: pl.LightningModule, data, start_from) -> bool:
-    """Train to the end; False if the run was interrupted and saved. Says so, or that the run was finished already."""
+    """Train to the end; False if the run was interrupted and saved. Prints that, or that it was finished already."""
     failed = True
     try:
         trainer.fit(module, datamodule=data, ckpt_path=start_from, weights_only=True)
@@ -169,18 +168,13 @@ def fit(trainer: pl.Trainer, t: TrainerConfig, run: Run, module: pl.LightningMod
         say(f"{stopped}; {again}.")
         return False
     finally:
-        if t.logger == "wandb":
-            close_wandb(failed)
+        if t.logger == "wandb":  # Lightning leaves it open, and the next run of this process would join it
+            import wandb
+
+            wandb.finish(exit_code=int(failed))
     if start_from and trainer.global_step == runs.step_of(start_from):
         say(f"{run.folder} was finished already. Raise --epochs to train longer, or give another --name.")
     return True
-
-
-def close_wandb(failed: bool) -> None:
-    """End the run of Weights & Biases: Lightning leaves it open, and the next run of this process would join it."""
-    import wandb
-
-    wandb.finish(exit_code=int(failed))
 
 
 def compiles_by_default(t: TrainerConfig, accelerator: str) -> bool:
@@ -207,12 +201,7 @@ def uncompiled(t: TrainerConfig) -> AbstractContextManager:
 def checkpoints(run: Run, has_val: bool) -> list[ModelCheckpoint]:
     """Best (by val/total_loss) and last; `last` also without validation data."""
     last = ModelCheckpoint(
-        run.checkpoints,
-        filename="last-{epoch}-{step}",
-        save_top_k=1,
-        monitor=None,
-        every_n_epochs=1,
-        save_on_train_epoch_end=True,
+        run.checkpoints, filename="last-{epoch}-{step}", every_n_epochs=1, save_on_train_epoch_end=True
     )
     best = ModelCheckpoint(run.checkpoints, filename="best-{epoch}-{step}", monitor="val/total_loss", save_top_k=1)
     return [best, last] if has_val else [last]
@@ -223,12 +212,8 @@ def choose_strategy(t: TrainerConfig, accelerator: str, devices: int) -> str | S
     processes = devices * t.nodes
     backend = "gloo" if accelerator == "cpu" else None
     if t.strategy == "fsdp":
-        return ModelParallelStrategy(
-            data_parallel_size=processes,
-            tensor_parallel_size=1,
-            save_distributed_checkpoint=False,
-            process_group_backend=backend,
-        )
+        sizes = {"data_parallel_size": processes, "tensor_parallel_size": 1}
+        return ModelParallelStrategy(save_distributed_checkpoint=False, process_group_backend=backend, **sizes)
     if processes == 1:
         return "auto"
     # The codebook's buffers are kept equal by all-reduced statistics: broadcasting them each step would be waste.

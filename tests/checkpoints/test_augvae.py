@@ -310,7 +310,7 @@ def test_settings_that_describe_no_augvae(tiny_augvae, tmp_path):
         described = content["latent_verse"] | {"model": as_plain(model.config) | change}
         torch.save(content | {"latent_verse": described}, file)
         message = refusal(file)
-        assert "do not describe an AugVAE" in message and next(iter(change)) in message
+        assert str(file) in message and next(iter(change)) in message
     file = released_ckpt(model, tmp_path / "b.ckpt", hyper_parameters={"args": argparse.Namespace(seed=1)})
     assert "hyper_parameters lack ch_mult, resolution" in refusal(file)
 
@@ -380,7 +380,7 @@ def test_the_hub_out_of_reach(monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     message = refusal("someone/augvae")
-    assert "someone/augvae is not a file" in message and "hub: no route to host" in message
+    assert "someone/augvae is not a file" in message and "no route to host" in message
     assert "second line" not in message
 
 
@@ -413,10 +413,10 @@ def test_fine_tuning_starts_from_the_level(tiny_augvae, tiny_config, tmp_path):
     assert run.model == dataclasses.replace(model.config, attn_resolutions=(4,))  # the recipe, to be run again
     assert single.config == dataclasses.replace(model.config, single_level=4)
     assert torch.equal(single.encoders[1].conv_in.weight, model.encoders[1].conv_in.weight)
-    with pytest.raises(ConfigError, match=r"attn_resolutions: \[16\] is not a level of .*\[8, 4, 2\]"):
+    with pytest.raises(ConfigError, match=r"attn_resolutions: 16 .*\[8, 4, 2\].*ml.ckpt"):
         load_for_training(training_config(tiny_config(attn_resolutions=(16,)), file, finetune=True), set())
     file = own_ckpt(single, tmp_path / "sl.ckpt")
-    with pytest.raises(ConfigError, match=r"is an AugVAE-SL \(level 4\) already"):
+    with pytest.raises(ConfigError, match=r"sl.ckpt is an AugVAE-SL \(level 4\)"):
         load_for_training(training_config(tiny_config(attn_resolutions=(4,)), file, finetune=True), set())
 
 
@@ -434,7 +434,7 @@ def test_settings_that_contradict_the_weights_are_listed(tiny_augvae, tiny_confi
 def test_evaluation_takes_the_checkpoints_shape(tiny_config, given, refused):
     config = EvalVAEConfig(trainer=TrainerConfig(ckpt_path="a.ckpt"))  # of 256 px
     if refused:
-        with pytest.raises(ConfigError, match=r"resolution: 256, but a.ckpt takes images of 16 px"):
+        with pytest.raises(ConfigError, match=r"resolution: 256.* a.ckpt .*16 px"):
             with_evaluated_shape(config, tiny_config(), given)
     else:
         assert with_evaluated_shape(config, tiny_config(), given).model == tiny_config()
@@ -442,7 +442,7 @@ def test_evaluation_takes_the_checkpoints_shape(tiny_config, given, refused):
 
 def test_resuming_from_what_cannot_be_resumed(tiny_augvae, tmp_path):
     check_resumable(own_ckpt(tiny_augvae(), tmp_path / "a.ckpt"), "augvae")
-    with pytest.raises(CheckpointError, match=r"is a checkpoint of augvae; .*biart cannot resume.*--vae_path"):
+    with pytest.raises(CheckpointError, match=r"a.ckpt is a checkpoint of augvae.*--vae_path"):
         check_resumable(tmp_path / "a.ckpt", "biart")
-    with pytest.raises(CheckpointError, match=r"not one of this project's training checkpoints.*--pretrained_path"):
+    with pytest.raises(CheckpointError, match=r"b.ckpt .*--pretrained_path"):
         check_resumable(released_ckpt(tiny_augvae(), tmp_path / "b.ckpt"), "augvae")

@@ -39,8 +39,8 @@ def evaluate(tmp_path: Path, model: Path, *more: str) -> dict:
 
 
 def test_metrics_files_and_table(tmp_path, model, capsys):
-    pictures = write_pictures(tmp_path / "pictures", 11)
-    results = evaluate(tmp_path, model, "--test_dir", str(pictures), "--batch_size", "4", "--save_images", "6")
+    images = write_pictures(tmp_path / "images", 11)
+    results = evaluate(tmp_path, model, "--test_dir", str(images), "--batch_size", "4", "--save_images", "6")
     assert results["images"] == 11 and results["skipped"] == 0
     assert 0 < results["psnr"] < 60 and -1 <= results["ssim"] <= 1
     assert {"codes_used_8", "perplexity_4", "perplexity_2"} <= results.keys()
@@ -61,8 +61,8 @@ def test_written_images_give_the_printed_metrics(tmp_path, model):
     """The originals on disk are the centre crops, unstretched, and the metrics are those of the pairs."""
     import numpy as np
 
-    pictures = write_pictures(tmp_path / "pictures", 3)
-    results = evaluate(tmp_path, model, "--test_dir", str(pictures), "--batch_size", "2")
+    images = write_pictures(tmp_path / "images", 3)
+    results = evaluate(tmp_path, model, "--test_dir", str(images), "--batch_size", "2")
 
     def read(name):
         return (
@@ -77,8 +77,8 @@ def test_written_images_give_the_printed_metrics(tmp_path, model):
 
 
 def test_limit_and_batch_size_do_not_change_the_metrics(tmp_path, model):
-    pictures = write_pictures(tmp_path / "pictures", 9)
-    common = ["--test_dir", str(pictures), "--eval_images", "7", "--save_images", "0"]
+    images = write_pictures(tmp_path / "images", 9)
+    common = ["--test_dir", str(images), "--eval_images", "7", "--save_images", "0"]
     a, b = (evaluate(tmp_path, model, *common, "--batch_size", n) for n in ("7", "3"))
     assert a["images"] == b["images"] == 7
     for name in ("psnr", "ssim", "l1", "mse", "perplexity_8"):
@@ -103,11 +103,11 @@ def test_fake_data_and_yaml_of_training(tmp_path, model):
 
 
 def test_corrupt_images_are_counted_not_scored(tmp_path, model):
-    pictures = write_pictures(tmp_path / "pictures", 5)
-    (pictures / "class0" / "bad.png").write_bytes(b"not a picture")
-    cut = next(pictures.rglob("000.png")).read_bytes()
-    (pictures / "class1" / "cut.png").write_bytes(cut[: len(cut) // 2])
-    results = evaluate(tmp_path, model, "--test_dir", str(pictures), "--batch_size", "4")
+    images = write_pictures(tmp_path / "images", 5)
+    (images / "class0" / "bad.png").write_bytes(b"not a image")
+    cut = next(images.rglob("000.png")).read_bytes()
+    (images / "class1" / "cut.png").write_bytes(cut[: len(cut) // 2])
+    results = evaluate(tmp_path, model, "--test_dir", str(images), "--batch_size", "4")
     assert results["images"] == 5 and results["skipped"] == 2
 
 
@@ -118,11 +118,11 @@ def test_lpips_needs_the_right_weights(tmp_path, model, monkeypatch):
     place = Path(torch.hub.get_dir()) / "checkpoints"
     place.mkdir(parents=True)
     torch.save(vgg16(weights=None).state_dict(), place / "vgg16-397923af.pth")
-    pictures = write_pictures(tmp_path / "pictures", 3)
-    refused = evaluate(tmp_path, model, "--test_dir", str(pictures))["missing"]["lpips"]
+    images = write_pictures(tmp_path / "images", 3)
+    refused = evaluate(tmp_path, model, "--test_dir", str(images))["missing"]["lpips"]
     assert "damaged or another network" in refused and "397923af" in refused
     monkeypatch.setattr("latent_verse.metrics.networks.sha256", lambda path: "397923af" + 56 * "0")
-    results = evaluate(tmp_path, model, "--test_dir", str(pictures))
+    results = evaluate(tmp_path, model, "--test_dir", str(images))
     assert results["lpips"] > 0 and set(results["missing"]) == {"rfid"}
 
 
@@ -134,8 +134,8 @@ def test_rfid_is_computed_by_the_code_for_generated_images(tmp_path, model, monk
     from tests.stand_ins import Colours
 
     monkeypatch.setattr(networks, "open_inception", lambda download=False: Colours())
-    pictures = write_pictures(tmp_path / "pictures", 7)
-    results = evaluate(tmp_path, model, "--test_dir", str(pictures), "--batch_size", "3")
+    images = write_pictures(tmp_path / "images", 7)
+    results = evaluate(tmp_path, model, "--test_dir", str(images), "--batch_size", "3")
     assert "rfid" not in results["missing"]
     sides = []
     for name in ("original_images", "generated_images"):
@@ -166,8 +166,8 @@ def test_mistakes(tmp_path, model, capsys, flags, message):
 
 @pytest.mark.slow
 def test_more_processes_than_images(tmp_path, model):
-    pictures = write_pictures(tmp_path / "pictures", 3)
-    flags = ["--ckpt_path", str(model), "--log_dir", str(tmp_path / "runs"), *FLAGS, "--test_dir", str(pictures)]
+    images = write_pictures(tmp_path / "images", 3)
+    flags = ["--ckpt_path", str(model), "--log_dir", str(tmp_path / "runs"), *FLAGS, "--test_dir", str(images)]
     done = subprocess.run(
         [sys.executable, "eval_vae.py", *flags, "--eval_images", "1", "--accelerator", "cpu", "--gpus", "2"],
         cwd=REPO, capture_output=True, text=True, timeout=300,
@@ -179,15 +179,15 @@ def test_more_processes_than_images(tmp_path, model):
 
 def test_configs_with_lpips_need_no_vgg_to_evaluate(tmp_path, model):
     recipe = str(REPO / "configs" / "imagenet_augvae_ml.yaml")
-    pictures = write_pictures(tmp_path / "pictures", 2)
-    flags = ["--config", recipe, "--resolution", "16", "--test_dir", str(pictures), "--no-log_images"]
+    images = write_pictures(tmp_path / "images", 2)
+    flags = ["--config", recipe, "--resolution", "16", "--test_dir", str(images), "--no-log_images"]
     assert "lpips" in evaluate(tmp_path, model, *flags)["missing"]
 
 
 @pytest.mark.slow
 def test_two_processes_give_the_metrics_of_one(tmp_path, model, one_thread):
-    pictures = write_pictures(tmp_path / "pictures", 11)  # 6 and 5: the last batch of one process is empty
-    common = ["--test_dir", str(pictures), "--batch_size", "5", "--save_images", "11"]
+    images = write_pictures(tmp_path / "images", 11)  # 6 and 5: the last batch of one process is empty
+    common = ["--test_dir", str(images), "--batch_size", "5", "--save_images", "11"]
     one = evaluate(tmp_path, model, *common)
     flags = ["--ckpt_path", str(model), "--log_dir", str(tmp_path / "runs"), *FLAGS, *common, "--name", "two"]
     done = subprocess.run(

@@ -12,9 +12,8 @@ from latent_verse.commands import train_vae
 from latent_verse.config import AugVAEConfig, BiARTConfig, ConfigError, SamplingSettings, as_plain, training_only
 from latent_verse.config.cli import leaves, parse, to_yaml
 from latent_verse.config.evaluate import EvalBiARTConfig, GenerationConfig
-from latent_verse.config.generate import GenerateConfig, GenerateSamplingConfig
+from latent_verse.config.generate import GenerateConfig, GenerateSamplingConfig, resolve_generate
 from latent_verse.config.train import (
-    FAKE_LIMITS,
     EvalVAEConfig,
     ImageDataConfig,
     SamplingConfig,
@@ -37,7 +36,7 @@ SHIPPED = sorted(p for p in (ROOT / "configs").glob("*.yaml") if p.name.startswi
 
 
 def train(*argv: str) -> TrainVAEConfig:
-    """As train_vae.py: parsed and checked. Pictures are named, so that nothing else is wrong."""
+    """As train_vae.py: parsed and checked. Images are given, so that nothing else is wrong."""
     config, given = parse(TrainVAEConfig, ["--train_dir", "somewhere", *argv], "")
     return resolve_train_vae(config, given)
 
@@ -70,13 +69,13 @@ def test_a_value_out_of_the_range_that_its_setting_declares_is_refused(cls):
 
 
 def test_a_value_out_of_range_is_refused_in_python_too():
-    with pytest.raises(ConfigError, match="batch_size is 0; it must be at least 1"):
+    with pytest.raises(ConfigError, match=r"batch_size is 0.* at least 1"):
         ImageDataConfig(batch_size=0)
-    with pytest.raises(ConfigError, match=r"ch_mult is \[1, 0\]; each must be at least 1"):
+    with pytest.raises(ConfigError, match=r"ch_mult is \[1, 0\].* at least 1"):
         AugVAEConfig(ch_mult=(1, 0))
-    with pytest.raises(ConfigError, match=r"norm: 'grup' is not one of group, pixel\. Did you mean group"):
+    with pytest.raises(ConfigError, match=r"norm: 'grup' .*group, pixel.*Did you mean group"):
         AugVAEConfig(norm="grup")
-    with pytest.raises(ConfigError, match="dropout is nan; it must be a finite number"):
+    with pytest.raises(ConfigError, match="dropout is nan"):
         dataclasses.replace(AugVAEConfig(), dropout=math.nan)
 
 
@@ -90,7 +89,7 @@ def test_sampling_is_declared_once():
             with pytest.raises(ConfigError, match=f"{name} is {value}"):
                 section(**wrong)
         for name, value in (("top_k", 5), ("top_p", 0.5)):
-            with pytest.raises(ConfigError, match=f"{name} has no effect at temperature 0"):
+            with pytest.raises(ConfigError, match=f"{name} .*temperature 0"):
                 section(temperature=0, **{name: value})
         given = {"temperature": 0.5, "top_k": 3, "top_p": 0.9, "guidance": 2.0}
         assert section(**given).arguments().items() >= given.items()
@@ -153,9 +152,9 @@ def test_val_percent_check_is_a_percentage(percent, share):
 
 def test_val_percent_check_out_of_range_or_with_another_limit():
     for percent in (-1, 101):
-        with pytest.raises(ConfigError, match=f"val_percent_check is {percent}; it must be at least 0 and at most 100"):
+        with pytest.raises(ConfigError, match=f"val_percent_check is {percent}.* at least 0 and at most 100"):
             trainer(val_percent_check=percent)
-    with pytest.raises(ConfigError, match="both limit validation"):
+    with pytest.raises(ConfigError, match="val_percent_check and limit_val_batches"):
         trainer(val_percent_check=50.0, limit_val_batches=3)
 
 
@@ -184,7 +183,6 @@ def test_debug_shortens_the_run_but_not_what_is_shorter():
     [("16", "16-mixed"), ("bf16", "bf16-mixed"), ("32", "32-true"), ("64", "64-true"), ("bf16-true", "bf16-true")],
 )
 def test_precision_names(given, lightning):
-
     assert trainer(precision=given).precision == lightning
 
 
@@ -194,7 +192,7 @@ def test_gpu_dist():
     assert trainer(gpu_dist=None, gpus=4).strategy == "auto"
     assert trainer(gpu_dist=False, gpus=1).strategy == "auto"
     for several in ({"gpus": 2}, {"nodes": 2}):
-        with pytest.raises(ConfigError, match="gpu_dist: false contradicts gpus"):
+        with pytest.raises(ConfigError, match=r"gpu_dist: false .* gpus"):
             trainer(gpu_dist=False, **several)
 
 
@@ -237,28 +235,31 @@ def test_layout_by_any_of_its_names(settings, layout):
 
 @pytest.mark.parametrize("dataset", ["imagefolder", "flat", "fake"])
 def test_layouts_that_contradict(dataset):
-    with pytest.raises(ConfigError, match=f"dataset: {dataset} contradicts web_dataset: true"):
+    with pytest.raises(ConfigError, match=f"dataset: {dataset} .*web_dataset: true"):
         data(dataset=dataset, web_dataset=True)
 
 
 def test_img_size_is_resolution():
     assert data(img_size=256).img_size == 256
-    with pytest.raises(ConfigError, match="img_size 128 contradicts resolution 256"):
+    with pytest.raises(ConfigError, match=r"img_size 128 .*resolution 256"):
         data(img_size=128)
-    with pytest.raises(ConfigError, match="img_size 256 contradicts resolution 128"):
+    with pytest.raises(ConfigError, match=r"img_size 256 .*resolution 128"):
         train("--resolution", "128", "--attn_resolutions", "32", "16", "--img_size", "256")
 
 
 # --------------------------------------------------------------------------------------------------------- train_vae
 
 
-def test_pictures_must_be_named_unless_they_are_fake():
+def test_images_must_be_given_unless_they_are_fake():
     for argv in ([], ["--val_dir", "x"]):
         config, given = parse(TrainVAEConfig, argv, "")
-        with pytest.raises(ConfigError, match=r"train_dir is not given.*--fake_data"):
+        with pytest.raises(ConfigError, match=r"train_dir .*--fake_data"):
             resolve_train_vae(config, given)
     config, given = parse(TrainVAEConfig, ["--fake_data"], "")
     resolve_train_vae(config, given)
+
+
+FAKE_LIMITS = {"epochs": 1, "limit_train_batches": 2, "limit_val_batches": 1}
 
 
 def limits(config: TrainVAEConfig) -> dict:
@@ -287,7 +288,7 @@ def test_a_limit_of_ones_own_lifts_them(argv, changed):
 
 
 def test_the_seed_command_stays_a_smoke_test(monkeypatch):
-    """Its YAML gives epochs: 30, which is meant for real pictures."""
+    """Its YAML gives epochs: 30, which is meant for real images."""
     file = str(ROOT / "configs" / "imagenet_augvae_ml.yaml")
     monkeypatch.setattr(train_vae, "run", lambda config, given: limits(config))
     assert train_vae.main(["--fake_data", "--configs", file]) == FAKE_LIMITS
@@ -304,16 +305,16 @@ def test_deepsparks_command_line():
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (["--lr_decay", "--lr_cosine"], "two schedules"),
-        (["--warmup_steps", "5"], "warmup_steps 5 has no effect"),
+        (["--lr_decay", "--lr_cosine"], "lr_decay and lr_cosine"),
+        (["--warmup_steps", "5"], "warmup_steps 5 .*lr_cosine"),
         (["--finetune", "--attn_resolutions", "32"], "pretrained_path"),
-        (["--finetune", "--pretrained_path", "x"], "finetune keeps one level"),
-        (["--double_z"], "double_z: true cannot work"),
-        (["--ch_mult", "1", "2"], "ch_mult .* halves resolution 256 1 times, to 128"),
-        (["--resolution", "128"], "Make the first level 32"),
-        (["--hidden_dim", "100"], "hidden_dim 100 is not a multiple of 32"),
-        (["--attn_resolutions", "64", "16"], "16 follows 64"),
-        (["--single_level", "4"], "single_level 4 is not one of the levels"),
+        (["--finetune", "--pretrained_path", "x"], "finetune .* attn_resolutions is"),
+        (["--double_z"], "double_z: true"),
+        (["--ch_mult", "1", "2"], "ch_mult .* resolution 256 .*128"),
+        (["--resolution", "128"], "attn_resolutions .*first level 32"),
+        (["--hidden_dim", "100"], "hidden_dim 100 .*32"),
+        (["--attn_resolutions", "64", "16"], "attn_resolutions .*16 follows 64"),
+        (["--single_level", "4"], "single_level 4 "),
     ],
 )
 def test_settings_that_could_never_work(argv, says):
@@ -334,11 +335,11 @@ def test_double_z_cannot_work_in_fine_tuning_either():
 # ---------------------------------------------------------------------------------------------------------- eval_vae
 
 
-def test_evaluation_needs_a_checkpoint_and_pictures():
+def test_evaluation_needs_a_checkpoint_and_images():
     for argv, says in (
-        (["--val_dir", "x"], "ckpt_path is not given"),
-        (["--ckpt_path", "x"], "Neither test_dir nor val_dir"),
-        (["--ckpt_path", "x", "--train_dir", "y"], "Neither test_dir nor val_dir"),
+        (["--val_dir", "x"], "ckpt_path"),
+        (["--ckpt_path", "x"], "test_dir nor val_dir"),
+        (["--ckpt_path", "x", "--train_dir", "y"], "test_dir nor val_dir"),
     ):
         config, _ = parse(EvalVAEConfig, argv, "")
         with pytest.raises(ConfigError, match=says):
@@ -397,12 +398,12 @@ BAD = [
     ("--betas 0.9 1.5", "betas is"),
     ("--betas 0.9", "betas"),
     ("--betas 0.9 0.95 0.99", "betas"),
-    ("--learning_rate nan", "learning_rate is nan .* must be a finite number"),
-    ("--p_loss_weight inf", "p_loss_weight is inf .* must be a finite number"),
-    ("--betas 0.9 nan", "betas is .* must be a finite number"),
+    ("--learning_rate nan", "learning_rate is nan .*--learning_rate"),
+    ("--p_loss_weight inf", "p_loss_weight is inf .*--p_loss_weight"),
+    ("--betas 0.9 nan", "betas is .*nan"),
     ("--in_channels 1", "it must be 3"),
-    ("--limit_train_batches 0", "nothing would be trained"),
-    ("--optimizer muon --strategy fsdp", "optimizer: muon needs whole kernels"),
+    ("--limit_train_batches 0", "limit_train_batches is 0"),
+    ("--optimizer muon --strategy fsdp", "optimizer: muon .* strategy: fsdp"),
 ]
 
 
@@ -412,7 +413,7 @@ def test_values_that_could_never_work(argv, message):
         train(*argv.split())
 
 
-def test_flags_idle_flags_vae_are_named():
+def test_flags_without_effect_are_named():
     config, given = parse(
         TrainVAEConfig, ["--fake_data", "--backup_steps", "5", "--p_loss_weight", "2", "--strategy", "ddp"], ""
     )
@@ -437,3 +438,29 @@ def test_a_yaml_list_of_shards(tmp_path):
     file.write_text("train_dir: [a.tar, b.tar]\n")
     config, _ = parse(TrainVAEConfig, ["-c", str(file), "--dataset", "webdataset"], "")
     assert config.data.train_dir == "a.tar,b.tar"
+
+
+def test_generating_captions_is_greedy_unless_a_temperature_is_given():
+    def temperature(*argv: str) -> float:
+        return resolve_generate(*parse(GenerateConfig, ["--model", "m", *argv], ""))[0].draw.temperature
+
+    assert temperature("--image", "a.png") == 0 and temperature("--text", "a") == 1
+    assert temperature("--image", "a.png", "--temperature", "1") == 1
+
+
+@pytest.mark.parametrize("cls", SCRIPTS)
+def test_the_home_folder_in_paths_is_expanded_when_they_are_read(cls, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    paths = [(section, f.name) for section, f, _ in leaves(cls) if f.metadata["path"]]
+    assert len(paths) >= 5
+    (tmp_path / "a.yaml").write_text("".join(f'{name}: "~/a,~/b"\n' for _, name in paths))
+    config, _ = parse(cls, ["-c", str(tmp_path / "a.yaml")], "")
+    for section, name in paths:
+        value = getattr(getattr(config, section), name)
+        assert value in ("/home/me/a,/home/me/b", ("/home/me/a,/home/me/b",)), name
+
+
+def test_the_home_folder_is_expanded_in_the_image_to_score_but_not_in_texts(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    config, _ = resolve_generate(*parse(GenerateConfig, ["--model", "m", "--score", "~/a.png", "~/a"], ""))
+    assert config.what.score == ("/home/me/a.png", "~/a")

@@ -317,7 +317,7 @@ def test_a_miniature_demo_interrupted_and_resumed(tmp_path, recipes):
     assert again.returncode == 0, again.stdout + again.stderr
     assert "images and captions: done before" in again.stdout
     if process.returncode and not record.stages["augvae_ml"]["finished"]:
-        assert "Continuing from" in again.stdout
+        assert "Resuming from" in again.stdout
     metrics = json.loads((out / "metrics.json").read_text())
     for direction in ("text_to_image", "image_to_text"):
         for split in ("unseen", "heldout"):

@@ -339,7 +339,7 @@ def test_loss_chunk_bounds_the_logits_and_changes_no_value(monkeypatch, text_los
 
 
 def test_tokens_per_second_are_tokens_over_time(monkeypatch):
-    """Of the steps since the figure was last logged; 9 positions a row, 6 or 4 rows a batch."""
+    """Of the steps since it was last logged; 9 positions a row, 6 or 4 rows a batch."""
     clock = iter((100.0, 102.0, 107.0))
     monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     module, (codes, text) = lit(log_every_n_steps=2)

@@ -77,7 +77,7 @@ def test_initialisation_and_restart_are_the_same_on_both(tmp_path, threshold, in
     first, second = in_two_processes(tmp_path, uneven_codebook, threshold, initialise)
     for name in first:
         assert torch.equal(first[name], second[name]), f"{name} differs between the processes"
-    # both processes' vectors (means 0 and 10) are drawn from
+    # both processes' vectors (means 0 and 10) are sampled from
     if initialise:
         assert 0 < (first["initial"].mean(1) > 5).sum() < 40
     if initialise or threshold:

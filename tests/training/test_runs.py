@@ -1,4 +1,4 @@
-"""Run folders: free names, continuing only one's own interrupted run, the newest checkpoint by its step."""
+"""Run folders: free names, resuming only one's own interrupted run, the newest checkpoint by its step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from latent_verse.config import ConfigError, as_plain
 from latent_verse.config.train import TrainVAEConfig
 from latent_verse.training import runs
-from latent_verse.training.runs import Run, open_run, states, stem
+from latent_verse.training.runs import Run, new_folder, open_run, run_folder, states, stem
 
 CONFIG = as_plain(TrainVAEConfig())
 
@@ -37,8 +37,8 @@ def begin(log_dir, name="a", backup_dir=None, config=CONFIG, steps=(), last=(), 
     return run
 
 
-def continued(log_dir, name="a", backup_dir=None, config=CONFIG) -> str | None:
-    """The name of the file that a rerun continues from."""
+def resumes_from(log_dir, name="a", backup_dir=None, config=CONFIG) -> str | None:
+    """The name of the file that a rerun resumes from."""
     found = states(open_run(str(log_dir), name, True, backup_dir, config))
     return found[0].name if found else None
 
@@ -55,7 +55,7 @@ def test_without_backup_a_taken_name_is_left_alone(tmp_path):
     assert open_run(str(tmp_path), "b", False, None, CONFIG).folder.name == "b"
 
 
-def test_without_backup_an_interrupted_run_is_not_continued(tmp_path):
+def test_without_backup_an_interrupted_run_is_not_resumes_from(tmp_path):
     begin(tmp_path, steps=[5])
     run = open_run(str(tmp_path), "a", False, None, CONFIG)
     assert run.folder.name == "a-2"
@@ -64,12 +64,21 @@ def test_without_backup_an_interrupted_run_is_not_continued(tmp_path):
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/a"])
 def test_names_that_are_no_folder_names(tmp_path, name):
+    with pytest.raises(ConfigError, match=f"name: '{name}'"):
+        new_folder(str(tmp_path), name)
     for backup in (False, True):
-        with pytest.raises(ConfigError, match="cannot be a folder name"):
+        with pytest.raises(ConfigError, match=f"name: '{name}'"):
             open_run(str(tmp_path), name, backup, None, CONFIG)
 
 
-# ---------------------------------------------------------------------------------------------------------- continuing
+def test_a_new_folder_is_the_first_free_name(tmp_path):
+    assert new_folder(str(tmp_path), "a") == tmp_path / "a"
+    (tmp_path / "a").mkdir()
+    assert new_folder(str(tmp_path), "a") == tmp_path / "a-2"
+    assert run_folder(str(tmp_path), "a") == tmp_path / "a"
+
+
+# ------------------------------------------------------------------------------------------------------------ resuming
 
 
 def test_with_backup_a_new_name_is_a_new_run(tmp_path):
@@ -96,30 +105,36 @@ def test_a_run_that_saved_nothing_may_begin_with_other_settings(tmp_path):
     assert open_run(str(tmp_path), "a", True, None, changed("data", "batch_size", 3)).id == first.id
 
 
+def test_a_path_that_an_earlier_version_recorded_with_a_tilde_is_the_same(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    begin(tmp_path, config=changed("data", "train_dir", "~/images"), steps=[5])
+    assert resumes_from(tmp_path, config=changed("data", "train_dir", "/home/me/images")) == "step=5.ckpt"
+
+
 def test_log_dir_is_a_file(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="is a file"):
+    with pytest.raises(ConfigError, match=f"log_dir: {tmp_path / 'file'}"):
         open_run(str(tmp_path / "file"), "a", False, None, CONFIG)
 
 
 def test_newest_by_step_not_by_name(tmp_path):
     begin(tmp_path, steps=[9, 10])
-    assert continued(tmp_path) == "step=10.ckpt"
+    assert resumes_from(tmp_path) == "step=10.ckpt"
     begin(tmp_path, "b", steps=[900], last=[1000, 99])
-    assert continued(tmp_path, "b") == "last-epoch=0-step=1000.ckpt"
+    assert resumes_from(tmp_path, "b") == "last-epoch=0-step=1000.ckpt"
 
 
 def test_newest_by_step_not_by_time(tmp_path):
     run = begin(tmp_path, steps=[9, 10])
     os.utime(run.backups() / "step=10.ckpt", (1, 1))
-    assert continued(tmp_path) == "step=10.ckpt"
+    assert resumes_from(tmp_path) == "step=10.ckpt"
 
 
-def test_best_checkpoints_and_unfinished_files_are_not_continued_from(tmp_path):
+def test_best_checkpoints_and_unfinished_files_are_not_resumed_from(tmp_path):
     run = begin(tmp_path, steps=[5], best=[50])
     (run.backups() / ".step=70.ckpt.tmp").touch()
     (run.backups() / "step=80.ckpt.part").touch()
-    assert continued(tmp_path) == "step=5.ckpt"
+    assert resumes_from(tmp_path) == "step=5.ckpt"
 
 
 @pytest.mark.parametrize(
@@ -153,7 +168,7 @@ def test_other_settings_are_refused_and_listed(tmp_path, section, leaf, value):
 )
 def test_length_and_machine_may_change(tmp_path, section, leaf, value):
     begin(tmp_path, steps=[5])
-    assert continued(tmp_path, config=changed(section, leaf, value)) == "step=5.ckpt"
+    assert resumes_from(tmp_path, config=changed(section, leaf, value)) == "step=5.ckpt"
 
 
 @pytest.mark.parametrize("content", [None, "", "{"])
@@ -162,14 +177,14 @@ def test_a_folder_of_something_else_is_refused(tmp_path, content):
     (tmp_path / "a" / "photo.txt").touch()
     if content is not None:
         (tmp_path / "a" / "run.json").write_text(content)
-    with pytest.raises(ConfigError, match=r"is not a run of this program.*--name"):
+    with pytest.raises(ConfigError, match=f"{tmp_path / 'a'} .*--name"):
         open_run(str(tmp_path), "a", True, None, CONFIG)
 
 
 def test_run_json_of_another_program_is_refused(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "run.json").write_text('{"version": 1}')
-    with pytest.raises(ConfigError, match="is not a run of this program"):
+    with pytest.raises(ConfigError, match=f"{tmp_path / 'a'} .*--name"):
         open_run(str(tmp_path), "a", True, None, CONFIG)
 
 
@@ -183,8 +198,8 @@ def test_another_runs_backups_in_a_shared_folder_are_never_picked(tmp_path):
     begin(tmp_path / "mine", "b", shared, steps=[500])
     assert fake.backups() != mine.backups()
     assert fake.backups().parent == mine.backups().parent == tmp_path / "backups"
-    assert continued(tmp_path / "mine", "a", shared) == "step=3.ckpt"
-    assert continued(tmp_path / "new", "a", shared) is None
+    assert resumes_from(tmp_path / "mine", "a", shared) == "step=3.ckpt"
+    assert resumes_from(tmp_path / "new", "a", shared) is None
 
 
 def test_a_deleted_and_begun_again_run_does_not_find_its_old_backups(tmp_path):
@@ -193,7 +208,7 @@ def test_a_deleted_and_begun_again_run_does_not_find_its_old_backups(tmp_path):
     shared = str(tmp_path / "backups")
     shutil.rmtree(begin(tmp_path, "a", shared, steps=[999]).folder)
     begin(tmp_path, "a", shared)
-    assert continued(tmp_path, "a", shared) is None
+    assert resumes_from(tmp_path, "a", shared) is None
 
 
 # --------------------------------------------------------------------------------------------------------------- names
@@ -220,5 +235,5 @@ def test_start_writes_what_a_rerun_reads(tmp_path):
     assert (run.folder / "config.yaml").read_text() == "trainer: {}\n"
 
 
-def test_ids_differ():
-    assert len({runs.new_id() for _ in range(100)}) == 100
+def test_ids_differ(tmp_path):
+    assert len({open_run(str(tmp_path), "a", False, None, CONFIG).id for _ in range(100)}) == 100

@@ -139,9 +139,9 @@ def test_memory_format_of_weights_and_activations(tiny_config, tiny_images, devi
 
 
 @pytest.mark.parametrize(
-    ("refresh_rate", "max_steps", "drawn"), [(1, -1, [0, 4, 8, 9]), (1, 8, [0, 4, 7]), (3, -1, [2, 8, 9])]
+    ("refresh_rate", "max_steps", "updated"), [(1, -1, [0, 4, 8, 9]), (1, 8, [0, 4, 7]), (3, -1, [2, 8, 9])]
 )
-def test_the_bar_reads_figures_five_times_a_second_and_at_either_end(monkeypatch, refresh_rate, max_steps, drawn):
+def test_the_bar_reads_metrics_five_times_a_second_and_at_either_end(monkeypatch, refresh_rate, max_steps, updated):
     seen, clock = [], [0.0]
     monkeypatch.setattr(progress_bar.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(TQDMProgressBar, "on_train_batch_end", lambda self, *args: seen.append(args[-1]))
@@ -150,7 +150,7 @@ def test_the_bar_reads_figures_five_times_a_second_and_at_either_end(monkeypatch
         now = SimpleNamespace(is_last_batch=batch_idx == 9, global_step=batch_idx + 1, max_steps=max_steps)
         bar.on_train_batch_end(now, None, None, None, batch_idx)
         clock[0] += 0.0501
-    assert seen == drawn
+    assert seen == updated
 
 
 @pytest.mark.parametrize(("out", "err"), [(True, True), (False, True), (True, False), (False, False)])
