@@ -15,7 +15,7 @@ import logging
 import os
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -37,8 +37,6 @@ log = logging.getLogger(__name__)
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 MAX_SKIPS = 1000  # unreadable samples in a row; more means that the storage is broken, not a file
-
-Sample = tuple[Tensor, int]
 
 
 class SkipLog:
@@ -69,7 +67,7 @@ class PathList:
     A list of a million strings would be copied into every worker, page by page, as their reference counts change.
     """
 
-    def __init__(self, root: str, names: Iterator[str] | list[str]):
+    def __init__(self, root: str, names: Iterable[str]):
         self.root = root
         blob, ends = bytearray(), array("q", [0])
         for name in names:
@@ -117,6 +115,12 @@ def describe_files(others: Counter) -> str:
     return f"found {found}" if found else "found no file at all"
 
 
+def nothing_found(others: Counter) -> str:
+    """What was looked for in a folder without images and what was found, for error messages."""
+    hint = " For tar shards use --dataset webdataset." if others[".tar"] else ""
+    return f"looked for {' '.join(EXTENSIONS)} (any case), {describe_files(others)}.{hint}"
+
+
 def check_folder(root: str | os.PathLike, key: str) -> str:
     """`root` as a str with ~ expanded.
 
@@ -134,7 +138,6 @@ class MapImages(Dataset):
     """What all map-style datasets of images share: epochs, crops and the handling of unreadable samples.
 
     A subclass gives `__len__`, `image`, `name`, `target` and `skipped`, a SkipLog of as many slots as it has images.
-    `shape` is that of an item's image, (3, R, R).
 
     Args:
         resolution: R.
@@ -143,11 +146,11 @@ class MapImages(Dataset):
         as_uint8: uint8 in [0, 255] rather than float32 in [-1, 1].
         key: the setting that error messages mention.
 
-    Raises:
-        DataError: resize_ratio is out of range.
+    Attributes:
+        shape: of one image, (3, R, R).
     """
 
-    crop_draw: tuple[int, ...] = ()  # tells the randomness of a sample's crop from that of its other choices
+    crop_seed: tuple[int, ...] = ()  # keeps the randomness of a sample's crop apart from that of its other choices
     skipped: SkipLog
 
     def __init__(
@@ -159,8 +162,6 @@ class MapImages(Dataset):
         as_uint8: bool = False,
         key: str = "train_dir",
     ):
-        if not 0 < resize_ratio <= 1:
-            raise DataError(f"resize_ratio is {resize_ratio}; the smallest crop's share of the area lies in (0, 1].")
         self.resolution, self.shape = resolution, (3, resolution, resolution)
         self.train, self.resize_ratio = train, resize_ratio
         self.seed, self.as_uint8, self.key = seed, as_uint8, key
@@ -174,7 +175,7 @@ class MapImages(Dataset):
         if image is None:
             return None
         if self.train:
-            generator = sample_generator(self.seed, epoch, index, *self.crop_draw)
+            generator = sample_generator(self.seed, epoch, index, *self.crop_seed)
             image = random_crop(image, self.resolution, self.resize_ratio, generator)
         else:
             image = centre_crop(image, self.resolution)
@@ -262,11 +263,7 @@ class FlatImages(ImageFiles):
         others: Counter = Counter()
         paths = PathList(root, walk(root, EXTENSIONS, others))
         if not len(paths):
-            hint = " For tar shards use --dataset webdataset." if others[".tar"] else ""
-            raise DataError(
-                f"{self.key}: no image below {root}: looked for {' '.join(EXTENSIONS)} (any case), "
-                f"{describe_files(others)}.{hint}"
-            )
+            raise DataError(f"{self.key}: no image below {root}: {nothing_found(others)}")
         self._hold_paths(paths, root)
 
     def target(self, used: int, epoch: int, index: int) -> int:
@@ -303,43 +300,28 @@ class ImageDataset(ImageFiles):
         paths = PathList(root, names())
         self.labels = np.array(labels, dtype=np.int32)
         if not len(paths):
-            self._raise_empty(root, others)
+            others = Counter()
+            loose = sum(1 for _ in walk(root, EXTENSIONS, others))
+            hint = f"{loose} images lie in the folder itself. For a folder without classes use --dataset flat."
+            raise DataError(
+                f"{self.key}: no image in the {len(self.classes)} class folders (<class>/<image>) of {root}: "
+                f"{hint if loose else nothing_found(others)}"
+            )
         self._hold_paths(paths, root)
 
     def target(self, used: int, epoch: int, index: int) -> int:
         return int(self.labels[used])
-
-    def _raise_empty(self, root: str, others: Counter) -> None:
-        with os.scandir(root) as entries:
-            loose = [entry.name for entry in entries if entry.is_file()]
-        images = sum(name.lower().endswith(EXTENSIONS) for name in loose)
-        others.update(os.path.splitext(name)[1].lower() or "extensionless" for name in loose)
-        if images:
-            hint = f"; {images} images lie in the folder itself. For a folder without classes use --dataset flat"
-        elif others[".tar"]:
-            hint = ". For tar shards use --dataset webdataset"
-        else:
-            hint = f"; looked for {' '.join(EXTENSIONS)} (any case), {describe_files(others)}"
-        raise DataError(
-            f"{self.key}: no image in the {len(self.classes)} class folders (<class>/<image>) of {root}{hint}."
-        )
 
 
 class FakeDataset(MapImages):
     """Generated images (a colour gradient, a few shapes, a little noise), the same for the same (seed, index).
 
     Unlike plain noise, a network can learn them within seconds. Labels are 0 to 9. Nothing is read from disk.
-
-    Raises:
-        DataError: `length` is below 1.
     """
 
     def __init__(self, length: int, resolution: int, train: bool = True, seed: int = 0, as_uint8: bool = False):
         super().__init__(resolution, train, seed=seed, as_uint8=as_uint8)
-        if length < 1:
-            raise DataError(f"dataset_size is {length}; give at least one fake image.")
-        self.length = length
-        self.skipped = SkipLog(1)
+        self.length, self.skipped = length, SkipLog(1)
 
     def __len__(self) -> int:
         return self.length
