@@ -197,9 +197,6 @@ class MapImages(Dataset):
             )
         return None, index
 
-    def __len__(self) -> int:
-        raise NotImplementedError
-
     def image(self, index: int) -> Tensor:
         """The whole image as uint8 (3, H, W). Raises UnreadableImage."""
         raise NotImplementedError

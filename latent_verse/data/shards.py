@@ -31,6 +31,7 @@ import tarfile
 import zlib
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -113,30 +114,27 @@ def _expand(source: str | os.PathLike | Sequence[str], key: str) -> list[str]:
     return expand_urls(path)
 
 
-_counts: dict[tuple[str, int, int], int] = {}
-
-
 def count_images(shard: str) -> int:
     """Samples with an image in a local shard, from its headers alone; cached while the file stays the same."""
+    info = os.stat(shard)
+    return _count_images(shard, info.st_size, info.st_mtime_ns)
+
+
+@cache
+def _count_images(shard: str, size: int, changed: int) -> int:
     from webdataset.tariterators import group_by_keys
 
-    info = os.stat(shard)
-    known = (shard, info.st_size, info.st_mtime_ns)
-    if known not in _counts:
+    def headers() -> Iterator[dict]:
+        try:
+            with tarfile.open(shard) as tar:
+                for member in tar:
+                    if member.isreg() and not member.name.startswith("__"):
+                        yield {"fname": member.name, "data": b"", "__url__": shard}
+                    tar.members = []  # else tarfile keeps them all
+        except (tarfile.TarError, OSError, EOFError, zlib.error):
+            return  # reading the samples reports it
 
-        def headers() -> Iterator[dict]:
-            try:
-                with tarfile.open(shard) as tar:
-                    for member in tar:
-                        if member.isreg() and not member.name.startswith("__"):
-                            yield {"fname": member.name, "data": b"", "__url__": shard}
-                        tar.members = []  # else tarfile keeps them all
-            except (tarfile.TarError, OSError, EOFError, zlib.error):
-                return  # reading the samples reports it
-
-        samples = group_by_keys(headers(), handler=lambda error: True)
-        _counts[known] = sum(_image_key(sample) is not None for sample in samples)
-    return _counts[known]
+    return sum(_image_key(sample) is not None for sample in group_by_keys(headers(), handler=lambda error: True))
 
 
 # ----------------------------------------------------------------------------------------------------- reading samples
@@ -161,7 +159,7 @@ def read_shards(shards: Iterable[str], skipped: SkipLog) -> Iterator[dict]:
 
         def note(error: Exception, errors: list = errors) -> bool:
             errors.append(error)
-            return True  # tells webdataset to continue
+            return True  # so webdataset continues
 
         try:
             stream = gopen(shard)
@@ -338,11 +336,10 @@ class TrainShards(_Stream):
             parts = (seed, epoch, turn) if shared else (seed, epoch, turn, slot)
             order = random.Random(mix_seed(*parts)).sample(shards, len(shards))
             mine = order[slot::slots] if shared else order
-            shuffle = webdataset.shuffle(
-                self.source.shuffle_buffer, rng=random.Random(mix_seed(seed, epoch, turn, slot, 1))
-            )
+            rng = random.Random(mix_seed(seed, epoch, turn, slot, 1))
             barren += len(mine)
-            for raw in shuffle(read_shards(mine, self.source.skipped)):
+            raws = read_shards(mine, self.source.skipped)
+            for raw in webdataset.shuffle(self.source.shuffle_buffer, rng=rng)(raws):
                 barren = 0
                 yield raw
             if barren >= 4 * len(shards):
