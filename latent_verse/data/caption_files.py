@@ -8,7 +8,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator
-from functools import lru_cache
+from functools import cache
 
 from latent_verse.data import DataError
 
@@ -25,7 +25,7 @@ def sorted_out(pairs: Iterable[tuple[str, list]], path: str) -> tuple[list[Pair]
         DataError: a caption is no string.
     """
     kept, bare, empty, missing = [], [], [], []
-    names_in = lru_cache(maxsize=None)(_listing)
+    names_in = cache(_listing)
     for image, captions in pairs:
         for caption in captions:
             if caption is not None and not isinstance(caption, str):

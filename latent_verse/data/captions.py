@@ -14,11 +14,11 @@ images without a caption, captions without an image, empty captions.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
+from array import array
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -31,6 +31,7 @@ from latent_verse.data.images import (
     ImageFiles,
     MapImages,
     PathList,
+    Strings,
     check_folder,
     nothing_found,
     walk,
@@ -43,39 +44,34 @@ CROP_SEED, CAPTION_SEED = 0, 1  # a sample's crop and its caption are chosen by 
 
 
 class EncodedCaption(NamedTuple):
-    """A caption that was tokenized ahead of training, with its ids; see codes.py."""
+    """A caption with its ids, tokenized ahead of training; see codes.py."""
 
     text: str
     ids: list[int]
 
 
 class CaptionList:
-    """The captions of each image as one block of UTF-8 and its offsets, for the same reason as PathList.
-
-    `starts[i]` is the number of the first caption of image i, counted over all images.
-    """
+    """The captions of each image; those of image i are numbered from `starts[i]` on, counted over all images."""
 
     def __init__(self, captions: Iterable[Sequence[str]]):
-        blob, ends, starts = bytearray(), [0], [0]
-        for of_one in captions:
-            for caption in of_one:
-                blob += caption.encode("utf-8", "replace")  # a JSON file can hold lone surrogates
-                ends.append(len(blob))
-            starts.append(len(ends) - 1)
-        self._blob = bytes(blob)
-        self._ends, self.starts = np.array(ends, np.int64), np.array(starts, np.int64)
+        starts = array("q", [0])
 
-    def __len__(self) -> int:
-        return len(self.starts) - 1
+        def texts() -> Iterator[str]:
+            for of_one in captions:
+                for caption in of_one:
+                    yield caption.encode("utf-8", "replace").decode()  # a JSON file can hold lone surrogates
+                starts.append(starts[-1] + len(of_one))
+
+        self._texts = Strings(texts())
+        self.starts = np.array(starts, np.int64)
 
     def __getitem__(self, i: int) -> list[str]:
-        bounds = self._ends[self.starts[i] : self.starts[i + 1] + 1]
-        return [self._blob[a:b].decode() for a, b in itertools.pairwise(bounds)]
+        return [self._texts[number] for number in range(self.starts[i], self.starts[i + 1])]
 
     @property
     def total(self) -> int:
         """Captions of all images."""
-        return len(self._ends) - 1
+        return len(self._texts)
 
 
 class PairDataset(MapImages):

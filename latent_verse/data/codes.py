@@ -124,9 +124,7 @@ def extract(
     return state
 
 
-def _write_shard(
-    path: Path, work: Iterator[Work], encode, tokenizer: Tokenizer, plan: dict, batch_size: int, pool, bar
-) -> dict[str, int]:
+def _write_shard(path: Path, work: Iterator[Work], encode, tokenizer, plan, batch_size, pool, bar) -> dict[str, int]:
     """One tar, which gets its name once it is complete. Returns its counts."""
     from webdataset import TarWriter
 
@@ -143,7 +141,8 @@ def _write_shard(
                 codes = codes.reshape(len(kept), -1, codes.shape[-1])
                 for (name, _, captions), of_one in zip(kept, codes, strict=True):
                     about = {"captions": captions, "ids": tokenizer.encode_batch(captions)}
-                    tar.write({"__key__": name, "npy": _npy(of_one), "json": json.dumps(about).encode()})
+                    np.save(npy := io.BytesIO(), of_one, allow_pickle=False)
+                    tar.write({"__key__": name, "npy": npy.getvalue(), "json": json.dumps(about).encode()})
                     counts["pairs"] += 1
                     counts["captions"] += len(captions)
             bar.update(len(batch))
@@ -155,12 +154,6 @@ def _load(load: Callable[[], Tensor | None]) -> Tensor | None:
         return load()
     except UnreadableImage:
         return None
-
-
-def _npy(array: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    np.save(file, array, allow_pickle=False)
-    return file.getvalue()
 
 
 def _read_same(path: Path, plan: dict) -> dict[str, Any]:

@@ -43,23 +43,16 @@ class Given(NamedTuple):
 
 @dataclass(frozen=True)
 class Split:
-    """The split to open.
+    """The split to open."""
 
-    Attributes:
-        name: train, val or test; for shapes also heldout.
-        data: the settings of the section `data`.
-        augment: random crops, and new scenes of shapes in each epoch.
-        size: images or pairs of a generated dataset, or of an epoch of shards; None where the settings do not say.
-    """
-
-    name: str
-    data: ImageDataConfig
+    name: str  # train, val or test; for shapes also heldout
+    data: ImageDataConfig  # the settings of the section `data`
     resolution: int
     seed: int
-    augment: bool
+    augment: bool  # random crops, and new scenes of shapes in each epoch
     folder: Given
     captions: Given
-    size: int | None = None
+    size: int | None = None  # images of a generated dataset or of an epoch of shards; None if the settings do not say
 
     def size_or(self, train: int, other: int) -> int:
         """`size`, or if the settings do not say, `train` for the training split and `other` for the others."""

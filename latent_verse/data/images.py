@@ -61,17 +61,16 @@ class SkipLog:
         return int(self._flags.sum())
 
 
-class PathList:
-    """Paths below `root`, as one block of bytes and its offsets.
+class Strings:
+    """Strings as one block of bytes and its offsets.
 
     A list of a million strings would be copied into every worker, page by page, as their reference counts change.
     """
 
-    def __init__(self, root: str, names: Iterable[str]):
-        self.root = root
+    def __init__(self, strings: Iterable[str]):
         blob, ends = bytearray(), array("q", [0])
-        for name in names:
-            blob += os.fsencode(name)
+        for text in strings:
+            blob += text.encode("utf-8", "surrogatepass")  # names of files may hold lone surrogates
             ends.append(len(blob))
         self._blob, self._ends = bytes(blob), np.array(ends, dtype=np.int64)
 
@@ -79,34 +78,43 @@ class PathList:
         return len(self._ends) - 1
 
     def __getitem__(self, i: int) -> str:
-        return os.path.join(self.root, os.fsdecode(self._blob[self._ends[i] : self._ends[i + 1]]))
+        return self._blob[self._ends[i] : self._ends[i + 1]].decode("utf-8", "surrogatepass")
 
 
-def walk(root: str, extensions: tuple[str, ...], others: Counter) -> Iterator[str]:
+class PathList(Strings):
+    """Paths below `root`."""
+
+    def __init__(self, root: str, names: Iterable[str]):
+        super().__init__(names)
+        self.root = root
+
+    def __getitem__(self, i: int) -> str:
+        return os.path.join(self.root, super().__getitem__(i))
+
+
+def walk(
+    root: str, extensions: tuple[str, ...], others: Counter, prefix: str = "", above: tuple[str, ...] = ()
+) -> Iterator[str]:
     """Names of the files below `root` with one of `extensions`, relative to it, in sorted order, links followed.
 
     Hidden names (leading dot) are skipped. Files of another kind are counted by extension in `others`.
     """
-
-    def descend(folder: str, prefix: str, above: tuple[str, ...]) -> Iterator[str]:
-        real = os.path.realpath(folder)
-        if real in above:  # a link back up would never end
-            return
-        folders = []
-        with os.scandir(folder) as entries:
-            for entry in sorted(entries, key=lambda e: e.name):
-                if entry.name.startswith("."):
-                    continue
-                if entry.is_dir():
-                    folders.append(entry)
-                elif entry.name.lower().endswith(extensions):
-                    yield prefix + entry.name
-                else:
-                    others[os.path.splitext(entry.name)[1].lower() or "extensionless"] += 1
-        for entry in folders:
-            yield from descend(entry.path, f"{prefix}{entry.name}/", (*above, real))
-
-    yield from descend(root, "", ())
+    real = os.path.realpath(root)
+    if real in above:  # a link back up would never end
+        return
+    folders = []
+    with os.scandir(root) as entries:
+        for entry in sorted(entries, key=lambda e: e.name):
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                folders.append(entry)
+            elif entry.name.lower().endswith(extensions):
+                yield prefix + entry.name
+            else:
+                others[os.path.splitext(entry.name)[1].lower() or "extensionless"] += 1
+    for entry in folders:
+        yield from walk(entry.path, extensions, others, f"{prefix}{entry.name}/", (*above, real))
 
 
 def describe_files(others: Counter) -> str:

@@ -320,28 +320,20 @@ class ImageDataModule(pl.LightningDataModule):
 
 
 class Examples(NamedTuple):
-    """A few pairs to look at.
+    """A few pairs to look at."""
 
-    Attributes:
-        x: images (n, 3, R, R) in [-1, 1], or codes (n, N).
-        captions: as text.
-        text_BL: as ids, padded as in training.
-        world: the shapes world they come from, if they do.
-        scenes: the truth behind each image of shapes.
-    """
-
-    x: Tensor
+    x: Tensor  # images (n, 3, R, R) in [-1, 1], or codes (n, N)
     captions: list[str]
-    text_BL: Tensor
-    world: World | None
-    scenes: list[Scene]
+    text_BL: Tensor  # the captions' ids, padded as in training
+    world: World | None  # the shapes world they come from, if they do
+    scenes: list[Scene]  # the truth behind each image of shapes
 
 
 class PairDataModule(ImageDataModule):
     """Loaders of pairs: batches are `[images (B, 3, R, R) or codes int32 (B, N), ids (B, L)]`.
 
     Args:
-        datasets: as `datasets.open_pairs` gives them.
+        datasets: by split, as `datasets.open_pairs` gives them.
         encode: captions -> ids; its tokenizer may have been trained on `datasets["train"]`.
     """
 

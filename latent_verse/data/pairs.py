@@ -52,18 +52,12 @@ def text_of(caption: str | EncodedCaption) -> str:
 
 @dataclass(frozen=True)
 class CaptionEncoder:
-    """Captions -> ids (B, L) int64, filled with `pad`.
-
-    Attributes:
-        text_len: L.
-        too_long: what is done with captions of more than `text_len` tokens: "truncate", or "error".
-        pad: BiART's id of padding, `biart.sequence.Vocabulary.pad`.
-    """
+    """Captions -> ids (B, L) int64, filled with `pad`."""
 
     tokenizer: Tokenizer
-    text_len: int
-    too_long: str
-    pad: int
+    text_len: int  # L
+    too_long: str  # what is done with captions of more tokens: "truncate", or "error"
+    pad: int  # BiART's id of padding, `biart.sequence.Vocabulary.pad`
 
     def __call__(self, captions: Sequence[str | EncodedCaption]) -> Tensor:
         """The ids that an EncodedCaption brings are used as they are, unless there are too many.

@@ -225,7 +225,7 @@ class Shards:
 
     @property
     def remote(self) -> bool:
-        """Whether nothing is known of some of the shards before they are read."""
+        """Whether some shards are remote."""
         return any(map(is_remote, self.shards))
 
     @property

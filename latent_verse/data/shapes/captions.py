@@ -109,14 +109,17 @@ def read_caption(world: WorldSettings, text: str) -> Statement | None:
     """
     text = re.sub(r"\s*,\s*", ", ", " ".join(text.lower().split())).removesuffix(".").strip()
     text = text.removeprefix("there is ")
-    thing = _thing_pattern(world)
+    sizes, colours, shapes = ("|".join(words) for words in (world.sizes, world.colours, world.shapes))
+    thing = rf"an? (?:({sizes}) )?({colours}) ({shapes})\b"
     places = "|".join(sorted(place_names(world.grid), key=len, reverse=True))
     relations = "|".join(sorted(_RELATION_OF, key=len, reverse=True))
     placed = rf"{thing}(?: at the ({places}))?"
 
     parts = [re.fullmatch(placed, part) for part in re.split(r", | and ", text)]
     if all(parts):
-        if len(parts) > world.max_objects or not _well_joined(text, len(parts)):
+        joints = re.findall(r", | and ", text)  # commas between all but the last two things, "and" before the last
+        expected = [", "] * (len(parts) - 2) + [" and "] * (len(parts) > 1)
+        if len(parts) > world.max_objects or joints != expected:
             return None
         stated = [(i, m[4]) for i, m in enumerate(parts) if m[4]]
         if stated and len(stated) != len(parts):
@@ -134,19 +137,8 @@ def read_caption(world: WorldSettings, text: str) -> Statement | None:
     return Statement(things, relations=tuple((0, _RELATION_OF[m[1]], i + 1) for i, m in enumerate(matches)))
 
 
-def _thing_pattern(world: WorldSettings) -> str:
-    sizes, colours, shapes = ("|".join(words) for words in (world.sizes, world.colours, world.shapes))
-    return rf"an? (?:({sizes}) )?({colours}) ({shapes})\b"
-
-
 def _thing(match: re.Match, first: int = 1) -> Thing:
     return Thing(size=match[first], colour=match[first + 1], shape=match[first + 2])
-
-
-def _well_joined(text: str, count: int) -> bool:
-    """Commas between all but the last two things, and one "and" before the last."""
-    joints = re.findall(r", | and ", text)
-    return joints == [", "] * (count - 2) + [" and "] * (count > 1)
 
 
 # ---------------------------------------------------------------------------------------------------------- comparing

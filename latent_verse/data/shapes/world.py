@@ -5,9 +5,7 @@
     image, text = world.render(scene), world.caption(scene, random.Random(0))
     world.satisfies(world.parse_image(image), world.parse_caption(text))      # True
 
-Everything follows from the index that is asked for: the same call gives the same answer on every machine.
-
-Splits are disjoint sets of scenes.
+The same call gives the same answer on every machine. Splits are disjoint sets of scenes:
     heldout   scenes with at least one of the world's held-out (colour, shape) pairs. No such pair is in any other
               split, though each colour and each shape is.
     val       one scene in five of the rest, by a hash of the scene (objects, sizes, cells; not jitter or texture)
