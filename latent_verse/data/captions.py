@@ -68,11 +68,6 @@ class CaptionList:
     def __getitem__(self, i: int) -> list[str]:
         return [self._texts[number] for number in range(self.starts[i], self.starts[i + 1])]
 
-    @property
-    def total(self) -> int:
-        """Captions of all images."""
-        return len(self._texts)
-
 
 class PairDataset(MapImages):
     """What datasets of pairs share: which caption an item shows. A subclass gives `captions` besides what images need.
@@ -129,7 +124,7 @@ class PairFiles(PairDataset, ImageFiles):
 
     def describe(self) -> dict[str, str | int]:
         """Also how much was left out, by reason."""
-        return {**super().describe(), "captions": self._captions.total, **self.left_out}
+        return {**super().describe(), "captions": int(self._captions.starts[-1]), **self.left_out}
 
 
 class PairFolder(PairFiles):

@@ -301,4 +301,4 @@ class CodesDataset(Dataset):
 
     def describe(self) -> dict[str, Any]:
         """Where the codes are and how many."""
-        return {"source": str(self.folder), "pairs": len(self), "captions": self._captions.total}
+        return {"source": str(self.folder), "pairs": len(self), "captions": int(self._captions.starts[-1])}

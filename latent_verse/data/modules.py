@@ -33,7 +33,7 @@ from latent_verse.data import DataError
 from latent_verse.data.datasets import MapDataset
 from latent_verse.data.pairs import CaptionEncoder, text_of
 from latent_verse.data.shapes import Scene, World
-from latent_verse.data.shards import Shards, TrainShards
+from latent_verse.data.shards import EvalShards, Shards, TrainShards
 from latent_verse.data.transforms import Collate, labels, sample_generator, to_unit_range
 
 log = logging.getLogger(__name__)
@@ -264,7 +264,7 @@ class ImageDataModule(pl.LightningDataModule):
                 f"{f' to {samples // world} or less' if samples >= world else ''}, or give more data."
             )
         if isinstance(dataset, Shards):
-            source = dataset.for_training(steps, batch_size, rank, world)
+            source = TrainShards(dataset, steps, batch_size, rank, world)
             loader, slots = self._loader(source, batch_size=batch_size, drop_last=True), world * max(1, self.workers)
         else:
             source = EpochBatches(samples, batch_size, rank, world, self.seed)
@@ -285,7 +285,7 @@ class ImageDataModule(pl.LightningDataModule):
     def _eval_loader(self, split: str) -> EvalLoader:
         dataset, batch_size, (rank, world) = self.datasets[split], self.data.batch_size, self._rank_and_world()
         if isinstance(dataset, Shards):
-            source = dataset.for_evaluation(batch_size, rank, world)
+            source = EvalShards(dataset, batch_size, rank, world)
             return EvalLoader(self._loader(source, batch_size=batch_size), source.steps(self.workers), world)
         batches = EvalBatches(len(dataset), batch_size, rank, world)
         return EvalLoader(self._loader(dataset, batch_sampler=batches), len(batches), world)
@@ -352,7 +352,7 @@ class PairDataModule(ImageDataModule):
         """
         dataset = self.datasets["val"]
         if isinstance(dataset, Shards):
-            items = iter(dataset.for_evaluation(batch_size=count))
+            items = iter(EvalShards(dataset, count))
         else:
             items = (dataset[(0, i)] for i in range(len(dataset)))
         kept = list(itertools.islice((item for item in items if item is not None), count))

@@ -192,7 +192,7 @@ def _worker() -> tuple[int, int]:
 
 
 class Shards:
-    """The tar shards of a split: how many samples they hold, and what streams them in training and in evaluation.
+    """The tar shards of a split, and what is in a sample; TrainShards and EvalShards stream them.
 
     Args:
         source: what names the shards, as in `find_shards`.
@@ -233,14 +233,6 @@ class Shards:
         """Samples of an epoch; None where they are neither given nor to be counted."""
         return self.size or (None if self.remote else sum(map(count_images, self.shards)))
 
-    def for_training(self, steps: int, batch_size: int, rank: int = 0, world: int = 1) -> TrainShards:
-        """A rank's shuffled stream of `steps` batches an epoch."""
-        return TrainShards(self, steps, batch_size, rank, world)
-
-    def for_evaluation(self, batch_size: int, rank: int = 0, world: int = 1) -> EvalShards:
-        """A rank's stream in which every sample comes once over all ranks."""
-        return EvalShards(self, batch_size, rank, world)
-
     def decode(self, raw: dict) -> Tensor:
         """The whole image of a sample, uint8 (3, H, W). Raises UnreadableImage."""
         return decode_rgb(raw[_image_key(raw)])
@@ -261,7 +253,7 @@ class Shards:
 class _Stream(IterableDataset):
     """A rank's samples. A DataLoader of the same batch size must batch them."""
 
-    def __init__(self, source: Shards, batch_size: int, rank: int, world: int):
+    def __init__(self, source: Shards, batch_size: int, rank: int = 0, world: int = 1):
         self.source, self.batch_size, self.rank, self.world = source, batch_size, rank, world
 
     def _note_unreadable(self, raw: dict, error: Exception) -> None:
@@ -276,7 +268,7 @@ class TrainShards(_Stream):
         DataError: while iterating, a shard or too many samples in a row cannot be read.
     """
 
-    def __init__(self, source: Shards, steps: int, batch_size: int, rank: int, world: int):
+    def __init__(self, source: Shards, steps: int, batch_size: int, rank: int = 0, world: int = 1):
         super().__init__(source, batch_size, rank, world)
         self.steps = steps
         self._start = torch.zeros(2, dtype=torch.int64).share_memory_()  # epoch, batch

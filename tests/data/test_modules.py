@@ -189,7 +189,7 @@ def test_lightning_ends_the_workers_of_a_finished_loader():
     for loader in (module(num_workers=1).train_dataloader(), module(num_workers=1).val_dataloader()):
         combined = CombinedLoader(loader)
         next(iter(combined))
-        (worker,) = loader._loader._iterator._workers
+        (worker,) = loader._iterator._workers
         assert worker.is_alive()
         combined.reset()
         assert loader._iterator is None and not worker.is_alive()

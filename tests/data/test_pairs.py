@@ -18,6 +18,7 @@ from latent_verse.data import DataError, pairs
 from latent_verse.data.datasets import open_pairs
 from latent_verse.data.modules import PairDataModule
 from latent_verse.data.pairs import CaptionEncoder, PairShards, all_captions, captions_of
+from latent_verse.data.shards import TrainShards
 from latent_verse.data.text import BPETokenizer, TokenizerError
 
 R, PAD = 8, 777
@@ -259,7 +260,7 @@ def test_shards_without_any_caption_are_named(tmp_path, tokenizer, monkeypatch):
     for name, remedy in (("b", "no caption: put one beside"), ("c", "written with image bytes")):
         shards = PairShards(f"pipe:cat {tmp_path / name}.tar", R)
         with pytest.raises(DataError, match=f"3 samples in a row cannot be used, up to 000.*{remedy}"):
-            next(iter(shards.for_training(steps=1, batch_size=1)))
+            next(iter(TrainShards(shards, steps=1, batch_size=1)))
     data = module(tokenizer, dataset="webdataset", train_dir=str(tmp_path / "a.tar"), val_dir=str(tmp_path / "c.tar"))
     with pytest.raises(DataError, match=r"val_dir: no pair of .*c\.tar can be used"):
         data.examples(2)

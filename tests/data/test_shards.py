@@ -15,7 +15,7 @@ import webdataset
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from latent_verse.data import DataError, Shards
+from latent_verse.data import DataError, EvalShards, Shards, TrainShards
 from latent_verse.data.shards import count_images, find_shards
 from latent_verse.data.transforms import Collate
 
@@ -52,7 +52,7 @@ def write_shards(folder, sizes):
 
 
 def evaluate(shards, batch_size=2, rank=0, world=1):
-    return Shards(shards, 8).for_evaluation(batch_size, rank, world)
+    return EvalShards(Shards(shards, 8), batch_size, rank, world)
 
 
 def loader(dataset, workers, **options):
@@ -154,7 +154,7 @@ def test_samples_are_images_with_labels(tmp_path):
 
 
 def train(shards, steps=4, world=1, rank=0, batch_size=2, seed=0, buffer=8):
-    return Shards(shards, 8, seed=seed, shuffle_buffer=buffer).for_training(steps, batch_size, rank, world)
+    return TrainShards(Shards(shards, 8, seed=seed, shuffle_buffer=buffer), steps, batch_size, rank, world)
 
 
 def run(dataset, workers, epoch=0, first=0):
