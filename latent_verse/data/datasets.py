@@ -31,8 +31,6 @@ log = logging.getLogger(__name__)
 # Read by index: `dataset[(epoch, i)]` is (image, label), or of pairs (image or codes, caption). The others are Shards.
 MapDataset = MapImages | CodesDataset | ShapesDataset
 
-KARPATHY_SPLITS = {"train": "train+restval", "val": "val", "test": "test"}
-
 
 class Given(NamedTuple):
     """A setting's name, for error messages, and its value."""
@@ -91,7 +89,8 @@ def open_coco(split: Split) -> CocoCaptions:
 
 def open_karpathy(split: Split) -> KarpathyCaptions:
     """A split of Karpathy's file, which holds them all."""
-    name, (setting, file) = KARPATHY_SPLITS[split.name], split.captions
+    name = "train+restval" if split.name == "train" else split.name
+    setting, file = split.captions
     return KarpathyCaptions(file, split.folder.value, split=name, key=setting, **split.files)
 
 
