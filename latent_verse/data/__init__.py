@@ -11,11 +11,11 @@ Images with captions:
     captions.py         PairFolder, CocoCaptions, KarpathyCaptions, TableCaptions, FakePairs
     caption_files.py    reading the text, JSON and tables that hold captions
     codes.py            codes written ahead of training, and CodesDataset, which reads them
-    pairs.py            PairShards, and collation: captions become ids
+    pairs.py            PairShards; captions become ids
     text.py             the tokenizers of captions: CLIP's, and a BPE trained on the data
 The shapes world, generated images whose captions can be checked:
     shapes/world.py     World: scenes, splits, and what is true of them
-    shapes/drawing.py   objects and their pixels
+    shapes/drawing.py   what a world is made of: settings, objects and their pixels
     shapes/captions.py  the grammar of captions: writing and parsing
     shapes/reader.py    from an image back to its scene
     shapes/dataset.py   ShapesDataset, and writing its pairs to files

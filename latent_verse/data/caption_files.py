@@ -1,7 +1,4 @@
-"""Reading the files that hold captions: text, JSON and tables. Errors name the file and the place in it.
-
-captions.py makes datasets of what is read here.
-"""
+"""Reading the files that hold captions: text, JSON and tables. Errors name the file and the place in it."""
 
 from __future__ import annotations
 
@@ -11,6 +8,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator
+from functools import cache
 
 from latent_verse.data import DataError
 
@@ -20,34 +18,28 @@ CAPTION_COLUMNS = ("caption", "captions", "text", "title")
 Pair = tuple[str, list[str]]  # an image's path, and its captions
 
 
-def sorted_out(
-    pairs: Iterable[tuple[str, list]], path: str, left_out: dict[str, list[str]] | None = None
-) -> tuple[list[Pair], dict[str, list[str]]]:
-    """The pairs that can be used, and the others by reason.
+def sorted_out(pairs: Iterable[tuple[str, list]], path: str) -> tuple[list[Pair], dict[str, list[str]]]:
+    """The pairs that can be used, and the images of the others by reason.
 
     Raises:
         DataError: a caption is no string.
     """
     kept, bare, empty, missing = [], [], [], []
-    listings: dict[str, set[str]] = {}
+    names_in = cache(_listing)
     for image, captions in pairs:
         for caption in captions:
             if caption is not None and not isinstance(caption, str):
                 raise DataError(f"{path}: the caption of {image} is {caption!r}; captions are strings.")
-        if not captions:
-            bare.append(image)
-            continue
         texts = [text for text in (" ".join((caption or "").split()) for caption in captions) if text]
         empty.extend([image] * (len(captions) - len(texts)))
         folder, name = os.path.split(image)
-        if folder not in listings:
-            listings[folder] = _listing(folder)
-        if texts and name not in listings[folder]:
-            missing.append(image)
-        elif texts:
+        if not captions:
+            bare.append(image)
+        elif texts and name in names_in(folder):
             kept.append((image, texts))
-    reasons = {"images without a caption": bare, "missing image files": missing, "empty captions": empty}
-    return kept, reasons | (left_out or {})
+        elif texts:
+            missing.append(image)
+    return kept, {"images without a caption": bare, "missing image files": missing, "empty captions": empty}
 
 
 def _listing(folder: str) -> set[str]:
@@ -108,43 +100,52 @@ def read_json(path: str | os.PathLike, key: str) -> tuple[object, str]:
     return content, path
 
 
-def entries(
-    content: object,
-    name: str,
-    fields: dict[str, type | tuple[type, ...]],
-    path: str,
-    key: str,
-    optional: dict[str, type] | None = None,
-) -> list[dict]:
-    """The list content[name], whose entries have the given fields, of their types; `optional` fields may be absent.
+def entries(content: object, name: str, fields: dict[str, type | tuple[type, ...]], path: str, key: str) -> list[dict]:
+    """The list content[name], whose entries have the given fields, of their types.
 
     Raises:
         DataError: there is no such list, or an entry lacks a field or has one of another type.
     """
-    entries = content.get(name) if isinstance(content, dict) else None
-    if entries == []:
+    found = content.get(name) if isinstance(content, dict) else None
+    if found == []:
         raise DataError(f"{key}: the list {name!r} of {path} is empty. Is it the file of another split?")
-    if not isinstance(entries, list):
+    if not isinstance(found, list):
         keys = ", ".join(content) if isinstance(content, dict) else f"a {type(content).__name__}"
         raise DataError(f"{key}: {path} has no list {name!r}; it holds {keys or 'nothing'}. Is it a captions file?")
-    for i, entry in enumerate(entries):
-        for field in fields:
+    for i, entry in enumerate(found):
+        for field, kinds in fields.items():
             if not isinstance(entry, dict) or field not in entry:
                 keys = ", ".join(entry) if isinstance(entry, dict) else repr(entry)
                 raise DataError(f"{key}: {name}[{i}] of {path} has no {field!r}, only {keys}. Is it a captions file?")
-        for field, kind in (fields | (optional or {})).items():
-            if field in entry and not isinstance(entry[field], kind):
-                kinds = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
-                raise DataError(f"{key}: {name}[{i}] of {path}: {field!r} is {entry[field]!r}, which is no {kinds}.")
-    return entries
+            if not isinstance(entry[field], kinds):
+                wanted = " or ".join(kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
+                raise DataError(f"{key}: {name}[{i}] of {path}: {field!r} is {entry[field]!r}, which is no {wanted}.")
+    return found
 
 
-def read_rows(path: str, key: str) -> Iterator[tuple[str, dict]]:
-    """(its place in the file, row) for each row of a .csv or .tsv with a header.
+def table_rows(path: str, key: str) -> Iterator[tuple[str, str, list]]:
+    """(its place in the file, image path as given, captions) for each row of a .csv, .tsv or .jsonl.
 
     Raises:
-        DataError: a row has more or fewer fields than the header, or a quote is left open.
+        DataError: the file is of another kind or damaged, or lacks a column; naming the setting `key`.
     """
+    readers = {".csv": _separated_rows, ".tsv": _separated_rows, ".jsonl": _json_rows}
+    extension = os.path.splitext(path)[1].lower()
+    if extension not in readers:
+        raise DataError(f"{key}: {path} is no table of captions; known are {', '.join(readers)}.")
+    for where, row in readers[extension](path, key):
+        columns = {name.strip().lower(): name for name in row}
+        found = []
+        for names in (IMAGE_COLUMNS, CAPTION_COLUMNS):
+            column = next((columns[name] for name in names if name in columns), None)
+            if column is None:
+                raise DataError(f"{key}: {where} has the columns {', '.join(row)}; it needs one of {', '.join(names)}.")
+            found.append(row[column])
+        image, caption = found
+        yield where, str(image or ""), caption if isinstance(caption, list) else [caption]
+
+
+def _separated_rows(path: str, key: str) -> Iterator[tuple[str, dict]]:
     delimiter = "\t" if path.lower().endswith(".tsv") else ","
     reader = csv.DictReader(io.StringIO(_read_text(path), newline=""), delimiter=delimiter)
     while True:
@@ -163,12 +164,7 @@ def read_rows(path: str, key: str) -> Iterator[tuple[str, dict]]:
         yield where, row
 
 
-def read_json_rows(path: str, key: str) -> Iterator[tuple[str, dict]]:
-    """(its place in the file, row) for each line of a .jsonl, which holds an object.
-
-    Raises:
-        DataError: a line is not valid JSON, or no object.
-    """
+def _json_rows(path: str, key: str) -> Iterator[tuple[str, dict]]:
     for number, line in enumerate(_read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
@@ -179,16 +175,3 @@ def read_json_rows(path: str, key: str) -> Iterator[tuple[str, dict]]:
         if not isinstance(row, dict):
             raise DataError(f"{key}: {path} line {number} is {type(row).__name__}, not an object with columns.")
         yield f"{path} line {number}", row
-
-
-def find_column(row: dict, names: tuple[str, ...], where: str, key: str) -> str:
-    """The column of a row that has one of the names, in their order of preference and in any case.
-
-    Raises:
-        DataError: there is none.
-    """
-    columns = {name.strip().lower(): name for name in row}
-    for name in names:
-        if name in columns:
-            return columns[name]
-    raise DataError(f"{key}: {where} has the columns {', '.join(row)}; one of {', '.join(names)} is needed.")

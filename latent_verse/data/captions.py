@@ -2,51 +2,38 @@
 
 All give `(image, caption)`: the image as in images.py (float32 (3, R, R) in [-1, 1], or uint8), the caption a string.
 An image may have several captions. Which of them, and which crop, index i shows in epoch e is a pure function of
-(seed, e, i). `dataset.captions(i)` gives all of them, as references. `dataset.describe()` counts what was found and
-what was left out: images without a caption, captions without an image, empty captions.
+(seed, e, i). `dataset.captions(i)` gives all of them. `dataset.describe()` counts what was found and what was left out:
+images without a caption, captions without an image, empty captions.
 
     PairFolder(root)                       name.jpg + name.txt, one caption per line
     CocoCaptions(json, image_dir)          captions_train2017.json + train2017/
     KarpathyCaptions(json, image_dir)      dataset_coco.json + the folder that holds train2014/ and val2014/
     TableCaptions(file)                    .csv .tsv .jsonl: an image path and a caption in each row
     FakePairs(length)                      nothing read from disk
-The pairs of the shapes world are in shapes/dataset.py. caption_files.py reads the files.
 """
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
+from array import array
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from torch import Tensor
 
 from latent_verse.data import DataError
-from latent_verse.data.caption_files import (
-    CAPTION_COLUMNS,
-    IMAGE_COLUMNS,
-    Pair,
-    caption_lines,
-    check_file,
-    entries,
-    find_column,
-    read_json,
-    read_json_rows,
-    read_rows,
-    sorted_out,
-)
+from latent_verse.data.caption_files import Pair, caption_lines, check_file, entries, read_json, sorted_out, table_rows
 from latent_verse.data.images import (
     EXTENSIONS,
     FakeDataset,
     ImageFiles,
     MapImages,
     PathList,
+    Strings,
     check_folder,
-    describe_files,
+    nothing_found,
     walk,
 )
 from latent_verse.data.transforms import mix_seed
@@ -57,36 +44,29 @@ CROP_SEED, CAPTION_SEED = 0, 1  # a sample's crop and its caption are chosen by 
 
 
 class EncodedCaption(NamedTuple):
-    """A caption that was tokenized ahead of training, with its ids; see codes.py."""
+    """A caption with its ids, tokenized ahead of training; see codes.py."""
 
     text: str
     ids: list[int]
 
 
 class CaptionList:
-    """The captions of each image as one block of UTF-8 and its offsets, for the same reason as PathList."""
+    """The captions of each image; those of image i are numbered from `starts[i]` on, counted over all images."""
 
     def __init__(self, captions: Iterable[Sequence[str]]):
-        blob, ends, starts = bytearray(), [0], [0]
-        for of_one in captions:
-            for caption in of_one:
-                blob += caption.encode("utf-8", "replace")  # a JSON file can hold lone surrogates
-                ends.append(len(blob))
-            starts.append(len(ends) - 1)
-        self._blob = bytes(blob)
-        self._ends, self._starts = np.array(ends, np.int64), np.array(starts, np.int64)
+        starts = array("q", [0])
 
-    def __len__(self) -> int:
-        return len(self._starts) - 1
+        def texts() -> Iterator[str]:
+            for of_one in captions:
+                for caption in of_one:
+                    yield caption.encode("utf-8", "replace").decode()  # a JSON file can hold lone surrogates
+                starts.append(starts[-1] + len(of_one))
+
+        self._texts = Strings(texts())
+        self.starts = np.array(starts, np.int64)
 
     def __getitem__(self, i: int) -> list[str]:
-        bounds = self._ends[self._starts[i] : self._starts[i + 1] + 1]
-        return [self._blob[a:b].decode() for a, b in itertools.pairwise(bounds)]
-
-    @property
-    def total(self) -> int:
-        """Captions of all images."""
-        return len(self._ends) - 1
+        return [self._texts[number] for number in range(self.starts[i], self.starts[i + 1])]
 
 
 class PairDataset(MapImages):
@@ -97,15 +77,12 @@ class PairDataset(MapImages):
 
     Attributes:
         source: where the pairs come from, in words.
-        ids: image file -> its id, where a captions file gives ids; empty for training data.
+        ids: image file -> its id, in evaluation with a captions file that gives ids.
     """
 
-    crop_draw = (CROP_SEED,)
-
-    def __init__(self, resolution: int, *args, **options):
-        super().__init__(resolution, *args, **options)
-        self.source = ""
-        self.ids: dict[str, int | str | None] = {}
+    crop_seed = (CROP_SEED,)
+    source = ""
+    ids: dict[str, int | str | None]
 
     def captions(self, i: int) -> list[str]:
         """All captions of item i, at least one."""
@@ -147,7 +124,7 @@ class PairFiles(PairDataset, ImageFiles):
 
     def describe(self) -> dict[str, str | int]:
         """Also how much was left out, by reason."""
-        return {**super().describe(), "captions": self._captions.total, **self.left_out}
+        return {**super().describe(), "captions": int(self._captions.starts[-1]), **self.left_out}
 
 
 class PairFolder(PairFiles):
@@ -167,18 +144,14 @@ class PairFolder(PairFiles):
         if not images:
             others[".txt"] += len(texts)
             raise DataError(
-                f"{self.key}: no image below {root}: looked for {' '.join(EXTENSIONS)} (any case), "
-                f"{describe_files(others)}. A pair folder holds name.jpg and name.txt side by side."
+                f"{self.key}: no image below {root}: {nothing_found(others)} "
+                "A pair folder holds name.jpg and name.txt side by side."
             )
-        pairs, bare, empty = [], [], []
-        for stem, path in images:
-            captions = caption_lines(texts[stem]) if stem in texts else None
-            if captions:
-                pairs.append((path, captions))
-            else:
-                (bare if captions is None else empty).append(path)
-        stems = {stem for stem, _ in images}
-        lonely = [path for stem, path in texts.items() if stem not in stems]
+        captions = {stem: caption_lines(texts[stem]) for stem, _ in images if stem in texts}
+        pairs = [(path, captions[stem]) for stem, path in images if captions.get(stem)]
+        bare = [path for stem, path in images if stem not in captions]
+        empty = [path for stem, path in images if captions.get(stem) == []]
+        lonely = [path for stem, path in texts.items() if stem not in captions]
         left_out = {"images without a .txt": bare, "texts without an image": lonely, "empty captions": empty}
         self._hold(root, pairs, left_out, "Put the captions of name.jpg into name.txt beside it, one per line.")
 
@@ -192,21 +165,19 @@ class CocoCaptions(PairFiles):
         image_dir = check_folder(image_dir, self.key)
         images = entries(content, "images", {"id": (int, str), "file_name": str}, path, self.key)
         annotations = entries(content, "annotations", {"image_id": (int, str), "caption": object}, path, self.key)
-        names = {image["id"]: image["file_name"] for image in images}
-        captions: dict[object, list[str]] = {i: [] for i in names}
+        files = {image["id"]: os.path.join(image_dir, image["file_name"]) for image in images}
+        captions: dict[object, list[str]] = {i: [] for i in files}
         lonely = []
         for annotation in annotations:
             if annotation["image_id"] in captions:
                 captions[annotation["image_id"]].append(annotation["caption"])
             else:
                 lonely.append(f"image_id {annotation['image_id']}")
-        files = {i: os.path.join(image_dir, name) for i, name in names.items()}
         if not self.train:
             self.ids = {file: i for i, file in files.items()}
-        pairs = ((file, captions[i]) for i, file in files.items())
-        self._hold(
-            path, *sorted_out(pairs, path, {"captions without an image": lonely}), f"Are the images below {image_dir}?"
-        )
+        kept, left_out = sorted_out(((file, captions[i]) for i, file in files.items()), path)
+        left_out["captions without an image"] = lonely
+        self._hold(path, kept, left_out, f"Are the images below {image_dir}?")
 
 
 class KarpathyCaptions(PairFiles):
@@ -227,15 +198,16 @@ class KarpathyCaptions(PairFiles):
         super().__init__(resolution, **options)
         content, path = read_json(path, self.key)
         image_dir = check_folder(image_dir, self.key)
-        fields = {"filename": str, "split": str, "sentences": list}
-        images = entries(content, "images", fields, path, self.key, {"filepath": str})
+        images = entries(content, "images", {"filename": str, "split": str, "sentences": list}, path, self.key)
         for i, image in enumerate(images):
+            image.setdefault("filepath", "")
             for sentence in image["sentences"]:
                 if not isinstance(sentence, dict) or "raw" not in sentence:
                     raise DataError(
                         f"{self.key}: images[{i}] of {path} has the sentence {sentence!r}; Karpathy's file holds "
                         'captions as {"raw": "..."}.'
                     )
+        entries(content, "images", {"filepath": str}, path, self.key)
         splits = Counter(image["split"] for image in images)
         names = [name for name in split.split("+") if name in splits or name != "restval"] or [split]
         for name in names:
@@ -243,14 +215,12 @@ class KarpathyCaptions(PairFiles):
                 known = ", ".join(f"{s} ({n})" for s, n in splits.items()) or "none at all"
                 raise DataError(f"{self.key}: {path} has no split {name!r}; its splits are {known}.")
         chosen = [image for image in images if image["split"] in names]
-        files = [os.path.join(image_dir, image.get("filepath", ""), image["filename"]) for image in chosen]
+        files = [os.path.join(image_dir, image["filepath"], image["filename"]) for image in chosen]
         if not self.train:
             self.ids = {file: image.get("cocoid") for file, image in zip(files, chosen, strict=True)}
-        pairs = (
-            (file, [sentence["raw"] for sentence in image["sentences"]])
-            for file, image in zip(files, chosen, strict=True)
-        )
-        self._hold(f"{path} ({'+'.join(names)})", *sorted_out(pairs, path), f"Are the images below {image_dir}?")
+        captions = [[sentence["raw"] for sentence in image["sentences"]] for image in chosen]
+        kept, left_out = sorted_out(zip(files, captions, strict=True), path)
+        self._hold(f"{path} ({'+'.join(names)})", kept, left_out, f"Are the images below {image_dir}?")
 
 
 class TableCaptions(PairFiles):
@@ -263,38 +233,23 @@ class TableCaptions(PairFiles):
     def __init__(self, path: str | os.PathLike, resolution: int, **options):
         super().__init__(resolution, **options)
         path = check_file(path, self.key)
-        readers = {".csv": read_rows, ".tsv": read_rows, ".jsonl": read_json_rows}
-        extension = os.path.splitext(path)[1].lower()
-        if extension not in readers:
-            raise DataError(f"{self.key}: {path} is no table of captions; known are {', '.join(readers)}.")
+        folder = os.path.dirname(path)
         by_image: dict[str, list[str]] = {}
         nameless = []
-        for where, row in readers[extension](path, self.key):
-            image = row[find_column(row, IMAGE_COLUMNS, where, self.key)]
-            caption = row[find_column(row, CAPTION_COLUMNS, where, self.key)]
-            if not image:
+        for where, image, captions in table_rows(path, self.key):
+            if image:
+                by_image.setdefault(os.path.join(folder, image), []).extend(captions)
+            else:
                 nameless.append(where)
-                continue
-            image = os.path.join(os.path.dirname(path), str(image))
-            by_image.setdefault(image, []).extend(caption if isinstance(caption, list) else [caption])
-        left_out = {"rows without an image": nameless}
-        remedy = f"Image paths in it are relative to {os.path.dirname(path) or '.'}, or absolute."
-        self._hold(path, *sorted_out(by_image.items(), path, left_out), remedy)
+        kept, left_out = sorted_out(by_image.items(), path)
+        remedy = f"Image paths in it are relative to {folder or '.'}, or absolute."
+        self._hold(path, kept, left_out | {"rows without an image": nameless}, remedy)
 
 
-class FakePairs(PairDataset):
+class FakePairs(PairDataset, FakeDataset):
     """Generated images (see images.FakeDataset), each with two generated captions. Nothing is read from disk."""
 
-    def __init__(self, length: int, resolution: int, *args, **options):
-        super().__init__(resolution, *args, **options)
-        self.images = FakeDataset(length, resolution, self.train, self.seed, as_uint8=True)
-        self.skipped, self.source = self.images.skipped, "made up"
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def image(self, i: int) -> Tensor:
-        return self.images.image(i)
+    source = "made up"
 
     def captions(self, i: int) -> list[str]:
         return [f"a made-up picture of kind {i % 10}", f"kind {i % 10}, made up"]

@@ -15,6 +15,7 @@ import os
 import tarfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from latent_verse.progress import progress_bar
 
 FORMAT = "latent_verse/codes"
 META, UNFINISHED, TOKENIZER = "codes.json", "unfinished.json", "tokenizer"
-SHAPES_CAPTIONS = 8  # kept of each scene, as the grammar samples them: frequent ones more than once
+SHAPES_CAPTIONS = 8  # of each scene, as the grammar samples them: frequent ones more than once
 
 Work = tuple[str, Callable[[], Tensor | None], list[str]]  # name, loader of its crops (c, 3, R, R) uint8, captions
 
@@ -48,7 +49,7 @@ def smallest_type(count: int) -> type:
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
-def work_of(dataset: Any, crops: int, shard_size: int) -> list[Callable[[], Iterator[Work]]]:
+def work_of(dataset: Any, crops: int, shard_size: int) -> list[Iterator[Work]]:
     """What each shard of codes holds: `shard_size` items of a map-style dataset opened without augmentation.
 
     Crop 0 is the centre crop, as in evaluation; crop k is the random one that training sees in epoch k.
@@ -63,20 +64,17 @@ def work_of(dataset: Any, crops: int, shard_size: int) -> list[Callable[[], Iter
         items += [augmented[(k, i)] for k in range(1, crops)]
         return torch.stack([image for image, _ in items])
 
-    def captions(i: int) -> list[str]:
-        return (
-            dataset.sample_captions(i, SHAPES_CAPTIONS) if isinstance(dataset, ShapesDataset) else dataset.captions(i)
-        )
-
     def part(start: int) -> Iterator[Work]:
         for i in range(start, min(start + shard_size, len(dataset))):
-            yield f"{i:09d}", lambda i=i: load(i), captions(i)
+            shapes = isinstance(dataset, ShapesDataset)
+            captions = dataset.sample_captions(i, SHAPES_CAPTIONS) if shapes else dataset.captions(i)
+            yield f"{i:09d}", partial(load, i), captions
 
-    return [lambda start=start: part(start) for start in range(0, len(dataset), shard_size)]
+    return [part(start) for start in range(0, len(dataset), shard_size)]
 
 
 def extract(
-    work: list[Callable[[], Iterator[Work]]],
+    work: list[Iterator[Work]],
     folder: str | os.PathLike,
     encode: Callable[[Tensor], Tensor],
     tokenizer: Tokenizer,
@@ -99,12 +97,10 @@ def extract(
     """
     folder = Path(folder)
     if (folder / META).is_file():
-        _check_same(folder, read_json(folder / META), plan)
-        return read_json(folder / META)
+        return _read_same(folder / META, plan)
     state = {**plan, "shards": {}}
     if (folder / UNFINISHED).is_file():
-        state = read_json(folder / UNFINISHED)
-        _check_same(folder, state, plan)
+        state = _read_same(folder / UNFINISHED, plan)
     elif folder.is_dir() and any(folder.iterdir()):
         raise DataError(f"extract_codes: {folder} holds something else; it is left alone. Name a new or empty folder.")
     folder.mkdir(parents=True, exist_ok=True)
@@ -116,8 +112,8 @@ def extract(
         for number, part in enumerate(work):
             name = f"codes-{number:05d}.tar"
             if name not in state["shards"]:
-                write = (encode, tokenizer, plan, batch_size, pool, bar)
-                state["shards"][name] = _write_shard(folder / name, part(), *write)
+                counts = _write_shard(folder / name, part, encode, tokenizer, plan, batch_size, pool, bar)
+                state["shards"][name] = counts
                 write_json(folder / UNFINISHED, state)
     for what in ("pairs", "captions", "skipped"):
         state[what] = sum(shard[what] for shard in state["shards"].values())
@@ -145,7 +141,8 @@ def _write_shard(path: Path, work: Iterator[Work], encode, tokenizer, plan, batc
                 codes = codes.reshape(len(kept), -1, codes.shape[-1])
                 for (name, _, captions), of_one in zip(kept, codes, strict=True):
                     about = {"captions": captions, "ids": tokenizer.encode_batch(captions)}
-                    tar.write({"__key__": name, "npy": _npy(of_one), "json": json.dumps(about).encode()})
+                    np.save(npy := io.BytesIO(), of_one, allow_pickle=False)
+                    tar.write({"__key__": name, "npy": npy.getvalue(), "json": json.dumps(about).encode()})
                     counts["pairs"] += 1
                     counts["captions"] += len(captions)
             bar.update(len(batch))
@@ -159,16 +156,13 @@ def _load(load: Callable[[], Tensor | None]) -> Tensor | None:
         return None
 
 
-def _npy(array: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    np.save(file, array, allow_pickle=False)
-    return file.getvalue()
-
-
-def _check_same(folder: Path, found: dict, plan: dict) -> None:
-    if lines := differences(found, plan):
-        lines = "\n  ".join(lines)
+def _read_same(path: Path, plan: dict) -> dict[str, Any]:
+    """What a file of an earlier extraction holds; DataError if that had a different plan."""
+    found = read_json(path)
+    if lines := "\n  ".join(differences(found, plan)):
+        folder = path.parent
         raise DataError(f"extract_codes: {folder} holds codes of different settings:\n  {lines}\nName another folder.")
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -252,11 +246,9 @@ class CodesDataset(Dataset):
         if len(captions) != len(self):
             raise DataError(f"{key}: {self.folder} holds {len(captions)} pairs, its {META} says {len(self)}.")
         self._captions, self._ids, self._ends = CaptionList(captions), np.concatenate(ids), np.array(ends, np.int64)
-        self._first = np.cumsum([0, *(len(of_one) for of_one in captions)])
         self.skipped = SkipLog(1)
         self._shapes: ShapesDataset | None = None
-        if self.meta.get("shapes"):
-            about = self.meta["shapes"]
+        if about := self.meta.get("shapes"):
             world = World.preset(about["world"])
             if about.get("fingerprint") != world.fingerprint:
                 raise DataError(
@@ -288,10 +280,11 @@ class CodesDataset(Dataset):
         if not 0 <= i < len(self):
             raise IndexError(f"index {i} in a dataset of {len(self)}")
         crop = mix_seed(self.seed, epoch, i, CROP_SEED) % self._codes.shape[1] if self.train else 0
-        number = mix_seed(self.seed, epoch, i, CAPTION_SEED) % int(self._first[i + 1] - self._first[i])
-        at = self._first[i] + number
+        captions = self.captions(i)
+        number = mix_seed(self.seed, epoch, i, CAPTION_SEED) % len(captions)
+        at = self._captions.starts[i] + number
         ids = self._ids[self._ends[at] : self._ends[at + 1]].tolist()
-        return self._codes[i, crop], EncodedCaption(self._captions[i][number], ids)
+        return self._codes[i, crop], EncodedCaption(captions[number], ids)
 
     def captions(self, i: int) -> list[str]:
         """All captions of item i."""
@@ -308,4 +301,4 @@ class CodesDataset(Dataset):
 
     def describe(self) -> dict[str, Any]:
         """Where the codes are and how many."""
-        return {"source": str(self.folder), "pairs": len(self), "captions": self._captions.total}
+        return {"source": str(self.folder), "pairs": len(self), "captions": int(self._captions.starts[-1])}

@@ -15,7 +15,7 @@ import logging
 import os
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -37,8 +37,6 @@ log = logging.getLogger(__name__)
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 MAX_SKIPS = 1000  # unreadable samples in a row; more means that the storage is broken, not a file
-
-Sample = tuple[Tensor, int]
 
 
 class SkipLog:
@@ -63,17 +61,16 @@ class SkipLog:
         return int(self._flags.sum())
 
 
-class PathList:
-    """Paths below `root`, as one block of bytes and its offsets.
+class Strings:
+    """Strings as one block of bytes and its offsets.
 
     A list of a million strings would be copied into every worker, page by page, as their reference counts change.
     """
 
-    def __init__(self, root: str, names: Iterator[str] | list[str]):
-        self.root = root
+    def __init__(self, strings: Iterable[str]):
         blob, ends = bytearray(), array("q", [0])
-        for name in names:
-            blob += os.fsencode(name)
+        for text in strings:
+            blob += text.encode("utf-8", "surrogatepass")  # names of files may hold lone surrogates
             ends.append(len(blob))
         self._blob, self._ends = bytes(blob), np.array(ends, dtype=np.int64)
 
@@ -81,40 +78,55 @@ class PathList:
         return len(self._ends) - 1
 
     def __getitem__(self, i: int) -> str:
-        return os.path.join(self.root, os.fsdecode(self._blob[self._ends[i] : self._ends[i + 1]]))
+        return self._blob[self._ends[i] : self._ends[i + 1]].decode("utf-8", "surrogatepass")
 
 
-def walk(root: str, extensions: tuple[str, ...], others: Counter) -> Iterator[str]:
+class PathList(Strings):
+    """Paths below `root`."""
+
+    def __init__(self, root: str, names: Iterable[str]):
+        super().__init__(names)
+        self.root = root
+
+    def __getitem__(self, i: int) -> str:
+        return os.path.join(self.root, super().__getitem__(i))
+
+
+def walk(
+    root: str, extensions: tuple[str, ...], others: Counter, prefix: str = "", above: tuple[str, ...] = ()
+) -> Iterator[str]:
     """Names of the files below `root` with one of `extensions`, relative to it, in sorted order, links followed.
 
     Hidden names (leading dot) are skipped. Files of another kind are counted by extension in `others`.
     """
-
-    def descend(folder: str, prefix: str, above: tuple[str, ...]) -> Iterator[str]:
-        real = os.path.realpath(folder)
-        if real in above:  # a link back up would never end
-            return
-        folders = []
-        with os.scandir(folder) as entries:
-            for entry in sorted(entries, key=lambda e: e.name):
-                if entry.name.startswith("."):
-                    continue
-                if entry.is_dir():
-                    folders.append(entry)
-                elif entry.name.lower().endswith(extensions):
-                    yield prefix + entry.name
-                else:
-                    others[os.path.splitext(entry.name)[1].lower() or "extensionless"] += 1
-        for entry in folders:
-            yield from descend(entry.path, f"{prefix}{entry.name}/", (*above, real))
-
-    yield from descend(root, "", ())
+    real = os.path.realpath(root)
+    if real in above:  # a link back up would never end
+        return
+    folders = []
+    with os.scandir(root) as entries:
+        for entry in sorted(entries, key=lambda e: e.name):
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                folders.append(entry)
+            elif entry.name.lower().endswith(extensions):
+                yield prefix + entry.name
+            else:
+                others[os.path.splitext(entry.name)[1].lower() or "extensionless"] += 1
+    for entry in folders:
+        yield from walk(entry.path, extensions, others, f"{prefix}{entry.name}/", (*above, real))
 
 
 def describe_files(others: Counter) -> str:
     """'found 12 .txt, 3 .md' or 'found no file at all', for error messages."""
     found = ", ".join(f"{n} {kind}" for kind, n in others.most_common(5))
     return f"found {found}" if found else "found no file at all"
+
+
+def nothing_found(others: Counter) -> str:
+    """What was looked for in a folder without images and what was found, for error messages."""
+    hint = " For tar shards use --dataset webdataset." if others[".tar"] else ""
+    return f"looked for {' '.join(EXTENSIONS)} (any case), {describe_files(others)}.{hint}"
 
 
 def check_folder(root: str | os.PathLike, key: str) -> str:
@@ -134,7 +146,6 @@ class MapImages(Dataset):
     """What all map-style datasets of images share: epochs, crops and the handling of unreadable samples.
 
     A subclass gives `__len__`, `image`, `name`, `target` and `skipped`, a SkipLog of as many slots as it has images.
-    `shape` is that of an item's image, (3, R, R).
 
     Args:
         resolution: R.
@@ -143,11 +154,11 @@ class MapImages(Dataset):
         as_uint8: uint8 in [0, 255] rather than float32 in [-1, 1].
         key: the setting that error messages mention.
 
-    Raises:
-        DataError: resize_ratio is out of range.
+    Attributes:
+        shape: of one image, (3, R, R).
     """
 
-    crop_draw: tuple[int, ...] = ()  # tells the randomness of a sample's crop from that of its other choices
+    crop_seed: tuple[int, ...] = ()  # keeps the randomness of a sample's crop apart from that of its other choices
     skipped: SkipLog
 
     def __init__(
@@ -159,8 +170,6 @@ class MapImages(Dataset):
         as_uint8: bool = False,
         key: str = "train_dir",
     ):
-        if not 0 < resize_ratio <= 1:
-            raise DataError(f"resize_ratio is {resize_ratio}; the smallest crop's share of the area lies in (0, 1].")
         self.resolution, self.shape = resolution, (3, resolution, resolution)
         self.train, self.resize_ratio = train, resize_ratio
         self.seed, self.as_uint8, self.key = seed, as_uint8, key
@@ -174,7 +183,7 @@ class MapImages(Dataset):
         if image is None:
             return None
         if self.train:
-            generator = sample_generator(self.seed, epoch, index, *self.crop_draw)
+            generator = sample_generator(self.seed, epoch, index, *self.crop_seed)
             image = random_crop(image, self.resolution, self.resize_ratio, generator)
         else:
             image = centre_crop(image, self.resolution)
@@ -195,9 +204,6 @@ class MapImages(Dataset):
                 "Is the storage still mounted? The log names each file and the reason."
             )
         return None, index
-
-    def __len__(self) -> int:
-        raise NotImplementedError
 
     def image(self, index: int) -> Tensor:
         """The whole image as uint8 (3, H, W). Raises UnreadableImage."""
@@ -262,11 +268,7 @@ class FlatImages(ImageFiles):
         others: Counter = Counter()
         paths = PathList(root, walk(root, EXTENSIONS, others))
         if not len(paths):
-            hint = " For tar shards use --dataset webdataset." if others[".tar"] else ""
-            raise DataError(
-                f"{self.key}: no image below {root}: looked for {' '.join(EXTENSIONS)} (any case), "
-                f"{describe_files(others)}.{hint}"
-            )
+            raise DataError(f"{self.key}: no image below {root}: {nothing_found(others)}")
         self._hold_paths(paths, root)
 
     def target(self, used: int, epoch: int, index: int) -> int:
@@ -303,43 +305,28 @@ class ImageDataset(ImageFiles):
         paths = PathList(root, names())
         self.labels = np.array(labels, dtype=np.int32)
         if not len(paths):
-            self._raise_empty(root, others)
+            others = Counter()
+            loose = sum(1 for _ in walk(root, EXTENSIONS, others))
+            hint = f"{loose} images lie in the folder itself. For a folder without classes use --dataset flat."
+            raise DataError(
+                f"{self.key}: no image in the {len(self.classes)} class folders (<class>/<image>) of {root}: "
+                f"{hint if loose else nothing_found(others)}"
+            )
         self._hold_paths(paths, root)
 
     def target(self, used: int, epoch: int, index: int) -> int:
         return int(self.labels[used])
-
-    def _raise_empty(self, root: str, others: Counter) -> None:
-        with os.scandir(root) as entries:
-            loose = [entry.name for entry in entries if entry.is_file()]
-        images = sum(name.lower().endswith(EXTENSIONS) for name in loose)
-        others.update(os.path.splitext(name)[1].lower() or "extensionless" for name in loose)
-        if images:
-            hint = f"; {images} images lie in the folder itself. For a folder without classes use --dataset flat"
-        elif others[".tar"]:
-            hint = ". For tar shards use --dataset webdataset"
-        else:
-            hint = f"; looked for {' '.join(EXTENSIONS)} (any case), {describe_files(others)}"
-        raise DataError(
-            f"{self.key}: no image in the {len(self.classes)} class folders (<class>/<image>) of {root}{hint}."
-        )
 
 
 class FakeDataset(MapImages):
     """Generated images (a colour gradient, a few shapes, a little noise), the same for the same (seed, index).
 
     Unlike plain noise, a network can learn them within seconds. Labels are 0 to 9. Nothing is read from disk.
-
-    Raises:
-        DataError: `length` is below 1.
     """
 
     def __init__(self, length: int, resolution: int, train: bool = True, seed: int = 0, as_uint8: bool = False):
         super().__init__(resolution, train, seed=seed, as_uint8=as_uint8)
-        if length < 1:
-            raise DataError(f"dataset_size is {length}; give at least one fake image.")
-        self.length = length
-        self.skipped = SkipLog(1)
+        self.length, self.skipped = length, SkipLog(1)
 
     def __len__(self) -> int:
         return self.length

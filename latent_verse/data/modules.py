@@ -1,8 +1,5 @@
 """ImageDataModule and PairDataModule: from datasets to batches on the device, the same ones again after a resume.
 
-    data = ImageDataModule(open_images(config.data, resolution, seed), config.data, seed)
-    data = PairDataModule(open_pairs(config.data, resolution, seed), config.data, seed, CaptionEncoder(tokenizer, ...))
-
 Images travel as uint8 (a quarter of the bytes through workers, pinned memory and the bus) and become float [-1, 1] on
 the device.
 
@@ -13,7 +10,7 @@ middle of an epoch. The state says how far the epoch has come, counted over all 
 Evaluation: every sample comes exactly once, with no padded duplicates. Every rank has the same number of batches, since
 collectives would hang otherwise: a rank that has no samples left gives empty batches (B = 0). A single rank never does.
 
-The trainer must be built with `use_distributed_sampler=False`: samples are split over ranks here.
+Build the trainer with `use_distributed_sampler=False`: samples are split over ranks here.
 """
 
 from __future__ import annotations
@@ -34,10 +31,10 @@ from torch.utils.data import DataLoader
 from latent_verse.config.train import ImageDataConfig, PairDataConfig
 from latent_verse.data import DataError
 from latent_verse.data.datasets import MapDataset
-from latent_verse.data.pairs import CaptionEncoder, PairCollate, text_of
+from latent_verse.data.pairs import CaptionEncoder, text_of
 from latent_verse.data.shapes import Scene, World
-from latent_verse.data.shards import Shards, TrainShards
-from latent_verse.data.transforms import Collate, sample_generator, to_unit_range
+from latent_verse.data.shards import EvalShards, Shards, TrainShards
+from latent_verse.data.transforms import Collate, labels, sample_generator, to_unit_range
 
 log = logging.getLogger(__name__)
 
@@ -50,8 +47,6 @@ class EpochBatches:
     The ranks' batches of one step lie side by side in the permutation, so `k` steps use the same samples however they
     are split over ranks.
     """
-
-    slots = 0  # the order does not depend on the number of workers or ranks
 
     def __init__(self, samples: int, batch_size: int, rank: int, world: int, seed: int):
         self.samples, self.batch_size, self.rank, self.world, self.seed = samples, batch_size, rank, world, seed
@@ -87,10 +82,7 @@ class EvalBatches:
 
 
 def ignore_sigterm(worker: int) -> None:
-    """For loader processes: Slurm signals them as well, and if one died the run would end before it has saved.
-
-    They end when the training process shuts them down, or is gone.
-    """
+    """For loader processes: Slurm signals them as well, and if one died the run would end before it has saved."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
@@ -116,17 +108,15 @@ class _Loader:
 class TrainLoader(_Loader):
     """A DataLoader that knows its epoch, has a length and continues where its state says.
 
-    torchdata's StatefulDataLoader keeps the state of each worker process, so it resumes only with the same number of
-    them. Here two counts say everything. `source` decides the order: `start_at(epoch, batch)` is called before each
-    pass.
+    Two counts say everything, whereas torchdata's StatefulDataLoader resumes only with the same number of workers.
+    `source` decides the order: `start_at(epoch, batch)` is called before each pass.
     """
 
     def __init__(
         self, loader: DataLoader, source: EpochBatches | TrainShards, steps: int, global_batch: int, slots: int
     ):
         super().__init__(loader)
-        self._source, self._steps = source, steps
-        self._global_batch, self._slots = global_batch, slots
+        self._source, self._steps, self._global_batch, self._slots = source, steps, global_batch, slots
         self.epoch, self.done = 0, 0  # `done`: batches given in this epoch
         self._resume = False
 
@@ -193,7 +183,7 @@ def loader_processes(num_workers: int | None, processes: int | None = None) -> i
     """`num_workers`, or this process's share of the cores it may use, at most 16.
 
     Args:
-        processes: how many train on this machine; by default what the launcher says.
+        processes: how many train on this machine; by default as many as the launcher states.
     """
     if num_workers is not None:
         return num_workers
@@ -202,32 +192,29 @@ def loader_processes(num_workers: int | None, processes: int | None = None) -> i
     return max(1, min(MAX_WORKERS, cores // max(1, processes)))
 
 
-class DataModule(pl.LightningDataModule):
-    """What images and pairs share: everything but the datasets and how their items are collated.
+class ImageDataModule(pl.LightningDataModule):
+    """Loaders of images: batches are `[images (B, 3, R, R), labels (B,)]`.
 
     Args:
-        datasets: by split, as `datasets.open_images` and `datasets.open_pairs` give them. Without "val" there is no
-            validation.
+        datasets: by split, as `datasets.open_images` gives them. Without "val" there is no validation.
         data: the settings of the section `data`.
         seed: of the order.
-        collate: items -> [images uint8 (B, 3, R, R) or codes (B, N), something of each image].
+        targets: makes a tensor of what comes with the images.
 
     Raises:
-        DataError: batch_size is below 1; later, when the train loader is made, there are fewer samples than one batch
-            on each process.
+        DataError: when the train loader is made, there are fewer samples than one batch on each process.
     """
 
     def __init__(
         self,
         datasets: Mapping[str, MapDataset | Shards],
         data: ImageDataConfig,
-        seed: int,
-        collate: Callable[[list], list[Tensor]],
+        seed: int = 0,
+        targets: Callable[[list], Tensor] = labels,
     ):
         super().__init__()
-        if data.batch_size < 1:
-            raise DataError(f"batch_size is {data.batch_size}; it must be at least 1.")
-        self.datasets, self.data, self.seed, self.collate = dict(datasets), data, seed, collate
+        self.datasets, self.data, self.seed = dict(datasets), data, seed
+        self.collate = Collate(next(iter(self.datasets.values())).shape, targets)
 
     @property
     def has_val(self) -> bool:
@@ -245,7 +232,7 @@ class DataModule(pl.LightningDataModule):
         return sum(dataset.skipped.count for dataset in self.datasets.values())
 
     def describe(self) -> dict[str, Any]:
-        """Counts for the log: samples of each split (None: not known or not used), and files skipped by this rank."""
+        """Counts for the log: samples of each split (None: unknown or unused), and files that this rank skipped."""
         counts = {split: self._samples(split) for split in ("train", "val", "test")}
         return {"dataset": self.data.dataset, **counts, "skipped": self.skipped, "workers": self.workers}
 
@@ -277,11 +264,11 @@ class DataModule(pl.LightningDataModule):
                 f"{f' to {samples // world} or less' if samples >= world else ''}, or give more data."
             )
         if isinstance(dataset, Shards):
-            source = dataset.for_training(steps, batch_size, rank, world)
+            source = TrainShards(dataset, steps, batch_size, rank, world)
             loader, slots = self._loader(source, batch_size=batch_size, drop_last=True), world * max(1, self.workers)
         else:
             source = EpochBatches(samples, batch_size, rank, world, self.seed)
-            loader, slots = self._loader(dataset, batch_sampler=source), EpochBatches.slots
+            loader, slots = self._loader(dataset, batch_sampler=source), 0  # the order does not depend on workers
         return TrainLoader(loader, source, steps, batch_size * world, slots)
 
     def val_dataloader(self) -> EvalLoader | list:
@@ -298,7 +285,7 @@ class DataModule(pl.LightningDataModule):
     def _eval_loader(self, split: str) -> EvalLoader:
         dataset, batch_size, (rank, world) = self.datasets[split], self.data.batch_size, self._rank_and_world()
         if isinstance(dataset, Shards):
-            source = dataset.for_evaluation(batch_size, rank, world)
+            source = EvalShards(dataset, batch_size, rank, world)
             return EvalLoader(self._loader(source, batch_size=batch_size), source.steps(self.workers), world)
         batches = EvalBatches(len(dataset), batch_size, rank, world)
         return EvalLoader(self._loader(dataset, batch_sampler=batches), len(batches), world)
@@ -307,13 +294,13 @@ class DataModule(pl.LightningDataModule):
         workers = self.workers
         if workers:
             batching |= {"prefetch_factor": self.data.prefetch_factor, "persistent_workers": True}
-            batching |= {"worker_init_fn": ignore_sigterm}
+            batching["worker_init_fn"] = ignore_sigterm
         return DataLoader(
             dataset,
             num_workers=workers,
             collate_fn=self.collate,
             pin_memory=torch.cuda.is_available(),
-            # DataLoader draws a seed for each pass; from the global generator that would shift the model's dropout
+            # each pass takes a seed; from the global generator that would shift the model's dropout
             generator=torch.Generator(),
             **batching,
         )
@@ -332,53 +319,30 @@ class DataModule(pl.LightningDataModule):
         return [to_unit_range(x) if x.dtype == torch.uint8 else x, others]
 
 
-def _shape(datasets: Mapping[str, MapDataset | Shards]) -> tuple[int, ...]:
-    """The shape of one item's image or codes, the same in all splits."""
-    return next(iter(datasets.values())).shape
-
-
-class ImageDataModule(DataModule):
-    """Loaders of images: batches are `[images (B, 3, R, R), labels (B,)]`. See `DataModule`."""
-
-    def __init__(self, datasets: Mapping[str, MapDataset | Shards], data: ImageDataConfig, seed: int = 0):
-        super().__init__(datasets, data, seed, Collate(_shape(datasets)))
-
-
 class Examples(NamedTuple):
-    """A few pairs to look at.
+    """A few pairs to look at."""
 
-    Attributes:
-        x: images (n, 3, R, R) in [-1, 1], or codes (n, N).
-        captions: as text.
-        text_BL: as ids, padded as in training.
-        world: the shapes world they come from, if they do.
-        scenes: the truth behind each image of shapes.
-    """
-
-    x: Tensor
+    x: Tensor  # images (n, 3, R, R) in [-1, 1], or codes (n, N)
     captions: list[str]
-    text_BL: Tensor
-    world: World | None
-    scenes: list[Scene]
+    text_BL: Tensor  # the captions' ids, padded as in training
+    world: World | None  # the shapes world they come from, if they do
+    scenes: list[Scene]  # the truth behind each image of shapes
 
 
-class PairDataModule(DataModule):
-    """Loaders of pairs: batches are `[images (B, 3, R, R) or codes int32 (B, N), ids (B, L)]`. See `DataModule`.
+class PairDataModule(ImageDataModule):
+    """Loaders of pairs: batches are `[images (B, 3, R, R) or codes int32 (B, N), ids (B, L)]`.
 
     Args:
+        datasets: by split, as `datasets.open_pairs` gives them.
         encode: captions -> ids; its tokenizer may have been trained on `datasets["train"]`.
     """
 
     def __init__(
         self, datasets: Mapping[str, MapDataset | Shards], data: PairDataConfig, seed: int, encode: CaptionEncoder
     ):
-        super().__init__(datasets, data, seed, PairCollate(encode, _shape(datasets)))
+        super().__init__(datasets, data, seed, encode)
         if self.workers:
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads of `tokenizers` do not survive a fork
-
-    def dataset(self, split: str) -> MapDataset | Shards | None:
-        """The dataset of a split; None if there is none."""
-        return self.datasets.get(split)
 
     def examples(self, count: int) -> Examples:
         """The first `count` validation pairs, the same on every rank; fewer where there are fewer.
@@ -388,7 +352,7 @@ class PairDataModule(DataModule):
         """
         dataset = self.datasets["val"]
         if isinstance(dataset, Shards):
-            items = iter(dataset.for_evaluation(batch_size=count))
+            items = iter(EvalShards(dataset, count))
         else:
             items = (dataset[(0, i)] for i in range(len(dataset)))
         kept = list(itertools.islice((item for item in items if item is not None), count))

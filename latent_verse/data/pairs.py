@@ -1,21 +1,19 @@
-"""Image-text pairs as batches, and pairs in tar shards.
+"""Captions as ids, and pairs in tar shards.
 
-    PairShards                      tar shards as img2dataset writes them, streamed
-    CaptionEncoder, PairCollate     items -> [images (B, 3, R, R) uint8 or codes (B, N), ids (B, L)]
-    all_captions                    what a tokenizer is trained on
-
-Captions are tokenized in collation, which runs in the loader's worker processes.
+PairShards        tar shards as img2dataset writes them, streamed
+CaptionEncoder    captions -> ids (B, L), in collation, which runs in the loader's worker processes
+all_captions      what a tokenizer is trained on
 """
 
 from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,24 +21,9 @@ from latent_verse.data import DataError
 from latent_verse.data.captions import CAPTION_SEED, CROP_SEED, EncodedCaption
 from latent_verse.data.codes import Work
 from latent_verse.data.images import SkipLog
-from latent_verse.data.shards import (
-    SKIP_SLOTS,
-    EvalShards,
-    Shards,
-    TrainShards,
-    decode_image,
-    is_remote,
-    read_shards,
-)
+from latent_verse.data.shards import SKIP_SLOTS, Shards, read_shards
 from latent_verse.data.text import Tokenizer
-from latent_verse.data.transforms import (
-    UnreadableImage,
-    centre_crop,
-    mix_seed,
-    random_crop,
-    sample_generator,
-    stack_images,
-)
+from latent_verse.data.transforms import UnreadableImage, centre_crop, mix_seed, random_crop, sample_generator
 
 TOKENIZER_CAPTIONS = 500_000  # a vocabulary learns nothing from more
 
@@ -69,18 +52,12 @@ def text_of(caption: str | EncodedCaption) -> str:
 
 @dataclass(frozen=True)
 class CaptionEncoder:
-    """Captions -> ids (B, L) int64, filled with `pad`.
-
-    Attributes:
-        text_len: L.
-        too_long: what is done with captions of more than `text_len` tokens: "truncate", or "error".
-        pad: BiART's id of padding, `biart.sequence.Vocabulary.pad`.
-    """
+    """Captions -> ids (B, L) int64, filled with `pad`."""
 
     tokenizer: Tokenizer
-    text_len: int
-    too_long: str
-    pad: int
+    text_len: int  # L
+    too_long: str  # what is done with captions of more tokens: "truncate", or "error"
+    pad: int  # BiART's id of padding, `biart.sequence.Vocabulary.pad`
 
     def __call__(self, captions: Sequence[str | EncodedCaption]) -> Tensor:
         """The ids that an EncodedCaption brings are used as they are, unless there are too many.
@@ -97,27 +74,6 @@ class CaptionEncoder:
         for row, tokens in enumerate(ids):
             text_BL[row, : len(tokens)] = torch.as_tensor(tokens, dtype=torch.long)
         return text_BL
-
-
-class PairCollate:
-    """(image or codes, caption) items -> [uint8 (B, 3, R, R) or int32 (B, N), ids (B, L)].
-
-    None, an unreadable evaluation item, is left out; B may be 0.
-
-    Args:
-        shape: of one image, (3, R, R), or of one image's codes, (N,).
-    """
-
-    def __init__(self, encode: CaptionEncoder, shape: tuple[int, ...]):
-        self.encode, self.shape = encode, shape
-
-    def __call__(self, items: list[tuple[Any, str | EncodedCaption] | None]) -> list[Tensor]:
-        kept = [item for item in items if item is not None]
-        text_BL = self.encode([caption for _, caption in kept])
-        if len(self.shape) > 1:
-            return [stack_images([image for image, _ in kept], self.shape), text_BL]
-        codes = np.stack([x for x, _ in kept]) if kept else np.empty((0, *self.shape))
-        return [torch.from_numpy(codes.astype(np.int32)), text_BL]
 
 
 # --------------------------------------------------------------------------------------------------------- tar shards
@@ -137,88 +93,63 @@ def captions_of(raw: dict) -> list[str]:
     return [text for text in texts if text]
 
 
-CAPTION_REMEDY = "They have no caption: put one beside each image, as name.txt or under `caption` in name.json."
-
-
 class NoCaption(UnreadableImage):
     """A sample of tar shards without a caption."""
 
-    remedy = CAPTION_REMEDY
-
-
-def decode_pair(raw: dict) -> tuple[Tensor, tuple[int, list[str]]]:
-    """(uint8 (3, H, W), (hash of the name, captions)); UnreadableImage also for a sample without a caption."""
-    captions = captions_of(raw)
-    if not captions:
-        raise NoCaption("no caption: neither a .txt nor a .json with `caption`")
-    return decode_image(raw)[0], (zlib.crc32(raw["__key__"].encode()), captions)
-
-
-class PairTrainShards(TrainShards):
-    """Shuffled (image, caption) items. Which of several captions it is follows from (seed, epoch, sample's name)."""
-
-    decode = staticmethod(decode_pair)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, str]]:
-        epoch = int(self._start[0])
-        for image, (name, captions) in super().__iter__():
-            yield image, captions[mix_seed(self.seed, epoch, name, CAPTION_SEED) % len(captions)]
-
-
-class PairEvalShards(EvalShards):
-    """Each (image, first caption) once over ranks x workers."""
-
-    decode = staticmethod(decode_pair)
-
-    def _sample(self, raw: dict) -> tuple[Tensor, str] | None:
-        sample = super()._sample(raw)
-        return sample and (sample[0], sample[1][1][0])
+    remedy = "They have no caption: put one beside each image, as name.txt or under `caption` in name.json."
 
 
 class PairShards(Shards):
-    """Tar shards whose samples have captions: items are (image, caption).
+    """Tar shards whose samples have captions: items are (image, caption). Arguments are those of Shards.
+
+    Which of several captions training shows follows from (seed, epoch, sample's name); evaluation shows the first.
 
     Raises:
         DataError: a shard is missing, or no sample of local shards has a caption.
     """
 
-    train_stream, eval_stream = PairTrainShards, PairEvalShards
-
-    def __init__(self, source: str, resolution: int, key: str = "train_dir", **options):
-        super().__init__(source, resolution, key=key, **options)
-        if not any(map(is_remote, self.shards)):
-            self._check_captions(key)
-
-    def _check_captions(self, key: str) -> None:
-        """Reads up to the first sample that has a caption; DataError if there is none."""
+    def __init__(self, source: str, resolution: int, *args, key: str = "train_dir", **options):
+        super().__init__(source, resolution, *args, key=key, **options)
+        if self.remote:
+            return
         samples = 0
-        for raw in read_shards(self.shards, SkipLog(1)):
+        for raw in read_shards(self.shards, SkipLog(1)):  # up to the first one that has a caption
             if captions_of(raw):
                 return
             samples += 1
         if samples:
             source = self.describe()["source"]
-            raise DataError(f"{key}: none of the {samples} samples in {source} can be used. {CAPTION_REMEDY}")
+            raise DataError(f"{key}: none of the {samples} samples in {source} can be used. {NoCaption.remedy}")
+
+    def decode(self, raw: dict) -> Tensor:
+        if not captions_of(raw):
+            raise NoCaption("no caption: neither a .txt nor a .json with `caption`")
+        return super().decode(raw)
+
+    def target(self, raw: dict, epoch: int | None = None) -> str:
+        captions = captions_of(raw)
+        chosen = 0 if epoch is None else mix_seed(self.seed, epoch, _number(raw), CAPTION_SEED)
+        return captions[chosen % len(captions)]
 
 
-def work_of_shards(
-    shards: list[str], resolution: int, crops: int, resize_ratio: float, seed: int
-) -> list[Callable[[], Iterator[Work]]]:
-    """What codes.extract does with tar shards: one shard of codes for each. Crop 0 is the centre crop.
+def _number(raw: dict) -> int:
+    """What distinguishes a sample's randomness from that of others: a hash of its name."""
+    return zlib.crc32(raw["__key__"].encode())
 
-    Args:
-        resize_ratio, seed: of the random crops 1, 2, ...
-    """
+
+def work_of_shards(source: PairShards, crops: int) -> list[Iterator[Work]]:
+    """What codes.extract does with tar shards: one shard of codes for each. Crop 0 is the centre crop."""
 
     def load(raw: dict) -> Tensor:
-        image, (name, _) = decode_pair(raw)
-        images = [centre_crop(image, resolution)]
+        image = source.decode(raw)
+        images = [centre_crop(image, source.resolution)]
         for k in range(1, crops):
-            images.append(random_crop(image, resolution, resize_ratio, sample_generator(seed, k, name, CROP_SEED)))
+            rng = sample_generator(source.seed, k, _number(raw), CROP_SEED)
+            images.append(random_crop(image, source.resolution, source.resize_ratio, rng))
         return torch.stack(images)
 
     def part(shard: str) -> Iterator[Work]:
         for raw in read_shards([shard], SkipLog(SKIP_SLOTS)):
-            yield raw["__key__"], lambda raw=raw: load(raw), captions_of(raw)
+            yield raw["__key__"], partial(load, raw), captions_of(raw)
 
-    return [lambda shard=shard: part(shard) for shard in shards]
+    return [part(shard) for shard in source.shards]

@@ -2,8 +2,7 @@
 
 One path serves local and remote shards, and every shard is read from front to back, which is what the format is for.
 A sample is the run of members that share a name up to its first dot: one of jpg, jpeg, png, webp, and optionally `cls`
-(an integer; the label is -1 without it). Nothing is unpickled. Both datasets yield `(image, label)` as those in
-images.py do.
+(an integer; the label is -1 without it). Nothing is unpickled. Items are `(image, label)`, the image uint8 (3, R, R).
 
 TrainShards: a slot is one worker of one rank. In each pass the shards are permuted by (seed, epoch, pass), the same on
 all ranks, and each slot takes every slots-th one, so that slots are disjoint. Where there are fewer shards than slots,
@@ -24,7 +23,6 @@ from __future__ import annotations
 
 import glob
 import itertools
-import logging
 import math
 import os
 import random
@@ -33,13 +31,15 @@ import tarfile
 import zlib
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from latent_verse.data import DataError
-from latent_verse.data.images import EXTENSIONS, MAX_SKIPS, Sample, SkipLog, describe_files, walk
+from latent_verse.data.images import EXTENSIONS, MAX_SKIPS, SkipLog, describe_files, walk
 from latent_verse.data.transforms import (
     UnreadableImage,
     centre_crop,
@@ -47,21 +47,18 @@ from latent_verse.data.transforms import (
     mix_seed,
     random_crop,
     sample_generator,
-    to_unit_range,
 )
-
-log = logging.getLogger(__name__)
 
 IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")
 TARS = (".tar", ".tgz", ".tar.gz")
-SKIP_SLOTS = 1 << 16  # unreadable samples are told apart by a hash of their name: a stream has no index
+SKIP_SLOTS = 1 << 16  # a stream has no index, so a hash of its name distinguishes an unreadable sample
 
 
 # ---------------------------------------------------------------------------------------------- which shards, how many
 
 
 def is_remote(shard: str) -> bool:
-    """Whether a shard is a URL or a pipe, so that nothing is known of it before it is read."""
+    """Whether a shard is a URL or a pipe: nothing is known of it before it is read."""
     return shard.startswith("pipe:") or ("://" in shard and not shard.startswith("file:"))
 
 
@@ -72,8 +69,7 @@ def find_shards(source: str | os.PathLike | Sequence[str], key: str = "train_dir
         DataError: a local shard is no file; naming the setting `key` and the first one missing.
     """
     shards = _expand(source, key)
-    local = [shard for shard in shards if not is_remote(shard)]
-    missing = [shard for shard in local if not os.path.isfile(shard)]
+    missing = [shard for shard in shards if not is_remote(shard) and not os.path.isfile(shard)]
     if missing:
         raise DataError(
             f"{key}: {len(missing)} of {len(shards)} shards do not exist, the first is {missing[0]}. "
@@ -118,30 +114,27 @@ def _expand(source: str | os.PathLike | Sequence[str], key: str) -> list[str]:
     return expand_urls(path)
 
 
-_counts: dict[tuple[str, int, int], int] = {}
-
-
 def count_images(shard: str) -> int:
     """Samples with an image in a local shard, from its headers alone; cached while the file stays the same."""
+    info = os.stat(shard)
+    return _count_images(shard, info.st_size, info.st_mtime_ns)
+
+
+@cache
+def _count_images(shard: str, size: int, changed: int) -> int:
     from webdataset.tariterators import group_by_keys
 
-    info = os.stat(shard)
-    known = (shard, info.st_size, info.st_mtime_ns)
-    if known not in _counts:
+    def headers() -> Iterator[dict]:
+        try:
+            with tarfile.open(shard) as tar:
+                for member in tar:
+                    if member.isreg() and not member.name.startswith("__"):
+                        yield {"fname": member.name, "data": b"", "__url__": shard}
+                    tar.members = []  # else tarfile keeps them all
+        except (tarfile.TarError, OSError, EOFError, zlib.error):
+            return  # reading the samples reports it
 
-        def headers() -> Iterator[dict]:
-            try:
-                with tarfile.open(shard) as tar:
-                    for member in tar:
-                        if member.isreg() and not member.name.startswith("__"):
-                            yield {"fname": member.name, "data": b"", "__url__": shard}
-                        tar.members = []  # else tarfile keeps them all
-            except (tarfile.TarError, OSError, EOFError, zlib.error):
-                return  # reading the samples reports it
-
-        samples = group_by_keys(headers(), handler=lambda error: True)
-        _counts[known] = sum(_image_key(sample) is not None for sample in samples)
-    return _counts[known]
+    return sum(_image_key(sample) is not None for sample in group_by_keys(headers(), handler=lambda error: True))
 
 
 # ----------------------------------------------------------------------------------------------------- reading samples
@@ -166,7 +159,7 @@ def read_shards(shards: Iterable[str], skipped: SkipLog) -> Iterator[dict]:
 
         def note(error: Exception, errors: list = errors) -> bool:
             errors.append(error)
-            return True  # tells webdataset to continue
+            return True  # so webdataset continues
 
         try:
             stream = gopen(shard)
@@ -190,24 +183,6 @@ def read_shards(shards: Iterable[str], skipped: SkipLog) -> Iterator[dict]:
             skipped.add(zlib.crc32(shard.encode()), f"part of shard {shard}", errors[0])
 
 
-def decode_image(raw: dict) -> tuple[Tensor, int]:
-    """A raw sample -> (uint8 (3, H, W), label), the label -1 where .cls holds no number.
-
-    Raises:
-        UnreadableImage: its bytes are no readable image.
-    """
-    try:
-        label = int(raw.get("cls", b"-1"))
-    except ValueError:
-        label = -1
-    return decode_rgb(raw[_image_key(raw)]), label
-
-
-def _note_unreadable(skipped: SkipLog, raw: dict, error: Exception) -> None:
-    name = f"{raw['__key__']} in {raw['__url__']}"
-    skipped.add(zlib.crc32(name.encode()), name, error)
-
-
 def _worker() -> tuple[int, int]:
     info = get_worker_info()
     return (0, 1) if info is None else (info.id, info.num_workers)
@@ -216,172 +191,22 @@ def _worker() -> tuple[int, int]:
 # ------------------------------------------------------------------------------------------------------------ datasets
 
 
-class TrainShards(IterableDataset):
-    """Shuffled training samples: each rank gives `steps` x `batch_size` of them an epoch, split over its workers.
-
-    A DataLoader of the same batch size must batch them. `start_at(epoch, batch)` says where the next iteration begins;
-    it reaches persistent workers through shared memory. The order depends on ranks x workers (`slots`).
-
-    Raises:
-        DataError: while iterating, a shard or too many samples in a row cannot be read.
-    """
-
-    decode = staticmethod(decode_image)  # pairs.py reads captions in place of labels
-
-    def __init__(
-        self,
-        shards: list[str],
-        resolution: int,
-        steps: int,
-        batch_size: int,
-        resize_ratio: float = 0.75,
-        seed: int = 0,
-        shuffle_buffer: int = 1000,
-        rank: int = 0,
-        world: int = 1,
-        as_uint8: bool = False,
-        skipped: SkipLog | None = None,
-    ):
-        self.shards, self.resolution, self.steps, self.batch_size = shards, resolution, steps, batch_size
-        self.resize_ratio, self.seed, self.shuffle_buffer = resize_ratio, seed, shuffle_buffer
-        self.rank, self.world, self.as_uint8 = rank, world, as_uint8
-        self.skipped = skipped or SkipLog(SKIP_SLOTS)
-        self._start = torch.zeros(2, dtype=torch.int64).share_memory_()  # epoch, batch
-
-    def start_at(self, epoch: int, batch: int) -> None:
-        """Say where the next iteration begins."""
-        self._start[0], self._start[1] = epoch, batch
-
-    def __iter__(self) -> Iterator[Sample]:
-        worker, workers = _worker()
-        epoch, first = self._start.tolist()
-        # The loader asks its worker 0 first. After a resume at batch `first`, worker 0 therefore takes the part of the
-        # worker whose turn that batch was. Part p makes the batches p, p + workers, p + 2 workers, ...
-        part = (worker + first) % workers
-        done = len(range(part, first, workers)) * self.batch_size
-        end = len(range(part, self.steps, workers)) * self.batch_size
-        slot = self.rank * workers + part
-        raws = self._shuffled(epoch, slot, self.world * workers)
-        for _ in range(done):
-            next(raws)
-        ahead: deque[dict] = deque()  # samples looked at, but not yet used
-        for position in range(done, end):
-            image, label = self._readable(raws, ahead)
-            rng = sample_generator(self.seed, epoch, slot, position)
-            image = random_crop(image, self.resolution, self.resize_ratio, rng)
-            yield (image if self.as_uint8 else to_unit_range(image)), label
-
-    def _readable(self, raws: Iterator[dict], ahead: deque[dict]) -> tuple:
-        """The next sample, or for an unreadable one the next readable one after it.
-
-        The latter also keeps its own turn. So what is at a position does not depend on how many samples before it were
-        unreadable, and a resumed run can count positions without decoding.
-        """
-        remedies: Counter = Counter()
-        for step in range(MAX_SKIPS):
-            if step == len(ahead):
-                ahead.append(next(raws))
-            try:
-                sample = self.decode(ahead[step])
-            except UnreadableImage as error:
-                _note_unreadable(self.skipped, ahead[step], error)
-                remedies[error.remedy] += 1
-                continue
-            ahead.popleft()
-            return sample
-        raise DataError(
-            f"{MAX_SKIPS} samples in a row cannot be used, up to {ahead[-1]['__key__']} in {ahead[-1]['__url__']}. "
-            + remedies.most_common(1)[0][0]
-        )
-
-    def _shuffled(self, epoch: int, slot: int, slots: int) -> Iterator[dict]:
-        """The slot's endless stream of undecoded samples in epoch `epoch`, shuffled within each pass."""
-        import webdataset
-
-        shared = len(self.shards) >= slots
-        barren = 0  # shards read since the last sample
-        for turn in itertools.count():
-            parts = (self.seed, epoch, turn) if shared else (self.seed, epoch, turn, slot)
-            order = random.Random(mix_seed(*parts)).sample(self.shards, len(self.shards))
-            mine = order[slot::slots] if shared else order
-            rng = random.Random(mix_seed(self.seed, epoch, turn, slot, 1))
-            barren += len(mine)
-            for raw in webdataset.shuffle(max(1, self.shuffle_buffer), rng=rng)(read_shards(mine, self.skipped)):
-                barren = 0
-                yield raw
-            if barren >= 4 * len(self.shards):
-                raise DataError(f"no sample with an image ({' '.join(IMAGE_KEYS)}) in {self.shards[0]} and the others.")
-
-
-class EvalShards(IterableDataset):
-    """Each sample once over ranks x workers, in shard order. A DataLoader of the same `batch_size` must batch them.
-
-    None stands for an unreadable sample, and for the empty batch that a rank needs to make as many steps as the others.
-    """
-
-    decode = staticmethod(decode_image)
-
-    def __init__(
-        self,
-        shards: list[str],
-        resolution: int,
-        batch_size: int,
-        rank: int = 0,
-        world: int = 1,
-        as_uint8: bool = False,
-        skipped: SkipLog | None = None,
-    ):
-        self.shards, self.resolution, self.batch_size = shards, resolution, batch_size
-        self.rank, self.world, self.as_uint8 = rank, world, as_uint8
-        self.skipped = skipped or SkipLog(SKIP_SLOTS)
-
-    def _batches(self, samples: int) -> int:
-        """Batches of the rank with most of a worker's `samples`: what every rank makes."""
-        return math.ceil(math.ceil(samples / self.world) / self.batch_size)
-
-    def steps(self, workers: int) -> int | None:
-        """All batches, an upper bound where shards are damaged; None with remote shards, whose size is unknown."""
-        if any(map(is_remote, self.shards)):
-            return None
-        workers = max(1, workers)
-        return sum(self._batches(sum(map(count_images, self.shards[w::workers]))) for w in range(workers))
-
-    def __iter__(self) -> Iterator[Sample | None]:
-        worker, workers = _worker()
-        samples = mine = 0
-        for raw in read_shards(self.shards[worker::workers], self.skipped):
-            if samples % self.world == self.rank:
-                mine += 1
-                yield self._sample(raw)
-            samples += 1
-        if math.ceil(mine / self.batch_size) < self._batches(samples):
-            yield None
-
-    def _sample(self, raw: dict) -> Sample | None:
-        try:
-            image, label = self.decode(raw)
-        except UnreadableImage as error:
-            _note_unreadable(self.skipped, raw, error)
-            return None
-        image = centre_crop(image, self.resolution)
-        return (image if self.as_uint8 else to_unit_range(image)), label
-
-
 class Shards:
-    """The tar shards of a split: how many samples they hold, and what streams them in training and in evaluation.
-
-    Items are uint8 (3, R, R), as `shape` says, and a label. `skipped` counts what was unreadable in all streams.
+    """The tar shards of a split, and what is in a sample; TrainShards and EvalShards stream them.
 
     Args:
         source: what names the shards, as in `find_shards`.
+        resize_ratio, seed: of training's crops, as in images.MapImages.
         size: samples of a training epoch; None counts those in the shards, which remote ones do not allow.
         key: the setting that error messages mention.
+
+    Attributes:
+        shape: of one image, (3, R, R).
+        skipped: counts what was unreadable in all streams.
 
     Raises:
         DataError: a shard is missing.
     """
-
-    train_stream, eval_stream = TrainShards, EvalShards
 
     def __init__(
         self,
@@ -395,27 +220,156 @@ class Shards:
     ):
         self.shards = find_shards(source, key)
         self.resolution, self.shape, self.size = resolution, (3, resolution, resolution), size
-        self.crops = {"resize_ratio": resize_ratio, "seed": seed, "shuffle_buffer": shuffle_buffer}
+        self.resize_ratio, self.seed, self.shuffle_buffer = resize_ratio, seed, shuffle_buffer
         self.skipped = SkipLog(SKIP_SLOTS)
+
+    @property
+    def remote(self) -> bool:
+        """Whether some shards are remote."""
+        return any(map(is_remote, self.shards))
 
     @property
     def samples(self) -> int | None:
         """Samples of an epoch; None where they are neither given nor to be counted."""
-        if self.size:
-            return self.size
-        return None if any(map(is_remote, self.shards)) else sum(map(count_images, self.shards))
+        return self.size or (None if self.remote else sum(map(count_images, self.shards)))
 
-    def for_training(self, steps: int, batch_size: int, rank: int, world: int) -> TrainShards:
-        """A rank's shuffled stream of `steps` batches an epoch."""
-        ranks = {"rank": rank, "world": world, "as_uint8": True, "skipped": self.skipped}
-        return self.train_stream(self.shards, self.resolution, steps, batch_size, **self.crops, **ranks)
+    def decode(self, raw: dict) -> Tensor:
+        """The whole image of a sample, uint8 (3, H, W). Raises UnreadableImage."""
+        return decode_rgb(raw[_image_key(raw)])
 
-    def for_evaluation(self, batch_size: int, rank: int = 0, world: int = 1) -> EvalShards:
-        """A rank's stream in which every sample comes once over all ranks."""
-        ranks = {"rank": rank, "world": world, "as_uint8": True, "skipped": self.skipped}
-        return self.eval_stream(self.shards, self.resolution, batch_size, **ranks)
+    def target(self, raw: dict, epoch: int | None = None) -> Any:
+        """What comes with the image, in training in epoch `epoch`: its label, -1 where .cls holds no number."""
+        try:
+            return int(raw.get("cls", b"-1"))
+        except ValueError:
+            return -1
 
     def describe(self) -> dict[str, str | int | None]:
         """Where the samples come from and how many there are."""
         more = f" and {len(self.shards) - 1} more" if len(self.shards) > 1 else ""
         return {"source": self.shards[0] + more, "samples": self.samples}
+
+
+class _Stream(IterableDataset):
+    """A rank's samples. A DataLoader of the same batch size must batch them."""
+
+    def __init__(self, source: Shards, batch_size: int, rank: int = 0, world: int = 1):
+        self.source, self.batch_size, self.rank, self.world = source, batch_size, rank, world
+
+    def _note_unreadable(self, raw: dict, error: Exception) -> None:
+        name = f"{raw['__key__']} in {raw['__url__']}"
+        self.source.skipped.add(zlib.crc32(name.encode()), name, error)
+
+
+class TrainShards(_Stream):
+    """Shuffled training samples: each rank gives `steps` x `batch_size` of them an epoch, split over its workers.
+
+    Raises:
+        DataError: while iterating, a shard or too many samples in a row cannot be read.
+    """
+
+    def __init__(self, source: Shards, steps: int, batch_size: int, rank: int = 0, world: int = 1):
+        super().__init__(source, batch_size, rank, world)
+        self.steps = steps
+        self._start = torch.zeros(2, dtype=torch.int64).share_memory_()  # epoch, batch
+
+    def start_at(self, epoch: int, batch: int) -> None:
+        """Say where the next iteration begins. It reaches persistent workers through shared memory."""
+        self._start[0], self._start[1] = epoch, batch
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Any]]:
+        worker, workers = _worker()
+        epoch, first = self._start.tolist()
+        # The loader asks its worker 0 first. After a resume at batch `first`, worker 0 therefore takes the part of the
+        # worker whose turn that batch was. Part p makes the batches p, p + workers, p + 2 workers, ...
+        part = (worker + first) % workers
+        done = len(range(part, first, workers)) * self.batch_size
+        end = len(range(part, self.steps, workers)) * self.batch_size
+        slot = self.rank * workers + part
+        raws = self._shuffled(epoch, slot, self.world * workers)
+        for _ in range(done):
+            next(raws)
+        ahead: deque[dict] = deque()  # samples looked at, but not yet used
+        for position in range(done, end):
+            image, raw = self._readable(raws, ahead)
+            rng = sample_generator(self.source.seed, epoch, slot, position)
+            image = random_crop(image, self.source.resolution, self.source.resize_ratio, rng)
+            yield image, self.source.target(raw, epoch)
+
+    def _readable(self, raws: Iterator[dict], ahead: deque[dict]) -> tuple[Tensor, dict]:
+        """The next sample, or for an unreadable one the next readable one after it.
+
+        The latter also keeps its own turn. So what is at a position does not depend on how many samples before it were
+        unreadable, and a resumed run can count positions without decoding.
+        """
+        for step in range(MAX_SKIPS):
+            if step == len(ahead):
+                ahead.append(next(raws))
+            raw = ahead[step]
+            try:
+                image = self.source.decode(raw)
+            except UnreadableImage as error:
+                self._note_unreadable(raw, error)
+                remedy = error.remedy
+            else:
+                ahead.popleft()
+                return image, raw
+        name = f"{raw['__key__']} in {raw['__url__']}"
+        raise DataError(f"{MAX_SKIPS} samples in a row cannot be used, up to {name}. {remedy}")
+
+    def _shuffled(self, epoch: int, slot: int, slots: int) -> Iterator[dict]:
+        """The slot's endless stream of undecoded samples in epoch `epoch`, shuffled within each pass."""
+        import webdataset
+
+        shards, seed = self.source.shards, self.source.seed
+        shared = len(shards) >= slots
+        barren = 0  # shards read since the last sample
+        for turn in itertools.count():
+            parts = (seed, epoch, turn) if shared else (seed, epoch, turn, slot)
+            order = random.Random(mix_seed(*parts)).sample(shards, len(shards))
+            mine = order[slot::slots] if shared else order
+            rng = random.Random(mix_seed(seed, epoch, turn, slot, 1))
+            barren += len(mine)
+            raws = read_shards(mine, self.source.skipped)
+            for raw in webdataset.shuffle(self.source.shuffle_buffer, rng=rng)(raws):
+                barren = 0
+                yield raw
+            if barren >= 4 * len(shards):
+                raise DataError(f"no sample with an image ({' '.join(IMAGE_KEYS)}) in {shards[0]} and the others.")
+
+
+class EvalShards(_Stream):
+    """Each sample once over ranks x workers, in shard order.
+
+    None stands for an unreadable sample, and for the empty batch that a rank needs to make as many steps as the others.
+    """
+
+    def _batches(self, samples: int) -> int:
+        """Batches of the rank with most of a worker's `samples`: what every rank makes."""
+        return math.ceil(math.ceil(samples / self.world) / self.batch_size)
+
+    def steps(self, workers: int) -> int | None:
+        """All batches, an upper bound where shards are damaged; None with remote shards, whose size is unknown."""
+        if self.source.remote:
+            return None
+        workers = max(1, workers)
+        return sum(self._batches(sum(map(count_images, self.source.shards[w::workers]))) for w in range(workers))
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Any] | None]:
+        worker, workers = _worker()
+        samples = mine = 0
+        for raw in read_shards(self.source.shards[worker::workers], self.source.skipped):
+            if samples % self.world == self.rank:
+                mine += 1
+                yield self._sample(raw)
+            samples += 1
+        if math.ceil(mine / self.batch_size) < self._batches(samples):
+            yield None
+
+    def _sample(self, raw: dict) -> tuple[Tensor, Any] | None:
+        try:
+            image = self.source.decode(raw)
+        except UnreadableImage as error:
+            self._note_unreadable(raw, error)
+            return None
+        return centre_crop(image, self.source.resolution), self.source.target(raw)

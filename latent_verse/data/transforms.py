@@ -1,9 +1,9 @@
 """From a file's bytes to a square image, and which randomness belongs to which sample.
 
-There are two decoders. Ordinary JPEGs (RGB or gray) go through torchvision's, the fastest of those measured in
-`benchmarks/data.py`. Everything else, and everything that decoder refuses, goes through Pillow, which has the last word
-on whether a file is readable. Resizing is bilinear with antialiasing, in uint8. The results equal torchvision's
-transforms on PIL images to within 2/255 (a test holds this; usually they are identical).
+Ordinary JPEGs (RGB or gray) go through torchvision's decoder, the fastest of those measured in `benchmarks/data.py`.
+Everything else, and everything that decoder refuses, goes through Pillow, as do all files where this torchvision has no
+such decoder. Resizing is bilinear with antialiasing, in uint8. The results equal torchvision's transforms on PIL images
+to within 2/255 (a test holds this; usually they are identical).
 
 Shapes: C = 3 colours, H x W the image's size, R the resolution. uint8 images lie in [0, 255], float in [-1, 1].
 """
@@ -13,20 +13,25 @@ from __future__ import annotations
 import io
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2.functional import InterpolationMode, resize_image
 
 from latent_verse.data import DataError
 
+try:  # deprecated since torchvision 0.29
+    from torchvision.io import ImageReadMode, decode_jpeg
+except ImportError:
+    decode_jpeg = None
+
 
 class UnreadableImage(DataError):
-    """These bytes are no readable image (corrupt, truncated, a decompression bomb, an unknown format)."""
+    """These bytes are no readable image: corrupt, truncated, a decompression bomb, an unknown format."""
 
     remedy = "Were the shards written with image bytes under jpg, jpeg, png or webp?"  # where many do so in a row
 
@@ -64,7 +69,7 @@ def decode_rgb(data: bytes) -> Tensor:
 
 def _decode(data: bytes) -> Tensor:
     image = Image.open(io.BytesIO(data))  # reads the header only, and refuses decompression bombs
-    if image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L"):
+    if decode_jpeg and image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L"):
         orientation = image.getexif().get(0x0112, 1) if "exif" in image.info or "xmp" in image.info else 1
         try:
             x_CHW = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
@@ -98,8 +103,8 @@ def _pil_to_tensor(image: Image.Image) -> Tensor:
 def centre_crop(image: Tensor | Image.Image, resolution: int) -> Tensor:
     """The resizing and cropping of all evaluation: shorter side to `resolution` (bilinear, antialiased), centre square.
 
-    Takes uint8 (3, H, W) or a PIL image, gives uint8 (3, R, R). Whatever is compared with a reconstruction must come
-    from here, the reference statistics of FID included.
+    Takes uint8 (3, H, W) or a PIL image, gives uint8 (3, R, R). Whatever is compared with a reconstruction comes from
+    here, the reference statistics of FID included.
     """
     if isinstance(image, Image.Image):
         image = _pil_to_tensor(_to_rgb(image))
@@ -151,28 +156,35 @@ def to_unit_range(x: Tensor) -> Tensor:
     return x.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1.0)
 
 
-def stack_images(images: list[Tensor], shape: tuple[int, ...]) -> Tensor:
-    """uint8 (3, R, R) images, of `shape`, -> (B, 3, R, R); B may be 0."""
-    if not images:
-        return torch.empty(0, *shape, dtype=torch.uint8)
-    # images lie in memory as HWC, as decoders leave them: stacked so, it is one copy each
-    return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
+def labels(found: Sequence[int]) -> Tensor:
+    """Labels as int64 (B,)."""
+    return torch.tensor(found, dtype=torch.int64)
 
 
 class Collate:
-    """Samples -> [uint8 (B, 3, R, R), int64 (B,)]; None, an unreadable evaluation sample, is left out. B may be 0.
+    """(image or codes, target) items -> [uint8 (B, 3, R, R) or int32 (B, N), targets (B, ...)].
+
+    None, an unreadable item of evaluation, is left out; B may be 0.
 
     Args:
-        shape: of one image, (3, R, R).
+        shape: of one image, (3, R, R), or of one image's codes, (N,).
+        targets: what makes a tensor of the items' labels, or of their captions.
     """
 
-    def __init__(self, shape: tuple[int, ...]):
-        self.shape = shape
+    def __init__(self, shape: tuple[int, ...], targets: Callable[[list], Tensor] = labels):
+        self.shape, self.targets = shape, targets
 
-    def __call__(self, samples: list[tuple[Tensor, int] | None]) -> list[Tensor]:
-        kept = [sample for sample in samples if sample is not None]
-        labels = torch.tensor([label for _, label in kept], dtype=torch.int64)
-        return [stack_images([image for image, _ in kept], self.shape), labels]
+    def __call__(self, items: list[tuple[Any, Any] | None]) -> list[Tensor]:
+        kept = [item for item in items if item is not None]
+        return [self._stacked([x for x, _ in kept]), self.targets([target for _, target in kept])]
+
+    def _stacked(self, items: list) -> Tensor:
+        if len(self.shape) == 1:
+            return torch.from_numpy(np.array(items, np.int32).reshape(-1, *self.shape))
+        if not items:
+            return torch.empty(0, *self.shape, dtype=torch.uint8)
+        # images lie in memory as HWC, as decoders leave them: stacked so, it is one copy each
+        return torch.stack([image.permute(1, 2, 0) for image in items]).permute(0, 3, 1, 2)
 
 
 def mix_seed(*parts: int) -> int:

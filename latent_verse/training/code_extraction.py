@@ -52,7 +52,7 @@ def extract_codes(config: TrainBiARTConfig, vae: AugVAE, accelerator: str, pretr
             "seed": t.seed,
         }
         if shards:
-            work, total = work_of_shards(dataset.shards, resolution, crops, d.resize_ratio, t.seed), None
+            work, total = work_of_shards(dataset, crops), None
         else:
             work, total = work_of(dataset, crops, c.shard_size), len(dataset)
             plan["pictures"] = total

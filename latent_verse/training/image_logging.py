@@ -129,7 +129,7 @@ class TextImageSamples(pl.Callback):
     def _has_data(self, trainer: pl.Trainer) -> bool:
         """Whether there are examples to sample for; looked up once, and the same on every process."""
         if self._examples is None and trainer.datamodule.has_val:
-            s, has_truth = self.settings, getattr(trainer.datamodule.dataset("val"), "world", None) is not None
+            s, has_truth = self.settings, getattr(trainer.datamodule.datasets["val"], "world", None) is not None
             count = max(s.num_samples, s.num_judged if has_truth else 0)
             self._examples = trainer.datamodule.examples(count) if count else None
         return self._examples is not None and len(self._examples.captions) > 0

@@ -14,7 +14,7 @@ from latent_verse.data.captions import CocoCaptions, FakePairs, KarpathyCaptions
 R = 16
 
 
-def picture(path, value=100, size=(20, 24), mode="RGB"):
+def save_image(path, value=100, size=(20, 24), mode="RGB"):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new(mode, size, value if mode == "L" else (value,) * len(mode)).save(path)
 
@@ -35,12 +35,12 @@ def captions_of(dataset):
 @pytest.fixture
 def folder(tmp_path):
     for i, name in enumerate(["a.png", "b.JPG", "sub/a.webp", "d.png", "e.png"]):
-        picture(tmp_path / name, 40 * i)
+        save_image(tmp_path / name, 40 * i)
     write(tmp_path / "a.txt", "\ufeffone red thing\r\n\r\n  two   words \n")
     write(tmp_path / "b.txt", "ein Bär 🐻")
     write(tmp_path / "sub/a.txt", "other folder")
     write(tmp_path / "e.txt", " \n")
-    write(tmp_path / "lonely.txt", "no picture")
+    write(tmp_path / "lonely.txt", "no image")
     return tmp_path
 
 
@@ -79,19 +79,19 @@ def test_captions_and_crops_follow_seed_epoch_and_index(tmp_path):
     Image.fromarray(noise).save(tmp_path / "a.png")
     write(tmp_path / "a.txt", "\n".join(f"caption {i}" for i in range(5)))
     one, two, other = (PairFolder(tmp_path, R, seed=s) for s in (1, 1, 2))
-    drawn = [one[(epoch, 0)][1] for epoch in range(40)]
-    assert len(set(drawn)) == 5
-    assert drawn == [two[(epoch, 0)][1] for epoch in range(40)]
-    assert drawn != [other[(epoch, 0)][1] for epoch in range(40)]
+    chosen = [one[(epoch, 0)][1] for epoch in range(40)]
+    assert len(set(chosen)) == 5
+    assert chosen == [two[(epoch, 0)][1] for epoch in range(40)]
+    assert chosen != [other[(epoch, 0)][1] for epoch in range(40)]
     assert torch.equal(one[(3, 0)][0], two[(3, 0)][0])
     assert not torch.equal(one[(3, 0)][0], one[(4, 0)][0])
     one.epoch = 3
-    assert one[0][1] == drawn[3] and torch.equal(one[0][0], two[(3, 0)][0])
+    assert one[0][1] == chosen[3] and torch.equal(one[0][0], two[(3, 0)][0])
 
 
 def test_unreadable_image_brings_the_next_pair_in_training_and_none_in_evaluation(tmp_path):
     for name in ("a", "b"):
-        picture(tmp_path / f"{name}.png")
+        save_image(tmp_path / f"{name}.png")
         write(tmp_path / f"{name}.txt", f"caption {name}")
     (tmp_path / "a.png").write_bytes(b"not a png")
     assert PairFolder(tmp_path, R)[0][1] == "caption b"
@@ -105,7 +105,7 @@ def test_unreadable_image_brings_the_next_pair_in_training_and_none_in_evaluatio
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK"])
 def test_any_mode(tmp_path, mode):
-    picture(tmp_path / ("a.tif" if mode == "CMYK" else "a.png"), mode=mode)
+    save_image(tmp_path / ("a.tif" if mode == "CMYK" else "a.png"), mode=mode)
     write(tmp_path / "a.txt", "x")
     assert PairFolder(tmp_path, R)[0][0].shape == (3, R, R)
 
@@ -116,7 +116,7 @@ def test_folder_errors(tmp_path):
     write(tmp_path / "a.txt", "x")
     with pytest.raises(DataError, match=r"val_dir: no image below .* found 1 \.txt"):
         PairFolder(tmp_path, R, key="val_dir")
-    picture(tmp_path / "b.png")
+    save_image(tmp_path / "b.png")
     with pytest.raises(DataError, match=r"1 images without a \.txt .*b\.png.*beside it"):
         PairFolder(tmp_path, R)
     write(tmp_path / "b.txt", "Bär", encoding="latin-1")
@@ -130,7 +130,7 @@ def test_folder_errors(tmp_path):
 @pytest.fixture
 def coco(tmp_path):
     for name in ("1.jpg", "2.jpg", "3.jpg"):
-        picture(tmp_path / "train2017" / name)
+        save_image(tmp_path / "train2017" / name)
     content = {
         "info": {},
         "images": [{"id": i, "file_name": f"{i}.jpg"} for i in (1, 2, 3, 4)],
@@ -211,7 +211,7 @@ def test_karpathy_with_values_of_another_kind(tmp_path, change, message):
 def test_karpathy(tmp_path):
     images = []
     for i, split in enumerate(["train", "restval", "val", "test", "train"]):
-        picture(tmp_path / f"images/part{i % 2}/{i}.jpg")
+        save_image(tmp_path / f"images/part{i % 2}/{i}.jpg")
         sentences = [{"raw": f"Caption {i}."}, {"raw": "Second"}]
         images.append({"filename": f"{i}.jpg", "filepath": f"part{i % 2}", "split": split, "sentences": sentences})
     path = write(tmp_path / "dataset_coco.json", json.dumps({"images": images, "dataset": "coco"}))
@@ -228,14 +228,14 @@ def test_karpathy(tmp_path):
 @pytest.mark.parametrize("extension, between", [(".csv", ","), (".tsv", "\t")])
 def test_separated_tables(tmp_path, extension, between):
     for name in ("a.png", "b.png"):
-        picture(tmp_path / "pictures" / name)
+        save_image(tmp_path / "images" / name)
     rows = [
         ["id", "Image_Path", "TEXT"],
-        ["1", "pictures/a.png", '"a ""quoted"", long\nstory"'],
-        ["2", "pictures/b.png", "b"],
-        ["3", "pictures/a.png", "again"],
-        ["4", "pictures/gone.png", "missing"],
-        ["5", "pictures/b.png", ""],
+        ["1", "images/a.png", '"a ""quoted"", long\nstory"'],
+        ["2", "images/b.png", "b"],
+        ["3", "images/a.png", "again"],
+        ["4", "images/gone.png", "missing"],
+        ["5", "images/b.png", ""],
         ["6", "", "no image"],
     ]
     path = write(tmp_path / f"t{extension}", "\ufeff" + "".join(between.join(row) + "\r\n" for row in rows))
@@ -246,8 +246,8 @@ def test_separated_tables(tmp_path, extension, between):
 
 
 def test_json_lines(tmp_path):
-    picture(tmp_path / "a.png")
-    picture(tmp_path / "elsewhere/b.png")
+    save_image(tmp_path / "a.png")
+    save_image(tmp_path / "elsewhere/b.png")
     rows = [
         {"file_name": "a.png", "caption": ["one", "two"]},
         {"file_name": str(tmp_path / "elsewhere/b.png"), "caption": "日本"},
@@ -259,7 +259,7 @@ def test_json_lines(tmp_path):
 @pytest.mark.parametrize(
     "name, text, message",
     [
-        ("t.csv", "img,words\na.png,x\n", "columns img, words; one of image, image_path"),
+        ("t.csv", "img,words\na.png,x\n", "columns img, words; .*one of image, image_path"),
         ("t.csv", "image,words\na.png,x\n", "one of caption, captions, text, title"),
         ("t.csv", "image,caption\na.png,red, green\n", r"line 2 has more or fewer fields than the 2"),
         ("t.csv", "image,caption\n", "no image with a caption"),
@@ -272,7 +272,7 @@ def test_json_lines(tmp_path):
     ],
 )
 def test_table_errors(tmp_path, name, text, message):
-    picture(tmp_path / "a.png")
+    save_image(tmp_path / "a.png")
     with pytest.raises(DataError, match=message):
         TableCaptions(write(tmp_path / name, text), R)
 
@@ -289,8 +289,6 @@ def test_fake_pairs():
     assert dataset.describe()["pairs"] == len(dataset) == 12
     with pytest.raises(IndexError):
         dataset[12]
-    with pytest.raises(DataError, match="dataset_size is 0"):
-        FakePairs(0, R)
 
 
 def test_workers_can_have_it(folder):

@@ -16,7 +16,7 @@ from latent_verse.checkpoints.ckpt_files import fingerprint
 from latent_verse.data import DataError
 from latent_verse.data.captions import PairFolder
 from latent_verse.data.codes import CodesDataset, check_codes, extract, smallest_type, work_of
-from latent_verse.data.pairs import work_of_shards
+from latent_verse.data.pairs import PairShards, work_of_shards
 from latent_verse.data.shapes import PRESETS, ShapesDataset, World
 from latent_verse.data.text import BPETokenizer
 from latent_verse.data.transforms import centre_crop, to_unit_range
@@ -27,12 +27,12 @@ R, PAIRS = 16, 7
 @pytest.fixture
 def folder(tmp_path):
     """Seven square images of 16 px with one to three captions each."""
-    place = tmp_path / "pictures"
+    place = tmp_path / "images"
     place.mkdir()
     for i in range(PAIRS):
         pixels = np.random.default_rng(i).integers(0, 255, (R, R, 3)).astype(np.uint8)
         Image.fromarray(pixels).save(place / f"{i}.png")
-        (place / f"{i}.txt").write_text("\n".join(f"caption {n} of picture {i} ✓" for n in range(1 + i % 3)))
+        (place / f"{i}.txt").write_text("\n".join(f"caption {n} of image {i} ✓" for n in range(1 + i % 3)))
     return place
 
 
@@ -68,16 +68,16 @@ def test_codes_and_captions_come_back(made, folder):
         "codes.json",
         "tokenizer",
     ]
-    pictures = PairFolder(folder, R, train=False, as_uint8=True)
+    images = PairFolder(folder, R, train=False, as_uint8=True)
     codes = CodesDataset(out, train=False)
     assert len(codes) == PAIRS
     for i in range(PAIRS):
-        image, caption = pictures[(0, i)]
+        image, caption = images[(0, i)]
         found, text = codes[(0, i)]
         assert np.array_equal(found, vae.codes(to_unit_range(image)[None])[0].numpy())
         assert text == (caption, bpe.encode(caption))
-        assert codes.captions(i) == pictures.captions(i)
-    assert codes._codes.dtype == np.uint16
+        assert codes.captions(i) == images.captions(i)
+    assert codes[0][0].dtype == np.uint16
 
 
 def test_other_programs_can_read_the_shards(made):
@@ -90,15 +90,16 @@ def test_other_programs_can_read_the_shards(made):
 
 
 def test_training_chooses_captions_as_from_images_and_crops_of_its_own(made, folder):
-    out, _, _ = made(crops=3, resize_ratio=0.3)
-    pictures, codes = PairFolder(folder, R, seed=5), CodesDataset(out, seed=5)
+    out, vae, _ = made(crops=3, resize_ratio=0.3)
+    images, codes = PairFolder(folder, R, seed=5), CodesDataset(out, seed=5)
     assert [codes[(e, i)][1].text for e in range(4) for i in range(PAIRS)] == [
-        pictures[(e, i)][1] for e in range(4) for i in range(PAIRS)
+        images[(e, i)][1] for e in range(4) for i in range(PAIRS)
     ]
-    drawn = {codes[(e, 0)][0].tobytes() for e in range(20)}
-    assert len(drawn) == 3
+    crops = {codes[(e, 0)][0].tobytes() for e in range(20)}
+    assert len(crops) == 3
     assert codes[(3, 0)][0].tobytes() == CodesDataset(out, seed=5)[(3, 0)][0].tobytes()
-    assert {CodesDataset(out, train=False)[(e, 0)][0].tobytes() for e in range(5)} == {codes._codes[0, 0].tobytes()}
+    centre = vae.codes(to_unit_range(PairFolder(folder, R, train=False, as_uint8=True)[0][0][None]))[0]
+    assert all(np.array_equal(CodesDataset(out, train=False)[(e, 0)][0], centre.numpy()) for e in range(5))
 
 
 @pytest.fixture
@@ -114,14 +115,14 @@ def wide_pairs(tmp_path):
         for i in range(PAIRS):
             pixels = np.random.default_rng(i).integers(0, 255, (20, 24, 3)).astype(np.uint8)
             Image.fromarray(pixels).save(place / f"{i}.png")
-            picture = (place / f"{i}.png").read_bytes() if i != 2 else b"no picture"
-            (place / f"{i}.png").write_bytes(picture)
-            captions = [f"caption {n} of picture {i} ✓" for n in range(1 + i % 3)]
+            content = (place / f"{i}.png").read_bytes() if i != 2 else b"no image"
+            (place / f"{i}.png").write_bytes(content)
+            captions = [f"caption {n} of image {i} ✓" for n in range(1 + i % 3)]
             (place / f"{i}.txt").write_text("\n".join(captions))
             text = (
                 (f"{i}.txt", captions[0]) if len(captions) == 1 else (f"{i}.json", json.dumps({"captions": captions}))
             )
-            members.append([(f"{i}.png", picture), (text[0], text[1].encode())])
+            members.append([(f"{i}.png", content), (text[0], text[1].encode())])
         shards, left = [], iter(members)
         for number, size in enumerate(sizes):
             shards.append(str(tmp_path / out / f"{number}.tar"))
@@ -138,8 +139,8 @@ def wide_pairs(tmp_path):
 @pytest.mark.parametrize("sizes", [(7,), (3, 4), (1, 2, 4)])
 def test_shards_give_the_codes_and_captions_of_a_pair_folder(wide_pairs, tmp_path, tiny_augvae, sizes):
     place, shards = wide_pairs(sizes)
-    vae, pictures = tiny_augvae(), PairFolder(place, R, train=False, as_uint8=True)
-    bpe = BPETokenizer.train((t for i in range(PAIRS) for t in pictures.captions(i)), 300)
+    vae, images = tiny_augvae(), PairFolder(place, R, train=False, as_uint8=True)
+    bpe = BPETokenizer.train((t for i in range(PAIRS) for t in images.captions(i)), 300)
     plan = {
         "format": "latent_verse/codes",
         "vae": fingerprint(vae),
@@ -150,7 +151,7 @@ def test_shards_give_the_codes_and_captions_of_a_pair_folder(wide_pairs, tmp_pat
         "crops_per_image": 1,
     }
     found = []
-    for name, work in (("pairs", work_of(pictures, 1, 3)), ("tar", work_of_shards(shards, R, 1, 0.75, 0))):
+    for name, work in (("pairs", work_of(images, 1, 3)), ("tar", work_of_shards(PairShards(shards, R), 1))):
         extract(work, tmp_path / name, vae.codes, bpe, plan, batch_size=2, threads=2, progress=False)
         found.append(CodesDataset(tmp_path / name, train=False))
     folder, tar = found
@@ -164,30 +165,30 @@ def test_shards_give_the_codes_and_captions_of_a_pair_folder(wide_pairs, tmp_pat
 
 
 def test_crops_from_shards_depend_on_seed_and_name_and_not_on_the_shard(wide_pairs, tmp_path):
-    def pictures(sizes, crops=3, seed=0, resize_ratio=0.25):
+    def crops_of(sizes, crops=3, seed=0, resize_ratio=0.25):
         _, shards = wide_pairs(sizes, f"{sizes}{crops}{seed}{resize_ratio}")
-        work = [item for part in work_of_shards(shards, R, crops, resize_ratio, seed) for item in part()]
-        return {name: load() for name, load, _ in work if name != "2"}
+        work = work_of_shards(PairShards(shards, R, resize_ratio, seed), crops)
+        return {name: load() for part in work for name, load, _ in part if name != "2"}
 
     def differing(some, others, crop):
         return sum(not torch.equal(some[name][crop], others[name][crop]) for name in some)
 
-    whole = pictures((7,))
+    whole = crops_of((7,))
     assert list(whole) == list("013456")
     for name, crops in whole.items():
         with Image.open(tmp_path / "wide" / f"{name}.png") as image:
             assert torch.equal(crops[0], centre_crop(image, R))
         assert len({crop.numpy().tobytes() for crop in crops}) == len(crops) == 3
     for sizes in ((3, 4), (2, 5)):
-        other = pictures(sizes)
+        other = crops_of(sizes)
         assert [differing(whole, other, crop) for crop in range(3)] == [0, 0, 0]
-    fewer = pictures((7,), crops=2)
+    fewer = crops_of((7,), crops=2)
     assert [differing(fewer, whole, crop) for crop in range(2)] == [0, 0]
-    for changed in (pictures((7,), seed=1), pictures((7,), resize_ratio=0.9)):
+    for changed in (crops_of((7,), seed=1), crops_of((7,), resize_ratio=0.9)):
         assert differing(whole, changed, 0) == 0 and differing(whole, changed, 1) > 3
 
 
-def test_an_interrupted_extraction_goes_on_and_is_not_read_before(made, tiny_augvae, tmp_path):
+def test_an_interrupted_extraction_resumes_and_is_not_read_before(made, tiny_augvae, tmp_path):
     calls = []
 
     def failing(x):
@@ -260,7 +261,7 @@ def test_damaged_folders_are_named(made, tmp_path):
 
 
 def test_unreadable_images_are_left_out_and_counted(made, folder):
-    (folder / "2.png").write_bytes(b"no picture")
+    (folder / "2.png").write_bytes(b"no image")
     out, _, _ = made()
     codes = CodesDataset(out)
     assert len(codes) == PAIRS - 1 and codes.meta["skipped"] == 1

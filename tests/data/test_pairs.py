@@ -17,14 +17,15 @@ from latent_verse.config.train import PairDataConfig, resolve_pairs
 from latent_verse.data import DataError, pairs
 from latent_verse.data.datasets import open_pairs
 from latent_verse.data.modules import PairDataModule
-from latent_verse.data.pairs import CaptionEncoder, PairTrainShards, all_captions, captions_of
+from latent_verse.data.pairs import CaptionEncoder, PairShards, all_captions, captions_of
+from latent_verse.data.shards import TrainShards
 from latent_verse.data.text import BPETokenizer, TokenizerError
 
 R, PAD = 8, 777
-CAPTIONS = [[f"picture number {i}", f"the {i} th"] for i in range(10)]
+CAPTIONS = [[f"image number {i}", f"the {i} th"] for i in range(10)]
 
 
-def picture(i: int) -> Image.Image:
+def image_of(i: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(i).integers(0, 255, (R, R, 3)).astype(np.uint8))
 
 
@@ -39,7 +40,7 @@ def files(tmp_path):
     folder = tmp_path / "COCO" / "train2017"
     folder.mkdir(parents=True)
     for i, captions in enumerate(CAPTIONS):
-        picture(i).save(folder / f"{i:02d}.png")
+        image_of(i).save(folder / f"{i:02d}.png")
         (folder / f"{i:02d}.txt").write_text("\n".join(captions))
     images = [{"id": i, "file_name": f"{i:02d}.png"} for i in range(10)]
     annotations = [{"image_id": i, "caption": text} for i in range(10) for text in CAPTIONS[i]]
@@ -58,7 +59,7 @@ def files(tmp_path):
     return tmp_path
 
 
-def write_tar(path, numbers, text="txt", picture_of=None):
+def write_tar(path, numbers, text="txt", bytes_of=None):
     with tarfile.open(path, "w") as tar:
 
         def add(name, data):
@@ -68,8 +69,8 @@ def write_tar(path, numbers, text="txt", picture_of=None):
 
         for i in numbers:
             file = io.BytesIO()
-            picture(i).save(file, "PNG")
-            add(f"{i:04d}.png", picture_of(i) if picture_of else file.getvalue())
+            image_of(i).save(file, "PNG")
+            add(f"{i:04d}.png", bytes_of(i) if bytes_of else file.getvalue())
             if text == "txt":
                 add(f"{i:04d}.txt", CAPTIONS[i][0].encode())
             elif text == "json":
@@ -207,9 +208,9 @@ def test_shards_of_img2dataset(tmp_path, tokenizer):
     write_tar(tmp_path / "b.tar", range(5, 10), text="json")
     given = {"dataset": "webdataset", "train_dir": str(tmp_path), "val_dir": str(tmp_path)}
     data = module(tokenizer, resize_ratio=1.0, **given)
-    assert sorted(all_captions(data.dataset("train"))) == sorted(of_one[0] for of_one in CAPTIONS)
+    assert sorted(all_captions(data.datasets["train"])) == sorted(of_one[0] for of_one in CAPTIONS)
     train, val = list(data.train_dataloader()), list(data.val_dataloader())
-    known = {np.array(picture(i)).tobytes(): CAPTIONS[i][0] for i in range(10)}
+    known = {np.array(image_of(i)).tobytes(): CAPTIONS[i][0] for i in range(10)}
     for batches in (train, val):
         pairs = [
             (image.permute(1, 2, 0).contiguous().numpy().tobytes(), [i for i in row.tolist() if i != PAD])
@@ -242,8 +243,8 @@ def test_samples_without_a_caption_are_counted(tmp_path, tokenizer):
     assert captions_of({"json": b"not json"}) == captions_of({"json": b"[]"}) == captions_of({}) == []
     assert captions_of({"json": b'{"caption": 3}'}) == []
     assert captions_of({"json": json.dumps({"captions": ["a  b", "", 3]}).encode()}) == ["a b"]
-    both = {"txt": b" \n", "json": b'{"caption": "told"}'}
-    assert captions_of(both) == ["told"] and captions_of({**both, "txt": b"first"}) == ["first"]
+    both = {"txt": b" \n", "json": b'{"caption": "found"}'}
+    assert captions_of(both) == ["found"] and captions_of({**both, "txt": b"first"}) == ["first"]
 
 
 def test_shards_without_any_caption_are_named(tmp_path, tokenizer, monkeypatch):
@@ -255,11 +256,11 @@ def test_shards_without_any_caption_are_named(tmp_path, tokenizer, monkeypatch):
             module(tokenizer, dataset="webdataset", **given)
     # shards that are not looked at first, such as remote ones
     monkeypatch.setattr("latent_verse.data.shards.MAX_SKIPS", 3)
-    write_tar(tmp_path / "c.tar", range(2), picture_of=lambda i: b"no picture")
+    write_tar(tmp_path / "c.tar", range(2), bytes_of=lambda i: b"no image")
     for name, remedy in (("b", "no caption: put one beside"), ("c", "written with image bytes")):
-        shards = PairTrainShards([str(tmp_path / f"{name}.tar")], R, steps=1, batch_size=1)
+        shards = PairShards(f"pipe:cat {tmp_path / name}.tar", R)
         with pytest.raises(DataError, match=f"3 samples in a row cannot be used, up to 000.*{remedy}"):
-            next(iter(shards))
+            next(iter(TrainShards(shards, steps=1, batch_size=1)))
     data = module(tokenizer, dataset="webdataset", train_dir=str(tmp_path / "a.tar"), val_dir=str(tmp_path / "c.tar"))
     with pytest.raises(DataError, match=r"val_dir: no pair of .*c\.tar can be used"):
         data.examples(2)

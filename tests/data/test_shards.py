@@ -15,13 +15,13 @@ import webdataset
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from latent_verse.data import DataError, EvalShards, TrainShards
+from latent_verse.data import DataError, EvalShards, Shards, TrainShards
 from latent_verse.data.shards import count_images, find_shards
 from latent_verse.data.transforms import Collate
 
 
 @functools.cache
-def picture(i, kind="JPEG"):
+def image_bytes(i, kind="JPEG"):
     file = io.BytesIO()
     colour = np.random.default_rng(i).integers(0, 255, (1, 1, 3))
     Image.fromarray(np.broadcast_to(colour, (12, 18, 3)).astype(np.uint8)).save(file, kind)
@@ -44,11 +44,15 @@ def write_shards(folder, sizes):
         members = []
         for _ in range(size):
             suffix, kind = [("jpg", "JPEG"), ("PNG", "PNG"), ("webp", "WEBP")][label % 3]
-            members.append((f"{label:04d}.{suffix}", picture(label, kind)))
+            members.append((f"{label:04d}.{suffix}", image_bytes(label, kind)))
             members.append((f"{label:04d}.cls", str(label).encode()))
             label += 1
         write_tar(folder / f"{k:03d}.tar", members)
     return [str(folder / f"{k:03d}.tar") for k in range(len(sizes))]
+
+
+def evaluate(shards, batch_size=2, rank=0, world=1):
+    return EvalShards(Shards(shards, 8), batch_size, rank, world)
 
 
 def loader(dataset, workers, **options):
@@ -99,7 +103,7 @@ def test_missing_shards_are_named(tmp_path):
     with pytest.raises(DataError, match="no file matches"):
         find_shards(f"{tmp_path}/x*.tar")
     (tmp_path / "images").mkdir()
-    (tmp_path / "images" / "a.jpg").write_bytes(picture(0))
+    (tmp_path / "images" / "a.jpg").write_bytes(image_bytes(0))
     with pytest.raises(DataError, match=r"no shard .*found 1 \.jpg.*--dataset imagefolder or flat"):
         find_shards(tmp_path / "images")
 
@@ -124,7 +128,7 @@ def test_evaluation_sees_each_sample_once_in_equal_steps(tmp_path, sizes, world,
     shards = write_shards(tmp_path, sizes)
     ranks = []
     for rank in range(world):
-        dataset = EvalShards(shards, 8, batch_size=2, rank=rank, world=world, as_uint8=True)
+        dataset = evaluate(shards, 2, rank, world)
         ranks.append(labels(loader(dataset, workers)))
         assert dataset.steps(workers) == len(ranks[-1])
     assert sorted(flat(batch for rank in ranks for batch in rank)) == list(range(sum(sizes)))
@@ -136,22 +140,21 @@ def test_evaluation_sees_each_sample_once_in_equal_steps(tmp_path, sizes, world,
 def test_samples_are_images_with_labels(tmp_path):
     shards = write_shards(tmp_path / "a", [3])
     write_tar(
-        tmp_path / "b.tar", [("x.jpg", picture(0)), ("y.jpg", picture(1)), ("y.cls", b"cat"), ("z.txt", b"no image")]
+        tmp_path / "b.tar",
+        [("x.jpg", image_bytes(0)), ("y.jpg", image_bytes(1)), ("y.cls", b"cat"), ("z.txt", b"no image")],
     )
-    for i, (image, label) in enumerate(EvalShards(shards, 8, batch_size=1)):
-        assert image.dtype == torch.float32 and image.shape == (3, 8, 8) and label == i
-        expected = np.random.default_rng(i).integers(0, 255, 3) / 127.5 - 1
-        np.testing.assert_allclose(image.mean((1, 2)), expected, atol=0.05)
-    assert [label for _, label in EvalShards([str(tmp_path / "b.tar")], 8, batch_size=1)] == [-1, -1]
+    for i, (image, label) in enumerate(evaluate(shards)):
+        assert image.dtype == torch.uint8 and image.shape == (3, 8, 8) and label == i
+        expected = np.random.default_rng(i).integers(0, 255, 3)
+        np.testing.assert_allclose(image.float().mean((1, 2)), expected, atol=6)
+    assert [label for _, label in evaluate(tmp_path / "b.tar")] == [-1, -1]
 
 
 # ------------------------------------------------------------------------------------------------------------ training
 
 
 def train(shards, steps=4, world=1, rank=0, batch_size=2, seed=0, buffer=8):
-    return TrainShards(
-        *(shards, 8, steps, batch_size), seed=seed, shuffle_buffer=buffer, rank=rank, world=world, as_uint8=True
-    )
+    return TrainShards(Shards(shards, 8, seed=seed, shuffle_buffer=buffer), steps, batch_size, rank, world)
 
 
 def run(dataset, workers, epoch=0, first=0):
@@ -210,22 +213,22 @@ def test_a_pass_continues_at_any_batch(tmp_path, workers):
 @pytest.fixture
 def damaged(tmp_path):
     """One shard of ten samples, 3, 4 and 9 of them unreadable."""
-    bad = {3: b"", 4: picture(4)[:200], 9: b"not an image"}
+    bad = {3: b"", 4: image_bytes(4)[:200], 9: b"not an image"}
     members = []
     for i in range(10):
-        members += [(f"{i}.jpg", bad.get(i, picture(i))), (f"{i}.cls", str(i).encode())]
+        members += [(f"{i}.jpg", bad.get(i, image_bytes(i))), (f"{i}.cls", str(i).encode())]
     write_tar(tmp_path / "bad.tar", members)
     return [str(tmp_path / "bad.tar")]
 
 
 def test_evaluation_drops_unreadable_members(damaged, caplog):
     for workers in (0, 2):
-        dataset = EvalShards(damaged, 8, batch_size=2, as_uint8=True)
+        dataset = evaluate(damaged)
         assert sorted(flat(labels(loader(dataset, workers)))) == [0, 1, 2, 5, 6, 7, 8]
-        assert dataset.skipped.count == 3  # made in a worker, seen here
+        assert dataset.source.skipped.count == 3  # made in a worker, seen here
     assert "9 in " in caplog.text and "bad.tar" in caplog.text
     # dropped ones count for the steps, so ranks stay together
-    lengths = {len(labels(loader(EvalShards(damaged, 8, 2, rank, 2, True), 0))) for rank in range(2)}
+    lengths = {len(labels(loader(evaluate(damaged, 2, rank, 2), 0))) for rank in range(2)}
     assert lengths == {3}
 
 
@@ -234,7 +237,7 @@ def test_training_replaces_them_and_still_resumes(damaged):
     whole = run(dataset, 0)
     assert [len(batch) for batch in whole] == [2] * 10
     assert set(flat(whole)) == {0, 1, 2, 5, 6, 7, 8}
-    assert dataset.skipped.count == 3
+    assert dataset.source.skipped.count == 3
     for first in range(10):
         assert run(dataset, 0, first=first) == whole[first:]
 
@@ -245,10 +248,10 @@ def test_a_broken_off_shard_is_counted_and_the_next_one_read(tmp_path, caplog):
         cut = tar.getmembers()[6].offset_data + 20  # within the fourth image
     with open(shards[0], "r+b") as file:
         file.truncate(cut)
-    dataset = EvalShards(shards, 8, batch_size=2, as_uint8=True)
+    dataset = evaluate(shards)
     seen = flat(labels(loader(dataset, 0)))
     assert seen == [0, 1, 2, 6, 7]
-    assert dataset.skipped.count == 1 and f"part of shard {shards[0]}" in caplog.text
+    assert dataset.source.skipped.count == 1 and f"part of shard {shards[0]}" in caplog.text
     assert len(seen) <= dataset.steps(0) * 2
 
 
@@ -256,22 +259,22 @@ def test_shards_without_content_are_errors(tmp_path):
     (tmp_path / "no.tar").write_bytes(b"this is no tar file" * 100)
     (tmp_path / "empty.tar").write_bytes(b"")
     for name in ("no.tar", "empty.tar"):
-        for dataset in (EvalShards([str(tmp_path / name)], 8, 2), train([str(tmp_path / name)])):
+        for dataset in (evaluate(tmp_path / name), train(tmp_path / name)):
             with pytest.raises(DataError, match=rf"shard .*{name} cannot be read"):
                 list(dataset)
-    gone = write_shards(tmp_path / "gone", [2])
+    gone = evaluate(write_shards(tmp_path / "gone", [2]))
     (tmp_path / "gone" / "000.tar").unlink()
     with pytest.raises(DataError, match=r"000\.tar cannot be opened"):
-        list(loader(EvalShards(gone, 8, 2), 1))  # the error comes out of the worker process
+        list(loader(gone, 1))  # the error comes out of the worker process
     write_tar(tmp_path / "text.tar", [("a.txt", b"x"), ("b.txt", b"y")])
-    assert list(EvalShards([str(tmp_path / "text.tar")], 8, 2)) == []
+    assert list(evaluate(tmp_path / "text.tar")) == []
     with pytest.raises(DataError, match=r"no sample with an image \(jpg jpeg png webp\) in .*text\.tar"):
-        list(train([str(tmp_path / "text.tar")]))
+        list(train(tmp_path / "text.tar"))
 
 
 def test_members_are_never_unpickled(tmp_path):
-    write_tar(tmp_path / "a.tar", [("0.jpg", picture(0)), ("0.pyd", b"cos\nabort\n."), ("0.pkl", b"cos\nabort\n.")])
-    assert len(list(EvalShards([str(tmp_path / "a.tar")], 8, 1))) == 1
+    write_tar(tmp_path / "a.tar", [("0.jpg", image_bytes(0)), ("0.pyd", b"cos\nabort\n."), ("0.pkl", b"cos\nabort\n.")])
+    assert len(list(evaluate(tmp_path / "a.tar"))) == 1
 
 
 # -------------------------------------------------------------------------------------------------------------- remote
@@ -280,12 +283,12 @@ def test_members_are_never_unpickled(tmp_path):
 def test_pipe_urls(tmp_path):
     write_shards(tmp_path, [4, 3])
     shards = find_shards(f"pipe:cat {tmp_path}/{{000,001}}.tar")
-    dataset = EvalShards(shards, 8, batch_size=2, as_uint8=True)
+    dataset = evaluate(shards)
     assert sorted(flat(labels(loader(dataset, 2)))) == list(range(7))
     assert dataset.steps(2) is None
     assert len(flat(run(train(shards, steps=6), 2))) == 12
     with pytest.raises(DataError, match=r"shard pipe:cat /nowhere\.tar 2>/dev/null cannot be read"):
-        list(EvalShards(["pipe:cat /nowhere.tar 2>/dev/null"], 8, 2))
+        list(evaluate("pipe:cat /nowhere.tar 2>/dev/null"))
 
 
 def test_http_urls(tmp_path):
@@ -300,9 +303,9 @@ def test_http_urls(tmp_path):
     try:
         url = f"http://127.0.0.1:{server.server_port}"
         shards = find_shards(f"{url}/{{000..001}}.tar")
-        assert flat(labels(loader(EvalShards(shards, 8, 2, as_uint8=True), 0))) == list(range(7))
+        assert flat(labels(loader(evaluate(shards), 0))) == list(range(7))
         with pytest.raises(DataError, match=r"shard http://.*/nowhere\.tar cannot be read"):
-            list(EvalShards([f"{url}/nowhere.tar"], 8, 2))
+            list(evaluate(f"{url}/nowhere.tar"))
     finally:
         server.shutdown()
         server.server_close()
@@ -322,5 +325,5 @@ def test_a_pipe_that_is_closed_before_its_end_is_no_broken_shard(tmp_path):
     (shard,) = write_shards(tmp_path, [3])
     with open(shard, "ab") as file:
         file.write(bytes(1 << 20))  # more than a pipe holds, after the end of the archive
-    dataset = EvalShards([f"pipe:cat {shard}"], 8, batch_size=1, as_uint8=True)
-    assert len(list(dataset)) == 3 and dataset.skipped.count == 0
+    dataset = evaluate(f"pipe:cat {shard}", batch_size=1)
+    assert len(list(dataset)) == 3 and dataset.source.skipped.count == 0

@@ -20,7 +20,7 @@ import random
 import re
 from dataclasses import dataclass
 
-from latent_verse.data.shapes.drawing import Obj, Scene
+from latent_verse.data.shapes.drawing import Obj, Scene, WorldSettings, place_names
 
 RELATIONS = {  # the direction from the second object to the first
     "left of": (-1, 0),
@@ -35,7 +35,6 @@ SYNONYMS = {
     "below": ("under", "beneath"),
 }
 _RELATION_OF = {word: word for word in RELATIONS} | {w: name for name, words in SYNONYMS.items() for w in words}
-_ROWS, _COLUMNS = ("top", "", "bottom"), ("left", "", "right")
 
 
 @dataclass(frozen=True)
@@ -56,16 +55,6 @@ class Statement:
     places: tuple[tuple[int, str], ...] = ()
 
 
-def place_names(grid: int) -> dict[str, tuple[int, int]]:
-    """The name of each cell of a grid of 2 or 3 per side -> (column, row): "top left", "top", ..., "centre"."""
-    steps = (0, 2) if grid == 2 else (0, 1, 2)
-    return {
-        f"{_ROWS[r]} {_COLUMNS[c]}".strip() or "centre": (column, row)
-        for row, r in enumerate(steps)
-        for column, c in enumerate(steps)
-    }
-
-
 def holds(relation: str, a: Obj, b: Obj, margin: float) -> bool:
     """Whether `a` is left of (right of, above, below) `b` by at least `margin` pixels between centres."""
     dx, dy = RELATIONS[relation]
@@ -75,7 +64,7 @@ def holds(relation: str, a: Obj, b: Obj, margin: float) -> bool:
 # ------------------------------------------------------------------------------------------------------------ writing
 
 
-def write_caption(world, scene: Scene, rng: random.Random) -> str:
+def write_caption(world: WorldSettings, scene: Scene, rng: random.Random) -> str:
     """One of the true captions of a scene, chosen by `rng`."""
     objects = list(scene.objects)
     rich = world.phrasing == "rich"
@@ -103,7 +92,7 @@ def write_caption(world, scene: Scene, rng: random.Random) -> str:
     return f"there is {caption}" if rich and rng.random() < 0.2 else caption
 
 
-def _name(world, o: Obj, rng: random.Random) -> str:
+def _name(world: WorldSettings, o: Obj, rng: random.Random) -> str:
     # Where there are two sizes most captions give it, and some do not, as people do.
     with_size = len(world.sizes) > 1 and rng.random() < 0.85
     words = f"{o.size} {o.colour} {o.shape}" if with_size else f"{o.colour} {o.shape}"
@@ -113,21 +102,24 @@ def _name(world, o: Obj, rng: random.Random) -> str:
 # ------------------------------------------------------------------------------------------------------------ reading
 
 
-def read_caption(world, text: str) -> Statement | None:
+def read_caption(world: WorldSettings, text: str) -> Statement | None:
     """What a caption states, or None if it does not follow the grammar with this world's words.
 
     Case, spaces, a space before a comma (as CLIP decodes) and a full stop at the end make no difference.
     """
     text = re.sub(r"\s*,\s*", ", ", " ".join(text.lower().split())).removesuffix(".").strip()
     text = text.removeprefix("there is ")
-    thing = _thing_pattern(world)
+    sizes, colours, shapes = ("|".join(words) for words in (world.sizes, world.colours, world.shapes))
+    thing = rf"an? (?:({sizes}) )?({colours}) ({shapes})\b"
     places = "|".join(sorted(place_names(world.grid), key=len, reverse=True))
     relations = "|".join(sorted(_RELATION_OF, key=len, reverse=True))
     placed = rf"{thing}(?: at the ({places}))?"
 
     parts = [re.fullmatch(placed, part) for part in re.split(r", | and ", text)]
     if all(parts):
-        if len(parts) > world.max_objects or not _well_joined(text, len(parts)):
+        joints = re.findall(r", | and ", text)  # commas between all but the last two things, "and" before the last
+        expected = [", "] * (len(parts) - 2) + [" and "] * (len(parts) > 1)
+        if len(parts) > world.max_objects or joints != expected:
             return None
         stated = [(i, m[4]) for i, m in enumerate(parts) if m[4]]
         if stated and len(stated) != len(parts):
@@ -145,25 +137,14 @@ def read_caption(world, text: str) -> Statement | None:
     return Statement(things, relations=tuple((0, _RELATION_OF[m[1]], i + 1) for i, m in enumerate(matches)))
 
 
-def _thing_pattern(world) -> str:
-    sizes, colours, shapes = ("|".join(words) for words in (world.sizes, world.colours, world.shapes))
-    return rf"an? (?:({sizes}) )?({colours}) ({shapes})\b"
-
-
 def _thing(match: re.Match, first: int = 1) -> Thing:
     return Thing(size=match[first], colour=match[first + 1], shape=match[first + 2])
-
-
-def _well_joined(text: str, count: int) -> bool:
-    """Commas between all but the last two things, and one "and" before the last."""
-    joints = re.findall(r", | and ", text)
-    return joints == [", "] * (count - 2) + [" and "] * (count > 1)
 
 
 # ---------------------------------------------------------------------------------------------------------- comparing
 
 
-def compare(world, scene: Scene, statement: Statement | None) -> dict[str, bool]:
+def compare(world: WorldSettings, scene: Scene, statement: Statement | None) -> dict[str, bool]:
     """Which parts of a caption are true of a scene. An ill-formed caption (None) is false in everything.
 
     Returns:
@@ -193,7 +174,7 @@ def compare(world, scene: Scene, statement: Statement | None) -> dict[str, bool]
     return report
 
 
-def _layout_holds(world, objects: tuple[Obj, ...], statement: Statement) -> bool:
+def _layout_holds(world: WorldSettings, objects: tuple[Obj, ...], statement: Statement) -> bool:
     return all(holds(name, objects[i], objects[j], world.margin) for i, name, j in statement.relations) and all(
         world.place(objects[i]) == place for i, place in statement.places
     )

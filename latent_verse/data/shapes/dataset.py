@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from latent_verse.data import DataError
 from latent_verse.data.images import SkipLog
 from latent_verse.data.shapes.drawing import Scene
-from latent_verse.data.shapes.world import SPLITS, World
+from latent_verse.data.shapes.world import World
 from latent_verse.data.transforms import to_unit_range
 
 
@@ -23,13 +23,11 @@ class ShapesDataset(Dataset):
 
     An index is i, which means epoch `self.epoch`, or (e, i), which samplers ask for. Each epoch has new captions, and
     with `fresh` also new scenes, which makes the split practically endless. The image is uint8 (3, H, W) with
-    `as_uint8`, else float32 in [-1, 1]; H = W = world.image_size. `dataset.scene(i)` is the truth behind item i, and
-    `world.render(dataset.scene(i))` its image as a PIL image.
-
-    In val and heldout no scene comes twice, so that a share of right answers is one over distinct scenes.
+    `as_uint8`, else float32 in [-1, 1]; H = W = world.image_size. In val and heldout no scene comes twice, so that a
+    share of right answers is one over distinct scenes.
 
     Raises:
-        DataError: the split has fewer scenes than `size`, or there is no such split.
+        DataError: the split has fewer scenes than `size`.
     """
 
     def __init__(
@@ -41,10 +39,6 @@ class ShapesDataset(Dataset):
         fresh: bool = False,
         as_uint8: bool = False,
     ):
-        if size < 1:
-            raise DataError(f"dataset_size is {size}; give at least one shapes image.")
-        if split not in SPLITS:
-            raise DataError(f"There is no split {split!r} in the shapes world; the splits are {', '.join(SPLITS)}.")
         self.world, self.split, self.size, self.seed = world, split, size, seed
         self.fresh, self.as_uint8 = fresh, as_uint8
         self.shape, self.skipped = (3, world.image_size, world.image_size), SkipLog(1)
@@ -78,7 +72,7 @@ class ShapesDataset(Dataset):
         return (image if self.as_uint8 else to_unit_range(image)), caption
 
     def scene(self, key: int | tuple[int, int]) -> Scene:
-        """The scene of an item, the truth that answers are compared with."""
+        """The scene of an item: the truth that answers are compared with."""
         epoch, i = key if isinstance(key, tuple) else (self.epoch, key)
         if not 0 <= i < self.size:
             raise IndexError(f"index {i} in a dataset of {self.size}")

@@ -1,8 +1,8 @@
-"""What the shapes world is made of: objects, scenes, colours, and how each shape covers pixels."""
+"""What a shapes world is made of: its settings, objects, scenes, colours, and how each shape covers pixels."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
@@ -42,6 +42,50 @@ class Scene:
 
     def __len__(self) -> int:
         return len(self.objects)
+
+
+def place_names(grid: int) -> dict[str, tuple[int, int]]:
+    """The name of each cell of a grid of 2 or 3 per side -> (column, row): "top left", "top", ..., "centre"."""
+    rows, columns = ("top", "", "bottom"), ("left", "", "right")
+    steps = (0, 2) if grid == 2 else (0, 1, 2)
+    cells = [(column, row) for row in range(grid) for column in range(grid)]
+    return {f"{rows[steps[row]]} {columns[steps[column]]}".strip() or "centre": (column, row) for column, row in cells}
+
+
+@dataclass(frozen=True)
+class WorldSettings:
+    """What a shapes world is made of."""
+
+    name: str
+    image_size: int  # pixels per side
+    grid: int  # cells per side, 2 or 3; an object stands in a cell
+    counts: tuple[int, ...]  # relative frequency of one, two, ... objects; crowded scenes are then sampled again
+    shapes: tuple[str, ...]
+    colours: tuple[str, ...]
+    sizes: dict[str, int] = field(hash=False)  # name -> radius in pixels
+    heldout: frozenset[tuple[str, str]]  # (colour, shape) pairs kept out of training
+    jitter: int = 0  # pixels: objects stand anywhere in their cells in steps of this many; 0: at the image's edge
+    texture: float = 0.0  # amplitude of the background's texture, in grey levels of 255
+    phrasing: str = "short"  # short, or rich: synonyms and longer forms
+
+    @property
+    def max_objects(self) -> int:
+        """The most objects a scene has."""
+        return len(self.counts)
+
+    @property
+    def margin(self) -> float:
+        """Pixels between centres from which on one object is left of (above) another: half a cell."""
+        return self.image_size / self.grid / 2
+
+    def cell(self, obj: Obj) -> tuple[int, int]:
+        """The (column, row) an object's centre lies in."""
+        return tuple(min(max(int(at * self.grid / self.image_size), 0), self.grid - 1) for at in (obj.x, obj.y))
+
+    def place(self, obj: Obj) -> str:
+        """The name of that cell: "top left", "bottom", "centre"."""
+        cell = self.cell(obj)
+        return next(name for name, at in place_names(self.grid).items() if at == cell)
 
 
 def _circle(u, v):

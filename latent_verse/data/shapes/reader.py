@@ -11,7 +11,16 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from latent_verse.data.shapes.drawing import BACKGROUND, PALETTE, UNKNOWN, Obj, Scene, coverage, softened
+from latent_verse.data.shapes.drawing import (
+    BACKGROUND,
+    PALETTE,
+    UNKNOWN,
+    Obj,
+    Scene,
+    WorldSettings,
+    coverage,
+    softened,
+)
 
 STANDS_OUT = 70.0  # RGB distance from the background; texture and mild noise stay below, a third of any colour above
 COLOUR_ERROR = 75.0  # the farthest a blob's colour may lie from the palette's; the closest two colours are 97 apart
@@ -22,7 +31,7 @@ FLAW_RGB = 120.0  # and as an RGB distance: black, whose step is the longest, is
 SPECK = 5  # pixels; smaller blobs are noise if all of them together are no larger than this
 
 
-def read_image(world, image: Image.Image | np.ndarray) -> Scene:
+def read_image(world: WorldSettings, image: Image.Image | np.ndarray) -> Scene:
     """An image, PIL or uint8 (H, W, 3), -> its Scene, in reading order. Unknown objects have shape or colour "?".
 
     Raises:
@@ -66,7 +75,7 @@ def _blobs(mask: np.ndarray) -> list[np.ndarray]:
     return blobs
 
 
-def _read_blob(world, from_background_HWC: np.ndarray, blob: np.ndarray) -> Obj:
+def _read_blob(world: WorldSettings, from_background_HWC: np.ndarray, blob: np.ndarray) -> Obj:
     low, high = blob.min(axis=0), blob.max(axis=0) + 1
     middle_y, middle_x = ((low + high) / 2).round().astype(int)
     unknown = Obj(UNKNOWN, UNKNOWN, UNKNOWN, int(middle_x), int(middle_y))

@@ -5,9 +5,7 @@
     image, text = world.render(scene), world.caption(scene, random.Random(0))
     world.satisfies(world.parse_image(image), world.parse_caption(text))      # True
 
-Everything follows from the index that is asked for: the same call gives the same answer on every machine.
-
-Splits are disjoint sets of scenes.
+The same call gives the same answer on every machine. Splits are disjoint sets of scenes:
     heldout   scenes with at least one of the world's held-out (colour, shape) pairs. No such pair is in any other
               split, though each colour and each shape is.
     val       one scene in five of the rest, by a hash of the scene (objects, sizes, cells; not jitter or texture)
@@ -27,15 +25,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import random
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 
 import numpy as np
 from PIL import Image
 
-from latent_verse.data.shapes.captions import Statement, compare, place_names, read_caption, write_caption
-from latent_verse.data.shapes.drawing import BACKGROUND, PALETTE, Obj, Scene, coverage
+from latent_verse.data.shapes.captions import Statement, compare, read_caption, write_caption
+from latent_verse.data.shapes.drawing import BACKGROUND, PALETTE, Obj, Scene, WorldSettings, coverage
 from latent_verse.data.shapes.reader import read_image
 
 SPLITS = ("train", "val", "heldout")
@@ -44,20 +41,8 @@ GAP = 3  # pixels between any two objects, so that an encoder and the reader see
 
 
 @dataclass(frozen=True)
-class World:
-    """The settings of a shapes world; `World.preset(name)` gives the two that are used."""
-
-    name: str
-    image_size: int  # pixels per side
-    grid: int  # cells per side, 2 or 3; an object stands in a cell
-    counts: tuple[int, ...]  # relative frequency of one, two, ... objects; crowded scenes are then sampled again
-    shapes: tuple[str, ...]
-    colours: tuple[str, ...]
-    sizes: dict[str, int] = field(hash=False)  # name -> radius in pixels
-    heldout: frozenset[tuple[str, str]]  # (colour, shape) pairs kept out of training
-    jitter: int = 0  # pixels: objects stand anywhere in their cells in steps of this many; 0: at the image's edge
-    texture: float = 0.0  # amplitude of the background's texture, in grey levels of 255
-    phrasing: str = "short"  # short, or rich: synonyms and longer forms
+class World(WorldSettings):
+    """A shapes world; `World.preset(name)` gives the two that are used."""
 
     @classmethod
     def preset(cls, name: str) -> World:
@@ -71,44 +56,16 @@ class World:
         return PRESETS[name]
 
     @property
-    def max_objects(self) -> int:
-        """The most objects a scene has."""
-        return len(self.counts)
-
-    @property
-    def margin(self) -> float:
-        """Pixels between centres from which on one object is left of (above) another: half a cell."""
-        return self.image_size / self.grid / 2
-
-    @property
-    def kinds(self) -> int:
-        """Distinct objects: shapes x colours x sizes."""
-        return len(self.shapes) * len(self.colours) * len(self.sizes)
-
-    @property
     def fingerprint(self) -> str:
         """A digest of the settings, 16 hex digits: a preset may change from one version to the next."""
         settings = {f.name: getattr(self, f.name) for f in fields(self)} | {"heldout": sorted(self.heldout)}
         return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
-
-    def cell(self, obj: Obj) -> tuple[int, int]:
-        """The (column, row) an object's centre lies in."""
-        return tuple(min(max(int(at * self.grid / self.image_size), 0), self.grid - 1) for at in (obj.x, obj.y))
-
-    def place(self, obj: Obj) -> str:
-        """The name of that cell: "top left", "bottom", "centre"."""
-        cell = self.cell(obj)
-        return next(name for name, at in place_names(self.grid).items() if at == cell)
 
     # ------------------------------------------------------------------------------------------------------- scenes
 
     def key(self, scene: Scene) -> tuple:
         """What two scenes share when they show the same: kinds and cells of the objects, in any order."""
         return tuple(sorted((*self.cell(o), o.shape, o.colour, o.size) for o in scene.objects))
-
-    def count_scenes(self) -> int:
-        """Distinct keys, over all splits."""
-        return sum(math.comb(self.grid**2, n) * self.kinds**n for n in range(1, self.max_objects + 1))
 
     def split_of(self, scene: Scene) -> str:
         """The split a scene belongs to."""
@@ -164,7 +121,8 @@ class World:
         for o in scene.objects:
             cover = coverage(o.shape, self.sizes[o.size])
             corner = (o.x - len(cover) // 2, o.y - len(cover) // 2)
-            image.paste(PALETTE[o.colour], (*corner, corner[0] + len(cover), corner[1] + len(cover)), _mask(cover))
+            mask = Image.fromarray((cover * 255).round().astype(np.uint8))
+            image.paste(PALETTE[o.colour], (*corner, corner[0] + len(cover), corner[1] + len(cover)), mask)
         return image
 
     def _background(self, seed: int) -> np.ndarray:
@@ -198,10 +156,6 @@ class World:
     def compare(self, scene: Scene, statement: Statement | None) -> dict[str, bool]:
         """The same by attribute: {count, colour, shape, size, layout, all}; see captions.compare."""
         return compare(self, scene, statement)
-
-
-def _mask(cover: np.ndarray) -> Image.Image:
-    return Image.fromarray((cover * 255).round().astype(np.uint8))
 
 
 PRESETS = {
