@@ -15,6 +15,7 @@ from latent_verse.config.settings import (
     Settings,
     UserError,
     as_plain,
+    same,
     setting,
     training_only,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "Settings",
     "UserError",
     "as_plain",
+    "same",
     "setting",
     "training_only",
 ]

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 from typing import Optional, Tuple  # OmegaConf reads these annotations at run time
 
 from latent_verse.config.datasets import EVAL_DATASETS, PAIR_DATASETS, check_files
-from latent_verse.config.settings import ConfigError, SamplingSettings, Settings, setting
+from latent_verse.config.settings import ConfigError, SamplingSettings, Settings, same, setting
+from latent_verse.config.train import ImageDataConfig, PairDataConfig, TrainerConfig
 
 TASKS = ("likelihood", "generation", "captions", "retrieval", "zero_shot", "round_trip", "shapes")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -45,14 +46,12 @@ class EvalDataConfig(Settings):
     """Test images with captions."""
 
     dataset: Optional[str] = setting(None, "layout: name.jpg with name.txt, caption files, or generated", EVAL_DATASETS)
-    fake_data: bool = setting(False, "same as --dataset fake: a smoke test without data")
-    test_dir: Optional[str] = setting(None, "folder of test pairs, or of test images (coco, karpathy)", path=True)
-    test_captions: Optional[str] = setting(
-        None,
-        "caption file of coco (default ../annotations/captions_<folder>.json) or karpathy, or the table",
-        path=True,
+    fake_data: bool = same(ImageDataConfig, "fake_data", False, "same as --dataset fake: a smoke test without data")
+    test_dir: Optional[str] = same(
+        ImageDataConfig, "test_dir", None, "folder of test pairs, or of test images (coco, karpathy)"
     )
-    world: str = setting("small", "world of the dataset shapes", ("small", "full"))
+    test_captions: Optional[str] = same(PairDataConfig, "train_captions")
+    world: str = same(PairDataConfig, "world")
     split: str = setting(
         "val", "split of shapes: unseen scenes, or pairs of colour and shape held out of training", ("val", "heldout")
     )
@@ -115,14 +114,16 @@ class NetworksConfig(Settings):
 class EvalWriteConfig(Settings):
     """Where results go, and which machine computes."""
 
-    name: Optional[str] = setting(None, "name of the run folder in log_dir; default eval-[fake-]<model>-<tasks given>")
-    log_dir: str = setting("results", "folder that holds the run folders", path=True)
+    name: Optional[str] = same(
+        TrainerConfig, "name", None, "name of the run folder in log_dir; default eval-[fake-]<model>-<tasks given>"
+    )
+    log_dir: str = same(TrainerConfig, "log_dir")
     seed: int = setting(0, "seed for the choice of pairs and for sampling", at_least=0)
-    gpus: int = setting(1, "number of processes, each with one GPU; 0 is the CPU", at_least=0)
+    gpus: int = same(TrainerConfig, "gpus", 1, "number of processes, each with one GPU; 0 is the CPU")
     accelerator: str = setting("auto", "auto, or cpu (then gpus is the number of processes)", ("auto", "cpu"))
     dtype: str = setting("float32", "precision of BiART; lower is faster and recorded with every metric", DTYPES)
     num_workers: Optional[int] = setting(None, "threads that read and blur images; default by machine", at_least=1)
-    batch_size: int = setting(64, "batch size for generating and for evaluating", at_least=1)
+    batch_size: int = same(ImageDataConfig, "batch_size", 64, "batch size for generating and for evaluating")
     page_cases: int = setting(8, "examples on the page, for each of best, median and worst", at_least=0)
 
 

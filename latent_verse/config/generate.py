@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Optional, Tuple  # OmegaConf reads these annotations at run time
 
-from latent_verse.config.settings import ConfigError, SamplingSettings, Settings, setting
+from latent_verse.config.evaluate import CaptionConfig
+from latent_verse.config.settings import ConfigError, SamplingSettings, Settings, same, setting
+from latent_verse.config.train import TextConfig
 
 TASKS = ("complete", "score", "image", "text")  # `complete` takes texts as well, so it is looked for first
 
@@ -31,11 +33,13 @@ class GenerateSamplingConfig(SamplingSettings):
     """How images and captions are sampled."""
 
     num: int = setting(1, "images per text, or captions per image", at_least=1)
-    temperature: float = setting(1.0, "sampling temperature; 0, captions' default, takes the likeliest", at_least=0)
+    temperature: float = same(
+        SamplingSettings, "temperature", 1.0, "sampling temperature; 0, captions' default, takes the likeliest"
+    )
     seed: Optional[int] = setting(None, "seed for sampling; default a random one, which is recorded", at_least=0)
     rerank: int = setting(0, "candidates per image, of which the one that best predicts its text is kept", at_least=0)
-    beams: int = setting(1, "beam search for captions with this many beams; 1 is greedy", at_least=1)
-    text_too_long: str = setting("truncate", "cut texts that are too long, or raise an error", ("truncate", "error"))
+    beams: int = same(CaptionConfig, "beams")
+    text_too_long: str = same(TextConfig, "text_too_long", "truncate", "cut texts that are too long, or raise an error")
 
     def arguments(self) -> dict[str, Any]:
         """As `SamplingSettings.arguments`, with the seed."""

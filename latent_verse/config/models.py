@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field, fields
-from typing import Any, Optional, Tuple  # OmegaConf reads these annotations at run time
+from dataclasses import dataclass, fields
+from typing import Optional, Tuple  # OmegaConf reads these annotations at run time
 
-from latent_verse.config.settings import ConfigError, Settings, setting
+from latent_verse.config.settings import ConfigError, Settings, same, setting
 
 # ------------------------------------------------------------------------------------------------------------ AugVAE
 
@@ -95,7 +95,7 @@ class BiARTConfig(BiARTVariant):
 
     text_vocab: int = setting(49408, "text ids the tokenizer can produce", at_least=1)
     image_vocab: int = setting(8192, "codes in the AugVAE's codebook", at_least=1)
-    text_len: int = setting(64, "tokens of a caption; shorter ones are padded", at_least=1)
+    text_len: int = setting(64, "length of a caption in tokens; shorter captions are padded", at_least=1)
     image_len: int = setting(1024, "codes of one image", at_least=1)
     n_layer: int = setting(12, "transformer blocks", at_least=1)
     n_head: int = setting(12, "attention heads", at_least=1)
@@ -116,20 +116,16 @@ PRESETS = {
 }
 
 
-def _instead_of_preset(name: str) -> Any:
-    """The setting `name` of BiARTConfig for a run that takes its size from a preset: null keeps the preset's."""
-    (whole,) = (f for f in fields(BiARTConfig) if f.name == name)
-    return field(default=None, metadata={**whole.metadata, "help": f"{whole.metadata['help']}; default the preset's"})
-
-
 @dataclass(frozen=True)
 class BiARTSize(Settings):
     """A run's choice of depth and width."""
 
     preset: str = setting("12x768", "size, named by layers x channels; the settings n_* override it", tuple(PRESETS))
-    n_layer: Optional[int] = _instead_of_preset("n_layer")
-    n_head: Optional[int] = _instead_of_preset("n_head")
-    n_embd: Optional[int] = _instead_of_preset("n_embd")
+    n_layer: Optional[int] = same(BiARTConfig, "n_layer", None, "transformer blocks; default the preset's")
+    n_head: Optional[int] = same(BiARTConfig, "n_head", None, "attention heads; default the preset's")
+    n_embd: Optional[int] = same(
+        BiARTConfig, "n_embd", None, "width of the residual stream, a multiple of n_head; default the preset's"
+    )
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,13 @@ def setting(
     return field(default=default, metadata=metadata)
 
 
+def same(section: type, name: str, default: Any = dataclasses.MISSING, help: str | None = None) -> Any:
+    """The setting `name` of another section, where its range is declared; default and help may differ."""
+    (of_section,) = (f for f in dataclasses.fields(section) if f.name == name)
+    metadata = {**of_section.metadata} | ({} if help is None else {"help": help})
+    return field(default=of_section.default if default is dataclasses.MISSING else default, metadata=metadata)
+
+
 @dataclass(frozen=True)
 class Settings:
     """Base of a section of settings: frozen, and a value out of its range is refused whenever one is made."""

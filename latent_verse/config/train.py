@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Optional, Tuple, TypeVar  # OmegaConf reads these annotations at run time
 
 from latent_verse.config.datasets import IMAGE_DATASETS, PAIR_DATASETS, check_files
-from latent_verse.config.models import AugVAEConfig, BiARTModelConfig
-from latent_verse.config.settings import ConfigError, SamplingSettings, Settings, setting, training_only
+from latent_verse.config.models import AugVAEConfig, BiARTConfig, BiARTModelConfig
+from latent_verse.config.settings import ConfigError, SamplingSettings, Settings, same, setting, training_only
 
 # short names of precision, and Lightning's
 PRECISIONS = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true"}
@@ -147,7 +147,7 @@ class TextConfig(Settings):
 
     tokenizer: str = setting("clip", "CLIP's vocabulary, or a BPE vocabulary trained on the captions", ("clip", "bpe"))
     bpe_vocab_size: int = setting(4096, "largest vocabulary of a bpe tokenizer", at_least=256)
-    text_len: int = setting(64, "length of a caption in tokens; shorter captions are padded", at_least=1)
+    text_len: int = same(BiARTConfig, "text_len")
     text_too_long: str = setting("truncate", "cut captions that are too long, or raise an error", ("truncate", "error"))
 
 
@@ -155,8 +155,10 @@ class TextConfig(Settings):
 class PairDataConfig(ImageDataConfig):
     """The images with captions, and how they are loaded."""
 
-    train_dir: Optional[str] = setting(None, "training pairs, images, tar shards or codes", path=True)
-    val_dir: Optional[str] = setting(None, "validation data, like train_dir; karpathy: default train_dir", path=True)
+    train_dir: Optional[str] = same(ImageDataConfig, "train_dir", None, "training pairs, images, tar shards or codes")
+    val_dir: Optional[str] = same(
+        ImageDataConfig, "val_dir", None, "validation data, like train_dir; karpathy: default train_dir"
+    )
     dataset: Optional[str] = setting(
         None, "layout: name.jpg with name.txt, caption files, tar shards, codes or generated", PAIR_DATASETS
     )
@@ -167,8 +169,11 @@ class PairDataConfig(ImageDataConfig):
     )
     val_captions: Optional[str] = setting(None, "like train_captions; karpathy: default train_captions", path=True)
     world: str = setting("small", "world of the dataset shapes", ("small", "full"))
-    dataset_size: Optional[int] = setting(
-        None, "training pairs per epoch for shapes (default 10000), fake (512) or webdataset (counted)", at_least=1
+    dataset_size: Optional[int] = same(
+        ImageDataConfig,
+        "dataset_size",
+        None,
+        "training pairs per epoch for shapes (default 10000), fake (512) or webdataset (counted)",
     )
     val_size: Optional[int] = setting(None, "validation pairs for shapes (default 256) or fake (64)", at_least=1)
 
@@ -177,18 +182,27 @@ class PairDataConfig(ImageDataConfig):
 class BiARTOptimConfig(Settings):
     """Optimiser and schedule: a linear warm-up, then a cosine over the whole run."""
 
-    pretrained_path: Optional[str] = setting(
-        None, "BiART to start from, with tokenizer and AugVAE: bundle, run folder, checkpoint or hub id", path=True
+    pretrained_path: Optional[str] = same(
+        VAEOptimConfig,
+        "pretrained_path",
+        None,
+        "BiART to start from, with tokenizer and AugVAE: bundle, run folder, checkpoint or hub id",
     )
-    learning_rate: float = setting(3e-4, "peak learning rate, not multiplied by processes or batch_size", above=0)
-    optimizer: str = setting("adamw", "adamw for everything, or muon for the matrices of the blocks", ("adamw", "muon"))
+    learning_rate: float = same(
+        VAEOptimConfig, "learning_rate", 3e-4, "peak learning rate, not multiplied by processes or batch_size"
+    )
+    optimizer: str = same(
+        VAEOptimConfig, "optimizer", "adamw", "adamw for everything, or muon for the matrices of the blocks"
+    )
     muon_learning_rate: Optional[float] = setting(
         None, "peak learning rate of muon, on AdamW's scale (update RMS 0.2 x rate); default learning_rate", above=0
     )
     muon_momentum: float = setting(0.95, "momentum of muon", at_least=0, at_most=0.9999)
-    weight_decay: float = setting(0.05, "weight decay of matrices; biases, norms and embeddings have none", at_least=0)
-    betas: Tuple[float, float] = setting((0.9, 0.95), "beta1 and beta2 of AdamW", at_least=0, below=1)
-    warmup_steps: int = setting(0, "linear warm-up steps", at_least=0)
+    weight_decay: float = same(
+        VAEOptimConfig, "weight_decay", 0.05, "weight decay of matrices; biases, norms and embeddings have none"
+    )
+    betas: Tuple[float, float] = same(VAEOptimConfig, "betas", (0.9, 0.95))
+    warmup_steps: int = same(VAEOptimConfig, "warmup_steps", 0, "linear warm-up steps")
     min_lr_ratio: float = setting(0.1, "final learning rate as a share of the peak; 1: constant", at_least=0, at_most=1)
     ema_decay: float = setting(
         0.0, "EMA decay of the weights used for validation, sampling and export; 0 disables it", at_least=0, below=1

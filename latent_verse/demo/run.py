@@ -25,10 +25,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Optional
 
-from latent_verse.config import ConfigError, Settings, setting
+from latent_verse.config import ConfigError, Settings, same, setting
 from latent_verse.config.cli import one_line_errors, parse, read_yaml
-from latent_verse.config.train import TrainBiARTConfig, TrainVAEConfig
-from latent_verse.data.shapes import PRESETS, World
+from latent_verse.config.generate import WriteConfig
+from latent_verse.config.train import PairDataConfig, TrainBiARTConfig, TrainVAEConfig
+from latent_verse.data.shapes import World
 from latent_verse.demo import results
 from latent_verse.files import write_json
 
@@ -43,15 +44,15 @@ SAMPLES = 24  # scenes of each split that the page shows
 class DemoSettings(Settings):
     """Which demo, and where."""
 
-    world: str = setting(
-        "small", "world of shapes; small takes minutes on a CPU, full two hours or a GPU", tuple(PRESETS)
+    world: str = same(
+        PairDataConfig, "world", "small", "world of shapes; small takes minutes on a CPU, full two hours or a GPU"
     )
     out: str = setting("demo", "folder for all outputs; rerun the command to resume")
     recipes: Optional[str] = setting(None, "folder with the three recipes, named as in configs/, which is the default")
     train_pairs: Optional[int] = setting(None, "number of training pairs; default 8000, or 30000 for full", at_least=1)
     count: int = setting(500, "number of scenes to evaluate in each split", at_least=1)
     rerank: int = setting(8, "number of images that the model chooses from, for the results with re-ranking")
-    gpus: int = setting(1, "1 uses the GPU if there is one, 0 the CPU", at_least=0, at_most=1)
+    gpus: int = same(WriteConfig, "gpus")
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,11 @@ from typing import TYPE_CHECKING, Any, Optional
 from PIL import Image
 
 from latent_verse import files
-from latent_verse.config import ConfigError, SamplingSettings, Settings, setting
+from latent_verse.config import ConfigError, SamplingSettings, Settings, same, setting
 from latent_verse.config.cli import one_line_errors, parse
-from latent_verse.data.shapes import PRESETS, SPLITS, Scene, ShapesDataset, World
+from latent_verse.config.evaluate import EvalDataConfig, EvaluatedConfig
+from latent_verse.config.generate import WriteConfig
+from latent_verse.data.shapes import Scene, ShapesDataset, World
 from latent_verse.metrics.intervals import wilson
 
 if TYPE_CHECKING:
@@ -34,9 +36,9 @@ ATTRIBUTES = ("count", "colour", "shape", "size", "layout")  # of World.compare;
 class ShapesConfig(Settings):
     """The model, and the scenes it is evaluated on."""
 
-    model: Optional[str] = setting(None, "model to evaluate: a bundle that train_biart.py wrote, or a hub id")
-    world: str = setting("small", "world of shapes to evaluate in", tuple(PRESETS))
-    split: str = setting("val", "val: unseen scenes; heldout: pairs of colour and shape held out of training", SPLITS)
+    model: Optional[str] = same(EvaluatedConfig, "model")
+    world: str = same(EvalDataConfig, "world", "small", "world of shapes to evaluate in")
+    split: str = same(EvalDataConfig, "split", "val", "val: unseen scenes; heldout: pairs of colour and shape held out")
     count: int = setting(500, "number of different scenes; small has 6216 in val and 7328 in heldout", at_least=1)
     seed: int = setting(0, "seed for scenes, captions and sampling", at_least=0)
 
@@ -62,7 +64,7 @@ class ShapesWriteConfig(Settings):
 
     json: Optional[str] = setting(None, "file to write the results, images and captions to")
     samples: int = setting(0, "number of scenes whose images are written to <json without suffix>_samples/", at_least=0)
-    gpus: int = setting(1, "1 uses the GPU if there is one, 0 the CPU", at_least=0, at_most=1)
+    gpus: int = same(WriteConfig, "gpus")
 
 
 @dataclass(frozen=True)
