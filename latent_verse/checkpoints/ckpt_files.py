@@ -11,7 +11,6 @@ import dataclasses
 import hashlib
 import os
 import re
-import warnings
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -80,42 +79,6 @@ def step_of(checkpoint: Path) -> int | None:
     """The step in a checkpoint's name, None where there is none."""
     match = STEP.search(checkpoint.name)
     return int(match[1]) if match else None
-
-
-def starting_point(
-    states: list[Path], ckpt_path: str | None, kind: Kind, model: AugVAEConfig | BiARTConfig | None = None
-) -> Path | None:
-    """The checkpoint that training resumes from, None to start anew.
-
-    Args:
-        states: the run's own checkpoints, newest first (runs.states); a damaged one is skipped with a warning.
-        ckpt_path: the checkpoint or run folder of --resume, or None. The run's own is preferred if it is as far.
-        kind, model: what is trained, and its shape, which the checkpoint's has to equal; None is not compared.
-
-    Raises:
-        CheckpointError: training cannot resume from ckpt_path, or from any of the run's own checkpoints.
-    """
-    given, given_step = None, -1
-    if ckpt_path is not None:
-        place = Path(ckpt_path)
-        folders = [place / "backups", place / "checkpoints", place]
-        given = newest(f for d in folders for f in d.glob("*.ckpt")) if place.is_dir() else place
-        if given is None:
-            remedy = "To start from the weights of a bundle or AugVAE, give it as --pretrained_path."
-            raise CheckpointError(f"ckpt_path: the folder {place} holds no .ckpt to resume from. {remedy}")
-        given_step = check_resumable(given, kind, model)
-    problem = None
-    for own in states:
-        try:
-            step = check_resumable(own, kind, model)
-        except CheckpointError as error:
-            problem = error
-            warnings.warn(f"{error} Trying the checkpoint before it.", stacklevel=2)
-            continue
-        return own if step >= given_step else given
-    if problem and given is None:
-        raise problem
-    return given
 
 
 def check_resumable(file: str | os.PathLike, kind: Kind, model: AugVAEConfig | BiARTConfig | None = None) -> int:

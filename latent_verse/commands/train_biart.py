@@ -25,14 +25,13 @@ def run(config: TrainBiARTConfig, given: Mapping[str, str]) -> int:
         import pytorch_lightning as pl
 
         from latent_verse.checkpoints.biart import export_bundle, take_over
-        from latent_verse.checkpoints.ckpt_files import starting_point
         from latent_verse.config import as_plain
         from latent_verse.training import biart_setup
-        from latent_verse.training.backups import RunFolder
+        from latent_verse.training.backups import RunFolder, starting_point
         from latent_verse.training.biart import LitBiART
         from latent_verse.training.code_extraction import extract_codes
         from latent_verse.training.image_logging import TextImageSamples
-        from latent_verse.training.runs import open_run, states
+        from latent_verse.training.runs import open_run
         from latent_verse.training.trainer import (
             announce,
             choose_devices,
@@ -56,7 +55,7 @@ def run(config: TrainBiARTConfig, given: Mapping[str, str]) -> int:
     config = ease_smoke_test(config, given)
     name = default_name(config, given, "biart")
     run = open_run(t.log_dir, name, t.backup, t.backup_dir, as_plain(config))
-    start_from = starting_point(states(run), t.ckpt_path if t.resume else None, "biart")
+    start_from = starting_point(run, t.ckpt_path if t.resume else None, "biart")
     pl.seed_everything(t.seed, verbose=False)
     data, tokenizer, about = biart_setup.open_data(config, vae, start_from, pretrained)
     model = biart_setup.new_biart(config, vae, tokenizer, start_from, pretrained)

@@ -22,13 +22,12 @@ def run(config: TrainVAEConfig, given: Mapping[str, str]) -> int:
 
         from latent_verse.augvae.losses import LOSSES
         from latent_verse.checkpoints.augvae import load_for_training
-        from latent_verse.checkpoints.ckpt_files import starting_point
         from latent_verse.config import as_plain
         from latent_verse.data.datasets import open_images
         from latent_verse.data.modules import ImageDataModule
         from latent_verse.training import runs
         from latent_verse.training.augvae import LitAugVAE
-        from latent_verse.training.backups import RunFolder
+        from latent_verse.training.backups import RunFolder, starting_point
         from latent_verse.training.trainer import (
             announce,
             decide_compile,
@@ -44,7 +43,7 @@ def run(config: TrainVAEConfig, given: Mapping[str, str]) -> int:
     config, model = load_for_training(ease_smoke_test(config, given), given)
     name = default_name(config, given, "augvae")
     run = runs.open_run(t.log_dir, name, t.backup, t.backup_dir, as_plain(config))
-    start_from = starting_point(runs.states(run), t.ckpt_path if t.resume else None, "augvae", model.config)
+    start_from = starting_point(run, t.ckpt_path if t.resume else None, "augvae", model.config)
     data = ImageDataModule(open_images(config.data, model.config.resolution, t.seed), config.data, t.seed)
     yaml_text, config = to_yaml(config), decide_compile(config)
     trainer = make_trainer(t, RunFolder(run, as_plain(config), yaml_text), data.has_val)

@@ -23,7 +23,7 @@ from latent_verse.config import ConfigError, SamplingSettings, Settings, same, s
 from latent_verse.config.cli import one_line_errors, parse
 from latent_verse.config.evaluate import EvalDataConfig, EvaluatedConfig
 from latent_verse.config.generate import WriteConfig
-from latent_verse.data.shapes import Scene, ShapesDataset, World
+from latent_verse.data.shapes import SPLITS, Scene, ShapesDataset, World
 from latent_verse.metrics.intervals import wilson
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class ShapesConfig(Settings):
 
     model: Optional[str] = same(EvaluatedConfig, "model")
     world: str = same(EvalDataConfig, "world", "small", "world of shapes to evaluate in")
-    split: str = same(EvalDataConfig, "split", "val", "val: unseen scenes; heldout: pairs of colour and shape held out")
+    split: str = setting("val", "val: unseen scenes; heldout: pairs of colour and shape held out of training", SPLITS)
     count: int = setting(500, "number of different scenes; small has 6216 in val and 7328 in heldout", at_least=1)
     seed: int = setting(0, "seed for scenes, captions and sampling", at_least=0)
 
