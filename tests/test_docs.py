@@ -101,7 +101,7 @@ def flags() -> frozenset[str]:
     """Names of the settings, each of which is a flag, and flags that the library or a benchmark spells out."""
     found = {"help", "config", "configs", "flag"}  # --flag: any of them
     for node in (node for name in DOCUMENTED for node in ast.walk(tree(name))):
-        if isinstance(node, ast.AnnAssign) and ast.unparse(node.value or node.target).startswith("setting("):
+        if isinstance(node, ast.AnnAssign) and ast.unparse(node.value or node.target).startswith(("setting(", "same(")):
             found.add(node.target.id)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and FLAG.fullmatch(node.value):
             found.add(node.value.removeprefix("--"))
