@@ -62,9 +62,14 @@ def docstrings(name: str) -> str:
 
 @cache
 def named() -> list[tuple[str, str]]:
-    """(file, snippet) of all pages and docstrings."""
+    """(file, snippet) of all pages and docstrings; docstrings name files without backticks too."""
     pages = [(name, found) for name in PAGES for found in snippets(read(name))]
-    return pages + [(name, found) for name in DOCUMENTED for found in snippets(docstrings(name))]
+    plain = [
+        (name, found)
+        for name in DOCUMENTED
+        for found in re.findall(r"\b(?:docs|tests)/[\w/]+\.(?:md|py)", docstrings(name))
+    ]
+    return pages + plain + [(name, found) for name in DOCUMENTED for found in snippets(docstrings(name))]
 
 
 def assert_none(missing: list[tuple[str, str]]) -> None:

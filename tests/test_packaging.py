@@ -59,6 +59,13 @@ def test_commands(capsys):
     assert command_line.main(["train-vae", "--epoch", "3"]) == 2 and "--epochs" in capsys.readouterr().err
 
 
+def test_scripts_are_only_their_commands():
+    for script in ROOT.glob("*.py"):
+        code = script.read_text().splitlines()
+        assert f"from latent_verse.commands.{script.stem} import main" in code and len(code) < 12, script.name
+        assert code[-2:] == ['if __name__ == "__main__":', "    sys.exit(main())"], script.name
+
+
 @pytest.mark.slow
 def test_a_wheel_runs_a_shipped_recipe_from_any_folder(tmp_path):
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]

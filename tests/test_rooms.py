@@ -136,6 +136,11 @@ def test_a_room_uses_only_its_packages(here):
     assert not {name(path): outside(path) - ROOMS[here] for path in files_of(here) if outside(path) - ROOMS[here]}
 
 
+@pytest.mark.parametrize("file", ["augvae/layers", "augvae/quantizer", "augvae/model", "biart/model", "biart/sampling"])
+def test_the_networks_are_torch_alone(file):
+    assert outside(ROOT / "latent_verse" / f"{file}.py") <= {"torch", "einops"}
+
+
 def test_no_two_files_import_each_other_in_a_circle():
     modules = {name(p).removesuffix(".py").removesuffix("/__init__").replace("/", "."): p for p in LIBRARY}
     graph = {module: {m for m in imports(path) if m in modules} - {module} for module, path in modules.items()}

@@ -26,7 +26,7 @@ class Pretrained:
         where: the checkpoint or bundle.
         biart: in evaluation mode, float32, on the CPU; with the averaged weights if the run kept them.
         vae_path: where its AugVAE was when BiART was trained; None for a smoke test's random one.
-        info: see `pipeline.LVerse`.
+        info: see `inference.pipeline.LVerse`.
         bundled: the AugVAE of a bundle, None for a checkpoint.
     """
 

@@ -31,7 +31,7 @@ def save_bundle(
     config.json comes first, with the fingerprints: `load_bundle` refuses a folder whose writing was interrupted.
 
     Args:
-        info: facts about training that generation needs, see `pipeline.LVerse`.
+        info: facts about training that generation needs, see `inference.pipeline.LVerse`.
 
     Raises:
         CheckpointError: the folder holds something other than a bundle.

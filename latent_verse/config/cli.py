@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-from latent_verse.config.settings import ConfigError, UserError, as_plain, check_value, closest
+from latent_verse.config.settings import ConfigError, UserError, as_plain, check_value, closest, expand_paths
 
 Config = TypeVar("Config")
 RECIPES = (Path(__file__).parents[1] / "configs", Path(__file__).parents[2] / "configs")  # installed; in the repository
@@ -197,7 +197,7 @@ def _expanded(paths: Any) -> Any:
     """None, a path, paths with commas between them (shards) or a tuple of paths, with `~` expanded in each."""
     if isinstance(paths, tuple):
         return tuple(_expanded(path) for path in paths)
-    return paths and ",".join(os.path.expanduser(path) for path in paths.split(","))
+    return paths and expand_paths(paths)
 
 
 def _typed(name: str, value: Any, hint: Any, source: str) -> Any:

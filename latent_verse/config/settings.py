@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import math
 import operator
+import os
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Optional  # OmegaConf reads these annotations at run time
@@ -136,6 +137,11 @@ def closest(name: str, valid: Iterable[str], prefix: str = "", otherwise: str = 
 def training_only(cls: type) -> frozenset[str]:
     """Settings of a model that change how it trains, not which weights it has: checkpoints may differ in them."""
     return frozenset(f.name for f in dataclasses.fields(cls) if f.metadata["training_only"])
+
+
+def expand_paths(paths: str) -> str:
+    """`~` expanded in a path, or in each of several with commas between them."""
+    return ",".join(os.path.expanduser(path) for path in paths.split(","))
 
 
 def as_plain(config: Any) -> dict[str, Any]:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from latent_verse.config.settings import expand_paths
 from latent_verse.data import DataError
 from latent_verse.data.captions import CAPTION_SEED, CROP_SEED, CaptionList, EncodedCaption
 from latent_verse.data.images import SkipLog
@@ -159,6 +160,7 @@ def _load(load: Callable[[], Tensor | None]) -> Tensor | None:
 def _read_same(path: Path, plan: dict) -> dict[str, Any]:
     """What a file of an earlier extraction holds; DataError if that had a different plan."""
     found = read_json(path)
+    found["source"] = expand_paths(found.get("source") or "")  # earlier versions recorded paths with `~`
     if lines := "\n  ".join(differences(found, plan)):
         folder = path.parent
         raise DataError(f"extract_codes: {folder} holds codes of different settings:\n  {lines}\nName another folder.")

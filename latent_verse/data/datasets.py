@@ -4,7 +4,7 @@
     open_pairs(config.data, resolution, seed)      the same with captions
 
 To add one, write its class, add a function that opens a split of it to IMAGES or PAIRS, and its name with the settings
-it needs to config/datasets.py (docs/extending_data.md).
+it needs to config/datasets.py (docs/extending.md).
 """
 
 from __future__ import annotations

@@ -47,8 +47,10 @@ class DemoSettings(Settings):
     world: str = same(
         PairDataConfig, "world", "small", "world of shapes; small takes minutes on a CPU, full two hours or a GPU"
     )
-    out: str = setting("demo", "folder for all outputs; rerun the command to resume")
-    recipes: Optional[str] = setting(None, "folder with the three recipes, named as in configs/, which is the default")
+    out: str = setting("demo", "folder for all outputs; rerun the command to resume", path=True)
+    recipes: Optional[str] = setting(
+        None, "folder with the three recipes, named as in configs/, which is the default", path=True
+    )
     train_pairs: Optional[int] = setting(None, "number of training pairs; default 8000, or 30000 for full", at_least=1)
     count: int = setting(500, "number of scenes to evaluate in each split", at_least=1)
     rerank: int = setting(8, "number of images that the model chooses from, for the results with re-ranking")

@@ -16,6 +16,7 @@ from typing import Any
 
 from latent_verse.checkpoints.ckpt_files import step_of
 from latent_verse.config import ConfigError
+from latent_verse.config.settings import expand_paths
 from latent_verse.files import differences, write_json, write_text
 
 # sections of a configuration that decide what is computed; a rerun with others would be another run
@@ -135,5 +136,5 @@ def _what_decides(config: dict[str, Any]) -> dict[str, Any]:
     decides = {leaf: value for name in COMPUTES for leaf, value in config.get(name, {}).items()}
     decides |= {leaf: config.get("trainer", {}).get(leaf) for leaf in TRAINER_COMPUTES}
     # earlier versions recorded paths with `~`
-    decides = {leaf: os.path.expanduser(value) if isinstance(value, str) else value for leaf, value in decides.items()}
+    decides = {leaf: expand_paths(value) if isinstance(value, str) else value for leaf, value in decides.items()}
     return {leaf: value for leaf, value in decides.items() if leaf not in MACHINE_ONLY}

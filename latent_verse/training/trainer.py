@@ -94,7 +94,7 @@ def decide_compile(config: Training) -> Training:
     t = config.trainer
     if t.compile is not None:
         return config
-    compile = not config.data.fake_data and compiles_by_default(t, choose_devices(t)[0])
+    compile = not config.data.fake_data and compiles_by_default(t)
     return replace(config, trainer=replace(t, compile=compile))
 
 
@@ -177,12 +177,12 @@ def fit(trainer: pl.Trainer, t: TrainerConfig, run: Run, module: pl.LightningMod
     return True
 
 
-def compiles_by_default(t: TrainerConfig, accelerator: str) -> bool:
+def compiles_by_default(t: TrainerConfig) -> bool:
     """Whether to compile if `compile` is not given: on a GPU that Triton supports, with the C compiler that it needs.
 
     Not with sharded parameters or anomaly detection, where it has not been tried.
     """
-    if accelerator not in ("gpu", "cuda") or t.strategy == "fsdp" or t.debug:
+    if not t.gpus or t.accelerator not in ("auto", "gpu", "cuda") or t.strategy == "fsdp" or t.debug:
         return False
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     return (

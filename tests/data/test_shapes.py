@@ -14,8 +14,8 @@ from PIL import Image, ImageFilter
 from latent_verse.data import DataError
 from latent_verse.data.captions import PairFolder
 from latent_verse.data.shapes import SPLITS, ShapesDataset, World, write_pairs
-from latent_verse.data.shapes.captions import RELATIONS, SYNONYMS
 from latent_verse.data.shapes.drawing import BACKGROUND, PALETTE, SHAPES, UNKNOWN, Obj, Scene, coverage
+from latent_verse.data.shapes.grammar import RELATIONS, SYNONYMS
 
 SMALL, FULL = World.preset("small"), World.preset("full")
 both = pytest.mark.parametrize("world", [SMALL, FULL], ids=lambda world: world.name)

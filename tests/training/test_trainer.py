@@ -55,7 +55,7 @@ def test_what_lightning_refuses_is_a_mistake_of_the_user(tmp_path):
 
 
 def test_compile_is_decided_once_and_only_where_it_was_left_open(monkeypatch):
-    monkeypatch.setattr(trainer, "compiles_by_default", lambda t, accelerator: True)
+    monkeypatch.setattr(trainer, "compiles_by_default", lambda t: True)
     assert decide_compile(TrainVAEConfig()).trainer.compile is True
     assert decide_compile(TrainVAEConfig(data=ImageDataConfig(fake_data=True))).trainer.compile is False
     for compile in (True, False):
@@ -65,16 +65,16 @@ def test_compile_is_decided_once_and_only_where_it_was_left_open(monkeypatch):
 
 def test_networks_are_compiled_on_a_gpu_that_triton_serves(monkeypatch):
     assert TrainerConfig().compile is None
-    assert not compiles_by_default(TrainerConfig(), "cpu")
+    assert not compiles_by_default(TrainerConfig(gpus=0))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(trainer.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(trainer.shutil, "which", lambda name: "/usr/bin/cc")
-    assert compiles_by_default(TrainerConfig(), "gpu")
-    assert not compiles_by_default(TrainerConfig(strategy="fsdp"), "gpu")
-    assert not compiles_by_default(TrainerConfig(debug=True), "gpu")
+    assert compiles_by_default(TrainerConfig())
+    assert not compiles_by_default(TrainerConfig(strategy="fsdp"))
+    assert not compiles_by_default(TrainerConfig(debug=True))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (6, 1))
-    assert not compiles_by_default(TrainerConfig(), "gpu")
+    assert not compiles_by_default(TrainerConfig())
 
 
 @pytest.mark.parametrize("absent", ["triton", "cc"])
@@ -84,7 +84,7 @@ def test_they_are_not_without_triton_or_its_compiler(absent, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(trainer.importlib.util, "find_spec", lambda name: None if absent == "triton" else object())
     monkeypatch.setattr(trainer.shutil, "which", lambda name: None if absent == "cc" else "/usr/bin/cc")
-    assert not compiles_by_default(TrainerConfig(), "gpu")
+    assert not compiles_by_default(TrainerConfig())
 
 
 def test_training_is_compiled_and_validation_is_not(tiny_config, tiny_images, monkeypatch):

@@ -14,7 +14,7 @@ The same call gives the same answer on every machine. Splits are disjoint sets o
 `small` is made for minutes on a CPU. Its shapes are made of 4 px squares on a grid and stand in the corners, so a code
 of an 8 x 8 map sees one colour: the codes give the colours, and their arrangement gives the shapes. There are many
 shapes, because a model can only recognise a combination it has never seen by what all colours have in common; with five
-shapes it learnt each colour by itself (docs/biart.md). There are 38,720 distinct scenes: 25,176 train, 6,216 val and
+shapes it learnt each colour by itself (docs/experiments.md). There are 38,720 distinct scenes: 25,176 train, 6,216 val and
 7,328 held out (tests/data/test_shapes.py counts them).
 `full` takes longer: 64 px, up to three of 48 kinds of objects in two sizes, anywhere in their quarters of the image in
 steps of 8 px (a patch of an 8 x 8 map), on a soft texture. There are 456,384 distinct scenes, each with up to 729
@@ -31,8 +31,8 @@ from dataclasses import dataclass, fields
 import numpy as np
 from PIL import Image
 
-from latent_verse.data.shapes.captions import Statement, compare, read_caption, write_caption
 from latent_verse.data.shapes.drawing import BACKGROUND, PALETTE, Obj, Scene, WorldSettings, coverage
+from latent_verse.data.shapes.grammar import Statement, compare, read_caption, write_caption
 from latent_verse.data.shapes.reader import read_image
 
 SPLITS = ("train", "val", "heldout")
