@@ -65,7 +65,6 @@ class AttnBlock(nn.Module):
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
         h_BCHW = self.norm(x_BCHW)
-        # one head; the scale 1/sqrt(C) is scaled_dot_product_attention's own
         q, k, v = (rearrange(f(h_BCHW), "b c h w -> b 1 (h w) c") for f in (self.q, self.k, self.v))
         h_B1TC = F.scaled_dot_product_attention(q, k, v)
         return x_BCHW + self.proj_out(rearrange(h_B1TC, "b 1 (h w) c -> b c h w", h=x_BCHW.shape[2]))
@@ -86,8 +85,7 @@ class Upsample(nn.Module):
     """Double height and width by nearest neighbour and convolve (3x3), at once.
 
     Each output pixel sees 2x2 pixels of the input, whose weights are sums of the 3x3 ones: a transposed 4x4 convolution
-    with stride 2. It takes 4 products per pixel and channel instead of 9, and keeps nothing enlarged for the backward
-    pass.
+    with stride 2. It takes 4 products per pixel and channel instead of 9, and keeps nothing enlarged for training.
     """
 
     windows: torch.Tensor
@@ -148,9 +146,7 @@ class Stage(nn.Module):
 class Encoder(ActivationCheckpointing):
     """(B, in_channels, R, R) -> (B, z_channels, r, r), R = `resolution` = r * 2**(len(ch_mult) - 1).
 
-    Args:
-        ch_mult: the factor of hidden_dim of each stage.
-        attend_at: the resolution whose stage gets attention, with `use_attn`.
+    Stage i is hidden_dim * ch_mult[i] wide. With `use_attn` the one at the resolution `attend_at` has attention.
     """
 
     def __init__(self, c: AugVAEConfig, in_channels: int, ch_mult: tuple[int, ...], resolution: int, attend_at: int):

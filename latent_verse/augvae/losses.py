@@ -52,8 +52,7 @@ def fetch_vgg16() -> None:
 class LPIPS:
     """LPIPS (VGG16) of images in [-1, 1]: (B, 3, H, W) twice -> (B,) float32. Not a module: see the top of this file.
 
-    Args:
-        untrained: random VGG16 weights, the same in every process, for smoke tests on a machine without the file.
+    With `untrained` its weights are random, the same in every process, for smoke tests on a machine without the file.
     """
 
     def __init__(self, untrained: bool = False):
@@ -83,7 +82,6 @@ class ReconstructionLoss:
         uses_lpips: whether `fetch_vgg16` must be called first, and p_loss_weight has an effect.
 
     Args:
-        config: the settings of all losses.
         untrained: if weights of a frozen network are missing, take random ones and warn. For fake data.
     """
 
@@ -130,11 +128,7 @@ class WithLPIPS(ReconstructionLoss):
         super().__init__(config)
         stand_in = untrained and not vgg16_file().is_file()
         if stand_in:
-            warnings.warn(
-                f"LPIPS uses untrained VGG16 weights: {vgg16_file()} does not exist, and the data is fake. "
-                "Its values mean nothing.",
-                stacklevel=2,
-            )
+            warnings.warn(f"LPIPS values mean nothing: untrained VGG16, fake data and no {vgg16_file()}.", stacklevel=2)
         self.lpips = LPIPS(untrained=stand_in)
 
     def to(self, device: torch.device) -> None:

@@ -142,9 +142,7 @@ class AugVAE(nn.Module):
         In training mode the codebook learns, level by level: as in the original, each level is quantised with the
         codebook that the levels before it have changed.
         """
-        quantised = [
-            quantizer(z_BDHW) for quantizer, z_BDHW in zip(self.quantizers, self.features(x_BCHW), strict=False)
-        ]
+        quantised = [quantizer(z) for quantizer, z in zip(self.quantizers, self.features(x_BCHW), strict=False)]
         z_q, indices, losses = (list(column) for column in zip(*quantised, strict=True))
         counts_K = count(torch.cat([level.flatten() for level in indices]), self.quantizer.codebook_size)
         embed_loss = torch.stack(losses).sum()
@@ -164,11 +162,7 @@ class AugVAE(nn.Module):
         return decoded[0]
 
     def forward(self, x_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Images (B, C, R, R) in [-1, 1] -> (reconstruction of the same shape, embed_loss (), perplexity ()).
-
-        Raises:
-            ValueError: as `features`.
-        """
+        """Images (B, C, R, R) in [-1, 1] -> their reconstruction, and embed_loss and perplexity as from `encode`."""
         encoded = self.encode(x_BCHW)
         return self.decode(encoded.z_q), encoded.embed_loss, encoded.perplexity
 
@@ -176,10 +170,7 @@ class AugVAE(nn.Module):
     def codes(self, x_BCHW: torch.Tensor) -> torch.Tensor:
         """Images (B, C, R, R) in [-1, 1] -> codes (B, N) int64 of `code_levels`, largest first, row by row.
 
-        The codebook learns nothing, not even in training mode.
-
-        Raises:
-            ValueError: as `features`.
+        The codebook learns nothing, not even in training mode. ValueError as `features`.
         """
         maps = self.features(x_BCHW)[-len(self.code_levels) :]
         codes = [self.quantizer.nearest(to_vectors(z_BDHW)) for z_BDHW in maps]
@@ -194,8 +185,7 @@ class AugVAE(nn.Module):
         """
         if codes_BN.dim() != 2 or codes_BN.shape[1] != self.num_codes:
             raise ValueError(
-                f"codes have shape {tuple(codes_BN.shape)}; levels {self.code_levels} of this AugVAE take "
-                f"(B, {self.num_codes})."
+                f"codes have shape {tuple(codes_BN.shape)}; levels {self.code_levels} take (B, {self.num_codes})."
             )
         K = self.quantizer.codebook_size
         if codes_BN.numel() and not 0 <= int(codes_BN.min()) <= int(codes_BN.max()) < K:
@@ -212,14 +202,8 @@ class AugVAE(nn.Module):
 
     @torch.no_grad()
     def initialise_codebook(self, x_BCHW: torch.Tensor) -> None:
-        """Start the codebook from all levels' maps of images (B, C, R, R) in [-1, 1]. A collective.
-
-        Raises:
-            ValueError: as `features`.
-        """
+        """Start the codebook from all levels' maps of images (B, C, R, R). A collective; ValueError as `features`."""
         self.quantizer.initialise(torch.cat([to_vectors(z_BDHW) for z_BDHW in self.features(x_BCHW)]))
-
-    # -------------------------------------------------------------------------------------------------- other forms
 
     def to_single_level(self, resolution: int) -> AugVAE:
         """A new AugVAE-SL that keeps the level of this resolution; only its connectors are untrained: fine-tune it.
@@ -229,9 +213,7 @@ class AugVAE(nn.Module):
             ConfigError: it has no such level.
         """
         if self.config.single_level is not None:
-            raise ValueError(
-                f"this AugVAE has one level ({self.config.single_level}) already; start from an AugVAE-ML."
-            )
+            raise ValueError(f"this AugVAE has one level ({self.config.single_level}) already; use an AugVAE-ML.")
         single = AugVAE(dataclasses.replace(self.config, single_level=resolution))
         single.to(device=self.device, dtype=self.dtype)
         single.encoders.load_state_dict(self.encoders[: len(single.encoders)].state_dict())

@@ -148,9 +148,7 @@ class Codebook(nn.Module):
 
     def __init__(self, num_tokens: int, dim: int, decay: float, eps: float, restart_threshold: float):
         super().__init__()
-        self.decay = decay
-        self.eps = eps
-        self.restart_threshold = restart_threshold
+        self.decay, self.eps, self.restart_threshold = decay, eps, restart_threshold
         weight_KD = torch.randn(num_tokens, dim)
         self.register_buffer("weight", weight_KD)
         self.register_buffer("cluster_size", torch.zeros(num_tokens))
@@ -190,10 +188,7 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def update(self, z_ND: torch.Tensor, indices_N: torch.Tensor) -> None:
-        """One step of the moving averages, from the vectors and codes of all processes.
-
-        A collective under torch.distributed, after which all processes hold the same codebook.
-        """
+        """One step of the moving averages from the vectors and codes of all processes. A collective: all then agree."""
         K, D = self.weight.shape
         # one tensor for both statistics, so that one all-reduce is enough
         stats = z_ND.new_zeros(K * D + K)
@@ -236,13 +231,10 @@ class Codebook(nn.Module):
         return gathered
 
     def _restart(self, z_ND: torch.Tensor) -> None:
-        """Move codes that are no longer used onto encoder outputs, with averages to match (Jukebox, section 3.2).
-
-        The nth dead code takes the nth candidate, so that no tensor's size depends on the data.
-        """
+        """Move codes that are no longer used onto encoder outputs, with averages to match (Jukebox, section 3.2)."""
         dead_K = torch.lt(self.cluster_size, self.restart_threshold)
         candidates_MD = self._candidates(z_ND, 256)
-        rank_K = dead_K.cumsum(0) - 1
+        rank_K = dead_K.cumsum(0) - 1  # the nth dead code takes the nth candidate: no size depends on the data
         dead_K &= rank_K < len(candidates_MD)  # the others wait for the next batch
         fresh_KD = candidates_MD[rank_K.clamp(0, len(candidates_MD) - 1)]
         # start with the average cluster size, or the code would be dead again at the next batch
@@ -262,8 +254,7 @@ class EMAQuantizer(Quantizer):
         self.beta = beta
 
     @classmethod
-    def from_config(cls, config: AugVAEConfig) -> EMAQuantizer:
-        c = config
+    def from_config(cls, c: AugVAEConfig) -> EMAQuantizer:
         codebook = Codebook(c.num_tokens, c.codebook_dim, c.quant_ema_decay, c.quant_ema_eps, c.restart_threshold)
         return cls(codebook, c.quant_beta)
 

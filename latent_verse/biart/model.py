@@ -37,9 +37,8 @@ class KVCache:
     """Keys and values of all blocks, allocated once as in gpt-fast.
 
     Args:
-        bucket: the number of slots that a decoding step reads is a multiple of this. 1, the default on a CPU, reads the
-            filled slots only. A larger one also reads and masks empty slots, so that many steps have the same shapes,
-            as CUDA graphs need; the default on a GPU is 128.
+        bucket: a decoding step reads a multiple of so many slots. 1, the default on a CPU, reads the filled ones only.
+            A larger one (128 on a GPU) also reads and masks empty ones: CUDA graphs need steps of the same shapes.
     """
 
     def __init__(

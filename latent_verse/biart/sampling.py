@@ -38,11 +38,7 @@ class Likelihood(NamedTuple):
 def check_settings(
     temperature: float, top_k: int | None, top_p: float | None, guidance: float, num_classes: int, null_trained: bool
 ) -> None:
-    """ValueError if a setting is out of range, or needs dropped references in training (`null_trained`).
-
-    Args:
-        num_classes: of the target modality's head.
-    """
+    """ValueError if a setting is out of range for num_classes, or needs dropped references (`null_trained`)."""
     SamplingSettings(temperature, top_k, top_p, guidance)
     if top_k is not None and top_k > num_classes:
         raise ValueError(f"top_k is {top_k}; it must be in [1, {num_classes}], the target's vocabulary, or None.")
@@ -83,8 +79,7 @@ def choose(
 
 def uniforms(seeds: Sequence[int], length: int, device: torch.device | None = None) -> Tensor:
     """u_BN in [0, 1). Row i depends on seeds[i] only, not on the batch or the device."""
-    rows = [torch.rand(length, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    return torch.stack(rows).to(device)
+    return torch.stack([torch.rand(length, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(device)
 
 
 def _sample_seeds(seed: int | Sequence[int] | None, batch: int) -> list[int]:
@@ -193,7 +188,6 @@ def generate(
         id_B = torch.empty(batch, dtype=torch.long, device=device)
 
         def sample_token() -> None:
-            """Sample the token at step_1 from the features before it."""
             logits_BV = F.linear(feature_RC, weight_VC).float()
             if guidance != 1:
                 logits_BV = guide(logits_BV, guidance)
@@ -283,7 +277,6 @@ def beam_search(
             _check_finite(~log_p_RV.isfinite().all())
             score_BWV = sum_BW[:, :, None] + log_p_RV.view(batch, beam_size, V + 1)
             best_BL, best_B = best_with(score_BWV[:, :, V] / (step + 1) ** length_penalty)
-            # The likeliest beams that continue.
             open_BM = score_BWV[:, :, :V].flatten(1)
             sum_BM, flat_BM = open_BM.topk(min(beam_size, open_BM.shape[1]), dim=1)
             sum_BW = F.pad(sum_BM, (0, beam_size - sum_BM.shape[1]), value=-math.inf)
@@ -317,8 +310,7 @@ def log_likelihood(model: BiART, text_BL: Tensor, codes_BN: Tensor, given: Modal
         raise ValueError(f"given is {given!r}; it must be 'text' or 'image'.")
     direction: Direction = TEXT_TO_IMAGE if given == "text" else IMAGE_TO_TEXT
     device, modality = model.device, target_modality(direction)
-    dropped = 1.0 if alone else 0.0
-    sequences = model.vocab.pack(text_BL.to(device), codes_BN.to(device), direction, reference_dropout=dropped)
+    sequences = model.vocab.pack(text_BL.to(device), codes_BN.to(device), direction, reference_dropout=float(alone))
     class_BT = sequences.classes(modality)
     with _evaluating(model):
         feature_BTC = model.features(sequences.idx_BT, sequences.seg_BT)

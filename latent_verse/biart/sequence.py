@@ -288,14 +288,11 @@ class Vocabulary:
         return packed
 
     def prompt(self, reference: Tensor, direction: Direction, prefix_BK: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """What is known before sampling: begin token, reference, begin token, and any first K tokens of the target.
+        """What is known before sampling, as (idx_BT, seg_BT): begin token, reference, begin token, and `prefix_BK`.
 
         Args:
             reference: text_BL or codes_BN, by `direction`; all `null` in rows without a reference.
-            prefix_BK: codes, or text ids without pads.
-
-        Returns:
-            idx_BT and seg_BT.
+            prefix_BK: the first K tokens of the target: codes, or text ids without pads.
 
         Raises:
             ValueError: ids are out of range, or there are too many of them.

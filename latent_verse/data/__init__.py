@@ -31,21 +31,11 @@ from typing import Any
 from latent_verse.config import UserError
 
 _HOME = {
-    "ImageDataset": "images",
-    "FlatImages": "images",
-    "ImageDataset2": "images",
-    "FakeDataset": "images",
-    "Shards": "shards",
-    "TrainShards": "shards",
-    "EvalShards": "shards",
-    "open_images": "datasets",
-    "open_pairs": "datasets",
-    "ImageDataModule": "modules",
-    "PairDataModule": "modules",
-    "centre_crop": "transforms",
-    "random_crop": "transforms",
-    "decode_rgb": "transforms",
-    "to_unit_range": "transforms",
+    **dict.fromkeys(("ImageDataset", "FlatImages", "ImageDataset2", "FakeDataset"), "images"),
+    **dict.fromkeys(("Shards", "TrainShards", "EvalShards"), "shards"),
+    **dict.fromkeys(("open_images", "open_pairs"), "datasets"),
+    **dict.fromkeys(("ImageDataModule", "PairDataModule"), "modules"),
+    **dict.fromkeys(("centre_crop", "random_crop", "decode_rgb", "to_unit_range"), "transforms"),
 }
 
 __all__ = ["DataError", *_HOME]

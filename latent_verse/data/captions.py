@@ -4,12 +4,6 @@ All give `(image, caption)`: the image as in images.py (float32 (3, R, R) in [-1
 An image may have several captions. Which of them, and which crop, index i shows in epoch e is a pure function of
 (seed, e, i). `dataset.captions(i)` gives all of them. `dataset.describe()` counts what was found and what was left out:
 images without a caption, captions without an image, empty captions.
-
-    PairFolder(root)                       name.jpg + name.txt, one caption per line
-    CocoCaptions(json, image_dir)          captions_train2017.json + train2017/
-    KarpathyCaptions(json, image_dir)      dataset_coco.json + the folder that holds train2014/ and val2014/
-    TableCaptions(file)                    .csv .tsv .jsonl: an image path and a caption in each row
-    FakePairs(length)                      nothing read from disk
 """
 
 from __future__ import annotations
@@ -72,8 +66,7 @@ class CaptionList:
 class PairDataset(MapImages):
     """What datasets of pairs share: which caption an item shows. A subclass gives `captions` besides what images need.
 
-    Unreadable images are handled as in images.py: in training the next readable pair stands in (with its own caption),
-    in evaluation the item is None.
+    In training the pair that stands in for an unreadable one brings its own caption.
 
     Attributes:
         source: where the pairs come from, in words.
@@ -123,7 +116,6 @@ class PairFiles(PairDataset, ImageFiles):
         return self.paths[i]
 
     def describe(self) -> dict[str, str | int]:
-        """Also how much was left out, by reason."""
         return {**super().describe(), "captions": int(self._captions.starts[-1]), **self.left_out}
 
 
@@ -143,10 +135,7 @@ class PairFolder(PairFiles):
                 images.append((stem, os.path.join(root, name)))
         if not images:
             others[".txt"] += len(texts)
-            raise DataError(
-                f"{self.key}: no image below {root}: {nothing_found(others)} "
-                "A pair folder holds name.jpg and name.txt side by side."
-            )
+            raise DataError(f"{self.key}: no image below {root}: {nothing_found(others)} Put name.txt beside name.jpg.")
         captions = {stem: caption_lines(texts[stem]) for stem, _ in images if stem in texts}
         pairs = [(path, captions[stem]) for stem, path in images if captions.get(stem)]
         bare = [path for stem, path in images if stem not in captions]
@@ -242,8 +231,8 @@ class TableCaptions(PairFiles):
             else:
                 nameless.append(where)
         kept, left_out = sorted_out(by_image.items(), path)
-        remedy = f"Image paths in it are relative to {folder or '.'}, or absolute."
-        self._hold(path, kept, left_out | {"rows without an image": nameless}, remedy)
+        left_out["rows without an image"] = nameless
+        self._hold(path, kept, left_out, f"Image paths in it are relative to {folder or '.'}, or absolute.")
 
 
 class FakePairs(PairDataset, FakeDataset):

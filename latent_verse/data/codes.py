@@ -2,8 +2,8 @@
 
 A folder of codes holds codes-00000.tar, ... (WebDataset: `<name>.npy`, codes (crops, N) in uint16 or uint32, and
 `<name>.json`, {"captions": [...], "ids": [[...], ...]}), the tokenizer, and codes.json: the fingerprints of AugVAE and
-tokenizer, sizes and counts. codes.json is written last. Until then unfinished.json says which shards are complete; if
-the extraction is interrupted, rerunning the command resumes it after them.
+tokenizer, sizes and counts. codes.json is written last. Until then unfinished.json says which shards are complete;
+rerunning an interrupted command resumes it after them.
 """
 
 from __future__ import annotations
@@ -171,11 +171,7 @@ def _read_same(path: Path, plan: dict) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """What codes.json or unfinished.json holds.
-
-    Raises:
-        DataError: it is no JSON file of this kind.
-    """
+    """What codes.json or unfinished.json holds; DataError if it is no JSON file of this kind."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -186,11 +182,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_meta(folder: str | os.PathLike, key: str) -> dict[str, Any]:
-    """What codes.json of a folder holds.
-
-    Raises:
-        DataError: there is none, or the extraction is unfinished; naming the setting `key`.
-    """
+    """What codes.json of a folder holds; DataError with the setting `key` if it is absent or unfinished."""
     folder = Path(os.path.expanduser(folder))
     if (folder / META).is_file():
         return read_json(folder / META)
@@ -202,11 +194,7 @@ def read_meta(folder: str | os.PathLike, key: str) -> dict[str, Any]:
 
 
 def check_codes(meta: dict[str, Any], vae_fingerprint: str, tokenizer_fingerprint: str, key: str) -> None:
-    """Refuse codes of another AugVAE or ids of another tokenizer.
-
-    Raises:
-        DataError: naming the setting `key` and both fingerprints.
-    """
+    """Refuse codes of another AugVAE or ids of another tokenizer: DataError with `key` and both fingerprints."""
     if meta["vae"] != vae_fingerprint:
         raise DataError(
             f"{key}: these codes were made by the AugVAE {meta['vae']}, but vae_path is {vae_fingerprint}. "
@@ -223,8 +211,8 @@ def check_codes(meta: dict[str, Any], vae_fingerprint: str, tokenizer_fingerprin
 class CodesDataset(Dataset):
     """A folder of codes in memory, as compact arrays: `dataset[(epoch, i)]` is (codes (N,), EncodedCaption).
 
-    Which of several crops and captions it is follows from (seed, epoch, i), the caption as in captions.py. Without
-    `train` it is the centre crop. A plain index means epoch 0.
+    Crop and caption follow from (seed, epoch, i), the caption as in captions.py; without `train` it is the centre crop.
+    A plain index means epoch 0.
 
     Raises:
         DataError: the folder holds no complete codes; naming the setting `key`.
@@ -302,5 +290,4 @@ class CodesDataset(Dataset):
         return self._shapes.scene(i)
 
     def describe(self) -> dict[str, Any]:
-        """Where the codes are and how many."""
         return {"source": str(self.folder), "pairs": len(self), "captions": int(self._captions.starts[-1])}

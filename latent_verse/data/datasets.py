@@ -1,8 +1,5 @@
 """Every dataset of both stages by name, and what opens a split of it. The settings they need: config/datasets.py.
 
-    open_images(config.data, resolution, seed)     {"train": dataset, "val": dataset}, val where it is given
-    open_pairs(config.data, resolution, seed)      the same with captions
-
 To add one, write its class, add a function that opens a split of it to IMAGES or PAIRS, and its name with the settings
 it needs to config/datasets.py (docs/extending.md).
 """
@@ -70,9 +67,6 @@ class Split:
         return {"resolution": self.resolution, "size": size, "key": self.folder.setting, **crops}
 
 
-# ---------------------------------------------------------------------------------------------------------- the tables
-
-
 def open_coco(split: Split) -> CocoCaptions:
     """The captions file that is given, or the one that COCO puts beside the folder of images."""
     folder, captions = split.folder.value, split.captions.value
@@ -80,10 +74,7 @@ def open_coco(split: Split) -> CocoCaptions:
         place = Path(os.path.expanduser(folder))
         captions = place.parent / "annotations" / f"captions_{place.name}.json"  # beside train2017/
         if not captions.is_file():
-            raise DataError(
-                f"{split.captions.setting} is not given, and {captions}, where COCO puts the captions of {folder}, "
-                "does not exist."
-            )
+            raise DataError(f"{split.captions.setting} is not given, and COCO's own {captions} does not exist.")
     return CocoCaptions(captions, folder, key=split.captions.setting, **split.files)
 
 
@@ -130,9 +121,6 @@ PAIRS: dict[str, Callable[[Split], MapDataset | PairShards]] = {
 }
 
 
-# ------------------------------------------------------------------------------------------------------------- opening
-
-
 def open_images(
     data: ImageDataConfig, resolution: int, seed: int = 0, splits: Sequence[str] = ("train", "val")
 ) -> dict[str, MapDataset | Shards]:
@@ -154,13 +142,10 @@ def open_pairs(
     splits: Sequence[str] = ("train", "val"),
     augment: bool | None = None,
 ) -> dict[str, MapDataset | PairShards]:
-    """The same with captions.
+    """The same with captions; DataError as `open_images`.
 
     Args:
         augment: random crops, and new scenes of shapes in each epoch; by default for train only.
-
-    Raises:
-        DataError: as `open_images`.
     """
     return _open(PAIRS, PAIR_DATASETS, data, resolution, seed, splits, augment)
 
@@ -187,10 +172,9 @@ def _open(
         log.warning("dataset_size has no effect with dataset %s: all of it is used.", data.dataset)
     opened = {}
     for name in splits:
-        missing = [need for need in layout.needs if not _given(data, layout, name, need).value]
-        if missing and name == "val":
-            continue
-        if missing:
+        if missing := [need for need in layout.needs if not _given(data, layout, name, need).value]:
+            if name == "val":
+                continue
             key = setting_of(name, missing[0])
             raise DataError(f"{key} is not set. Give --{key}, or --fake_data for a smoke test.")
         folder, captions = (_given(data, layout, name, what) for what in ("dir", "captions"))
@@ -198,8 +182,7 @@ def _open(
             log.info("No test_dir: testing on val_dir, %s.", folder.value)
         train = name == "train"
         size = data.dataset_size if train else getattr(data, "val_size", None)
-        augmented = train if augment is None else augment
-        split = Split(name, data, resolution, seed, augmented, folder, captions, size)
+        split = Split(name, data, resolution, seed, train if augment is None else augment, folder, captions, size)
         opened[name] = openers[data.dataset](split)
     return opened
 

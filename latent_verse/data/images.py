@@ -40,10 +40,7 @@ MAX_SKIPS = 1000  # unreadable samples in a row; more means that the storage is 
 
 
 class SkipLog:
-    """Which samples were unreadable: each is counted and logged once over all worker processes.
-
-    It is one byte for each sample in shared memory, so that the main process sees what a worker counts.
-    """
+    """Which samples were unreadable: one byte for each in memory that all worker processes share."""
 
     def __init__(self, slots: int):
         self._flags = torch.zeros(slots, dtype=torch.uint8).share_memory_()
@@ -62,10 +59,7 @@ class SkipLog:
 
 
 class Strings:
-    """Strings as one block of bytes and its offsets.
-
-    A list of a million strings would be copied into every worker, page by page, as their reference counts change.
-    """
+    """Strings as one block of bytes: workers would copy a list page by page, as its reference counts change."""
 
     def __init__(self, strings: Iterable[str]):
         blob, ends = bytearray(), array("q", [0])
@@ -130,11 +124,7 @@ def nothing_found(others: Counter) -> str:
 
 
 def check_folder(root: str | os.PathLike, key: str) -> str:
-    """`root` as a str with ~ expanded.
-
-    Raises:
-        DataError: it is no folder; naming the setting `key`.
-    """
+    """`root` as a str with ~ expanded; DataError with the setting `key` if it is no folder."""
     root = os.path.expanduser(os.fspath(root))
     if not os.path.isdir(root):
         kind = "is a file, not a folder" if os.path.exists(root) else "does not exist"
@@ -146,16 +136,13 @@ class MapImages(Dataset):
     """What all map-style datasets of images share: epochs, crops and the handling of unreadable samples.
 
     A subclass gives `__len__`, `image`, `name`, `target` and `skipped`, a SkipLog of as many slots as it has images.
+    R is `resolution`, and `shape` that of one image, (3, R, R).
 
     Args:
-        resolution: R.
         train: random crops, and another image in place of an unreadable one.
         resize_ratio: the smallest share of the area that a random crop takes, above 0 and up to 1.
         as_uint8: uint8 in [0, 255] rather than float32 in [-1, 1].
         key: the setting that error messages mention.
-
-    Attributes:
-        shape: of one image, (3, R, R).
     """
 
     crop_seed: tuple[int, ...] = ()  # keeps the randomness of a sample's crop apart from that of its other choices
@@ -254,9 +241,7 @@ class ImageFiles(MapImages):
 
 
 class FlatImages(ImageFiles):
-    """Every image below `root`, at any depth, with no meaning in the folder names; labels are -1.
-
-    Arguments after `root` are those of MapImages.
+    """Every image below `root`, at any depth; labels are -1. Arguments after `root` are those of MapImages.
 
     Raises:
         DataError: the folder is missing, holds no image, or none that can be read.

@@ -1,14 +1,13 @@
 """ImageDataModule and PairDataModule: from datasets to batches on the device, the same ones again after a resume.
 
-Images travel as uint8 (a quarter of the bytes through workers, pinned memory and the bus) and become float [-1, 1] on
-the device.
+Images travel as uint8 (a quarter of the bytes) and become float [-1, 1] on the device.
 
-Training: TrainLoader has a length and a state, so Lightning saves and restores it with its checkpoints, also in the
-middle of an epoch. The state says how far the epoch has come, counted over all ranks. Everything else follows from
+Training: TrainLoader has a length and a state, which Lightning saves and restores with its checkpoints, also in the
+middle of an epoch. The state says how far the epoch has come, counted over all ranks; everything else follows from
 (seed, epoch). So the state of rank 0, which Lightning saves, is that of every rank, for any number of workers.
 
-Evaluation: every sample comes exactly once, with no padded duplicates. Every rank has the same number of batches, since
-collectives would hang otherwise: a rank that has no samples left gives empty batches (B = 0). A single rank never does.
+Evaluation: every sample comes exactly once. Every rank has the same number of batches, since collectives would hang
+otherwise: a rank that has no samples left gives empty batches (B = 0). A single rank never does.
 
 Build the trainer with `use_distributed_sampler=False`: samples are split over ranks here.
 """
@@ -44,8 +43,7 @@ MAX_WORKERS = 16  # per process; more rarely helps and costs memory
 class EpochBatches:
     """Batches of (epoch, index) for one rank: a permutation that follows from (seed, epoch), without a partial batch.
 
-    The ranks' batches of one step lie side by side in the permutation, so `k` steps use the same samples however they
-    are split over ranks.
+    The ranks' batches of a step lie side by side in it, so `k` steps use the same samples for any number of ranks.
     """
 
     def __init__(self, samples: int, batch_size: int, rank: int, world: int, seed: int):
@@ -87,7 +85,7 @@ def ignore_sigterm(worker: int) -> None:
 
 
 class _Loader:
-    """Holds a DataLoader. Lightning ends the workers of a loader through its `_iterator` when it is done with them.
+    """Holds a DataLoader, whose workers Lightning ends through its `_iterator` when it is done with them.
 
     Otherwise the garbage collector would end them. It may close their queues first and then wait 5 seconds for each.
     `_iterator` is private to torch and Lightning; tests/data/test_modules.py checks that both still use it this way.
@@ -106,9 +104,8 @@ class _Loader:
 
 
 class TrainLoader(_Loader):
-    """A DataLoader that knows its epoch, has a length and continues where its state says.
+    """A DataLoader that has a length and continues where its state says: two counts, for any number of workers.
 
-    Two counts say everything, whereas torchdata's StatefulDataLoader resumes only with the same number of workers.
     `source` decides the order: `start_at(epoch, batch)` is called before each pass.
     """
 
@@ -180,11 +177,7 @@ class EvalLoader(_Loader):
 
 
 def loader_processes(num_workers: int | None, processes: int | None = None) -> int:
-    """`num_workers`, or this process's share of the cores it may use, at most 16.
-
-    Args:
-        processes: how many train on this machine; by default as many as the launcher states.
-    """
+    """`num_workers`, or one of `processes` equal shares of the cores (default: the launcher's number), at most 16."""
     if num_workers is not None:
         return num_workers
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -197,12 +190,8 @@ class ImageDataModule(pl.LightningDataModule):
 
     Args:
         datasets: by split, as `datasets.open_images` gives them. Without "val" there is no validation.
-        data: the settings of the section `data`.
         seed: of the order.
         targets: makes a tensor of what comes with the images.
-
-    Raises:
-        DataError: when the train loader is made, there are fewer samples than one batch on each process.
     """
 
     def __init__(
@@ -237,7 +226,6 @@ class ImageDataModule(pl.LightningDataModule):
         return {"dataset": self.data.dataset, **counts, "skipped": self.skipped, "workers": self.workers}
 
     def _samples(self, split: str) -> int | None:
-        """Samples in `split`: those of an epoch in training; None if not known."""
         dataset = self.datasets.get(split)
         if dataset is None or isinstance(dataset, Shards):
             return dataset and dataset.samples
@@ -253,8 +241,7 @@ class ImageDataModule(pl.LightningDataModule):
         samples = self._samples("train")
         if samples is None:
             raise DataError(
-                "the number of samples in remote shards is not known before they are read. "
-                "Give --dataset_size N, the training samples of one epoch."
+                "remote shards have no known size: give --dataset_size N, the training samples of an epoch."
             )
         steps = samples // (batch_size * world)
         if not steps:

@@ -1,9 +1,4 @@
-"""Captions as ids, and pairs in tar shards.
-
-PairShards        tar shards as img2dataset writes them, streamed
-CaptionEncoder    captions -> ids (B, L), in collation, which runs in the loader's worker processes
-all_captions      what a tokenizer is trained on
-"""
+"""Captions as ids, made in collation and so in the loader's worker processes, and pairs in tar shards, streamed."""
 
 from __future__ import annotations
 
@@ -74,9 +69,6 @@ class CaptionEncoder:
         for row, tokens in enumerate(ids):
             text_BL[row, : len(tokens)] = torch.as_tensor(tokens, dtype=torch.long)
         return text_BL
-
-
-# --------------------------------------------------------------------------------------------------------- tar shards
 
 
 def captions_of(raw: dict) -> list[str]:

@@ -1,19 +1,18 @@
 """WebDataset shards: tar files on disk or behind http(s), gs, hf and pipe URLs, streamed by the webdataset library.
 
-One path serves local and remote shards, and every shard is read from front to back, which is what the format is for.
-A sample is the run of members that share a name up to its first dot: one of jpg, jpeg, png, webp, and optionally `cls`
-(an integer; the label is -1 without it). Nothing is unpickled. Items are `(image, label)`, the image uint8 (3, R, R).
+One path serves local and remote shards, and every shard is read from front to back. A sample is the run of members that
+share a name up to its first dot: one of jpg, jpeg, png, webp, and optionally `cls` (an integer; the label is -1 without
+it). Nothing is unpickled. Items are `(image, label)`, the image uint8 (3, R, R).
 
 TrainShards: a slot is one worker of one rank. In each pass the shards are permuted by (seed, epoch, pass), the same on
-all ranks, and each slot takes every slots-th one, so that slots are disjoint. Where there are fewer shards than slots,
-each slot takes all shards in an order of its own. A slot starts the next pass when its shards are used up, and stops
-after its share of the epoch, so all ranks make the same number of steps. Samples are shuffled through a buffer, pass by
-pass: with even shards none comes twice before all have come once. Everything follows from (seed, epoch, slot,
-position), so a run resumes exactly by skipping positions, which reads but does not decode.
+all ranks, and each slot takes every slots-th one, or all in an order of its own where there are fewer shards than
+slots. A slot starts the next pass when its shards are used up, and stops after its share of the epoch, so all ranks
+make the same number of steps. Samples are shuffled through a buffer, pass by pass: with even shards none comes twice
+before all have come once. Everything follows from (seed, epoch, slot, position), so a run resumes exactly by skipping
+positions, which reads but does not decode.
 
-EvalShards: every sample comes exactly once over ranks x workers, with any number of shards. Workers split by shard,
-ranks by position in the worker's stream. So each rank reads all bytes but decodes only its share, and every rank knows
-how many batches the others make. This is the price of equal steps where the sizes of remote shards are unknown.
+EvalShards: every sample comes exactly once over ranks x workers. Workers split by shard, ranks by position in the
+worker's stream: each rank reads all bytes but decodes only its share, and knows how many batches the others make.
 
 A shard that cannot be opened, or has no member, is an error that names it. A member that cannot be decoded, and the
 rest of a truncated shard, are logged, counted and skipped.
@@ -297,10 +296,9 @@ class TrainShards(_Stream):
             yield image, self.source.target(raw, epoch)
 
     def _readable(self, raws: Iterator[dict], ahead: deque[dict]) -> tuple[Tensor, dict]:
-        """The next sample, or for an unreadable one the next readable one after it.
+        """The next sample, or for an unreadable one the next readable one, which also keeps its own turn.
 
-        The latter also keeps its own turn. So what is at a position does not depend on how many samples before it were
-        unreadable, and a resumed run can count positions without decoding.
+        So what is at a position does not depend on unreadable samples before it: a resumed run counts without decoding.
         """
         for step in range(MAX_SKIPS):
             if step == len(ahead):

@@ -108,10 +108,8 @@ class Tokenizer:
             raise TokenizerError("encode_batch takes a list of captions; for a single one call encode(text).")
         texts = [_checked(text, i) for i, text in enumerate(texts)]
         batch = self._ids(texts)
-        if length is None:
-            return batch
         for i, ids in enumerate(batch):
-            if len(ids) <= length:
+            if length is None or len(ids) <= length:
                 continue
             if too_long == "error":
                 raise TokenizerError(
@@ -206,9 +204,7 @@ class BPETokenizer(Tokenizer):
             TokenizerError: `vocab_size` is below 256, or no caption holds any text.
         """
         if vocab_size < BYTES:
-            raise TokenizerError(
-                f"vocab_size is {vocab_size}; a byte-level vocabulary needs at least {BYTES}, one id for every byte."
-            )
+            raise TokenizerError(f"vocab_size is {vocab_size}; it must be at least {BYTES}, one id for every byte.")
         if isinstance(captions, str):
             raise TokenizerError("train takes a list of captions, and was given a single string.")
         captions = [text for i, text in enumerate(captions) if _checked(text, i).strip()]
@@ -216,9 +212,8 @@ class BPETokenizer(Tokenizer):
             raise TokenizerError("There is no caption to train a tokenizer on: the list is empty or all are blank.")
         bpe = tokenizers.Tokenizer(models.BPE())
         one_space = normalizers.Replace(tokenizers.Regex(r"\s+"), " ")
-        bpe.normalizer = normalizers.Sequence(
-            [normalizers.Lowercase(), normalizers.NFC(), one_space, normalizers.Strip()]
-        )
+        steps = [normalizers.Lowercase(), normalizers.NFC(), one_space, normalizers.Strip()]
+        bpe.normalizer = normalizers.Sequence(steps)
         # The prefix space gives a word the same tokens wherever it stands; decode removes it.
         bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
         bpe.decoder = decoders.ByteLevel()
@@ -242,7 +237,6 @@ class BPETokenizer(Tokenizer):
         return self._bpe.decode(self._check_ids(ids)).removeprefix(" ")
 
     def save(self, folder: str | Path) -> None:
-        """Write tokenizer.json, in the format of the `tokenizers` library, and the name and fingerprint beside it."""
         super().save(folder)
         self._bpe.save(str(Path(folder) / VOCABULARY_FILE))
 
@@ -315,9 +309,7 @@ def _clip_vocabulary() -> Path:
     for folder in (package and package.submodule_search_locations) or []:
         if (Path(folder) / CLIP_VOCABULARY).is_file():
             return Path(folder) / CLIP_VOCABULARY
-    raise TokenizerError(
-        f"The clip tokenizer needs {CLIP_VOCABULARY} of the package open_clip_torch: pip install open_clip_torch."
-    )
+    raise TokenizerError(f"The clip tokenizer needs {CLIP_VOCABULARY} of open_clip_torch: pip install open_clip_torch.")
 
 
 def _checked(text: str, i: int) -> str:

@@ -118,11 +118,9 @@ def centre_crop(image: Tensor | Image.Image, resolution: int) -> Tensor:
         box = (0, lo, width, hi) if height > width else (lo, 0, hi, height)
         pil = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
         return _pil_to_tensor(pil.resize((resolution, resolution), Image.Resampling.BILINEAR, box=box))
-    size = (new_long, resolution) if height > width else (resolution, new_long)
-    image = _resize(image, size)
     if height > width:
-        return image[:, offset : offset + resolution]
-    return image[:, :, offset : offset + resolution]
+        return _resize(image, (new_long, resolution))[:, offset : offset + resolution]
+    return _resize(image, (resolution, new_long))[:, :, offset : offset + resolution]
 
 
 def random_crop(image: Tensor, resolution: int, resize_ratio: float, generator: torch.Generator) -> Tensor:
@@ -135,13 +133,11 @@ def crop_box(height: int, width: int, resize_ratio: float, generator: torch.Gene
     """(top, left, side) of a random square whose area is `resize_ratio` to 1 times that of the largest that fits.
 
     On square images this is torchvision's RandomResizedCrop(scale=(resize_ratio, 1), ratio=(1, 1)). On others that
-    class measures the area against the whole image. At 0.75 and 4:3 it finds no square that fits and silently falls
-    back to the centre crop, so most photographs would see no augmentation at all.
+    class measures the area against the whole image: at 0.75 and 4:3 no square fits, so it would always crop the centre.
     """
     largest = min(height, width)
     area, down, right = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
-    side = round(largest * math.sqrt(resize_ratio + (1 - resize_ratio) * area))
-    side = min(max(side, 1), largest)
+    side = min(max(round(largest * math.sqrt(resize_ratio + (1 - resize_ratio) * area)), 1), largest)
     return int(down * (height - side + 1)), int(right * (width - side + 1)), side
 
 
@@ -162,9 +158,7 @@ def labels(found: Sequence[int]) -> Tensor:
 
 
 class Collate:
-    """(image or codes, target) items -> [uint8 (B, 3, R, R) or int32 (B, N), targets (B, ...)].
-
-    None, an unreadable item of evaluation, is left out; B may be 0.
+    """(image or codes, target) items -> [uint8 (B, 3, R, R) or int32 (B, N), targets (B, ...)]; None is left out.
 
     Args:
         shape: of one image, (3, R, R), or of one image's codes, (N,).

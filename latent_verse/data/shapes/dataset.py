@@ -22,9 +22,8 @@ class ShapesDataset(Dataset):
     """Pairs of one split of a world: item i of epoch e is (image, caption), a pure function of (seed, e, i).
 
     An index is i, which means epoch `self.epoch`, or (e, i), which samplers ask for. Each epoch has new captions, and
-    with `fresh` also new scenes, which makes the split practically endless. The image is uint8 (3, H, W) with
-    `as_uint8`, else float32 in [-1, 1]; H = W = world.image_size. In val and heldout no scene comes twice, so that a
-    share of right answers is one over distinct scenes.
+    with `fresh` also new scenes, which makes the split practically endless. Images are uint8 (3, H, W) with `as_uint8`,
+    else float32 in [-1, 1]; H = W = world.image_size. In val and heldout no scene comes twice.
 
     Raises:
         DataError: the split has fewer scenes than `size`.
@@ -91,7 +90,6 @@ class ShapesDataset(Dataset):
         """None: the images are generated."""
 
     def describe(self) -> dict[str, str | int]:
-        """What the dataset holds."""
         return {"source": f"shapes {self.world.name} {self.split}", "pairs": self.size}
 
 

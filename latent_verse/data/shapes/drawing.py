@@ -84,8 +84,7 @@ class WorldSettings:
 
     def place(self, obj: Obj) -> str:
         """The name of that cell: "top left", "bottom", "centre"."""
-        cell = self.cell(obj)
-        return next(name for name, at in place_names(self.grid).items() if at == cell)
+        return {cell: name for name, cell in place_names(self.grid).items()}[self.cell(obj)]
 
 
 def _circle(u, v):

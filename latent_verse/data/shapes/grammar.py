@@ -22,12 +22,8 @@ from dataclasses import dataclass
 
 from latent_verse.data.shapes.drawing import Obj, Scene, WorldSettings, place_names
 
-RELATIONS = {  # the direction from the second object to the first
-    "left of": (-1, 0),
-    "right of": (1, 0),
-    "above": (0, -1),
-    "below": (0, 1),
-}
+# the direction from the second object to the first
+RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 SYNONYMS = {
     "left of": ("to the left of",),
     "right of": ("to the right of",),
@@ -59,9 +55,6 @@ def holds(relation: str, a: Obj, b: Obj, margin: float) -> bool:
     """Whether `a` is left of (right of, above, below) `b` by at least `margin` pixels between centres."""
     dx, dy = RELATIONS[relation]
     return (a.x - b.x) * dx + (a.y - b.y) * dy >= margin
-
-
-# ------------------------------------------------------------------------------------------------------------ writing
 
 
 def write_caption(world: WorldSettings, scene: Scene, rng: random.Random) -> str:
@@ -97,9 +90,6 @@ def _name(world: WorldSettings, o: Obj, rng: random.Random) -> str:
     with_size = len(world.sizes) > 1 and rng.random() < 0.85
     words = f"{o.size} {o.colour} {o.shape}" if with_size else f"{o.colour} {o.shape}"
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
-
-
-# ------------------------------------------------------------------------------------------------------------ reading
 
 
 def read_caption(world: WorldSettings, text: str) -> Statement | None:
@@ -139,9 +129,6 @@ def read_caption(world: WorldSettings, text: str) -> Statement | None:
 
 def _thing(match: re.Match, first: int = 1) -> Thing:
     return Thing(size=match[first], colour=match[first + 1], shape=match[first + 2])
-
-
-# ---------------------------------------------------------------------------------------------------------- comparing
 
 
 def compare(world: WorldSettings, scene: Scene, statement: Statement | None) -> dict[str, bool]:

@@ -11,16 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from latent_verse.data.shapes.drawing import (
-    BACKGROUND,
-    PALETTE,
-    UNKNOWN,
-    Obj,
-    Scene,
-    WorldSettings,
-    coverage,
-    softened,
-)
+from latent_verse.data.shapes.drawing import BACKGROUND, PALETTE, UNKNOWN, Obj, Scene, WorldSettings, coverage, softened
 
 STANDS_OUT = 70.0  # RGB distance from the background; texture and mild noise stay below, a third of any colour above
 COLOUR_ERROR = 75.0  # the farthest a blob's colour may lie from the palette's; the closest two colours are 97 apart
@@ -151,11 +142,7 @@ def _overlap(cover: np.ndarray, template: np.ndarray, y: int, x: int) -> float:
 
 
 def _flaw(window_HWC: np.ndarray, colour_C: np.ndarray, fit: Fit) -> float:
-    """The largest mean error of any 3 x 3 pixels against the rendered object.
-
-    Errors are averaged with their signs: blur and noise cancel out; a missing arm, a hole or a patch of another colour
-    does not.
-    """
+    """The largest mean error of any 3 x 3 pixels against the rendered object: blur and noise cancel out."""
     reach = fit.template.shape[0] // 2
     error_HWC = window_HWC.copy()
     error_HWC[fit.y - reach : fit.y + reach, fit.x - reach : fit.x + reach] -= fit.template[..., None] * colour_C

@@ -6,19 +6,16 @@
     world.satisfies(world.parse_image(image), world.parse_caption(text))      # True
 
 The same call gives the same answer on every machine. Splits are disjoint sets of scenes:
-    heldout   scenes with at least one of the world's held-out (colour, shape) pairs. No such pair is in any other
-              split, though each colour and each shape is.
+    heldout   scenes with a held-out (colour, shape) pair. No other split has it, though each colour and each shape
     val       one scene in five of the rest, by a hash of the scene (objects, sizes, cells; not jitter or texture)
     train     the others
 
 `small` is made for minutes on a CPU. Its shapes are made of 4 px squares on a grid and stand in the corners, so a code
 of an 8 x 8 map sees one colour: the codes give the colours, and their arrangement gives the shapes. There are many
-shapes, because a model can only recognise a combination it has never seen by what all colours have in common; with five
-shapes it learnt each colour by itself (docs/experiments.md). There are 38,720 distinct scenes: 25,176 train, 6,216 val and
-7,328 held out (tests/data/test_shapes.py counts them).
+shapes, because with five a model learnt each colour by itself and recognised no combination it had never seen
+(docs/experiments.md). It has 38,720 distinct scenes: 25,176 train, 6,216 val and 7,328 held out.
 `full` takes longer: 64 px, up to three of 48 kinds of objects in two sizes, anywhere in their quarters of the image in
-steps of 8 px (a patch of an 8 x 8 map), on a soft texture. There are 456,384 distinct scenes, each with up to 729
-layouts.
+steps of 8 px (a patch of an 8 x 8 map), on a soft texture. It has 456,384 scenes, each with up to 729 layouts.
 """
 
 from __future__ import annotations
@@ -46,11 +43,7 @@ class World(WorldSettings):
 
     @classmethod
     def preset(cls, name: str) -> World:
-        """`small` (32 px, one or two objects) or `full` (64 px, one to three).
-
-        Raises:
-            ValueError: for another name.
-        """
+        """`small` (32 px, one or two objects) or `full` (64 px, one to three); ValueError for another name."""
         if name not in PRESETS:
             raise ValueError(f"There is no shapes world {name!r}; the presets are {', '.join(PRESETS)}.")
         return PRESETS[name]
@@ -60,8 +53,6 @@ class World(WorldSettings):
         """A digest of the settings, 16 hex digits: a preset may change from one version to the next."""
         settings = {f.name: getattr(self, f.name) for f in fields(self)} | {"heldout": sorted(self.heldout)}
         return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
-
-    # ------------------------------------------------------------------------------------------------------- scenes
 
     def key(self, scene: Scene) -> tuple:
         """What two scenes share when they show the same: kinds and cells of the objects, in any order."""
@@ -113,8 +104,6 @@ class World(WorldSettings):
                     return False
         return True
 
-    # ------------------------------------------------------------------------------------------ images and captions
-
     def render(self, scene: Scene) -> Image.Image:
         """The image of a scene: RGB, `image_size` square, edges anti-aliased."""
         image = Image.fromarray(self._background(scene.texture))
@@ -138,11 +127,7 @@ class World(WorldSettings):
         return write_caption(self, scene, rng)
 
     def parse_image(self, image: Image.Image | np.ndarray) -> Scene:
-        """The scene that an image shows; what is no object of this world has the shape "?". See reader.py.
-
-        Raises:
-            ValueError: the image is not of the world's size.
-        """
+        """The scene an image shows, with the shape "?" for what is no object of this world; see reader.read_image."""
         return read_image(self, image)
 
     def parse_caption(self, text: str) -> Statement | None:
@@ -167,18 +152,7 @@ PRESETS = {
         shapes=("square", "cross", "ring", "arch", "staircase", "cup", "tee", "ell", "zigzag", "ladder"),
         colours=tuple(PALETTE),
         sizes={"large": 6},
-        heldout=frozenset(  # one of each colour
-            {
-                ("red", "staircase"),
-                ("green", "arch"),
-                ("blue", "cross"),
-                ("yellow", "ring"),
-                ("purple", "square"),
-                ("orange", "tee"),
-                ("cyan", "cup"),
-                ("black", "ladder"),
-            }
-        ),
+        heldout=frozenset(zip(PALETTE, "staircase arch cross ring square tee cup ladder".split(), strict=True)),
     ),
     "full": World(
         name="full",
