@@ -47,13 +47,9 @@ class Report:
 
 
 def read_curves(run: Path, names: dict[str, str]) -> dict[str, list[tuple[int, float]]]:
-    """{label: points} of the columns {column: label} in a run folder's CSV logs.
-
-    A resumed run has several logs; where they overlap, the later one counts.
-    """
+    """{label: points} of the columns {column: label} in a run's CSV logs; where logs overlap, the later one counts."""
     points: dict[str, dict[int, float]] = {label: {} for label in names.values()}
-    logs = sorted(run.glob("logs*/metrics.csv"), key=lambda file: file.stat().st_mtime)
-    for log in logs:
+    for log in sorted(run.glob("logs*/metrics.csv"), key=lambda file: file.stat().st_mtime):
         with open(log, newline="") as file:
             for row in csv.DictReader(file):
                 for column, label in names.items():

@@ -22,9 +22,7 @@ RIGHT_COLUMNS = {"val/text_to_image/right": "text to image", "val/image_to_text/
 def write(out: Path, world: str, stages: list[tuple[str, str, str]], seconds: dict[str, float]) -> Path:
     """Write metrics.json and index.html into the demo's folder; returns the page's path.
 
-    Args:
-        stages: (name, title, command) of each stage.
-        seconds: of each stage, all its runs together.
+    `stages` are (name, title, command); `seconds` those of all runs of a stage.
     """
     splits = {split: json.loads((out / f"{split}.json").read_text()) for split in SPLITS}
     facts = machine() | {"commit": commit()}

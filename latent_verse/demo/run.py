@@ -44,13 +44,9 @@ SAMPLES = 24  # scenes of each split that the page shows
 class DemoSettings(Settings):
     """Which demo, and where."""
 
-    world: str = same(
-        PairDataConfig, "world", "small", "world of shapes; small takes minutes on a CPU, full two hours or a GPU"
-    )
+    world: str = same(PairDataConfig, "world", "small", "shapes: small takes minutes on a CPU, full two hours or a GPU")
     out: str = setting("demo", "folder for all outputs; rerun the command to resume", path=True)
-    recipes: Optional[str] = setting(
-        None, "folder with the three recipes, named as in configs/, which is the default", path=True
-    )
+    recipes: Optional[str] = setting(None, "folder with the three recipes; default configs/", path=True)
     train_pairs: Optional[int] = setting(None, "number of training pairs; default 8000, or 30000 for full", at_least=1)
     count: int = setting(500, "number of scenes to evaluate in each split", at_least=1)
     rerank: int = setting(8, "number of images that the model chooses from, for the results with re-ranking")
@@ -168,9 +164,8 @@ class StagesFile:
             now = (stage.shown(), stage.recipe, stage.world)
             if found and (found["command"], found["recipe"], found.get("world", "")) != now:
                 raise ConfigError(
-                    f"{self.file.parent} holds a demo with different settings: its stage {stage.title} had another "
-                    f"command, recipe or version of the world ({found['command']}). Delete that folder, or give "
-                    "another --out."
+                    f"{self.file.parent} holds a demo with different settings: {stage.title} had another command, "
+                    f"recipe or version of the world ({found['command']}). Delete that folder, or give another --out."
                 )
 
     def finished(self, stage: Stage) -> bool:
@@ -193,11 +188,7 @@ class StagesFile:
 
 @contextlib.contextmanager
 def only_one(out: Path) -> Iterator[int]:
-    """Hold the folder's lock, an open file that stages inherit: a stage whose demo was killed still holds it.
-
-    Raises:
-        ConfigError: another demo, or one of its stages, is running there.
-    """
+    """Hold the folder's lock, an open file that stages inherit; ConfigError if another demo or its stage holds it."""
     with open(out / ".lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -249,12 +240,7 @@ def is_done(stage: Stage, out: Path) -> bool:
 
 
 def run(s: DemoSettings) -> Path:
-    """Run all stages that are not finished yet; returns the page's path.
-
-    Raises:
-        ConfigError: recipes that cannot be used, or a folder that holds another demo.
-        Stopped: see `run_stage`.
-    """
+    """Run all stages that are not finished yet; returns the page's path. Raises ConfigError and Stopped."""
     out = Path(s.out).expanduser().resolve()
     stages = plan(s, out)
     out.mkdir(parents=True, exist_ok=True)

@@ -16,11 +16,7 @@ LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR")  # what torchrun sets
 
 
 def processes(write: EvalWriteConfig) -> int:
-    """Processes to start; says so where there is no GPU.
-
-    Raises:
-        ConfigError: more GPUs are asked for than the machine has.
-    """
+    """The number of processes to start; prints a note without a GPU. ConfigError for more GPUs than there are."""
     import torch
 
     if write.accelerator == "cpu":
@@ -44,10 +40,7 @@ def device(gpus: int, accelerator: str = "auto", rank: int = 0) -> str:
 
 
 def launch(work: Callable[..., int], count: int, *arguments: object) -> int:
-    """work(ranks, *arguments) in `count` processes, or in those that torchrun has started; the worst exit code.
-
-    `work` is a function of a module: new processes import it.
-    """
+    """work(ranks, *arguments) in `count` processes, which import it, or in torchrun's; returns the worst exit code."""
     if all(name in os.environ for name in LAUNCHED):
         return _joined(work, "env://", int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), arguments)
     if count == 1:

@@ -40,17 +40,9 @@ def generate(c: Context) -> dict[str, object]:
         about["generated_dir"] = found | {"candidates": len(groups[0].files), "sha256": digest}
     else:
         folder, checkpoint, texts = c.folder / "samples", c.model.fingerprints, [sample.caption for sample in chosen]
-        samples.generate(
-            c.model,
-            texts,
-            folder,
-            c.ranks,
-            candidates=g.candidates,
-            seed=c.seed,
-            batch_size=c.config.write.batch_size,
-            sampling=g,
-            dtype=c.config.write.dtype,
-        )
+        w = c.config.write
+        settings = {"candidates": g.candidates, "seed": c.seed, "batch_size": w.batch_size, "dtype": w.dtype}
+        samples.generate(c.model, texts, folder, c.ranks, sampling=g, **settings)
         groups = samples.read_groups(folder)
         about["draw"] = c.pairs.about(chosen, c.seed) | {"cut_to_text_len": c.cut(texts)}
     real = reference(c, {sample.index for sample in chosen} if g.reference == "drawn" else None)
@@ -227,18 +219,8 @@ def round_trip(c: Context) -> None:
     """Image -> caption -> image and text -> image -> caption."""
     chosen, images = c.readable(c.pairs.sample(c.config.likelihood.round_trip_pairs, c.seed))
     texts, world = [sample.caption for sample in chosen], c.pairs.world
-    trips = round_trips.travel(
-        c.model,
-        images,
-        texts,
-        c.ranks,
-        seed=c.seed,
-        beams=c.config.captions.beams,
-        batch_size=c.config.write.batch_size,
-        sampling=c.config.generation,
-        world=world,
-        scenes=[c.pairs.dataset.scene(sample.index) for sample in chosen] if world else [],
-    )
+    scenes = [c.pairs.dataset.scene(sample.index) for sample in chosen] if world else []
+    trips = round_trips.travel(c, images, texts, scenes)
     count = len(trips)
     if world:
         protocol = "share of trips both of whose steps are true, by the exact readers of shapes"

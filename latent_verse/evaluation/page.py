@@ -1,7 +1,4 @@
-"""The page of an evaluation: every metric with its protocol, and the best, median and worst cases by score.
-
-One HTML file that holds its images and loads nothing from the network.
-"""
+"""An evaluation's page, one HTML file: every metric with its protocol; the best, median and worst cases by score."""
 
 from __future__ import annotations
 

@@ -15,7 +15,6 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
@@ -48,7 +47,18 @@ class Pairs:
 
     def __init__(self, data: EvalDataConfig, resolution: int, seed: int):
         self.unreadable: set[int] = set()
-        self.dataset = _open(data, resolution, seed)
+        self.dataset = PAIRS[data.dataset](
+            Split(
+                name=data.split if data.dataset == "shapes" else "test",
+                data=PairDataConfig(dataset=data.dataset, world=data.world),
+                resolution=resolution,
+                seed=seed,
+                augment=False,
+                folder=Given("test_dir", data.test_dir),
+                captions=Given("test_captions", data.test_captions),
+                size=data.test_size or GENERATED_SIZES.get(data.dataset),
+            )
+        )
         self.world = self.dataset.world if data.dataset == "shapes" else None
         paths = [self.dataset.image_path(i) for i in range(len(self.dataset))]
         self.made_up = made = None in paths
@@ -116,18 +126,3 @@ def ordered(names: Sequence[str], seed: int) -> list[int]:
     """The numbers of names in the order of the fixed sample."""
     keys = [hashlib.sha256(f"{seed}/{name}".encode("utf-8", "surrogateescape")).digest() for name in names]
     return sorted(range(len(names)), key=keys.__getitem__)
-
-
-def _open(data: EvalDataConfig, resolution: int, seed: int) -> Any:
-    return PAIRS[data.dataset](
-        Split(
-            name=data.split if data.dataset == "shapes" else "test",
-            data=PairDataConfig(dataset=data.dataset, world=data.world),
-            resolution=resolution,
-            seed=seed,
-            augment=False,
-            folder=Given("test_dir", data.test_dir),
-            captions=Given("test_captions", data.test_captions),
-            size=data.test_size or GENERATED_SIZES.get(data.dataset),
-        )
-    )

@@ -1,10 +1,5 @@
 """Metrics with everything that is needed to compare them: library, samples, protocol, seed and checkpoint.
 
-    records = Records(checkpoint={"biart": "0123456789abcdef"}, seed=0)
-    records.add("captions/cider", 1.02, samples=5000, library=versions("pycocoevalcap"), protocol="...")
-    print(records.table("title")); json.dumps(records.as_json())
-    print(compare("results/a", "results/b"))
-
 Protocols are compared word by word between runs: rewording one makes them "not comparable" with older runs.
 """
 
@@ -54,12 +49,7 @@ class Record(TypedDict, total=False):
 
 
 class Records:
-    """What was measured, in order, and what could not be, with the reason.
-
-    Args:
-        checkpoint: fingerprints of what is evaluated: a model's parts, or another system's files.
-        seed: of sampling.
-    """
+    """What was measured, in order, and what could not be, with the reason; of one checkpoint and sampling seed."""
 
     def __init__(self, checkpoint: dict[str, str], seed: int):
         self.checkpoint, self.seed = checkpoint, seed
@@ -127,9 +117,6 @@ def _notes(record: Record) -> str:
     return ", ".join(parts)
 
 
-# ------------------------------------------------------------------------------------------------------- side by side
-
-
 def read_metrics(place: str) -> dict[str, dict]:
     """metrics.json of a run folder of eval_biart.py, or that file. Raises DataError if it is no such file."""
     path = Path(place).expanduser()
@@ -149,11 +136,7 @@ def read_metrics(place: str) -> dict[str, dict]:
 
 
 def compare(first: str, second: str) -> str:
-    """The metrics of two runs side by side, as lines to print; a note says where they are not comparable, and why.
-
-    Raises:
-        DataError: one of them is no finished run of eval_biart.py.
-    """
+    """Two runs' metrics side by side as lines to print, noting what is not comparable. Raises DataError."""
     runs = [read_metrics(place) for place in (first, second)]
     names = list(dict.fromkeys(name for run in runs for kind in ("figures", "missing") for name in run.get(kind, {})))
     lines = [("", first, second, "difference", "")]
@@ -169,8 +152,5 @@ def compare(first: str, second: str) -> str:
             note = f"not comparable: {'; '.join(other)}" if other else ""
         lines.append((name, *cells, difference, note))
     widths = [max(len(line[column]) for line in lines) for column in range(4)]
-    text = []
-    for name, a, b, difference, note in lines:
-        row = f"{name:<{widths[0]}}  {a:>{widths[1]}}  {b:>{widths[2]}}  {difference:>{widths[3]}}  {note}"
-        text.append(row.rstrip())
-    return "\n".join(text)
+    rows = ([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:]), note] for name, *cells, note in lines)
+    return "\n".join("  ".join(row).rstrip() for row in rows)

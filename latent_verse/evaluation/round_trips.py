@@ -11,12 +11,10 @@ from dataclasses import dataclass, field
 from PIL import Image
 from torch import Tensor
 
-from latent_verse.config import SamplingSettings
 from latent_verse.data.shapes import Scene, World
 from latent_verse.evaluation import samples
+from latent_verse.evaluation.context import Context
 from latent_verse.evaluation.shapes_truth import ATTRIBUTES
-from latent_verse.inference.pipeline import LVerse
-from latent_verse.metrics.processes import Ranks
 
 
 @dataclass
@@ -30,42 +28,31 @@ class Trip:
     right: dict[str, dict[str, bool]] = field(default_factory=dict)  # on shapes, as `check_trip` returns it
 
 
-def travel(
-    model: LVerse,
-    images: Sequence[Tensor],
-    texts: Sequence[str],
-    ranks: Ranks,
-    *,
-    seed: int,
-    beams: int,
-    batch_size: int,
-    sampling: SamplingSettings,
-    world: World | None = None,
-    scenes: Sequence[Scene] = (),
-) -> list[Trip]:
+def travel(c: Context, images: Sequence[Tensor], texts: Sequence[str], scenes: Sequence[Scene]) -> list[Trip]:
     """Both trips of every pair, shared among processes; all of them in each.
 
     Args:
         images: uint8 (3, R, R).
-        world, scenes: of shapes, to check each step against the truth.
+        scenes: on shapes, to check each step against the truth.
     """
+    size, beams = c.config.write.batch_size, c.config.captions.beams
 
     def caption(images: Sequence[Image.Image] | Sequence[Tensor]) -> list[str]:
-        return samples.caption(model, images.__getitem__, len(images), ranks, beams=beams, batch_size=batch_size)
+        return samples.caption(c.model, images.__getitem__, len(images), c.ranks, beams=beams, batch_size=size)
 
     def generate(texts: Sequence[str]) -> list[Image.Image]:
-        found, calls = {}, samples.calls(model, texts, ranks.mine(len(texts)), seed, batch_size)
-        for part, own_seed in ranks.follow(calls, "round trips"):
-            rows = model.text_to_image([texts[i] for i in part], seed=own_seed, **sampling.arguments())
+        found, calls = {}, samples.calls(c.model, texts, c.ranks.mine(len(texts)), c.seed, size)
+        for part, own_seed in c.ranks.follow(calls, "round trips"):
+            rows = c.model.text_to_image([texts[i] for i in part], seed=own_seed, **c.config.generation.arguments())
             found |= {i: row[0] for i, row in zip(part, rows, strict=True)}
-        return list(ranks.gather(found).values())
+        return list(c.ranks.gather(found).values())
 
     captions = caption(images)
     regenerated, generated = generate(captions), generate(texts)
     trips = [Trip(*parts) for parts in zip(captions, regenerated, generated, caption(generated), strict=True)]
-    if world is not None:
+    if c.pairs.world:
         for scene, text, trip in zip(scenes, texts, trips, strict=True):
-            trip.right = check_trip(world, scene, text, trip)
+            trip.right = check_trip(c.pairs.world, scene, text, trip)
     return trips
 
 

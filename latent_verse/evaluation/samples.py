@@ -48,9 +48,6 @@ def read_image(path: Path, resolution: int) -> Tensor:
         raise DataError(f"image {path} cannot be read: {error}. Generate or copy it again.") from error
 
 
-# ---------------------------------------------------------------------------------------------------------- generating
-
-
 def generate(
     model: LVerse,
     texts: Sequence[str],
@@ -61,12 +58,9 @@ def generate(
     seed: int,
     batch_size: int,
     sampling: SamplingSettings,
-    dtype: str = "float32",
+    dtype: str = "float32",  # BiART's, recorded because the images depend on it
 ) -> None:
     """Generate `candidates` images for each text into `folder`, those that are missing, shared among processes.
-
-    Args:
-        dtype: BiART's, recorded because the images depend on it.
 
     Raises:
         ConfigError: the folder holds images of another model, of other texts or settings.
@@ -104,12 +98,10 @@ def calls(
 
     If a text occurs again, it gets another seed and so new images: the texts of one call all differ.
     """
-    seen: Counter = Counter()
-    turns = []
+    seen, turns, out = Counter[bytes](), [], []
     for row in model.encode_texts(texts).numpy():
         turns.append(seen[row.tobytes()])
         seen[row.tobytes()] += 1
-    out = []
     for turn in sorted({turns[i] for i in numbers}):
         same = [i for i in numbers if turns[i] == turn]
         out += [(same[start : start + batch_size], mix_seed(seed, turn)) for start in range(0, len(same), batch_size)]
@@ -148,16 +140,11 @@ def write_index(folder: Path, texts: Sequence[str], candidates: int) -> None:
     write_text(folder / INDEX, "\n".join(lines) + "\n")
 
 
-# ------------------------------------------------------------------------------------------------------------- reading
-
-
 def read_groups(folder: Path) -> list[Group]:
     """The images of a folder, in order, by caption: those of its pictures.jsonl, or any image files.
 
     Without an index every file is a group of its own; its caption is `<name>.txt` beside it, or the PNG's `text`.
-
-    Raises:
-        DataError: no such folder, no images, or an index that does not fit them.
+    Raises DataError for no such folder, no images, or an index that does not fit them.
     """
     if not folder.is_dir():
         raise DataError(f"generated_dir: {folder} is no folder. Give one that holds images.")
@@ -202,9 +189,7 @@ def _read_index(folder: Path) -> list[Group]:
         raise DataError(f"generated_dir: {folder / INDEX} is empty: there is no image to evaluate.")
     counts = {len(group.files) for group in groups}
     if len(counts) > 1:
-        raise DataError(
-            f"generated_dir: {folder / INDEX} has captions with {sorted(counts)} images; give each the same number."
-        )
+        raise DataError(f"generated_dir: {folder / INDEX} has {sorted(counts)} images per caption; make them equal.")
     return groups
 
 

@@ -47,9 +47,7 @@ class ShapesConfig(Settings):
 class ShapesSamplingConfig(SamplingSettings):
     """How images are sampled; captions are greedy."""
 
-    rerank: int = setting(
-        0, "also generate this many images per text and evaluate the one that the model ranks first", at_least=0
-    )
+    rerank: int = setting(0, "also evaluate the best of this many images per text, as the model ranks them", at_least=0)
     rerank_temperature: float = setting(1.0, "sampling temperature for the images that rerank chooses from", above=0)
 
     @property
@@ -101,7 +99,6 @@ def evaluate(
 
     Raises:
         DataError: the split has fewer scenes.
-        ConfigError: sampling settings that cannot be used.
     """
     data = ShapesDataset(world, split, count, seed)
     scenes = [data.scene(i) for i in range(count)]

@@ -65,9 +65,6 @@ def caption(c: Context) -> dict[str, object]:
     return {"pictures": len(generated), "references": sum(map(len, references)), "file": "captions.json"}
 
 
-# ----------------------------------------------------------------------------------------------------------- retrieval
-
-
 def _scored(c: Context, given: str) -> str:
     """The score of `likelihood.corrected`, in words."""
     k = c.config.likelihood
@@ -108,19 +105,15 @@ def retrieve(c: Context) -> dict[str, object]:
     return {"pictures": len(chosen), "captions": len(texts), "cut_to_text_len": c.cut(texts)}
 
 
-# ------------------------------------------------------------------------------------------------------ classification
-
-
 def classify(c: Context) -> dict[str, object]:
     """Zero-shot classification of class folders by scoring the classes' names."""
     k = c.config.likelihood
     dataset = ImageDataset(k.classes_dir, c.resolution, train=False, as_uint8=True, key="classes_dir")
     names = class_names(dataset.classes, k.class_names)
     files = [os.path.relpath(dataset.paths[i], dataset.paths.root) for i in range(len(dataset))]
-    order = ordered(files, c.seed)
-    codes_IN, label_I = _codes_and_labels(c, dataset, order[: k.class_pictures])
-    text_CL = c.model.encode_texts([k.class_prompt.format(name) for name in names])
-    scores = likelihood.score_all(c.model, codes_IN, text_CL, c.ranks)
+    codes_IN, label_I = _codes_and_labels(c, dataset, ordered(files, c.seed)[: k.class_pictures])
+    prompts = [k.class_prompt.format(name) for name in names]
+    scores = likelihood.score_all(c.model, codes_IN, c.model.encode_texts(prompts), c.ranks)
     for given, name in LOG_P.items():
         matrix_IC = likelihood.corrected(scores, given, k.length_power, k.prior_weight, k.prior)
         rank_I = likelihood.ranks_of_truth(matrix_IC, label_I[:, None] == torch.arange(len(names)))
@@ -132,8 +125,7 @@ def classify(c: Context) -> dict[str, object]:
             about = {"library": OWN, "protocol": protocol, "better": "higher", "classes": len(names)}
             about |= {"interval": wilson(right, len(label_I))}
             c.records.add(f"zero_shot/{name}/top_{top}", right / len(label_I), samples=len(label_I), **about)
-    cut = c.cut([k.class_prompt.format(name) for name in names])
-    return {"classes": len(names), "pictures": len(label_I), "cut_to_text_len": cut}
+    return {"classes": len(names), "pictures": len(label_I), "cut_to_text_len": c.cut(prompts)}
 
 
 def _codes_and_labels(c: Context, dataset: ImageDataset, numbers: list[int]) -> tuple[Tensor, Tensor]:
@@ -150,11 +142,7 @@ def _codes_and_labels(c: Context, dataset: ImageDataset, numbers: list[int]) -> 
 
 
 def class_names(folders: list[str], file: str | None) -> list[str]:
-    """A name for every class folder: its own, underscores as spaces, or from lines `folder<TAB>name`.
-
-    Raises:
-        DataError: the file cannot be read, or has no name for a folder.
-    """
+    """A name for each folder: its own, underscores as spaces, or that in lines `folder<TAB>name`. Raises DataError."""
     if file is None:
         return [folder.replace("_", " ") for folder in folders]
     try:
@@ -168,17 +156,13 @@ def class_names(folders: list[str], file: str | None) -> list[str]:
     return [known[folder].strip() for folder in folders]
 
 
-# ---------------------------------------------------------------------------------------------------------------- bits
-
-
 def likelihoods(c: Context) -> dict[str, object]:
     """Held-out log p of both directions in bits per token, per code and per image dimension; returns the pairs."""
     chosen, images = c.readable(c.pairs.sample(c.config.likelihood.likelihood_pairs, c.seed))
     if not chosen:
         raise DataError("None of the images of the chosen pairs can be read. Are the files whole?")
     texts = [sample.caption for sample in chosen]
-    text_BL = c.model.encode_texts(texts)
-    found = likelihood.held_out(c.model, c.model.codes(images), text_BL, c.ranks)
+    found = likelihood.held_out(c.model, c.model.codes(images), c.model.encode_texts(texts), c.ranks)
     units = {
         "bits_per_token": "log2 p of captions, their ends included, over all tokens of the model's tokenizer",
         "bits_per_code": "log2 p of AugVAE's codes, over their number",

@@ -18,6 +18,7 @@ from latent_verse.evaluation.distributed import device
 from latent_verse.evaluation.pairs import Pairs
 from latent_verse.evaluation.records import Records
 from latent_verse.files import write_text
+from latent_verse.inference.pipeline import LVerse
 from latent_verse.machine import commit, machine
 from latent_verse.metrics import likelihood
 from latent_verse.metrics.processes import Ranks
@@ -63,11 +64,7 @@ def open_context(config: EvalBiARTConfig, ranks: Ranks) -> Context:
     """The model and the data. Raises ConfigError, CheckpointError, DataError, TokenizerError."""
     j, w = config.judged, config.write
     place = device(w.gpus, w.accelerator, ranks.rank)
-    model = None
-    if j.model:
-        from latent_verse.inference.pipeline import LVerse
-
-        model = LVerse.from_pretrained(j.model, device=place, dtype=w.dtype)
+    model = LVerse.from_pretrained(j.model, device=place, dtype=w.dtype) if j.model else None
     world = World.preset(config.data.world).image_size if config.data.dataset == "shapes" else None
     natural = model.vae.config.resolution if model else world
     resolution = config.generation.fid_resolution or natural or RESOLUTION
@@ -105,8 +102,7 @@ def open_folder(config: EvalBiARTConfig) -> Path:
     if stem == "bundle":  # as training names it, in the run's folder
         stem = Path(evaluated).expanduser().resolve().parent.name or stem
     stem = f"fake-{stem}" if config.data.fake_data else stem  # a smoke test keeps out of the real results' folder
-    name = w.name or "-".join(["eval", stem, *j.tasks])
-    folder = runs.run_folder(w.log_dir, name)
+    folder = runs.run_folder(w.log_dir, w.name or "-".join(["eval", stem, *j.tasks]))
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

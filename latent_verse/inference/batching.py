@@ -28,18 +28,12 @@ LARGEST_BATCH = 256
 
 @dataclass(frozen=True)
 class Sampler:
-    """BiART with what many samples need: batches by memory, a seed for each sample, re-ranking, a progress bar.
-
-    Attributes:
-        null_trained: whether training dropped references, which guidance and sampling without a reference need.
-        batch_size: samples at a time; None chooses by memory.
-        progress: show a progress bar on stderr, if that is a terminal.
-    """
+    """BiART with what many samples need: batches by memory, a seed for each sample, re-ranking, a progress bar."""
 
     biart: BiART
-    null_trained: bool
-    batch_size: int | None = None
-    progress: bool = False
+    null_trained: bool  # training dropped references, which guidance and sampling without a reference need
+    batch_size: int | None = None  # samples at a time; None chooses by memory
+    progress: bool = False  # show a progress bar on stderr, if that is a terminal
 
     def check(self, direction: Direction, num: int, sampling: SamplingSettings, rerank: int = 0) -> None:
         """ConfigError if a setting is out of range, has no effect, or needs a model that was trained differently."""
@@ -133,8 +127,6 @@ class Sampler:
                 parts.append(log_likelihood(self.biart, text_BL[rows], codes_BN[rows], given, alone).total_B.cpu())
                 bar.update(rows.stop - rows.start)
         return torch.cat(parts)
-
-    # -------------------------------------------------------------------------------------------- batches and progress
 
     def rows_at_a_time(self, bytes_each: int) -> int:
         """`batch_size`, or as many rows as fit if each takes `bytes_each`; ConfigError if batch_size is below 1."""

@@ -51,10 +51,8 @@ def load_image(image: ImageLike, resolution: int) -> Tensor:
     if image.dtype == torch.uint8:
         return to_unit_range(centre_crop(image, resolution))
     if not image.is_floating_point() or not bool((image.abs() <= 1.001).all()):  # resizing may overshoot a little
-        raise DataError(
-            f"an image of {image.dtype} has values from {image.min():g} to {image.max():g}; "
-            "give floats in [-1, 1] (x / 127.5 - 1), or uint8 in [0, 255]."
-        )
+        found = f"{image.dtype} has values from {image.min():g} to {image.max():g}"
+        raise DataError(f"an image of {found}; give floats in [-1, 1] (x / 127.5 - 1), or uint8 in [0, 255].")
     image = image.float().clamp(-1, 1)
     if image.shape[1:] == (resolution, resolution):
         return image

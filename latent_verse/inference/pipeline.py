@@ -161,8 +161,8 @@ class LVerse:
         """
         sampling = SamplingSettings(temperature, top_k, top_p, guidance)
         self.sampler.check(TEXT_TO_IMAGE, num_images, sampling, rerank)
-        text_RL = self.encode_texts(texts)
-        return self._images(self.sampler.sample(text_RL, TEXT_TO_IMAGE, num_images, sampling, seed, rerank))
+        codes_RSN = self.sampler.sample(self.encode_texts(texts), TEXT_TO_IMAGE, num_images, sampling, seed, rerank)
+        return self._images(codes_RSN)
 
     def sample_scored(
         self,
@@ -200,7 +200,7 @@ class LVerse:
 
         Args:
             text: one for all images, or one for each. None needs a model trained with reference_dropout.
-            num_images, temperature, top_k, top_p, guidance, rerank, seed: as in `text_to_image`.
+            num_images and all after it: as in `text_to_image`.
 
         Raises:
             ConfigError: a setting cannot be used, AugVAE has several levels of codes, or the model needs a text.
@@ -210,18 +210,13 @@ class LVerse:
         sampling = SamplingSettings(temperature, top_k, top_p, guidance)
         self.sampler.check(TEXT_TO_IMAGE, num_images, sampling, rerank)
         if len(self.vae.code_levels) != 1:
-            raise ConfigError(
-                f"complete needs an AugVAE with one level of codes; this one has {self.vae.code_levels}, so that a row "
-                "of the image lies in several grids. Train BiART on an AugVAE-SL."
-            )
+            raise ConfigError(f"complete needs one level of codes, not {self.vae.code_levels}. Train on an AugVAE-SL.")
         (side,) = self.vae.code_levels
         if not 1 <= keep_rows < side:
             raise ConfigError(f"keep_rows (--rows) is {keep_rows}; of {side} rows of codes keep 1 to {side - 1}.")
         if text is None:
             if not self.null_trained:
-                raise ConfigError(
-                    "This model was trained without reference_dropout, so it cannot generate without a text: give one."
-                )
+                raise ConfigError("This model was trained without reference_dropout, so it needs a text: give one.")
             if guidance != 1 or rerank > 1:
                 raise ConfigError("guidance and rerank follow a text: give one, or leave them out.")
         codes_IN = self.codes(images)
@@ -263,9 +258,7 @@ class LVerse:
         if beams < 1:
             raise ConfigError(f"beams is {beams}; it must be at least 1.")
         if beams > 1 and (temperature > 0 or num_captions > 1 or guidance != 1):
-            raise ConfigError(
-                "beams search for the one likeliest caption: leave out temperature, num_captions and guidance."
-            )
+            raise ConfigError("beams search for one caption: leave out temperature, num_captions and guidance.")
         codes_RN = self.codes(images)
         if beams > 1:
             text_RSL = self.sampler.beam_search(codes_RN, beams)[:, None]

@@ -54,23 +54,13 @@ def load(config: GenerateConfig) -> LVerse:
 
 
 def run(config: GenerateConfig, task: str) -> None:
-    """Do the task and write or print the results.
-
-    Args:
-        config, task: from `resolve_generate`.
-
-    Raises:
-        UserError: a mistake in the settings, the model, the images or the texts.
-    """
+    """Do the task that `resolve_generate` returns, and write or print the results. Raises UserError."""
     if task == "score":
         print_scores(load(config), config)
         return
     folder = open_folder(config.write.out, config.write.overwrite)
     tasks = {"text": generate_images, "complete": complete_images, "image": caption_images}
     tasks[task](load(config), config, folder)
-
-
-# --------------------------------------------------------------------------------------------------------------- tasks
 
 
 def generate_images(model: LVerse, config: GenerateConfig, folder: Path) -> None:
@@ -91,9 +81,7 @@ def complete_images(model: LVerse, config: GenerateConfig, folder: Path) -> None
     settings = config.draw.arguments() | {"rerank": config.draw.rerank}
     images = model.complete(list(given.values()), rows, text, config.draw.num, **settings)
     texts = texts * len(given) if len(texts) == 1 else texts or [""] * len(given)
-    about: list[dict[str, str | int]] = [
-        {"text": text, "completed": name, "rows": rows} for text, name in zip(texts, given, strict=True)
-    ]
+    about = [{"text": text, "completed": name, "rows": rows} for text, name in zip(texts, given, strict=True)]
     originals = [to_images(x_CHW[None]) for x_CHW in given.values()]
     _write_images(folder, model, settings, about, images, originals)
 
@@ -125,9 +113,6 @@ def print_scores(model: LVerse, config: GenerateConfig) -> None:
             print(f"{of_text[i][j]:>19.3f}  {of_image[i][j]:>19.3f}  {name:<{width}}  {text}")
 
 
-# --------------------------------------------------------------------------------------------------------------- input
-
-
 def read_texts(config: GenerateConfig) -> list[str]:
     """`text`, which may be empty, or the lines of `text_file` that are not blank; ConfigError if it has no text."""
     name = config.what.text_file
@@ -144,11 +129,7 @@ def read_texts(config: GenerateConfig) -> list[str]:
 
 
 def find_images(names: Sequence[str]) -> list[tuple[str, bool]]:
-    """(file, whether it is one of `names`) for every file of `names` and every image below its folders.
-
-    Raises:
-        DataError: no such file or folder, or a folder without images.
-    """
+    """(file, whether it is one of `names`) for every file of `names` and image below its folders. Raises DataError."""
     found = []
     for name in names:
         path, others = Path(name).expanduser(), Counter[str]()
@@ -182,14 +163,11 @@ def read_images(names: Sequence[str], resolution: int) -> Iterator[tuple[str, Te
         raise DataError(f"none of {len(files)} images can be read, the first being {files[0][0]}. Are the files whole?")
 
 
-# -------------------------------------------------------------------------------------------------------------- output
-
-
 def _write_images(
     folder: Path,
     model: LVerse,
     settings: dict[str, Any],
-    about: Sequence[Mapping[str, str | int]],
+    about: Sequence[Mapping[str, object]],
     images: Sequence[Sequence[Image.Image]],
     originals: Sequence[Sequence[Image.Image]] | None = None,
 ) -> None:

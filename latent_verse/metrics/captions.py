@@ -40,10 +40,7 @@ class CaptionScores:
 
 
 def score(generated: Sequence[str], references: Sequence[Sequence[str]], java: bool = True) -> CaptionScores:
-    """All metrics of one caption an image against the image's references.
-
-    Args:
-        java: False does without Java, even if it is installed.
+    """All metrics of one caption an image against the image's references; without those in Java if `java` is False.
 
     Raises:
         DataError: no captions, or an image without references.

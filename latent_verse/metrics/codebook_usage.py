@@ -9,12 +9,7 @@ from latent_verse.augvae.quantizer import count, perplexity
 
 
 class CodebookUsage(Metric):
-    """Counts how often each code is used at each level; summed over processes by torchmetrics.
-
-    Args:
-        levels: resolutions, in the order of `update`'s list.
-        num_tokens: codes in the codebook, K.
-    """
+    """Counts how often each of `num_tokens` codes is used at each level, over all batches and processes."""
 
     full_state_update = False
     counts_LK: torch.Tensor

@@ -171,11 +171,7 @@ def save_reference(path: Path, reference: ImageFeatures, about: dict[str, object
 
 
 def load_reference(path: Path, about: dict[str, object], radii: Sequence[int]) -> ImageFeatures:
-    """Read what `save_reference` wrote.
-
-    Raises:
-        DataError: no such statistics, or of another network, resolution, radius or data than `about` says.
-    """
+    """Read what `save_reference` wrote; DataError if it is damaged, of another set than `about`, or lacks a radius."""
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
@@ -188,8 +184,7 @@ def load_reference(path: Path, about: dict[str, object], radii: Sequence[int]) -
     other = differences(found, about) + [f"blur radius {k} is not in it" for k in radii if f"mu_{k}" not in arrays]
     if other:
         raise DataError(
-            f"reference_stats: {path} is of another reference set or network ({'; '.join(other)}). "
-            "Give the name of a new file."
+            f"reference_stats: {path} is of another reference set or network ({'; '.join(other)}). Name a new file."
         )
     moments = {}
     for k in radii:
@@ -203,11 +198,7 @@ def load_reference(path: Path, about: dict[str, object], radii: Sequence[int]) -
 
 
 def inception_score(logits: dict[int, np.ndarray], splits: int) -> dict[str, float]:
-    """{inception_score, inception_score_std} by torch-fidelity.
-
-    Raises:
-        ValueError: fewer images than splits.
-    """
+    """{inception_score, inception_score_std} by torch-fidelity; ValueError for fewer images than splits."""
     from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
 
     if len(logits) < splits:
@@ -217,11 +208,7 @@ def inception_score(logits: dict[int, np.ndarray], splits: int) -> dict[str, flo
 
 
 def precision_recall(generated: ImageFeatures, real: ImageFeatures, neighbours: int) -> dict[str, float]:
-    """{precision, recall} (Kynkäänniemi et al., 2019) by torch-fidelity.
-
-    Raises:
-        ValueError: not more images than neighbours.
-    """
+    """{precision, recall} (Kynkäänniemi et al., 2019) by torch-fidelity; ValueError for too few images."""
     from torch_fidelity.metric_prc import prc_features_to_metric
 
     if min(len(generated.features), len(real.features)) <= neighbours:

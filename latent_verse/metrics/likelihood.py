@@ -23,8 +23,7 @@ from latent_verse.metrics.processes import Ranks
 
 RECALLS = (1, 5, 10)
 NO_PRIOR = (
-    "prior_weight {} with prior: null needs a model trained with reference_dropout. "
-    "Give --prior pool, or prior_weight 0."
+    "prior_weight {} with prior: null needs training with reference_dropout. Give --prior pool, or prior_weight 0."
 )
 
 
@@ -59,11 +58,7 @@ def token_counts(model: LikelihoodModel, text_TL: Tensor) -> Tensor:
 def score_all(
     model: LikelihoodModel, codes_IN: Tensor, text_TL: Tensor, ranks: Ranks, given: Sequence[str] = ("image", "text")
 ) -> Scores:
-    """Score every image with every text, the images shared among processes; the same Scores in each.
-
-    Args:
-        given: which likelihoods, log p(text | image) or log p(image | text); the matrix of the other is empty.
-    """
+    """Score every image with every text, shared among processes; the matrix of a likelihood not `given` is empty."""
     rows: dict[int, list[Tensor]] = {}
     T = len(text_TL)
     for i in ranks.follow(ranks.mine(len(codes_IN)), "scoring"):
@@ -79,9 +74,8 @@ def score_all(
             text_T = model.log_p(text_TL, one_IN.expand(T, -1), "image", alone=True).double()
         if "text" in given:
             image_I = model.log_p(one_TL.expand(len(codes_IN), -1), codes_IN, "text", alone=True).double()
-    return Scores(
-        matrices.get("image", nothing), matrices.get("text", nothing), text_T, image_I, token_counts(model, text_TL)
-    )
+    tokens_T = token_counts(model, text_TL)
+    return Scores(matrices.get("image", nothing), matrices.get("text", nothing), text_T, image_I, tokens_T)
 
 
 def corrected(scores: Scores, given: str, length_power: float, prior_weight: float, prior: str) -> Tensor:
@@ -108,15 +102,8 @@ def corrected(scores: Scores, given: str, length_power: float, prior_weight: flo
     return matrix_IT / scores.tokens_T**length_power if given == "image" else matrix_IT
 
 
-# ----------------------------------------------------------------------------------------------------------- retrieval
-
-
 def ranks_of_truth(matrix_QC: Tensor, right_QC: Tensor) -> Tensor:
-    """For each query the rank, from 1, of its best right candidate. A wrong one of the same score comes first.
-
-    Args:
-        matrix_QC: score of each candidate for each query; right_QC: whether it is right, one at least a query.
-    """
+    """For each query the rank, from 1, of its best right candidate. A wrong one of the same score comes first."""
     best_Q = matrix_QC.masked_fill(~right_QC, -math.inf).amax(1)
     return 1 + ((matrix_QC >= best_Q[:, None]) & ~right_QC).sum(1)
 
@@ -127,18 +114,13 @@ def retrieval(matrix_IT: Tensor, owner_T: Tensor) -> dict[str, dict[str, float]]
     owner_T: the image that each text belongs to. Image to text is right where any of the image's texts is found.
     """
     right_IT = owner_T[None] == torch.arange(len(matrix_IT))[:, None]
-    found = {
-        "image_to_text": ranks_of_truth(matrix_IT, right_IT),
-        "text_to_image": ranks_of_truth(matrix_IT.T, right_IT.T),
-    }
+    sides = {"image_to_text": (matrix_IT, right_IT), "text_to_image": (matrix_IT.T, right_IT.T)}
     out = {}
-    for direction, rank_Q in found.items():
+    for direction, (matrix_QC, right_QC) in sides.items():
+        rank_Q = ranks_of_truth(matrix_QC, right_QC)
         out[direction] = {f"r@{k}": (rank_Q <= k).double().mean().item() for k in RECALLS}
         out[direction]["median_rank"] = rank_Q.double().quantile(0.5).item()
     return out
-
-
-# --------------------------------------------------------------------------------------------------------- likelihoods
 
 
 @dataclass
@@ -154,10 +136,7 @@ class HeldOut:
     dimensions: int
 
     def bits(self) -> dict[str, tuple[float, float]]:
-        """{name: (bits, standard error)}: per token over all tokens, per code, per image dimension (3 R R).
-
-        A single pair has no error: NaN.
-        """
+        """{name: (bits, standard error)} per token, code and image dimension (3 R R); the error of one pair is NaN."""
         bits, out = math.log(2), {}
         tokens = self.tokens_B.sum().item()
         for name, log_p_B in (("text_given_image", self.text_given_image_B), ("text_alone", self.text_alone_B)):
@@ -183,10 +162,7 @@ def _standard_error(values_B: Tensor) -> float:
 
 
 def held_out(model: LikelihoodModel, codes_BN: Tensor, text_BL: Tensor, ranks: Ranks) -> HeldOut:
-    """log p of pairs in both directions, and of each half alone if the model has learnt that.
-
-    The pairs are shared among processes; the same in each.
-    """
+    """log p of pairs, shared among processes, in both directions, and of each half alone if the model learnt that."""
     mine = list(ranks.mine(len(codes_BN)))
     parts = []
     for given, alone in (("image", False), ("text", False), ("image", True), ("text", True)):
@@ -196,5 +172,4 @@ def held_out(model: LikelihoodModel, codes_BN: Tensor, text_BL: Tensor, ranks: R
         values = model.log_p(text_BL[mine], codes_BN[mine], given, alone).tolist() if mine else []
         found = ranks.gather(dict(zip(mine, values, strict=True)))
         parts.append(torch.tensor(list(found.values()), dtype=torch.float64))
-    resolution = model.vae.config.resolution
-    return HeldOut(*parts, token_counts(model, text_BL), codes_BN.shape[1], 3 * resolution**2)
+    return HeldOut(*parts, token_counts(model, text_BL), codes_BN.shape[1], 3 * model.vae.config.resolution**2)

@@ -26,7 +26,6 @@ from latent_verse.config import ConfigError
 
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION}"
-CHUNK = 2**24  # bytes hashed at a time
 
 
 class NetworkMissing(ValueError):
@@ -42,11 +41,7 @@ class Weights:
     sha256: str
 
     def find(self, download: bool = False) -> Path:
-        """The file, checked.
-
-        Raises:
-            NetworkMissing: it does not exist and may not be downloaded, or its hash is another one.
-        """
+        """The file, checked; NetworkMissing if it does not exist and may not be downloaded, or has another hash."""
         if not self.file.is_file():
             if not download:
                 raise NetworkMissing(f"needs {self.file}, from {self.url}")
@@ -68,12 +63,9 @@ def sha256(path: Path) -> str:
     """The SHA-256 of a file, as hexadecimal digits."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while chunk := file.read(CHUNK):
+        while chunk := file.read(2**24):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-# ---------------------------------------------------------------------------------------------------- where they are
 
 
 def inception_weights() -> Weights:
@@ -91,11 +83,7 @@ def vgg16_weights() -> Weights:
 
 
 def clip_weights(model: str, pretrained: str) -> Weights:
-    """Weights of an open_clip model, by a tag of open_clip that has an address, or a file.
-
-    Raises:
-        NetworkMissing: no such tag.
-    """
+    """Weights of an open_clip model, by a file or a tag that has an address; NetworkMissing if it is no such tag."""
     if os.path.sep in pretrained or Path(pretrained).is_file():
         return Weights(Path(pretrained).expanduser(), "where it was published", "")
     from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
@@ -109,9 +97,6 @@ def clip_weights(model: str, pretrained: str) -> Weights:
     digits = url.split("/")[-2] if "openaipublic" in url else Path(name).stem.rsplit("-", 1)[-1]
     digits = digits if re.fullmatch("[0-9a-f]{8,64}", digits) else ""  # not everyone publishes a hash
     return Weights(Path("~/.cache/clip").expanduser() / name, url, digits)
-
-
-# ----------------------------------------------------------------------------------------------------------- using them
 
 
 class Inception(nn.Module):

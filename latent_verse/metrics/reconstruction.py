@@ -27,13 +27,7 @@ SSIM_WINDOW = 11  # side of SSIM's Gaussian window
 
 
 class ReconstructionMetrics(nn.Module):
-    """Accumulates the metrics over batches.
-
-    Args:
-        levels, num_tokens: of the AugVAE, for the use of its codebook.
-        resolution: side of the images.
-        with_networks: False leaves out LPIPS and rFID, which mean nothing on fake data.
-    """
+    """Accumulates the metrics over batches; `with_networks` False leaves out LPIPS and rFID: they need real images."""
 
     def __init__(self, levels: tuple[int, ...], num_tokens: int, resolution: int, with_networks: bool = True):
         super().__init__()
