@@ -121,17 +121,10 @@ class LitBiART(pl.LightningModule):
         # ids and codes were checked where they were made; a check here would wait for the device
         return self.model.vocab.pack(batch[1], self.codes(batch[0]), rows, validate=False, **dropouts)
 
-    def loss(
-        self, model: BiART, sequences: Sequences, token_share: dict[str, Tensor] | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted loss of a batch, and the mean of each "direction/modality" in nats per token, detached."""
-        return model.loss(sequences, self.weights, self.config.loss.loss_chunk, token_share)
-
     def token_share(self, sequences: Sequences) -> dict[str, Tensor] | None:
         """`token_share` of BiART.loss, or None if there is one process only.
 
-        The gradients of all processes are averaged, and captions differ in length: without this, a word would count
-        more in a process with few words than in another.
+        Without it, a word would count more in a process with few words: the gradients of all processes are averaged.
         """
         if self.trainer.world_size == 1:
             return None
@@ -155,7 +148,7 @@ class LitBiART(pl.LightningModule):
             word_dropout=c.word_dropout,
             code_dropout=c.code_dropout,
         )
-        total, means = self.loss(self.model, sequences, self.token_share(sequences))
+        total, means = self.model.loss(sequences, self.weights, c.loss_chunk, self.token_share(sequences))
         self.log("train/total_loss", total.detach(), prog_bar=True)
         for name, value in means.items():
             direction, modality = name.split("/")
@@ -174,13 +167,13 @@ class LitBiART(pl.LightningModule):
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
         """Add every pair of a batch, in both directions, to the means."""
-        if len(batch[0]) == 0:
-            return
         size = len(batch[0])
+        if size == 0:
+            return
         x = self.codes(batch[0])
         sequences = self.pack([torch.cat([x, x]), torch.cat([batch[1], batch[1]])], size)
         with uncompiled(self.config.trainer):
-            _, means = self.loss(self.network, sequences)
+            _, means = self.network.loss(sequences, self.weights, self.config.loss.loss_chunk)
         tokens = {m: (sequences.classes(m)[:size] != IGNORE).sum() for m in MODALITIES}  # the same in both directions
         for name, value in means.items():
             self.val_means[name].update(value, weight=tokens[name.split("/")[1]])
@@ -229,9 +222,5 @@ class LitBiART(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make the file describe itself, in plain types."""
-        checkpoint["latent_verse"] = {
-            "kind": "biart",
-            "model": as_plain(self.model.config),
-            "run": as_plain(self.config),
-            **self.about,
-        }
+        about = {"kind": "biart", "model": as_plain(self.model.config), "run": as_plain(self.config)}
+        checkpoint["latent_verse"] = about | self.about
