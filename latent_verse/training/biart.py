@@ -121,6 +121,12 @@ class LitBiART(pl.LightningModule):
         # ids and codes were checked where they were made; a check here would wait for the device
         return self.model.vocab.pack(batch[1], self.codes(batch[0]), rows, validate=False, **dropouts)
 
+    def loss(
+        self, model: BiART, sequences: Sequences, token_share: dict[str, Tensor] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted loss of a batch, and the mean of each "direction/modality" in nats per token, detached."""
+        return model.loss(sequences, self.weights, self.config.loss.loss_chunk, token_share)
+
     def token_share(self, sequences: Sequences) -> dict[str, Tensor] | None:
         """`token_share` of BiART.loss, or None if there is one process only.
 
@@ -148,7 +154,7 @@ class LitBiART(pl.LightningModule):
             word_dropout=c.word_dropout,
             code_dropout=c.code_dropout,
         )
-        total, means = self.model.loss(sequences, self.weights, c.loss_chunk, self.token_share(sequences))
+        total, means = self.loss(self.model, sequences, self.token_share(sequences))
         self.log("train/total_loss", total.detach(), prog_bar=True)
         for name, value in means.items():
             direction, modality = name.split("/")
@@ -173,7 +179,7 @@ class LitBiART(pl.LightningModule):
         x = self.codes(batch[0])
         sequences = self.pack([torch.cat([x, x]), torch.cat([batch[1], batch[1]])], size)
         with uncompiled(self.config.trainer):
-            _, means = self.network.loss(sequences, self.weights, self.config.loss.loss_chunk)
+            _, means = self.loss(self.network, sequences)
         tokens = {m: (sequences.classes(m)[:size] != IGNORE).sum() for m in MODALITIES}  # the same in both directions
         for name, value in means.items():
             self.val_means[name].update(value, weight=tokens[name.split("/")[1]])
