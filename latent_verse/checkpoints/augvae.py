@@ -45,11 +45,7 @@ def load_augvae(path: str | os.PathLike) -> AugVAE:
 def load_for_training(config: TrainVAEConfig, given: Collection[str]) -> tuple[TrainVAEConfig, AugVAE]:
     """The AugVAE a run of train_vae begins with: new, from pretrained weights, or single-level from a multi-level one.
 
-    Args:
-        given: settings that were given: those that contradict the pretrained model's shape are refused, defaults yield.
-
-    Returns:
-        The run's configuration, with the shape that the checkpoint gave it, and the model in training mode.
+    In training mode. The configuration returned with it has its shape.
 
     Raises:
         CheckpointError, ConfigError: as `load_augvae` and `with_pretrained_shape`.
@@ -67,10 +63,7 @@ def load_for_training(config: TrainVAEConfig, given: Collection[str]) -> tuple[T
 
 
 def save_augvae(model: AugVAE, directory: str | os.PathLike) -> None:
-    """Write `config.json` and `model.safetensors` to a folder, made if missing; each appears whole or not at all.
-
-    Tensors that levels share are stored once.
-    """
+    """Write `config.json` and `model.safetensors` to a folder, each whole or not at all; shared tensors only once."""
     from safetensors.torch import save_model
 
     directory = Path(directory)
@@ -90,9 +83,7 @@ def _augvae_from_folder(directory: Path) -> AugVAE:
 
     for name in ("config.json", WEIGHTS):
         if not (directory / name).is_file():
-            raise CheckpointError(
-                f"{directory} holds no {name}; AugVAE.save_pretrained writes both files of an AugVAE."
-            )
+            raise CheckpointError(f"{directory} holds no {name}; AugVAE.save_pretrained writes both files.")
     try:
         content = json.loads((directory / "config.json").read_text())
         if content.get("format") != FORMAT:

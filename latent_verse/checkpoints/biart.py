@@ -20,23 +20,15 @@ from latent_verse.data.text import Tokenizer, TokenizerError, unpack_tokenizer
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A trained BiART and what it was trained with.
+    """A trained BiART and what it was trained with."""
 
-    Attributes:
-        where: the checkpoint or bundle.
-        biart: in evaluation mode, float32, on the CPU; with the averaged weights if the run kept them.
-        vae_path: where its AugVAE was when BiART was trained; None for a smoke test's random one.
-        info: see `inference.pipeline.LVerse`.
-        bundled: the AugVAE of a bundle, None for a checkpoint.
-    """
-
-    where: Path
-    biart: BiART
+    where: Path  # the checkpoint or bundle
+    biart: BiART  # in evaluation mode, float32, on the CPU; with the averaged weights if the run kept them
     tokenizer: Tokenizer
     vae_fingerprint: str
-    vae_path: str | None
-    info: dict[str, Any]
-    bundled: AugVAE | None = None
+    vae_path: str | None  # where its AugVAE was when BiART was trained; None for a smoke test's random one
+    info: dict[str, Any]  # see `inference.pipeline.LVerse`
+    bundled: AugVAE | None = None  # the AugVAE of a bundle, None for a checkpoint
 
     def augvae(self) -> AugVAE:
         """Its AugVAE: from the bundle, from `vae_path`, or from the bundle that its run has written since.
@@ -59,10 +51,7 @@ class Pretrained:
 
 
 def load_pretrained(path: str | os.PathLike) -> Pretrained:
-    """A trained BiART and what it was trained with.
-
-    Args:
-        path: a bundle, a run folder of train_biart.py (its best checkpoint), a checkpoint, or the hub id of a bundle.
+    """A trained BiART from a bundle, its hub id, a checkpoint, or a run folder of train_biart.py (its best checkpoint).
 
     Raises:
         CheckpointError: the file is missing, damaged or of another kind; the message names it.
@@ -76,11 +65,7 @@ def load_pretrained(path: str | os.PathLike) -> Pretrained:
 
 
 def load_checkpoint(file: Path) -> Pretrained:
-    """The same, from a checkpoint of train_biart.py.
-
-    Raises:
-        CheckpointError: the file is missing, damaged or of another kind.
-    """
+    """As `load_pretrained`, from a checkpoint of train_biart.py."""
     content = read_ckpt(file)
     about = content.get("latent_verse", {})
     if about.get("kind") != "biart":
@@ -130,16 +115,10 @@ def take_over(config: TrainBiARTConfig, given: Mapping[str, str]) -> tuple[Train
 
 
 def check_vae(found: str, then: str, path: str | None, file: str | os.PathLike) -> None:
-    """Refuse an AugVAE of another fingerprint (found) than the BiART in `file` was trained with (then, from path).
-
-    Raises:
-        CheckpointError: they differ.
-    """
+    """Raise CheckpointError unless AugVAE `found` is the one (`then`, from `path`) BiART in `file` was trained with."""
     if found != then:
         there = f"{then} ({path or 'a random one, for fake data'})"
-        raise CheckpointError(
-            f"vae_path is the AugVAE {found}, but {file} was trained with {there}. Give it as vae_path."
-        )
+        raise CheckpointError(f"vae_path is the AugVAE {found}, but {file} was trained with {there}. Give that one.")
 
 
 def export_bundle(
@@ -147,8 +126,7 @@ def export_bundle(
 ) -> Path:
     """Make a bundle of a checkpoint or run folder (its best one). Returns the checkpoint's path.
 
-    Args:
-        vae: AugVAE, if already loaded; default that of `vae_path`, else that of `Pretrained.augvae`.
+    AugVAE is `vae`, else that of `vae_path`, else `Pretrained.augvae`.
 
     Raises:
         CheckpointError: a file is absent, damaged or of another kind, or AugVAE is not the one it was trained with.

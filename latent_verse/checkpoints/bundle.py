@@ -28,10 +28,8 @@ def save_bundle(
 ) -> None:
     """Write config.json, vae/, biart.safetensors and tokenizer/; each appears whole or not at all.
 
-    config.json comes first, with the fingerprints: `load_bundle` refuses a folder whose writing was interrupted.
-
-    Args:
-        info: facts about training that generation needs, see `inference.pipeline.LVerse`.
+        config.json comes first, with the fingerprints: `load_bundle` refuses a folder whose writing was interrupted. For
+    `info` see `inference.pipeline.LVerse`.
 
     Raises:
         CheckpointError: the folder holds something other than a bundle.
@@ -42,13 +40,8 @@ def save_bundle(
     if directory.exists() and not _may_become_bundle(directory):
         raise CheckpointError(f"{directory} exists and is not a bundle. Name a new or empty folder.")
     directory.mkdir(parents=True, exist_ok=True)
-    content = {
-        "format": BUNDLE,
-        "vae": as_plain(vae.config),
-        "biart": as_plain(biart.config),
-        "info": info,
-        "fingerprints": fingerprints(vae, biart, tokenizer),
-    }
+    content = {"format": BUNDLE, "vae": as_plain(vae.config), "biart": as_plain(biart.config), "info": info}
+    content["fingerprints"] = fingerprints(vae, biart, tokenizer)
     write_json(directory / "config.json", content)
     save_augvae(vae, directory / "vae")
     with replacing(directory / BIART_WEIGHTS) as unfinished:

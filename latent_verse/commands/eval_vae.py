@@ -37,12 +37,10 @@ def run(config: EvalVAEConfig, given: Mapping[str, str]) -> int:
     config = with_evaluated_shape(config, model.config, given)
     accelerator, devices = choose_devices(t)
     folder = runs.new_folder(t.log_dir, t.name or f"eval-{runs.stem(t.ckpt_path)}")
-    fake = config.data.fake_data
     data = ImageDataModule(open_images(config.data, model.config.resolution, t.seed, ["test"]), config.data, t.seed)
     lit = LitAugVAE(model, config)
-    lit.test_metrics = ReconstructionMetrics(
-        model.levels, model.config.num_tokens, model.config.resolution, with_networks=not fake
-    )
+    m, fake = model.config, config.data.fake_data
+    lit.test_metrics = ReconstructionMetrics(model.levels, m.num_tokens, m.resolution, with_networks=not fake)
     lit.test_limit = n = config.eval.eval_images
     quiet_lightning()
     bar = [ProgressBar(t.refresh_rate)] if t.refresh_rate else []

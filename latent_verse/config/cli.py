@@ -53,11 +53,7 @@ def parse(
 ) -> tuple[Config, dict[str, str]]:
     """Read flags (and the YAML file they name) into `cls`, a dataclass of section dataclasses.
 
-    Args:
-        prog: the program's name in --help; default that of the running script.
-
-    Returns:
-        The configuration, and where each setting that was given came from: {leaf: "--flag" or "file.yaml"}.
+    Returns also where each setting that was given came from: {leaf: "--flag" or "file.yaml"}.
 
     Raises:
         ConfigError: an unknown key or flag, a wrong type or value, a missing or malformed file.
@@ -80,13 +76,8 @@ def parse(
 
 def make_parser(cls: type, description: str, prog: str | None = None) -> Parser:
     """A parser with a flag for each leaf, grouped by section; only flags that are given appear in its result."""
-    parser = Parser(
-        prog,
-        usage="%(prog)s [--config FILE] [--SETTING VALUE ...]",
-        description=description,
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-    )
+    usage = "%(prog)s [--config FILE] [--SETTING VALUE ...]"
+    parser = Parser(prog, usage, description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     text = "YAML file of settings, or the name of a shipped recipe; flags override it"
     parser.add_argument("-c", "--config", "--configs", metavar="FILE", help=text)
     groups: dict[str, Any] = {}
@@ -181,9 +172,7 @@ def build(cls: type[Config], given: dict[str, tuple[Any, str]]) -> Config:
 
 
 def convert(f: dataclasses.Field, value: Any, hint: Any, source: str) -> Any:
-    """One value from YAML or a flag as its annotated type, by OmegaConf's rules, and in the setting's range.
-
-    In paths, `~` is expanded.
+    """One value from YAML or a flag as its annotated type, by OmegaConf's rules, in range, `~` in paths expanded.
 
     Raises:
         ConfigError: naming the setting, the value, what was expected and where it was given.
@@ -223,9 +212,8 @@ def _typed(name: str, value: Any, hint: Any, source: str) -> Any:
         raise ConfigError(f"{name}: {value!r} (from {source}) is not {_type_name(hint)}.") from error
     converted = leaf["leaf"]
     if _is_sequence(hint) and Ellipsis not in _inner(hint).__args__ and len(converted) != len(_inner(hint).__args__):
-        raise ConfigError(
-            f"{name}: {converted} (from {source}) has {len(converted)} items, not {len(_inner(hint).__args__)}."
-        )
+        wanted = len(_inner(hint).__args__)
+        raise ConfigError(f"{name}: {converted} (from {source}) has {len(converted)} items, not {wanted}.")
     return tuple(converted) if isinstance(converted, list) else converted
 
 
@@ -240,9 +228,8 @@ def to_yaml(config: Any) -> str:
 def quick_imports() -> Iterator[None]:
     """Import PyTorch and Lightning inside this: a program starts a quarter faster and ends faster.
 
-    The garbage collector is off inside, and never looks at what is there afterwards (`gc.freeze`), which also leaves
-    those pages shared with the data loader's processes. Where PyTorch is imported already, this does nothing: other
-    people's garbage is not to be kept.
+    The garbage collector is off inside, and ignores the imports ever after (`gc.freeze`), so that loader processes
+    share their pages. Does nothing where PyTorch is imported already: other people's garbage is not to be kept.
     """
     if "torch" in sys.modules or not gc.isenabled():
         yield
@@ -289,7 +276,6 @@ def _is_sequence(hint: Any) -> bool:
 
 
 def _is_texts(hint: Any) -> bool:
-    """Tuple[str, ...]"""
     return _is_sequence(hint) and _inner(hint).__args__[0] is str
 
 

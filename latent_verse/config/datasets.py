@@ -16,19 +16,12 @@ SPLIT_SETTINGS = ("dir", "captions")
 
 
 class Layout(NamedTuple):
-    """What a dataset asks of the settings.
+    """What a dataset asks of the settings."""
 
-    Attributes:
-        needs: settings that have to be given; a validation or test split is there if its own are given.
-        reads: further settings that have an effect.
-        captions_file: what the setting `captions` names, for messages.
-        all_splits: one file or folder may hold all splits, so the settings of `val` default to those of `train`.
-    """
-
-    needs: tuple[str, ...] = ()
-    reads: tuple[str, ...] = ()
-    captions_file: str = "the captions file"
-    all_splits: bool = False
+    needs: tuple[str, ...] = ()  # settings that have to be given; val or test is there if its own are given
+    reads: tuple[str, ...] = ()  # further settings that have an effect
+    captions_file: str = "the captions file"  # what the setting `captions` names, for messages
+    all_splits: bool = False  # one file or folder may hold all splits: settings of `val` default to those of `train`
 
     @property
     def generated(self) -> bool:
@@ -69,10 +62,6 @@ def setting_of(split: str, name: str) -> str:
 
 def check_files(layouts: Mapping[str, Layout], data: Any, split: str) -> None:
     """Refuse a split without the files that its dataset needs, and a captions file that the dataset does not read.
-
-    Args:
-        data: the settings of the section `data`, with `dataset` resolved.
-        split: train or test, whose settings have to be there.
 
     Raises:
         ConfigError: naming the setting and the remedy.

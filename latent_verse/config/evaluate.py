@@ -47,14 +47,10 @@ class EvalDataConfig(Settings):
 
     dataset: Optional[str] = setting(None, "layout: name.jpg with name.txt, caption files, or generated", EVAL_DATASETS)
     fake_data: bool = same(ImageDataConfig, "fake_data", False, "same as --dataset fake: a smoke test without data")
-    test_dir: Optional[str] = same(
-        ImageDataConfig, "test_dir", None, "folder of test pairs, or of test images (coco, karpathy)"
-    )
+    test_dir: Optional[str] = same(ImageDataConfig, "test_dir", None, "test pairs, or images of coco or karpathy")
     test_captions: Optional[str] = same(PairDataConfig, "train_captions")
     world: str = same(PairDataConfig, "world")
-    split: str = setting(
-        "val", "split of shapes: unseen scenes, or pairs of colour and shape held out of training", ("val", "heldout")
-    )
+    split: str = setting("val", "shapes: unseen scenes, or held-out pairs of colour and shape", ("val", "heldout"))
     test_size: Optional[int] = setting(None, "test pairs for shapes (default 256) or fake (32)", at_least=1)
 
 
@@ -114,9 +110,7 @@ class NetworksConfig(Settings):
 class EvalWriteConfig(Settings):
     """Where results go, and which machine computes."""
 
-    name: Optional[str] = same(
-        TrainerConfig, "name", None, "name of the run folder in log_dir; default eval-[fake-]<model>-<tasks given>"
-    )
+    name: Optional[str] = same(TrainerConfig, "name", None, "run folder; default eval-[fake-]<model>-<tasks given>")
     log_dir: str = same(TrainerConfig, "log_dir")
     seed: int = setting(0, "seed for the choice of pairs and for sampling", at_least=0)
     gpus: int = same(TrainerConfig, "gpus", 1, "number of processes, each with one GPU; 0 is the CPU")
@@ -145,9 +139,6 @@ class EvalBiARTConfig:
 
 def resolve_eval_biart(config: EvalBiARTConfig, given: Mapping[str, str]) -> tuple[EvalBiARTConfig, tuple[str, ...]]:
     """The configuration of an evaluation, and its tasks, none for --compare.
-
-    Args:
-        given: where each given setting came from, as `cli.parse` returns it.
 
     Raises:
         ConfigError: a configuration that could never work, naming the setting, its value and the remedy.

@@ -33,9 +33,7 @@ class GenerateSamplingConfig(SamplingSettings):
     """How images and captions are sampled."""
 
     num: int = setting(1, "images per text, or captions per image", at_least=1)
-    temperature: float = same(
-        SamplingSettings, "temperature", 1.0, "sampling temperature; 0, captions' default, takes the likeliest"
-    )
+    temperature: float = same(SamplingSettings, "temperature", 1.0, "0, captions' default, takes the likeliest token")
     seed: Optional[int] = setting(None, "seed for sampling; default a random one, which is recorded", at_least=0)
     rerank: int = setting(0, "candidates per image, of which the one that best predicts its text is kept", at_least=0)
     beams: int = same(CaptionConfig, "beams")
@@ -76,9 +74,6 @@ USED = {
 
 def resolve_generate(config: GenerateConfig, given: Mapping[str, str]) -> tuple[GenerateConfig, str]:
     """The configuration, with the task's temperature and a seed, and which task is asked for.
-
-    Args:
-        given: where each given setting came from, as `cli.parse` returns it.
 
     Raises:
         ConfigError: no model, no task or several, or flags that the task does not use.

@@ -8,8 +8,6 @@ from typing import Optional, Tuple  # OmegaConf reads these annotations at run t
 
 from latent_verse.config.settings import ConfigError, Settings, same, setting
 
-# ------------------------------------------------------------------------------------------------------------ AugVAE
-
 
 @dataclass(frozen=True)
 class AugVAEConfig(Settings):
@@ -22,11 +20,7 @@ class AugVAEConfig(Settings):
     num_res_blocks: int = setting(2, "residual blocks per stage", at_least=1)
     resolution: int = setting(256, "height and width of the images, in pixels", at_least=1)
     attn_resolutions: Tuple[int, ...] = setting((64, 32, 16, 8), "sides of the code grids (levels), largest first")
-    norm: str = setting(
-        "group",
-        "group: GroupNorm(32), as released; pixel: normalise each position alone, so that codes ignore distant pixels",
-        ("group", "pixel"),
-    )
+    norm: str = setting("group", "GroupNorm(32), as released, or each position alone", ("group", "pixel"))
     use_attn: bool = setting(False, "use self-attention at the levels and in the middle of each network")
     dropout: float = setting(0.0, "dropout in the residual blocks", training_only=True, at_least=0, at_most=1)
     double_z: bool = setting(False, "the original's flag for KL models; must be false with a codebook", hidden=True)
@@ -69,14 +63,9 @@ class AugVAEConfig(Settings):
             )
         for above, level in itertools.pairwise(levels):
             if level * 2 != above:
-                raise ConfigError(
-                    f"attn_resolutions {list(levels)}: each level must be half the one before; {level} follows {above}."
-                )
+                raise ConfigError(f"attn_resolutions {list(levels)}: {level} follows {above}, but must be half of it.")
         if self.single_level is not None and self.single_level not in levels:
             raise ConfigError(f"single_level {self.single_level} is not one of the levels {list(levels)}.")
-
-
-# ------------------------------------------------------------------------------------------------------------- BiART
 
 
 @dataclass(frozen=True)
@@ -107,8 +96,7 @@ class BiARTConfig(BiARTVariant):
             raise ConfigError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}.")
 
 
-# Sizes by name, layers x channels. They are our choice: no source we could read gives the depth and width of the
-# paper's BiART.
+# Layers x channels. They are our choice: no source we could read gives the depth and width of the paper's BiART.
 PRESETS = {
     "tiny": {"n_layer": 4, "n_head": 4, "n_embd": 192},  # minutes on a CPU
     "12x768": {"n_layer": 12, "n_head": 12, "n_embd": 768},  # GPT-2 small
@@ -123,9 +111,7 @@ class BiARTSize(Settings):
     preset: str = setting("12x768", "size, named by layers x channels; the settings n_* override it", tuple(PRESETS))
     n_layer: Optional[int] = same(BiARTConfig, "n_layer", None, "transformer blocks; default the preset's")
     n_head: Optional[int] = same(BiARTConfig, "n_head", None, "attention heads; default the preset's")
-    n_embd: Optional[int] = same(
-        BiARTConfig, "n_embd", None, "width of the residual stream, a multiple of n_head; default the preset's"
-    )
+    n_embd: Optional[int] = same(BiARTConfig, "n_embd", None, "width, a multiple of n_head; default the preset's")
 
 
 @dataclass(frozen=True)

@@ -49,15 +49,9 @@ def setting(
         hidden: left out of --help: a name of the original's that has no use here, but works.
     """
     bounds = {"at least": at_least, "above": above, "at most": at_most, "below": below}
-    metadata = {
-        "help": help,
-        "choices": choices,
-        "bounds": {name: bound for name, bound in bounds.items() if bound is not None},
-        "path": path,
-        "training_only": training_only,
-        "hidden": hidden,
-    }
-    return field(default=default, metadata=metadata)
+    bounds = {name: bound for name, bound in bounds.items() if bound is not None}
+    kinds = {"path": path, "training_only": training_only, "hidden": hidden}
+    return field(default=default, metadata={"help": help, "choices": choices, "bounds": bounds, **kinds})
 
 
 def same(section: type, name: str, default: Any = dataclasses.MISSING, help: str | None = None) -> Any:
@@ -82,9 +76,7 @@ class SamplingSettings(Settings):
 
     temperature: float = setting(1.0, "sampling temperature for images; 0 takes the most likely code", at_least=0)
     top_k: Optional[int] = setting(None, "sample only from the k most likely tokens", at_least=1)
-    top_p: Optional[float] = setting(
-        None, "sample only from the most likely tokens that together reach this probability", above=0, at_most=1
-    )
+    top_p: Optional[float] = setting(None, "nucleus sampling: total probability of its tokens", above=0, at_most=1)
     guidance: float = setting(1.0, "scale of classifier-free guidance towards the input; 1 is off", at_least=0)
 
     def __post_init__(self) -> None:
@@ -106,11 +98,8 @@ class SamplingSettings(Settings):
 def check_value(f: dataclasses.Field, value: Any, source: str = "") -> None:
     """Refuse a value out of the range that its setting declares; None is never out of range.
 
-    Args:
-        source: where the value was given, as ` (from --flag)`.
-
     Raises:
-        ConfigError: naming the setting, the value and the range.
+        ConfigError: naming the setting, the value, its `source`, as ` (from --flag)`, and the range.
     """
     listed = isinstance(value, (list, tuple))
     items = value if listed else () if value is None else (value,)

@@ -96,11 +96,7 @@ class VAEOptimConfig(Settings):
 class VAELossConfig(Settings):
     """Loss of AugVAE: reconstruction + codebook_weight x commitment."""
 
-    loss_type: str = setting(
-        "mse",
-        "reconstruction loss; lpips_l1 and lpips_l2 add p_loss_weight x LPIPS",
-        ("mse", "l1", "smooth_l1", "lpips_l1", "lpips_l2"),
-    )
+    loss_type: str = setting("mse", "loss of the reconstruction", ("mse", "l1", "smooth_l1", "lpips_l1", "lpips_l2"))
     p_loss_weight: float = setting(0.1, "weight of LPIPS in lpips_l1 and lpips_l2", above=0)
     codebook_weight: float = setting(1.0, "weight of the commitment loss, which includes quant_beta", at_least=0)
 
@@ -156,24 +152,17 @@ class PairDataConfig(ImageDataConfig):
     """The images with captions, and how they are loaded."""
 
     train_dir: Optional[str] = same(ImageDataConfig, "train_dir", None, "training pairs, images, tar shards or codes")
-    val_dir: Optional[str] = same(
-        ImageDataConfig, "val_dir", None, "validation data, like train_dir; karpathy: default train_dir"
-    )
+    val_dir: Optional[str] = same(ImageDataConfig, "val_dir", None, "like train_dir; karpathy: default train_dir")
     dataset: Optional[str] = setting(
         None, "layout: name.jpg with name.txt, caption files, tar shards, codes or generated", PAIR_DATASETS
     )
     train_captions: Optional[str] = setting(
-        None,
-        "caption file of coco (default ../annotations/captions_<folder>.json) or karpathy, or the table",
-        path=True,
+        None, "captions of coco (default ../annotations/captions_<folder>.json), karpathy or table", path=True
     )
     val_captions: Optional[str] = setting(None, "like train_captions; karpathy: default train_captions", path=True)
     world: str = setting("small", "world of the dataset shapes", ("small", "full"))
     dataset_size: Optional[int] = same(
-        ImageDataConfig,
-        "dataset_size",
-        None,
-        "training pairs per epoch for shapes (default 10000), fake (512) or webdataset (counted)",
+        ImageDataConfig, "dataset_size", None, "pairs per epoch: shapes (default 10000), fake (512), webdataset (all)"
     )
     val_size: Optional[int] = setting(None, "validation pairs for shapes (default 256) or fake (64)", at_least=1)
 
@@ -183,30 +172,19 @@ class BiARTOptimConfig(Settings):
     """Optimiser and schedule: a linear warm-up, then a cosine over the whole run."""
 
     pretrained_path: Optional[str] = same(
-        VAEOptimConfig,
-        "pretrained_path",
-        None,
-        "BiART to start from, with tokenizer and AugVAE: bundle, run folder, checkpoint or hub id",
+        VAEOptimConfig, "pretrained_path", None, "BiART to start from: bundle, run folder, checkpoint or hub id"
     )
-    learning_rate: float = same(
-        VAEOptimConfig, "learning_rate", 3e-4, "peak learning rate, not multiplied by processes or batch_size"
-    )
-    optimizer: str = same(
-        VAEOptimConfig, "optimizer", "adamw", "adamw for everything, or muon for the matrices of the blocks"
-    )
+    learning_rate: float = same(VAEOptimConfig, "learning_rate", 3e-4, "peak learning rate, used as given")
+    optimizer: str = same(VAEOptimConfig, "optimizer", "adamw", "adamw, or muon for the matrices of the blocks")
     muon_learning_rate: Optional[float] = setting(
         None, "peak learning rate of muon, on AdamW's scale (update RMS 0.2 x rate); default learning_rate", above=0
     )
     muon_momentum: float = setting(0.95, "momentum of muon", at_least=0, at_most=0.9999)
-    weight_decay: float = same(
-        VAEOptimConfig, "weight_decay", 0.05, "weight decay of matrices; biases, norms and embeddings have none"
-    )
+    weight_decay: float = same(VAEOptimConfig, "weight_decay", 0.05, "weight decay of matrices; nothing else has any")
     betas: Tuple[float, float] = same(VAEOptimConfig, "betas", (0.9, 0.95))
     warmup_steps: int = same(VAEOptimConfig, "warmup_steps", 0, "linear warm-up steps")
     min_lr_ratio: float = setting(0.1, "final learning rate as a share of the peak; 1: constant", at_least=0, at_most=1)
-    ema_decay: float = setting(
-        0.0, "EMA decay of the weights used for validation, sampling and export; 0 disables it", at_least=0, below=1
-    )
+    ema_decay: float = setting(0.0, "EMA decay of the weights to validate and export; 0: no EMA", at_least=0, below=1)
 
 
 @dataclass(frozen=True)
@@ -216,12 +194,8 @@ class BiARTLossConfig(Settings):
     text_to_image_share: float = setting(0.5, "share of each batch trained text-to-image", at_least=0, at_most=1)
     reference_weight: float = setting(0.1, "weight of the loss on the reference tokens", at_least=0)
     reference_dropout: float = setting(0.1, "share trained without reference, for guidance", at_least=0, at_most=1)
-    word_dropout: float = setting(
-        0.0, "share of words hidden from later words, which then rely on the image", at_least=0, at_most=0.5
-    )
-    code_dropout: float = setting(
-        0.0, "share of codes hidden from later codes, which then rely on the text", at_least=0, at_most=0.5
-    )
+    word_dropout: float = setting(0.0, "share of words hidden from later words", at_least=0, at_most=0.5)
+    code_dropout: float = setting(0.0, "share of codes hidden from later codes", at_least=0, at_most=0.5)
     text_loss_weight: float = setting(1.0, "loss weight of text (for one direction: text_to_image_share)", above=0)
     image_loss_weight: float = setting(1.0, "loss weight of image codes (see text_loss_weight)", above=0)
     loss_chunk: Optional[int] = setting(None, "tokens whose logits are computed at once; less saves memory", at_least=1)
@@ -270,7 +244,6 @@ class TrainBiARTConfig:
 
 # -------------------------------------------------------------------------------------------------- rules across fields
 
-
 Data = TypeVar("Data", bound=ImageDataConfig)
 
 
@@ -289,9 +262,7 @@ def resolve_trainer(t: TrainerConfig, optimizer: str = "adamw") -> TrainerConfig
     if t.gpu_dist is False and t.gpus * t.nodes > 1:
         raise ConfigError(f"gpu_dist: false contradicts gpus {t.gpus} on {t.nodes} node(s). Drop it, or set gpus: 1.")
     if t.resume and not t.ckpt_path:
-        raise ConfigError(
-            "resume needs ckpt_path: the checkpoint to resume from (a rerun with --backup needs neither)."
-        )
+        raise ConfigError("resume needs ckpt_path, the checkpoint to resume from. Reruns with --backup need neither.")
     if optimizer == "muon" and t.strategy == "fsdp":
         raise ConfigError("optimizer: muon needs whole matrices, which strategy: fsdp shards. Use ddp, or adamw.")
     limit_train = batch_limit("limit_train_batches", t.limit_train_batches)
@@ -324,11 +295,9 @@ def batch_limit(name: str, value: float | None) -> float | int | None:
 
 
 def resolve_data(d: Data, resolution: int | None, default: str = "imagefolder") -> Data:
-    """Replace the original's names for the layout of the data by `dataset`.
+    """Replace the original's names for the layout of the data by `dataset`, which is `default` where none is given.
 
-    Args:
-        resolution: of the model, None where a checkpoint decides it.
-        default: the layout where none is named.
+    A `resolution` of None is not known yet: a checkpoint decides it.
 
     Raises:
         ConfigError: settings that contradict each other.
@@ -357,9 +326,6 @@ def limit_fake_data(t: TrainerConfig, given: Mapping[str, str]) -> TrainerConfig
 def resolve_train_vae(config: TrainVAEConfig, given: Mapping[str, str]) -> TrainVAEConfig:
     """The configuration of a run of train_vae, as far as it is known before a checkpoint or the machine is examined.
 
-    Args:
-        given: settings that were given, and where: {leaf: "--leaf" or "file.yaml"}, as `cli.parse` returns.
-
     Raises:
         ConfigError: a configuration that could never work, before anything is built or written.
     """
@@ -380,9 +346,7 @@ def resolve_train_vae(config: TrainVAEConfig, given: Mapping[str, str]) -> Train
         raise ConfigError("finetune trains AugVAE-SL from an AugVAE-ML: name its checkpoint with pretrained_path.")
     levels = list(config.model.attn_resolutions)
     if o.finetune and len(levels) != 1:
-        raise ConfigError(
-            f"finetune keeps one level, but attn_resolutions is {levels}. Give that level, for instance 32."
-        )
+        raise ConfigError(f"finetune keeps one level, but attn_resolutions is {levels}. Give that one, such as 32.")
     if o.pretrained_path:  # the checkpoint decides the shape, and its codebook has begun already
         o = replace(o, codebook_init="normal")
     else:
@@ -407,18 +371,13 @@ def resolve_eval_vae(config: EvalVAEConfig) -> EvalVAEConfig:
 def with_pretrained_shape(config: TrainVAEConfig, pretrained: AugVAEConfig, given: Collection[str]) -> TrainVAEConfig:
     """The configuration of a run that starts from a pretrained AugVAE: its shape, and the given training settings.
 
-    Args:
-        given: settings that were given: those that contradict the pretrained shape are refused, defaults yield.
-
     Raises:
-        ConfigError: the settings contradict the pretrained model, or it has no such level.
+        ConfigError: settings that were `given` contradict the pretrained model (defaults yield), or it lacks the level.
     """
     o, there = config.optim, f"pretrained_path {config.optim.pretrained_path}"
     if o.finetune and pretrained.single_level is not None:
-        raise ConfigError(
-            f"{there} is an AugVAE-SL (level {pretrained.single_level}), and finetune needs an AugVAE-ML. "
-            "Leave finetune out to train this one further."
-        )
+        single = pretrained.single_level
+        raise ConfigError(f"{there} is an AugVAE-SL (level {single}); finetune needs an AugVAE-ML. Leave finetune out.")
     free = training_only(AugVAEConfig)
     fixed = {f.name for f in fields(AugVAEConfig)} - free - {"double_z"}
     if o.finetune:
@@ -436,9 +395,7 @@ def with_pretrained_shape(config: TrainVAEConfig, pretrained: AugVAEConfig, give
     if o.finetune:  # the recipe names the level to keep, and can be run again
         (level,) = config.model.attn_resolutions
         if level not in pretrained.attn_resolutions:
-            raise ConfigError(
-                f"attn_resolutions: {level} is none of {list(pretrained.attn_resolutions)}, as {there} has."
-            )
+            raise ConfigError(f"attn_resolutions: {level} is none of {list(pretrained.attn_resolutions)} in {there}.")
         model = replace(model, attn_resolutions=(level,))
     return replace(config, model=model)
 
@@ -459,11 +416,7 @@ def with_evaluated_shape(config: EvalVAEConfig, model: AugVAEConfig, given: Coll
 
 
 def idle_flags_vae(config: TrainVAEConfig, given: Mapping[str, str], uses_lpips: bool) -> list[str]:
-    """Flags that were given but have no effect, each with the reason.
-
-    Args:
-        uses_lpips: whether the loss does (latent_verse.augvae.losses.LOSSES knows).
-    """
+    """Flags that were given but have no effect, each with the reason."""
     idle = {
         "p_loss_weight": (not uses_lpips, f"loss_type {config.loss.loss_type} has no LPIPS"),
         "resize_ratio": (config.data.fake_data, "the data is fake"),

@@ -17,12 +17,8 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 # What the compiler must keep: it would otherwise recompute the whole part, expensive products included. Eager
 # recomputation needs no such list: it stops as soon as the product's input is there.
-PRODUCTS = [
-    torch.ops.aten.mm.default,
-    torch.ops.aten.addmm.default,
-    torch.ops.aten.bmm.default,
-    torch.ops.aten.convolution.default,
-]
+aten = torch.ops.aten
+PRODUCTS = [aten.mm.default, aten.addmm.default, aten.bmm.default, aten.convolution.default]
 
 
 class ActivationCheckpointing(nn.Module):

@@ -102,10 +102,8 @@ class LitAugVAE(pl.LightningModule):
         return torch.contiguous_format if trains_on_cpu else torch.channels_last
 
     def reconstruct(self, x_BCHW: torch.Tensor) -> tuple[Encoded, torch.Tensor]:
-        """Images in [-1, 1] -> what `AugVAE.encode` gives, and the reconstruction, of the weights' type and format.
-
-        The images' type differs from the weights' under --precision bf16-true and 64.
-        """
+        """Images in [-1, 1] -> what `AugVAE.encode` gives, and the reconstruction, of the weights' type and format."""
+        # the images' type differs from the weights' under --precision bf16-true and 64
         x_BCHW = x_BCHW.to(self.model.dtype).contiguous(memory_format=self._memory_format)
         encoded = self.model.encode(x_BCHW)
         return encoded, self.model.decode(encoded.z_q)
@@ -172,10 +170,7 @@ class LitAugVAE(pl.LightningModule):
         self.test_results = self.test_metrics.compute()
 
     def on_train_epoch_end(self) -> None:
-        """Log the epoch's mean loss over all processes, which lr_decay watches, and how much of the codebook is used.
-
-        The original's lr_decay watched the loss of the last batch.
-        """
+        """Log the usage of the codebook, and the epoch's mean loss over all processes, which lr_decay watches."""
         sums = self.trainer.strategy.reduce(self.epoch_loss.clone(), reduce_op="sum")
         mean = (sums[0] / sums[1].clamp(min=1)).float()
         self.log("train/total_loss_epoch", mean)
@@ -227,12 +222,9 @@ class LitAugVAE(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         """Let the file describe itself, in plain types only."""
-        checkpoint["latent_verse"] = {
-            "kind": "augvae",
-            "model": as_plain(self.model.config),
-            "run": as_plain(self.config),
-            "plateau": None if self.plateau is None else self.plateau.state_dict(),
-        }
+        about = {"kind": "augvae", "model": as_plain(self.model.config), "run": as_plain(self.config)}
+        plateau = None if self.plateau is None else self.plateau.state_dict()
+        checkpoint["latent_verse"] = {**about, "plateau": plateau}
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         """Keep the state of lr_decay's schedule until the optimiser exists."""

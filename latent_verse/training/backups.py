@@ -67,12 +67,9 @@ def starting_point(
 
 
 class RunFolder(pl.Callback):
-    """Make the run folder, once all processes have met, and tell them all its id.
+    """Make the run folder, once all processes have met; from `setup` on, `self.run` is the first process's in all.
 
-    Args:
-        run: each process's own; from `setup` on, `self.run` is the first process's.
-        config: the run's configuration as plain types, for run.json.
-        yaml_text: the same as YAML, for config.yaml.
+    The configuration goes into run.json as plain types, and into config.yaml as `yaml_text`.
     """
 
     def __init__(self, run: Run, config: dict[str, Any], yaml_text: str):
@@ -92,9 +89,6 @@ class Backup(pl.Callback):
     After SIGTERM or Ctrl-C, training finishes the current step, saves, and raises Interrupted; a second Ctrl-C stops at
     once. Nothing is saved at the last batch of an epoch: a resumed run would miss its validation and its averages. The
     run's `last` checkpoint is written a moment later, when the epoch is complete.
-
-    Raises:
-        Interrupted: from the hooks, once the run has saved.
     """
 
     def __init__(self, folder: RunFolder, every: int | None):
@@ -197,8 +191,8 @@ class ProcessState(pl.Callback):
             return
         if len(self.loaded) != trainer.world_size:
             rank_zero_warn(
-                f"The checkpoint was saved by {len(self.loaded)} processes, and {trainer.world_size} resume from it: "
-                "weights and step are the same, data order and random numbers are not."
+                f"{len(self.loaded)} processes saved the checkpoint, {trainer.world_size} resume from it: weights and "
+                "step are the same, data order and random numbers are not."
             )
         else:
             state = self.loaded[trainer.global_rank]

@@ -130,8 +130,7 @@ class LitBiART(pl.LightningModule):
     def token_share(self, sequences: Sequences) -> dict[str, Tensor] | None:
         """`token_share` of BiART.loss, or None if there is one process only.
 
-        The gradients of all processes are averaged, and captions differ in length: without this, a word would count
-        more in a process with few words than in another.
+        Without it, a word would count more in a process with few words: the gradients of all processes are averaged.
         """
         if self.trainer.world_size == 1:
             return None
@@ -174,9 +173,9 @@ class LitBiART(pl.LightningModule):
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
         """Add every pair of a batch, in both directions, to the means."""
-        if len(batch[0]) == 0:
-            return
         size = len(batch[0])
+        if size == 0:
+            return
         x = self.codes(batch[0])
         sequences = self.pack([torch.cat([x, x]), torch.cat([batch[1], batch[1]])], size)
         with uncompiled(self.config.trainer):
@@ -229,9 +228,5 @@ class LitBiART(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make the file describe itself, in plain types."""
-        checkpoint["latent_verse"] = {
-            "kind": "biart",
-            "model": as_plain(self.model.config),
-            "run": as_plain(self.config),
-            **self.about,
-        }
+        about = {"kind": "biart", "model": as_plain(self.model.config), "run": as_plain(self.config)}
+        checkpoint["latent_verse"] = about | self.about

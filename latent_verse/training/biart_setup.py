@@ -40,8 +40,7 @@ FAKE_VAE = AugVAEConfig(
 def frozen_vae(config: TrainBiARTConfig, pretrained: Pretrained | None = None) -> tuple[TrainBiARTConfig, AugVAE]:
     """The AugVAE of vae_path, in evaluation mode; if not given, that of `pretrained`, or for fake data a random one.
 
-    Returns:
-        The configuration, without vae_path if a random AugVAE replaces it, and the AugVAE.
+    The configuration returned with it has no vae_path if a random one stands in for it.
 
     Raises:
         CheckpointError: vae_path cannot be loaded, or is not what `pretrained` was trained with.
@@ -72,12 +71,8 @@ def open_data(
 ) -> tuple[PairDataModule, Tokenizer, dict[str, Any]]:
     """The data, its tokenizer, and what checkpoints record about AugVAE and tokenizer (plain types).
 
-    Args:
-        start_from: the checkpoint that the run resumes from.
-        pretrained: the BiART that it began with.
-
     Raises:
-        CheckpointError: start_from was trained with another AugVAE.
+        CheckpointError: the file resumed from was trained with another AugVAE.
         DataError: the data cannot be used, or are codes of another AugVAE or tokenizer.
         TokenizerError: see `choose_tokenizer`.
     """
@@ -97,9 +92,6 @@ def open_data(
     pad = Vocabulary(tokenizer.vocab_size, vae.config.num_tokens, text.text_len, vae.num_codes).pad
     encode = CaptionEncoder(tokenizer, text.text_len, text.text_too_long, pad)
     return PairDataModule(datasets, config.data, config.trainer.seed, encode), tokenizer, about
-
-
-# ----------------------------------------------------------------------------------------------------------- tokenizer
 
 
 def choose_tokenizer(
@@ -137,21 +129,10 @@ def choose_tokenizer(
         raise TokenizerError(f"{where}: {error}") from error
 
 
-# ---------------------------------------------------------------------------------------------------------- the models
-
-
 def new_biart(
-    config: TrainBiARTConfig,
-    vae: AugVAE,
-    tokenizer: Tokenizer,
-    start_from: str | Path | None = None,
-    pretrained: Pretrained | None = None,
+    config: TrainBiARTConfig, vae: AugVAE, tokenizer: Tokenizer, start_from: Path | None, pretrained: Pretrained | None
 ) -> BiART:
-    """A transformer with the vocabulary and lengths of AugVAE and tokenizer.
-
-    Args:
-        start_from: the checkpoint that the run resumes from.
-        pretrained: the BiART whose weights a new run starts from; else they are random.
+    """A transformer with the vocabulary and lengths of AugVAE and tokenizer, and the weights of `pretrained` or random.
 
     Raises:
         CheckpointError: start_from is a checkpoint of another shape.

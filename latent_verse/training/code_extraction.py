@@ -18,10 +18,7 @@ from latent_verse.training.biart_setup import choose_tokenizer
 
 
 def extract_codes(config: TrainBiARTConfig, vae: AugVAE, accelerator: str, pretrained: Pretrained | None = None) -> int:
-    """Write the codes of train_dir and val_dir to <extract_codes>/train and /val; 0 when done.
-
-    Args:
-        pretrained: the BiART that is to be trained on them, whose tokenizer they get.
+    """Write the codes of train_dir and val_dir, with the tokenizer of `pretrained`, to <extract_codes>/train and /val.
 
     Raises:
         DataError: see `data.codes.extract`.
@@ -57,9 +54,8 @@ def extract_codes(config: TrainBiARTConfig, vae: AugVAE, accelerator: str, pretr
             work, total = work_of(dataset, crops, c.shard_size), len(dataset)
             plan["pictures"] = total
             if d.dataset == "shapes":
-                world = dataset.world
-                plan["shapes"] = {"world": world.name, "fingerprint": world.fingerprint}
-                plan["shapes"] |= {"split": dataset.split, "seed": t.seed}
+                w = dataset.world
+                plan["shapes"] = {"world": w.name, "fingerprint": w.fingerprint, "split": dataset.split, "seed": t.seed}
         folder = Path(c.extract_codes) / split
         meta = extract(
             work,

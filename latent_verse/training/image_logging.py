@@ -96,10 +96,8 @@ class TextImageSamples(pl.Callback):
     After every `sample_every_n_epochs`-th validation, and with --log_images every image_log_steps steps. Images go to
     <run>/images as a grid (validation images above, generated ones below), captions to a text file beside it, both to
     the logger. On shapes, whose truth is known, the share of correct ones in each direction is logged too. The seed is
-    fixed, so that samples change only with the model. The tokenizer is saved in the run folder.
-
-    Raises:
-        Diverged: from the hooks, when the model's logits are not finite.
+    fixed, so that samples change only with the model. The tokenizer is saved in the run folder. Logits that are not
+    finite raise Diverged.
     """
 
     def __init__(self, folder: RunFolder, settings: SamplingConfig, tokenizer: Tokenizer):
@@ -149,9 +147,8 @@ class TextImageSamples(pl.Callback):
             sampled_BL = sampling.generate(network, codes_BN, IMAGE_TO_TEXT, temperature=0)
         except sampling.NotFinite as error:
             raise Diverged(
-                f"training has diverged: after step {trainer.global_step} the model's logits are not finite. Lower "
-                "learning_rate (or muon_learning_rate), raise warmup_steps, set gradient_clip_val, or train with "
-                "precision: 32."
+                f"training has diverged: logits are not finite after step {trainer.global_step}. Lower learning_rate "
+                "(or muon_learning_rate), raise warmup_steps, set gradient_clip_val, or train with precision: 32."
             ) from error
         x_BCHW = pl_module.vae.decode_codes(sampled_BN).float().cpu()
         captions = self.tokenizer.decode_batch(network.vocab.unpad_text(sampled_BL))

@@ -14,9 +14,6 @@ class ProgressBar(TQDMProgressBar):
 
     The metrics it shows are on the device, and reading one waits until the device has finished all its work: after
     every step, a GPU would stand idle until the next one is prepared. The last step of an epoch is always shown.
-
-    Args:
-        refresh_rate: steps between updates.
     """
 
     EVERY = 0.2  # seconds

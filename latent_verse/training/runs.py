@@ -27,17 +27,11 @@ MACHINE_ONLY = ("num_workers", "prefetch_factor", "test_dir")
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run's place.
+    """A run's place."""
 
-    Attributes:
-        folder: <log_dir>/<name>.
-        id: unique to the run. Every process of a new run makes one; the first process's is used (backups.RunFolder).
-        backup_dir: the folder for backups of several runs, None for inside the run folder.
-    """
-
-    folder: Path
-    id: str
-    backup_dir: Path | None = None
+    folder: Path  # <log_dir>/<name>
+    id: str  # unique; every process of a new run makes one, of which the first process's is used (backups.RunFolder)
+    backup_dir: Path | None = None  # the folder for backups of several runs, None for inside the run folder
 
     @property
     def checkpoints(self) -> Path:

@@ -102,9 +102,7 @@ def decide_compile(config: Training) -> Training:
 def make_trainer(t: TrainerConfig, folder: RunFolder, has_val: bool, more: Sequence[pl.Callback] = ()) -> pl.Trainer:
     """A Trainer that logs to the run folder, keeps the best and last checkpoints, saves backups and can be interrupted.
 
-    Args:
-        has_val: whether there is validation data, which decides the best checkpoint.
-        more: callbacks in addition to those of every run.
+    The best is known if there is validation data (`has_val`). `more` callbacks join those of every run.
     """
     accelerator, devices = choose_devices(t)
     run = folder.run
@@ -200,10 +198,8 @@ def uncompiled(t: TrainerConfig) -> AbstractContextManager:
 
 def checkpoints(run: Run, has_val: bool) -> list[ModelCheckpoint]:
     """Best (by val/total_loss) and last; `last` also without validation data."""
-    last = ModelCheckpoint(
-        run.checkpoints, filename="last-{epoch}-{step}", every_n_epochs=1, save_on_train_epoch_end=True
-    )
-    best = ModelCheckpoint(run.checkpoints, filename="best-{epoch}-{step}", monitor="val/total_loss", save_top_k=1)
+    last = ModelCheckpoint(run.checkpoints, "last-{epoch}-{step}", every_n_epochs=1, save_on_train_epoch_end=True)
+    best = ModelCheckpoint(run.checkpoints, "best-{epoch}-{step}", monitor="val/total_loss", save_top_k=1)
     return [best, last] if has_val else [last]
 
 
@@ -229,14 +225,8 @@ def make_logger(t: TrainerConfig, run: Run) -> Logger:
     if t.logger == "csv":
         # CSVLogger overwrites its file: a resumed run gets a folder of its own
         return CSVLogger(run.folder, name="", version=runs.free(run.folder / "logs").name)
-    return WandbLogger(
-        name=run.folder.name,
-        project="l-verse",
-        save_dir=run.folder,
-        id=run.id,
-        resume="allow",
-        offline=os.environ.get("WANDB_MODE") == "offline",
-    )
+    name, offline = run.folder.name, os.environ.get("WANDB_MODE") == "offline"
+    return WandbLogger(name, run.folder, project="l-verse", id=run.id, resume="allow", offline=offline)
 
 
 def default_name(config: Training, given: Mapping[str, str], kind: str) -> str:
