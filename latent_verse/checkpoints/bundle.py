@@ -28,8 +28,8 @@ def save_bundle(
 ) -> None:
     """Write config.json, vae/, biart.safetensors and tokenizer/; each appears whole or not at all.
 
-        config.json comes first, with the fingerprints: `load_bundle` refuses a folder whose writing was interrupted. For
-    `info` see `inference.pipeline.LVerse`.
+    config.json comes first, with the fingerprints: `load_bundle` refuses a folder whose writing was interrupted.
+    `info` is that of `inference.pipeline.LVerse`.
 
     Raises:
         CheckpointError: the folder holds something other than a bundle.
