@@ -1,4 +1,4 @@
-"""Evaluate a trained bundle, or another system's images and captions, in both directions. `--help` lists every setting.
+"""Evaluate a trained bundle, or another system's images and captions, in both directions.
 
 FID and FID-k, Inception Score, precision and recall, CLIP score; BLEU, METEOR, ROUGE-L, CIDEr, SPICE; retrieval,
 zero-shot classification, round trips and held-out likelihoods by the model itself. Prints one table and writes

@@ -1,4 +1,4 @@
-"""Train BiART in both directions on images with captions. `--help` lists every setting.
+"""Train BiART in both directions on images with captions.
 
 --extract_codes DIR encodes the images once instead, for training with --dataset codes; --export DIR makes a bundle of
 --ckpt_path.

@@ -1,4 +1,4 @@
-"""Train AugVAE-ML, or fine-tune AugVAE-SL from it, on images. `--help` lists every setting."""
+"""Train AugVAE-ML, or fine-tune AugVAE-SL from it, on images."""
 
 from __future__ import annotations
 
