@@ -45,7 +45,9 @@ class EvaluatedConfig(Settings):
 class EvalDataConfig(Settings):
     """Test images with captions."""
 
-    dataset: Optional[str] = setting(None, "layout: pairs (default): name.jpg, name.txt; caption files", EVAL_DATASETS)
+    dataset: Optional[str] = setting(
+        None, "layout: name.jpg with name.txt, caption files, or generated; default pairs", EVAL_DATASETS
+    )
     fake_data: bool = same(ImageDataConfig, "fake_data", False, "same as --dataset fake: a smoke test without data")
     test_dir: Optional[str] = same(ImageDataConfig, "test_dir", None, "test pairs, or images of coco or karpathy")
     test_captions: Optional[str] = same(PairDataConfig, "train_captions")

@@ -25,7 +25,9 @@ class ImageDataConfig(Settings):
     train_dir: Optional[str] = setting(None, "training images: folder; webdataset: folder, pattern or URL", path=True)
     val_dir: Optional[str] = setting(None, "validation images, given like train_dir", path=True)
     test_dir: Optional[str] = setting(None, "images for evaluation; default val_dir", path=True)
-    dataset: Optional[str] = setting(None, "layout; default imagefolder: class folders; flat: any", IMAGE_DATASETS)
+    dataset: Optional[str] = setting(
+        None, "layout: class folders, any folder, tar shards or generated; default imagefolder", IMAGE_DATASETS
+    )
     fake_data: bool = setting(False, "same as --dataset fake: a short smoke test without any images")
     web_dataset: bool = setting(False, "same as --dataset webdataset", hidden=True)
     dataset_size: Optional[int] = setting(None, "samples per epoch of webdataset (default counted) or fake", at_least=1)
@@ -154,7 +156,9 @@ class PairDataConfig(ImageDataConfig):
     train_dir: Optional[str] = same(ImageDataConfig, "train_dir", None, "training pairs, images, tar shards or codes")
     val_dir: Optional[str] = same(ImageDataConfig, "val_dir", None, "like train_dir; karpathy: default train_dir")
     dataset: Optional[str] = setting(
-        None, "layout; default pairs: name.jpg with name.txt; see README, Your data", PAIR_DATASETS
+        None,
+        "layout: name.jpg with name.txt, caption files, tar shards, codes or generated; default pairs",
+        PAIR_DATASETS,
     )
     train_captions: Optional[str] = setting(
         None, "captions of coco (default ../annotations/captions_<folder>.json), karpathy or table", path=True
