@@ -10,9 +10,11 @@ import argparse
 import dataclasses
 import hashlib
 import os
+import pickletools
 import re
 import zipfile
 from collections.abc import Iterable
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +25,7 @@ from latent_verse.config import AugVAEConfig, BiARTConfig, UserError, as_plain, 
 from latent_verse.files import differences
 
 Kind = Literal["augvae", "biart"]  # what a checkpoint says of itself
+PLAIN = ("collections.OrderedDict", "argparse.Namespace")
 STEP = re.compile(r"step=(\d+)\.ckpt$")
 
 
@@ -49,14 +52,33 @@ def read_ckpt(file: str | os.PathLike) -> dict[str, Any]:
     except PermissionError as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from error
     except Exception as error:  # pickle, zipfile and torch each raise their own for a damaged file
-        refused = re.search(r"GLOBAL ([\w.]+)|global ([\w.]+)|class ([\w.]+)", str(error))
-        if "Unsupported" in str(error) or refused:
-            name = next(filter(None, refused.groups())) if refused else "something other than plain data"
-            raise CheckpointError(f"{file} is refused: it names {name}, and reading that would run code.") from error
+        if code := _foreign_name(file):
+            raise CheckpointError(f"{file} is refused: it names {code}, and reading that would run code.") from error
         raise CheckpointError(f"{file} is not a complete checkpoint; was it cut off? ({first_line(error)})") from error
     if not isinstance(content, dict) or "state_dict" not in content:
         raise CheckpointError(f"{file} holds no state_dict; expected a Lightning checkpoint.")
     return content
+
+
+def _foreign_name(file: Path) -> str | None:
+    """The first thing that a checkpoint's pickles name beyond plain types and torch's; they are read, not executed."""
+    with ExitStack() as stack:
+        if zipfile.is_zipfile(file):
+            archive = stack.enter_context(zipfile.ZipFile(file))
+            streams = [archive.open(name) for name in archive.namelist() if name.endswith("data.pkl")]
+        else:  # before PyTorch 1.6: four pickles one after the other, then the tensors' bytes
+            streams = [stack.enter_context(file.open("rb"))] * 4
+        texts: list[str] = []
+        with suppress(Exception):  # of damaged bytes, which raise nearly anything
+            for stream in streams:
+                for opcode, argument, _ in pickletools.genops(stream):
+                    if isinstance(argument, str):
+                        texts = [*texts[-1:], argument]
+                    if opcode.name in ("GLOBAL", "STACK_GLOBAL"):
+                        name = ".".join(texts if opcode.name == "STACK_GLOBAL" else texts[-1].split(" "))
+                        if name not in PLAIN and not name.startswith("torch."):
+                            return name
+    return None
 
 
 def find_checkpoint(path: Path) -> Path:
