@@ -696,7 +696,7 @@ def test_mistakes_are_one_line_on_stderr(world, tmp_path, capsys):
 def test_a_diverged_run_says_so(world, tmp_path, capsys):
     assert train_biart.main([*world, "--learning_rate", "1e30", "--max_steps", "1"]) == 2
     said = capsys.readouterr().err
-    assert "training has diverged: after step" in said and "learning_rate" in said
+    assert "diverged" in said and "step 1" in said and "learning_rate" in said
 
 
 def test_tar_shards_without_a_member_are_named(world, tmp_path, capsys):
