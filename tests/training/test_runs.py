@@ -111,6 +111,11 @@ def test_a_path_that_an_earlier_version_recorded_with_a_tilde_is_the_same(tmp_pa
     assert resumes_from(tmp_path, config=changed("data", "train_dir", "/home/me/images")) == "step=5.ckpt"
 
 
+def test_a_setting_that_is_newer_than_the_run_does_not_stop_it(tmp_path):
+    begin(tmp_path, steps=[5])
+    assert resumes_from(tmp_path, config=changed("model", "setting_of_a_later_version", "default")) == "step=5.ckpt"
+
+
 def test_log_dir_is_a_file(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=f"log_dir: {tmp_path / 'file'}"):
