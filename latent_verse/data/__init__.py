@@ -16,7 +16,7 @@ Images with captions:
 The shapes world, generated images whose captions can be checked:
     shapes/world.py     World: scenes, splits, and what is true of them
     shapes/drawing.py   what a world is made of: settings, objects and their pixels
-    shapes/captions.py  the grammar of captions: writing and parsing
+    shapes/grammar.py   the grammar of captions: writing and parsing
     shapes/reader.py    from an image back to its scene
     shapes/dataset.py   ShapesDataset, and writing its pairs to files
 
