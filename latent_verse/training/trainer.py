@@ -180,13 +180,13 @@ def compiles_by_default(t: TrainerConfig) -> bool:
 
     Not with sharded parameters or anomaly detection, where it has not been tried.
     """
-    if not t.gpus or t.accelerator not in ("auto", "gpu", "cuda") or t.strategy == "fsdp" or t.debug:
+    on_gpu = t.accelerator in ("auto", "gpu", "cuda") and 0 < t.gpus <= torch.cuda.device_count()
+    if not on_gpu or t.strategy == "fsdp" or t.debug:
         return False
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     return (
         compiler is not None
         and importlib.util.find_spec("triton") is not None
-        and torch.cuda.is_available()
         and torch.cuda.get_device_capability() >= (7, 0)
     )
 

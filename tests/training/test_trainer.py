@@ -66,7 +66,7 @@ def test_compile_is_decided_once_and_only_where_it_was_left_open(monkeypatch):
 def test_networks_are_compiled_on_a_gpu_that_triton_serves(monkeypatch):
     assert TrainerConfig().compile is None
     assert not compiles_by_default(TrainerConfig(gpus=0))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(trainer.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(trainer.shutil, "which", lambda name: "/usr/bin/cc")
@@ -80,7 +80,7 @@ def test_networks_are_compiled_on_a_gpu_that_triton_serves(monkeypatch):
 @pytest.mark.parametrize("absent", ["triton", "cc"])
 def test_they_are_not_without_triton_or_its_compiler(absent, monkeypatch):
     monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(trainer.importlib.util, "find_spec", lambda name: None if absent == "triton" else object())
     monkeypatch.setattr(trainer.shutil, "which", lambda name: None if absent == "cc" else "/usr/bin/cc")
