@@ -25,7 +25,7 @@ from latent_verse.config import AugVAEConfig, BiARTConfig, UserError, as_plain, 
 from latent_verse.files import differences
 
 Kind = Literal["augvae", "biart"]  # what a checkpoint says of itself
-PLAIN = ("collections.OrderedDict", "argparse.Namespace")
+PLAIN = re.compile(r"collections\.OrderedDict|argparse\.Namespace|torch(\._utils|\.nn\.parameter|\.storage)?\.\w+")
 STEP = re.compile(r"step=(\d+)\.ckpt$")
 
 
@@ -54,7 +54,7 @@ def read_ckpt(file: str | os.PathLike) -> dict[str, Any]:
     except Exception as error:  # pickle, zipfile and torch each raise their own for a damaged file
         if code := _foreign_name(file):
             raise CheckpointError(f"{file} is refused: it names {code}, and reading that would run code.") from error
-        raise CheckpointError(f"{file} is not a complete checkpoint; was it cut off? ({first_line(error)})") from error
+        raise CheckpointError(f"{file} is not a complete checkpoint; was it cut off, or is it another file?") from error
     if not isinstance(content, dict) or "state_dict" not in content:
         raise CheckpointError(f"{file} holds no state_dict; expected a Lightning checkpoint.")
     return content
@@ -76,7 +76,7 @@ def _foreign_name(file: Path) -> str | None:
                         texts = [*texts[-1:], argument]
                     if opcode.name in ("GLOBAL", "STACK_GLOBAL"):
                         name = ".".join(texts if opcode.name == "STACK_GLOBAL" else texts[-1].split(" "))
-                        if name not in PLAIN and not name.startswith("torch."):
+                        if not PLAIN.fullmatch(name):
                             return name
     return None
 

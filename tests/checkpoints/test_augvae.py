@@ -228,6 +228,9 @@ def test_only_namespace_is_allowed_and_only_while_reading(tiny_augvae, tmp_path)
     file = released_ckpt(tiny_augvae(), tmp_path / "a.ckpt", hparams=Path("a"))
     assert "is refused" in refusal(file)
     assert argparse.Namespace not in torch.serialization.get_safe_globals()
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "module.ckpt")
+    message = refusal(tmp_path / "module.ckpt")
+    assert "module.ckpt is refused" in message and "torch.nn.modules.linear.Linear" in message
 
 
 # -------------------------------------------------------------------------------------------------------- damaged files
