@@ -54,7 +54,7 @@ def read_ckpt(file: str | os.PathLike) -> dict[str, Any]:
     except Exception as error:  # pickle, zipfile and torch each raise their own for a damaged file
         if code := _foreign_name(file):
             raise CheckpointError(f"{file} is refused: it names {code}, and reading that would run code.") from error
-        raise CheckpointError(f"{file} is not a complete checkpoint; was it cut off, or is it another file?") from error
+        raise CheckpointError(f"{file} is not a complete checkpoint; was it cut off? Or is it another file?") from error
     if not isinstance(content, dict) or "state_dict" not in content:
         raise CheckpointError(f"{file} holds no state_dict; expected a Lightning checkpoint.")
     return content
