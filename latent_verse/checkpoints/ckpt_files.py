@@ -62,22 +62,21 @@ def read_ckpt(file: str | os.PathLike) -> dict[str, Any]:
 
 def _foreign_name(file: Path) -> str | None:
     """The first thing that a checkpoint's pickles name beyond plain types and torch's; they are read, not executed."""
-    with ExitStack() as stack:
+    texts: list[str] = []
+    with suppress(Exception), ExitStack() as stack:  # damaged bytes raise nearly anything
         if zipfile.is_zipfile(file):
             archive = stack.enter_context(zipfile.ZipFile(file))
             streams = [archive.open(name) for name in archive.namelist() if name.endswith("data.pkl")]
         else:  # before PyTorch 1.6: four pickles one after the other, then the tensors' bytes
             streams = [stack.enter_context(file.open("rb"))] * 4
-        texts: list[str] = []
-        with suppress(Exception):  # of damaged bytes, which raise nearly anything
-            for stream in streams:
-                for opcode, argument, _ in pickletools.genops(stream):
-                    if isinstance(argument, str):
-                        texts = [*texts[-1:], argument]
-                    if opcode.name in ("GLOBAL", "STACK_GLOBAL"):
-                        name = ".".join(texts if opcode.name == "STACK_GLOBAL" else texts[-1].split(" "))
-                        if not PLAIN.fullmatch(name):
-                            return name
+        for stream in streams:
+            for opcode, argument, _ in pickletools.genops(stream):
+                if isinstance(argument, str):
+                    texts = [*texts[-1:], argument]
+                if opcode.name in ("GLOBAL", "STACK_GLOBAL"):
+                    name = ".".join(texts if opcode.name == "STACK_GLOBAL" else texts[-1].split(" "))
+                    if not PLAIN.fullmatch(name):
+                        return name
     return None
 
 

@@ -236,6 +236,13 @@ def test_only_namespace_is_allowed_and_only_while_reading(tiny_augvae, tmp_path)
 # -------------------------------------------------------------------------------------------------------- damaged files
 
 
+def test_a_damaged_list_of_an_archives_files(tiny_augvae, tmp_path):
+    file = own_ckpt(tiny_augvae(), tmp_path / "damaged.ckpt")
+    file.write_bytes(file.read_bytes().replace(b"PK\x01\x02", b"PK\x00\x00"))
+    message = refusal(file)
+    assert str(file) in message and "not a complete checkpoint" in message
+
+
 @pytest.mark.parametrize("write", [own_ckpt, released_ckpt])
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
 def test_truncated_files(tiny_augvae, tmp_path, write, share):
