@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from latent_verse.config.train import EvalVAEConfig, TrainVAEConfig
 from latent_verse.data import DataError
 from latent_verse.data.text import TokenizerError
 from latent_verse.training.image_logging import Diverged
+from tests.messages import naming
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = {"train_vae.py": TrainVAEConfig, "eval_vae.py": EvalVAEConfig}
@@ -89,7 +91,7 @@ def test_two_leaves_of_one_name_are_refused():
     one = dataclasses.make_dataclass("One", [("seed", int, setting(1, "help"))])
     two = dataclasses.make_dataclass("Two", [("seed", int, setting(1, "help"))])
     both = dataclasses.make_dataclass("Both", [("a", one), ("b", two)])
-    with pytest.raises(TypeError, match="seed is a leaf of both a and b"):
+    with pytest.raises(TypeError, match=naming("seed", "a", "b")):
         list(leaves(both))
 
 
@@ -222,28 +224,26 @@ def test_none_for_optional_settings(word, yaml_file):
 # ------------------------------------------------------------------------------------------------------------- mistakes
 
 
-def mistake(*argv: str, cls=TrainVAEConfig) -> str:
-    with pytest.raises(ConfigError) as error:
+def mistake(*argv: str, names: list, cls=TrainVAEConfig) -> None:
+    """Reading these flags fails with a message that names all of `names`."""
+    with pytest.raises(ConfigError, match=naming(*names)):
         read(cls, *argv)
-    return str(error.value)
 
 
 @BOTH
 def test_misspelt_flags_and_keys_name_the_nearest(cls, yaml_file):
-    message = mistake("--bach_size", "3", cls=cls)
-    assert "--bach_size" in message and "Did you mean --batch_size?" in message
-    assert "--learning_rate" in mistake("--learningrate=1", cls=cls)
-    assert "--config" in mistake("--confg", "x", cls=cls)
+    mistake("--bach_size", "3", names=["--bach_size", "--batch_size"], cls=cls)
+    mistake("--learningrate=1", names=["--learningrate", "--learning_rate"], cls=cls)
+    mistake("--confg", "x", names=["--confg", "--config"], cls=cls)
     for tree in ({"hiden_dim": 64}, {"model": {"hiden_dim": 64}}):
         file = yaml_file(tree)
-        message = mistake("-c", file, cls=cls)
-        assert file in message and "hiden_dim" in message and "Did you mean hidden_dim?" in message
-    assert "trainer" in mistake("-c", yaml_file({"trainr": {"gpus": 1}}), cls=cls)
-    assert "See --help" in mistake("--qqqqqq", cls=cls)
+        mistake("-c", file, names=[file, "hiden_dim", "hidden_dim"], cls=cls)
+    mistake("-c", yaml_file({"trainr": {"gpus": 1}}), names=["trainr", "trainer"], cls=cls)
+    mistake("--qqqqqq", names=["--qqqqqq", "--help"], cls=cls)
 
 
 def test_flags_are_not_abbreviated():
-    assert "--batch" in mistake("--batch", "3")
+    mistake("--batch", "3", names=["--batch"])
 
 
 @pytest.mark.parametrize(
@@ -259,48 +259,48 @@ def test_flags_are_not_abbreviated():
 )
 def test_wrong_types_name_the_setting_the_value_and_its_source(name, value, kind, yaml_file):
     words = value.split()
-    message = mistake(f"--{name}", *words)
-    assert message.startswith(f"{name}: ") and words[0] in message and f"from --{name}" in message and kind in message
+    mistake(f"--{name}", *words, names=[name, *words, f"--{name}", kind])
     file = yaml_file({name: words if len(words) > 1 else value})
-    message = mistake("-c", file)
-    assert message.startswith(f"{name}: ") and f"from {file}" in message and kind in message
+    mistake("-c", file, names=[name, *words, file, kind])
 
 
 def test_a_required_number_is_not_none(yaml_file):
-    assert mistake("-c", yaml_file("batch_size: null")).startswith("batch_size: None")
+    mistake("-c", yaml_file("batch_size: null"), names=["batch_size", None, "int"])
 
 
 def test_a_list_where_one_value_belongs(yaml_file):
-    assert "learning_rate" in mistake("-c", yaml_file("learning_rate: [1, 2]"))
-    assert "batch_size" in mistake("-c", yaml_file("batch_size: {a: 1}"))
+    mistake("-c", yaml_file("learning_rate: [1, 2]"), names=["learning_rate", [1, 2], "float"])
+    mistake("-c", yaml_file("batch_size: {a: 1}"), names=["batch_size", {"a": 1}, "int"])
 
 
-@pytest.mark.parametrize(("name", "value"), [("loss_type", "lpips"), ("dataset", "imagefoldr"), ("logger", "wndb")])
-def test_a_value_that_is_no_choice_lists_them(name, value):
-    message = mistake(f"--{name}", value)
-    assert message.startswith(f"{name}: {value!r}") and "Did you mean" in message
+@pytest.mark.parametrize(
+    ("name", "value", "choices"),
+    [
+        ("loss_type", "lpips", ["mse", "l1", "smooth_l1", "lpips_l1", "lpips_l2"]),
+        ("dataset", "imagefoldr", ["imagefolder", "flat", "webdataset", "fake"]),
+        ("logger", "wndb", ["tensorboard", "wandb", "csv"]),
+    ],
+)
+def test_a_value_that_is_no_choice_lists_them(name, value, choices):
+    mistake(f"--{name}", value, names=[name, value, *choices])
 
 
 def test_a_flag_without_its_value():
-    assert "batch_size" in mistake("--batch_size")
+    mistake("--batch_size", names=["--batch_size", "--help"])
 
 
 def test_a_word_that_belongs_to_no_flag():
-    assert "stray" in mistake("stray")
+    mistake("stray", names=["stray"])
 
 
 def test_a_key_in_another_section(yaml_file):
-    message = mistake("-c", yaml_file({"model": {"batch_size": 3}}))
-    assert all(word in message for word in ("batch_size", "section data", "model"))
+    file = yaml_file({"model": {"batch_size": 3}})
+    mistake("-c", file, names=[file, "batch_size", "data", "model"])
 
 
-def test_a_key_given_twice(yaml_file):
-    message = mistake("-c", yaml_file({"model": {"hidden_dim": 32}, "hidden_dim": 64}))
-    assert "hidden_dim" in message and "twice" in message
-
-
-def test_the_same_key_twice_in_one_place(yaml_file):
-    assert "hidden_dim" in mistake("-c", yaml_file("hidden_dim: 32\nhidden_dim: 64\n"))
+@pytest.mark.parametrize("text", ["model: {hidden_dim: 32}\nhidden_dim: 64", "hidden_dim: 32\nhidden_dim: 64\n"])
+def test_a_key_given_twice(text, yaml_file):
+    mistake("-c", yaml_file(text), names=[yaml_file(text), "hidden_dim"])
 
 
 RECIPES = sorted(file.stem for file in (ROOT / "configs").glob("*_augvae_*.yaml"))
@@ -321,17 +321,16 @@ def test_a_file_of_ones_own_goes_before_a_recipe_of_its_name(tmp_path, monkeypat
 
 
 def test_a_misspelt_recipe_names_the_nearest():
-    assert "Did you mean tiny_augvae_ml" in mistake("-c", "tiny_augvae_mll")
-    assert "imagenet_augvae_ml" in mistake("-c", "qqqq")
+    mistake("-c", "tiny_augvae_mll", names=["tiny_augvae_mll", "tiny_augvae_ml"])
+    mistake("-c", "qqqq", names=["qqqq", *RECIPES])
 
 
 def test_a_missing_file_names_the_others_in_its_folder(yaml_file, tmp_path):
     yaml_file(FLAT, "one.yaml")
     yaml_file(FLAT, "two.yml")
-    message = mistake("-c", str(tmp_path / "three.yaml"))
-    assert "three.yaml does not exist" in message and "one.yaml, two.yml" in message
-    assert "does not exist" in mistake("-c", str(tmp_path / "absent" / "three.yaml"))
-    assert "is a folder" in mistake("-c", str(tmp_path))
+    for missing, others in ((tmp_path / "three.yaml", ["one.yaml", "two.yml"]), (tmp_path / "absent" / "one.yaml", [])):
+        mistake("-c", str(missing), names=[missing, *others])
+    mistake("-c", str(tmp_path), names=[tmp_path, "folder"])
 
 
 @pytest.mark.parametrize(
@@ -339,7 +338,7 @@ def test_a_missing_file_names_the_others_in_its_folder(yaml_file, tmp_path):
 )
 def test_malformed_files(text, yaml_file):
     file = yaml_file(text)
-    assert file in mistake("-c", file)
+    mistake("-c", file, names=[file])
 
 
 def test_an_empty_file_gives_the_defaults(yaml_file):
@@ -348,11 +347,11 @@ def test_an_empty_file_gives_the_defaults(yaml_file):
 
 def test_a_binary_file(tmp_path):
     (tmp_path / "model.ckpt").write_bytes(bytes(range(256)) * 4)
-    assert "not readable YAML" in mistake("-c", str(tmp_path / "model.ckpt"))
+    mistake("-c", str(tmp_path / "model.ckpt"), names=[tmp_path / "model.ckpt", "YAML"])
 
 
 def test_a_section_that_is_no_mapping(yaml_file):
-    assert "model" in mistake("-c", yaml_file("model: 5"))
+    mistake("-c", yaml_file("model: 5"), names=[yaml_file("model: 5"), "model", 5])
 
 
 # ---------------------------------------------------------------------------------------------------------- the scripts
@@ -435,4 +434,4 @@ def test_a_mistake_is_one_line_and_exit_code_2(script):
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr == "error: unknown argument --bach_size. Did you mean --batch_size?\n"
+    assert re.fullmatch("error: .*--bach_size.*--batch_size.*\n", done.stderr)

@@ -29,6 +29,7 @@ from latent_verse.config.train import (
 )
 from latent_verse.demo.run import DemoConfig
 from latent_verse.evaluation.shapes_truth import ShapesEvalConfig, ShapesSamplingConfig
+from tests.messages import naming
 
 SCRIPTS = [TrainVAEConfig, EvalVAEConfig, TrainBiARTConfig, EvalBiARTConfig, GenerateConfig]
 ROOT = Path(__file__).parents[2]
@@ -64,18 +65,18 @@ def test_a_value_out_of_the_range_that_its_setting_declares_is_refused(cls):
     for f, name, bound in ranges:
         outside = {"at least": bound - 1, "above": bound, "at most": bound + 1, "below": bound}[name]
         words = [f"--{f.name}", *[str(outside)] * (2 if f.name == "betas" else 1)]
-        with pytest.raises(ConfigError, match=rf"{f.name} is .*{outside}.* \(from --{f.name}\).*{name} {bound}"):
+        with pytest.raises(ConfigError, match=naming(f.name, outside, f"--{f.name}", f"{name} {bound}")):
             parse(cls, words, "")
 
 
 def test_a_value_out_of_range_is_refused_in_python_too():
-    with pytest.raises(ConfigError, match=r"batch_size is 0.* at least 1"):
+    with pytest.raises(ConfigError, match=naming("batch_size", 0, "at least 1")):
         ImageDataConfig(batch_size=0)
-    with pytest.raises(ConfigError, match=r"ch_mult is \[1, 0\].* at least 1"):
+    with pytest.raises(ConfigError, match=naming("ch_mult", [1, 0], "at least 1")):
         AugVAEConfig(ch_mult=(1, 0))
-    with pytest.raises(ConfigError, match=r"norm: 'grup' .*group, pixel.*Did you mean group"):
+    with pytest.raises(ConfigError, match=naming("norm", "grup", "group", "pixel")):
         AugVAEConfig(norm="grup")
-    with pytest.raises(ConfigError, match="dropout is nan"):
+    with pytest.raises(ConfigError, match=naming("dropout", "nan")):
         dataclasses.replace(AugVAEConfig(), dropout=math.nan)
 
 
@@ -86,17 +87,16 @@ def test_sampling_is_declared_once():
         assert issubclass(section, SamplingSettings)
         for wrong in ({"temperature": -1}, {"top_k": 0}, {"top_p": 0}, {"top_p": 1.5}, {"guidance": -1}):
             ((name, value),) = wrong.items()
-            with pytest.raises(ConfigError, match=f"{name} is {value}"):
+            with pytest.raises(ConfigError, match=naming(name, value)):
                 section(**wrong)
         for name, value in (("top_k", 5), ("top_p", 0.5)):
-            with pytest.raises(ConfigError, match=f"{name} .*temperature 0"):
+            with pytest.raises(ConfigError, match=naming(name, "temperature")):
                 section(temperature=0, **{name: value})
         given = {"temperature": 0.5, "top_k": 3, "top_p": 0.9, "guidance": 2.0}
         assert section(**given).arguments().items() >= given.items()
     assert GenerateSamplingConfig(seed=3).arguments()["seed"] == 3
-    assert (
-        ShapesSamplingConfig(temperature=0, top_k=5, rerank=4).top_k == 5
-    )  # which those to choose from are sampled by
+    # the images to choose from are sampled by top_k
+    assert ShapesSamplingConfig(temperature=0, top_k=5, rerank=4).top_k == 5
 
 
 def test_settings_that_change_only_how_a_model_trains():
@@ -152,9 +152,9 @@ def test_val_percent_check_is_a_percentage(percent, share):
 
 def test_val_percent_check_out_of_range_or_with_another_limit():
     for percent in (-1, 101):
-        with pytest.raises(ConfigError, match=f"val_percent_check is {percent}.* at least 0 and at most 100"):
+        with pytest.raises(ConfigError, match=naming("val_percent_check", percent, 0, 100)):
             trainer(val_percent_check=percent)
-    with pytest.raises(ConfigError, match="val_percent_check and limit_val_batches"):
+    with pytest.raises(ConfigError, match=naming("val_percent_check", "limit_val_batches")):
         trainer(val_percent_check=50.0, limit_val_batches=3)
 
 
@@ -166,7 +166,7 @@ def test_batch_limits_are_counts_or_shares(value, limit):
 
 @pytest.mark.parametrize("value", [1.5, -1, -0.5])
 def test_batch_limits_that_are_neither(value):
-    with pytest.raises(ConfigError, match="limit_train_batches"):
+    with pytest.raises(ConfigError, match=naming("limit_train_batches", value)):
         trainer(limit_train_batches=value)
 
 
@@ -192,18 +192,18 @@ def test_gpu_dist():
     assert trainer(gpu_dist=None, gpus=4).strategy == "auto"
     assert trainer(gpu_dist=False, gpus=1).strategy == "auto"
     for several in ({"gpus": 2}, {"nodes": 2}):
-        with pytest.raises(ConfigError, match=r"gpu_dist: false .* gpus"):
+        with pytest.raises(ConfigError, match=naming("gpu_dist", "gpus")):
             trainer(gpu_dist=False, **several)
 
 
 def test_resume_needs_a_checkpoint():
     assert trainer(resume=True, ckpt_path="a.ckpt").resume
-    with pytest.raises(ConfigError, match="resume needs ckpt_path"):
+    with pytest.raises(ConfigError, match=naming("resume", "ckpt_path")):
         trainer(resume=True)
 
 
 def test_max_steps_of_zero_is_no_limit_and_no_length():
-    with pytest.raises(ConfigError, match="max_steps is 0"):
+    with pytest.raises(ConfigError, match=naming("max_steps", 0, -1)):
         trainer(max_steps=0)
 
 
@@ -235,15 +235,15 @@ def test_layout_by_any_of_its_names(settings, layout):
 
 @pytest.mark.parametrize("dataset", ["imagefolder", "flat", "fake"])
 def test_layouts_that_contradict(dataset):
-    with pytest.raises(ConfigError, match=f"dataset: {dataset} .*web_dataset: true"):
+    with pytest.raises(ConfigError, match=naming("dataset", dataset, "web_dataset")):
         data(dataset=dataset, web_dataset=True)
 
 
 def test_img_size_is_resolution():
     assert data(img_size=256).img_size == 256
-    with pytest.raises(ConfigError, match=r"img_size 128 .*resolution 256"):
+    with pytest.raises(ConfigError, match=naming("img_size", 128, "resolution", 256)):
         data(img_size=128)
-    with pytest.raises(ConfigError, match=r"img_size 256 .*resolution 128"):
+    with pytest.raises(ConfigError, match=naming("img_size", 256, "resolution", 128)):
         train("--resolution", "128", "--attn_resolutions", "32", "16", "--img_size", "256")
 
 
@@ -253,7 +253,7 @@ def test_img_size_is_resolution():
 def test_images_must_be_given_unless_they_are_fake():
     for argv in ([], ["--val_dir", "x"]):
         config, given = parse(TrainVAEConfig, argv, "")
-        with pytest.raises(ConfigError, match=r"train_dir .*--fake_data"):
+        with pytest.raises(ConfigError, match=naming("train_dir", "--fake_data")):
             resolve_train_vae(config, given)
     config, given = parse(TrainVAEConfig, ["--fake_data"], "")
     resolve_train_vae(config, given)
@@ -303,23 +303,38 @@ def test_deepsparks_command_line():
 
 
 @pytest.mark.parametrize(
-    ("argv", "says"),
+    ("argv", "facts"),
     [
-        (["--lr_decay", "--lr_cosine"], "lr_decay and lr_cosine"),
-        (["--warmup_steps", "5"], "warmup_steps 5 .*lr_cosine"),
-        (["--finetune", "--attn_resolutions", "32"], "pretrained_path"),
-        (["--finetune", "--pretrained_path", "x"], "finetune .* attn_resolutions is"),
-        (["--double_z"], "double_z: true"),
-        (["--ch_mult", "1", "2"], "ch_mult .* resolution 256 .*128"),
-        (["--resolution", "128"], "attn_resolutions .*first level 32"),
-        (["--hidden_dim", "100"], "hidden_dim 100 .*32"),
-        (["--attn_resolutions", "64", "16"], "attn_resolutions .*16 follows 64"),
-        (["--single_level", "4"], "single_level 4 "),
+        ("--lr_decay --lr_cosine", ["lr_decay", "lr_cosine"]),
+        ("--warmup_steps 5", ["warmup_steps", 5, "lr_cosine"]),
+        ("--finetune --attn_resolutions 32", ["finetune", "pretrained_path"]),
+        ("--finetune --pretrained_path x", ["finetune", "attn_resolutions", [64, 32, 16, 8]]),
+        ("--double_z", ["double_z"]),
+        ("--ch_mult 1 2", ["ch_mult", [1, 2], "resolution", 256, "attn_resolutions", 64, 128]),
+        ("--ch_mult=", ["ch_mult", []]),
+        ("--resolution 128", ["ch_mult", "resolution", 128, "attn_resolutions", 64, 32]),
+        ("--hidden_dim 100", ["hidden_dim", 100, 32]),
+        ("--attn_resolutions 64 16", ["attn_resolutions", [64, 16]]),
+        ("--single_level 4", ["single_level", 4, [64, 32, 16, 8]]),
+        # double_z cannot work in fine-tuning either
+        ("--finetune --pretrained_path x --attn_resolutions 32 --double_z", ["double_z"]),
+        ("--precision foo", ["precision", "foo", "bf16"]),
+        ("--accelerator foo", ["accelerator", "foo", "cpu"]),
+        ("--betas 0.9 1.5", ["betas", [0.9, 1.5]]),
+        ("--betas 0.9", ["betas", 0.9, "--betas"]),
+        ("--betas 0.9 0.95 0.99", ["betas", 0.9, 0.95, 0.99, "--betas"]),
+        ("--learning_rate nan", ["learning_rate", "nan", "--learning_rate"]),
+        ("--p_loss_weight inf", ["p_loss_weight", "inf", "--p_loss_weight"]),
+        ("--betas 0.9 nan", ["betas", "nan"]),
+        ("--in_channels 1", ["in_channels", 1, 3]),
+        ("--limit_train_batches 0", ["limit_train_batches", 0, "eval_vae.py"]),
+        ("--optimizer muon --strategy fsdp", ["optimizer", "muon", "strategy", "fsdp"]),
     ],
+    ids=str,
 )
-def test_settings_that_could_never_work(argv, says):
-    with pytest.raises(ConfigError, match=says):
-        train(*argv)
+def test_settings_that_could_never_work(argv, facts):
+    with pytest.raises(ConfigError, match=naming(*facts)):
+        train(*argv.split())
 
 
 def test_fine_tuning_names_only_its_level():
@@ -327,22 +342,17 @@ def test_fine_tuning_names_only_its_level():
     assert config.model.attn_resolutions == (32,)
 
 
-def test_double_z_cannot_work_in_fine_tuning_either():
-    with pytest.raises(ConfigError, match="double_z"):
-        train("--finetune", "--pretrained_path", "x", "--attn_resolutions", "32", "--double_z")
-
-
 # ---------------------------------------------------------------------------------------------------------- eval_vae
 
 
 def test_evaluation_needs_a_checkpoint_and_images():
-    for argv, says in (
-        (["--val_dir", "x"], "ckpt_path"),
-        (["--ckpt_path", "x"], "test_dir nor val_dir"),
-        (["--ckpt_path", "x", "--train_dir", "y"], "test_dir nor val_dir"),
+    for argv, facts in (
+        (["--val_dir", "x"], ["ckpt_path"]),
+        (["--ckpt_path", "x"], ["test_dir", "val_dir", "--fake_data"]),
+        (["--ckpt_path", "x", "--train_dir", "y"], ["test_dir", "val_dir", "--fake_data"]),
     ):
         config, _ = parse(EvalVAEConfig, argv, "")
-        with pytest.raises(ConfigError, match=says):
+        with pytest.raises(ConfigError, match=naming(*facts)):
             resolve_eval_vae(config)
     for argv in (["--fake_data"], ["--test_dir", "t"], ["--val_dir", "v"]):
         config, _ = parse(EvalVAEConfig, ["--ckpt_path", "x", *argv], "")
@@ -390,27 +400,6 @@ def test_a_resolved_configuration_that_is_saved_and_read_again_is_the_same(tmp_p
         config = train(*argv)
         saved.write_text(to_yaml(config))
         assert train("-c", str(saved), "--train_dir", "somewhere") == config
-
-
-BAD = [
-    ("--precision foo", "precision: 'foo' .* is not one of"),
-    ("--accelerator foo", "accelerator: 'foo'"),
-    ("--betas 0.9 1.5", "betas is"),
-    ("--betas 0.9", "betas"),
-    ("--betas 0.9 0.95 0.99", "betas"),
-    ("--learning_rate nan", "learning_rate is nan .*--learning_rate"),
-    ("--p_loss_weight inf", "p_loss_weight is inf .*--p_loss_weight"),
-    ("--betas 0.9 nan", "betas is .*nan"),
-    ("--in_channels 1", "it must be 3"),
-    ("--limit_train_batches 0", "limit_train_batches is 0"),
-    ("--optimizer muon --strategy fsdp", "optimizer: muon .* strategy: fsdp"),
-]
-
-
-@pytest.mark.parametrize(("argv", "message"), BAD, ids=[argv for argv, _ in BAD])
-def test_values_that_could_never_work(argv, message):
-    with pytest.raises(ConfigError, match=message):
-        train(*argv.split())
 
 
 def test_flags_without_effect_are_named():
