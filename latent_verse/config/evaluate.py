@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Optional, Tuple  # OmegaConf reads these annotations at run time
 
-from latent_verse.config.datasets import EVAL_DATASETS, PAIR_DATASETS, check_files
-from latent_verse.config.settings import ConfigError, SamplingSettings, Settings, same, setting
+from latent_verse.config.datasets import EVAL_DATASETS, PAIR_DATASETS, check_effects, check_files
+from latent_verse.config.settings import ConfigError, SamplingSettings, Settings, check_rules, require, same, setting
 from latent_verse.config.train import ImageDataConfig, PairDataConfig, TrainerConfig
 
 TASKS = ("likelihood", "generation", "captions", "retrieval", "zero_shot", "round_trip", "shapes")
@@ -18,15 +18,22 @@ EFFECTS = {
     "candidates": (IMAGES, "shapes"),
     **dict.fromkeys(("temperature", "top_k", "top_p", "guidance"), (IMAGES, "round_trip", "shapes")),
     **dict.fromkeys(("eval_captions", "fid_resolution", "reference", "reference_stats"), ("generation",)),
-    **dict.fromkeys(("prc_pictures", "prc_neighbours", "is_splits"), ("generation",)),
+    **dict.fromkeys(("generated_dir", "prc_pictures", "prc_neighbours", "is_splits"), ("generation",)),
     **dict.fromkeys(("blur_radii", "clip_model", "clip_weights", "download"), ("generation", "round_trip")),
-    "caption_pictures": ("captions",),
+    **dict.fromkeys(("captions_file", "caption_pictures"), ("captions",)),
     "beams": (CAPTIONS, "round_trip"),
     "likelihood_pairs": ("likelihood",),
     **dict.fromkeys(("retrieval_pictures", "retrieval_captions"), ("retrieval",)),
     **dict.fromkeys(("length_power", "prior_weight", "prior"), ("retrieval", "zero_shot")),
-    **dict.fromkeys(("class_prompt", "class_pictures"), ("zero_shot",)),
+    **dict.fromkeys(("classes_dir", "class_prompt", "class_pictures"), ("zero_shot",)),
     "round_trip_pairs": ("round_trip",),
+}
+NEEDS = {
+    "candidates": "temperature",
+    "prior": "prior_weight",
+    "classes_dir": "model",
+    "class_names": "classes_dir",
+    "dtype": "model",
 }
 
 
@@ -153,23 +160,26 @@ def resolve_eval_biart(config: EvalBiARTConfig, given: Mapping[str, str]) -> tup
         if others:
             raise ConfigError(f"--{others[0]} has no effect with --compare, which reads two finished runs.")
         return config, ()
-    if not (j.model or j.generated_dir or j.captions_file):
-        raise ConfigError("Nothing to evaluate: give --model, --generated_dir, --captions_file or --compare.")
+    require([j], "model", "generated_dir", "captions_file", "compare")
+    check_rules(vars(config).values(), NEEDS)
     config = replace(config, data=_resolve_data(config.data))
-    _check_numbers(config)
+    if len(set(config.generation.blur_radii)) < len(config.generation.blur_radii):
+        raise ConfigError(f"blur_radii is {list(config.generation.blur_radii)}; give different radii.")
+    if "{}" not in config.likelihood.class_prompt:
+        raise ConfigError(f"class_prompt is {config.likelihood.class_prompt!r}; it needs {{}} where the name goes.")
     tasks = _tasks(config)
     _check_effects(config, tasks)
     return config, tasks
 
 
 def _check_effects(config: EvalBiARTConfig, tasks: tuple[str, ...]) -> None:
-    """Raises ConfigError for a setting that is not its default and that nothing of this run reads."""
-    j, g, d = config.judged, config.generation, config.data
+    """Refuse a setting that is not its default and that nothing of this run reads."""
+    j, g = config.judged, config.generation
     done = {*tasks}
     done |= {IMAGES} if "generation" in tasks and not j.generated_dir else set()
     done |= {CAPTIONS} if "captions" in tasks and not j.captions_file else set()
     default = EvalBiARTConfig()
-    for section in ("generation", "captions", "likelihood", "networks"):
+    for section in ("judged", "generation", "captions", "likelihood", "networks"):
         for name, value in vars(getattr(config, section)).items():
             changed = value != getattr(getattr(default, section), name)
             if changed and name in EFFECTS and not done & set(EFFECTS[name]):
@@ -177,13 +187,6 @@ def _check_effects(config: EvalBiARTConfig, tasks: tuple[str, ...]) -> None:
                 raise ConfigError(f"{name} has no effect here: {where}.")
     if j.generated_dir and g.reference == "all" and g.eval_captions != default.generation.eval_captions:
         raise ConfigError("eval_captions has no effect with --generated_dir and --reference all: all are evaluated.")
-    if config.likelihood.prior != default.likelihood.prior and not config.likelihood.prior_weight:
-        raise ConfigError(f"prior {config.likelihood.prior} has no effect with prior_weight 0.")
-    for name in ("world", "split"):
-        if d.dataset != "shapes" and getattr(d, name) != getattr(default.data, name):
-            raise ConfigError(f"{name} has no effect with dataset {d.dataset}: it is of shapes.")
-    if config.write.dtype != default.write.dtype and not j.model:
-        raise ConfigError(f"dtype {config.write.dtype} has no effect without --model: it is BiART's.")
 
 
 def _tasks(config: EvalBiARTConfig) -> tuple[str, ...]:
@@ -197,14 +200,7 @@ def _tasks(config: EvalBiARTConfig) -> tuple[str, ...]:
     for task in j.tasks:
         if not needs[task][1]:
             raise ConfigError(f"tasks: {task} needs {needs[task][0]}.")
-    if not (j.model or j.tasks) and config.likelihood.classes_dir:
-        raise ConfigError("classes_dir: classification is by a model's likelihood; give --model.")
-    chosen = tuple(task for task in TASKS if (task in j.tasks if j.tasks else needs[task][1]))
-    for task, name in (("generation", "generated_dir"), ("captions", "captions_file"), ("zero_shot", "classes_dir")):
-        where = config.likelihood if name == "classes_dir" else j
-        if getattr(where, name) and task not in chosen:
-            raise ConfigError(f"{name} has no effect without the task {task}: leave it out, or add it to tasks.")
-    return chosen
+    return tuple(task for task in TASKS if (task in j.tasks if j.tasks else needs[task][1]))
 
 
 def _resolve_data(d: EvalDataConfig) -> EvalDataConfig:
@@ -212,22 +208,6 @@ def _resolve_data(d: EvalDataConfig) -> EvalDataConfig:
         raise ConfigError(f"dataset: {d.dataset} contradicts fake_data: true. Give one of them.")
     dataset = "fake" if d.fake_data else d.dataset or "pairs"
     d = replace(d, dataset=dataset, fake_data=dataset == "fake")
-    made = PAIR_DATASETS[dataset].generated
-    if d.test_size is not None and not made:
-        raise ConfigError(f"test_size has no effect with dataset {d.dataset}: all its pairs are used.")
-    if made and (d.test_dir or d.test_captions):
-        raise ConfigError(f"test_dir and test_captions have no effect with dataset {d.dataset}, which is made up.")
     check_files(PAIR_DATASETS, d, "test")
+    check_effects(PAIR_DATASETS, d, "test", ("dir", "captions", "size", "world", "split"))
     return d
-
-
-def _check_numbers(config: EvalBiARTConfig) -> None:
-    g = config.generation
-    if g.is_greedy and g.candidates > 1:
-        raise ConfigError(f"candidates {g.candidates} has no effect at temperature 0: raise temperature.")
-    if not g.blur_radii or len(set(g.blur_radii)) < len(g.blur_radii):
-        raise ConfigError(f"blur_radii is {list(g.blur_radii)}; give one or more different radii.")
-    if "{}" not in config.likelihood.class_prompt:
-        raise ConfigError(f"class_prompt is {config.likelihood.class_prompt!r}; it needs {{}} where the name goes.")
-    if config.likelihood.class_names and not config.likelihood.classes_dir:
-        raise ConfigError("class_names has no effect without classes_dir.")

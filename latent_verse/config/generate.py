@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Optional, Tuple  # OmegaConf reads these annotations at run time
 
 from latent_verse.config.evaluate import CaptionConfig
-from latent_verse.config.settings import ConfigError, SamplingSettings, Settings, same, setting
+from latent_verse.config.settings import ConfigError, SamplingSettings, Settings, check_rules, require, same, setting
 from latent_verse.config.train import TextConfig
 
 TASKS = ("complete", "score", "image", "text")  # `complete` takes texts as well, so it is looked for first
@@ -25,7 +25,7 @@ class WhatConfig(Settings):
     image: Tuple[str, ...] = setting((), "generate captions for these images (files or folders)", path=True)
     score: Tuple[str, ...] = setting((), "score an image (or folder) against one or more texts")
     complete: Optional[str] = setting(None, "keep the top of this image (or of each in a folder) only", path=True)
-    rows: Optional[int] = setting(None, "number of rows of codes that complete keeps", at_least=1)
+    rows: Optional[int] = setting(None, "number of rows of codes, from the top, that complete keeps", at_least=1)
 
 
 @dataclass(frozen=True)
@@ -79,11 +79,9 @@ def resolve_generate(config: GenerateConfig, given: Mapping[str, str]) -> tuple[
         ConfigError: no model, no task or several, or flags that the task does not use.
     """
     what = config.what
-    if not what.model:
-        raise ConfigError("model is not given: name the folder of a bundle, as train_biart.py writes one.")
+    require([what], "model")
+    require([what], "text", "text_file", "image", "score", "complete")
     asked = [t for t in TASKS if getattr(what, t) or (t == "text" and what.text_file)]
-    if not asked:
-        raise ConfigError("Nothing to do: give --text, --text_file, --image, --score or --complete.")
     if len(asked) > 1 and asked != ["complete", "text"]:
         raise ConfigError(f"{' and '.join('--' + t for t in asked)} are different tasks: give one of them.")
     task = asked[0]
@@ -91,12 +89,9 @@ def resolve_generate(config: GenerateConfig, given: Mapping[str, str]) -> tuple[
     unused = [flag for flag in unused if flag not in ("--model", "--gpus")]
     if unused:
         raise ConfigError(f"{', '.join(unused)}: no effect with --{task}. Leave out.")
-    if what.text and what.text_file:
-        raise ConfigError("text and text_file are both given: put all texts into the file, or give them as --text.")
+    check_rules([what], needs={"complete": "rows"}, excludes={"text": "text_file"})
     if task == "score" and len(what.score) < 2:
         raise ConfigError('score needs an image and a text: --score image.png "a red circle".')
-    if task == "complete" and what.rows is None:
-        raise ConfigError("complete needs rows: how many rows of codes to keep, from the top.")
     sampling = config.draw
     if task == "image" and "temperature" not in given:
         sampling = replace(sampling, temperature=0.0)

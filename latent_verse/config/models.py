@@ -40,8 +40,6 @@ class AugVAEConfig(Settings):
         for name in ("ch_mult", "attn_resolutions"):  # lists from YAML become hashable
             object.__setattr__(self, name, tuple(getattr(self, name)))
         super().__post_init__()
-        if not self.ch_mult:
-            raise ConfigError("ch_mult is []; it needs one multiplier a stage.")
         if self.double_z:
             raise ConfigError("double_z: true cannot work: a codebook has no variance to encode. Set double_z: false.")
 

@@ -6,9 +6,18 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Optional, Tuple, TypeVar  # OmegaConf reads these annotations at run time
 
-from latent_verse.config.datasets import IMAGE_DATASETS, PAIR_DATASETS, check_files
+from latent_verse.config.datasets import IMAGE_DATASETS, PAIR_DATASETS, check_effects, check_files
 from latent_verse.config.models import AugVAEConfig, BiARTConfig, BiARTModelConfig
-from latent_verse.config.settings import ConfigError, SamplingSettings, Settings, same, setting, training_only
+from latent_verse.config.settings import (
+    ConfigError,
+    SamplingSettings,
+    Settings,
+    check_rules,
+    require,
+    same,
+    setting,
+    training_only,
+)
 
 # short names of precision, and Lightning's
 PRECISIONS = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true"}
@@ -54,7 +63,7 @@ class TrainerConfig(Settings):
     precision: str = setting("32", "numeric precision of training, by short name or Lightning's", PRECISION_NAMES)
     epochs: int = setting(100, "passes over the training data", at_least=1)
     max_steps: int = setting(-1, "stop after this many optimiser steps; -1 means no limit", at_least=-1)
-    limit_train_batches: Optional[float] = setting(None, "batches per epoch: count, or fraction below 1", at_least=0)
+    limit_train_batches: Optional[float] = setting(None, "batches per epoch: count, or fraction below 1", above=0)
     limit_val_batches: Optional[float] = setting(None, "batches per validation: count, or fraction below 1", at_least=0)
     val_percent_check: float = setting(100.0, "limit_val_batches in percent", at_least=0, at_most=100, hidden=True)
     num_sanity_val_steps: int = setting(0, "validation batches to run before training, as a check", at_least=0)
@@ -250,6 +259,22 @@ class TrainBiARTConfig:
 
 Data = TypeVar("Data", bound=ImageDataConfig)
 
+NEEDS = {
+    "resume": "ckpt_path",
+    "export": "ckpt_path",
+    "finetune": "pretrained_path",
+    "warmup_steps": "lr_cosine",  # of train_vae: train_biart has no lr_cosine, and always warms up
+    "muon_learning_rate": "optimizer=muon",
+    "guidance": "reference_dropout",
+    "crops_per_image": "extract_codes",
+}
+EXCLUDES = {
+    "val_percent_check": "limit_val_batches",
+    "lr_decay": "lr_cosine",
+    "export": "extract_codes",
+    "extract_codes": "dataset=codes",
+}
+
 
 def resolve_trainer(t: TrainerConfig, optimizer: str = "adamw") -> TrainerConfig:
     """Replace the original's names, short names and `debug` by the settings that they stand for.
@@ -259,20 +284,15 @@ def resolve_trainer(t: TrainerConfig, optimizer: str = "adamw") -> TrainerConfig
     Raises:
         ConfigError: settings that contradict each other.
     """
+    check_rules([t], NEEDS, EXCLUDES)
     if t.max_steps == 0:
         raise ConfigError("max_steps is 0; give at least 1, or -1 for no limit.")
-    if t.val_percent_check < 100 and t.limit_val_batches is not None:
-        raise ConfigError("val_percent_check and limit_val_batches both limit validation; give one of them.")
     if t.gpu_dist is False and t.gpus * t.nodes > 1:
         raise ConfigError(f"gpu_dist: false contradicts gpus {t.gpus} on {t.nodes} node(s). Drop it, or set gpus: 1.")
-    if t.resume and not t.ckpt_path:
-        raise ConfigError("resume needs ckpt_path, the checkpoint to resume from. Reruns with --backup need neither.")
     if optimizer == "muon" and t.strategy == "fsdp":
         raise ConfigError("optimizer: muon needs whole matrices, which strategy: fsdp shards. Use ddp, or adamw.")
     limit_train = batch_limit("limit_train_batches", t.limit_train_batches)
     limit_val = batch_limit("limit_val_batches", t.limit_val_batches)
-    if limit_train == 0:
-        raise ConfigError("limit_train_batches is 0: nothing would be trained. eval_vae.py evaluates without training.")
     if t.val_percent_check < 100:
         limit_val = t.val_percent_check / 100
     if t.debug:
@@ -333,6 +353,7 @@ def resolve_train_vae(config: TrainVAEConfig, given: Mapping[str, str]) -> Train
     Raises:
         ConfigError: a configuration that could never work, before anything is built or written.
     """
+    check_rules(vars(config).values(), NEEDS, EXCLUDES)
     o = config.optim
     t = resolve_trainer(config.trainer, o.optimizer)
     data = resolve_data(config.data, None if o.pretrained_path else config.model.resolution)
@@ -342,12 +363,6 @@ def resolve_train_vae(config: TrainVAEConfig, given: Mapping[str, str]) -> Train
     for name in ("in_channels", "out_channels"):
         if getattr(config.model, name) != 3:
             raise ConfigError(f"{name} is {getattr(config.model, name)}, but images are read as RGB: it must be 3.")
-    if o.lr_decay and o.lr_cosine:
-        raise ConfigError("lr_decay and lr_cosine are two schedules; give one of them.")
-    if o.warmup_steps and not o.lr_cosine:
-        raise ConfigError(f"warmup_steps {o.warmup_steps} has no effect without lr_cosine: true.")
-    if o.finetune and not o.pretrained_path:
-        raise ConfigError("finetune trains AugVAE-SL from an AugVAE-ML: name its checkpoint with pretrained_path.")
     levels = list(config.model.attn_resolutions)
     if o.finetune and len(levels) != 1:
         raise ConfigError(f"finetune keeps one level, but attn_resolutions is {levels}. Give that one, such as 32.")
@@ -365,10 +380,9 @@ def resolve_eval_vae(config: EvalVAEConfig) -> EvalVAEConfig:
         ConfigError: a configuration that could never work.
     """
     t, d = resolve_trainer(config.trainer), resolve_data(config.data, None)
-    if not t.ckpt_path:
-        raise ConfigError("ckpt_path is not given: name the checkpoint, folder or hub id of the AugVAE to evaluate.")
-    if not (d.fake_data or d.test_dir or d.val_dir):
-        raise ConfigError("Neither test_dir nor val_dir is given: name a folder of images, or try --fake_data.")
+    require([t], "ckpt_path")
+    if not d.fake_data:
+        require([d], "test_dir", "val_dir", hint="For a smoke test try --fake_data.")
     return replace(config, data=d, trainer=t)
 
 
@@ -447,30 +461,19 @@ def idle_flags(
 
 def resolve_train_biart(config: TrainBiARTConfig, given: Mapping[str, str]) -> TrainBiARTConfig:
     """As `resolve_train_vae`, for train_biart."""
-    o, c, guidance = config.optim, config.codes, config.sampling.guidance
+    check_rules(vars(config).values(), NEEDS, EXCLUDES)
+    o = config.optim
     t = resolve_trainer(config.trainer, o.optimizer)
     if o.pretrained_path and t.resume:
         raise ConfigError("pretrained_path starts a new run, and resume does not: give one of them.")
     if config.bundle.export:
-        if not t.ckpt_path:
-            raise ConfigError("export needs ckpt_path: a checkpoint or run folder of train_biart.py to export.")
-        if c.extract_codes:
-            raise ConfigError("export and extract_codes are two tasks; give one of them.")
         return replace(config, trainer=t)
     data = resolve_pairs(config.data)
     if data.fake_data:
         t = limit_fake_data(t, given)
-    elif not (config.vae.vae_path or o.pretrained_path):
-        raise ConfigError("vae_path is not given: name the AugVAE of train_vae.py, or try --fake_data.")
-    if o.muon_learning_rate is not None and o.optimizer != "muon":
-        raise ConfigError("muon_learning_rate has no effect without optimizer: muon.")
-    if guidance != 1 and not config.loss.reference_dropout:
-        raise ConfigError(f"guidance {guidance} needs reference_dropout above 0 in training; 0.1 is usual.")
-    if c.extract_codes and data.dataset == "codes":
-        raise ConfigError("extract_codes reads images, but dataset is codes: leave extract_codes out to train on them.")
-    if c.crops_per_image > 1 and not c.extract_codes:
-        raise ConfigError(f"crops_per_image {c.crops_per_image} has no effect without extract_codes.")
-    if c.crops_per_image > 1 and data.dataset == "shapes":
+    else:
+        require([config.vae, o], "vae_path", "pretrained_path", hint="For a smoke test try --fake_data.")
+    if config.codes.crops_per_image > 1 and data.dataset == "shapes":
         raise ConfigError("random crops would cut off shapes that the captions name: leave crops_per_image at 1.")
     return replace(config, data=data, trainer=t)
 
@@ -485,14 +488,17 @@ def idle_flags_biart(config: TrainBiARTConfig, given: Mapping[str, str]) -> list
         "bpe_vocab_size": (bool(ready) or tokenizer != "bpe", f"the tokenizer is not trained: {source}"),
         "resize_ratio": (not layout.has_effect("resize_ratio"), f"dataset {dataset} is not cropped"),
         "world": (not layout.has_effect("world"), "the data is not shapes"),
-        "val_size": (not layout.has_effect("val_size"), f"dataset {dataset} is validated on all its pairs"),
+        "val_size": (not layout.has_effect("size"), f"dataset {dataset} is validated on all its pairs"),
         "muon_momentum": (config.optim.optimizer != "muon", "optimizer is not muon"),
     }
     return idle_flags(config, given, idle)
 
 
 def resolve_pairs(d: PairDataConfig) -> PairDataConfig:
-    """As `resolve_data`, for images with captions; raises ConfigError also for what is missing."""
+    """As `resolve_data`, for images with captions."""
     d = resolve_data(d, d.img_size, default="pairs")
     check_files(PAIR_DATASETS, d, "train")
+    if not PAIR_DATASETS[d.dataset or "pairs"].generated:  # these make a smoke test of any recipe
+        for split in ("train", "val"):
+            check_effects(PAIR_DATASETS, d, split, ["captions"])
     return d
