@@ -1,4 +1,4 @@
-"""Evaluate an AugVAE checkpoint on images: PSNR, SSIM, L1, MSE, LPIPS, rFID, codebook usage."""
+"""Evaluate an AugVAE (--ckpt_path) on images (--test_dir): PSNR, SSIM, LPIPS, rFID... Training flags have no effect."""
 
 from __future__ import annotations
 

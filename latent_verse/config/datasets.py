@@ -70,7 +70,7 @@ def check_files(layouts: Mapping[str, Layout], data: Settings, split: str) -> No
     layout = layouts[given["dataset"]]
     for need in layout.needs:
         if not given[setting_of(split, need)]:
-            what = layout.captions_file if need == "captions" else f"the {split} images"
+            what = layout.captions_file if need == "captions" else f"the images of the {split} split"
             missing = f"{setting_of(split, need)} is not given; dataset {given['dataset']} needs it: {what}"
             raise ConfigError(f"{missing}. For a smoke test try --fake_data.")
 

@@ -43,7 +43,7 @@ class EvaluatedConfig(Settings):
 
     model: Optional[str] = setting(None, "model to evaluate: bundle of train_biart.py, or hub id", path=True)
     generated_dir: Optional[str] = setting(None, "evaluate the images in this folder, generate none", path=True)
-    captions_file: Optional[str] = setting(None, "captions to evaluate: COCO results, or generate.py's", path=True)
+    captions_file: Optional[str] = setting(None, "captions: COCO results, or captions.jsonl of generate.py", path=True)
     tasks: Tuple[str, ...] = setting((), f"tasks to run, of {' '.join(TASKS)}; default all that are possible", TASKS)
     compare: Tuple[str, ...] = setting((), "two runs (folders or metrics.json files) to print side by side", path=True)
 
@@ -71,7 +71,7 @@ class GenerationConfig(SamplingSettings):
     candidates: int = setting(1, "images per caption; several are also re-ranked by the model and by CLIP", at_least=1)
     blur_radii: Tuple[int, ...] = setting((0, 1, 2, 4, 8), "radii k of FID-k, which blurs both image sets", at_least=0)
     fid_resolution: Optional[int] = setting(None, "resolution for FID; default the model's, else 256", at_least=1)
-    reference: str = setting("all", "reference set for FID: all images, or the sampled pairs' only", ("all", "drawn"))
+    reference: str = setting("all", "FID's reference images: all, or those of the sampled captions", ("all", "drawn"))
     reference_stats: Optional[str] = setting(
         None, "statistics of FID's reference set: read if there, else written; default in the run folder", path=True
     )
@@ -84,7 +84,7 @@ class GenerationConfig(SamplingSettings):
 class CaptionConfig(Settings):
     """Image to text."""
 
-    caption_pictures: Optional[int] = setting(None, "caption only this many images, the first; default all", at_least=1)
+    caption_pictures: Optional[int] = setting(None, "largest number of images to caption; default all", at_least=1)
     beams: int = setting(1, "beam search for captions with this many beams; 1 is greedy", at_least=1)
     java: bool = setting(True, "use Java if installed, for the standard caption tokenizer, METEOR and SPICE")
 
@@ -96,11 +96,11 @@ class LikelihoodConfig(Settings):
     likelihood_pairs: int = setting(1000, "sampled pairs to measure the held-out likelihood on", at_least=1)
     retrieval_pictures: int = setting(100, "images in the retrieval pool, each scored with every caption", at_least=2)
     retrieval_captions: int = setting(1, "captions per image in the retrieval pool (Karpathy: 5)", at_least=1)
-    length_power: float = setting(0.0, "divide log p(text | image) by length to this power: 0 sum, 1 mean", at_least=0)
-    prior_weight: float = setting(0.0, "weight of the prior log p to subtract; 1: mutual information", at_least=0)
-    prior: str = setting("null", "estimate of the prior log p: unconditional, or mean over the pool", ("null", "pool"))
+    length_power: float = setting(0.0, "divide log p(text | image) by tokens^this: 0 gives sum, 1 mean", at_least=0)
+    prior_weight: float = setting(0.0, "subtract this x the candidate's prior log p; 1: mutual information", at_least=0)
+    prior: str = setting("null", "null: log p without a reference; pool: mean over the pool", ("null", "pool"))
     classes_dir: Optional[str] = setting(None, "class folders of images, for zero-shot classification", path=True)
-    class_names: Optional[str] = setting(None, "file of a `folder<TAB>class name` per line; default folders", path=True)
+    class_names: Optional[str] = setting(None, "file of lines `folder<TAB>class name`; default folder names", path=True)
     class_prompt: str = setting("a photo of a {}", "text that is scored for a class; {} stands for its name")
     class_pictures: Optional[int] = setting(None, "largest number of images to classify; default all", at_least=1)
     round_trip_pairs: int = setting(100, "sampled pairs for round trips, in both directions", at_least=2)
@@ -124,7 +124,7 @@ class EvalWriteConfig(Settings):
     seed: int = setting(0, "seed for the choice of pairs and for sampling", at_least=0)
     gpus: int = same(TrainerConfig, "gpus", 1, "number of processes, each with one GPU; 0 is the CPU")
     accelerator: str = setting("auto", "auto, or cpu (then gpus is the number of processes)", ("auto", "cpu"))
-    dtype: str = setting("float32", "precision of BiART; lower is faster and recorded with every metric", DTYPES)
+    dtype: str = setting("float32", "precision of BiART; if not float32, each metric says so", DTYPES)
     num_workers: Optional[int] = setting(None, "threads that read and blur images; default by machine", at_least=1)
     batch_size: int = same(ImageDataConfig, "batch_size", 64, "batch size for generating and for evaluating")
     page_cases: int = setting(8, "examples on the page, for each of best, median and worst", at_least=0)
@@ -156,7 +156,7 @@ def resolve_eval_biart(config: EvalBiARTConfig, given: Mapping[str, str]) -> tup
     if j.compare:
         others = sorted(leaf for leaf in given if leaf != "compare")
         if len(j.compare) != 2:
-            raise ConfigError(f"compare has {len(j.compare)} runs; give two folders or metrics.json files.")
+            raise ConfigError(f"compare needs two folders or metrics.json files, but has {len(j.compare)}.")
         if others:
             raise ConfigError(f"--{others[0]} has no effect with --compare, which reads two finished runs.")
         return config, ()
@@ -208,6 +208,7 @@ def _resolve_data(d: EvalDataConfig) -> EvalDataConfig:
         raise ConfigError(f"dataset: {d.dataset} contradicts fake_data: true. Give one of them.")
     dataset = "fake" if d.fake_data else d.dataset or "pairs"
     d = replace(d, dataset=dataset, fake_data=dataset == "fake")
-    check_files(PAIR_DATASETS, d, "test")
-    check_effects(PAIR_DATASETS, d, "test", ("dir", "captions", "size", "world", "split"))
+    layouts = {name: PAIR_DATASETS[name] for name in EVAL_DATASETS}
+    check_files(layouts, d, "test")
+    check_effects(layouts, d, "test", ("dir", "captions", "size", "world", "split"))
     return d

@@ -24,7 +24,7 @@ class WhatConfig(Settings):
     text_file: Optional[str] = setting(None, "generate images for the texts in this file, one per line", path=True)
     image: Tuple[str, ...] = setting((), "generate captions for these images (files or folders)", path=True)
     score: Tuple[str, ...] = setting((), "score an image (or folder) against one or more texts")
-    complete: Optional[str] = setting(None, "keep the top of this image (or of each in a folder) only", path=True)
+    complete: Optional[str] = setting(None, "keep the top of an image (or of a folder's), generate the rest", path=True)
     rows: Optional[int] = setting(None, "number of rows of codes, from the top, that complete keeps", at_least=1)
 
 
@@ -33,9 +33,9 @@ class GenerateSamplingConfig(SamplingSettings):
     """How images and captions are sampled."""
 
     num: int = setting(1, "images per text, or captions per image", at_least=1)
-    temperature: float = same(SamplingSettings, "temperature", 1.0, "0, captions' default, takes the likeliest token")
+    temperature: float = same(SamplingSettings, "temperature", 1.0, "temperature; 0: greedy, the default for captions")
     seed: Optional[int] = setting(None, "seed for sampling; default a random one, which is recorded", at_least=0)
-    rerank: int = setting(0, "candidates per image, of which the one that best predicts its text is kept", at_least=0)
+    rerank: int = setting(0, "candidates per image; the one that makes its text likeliest is kept; 0: off", at_least=0)
     beams: int = same(CaptionConfig, "beams")
     text_too_long: str = same(TextConfig, "text_too_long", "truncate", "cut texts that are too long, or raise an error")
 
@@ -48,7 +48,7 @@ class GenerateSamplingConfig(SamplingSettings):
 class WriteConfig(Settings):
     """Where results go, and which machine makes them."""
 
-    out: Optional[str] = setting(None, "new or empty folder for results; default generated, -2, ...", path=True)
+    out: Optional[str] = setting(None, "new or empty folder for results; default generated, generated-2 ...", path=True)
     overwrite: bool = setting(False, "write into a folder that is not empty, and replace files of the same name")
     gpus: int = setting(1, "1 uses the GPU if there is one, 0 the CPU", at_least=0, at_most=1)
 
@@ -88,7 +88,7 @@ def resolve_generate(config: GenerateConfig, given: Mapping[str, str]) -> tuple[
     unused = [f"--{leaf}" for leaf, source in given.items() if source.startswith("--") and leaf not in USED[task]]
     unused = [flag for flag in unused if flag not in ("--model", "--gpus")]
     if unused:
-        raise ConfigError(f"{', '.join(unused)}: no effect with --{task}. Leave out.")
+        raise ConfigError(f"--{task} does not use these flags; leave them out: {', '.join(unused)}.")
     check_rules([what], needs={"complete": "rows"}, excludes={"text": "text_file"})
     if task == "score" and len(what.score) < 2:
         raise ConfigError('score needs an image and a text: --score image.png "a red circle".')

@@ -77,7 +77,7 @@ class SamplingSettings(Settings):
 
     temperature: float = setting(1.0, "sampling temperature for images; 0 takes the most likely code", at_least=0)
     top_k: Optional[int] = setting(None, "sample only from the k most likely tokens", at_least=1)
-    top_p: Optional[float] = setting(None, "nucleus sampling: total probability of its tokens", above=0, at_most=1)
+    top_p: Optional[float] = setting(None, "nucleus sampling: top tokens of this total probability", above=0, at_most=1)
     guidance: float = setting(1.0, "scale of classifier-free guidance towards the input; 1 is off", at_least=0)
 
     def __post_init__(self) -> None:
@@ -139,7 +139,7 @@ def check_rules(sections: Iterable[Settings], needs: Mapping[str, str], excludes
             shown = f"{name} {value}" if f.metadata["choices"] or type(value) in (int, float) else name
             meant = f"{other}: {wanted}" if wanted else f"{other} above 0" if type(its.default) is float else other
             if rules is needs and not (now == wanted if wanted else now):
-                raise ConfigError(f"{shown} needs {meant} ({its.metadata['help']}). Give both, or leave {name} out.")
+                raise ConfigError(f"{shown} needs {meant} ({its.metadata['help']}). Set it, or leave {name} out.")
             if rules is excludes and (now == wanted if wanted else now != its.default):
                 raise ConfigError(f"{shown} and {meant} contradict each other: give one of them.")
 

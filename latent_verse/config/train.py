@@ -32,16 +32,18 @@ class ImageDataConfig(Settings):
     """The images, and how they are loaded."""
 
     train_dir: Optional[str] = setting(None, "training images: folder; webdataset: folder, pattern or URL", path=True)
-    val_dir: Optional[str] = setting(None, "validation images, given like train_dir", path=True)
-    test_dir: Optional[str] = setting(None, "images for evaluation; default val_dir", path=True)
+    val_dir: Optional[str] = setting(None, "validation images, in the same form as train_dir; default none", path=True)
+    test_dir: Optional[str] = setting(None, "images for eval_vae.py; default val_dir", path=True)
     dataset: Optional[str] = setting(
         None, "layout: class folders, any folder, tar shards or generated; default imagefolder", IMAGE_DATASETS
     )
     fake_data: bool = setting(False, "same as --dataset fake: a short smoke test without any images")
     web_dataset: bool = setting(False, "same as --dataset webdataset", hidden=True)
-    dataset_size: Optional[int] = setting(None, "samples per epoch of webdataset (default counted) or fake", at_least=1)
+    dataset_size: Optional[int] = setting(None, "images per epoch: webdataset (default all), fake (512)", at_least=1)
     img_size: Optional[int] = setting(None, "the original's second name for resolution; must equal it", hidden=True)
-    resize_ratio: float = setting(0.75, "smallest share of the area that a training crop covers", above=0, at_most=1)
+    resize_ratio: float = setting(
+        0.75, "smallest area of a training crop, as a share of the largest square's", above=0, at_most=1
+    )
     batch_size: int = setting(8, "images per step and process", at_least=1)
     num_workers: Optional[int] = setting(None, "loader processes per training process; default by machine", at_least=0)
     prefetch_factor: int = setting(2, "batches that each loader process prefetches", at_least=1)
@@ -52,13 +54,13 @@ class ImageDataConfig(Settings):
 class TrainerConfig(Settings):
     """The run: machine, length, logs and checkpoints."""
 
-    name: Optional[str] = setting(None, "name of the run folder in log_dir; default the config file's name")
+    name: Optional[str] = setting(None, "run folder in log_dir; default the config file's name (eval_vae: eval-<run>)")
     log_dir: str = setting("results", "folder that holds the run folders", path=True)
     seed: int = setting(42, "seed for weights, data order and augmentation", at_least=0, below=2**32)
     gpus: int = setting(1, "GPUs on each node; 0 is the CPU", at_least=0)
     nodes: int = setting(1, "number of machines", at_least=1)
     gpu_dist: Optional[bool] = setting(None, "the original's flag for several GPUs; follows from gpus", hidden=True)
-    accelerator: str = setting("auto", "with cpu, gpus is the number of processes", ACCELERATORS)
+    accelerator: str = setting("auto", "device type; with cpu, gpus is the number of processes", ACCELERATORS)
     strategy: str = setting("auto", "auto, ddp: a copy of the model per process; fsdp: shards", ("auto", "ddp", "fsdp"))
     precision: str = setting("32", "numeric precision of training, by short name or Lightning's", PRECISION_NAMES)
     epochs: int = setting(100, "passes over the training data", at_least=1)
@@ -96,9 +98,9 @@ class VAEOptimConfig(Settings):
     lr_decay: bool = setting(False, "the original's schedule: halve the rate when the training loss stops falling")
     lr_cosine: bool = setting(False, "warm up, then decay to zero along a cosine over the whole run")
     warmup_steps: int = setting(0, "linear warm-up steps of lr_cosine", at_least=0)
-    weight_decay: float = setting(1e-5, "weight decay of AdamW", at_least=0)
+    weight_decay: float = setting(1e-5, "weight decay of either optimizer", at_least=0)
     betas: Tuple[float, float] = setting((0.9, 0.999), "beta1 and beta2 of AdamW", at_least=0, below=1)
-    codebook_init: str = setting("normal", "codes begin as noise (as released) or encoder outputs", ("normal", "data"))
+    codebook_init: str = setting("normal", "normal: noise, as released; data: encoder outputs", ("normal", "data"))
     pretrained_path: Optional[str] = setting(None, "AugVAE to start from: checkpoint, folder or hub id", path=True)
     finetune: bool = setting(False, "train AugVAE-SL at the one level in attn_resolutions, from pretrained_path")
 
@@ -107,9 +109,9 @@ class VAEOptimConfig(Settings):
 class VAELossConfig(Settings):
     """Loss of AugVAE: reconstruction + codebook_weight x commitment."""
 
-    loss_type: str = setting("mse", "loss of the reconstruction", ("mse", "l1", "smooth_l1", "lpips_l1", "lpips_l2"))
-    p_loss_weight: float = setting(0.1, "weight of LPIPS in lpips_l1 and lpips_l2", above=0)
-    codebook_weight: float = setting(1.0, "weight of the commitment loss, which includes quant_beta", at_least=0)
+    loss_type: str = setting("mse", "reconstruction loss", ("mse", "l1", "smooth_l1", "lpips_l1", "lpips_l2"))
+    p_loss_weight: float = setting(0.1, "weight of LPIPS, added to l1 in lpips_l1, to mse in lpips_l2", above=0)
+    codebook_weight: float = setting(1.0, "weight of the commitment loss, on top of quant_beta", at_least=0)
 
 
 @dataclass(frozen=True)
@@ -163,17 +165,17 @@ class PairDataConfig(ImageDataConfig):
     """The images with captions, and how they are loaded."""
 
     train_dir: Optional[str] = same(ImageDataConfig, "train_dir", None, "training pairs, images, tar shards or codes")
-    val_dir: Optional[str] = same(ImageDataConfig, "val_dir", None, "like train_dir; karpathy: default train_dir")
+    val_dir: Optional[str] = same(ImageDataConfig, "val_dir", None, "validation data; karpathy: default train_dir")
     dataset: Optional[str] = setting(
         None,
         "layout: name.jpg with name.txt, caption files, tar shards, codes or generated; default pairs",
         PAIR_DATASETS,
     )
     train_captions: Optional[str] = setting(
-        None, "captions of coco (default ../annotations/captions_<folder>.json), karpathy or table", path=True
+        None, "captions file of coco (default ../annotations/captions_<folder>.json), karpathy or table", path=True
     )
-    val_captions: Optional[str] = setting(None, "like train_captions; karpathy: default train_captions", path=True)
-    world: str = setting("small", "world of the dataset shapes", ("small", "full"))
+    val_captions: Optional[str] = setting(None, "validation captions; karpathy: default train_captions", path=True)
+    world: str = setting("small", "shapes: small (32 px, 1 or 2 objects) or full (64 px, 1 to 3)", ("small", "full"))
     dataset_size: Optional[int] = same(
         ImageDataConfig, "dataset_size", None, "pairs per epoch: shapes (default 10000), fake (512), webdataset (all)"
     )
@@ -193,7 +195,7 @@ class BiARTOptimConfig(Settings):
         None, "peak learning rate of muon, on AdamW's scale (update RMS 0.2 x rate); default learning_rate", above=0
     )
     muon_momentum: float = setting(0.95, "momentum of muon", at_least=0, at_most=0.9999)
-    weight_decay: float = same(VAEOptimConfig, "weight_decay", 0.05, "weight decay of matrices; nothing else has any")
+    weight_decay: float = same(VAEOptimConfig, "weight_decay", 0.05, "weight decay, of linear layers' weights only")
     betas: Tuple[float, float] = same(VAEOptimConfig, "betas", (0.9, 0.95))
     warmup_steps: int = same(VAEOptimConfig, "warmup_steps", 0, "linear warm-up steps")
     min_lr_ratio: float = setting(0.1, "final learning rate as a share of the peak; 1: constant", at_least=0, at_most=1)
@@ -206,12 +208,12 @@ class BiARTLossConfig(Settings):
 
     text_to_image_share: float = setting(0.5, "share of each batch trained text-to-image", at_least=0, at_most=1)
     reference_weight: float = setting(0.1, "weight of the loss on the reference tokens", at_least=0)
-    reference_dropout: float = setting(0.1, "share trained without reference, for guidance", at_least=0, at_most=1)
+    reference_dropout: float = setting(0.1, "share of pairs without reference, for guidance", at_least=0, at_most=1)
     word_dropout: float = setting(0.0, "share of words hidden from later words", at_least=0, at_most=0.5)
     code_dropout: float = setting(0.0, "share of codes hidden from later codes", at_least=0, at_most=0.5)
-    text_loss_weight: float = setting(1.0, "loss weight of text (for one direction: text_to_image_share)", above=0)
-    image_loss_weight: float = setting(1.0, "loss weight of image codes (see text_loss_weight)", above=0)
-    loss_chunk: Optional[int] = setting(None, "tokens whose logits are computed at once; less saves memory", at_least=1)
+    text_loss_weight: float = setting(1.0, "loss weight of text; to train one direction: text_to_image_share", above=0)
+    image_loss_weight: float = setting(1.0, "loss weight of image codes", above=0)
+    loss_chunk: Optional[int] = setting(None, "tokens per slice of logits, to save memory; default all", at_least=1)
 
 
 @dataclass(frozen=True)
@@ -219,15 +221,15 @@ class SamplingConfig(SamplingSettings):
     """Samples that are generated and logged during training; they have no effect on training."""
 
     num_samples: int = setting(8, "validation pairs to generate from, both ways; 0 for none", at_least=0)
-    num_judged: int = setting(32, "scenes of shapes whose samples are checked for truth; 0 for none", at_least=0)
-    sample_every_n_epochs: int = setting(1, "epochs between samples (log_images: also image_log_steps)", at_least=1)
+    num_judged: int = setting(32, "shapes: scenes whose samples are checked against the truth; 0: none", at_least=0)
+    sample_every_n_epochs: int = setting(1, "epochs between samples; log_images: every image_log_steps too", at_least=1)
 
 
 @dataclass(frozen=True)
 class CodesConfig(Settings):
     """Encoding a dataset once, so that training reads codes (--dataset codes) and runs no AugVAE."""
 
-    extract_codes: Optional[str] = setting(None, "do not train: write codes to its train/ and val/", path=True)
+    extract_codes: Optional[str] = setting(None, "do not train: write train/ and val/ codes to this folder", path=True)
     crops_per_image: int = setting(1, "crops per training image: centre, then random ones (resize_ratio)", at_least=1)
     shard_size: int = setting(10000, "images per shard of codes", at_least=1)
 
@@ -406,14 +408,14 @@ def with_pretrained_shape(config: TrainVAEConfig, pretrained: AugVAEConfig, give
         if getattr(config.model, name) != getattr(pretrained, name)
     ]
     if contradictions:
-        raise ConfigError(f"{there} has another shape:\n  " + "\n  ".join(contradictions))
+        raise ConfigError(f"{there} has another shape. Drop these settings:\n  " + "\n  ".join(contradictions))
     if config.data.img_size not in (None, pretrained.resolution):
         raise ConfigError(f"img_size: {config.data.img_size}, but {there} takes {pretrained.resolution} px. Drop it.")
     model = replace(pretrained, **{name: getattr(config.model, name) for name in free & set(given)})
     if o.finetune:  # the recipe names the level to keep, and can be run again
         (level,) = config.model.attn_resolutions
         if level not in pretrained.attn_resolutions:
-            raise ConfigError(f"attn_resolutions: {level} is none of {list(pretrained.attn_resolutions)} in {there}.")
+            raise ConfigError(f"attn_resolutions: {there} has levels {list(pretrained.attn_resolutions)}, not {level}.")
         model = replace(model, attn_resolutions=(level,))
     return replace(config, model=model)
 

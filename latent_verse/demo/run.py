@@ -1,6 +1,6 @@
 """The demo: AugVAE-ML -> AugVAE-SL -> codes -> BiART on a shapes world, evaluated in both directions, and its page.
 
-    python -m latent_verse.demo --world small --out demo        what `make demo` runs
+`make demo` runs `python -m latent_verse.demo --world small --out demo`.
 
 Each stage is a script that a user would call, in a process of its own. If interrupted, rerun the command to resume:
 finished stages are recognised by their outputs, and unfinished ones resume by their own means (--backup, shards of
@@ -44,7 +44,7 @@ SAMPLES = 24  # scenes of each split that the page shows
 class DemoSettings(Settings):
     """Which demo, and where."""
 
-    world: str = same(PairDataConfig, "world", "small", "shapes: small takes minutes on a CPU, full two hours or a GPU")
+    world: str = same(PairDataConfig, "world", "small", "shapes world: small (10 minutes on a CPU) or full (2 hours)")
     out: str = setting("demo", "folder for all outputs; rerun the command to resume", path=True)
     recipes: Optional[str] = setting(None, "folder with the three recipes; default configs/", path=True)
     train_pairs: Optional[int] = setting(None, "number of training pairs; default 8000, or 30000 for full", at_least=1)
@@ -269,7 +269,7 @@ def run(s: DemoSettings) -> Path:
 def main(argv: list[str] | None = None) -> int:
     """Run the demo; 0 when done, 2 for a mistake in the settings, 128 + N when stopped by signal N, 1 for a failure."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait busily slow each other down on few cores
-    config, _ = parse(DemoConfig, argv, __doc__)
+    config, _ = parse(DemoConfig, argv, __doc__, "python -m latent_verse.demo")
     try:
         page = run(config.demo)
     except Stopped as stopped:

@@ -151,7 +151,7 @@ def test_rfid_is_computed_by_the_code_for_generated_images(tmp_path, model, monk
     "flags, message",
     [
         (["--fake_data"], "ckpt_path is not given"),
-        (["--ckpt_path", "{model}"], "Neither test_dir nor val_dir is given"),
+        (["--ckpt_path", "{model}"], "test_dir, val_dir"),
         (["--ckpt_path", "nowhere.ckpt", "--fake_data"], "nowhere.ckpt does not exist"),
         (["--ckpt_path", "{model}", "--fake_data", "--resolution", "64"], "16 px"),
         (["--ckpt_path", "{model}", "--test_dir", "no-such-folder"], "no-such-folder"),

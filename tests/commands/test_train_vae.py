@@ -285,7 +285,7 @@ def test_saved_config_of_a_fine_tune_runs_again(tmp_path, images):
 
 MISTAKES = {
     "misspelt flag": (["--batchsize", "4"], "Did you mean --batch_size?"),
-    "wrong type": (["--batch_size", "four"], "batch_size: 'four' (from --batch_size) is not int"),
+    "wrong type": (["--batch_size", "four"], "batch_size: 'four' (from --batch_size)"),
     "missing config": (["--config", "configs/none.yaml"], "configs/none.yaml does not exist"),
     "missing folder": (["--train_dir", "nowhere"], "nowhere"),
     "no folder": ([], "train_dir is not given"),
