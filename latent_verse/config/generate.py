@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Optional, Tuple  # OmegaConf reads these annotations at run time
 
-from latent_verse.config.evaluate import CaptionConfig
+from latent_verse.config.evaluate import CaptionConfig, EvaluatedConfig, EvalWriteConfig
 from latent_verse.config.settings import ConfigError, SamplingSettings, Settings, check_rules, require, same, setting
 from latent_verse.config.train import TextConfig
 
@@ -19,7 +19,7 @@ TASKS = ("complete", "score", "image", "text")  # `complete` takes texts as well
 class WhatConfig(Settings):
     """The model, and one of four things to do: text, image, score or complete."""
 
-    model: Optional[str] = setting(None, "model: a bundle that train_biart.py wrote, or a hub id", path=True)
+    model: Optional[str] = same(EvaluatedConfig, "model", None, "a bundle that train_biart.py wrote, or a hub id")
     text: Tuple[str, ...] = setting((), "generate images for these texts, one argument each")
     text_file: Optional[str] = setting(None, "generate images for the texts in this file, one per line", path=True)
     image: Tuple[str, ...] = setting((), "generate captions for these images (files or folders)", path=True)
@@ -34,7 +34,7 @@ class GenerateSamplingConfig(SamplingSettings):
 
     num: int = setting(1, "images per text, or captions per image", at_least=1)
     temperature: float = same(SamplingSettings, "temperature", 1.0, "temperature; 0: greedy, the default for captions")
-    seed: Optional[int] = setting(None, "seed for sampling; default a random one, which is recorded", at_least=0)
+    seed: Optional[int] = same(EvalWriteConfig, "seed", None, "seed for sampling; default random, and recorded")
     rerank: int = setting(0, "candidates per image; the one that makes its text likeliest is kept; 0: off", at_least=0)
     beams: int = same(CaptionConfig, "beams")
     text_too_long: str = same(TextConfig, "text_too_long", "truncate", "cut texts that are too long, or raise an error")

@@ -27,7 +27,7 @@ from typing import Any, Optional
 
 from latent_verse.config import ConfigError, Settings, same, setting
 from latent_verse.config.cli import one_line_errors, parse, read_yaml
-from latent_verse.config.generate import WriteConfig
+from latent_verse.config.generate import GenerateSamplingConfig, WriteConfig
 from latent_verse.config.train import PairDataConfig, TrainBiARTConfig, TrainVAEConfig
 from latent_verse.data.shapes import World
 from latent_verse.demo import results
@@ -45,11 +45,13 @@ class DemoSettings(Settings):
     """Which demo, and where."""
 
     world: str = same(PairDataConfig, "world", "small", "shapes world: small (10 minutes on a CPU) or full (2 hours)")
-    out: str = setting("demo", "folder for all outputs; rerun the command to resume", path=True)
+    out: str = same(WriteConfig, "out", "demo", "folder for all outputs; rerun the command to resume")
     recipes: Optional[str] = setting(None, "folder with the three recipes; default configs/", path=True)
     train_pairs: Optional[int] = setting(None, "number of training pairs; default 8000, or 30000 for full", at_least=1)
     count: int = setting(500, "number of scenes to evaluate in each split", at_least=1)
-    rerank: int = setting(8, "number of images that the model chooses from, for the results with re-ranking")
+    rerank: int = same(
+        GenerateSamplingConfig, "rerank", 8, "number of images that the model chooses from, for results with re-ranking"
+    )
     gpus: int = same(WriteConfig, "gpus")
 
 
