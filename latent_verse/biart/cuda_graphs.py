@@ -14,12 +14,10 @@ from torch import nn
 
 
 def can_capture(model: nn.Module, device: torch.device) -> bool:
-    """Whether decoding steps can become CUDA graphs: not under autocast, whose cache of cast weights may be freed
-    between two replays, and not with sharded parameters, which are gathered anew in every step.
-    """
-    if device.type != "cuda" or torch.is_autocast_enabled("cuda"):
+    """Whether decoding steps can become CUDA graphs."""
+    if device.type != "cuda" or torch.is_autocast_enabled("cuda"):  # its cached casts may be freed between two replays
         return False
-    return not any(hasattr(p, "device_mesh") for p in model.parameters())
+    return not any(hasattr(p, "device_mesh") for p in model.parameters())  # sharded ones are gathered anew in each step
 
 
 class CUDAGraphs:

@@ -51,7 +51,7 @@ class Scores:
 
 
 def token_counts(model: LikelihoodModel, text_TL: Tensor) -> Tensor:
-    """Tokens of each text that its log p is a sum over: with the end of the text, if there is room for it."""
+    """The number of tokens that each text's log p sums over, the end included if there is room for it."""
     return ((text_TL != model.biart.vocab.pad).sum(1) + 1).clamp(max=text_TL.shape[1])
 
 
