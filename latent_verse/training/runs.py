@@ -104,7 +104,7 @@ def run_folder(log_dir: str, name: str) -> Path:
 
 
 def new_folder(log_dir: str, name: str) -> Path:
-    """<log_dir>/<name>, or <name>-2, <name>-3, ... where that exists. Raises as `run_folder`; nothing is written."""
+    """As `run_folder`, or <name>-2, <name>-3, ... where that exists. Nothing is written."""
     return free(run_folder(log_dir, name))
 
 
