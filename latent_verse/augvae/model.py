@@ -4,8 +4,7 @@ Level 0 is the largest. Encoder 0 reads the image; each further encoder halves t
 Decoding runs from the smallest level up: each decoder reads the codes of its level and what has been decoded so far.
 The single-level form keeps one level's codes; 1x1 `connectors` replace the missing inputs.
 
-Shapes: B batch, C channels, H height, W width, R resolution of an image, h of a level, D code dimension, K codes in the
-codebook, N codes of an image.
+Shapes: B batch, C channels, H x W pixels, R image resolution, h of a level, D code dimension, K codebook size, N codes.
 """
 
 from __future__ import annotations

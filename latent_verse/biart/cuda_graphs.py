@@ -25,8 +25,7 @@ class CUDAGraphs:
 
     The first call with a number of slots runs `step` itself, which initialises what a capture must not wait for. The
     second call captures it, and all later ones replay the graph. If a capture fails, `step` runs without graphs, with a
-    warning. `step` has to keep everything that changes between calls in tensors that it updates in place, and must not
-    wait for the device.
+    warning. `step` must keep what changes between calls in tensors, update them in place, and not wait for the device.
     """
 
     def __init__(self, step: Callable[[int], None], capture: bool):

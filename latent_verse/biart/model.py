@@ -1,7 +1,6 @@
 """BiART, one transformer for text→image and image→text (paper section 3.2), built like minGPT.
 
-Shape suffixes: B batch, T positions, C channels (n_embd), H heads, D channels per head, V classes, M tokens, S slots,
-F = 4 C.
+Shape suffixes: B batch, T positions, C channels (n_embd), H heads, D = C / H, V classes, M tokens, S slots, F = 4 C.
 
 Unlike minGPT it has a segment embedding, attention by `scaled_dot_product_attention`, and a head that computes the
 logits of one modality only, since the layout (`sequence.py`) says which modality comes next.

@@ -6,8 +6,7 @@ Shape suffixes: B samples, L text tokens, N image codes, K codes already known, 
     image_to_text   BOI i_1 .. i_N  BOT t_1 .. t_L        segment 0: BOI and the codes, segment 1: BOT and the text
 
 The network reads all tokens but the last and predicts all but the first. Both directions have the same static length,
-and causality is the only attention mask. The begin token of the second half follows from the layout and is never
-predicted.
+and causality is the only attention mask. The begin token of the second half is never predicted: the layout gives it.
 """
 
 from __future__ import annotations

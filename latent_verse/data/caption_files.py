@@ -101,7 +101,7 @@ def read_json(path: str | os.PathLike, key: str) -> tuple[object, str]:
 
 
 def entries(content: object, name: str, fields: dict[str, type | tuple[type, ...]], path: str, key: str) -> list[dict]:
-    """The list content[name], whose entries have the given fields, of their types.
+    """The list content[name], whose entries have the given fields, of the given types.
 
     Raises:
         DataError: there is no such list, or an entry lacks a field or has one of another type.

@@ -177,8 +177,12 @@ def table(results: dict[str, Any], title: str) -> str:
     return "\n".join(lines)
 
 
-def _check(config: ShapesEvalConfig) -> None:
-    """Refuse settings that cannot be used, before a model is loaded."""
+def check(config: ShapesEvalConfig) -> None:
+    """Check the settings before a model is loaded.
+
+    Raises:
+        ConfigError: a setting is missing, cannot be used or has no effect.
+    """
     w, d = config.what, config.draw
     if not w.model:
         raise ConfigError("model is not given: name the folder of a bundle, as train_biart.py writes one.")
@@ -192,7 +196,7 @@ def _check(config: ShapesEvalConfig) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Evaluate, print and write; 0 when done, 2 for a mistake in the settings, the bundle or the number of scenes."""
     config, _ = parse(ShapesEvalConfig, argv, __doc__)
-    _check(config)
+    check(config)
     from latent_verse.evaluation.distributed import device
     from latent_verse.inference.pipeline import LVerse
 

@@ -4,8 +4,7 @@
     [[image]] = model.text_to_image(["a red circle"])
     [[caption]] = model.image_to_text([image])
 
-Shape suffixes: B samples, R references, S samples of each, I images, T texts, N image codes, K of them kept,
-L text tokens.
+Shape suffixes: B samples, R references, S samples of each, I images, T texts, N image codes, K kept, L text tokens.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Metrics of a bidirectional likelihood model: retrieval, zero-shot classification and held-out likelihoods.
 
-No other network is involved: everything is log p(text | image) and log p(image | text) of the model itself, in nats,
-over its own tokens and codes.
+No other network is involved: all is the model's own log p(text | image) and log p(image | text), in nats.
 
 Shapes: I images, T texts (captions or class names), N codes of an image, L text tokens, B pairs.
 """
