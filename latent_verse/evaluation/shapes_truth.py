@@ -183,7 +183,11 @@ def table(results: dict[str, Any], title: str) -> str:
 
 
 def check(config: ShapesEvalConfig) -> None:
-    """Raises ConfigError for settings that cannot be used, before a model is loaded."""
+    """Check the settings before a model is loaded.
+
+    Raises:
+        ConfigError: a setting is missing, cannot be used or has no effect.
+    """
     w, d = config.what, config.draw
     if not w.model:
         raise ConfigError("model is not given: name the folder of a bundle, as train_biart.py writes one.")

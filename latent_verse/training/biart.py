@@ -68,8 +68,6 @@ class LitBiART(pl.LightningModule):
         """The weights to validate, sample from and export: the averaged ones if ema_decay keeps them."""
         return self.model if self.ema is None else self.ema
 
-    # ----------------------------------------------------------------------------------------------------- preparation
-
     def configure_model(self) -> None:
         """Apply the settings activation_checkpointing, compile and strategy: fsdp to the network."""
         if self._configured:  # Lightning calls this at each fit, validate and test
@@ -107,8 +105,6 @@ class LitBiART(pl.LightningModule):
     def on_train_start(self) -> None:
         """Start the clock of tokens_per_second."""
         self._tokens, self._since = 0, time.perf_counter()
-
-    # ----------------------------------------------------------------------------------------------------------- steps
 
     def codes(self, x: Tensor) -> Tensor:
         """Images (B, C, H, W) in [-1, 1], or codes -> codes (B, N) int64. AugVAE runs in float32 at any precision."""
@@ -197,8 +193,6 @@ class LitBiART(pl.LightningModule):
             mean.reset()
         self.log("val/total_loss", total, prog_bar=True)
 
-    # ------------------------------------------------------------------------------------------------------- optimiser
-
     def configure_optimizers(self):
         """AdamW, or Muon for the blocks' matrices with AdamW for the rest; a warm-up, then a cosine over the run."""
         o = self.config.optim
@@ -224,8 +218,6 @@ class LitBiART(pl.LightningModule):
             decay = min(self.config.optim.ema_decay, (1 + step) / (10 + step))
             with torch.no_grad():
                 torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
-
-    # ----------------------------------------------------------------------------------------------------- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make the file describe itself, in plain types."""
