@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import errno
 import hashlib
 import os
-import pickletools
+import pickle
 import re
 import zipfile
 from collections.abc import Iterable
-from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +25,6 @@ from latent_verse.config import AugVAEConfig, BiARTConfig, UserError, as_plain, 
 from latent_verse.files import differences
 
 Kind = Literal["augvae", "biart"]  # what a checkpoint says of itself
-PLAIN = re.compile(r"collections\.OrderedDict|argparse\.Namespace|torch(\._utils|\.nn\.parameter|\.storage)?\.\w+")
 STEP = re.compile(r"step=(\d+)\.ckpt$")
 
 
@@ -40,60 +39,69 @@ def read_ckpt(file: str | os.PathLike) -> dict[str, Any]:
         CheckpointError: the file is missing, truncated, not a checkpoint, or cannot be read without running code.
     """
     file = Path(file)
-    if not file.is_file():
-        near = sorted(p.name for p in file.parent.glob("*.ckpt")) if file.parent.is_dir() else []
-        there = f" That folder holds: {', '.join(near)}" if near else ""
-        raise CheckpointError(f"checkpoint {file} does not exist.{there}")
-    if file.suffix == ".safetensors":  # some versions of PyTorch read it, others take it for a pickle of code
+    if file.suffix == ".safetensors" and os.path.exists(file):  # PyTorch reads it, or takes it for a pickle of code
         raise CheckpointError(f"{file} contains only weights; expected a Lightning .ckpt.")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file) or None)
-    except PermissionError as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from error
+    except (FileNotFoundError, NotADirectoryError) as error:
+        near = sorted(p.name for p in file.parent.glob("*.ckpt"))
+        there = f" That folder holds: {', '.join(near)}" if near else ""
+        raise CheckpointError(f"checkpoint {file} does not exist.{there}") from error
+    except IsADirectoryError as error:
+        there = ", ".join(sorted(p.name for p in file.iterdir())[:10]) or "nothing"
+        raise CheckpointError(f"{file} is a folder without a checkpoint; it holds {there}.") from error
+    except pickle.UnpicklingError as error:
+        reason = first_line(error.__context__ or error).split(". ")[0]  # without torch's advice to allow it
+        raise CheckpointError(
+            f"{file} is refused: it is no checkpoint, or one that holds more than tensors and plain types, which could "
+            f"run code: {reason}"
+        ) from error
     except Exception as error:  # pickle, zipfile and torch each raise their own for a damaged file
-        if code := _foreign_name(file):
-            raise CheckpointError(f"{file} is refused: it names {code}, and reading that would run code.") from error
-        raise CheckpointError(f"{file} is not a complete checkpoint; was it cut off? Or is it another file?") from error
+        reason = f"{type(error).__name__}: {first_line(error)}".removesuffix(": ")
+        # a zip archive that was cut off is an "invalid argument"; torch says "unable to" open, or map, a file
+        if (isinstance(error, OSError) and error.errno != errno.EINVAL) or str(error).startswith("unable to "):
+            raise CheckpointError(f"{file} cannot be read: {reason}") from error
+        raise CheckpointError(
+            f"{file} is not a complete checkpoint; was it cut off? Or is it another file? {reason}"
+        ) from error
     if not isinstance(content, dict) or "state_dict" not in content:
         raise CheckpointError(f"{file} holds no state_dict; expected a Lightning checkpoint.")
     return content
 
 
-def _foreign_name(file: Path) -> str | None:
-    """The first thing that a checkpoint's pickles name beyond plain types and torch's; they are read, not executed."""
-    texts: list[str] = []
-    with suppress(Exception), ExitStack() as stack:  # damaged bytes raise nearly anything
-        if zipfile.is_zipfile(file):
-            archive = stack.enter_context(zipfile.ZipFile(file))
-            streams = [archive.open(name) for name in archive.namelist() if name.endswith("data.pkl")]
-        else:  # before PyTorch 1.6: four pickles one after the other, then the tensors' bytes
-            streams = [stack.enter_context(file.open("rb"))] * 4
-        for stream in streams:
-            for opcode, argument, _ in pickletools.genops(stream):
-                if isinstance(argument, str):
-                    texts = [*texts[-1:], argument]
-                if opcode.name in ("GLOBAL", "STACK_GLOBAL"):
-                    name = ".".join(texts if opcode.name == "STACK_GLOBAL" else texts[-1].split(" "))
-                    if not PLAIN.fullmatch(name):
-                        return name
-    return None
-
-
 def find_checkpoint(path: Path) -> Path:
-    """The best checkpoint of a run folder, or its newest if none is named best; any other path unchanged."""
-    for folder in (path / "checkpoints", path):
-        files = list(folder.glob("*.ckpt")) if folder.is_dir() else []
-        chosen = newest(files, "best-") or newest(files)
-        if chosen:
-            return chosen
+    """The best checkpoint of a run folder, or its newest if none is named best; any other path unchanged.
+
+    Raises:
+        CheckpointError: the folder cannot be read, or see `newest`.
+    """
+    try:
+        for folder in (path / "checkpoints", path):
+            files = list(folder.glob("*.ckpt")) if folder.is_dir() else []
+            if (folder / "config.json").is_file():  # it holds weights of its own
+                files = [p for p in files if step_of(p) is not None]
+            if chosen := newest(files, "best-") or newest(files):
+                return chosen
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
     return path
 
 
 def newest(files: Iterable[Path], prefix: str = "") -> Path | None:
-    """The checkpoint with the highest step in its name (`<prefix>...step=N.ckpt`), whatever the order or times."""
+    """The checkpoint with the highest step in its name (`<prefix>...step=N.ckpt`); without a prefix, else the only one.
+
+    Raises:
+        CheckpointError: there are several, no name has a step, and no prefix is given.
+    """
+    files = list(files)
     found = [(step_of(p), str(p), p) for p in files if p.name.startswith(prefix) and step_of(p) is not None]
-    return max(found)[2] if found else None
+    if found or prefix or not files:
+        return max(found)[2] if found else None
+    if len(files) > 1:
+        names = ", ".join(sorted(map(str, files)))
+        raise CheckpointError(f"Which checkpoint is the newest? No name has a step=N. Give one of them: {names}")
+    return files[0]
 
 
 def step_of(checkpoint: Path) -> int | None:

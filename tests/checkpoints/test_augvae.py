@@ -6,6 +6,8 @@ import argparse
 import dataclasses
 import json
 import os
+import resource
+import zipfile
 from pathlib import Path
 
 import huggingface_hub
@@ -16,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from latent_verse.augvae.model import AugVAE
 from latent_verse.checkpoints.augvae import load_augvae, load_for_training
+from latent_verse.checkpoints.biart import export_bundle
 from latent_verse.checkpoints.ckpt_files import CheckpointError, check_resumable, find_checkpoint, newest, read_ckpt
 from latent_verse.config import ConfigError, as_plain
 from latent_verse.config.train import EvalVAEConfig, TrainerConfig, TrainVAEConfig, VAEOptimConfig, with_evaluated_shape
@@ -149,8 +152,23 @@ def test_the_newest_is_that_of_the_highest_step(tmp_path):
     for order in (files, files[::-1]):
         assert newest(order).name == "last-epoch=1-step=11.ckpt"
         assert newest(order, "best-").name == "best-epoch=10-step=10.ckpt"
-    assert newest([]) is None
-    assert newest([tmp_path / "model.ckpt"]) is None
+    assert newest([]) is None and newest([tmp_path / "best-model.ckpt"], "best-") is None
+    assert newest([tmp_path / "model.ckpt"]).name == "model.ckpt"  # there is no other
+
+
+def test_a_folder_gives_its_only_checkpoint_whatever_its_name(tiny_augvae, tiny_images, tmp_path):
+    model = tiny_augvae()
+    own_ckpt(model, tmp_path / "run" / "checkpoints" / "last.ckpt")
+    assert_same(load_augvae(tmp_path / "run"), model, tiny_images())
+    own_ckpt(model, tmp_path / "run" / "checkpoints" / "last-v1.ckpt")
+    for path in ("run", "run/checkpoints"):  # of two, none is the newest
+        message = refusal(tmp_path / path)
+        assert "last.ckpt" in message and "last-v1.ckpt" in message and "step=N" in message
+    own_ckpt(model, tmp_path / "run" / "checkpoints" / "last-step=3.ckpt")
+    assert find_checkpoint(tmp_path / "run").name == "last-step=3.ckpt"
+    model.save_pretrained(tmp_path / "saved")  # a folder with weights of its own stands for these
+    own_ckpt(tiny_augvae(seed=9), tmp_path / "saved" / "old.ckpt")
+    assert_same(load_augvae(tmp_path / "saved"), model, tiny_images())
 
 
 def test_the_weights_file_of_a_folder_stands_for_the_folder(tiny_augvae, tiny_images, tmp_path):
@@ -233,6 +251,26 @@ def test_only_namespace_is_allowed_and_only_while_reading(tiny_augvae, tmp_path)
     assert "module.ckpt is refused" in message and "torch.nn.modules.linear.Linear" in message
 
 
+def test_plain_types_beyond_tensors_are_read(tiny_augvae, tmp_path):
+    more = {"set": {1, 2}, "bytes": b"abc", "namespace": argparse.Namespace(a=1)}
+    assert read_ckpt(own_ckpt(tiny_augvae(), tmp_path / "a.ckpt", more=more))["more"] == more
+
+
+def test_what_harmless_files_hold_is_not_accused(tiny_augvae, tmp_path):
+    """A file is refused for what it holds only if that is why it could not be read."""
+    whole = own_ckpt(tiny_augvae(), tmp_path / "whole.ckpt", more={1, 2})
+    with zipfile.ZipFile(whole) as archive, zipfile.ZipFile(tmp_path / "lacks.ckpt", "w") as rest:
+        for name in archive.namelist():
+            if not name.endswith("data/0"):  # the first tensor
+                rest.writestr(name, archive.read(name))
+    message = refusal(tmp_path / "lacks.ckpt")
+    assert "not a complete checkpoint" in message and "data/0" in message
+    torch.save({"state_dict": {}, "repeated": [{"x": "x"}, b"y"]}, tmp_path / "new.ckpt", pickle_protocol=4)
+    with pytest.warns(UserWarning, match="pickle protocol 4"):
+        message = refusal(tmp_path / "new.ckpt")
+    assert "new.ckpt is refused" in message and "global" not in message.lower()
+
+
 # -------------------------------------------------------------------------------------------------------- damaged files
 
 
@@ -272,6 +310,33 @@ def test_checkpoints_of_other_models(tiny_augvae, tmp_path):
     assert "neither" in refusal(tmp_path / "other.ckpt")
     file = own_ckpt(tiny_augvae(), tmp_path / "biart.ckpt", latent_verse={"kind": "biart", "model": {}})
     assert "is a checkpoint of biart, not of an AugVAE" in refusal(file)
+
+
+@pytest.mark.parametrize("left", [0, 1])
+def test_an_intact_file_that_cannot_be_opened(tiny_augvae, tmp_path, left):
+    file = own_ckpt(tiny_augvae(), tmp_path / "a.ckpt")
+    load_augvae(file)  # whatever else it opens is open or read by now
+    limits, held = resource.getrlimit(resource.RLIMIT_NOFILE), []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, limits[0]), limits[1]))
+    try:
+        with pytest.raises(OSError):
+            while True:
+                held.append(os.open(os.devnull, os.O_RDONLY))
+        for _ in range(left):
+            os.close(held.pop())
+        message = refusal(file)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        for number in held:
+            os.close(number)
+    assert f"{file} cannot be read" in message and "Too many open files" in message
+    assert "cut off" not in message and "\n" not in message
+
+
+def test_a_damaged_file_says_what_was_found(tmp_path):
+    torch.save({"state_dict": {"a": torch.zeros(999)}}, tmp_path / "a.ckpt", _use_new_zipfile_serialization=False)
+    (tmp_path / "a.ckpt").write_bytes((tmp_path / "a.ckpt").read_bytes()[:-100])
+    assert "cut off" in refusal(tmp_path / "a.ckpt") and "expected 100 more bytes" in refusal(tmp_path / "a.ckpt")
 
 
 # -------------------------------------------------------------------------------------- keys and shapes that do not fit
@@ -351,6 +416,16 @@ def test_a_folder_that_lacks_a_file(tiny_augvae, tmp_path, absent):
 
 def test_an_empty_folder(tmp_path):
     assert "holds no config.json" in refusal(tmp_path)
+    with pytest.raises(CheckpointError) as error:
+        export_bundle(tmp_path, tmp_path / "bundle")
+    assert str(tmp_path) in str(error.value) and "folder" in str(error.value) and "exist" not in str(error.value)
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(CheckpointError, match=r"folder.*notes\.txt"):
+        export_bundle(tmp_path, tmp_path / "bundle")
+
+
+def test_a_path_that_the_system_refuses():
+    assert "File name too long" in refusal("a" * 300 + ".ckpt")
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.99])
@@ -423,7 +498,7 @@ def test_fine_tuning_starts_from_the_level(tiny_augvae, tiny_config, tmp_path):
     assert run.model == dataclasses.replace(model.config, attn_resolutions=(4,))  # the recipe, to be run again
     assert single.config == dataclasses.replace(model.config, single_level=4)
     assert torch.equal(single.encoders[1].conv_in.weight, model.encoders[1].conv_in.weight)
-    with pytest.raises(ConfigError, match=r"attn_resolutions: 16 .*\[8, 4, 2\].*ml.ckpt"):
+    with pytest.raises(ConfigError, match=r"attn_resolutions: .*ml\.ckpt has levels \[8, 4, 2\], not 16"):
         load_for_training(training_config(tiny_config(attn_resolutions=(16,)), file, finetune=True), set())
     file = own_ckpt(single, tmp_path / "sl.ckpt")
     with pytest.raises(ConfigError, match=r"sl.ckpt is an AugVAE-SL \(level 4\)"):

@@ -345,7 +345,7 @@ def test_what_contradicts_the_weights_to_start_from_is_refused(world, tmp_path, 
         (["--pretrained_path", str(tmp_path / "vae")], ["is an AugVAE, the first half of a bundle"]),
         (["--pretrained_path", str(tmp_path / "empty")], ["is no bundle: it holds no config.json"]),
         (["--pretrained_path", str(tmp_path / "none.ckpt")], ["none.ckpt does not exist"]),
-        (["--pretrained_path", str(tmp_path / "weights.pt")], ["weights.pt is not a complete checkpoint"]),
+        (["--pretrained_path", str(tmp_path / "weights.pt")], ["weights.pt is refused"]),
     ):
         assert train_biart.main([*start, *flags, "--max_steps", "1"]) == (2 if messages else 0), flags
         error = capsys.readouterr().err
