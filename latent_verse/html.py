@@ -10,8 +10,14 @@ import functools
 import io
 from pathlib import Path
 
-import jinja2
 from PIL import Image
+
+from latent_verse.config import UserError
+
+try:
+    import jinja2
+except ModuleNotFoundError as error:
+    raise UserError("pages need the package jinja2: pip install '.[eval]'") from error
 
 
 @functools.cache

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -47,6 +49,60 @@ def test_names_of_earlier_versions():
 def test_the_first_import_of_augvae_can_read_and_write_files():
     code = "from latent_verse import AugVAE; AugVAE.from_pretrained, AugVAE.save_pretrained"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=120).returncode == 0
+
+
+# a process in which the packages of the extras are not installed; then what `code` does in it
+WITHOUT = """
+import importlib.metadata, sys
+from importlib.machinery import PathFinder
+absent = set({packages})
+find_spec, from_name = PathFinder.find_spec, importlib.metadata.Distribution.from_name
+def distribution(name):
+    if name.lower().replace("-", "_") in absent:
+        raise importlib.metadata.PackageNotFoundError(name)
+    return from_name(name)
+importlib.metadata.Distribution.from_name = distribution
+PathFinder.find_spec = lambda name, *more: None if name.split(".")[0] in absent else find_spec(name, *more)
+{code}
+"""
+PROGRAMS = """
+import json
+from pathlib import Path
+from PIL import Image
+from latent_verse.__main__ import main
+from latent_verse.demo.run import main as demo
+Path("images").mkdir()
+for i in range(2):
+    Image.new("RGB", (40, 40), (i, 90, 200)).save(f"images/{i}.png")
+assert main(["eval-biart", "--model", "bundle", "--fake_data"]) == 2  # without jinja2
+assert demo(["--recipes", "nowhere"]) == 2
+absent.remove("jinja2")
+assert demo(["--recipes", "nowhere"]) == 2  # without matplotlib
+import latent_verse.evaluation.worker
+quick = ["--gpus", "0", "--num_workers", "0"]
+steps = ["--max_steps", "1", "--limit_val_batches", "1", "--name", "run"]
+assert main(["train-vae", "--config", "tiny_augvae_ml", "--fake_data", *quick, *steps]) == 0
+for name, data in (("fake", ["--fake_data"]), ("real", ["--test_dir", "images", "--dataset", "flat"])):
+    assert main(["eval-vae", "--ckpt_path", "results/run", "--name", name, *data, *quick]) == 0
+assert "pip install '.[eval]'" in json.loads(Path("results/real/metrics.json").read_text())["missing"]["rfid"]
+assert not absent & {module.split(".")[0] for module in sys.modules}
+main(["generate", "--help"])
+"""
+
+
+def test_without_the_extras(tmp_path):
+    """What needs their packages is missing, and says what to install; all else works."""
+    extras = PROJECT["project"]["optional-dependencies"]
+    packages = {re.match(r"[\w-]+", line)[0].replace("-", "_") for line in extras["eval"] + extras["demo"]}
+    code = WITHOUT.format(packages=packages, code=PROGRAMS)
+    paths = {"PYTHONPATH": str(ROOT), "TORCH_HOME": str(tmp_path), "HOME": str(tmp_path)}
+    place = {"cwd": tmp_path, "capture_output": True, "text": True, "env": os.environ | paths, "timeout": 300}
+    done = subprocess.run([sys.executable, "-c", code], **place)
+    assert done.returncode == 0 and "usage: " in done.stdout, done.stderr
+    assert "Traceback" not in done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    remedies = [("jinja2", "'.[eval]'"), ("jinja2", "'.[eval]'"), ("matplotlib", "'.[demo]'")]
+    assert len(errors) == 3 and all(a in e and b in e for e, (a, b) in zip(errors, remedies, strict=True)), errors
 
 
 def test_commands(capsys):

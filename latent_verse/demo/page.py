@@ -8,10 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from latent_verse.config import UserError
 from latent_verse.evaluation.shapes_truth import ATTRIBUTES
 from latent_verse.files import write_text
 from latent_verse.html import embedded, render
 from latent_verse.metrics.intervals import wilson
+
+try:
+    import matplotlib
+except ModuleNotFoundError as error:
+    raise UserError("the demo's page needs the package matplotlib: pip install '.[demo]'") from error
 
 TEXT_COLOUR = "#7a828c"  # of curves' axes: readable on white and on black
 COLOURS = ("#3b82f6", "#f97316", "#10b981", "#a855f7")
@@ -109,8 +115,6 @@ def _percent(result: dict[str, int]) -> str:
 
 def _plot(curves: Curves) -> bytes:
     """The curves as SVG."""
-    import matplotlib
-
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 

@@ -30,7 +30,6 @@ from latent_verse.config.cli import one_line_errors, parse, read_yaml
 from latent_verse.config.generate import GenerateSamplingConfig, WriteConfig
 from latent_verse.config.train import PairDataConfig, TrainBiARTConfig, TrainVAEConfig
 from latent_verse.data.shapes import World
-from latent_verse.demo import results
 from latent_verse.files import write_json
 
 ROOT = Path(__file__).parents[2]
@@ -248,9 +247,11 @@ def run(s: DemoSettings) -> Path:
     """Run all stages that are not finished yet; returns the page's path.
 
     Raises:
-        ConfigError: a recipe cannot be read, or the folder holds another demo.
+        UserError: a recipe cannot be read, a package is missing, or the folder holds another demo.
         Stopped: see `run_stage`.
     """
+    from latent_verse.demo import results  # before the stages: it says which package the page lacks
+
     out = Path(s.out).expanduser().resolve()
     stages = plan(s, out)
     out.mkdir(parents=True, exist_ok=True)

@@ -48,7 +48,7 @@ def score(generated: Sequence[str], references: Sequence[Sequence[str]], java: b
     if not generated or len(generated) != len(references) or not all(references):
         raise DataError(f"{len(generated)} captions for {len(references)} images, each of which needs a reference.")
     if importlib.util.find_spec("pycocoevalcap") is None:
-        reason = "needs the package pycocoevalcap: pip install pycocoevalcap"
+        reason = "needs the package pycocoevalcap: pip install '.[eval]'"
         words = [plain_words(text) for text in generated]
         missing = dict.fromkeys((*BLEU_NAMES, "rouge_l", "cider", *JAVA_NAMES), reason)
         return CaptionScores({}, {}, missing, PLAIN, words)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageFilter
 from torch import Tensor, nn
-from torchmetrics.image import FrechetInceptionDistance
+from torchmetrics.image.fid import FrechetInceptionDistance  # .image lacks it without torch-fidelity
 
 from latent_verse.data import DataError
 from latent_verse.files import differences, replacing

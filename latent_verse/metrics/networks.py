@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import importlib.util
 import logging
 import os
 import re
@@ -73,7 +74,13 @@ def sha256(path: Path) -> str:
 
 
 def inception_weights() -> Weights:
-    """torch-fidelity's port of the original FID's InceptionV3, in torch's cache ($TORCH_HOME, or ~/.cache/torch)."""
+    """torch-fidelity's port of the original FID's InceptionV3, in torch's cache ($TORCH_HOME, or ~/.cache/torch).
+
+    Raises:
+        NetworkMissing: torch-fidelity is not installed.
+    """
+    if importlib.util.find_spec("torch_fidelity") is None:
+        raise NetworkMissing("needs the package torch-fidelity: pip install '.[eval]'")
     return Weights(Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION, INCEPTION_URL, "6726825d")
 
 
@@ -141,7 +148,7 @@ def open_inception() -> Inception:
     """InceptionV3 on the CPU.
 
     Raises:
-        NetworkMissing: see `Weights.find`.
+        NetworkMissing: see `inception_weights` and `Weights.find`.
     """
     return Inception(inception_weights().find())
 
