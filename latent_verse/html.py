@@ -6,7 +6,6 @@ The templates lie in `latent_verse/templates`; `base.html` has the style that al
 from __future__ import annotations
 
 import base64
-import functools
 import io
 from pathlib import Path
 
@@ -15,26 +14,22 @@ from PIL import Image
 from latent_verse.config import UserError
 
 try:
-    import jinja2
+    from jinja2 import Environment, PackageLoader, StrictUndefined
 except ModuleNotFoundError as error:
     raise UserError("pages need the package jinja2: pip install '.[eval]'") from error
 
-
-@functools.cache
-def environment() -> jinja2.Environment:
-    """The environment of all pages: everything is escaped, and a name that a template misspells is an error."""
-    return jinja2.Environment(
-        loader=jinja2.PackageLoader("latent_verse"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+PAGES = Environment(
+    loader=PackageLoader("latent_verse"),
+    autoescape=True,
+    undefined=StrictUndefined,  # a name that a template misspells is an error
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
 
 
 def render(template: str, **content: object) -> str:
     """A page from a template of `latent_verse/templates`."""
-    return environment().get_template(template).render(content)
+    return PAGES.get_template(template).render(content)
 
 
 def embedded(image: Image.Image | Path | bytes) -> str:

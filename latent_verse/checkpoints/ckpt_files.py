@@ -11,7 +11,6 @@ import dataclasses
 import errno
 import hashlib
 import os
-import pickle
 import re
 import zipfile
 from collections.abc import Iterable
@@ -45,26 +44,21 @@ def read_ckpt(file: str | os.PathLike) -> dict[str, Any]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file) or None)
     except (FileNotFoundError, NotADirectoryError) as error:
-        near = sorted(p.name for p in file.parent.glob("*.ckpt"))
-        there = f" That folder holds: {', '.join(near)}" if near else ""
-        raise CheckpointError(f"checkpoint {file} does not exist.{there}") from error
+        near = ", ".join(sorted(p.name for p in file.parent.glob("*.ckpt"))) or "none"
+        raise CheckpointError(f"checkpoint {file} does not exist; checkpoints beside it: {near}") from error
     except IsADirectoryError as error:
         there = ", ".join(sorted(p.name for p in file.iterdir())[:10]) or "nothing"
         raise CheckpointError(f"{file} is a folder without a checkpoint; it holds {there}.") from error
-    except pickle.UnpicklingError as error:
-        reason = first_line(error.__context__ or error).split(". ")[0]  # without torch's advice to allow it
-        raise CheckpointError(
-            f"{file} is refused: it is no checkpoint, or one that holds more than tensors and plain types, which could "
-            f"run code: {reason}"
-        ) from error
     except Exception as error:  # pickle, zipfile and torch each raise their own for a damaged file
         reason = f"{type(error).__name__}: {first_line(error)}".removesuffix(": ")
+        what = "is not a complete checkpoint; was it cut off? Or is it another file?"
+        if reason.startswith("UnpicklingError"):
+            what = "is refused: it is no checkpoint, or holds more than tensors and plain types, which could run code"
+            reason = first_line(error.__context__ or error).split(" Please ")[0]  # without torch's advice to allow it
         # a zip archive that was cut off is an "invalid argument"; torch says "unable to" open, or map, a file
-        if (isinstance(error, OSError) and error.errno != errno.EINVAL) or str(error).startswith("unable to "):
-            raise CheckpointError(f"{file} cannot be read: {reason}") from error
-        raise CheckpointError(
-            f"{file} is not a complete checkpoint; was it cut off? Or is it another file? {reason}"
-        ) from error
+        elif (isinstance(error, OSError) and error.errno != errno.EINVAL) or str(error).startswith("unable to "):
+            what = "cannot be read"
+        raise CheckpointError(f"{file} {what} ({reason})") from error
     if not isinstance(content, dict) or "state_dict" not in content:
         raise CheckpointError(f"{file} holds no state_dict; expected a Lightning checkpoint.")
     return content
@@ -81,27 +75,23 @@ def find_checkpoint(path: Path) -> Path:
             files = list(folder.glob("*.ckpt")) if folder.is_dir() else []
             if (folder / "config.json").is_file():  # it holds weights of its own
                 files = [p for p in files if step_of(p) is not None]
-            if chosen := newest(files, "best-") or newest(files):
+            if chosen := newest(p for p in files if p.name.startswith("best-")) or newest(files):
                 return chosen
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     return path
 
 
-def newest(files: Iterable[Path], prefix: str = "") -> Path | None:
-    """The checkpoint with the highest step in its name (`<prefix>...step=N.ckpt`); without a prefix, else the only one.
+def newest(files: Iterable[Path]) -> Path | None:
+    """The checkpoint with the highest step in its name (`...step=N.ckpt`), or the only one. None if there is none.
 
     Raises:
-        CheckpointError: there are several, no name has a step, and no prefix is given.
+        CheckpointError: there are several, and no name has a step.
     """
-    files = list(files)
-    found = [(step_of(p), str(p), p) for p in files if p.name.startswith(prefix) and step_of(p) is not None]
-    if found or prefix or not files:
-        return max(found)[2] if found else None
-    if len(files) > 1:
-        names = ", ".join(sorted(map(str, files)))
-        raise CheckpointError(f"Which checkpoint is the newest? No name has a step=N. Give one of them: {names}")
-    return files[0]
+    ordered = sorted(files, key=lambda p: (step_of(p) is not None, step_of(p) or 0, str(p)))
+    if len(ordered) > 1 and all(step_of(p) is None for p in ordered):
+        raise CheckpointError(f"No step=N says which is the newest; give one of {', '.join(map(str, ordered))}.")
+    return ordered[-1] if ordered else None
 
 
 def step_of(checkpoint: Path) -> int | None:
@@ -129,8 +119,7 @@ def check_resumable(file: str | os.PathLike, kind: Kind, model: AugVAEConfig | B
         wanted, there = as_plain(model), own.get("model", {})
         shape = {name: value for name, value in wanted.items() if name not in training_only(type(model))}
         defaults = {f.name: f.default for f in dataclasses.fields(model)}  # of settings newer than the file
-        changed = differences(defaults | there, shape)
-        if changed:
+        if changed := differences(defaults | there, shape):
             raise CheckpointError(f"{file} is of a model with different settings:\n  " + "\n  ".join(changed))
     return int(content.get("global_step", 0))
 
@@ -144,11 +133,8 @@ def fill(model: nn.Module, state: dict[str, torch.Tensor], file: Path) -> None:
     wanted = model.state_dict()
     problems = [f"missing {k}" for k in wanted if k not in state]
     problems += [f"unknown {k}" for k in state if k not in wanted]
-    problems += [
-        f"{k} has shape {tuple(state[k].shape)}, not {tuple(wanted[k].shape)}"
-        for k in wanted
-        if k in state and state[k].shape != wanted[k].shape
-    ]
+    shapes = {k: (tuple(state[k].shape), tuple(wanted[k].shape)) for k in wanted if k in state}
+    problems += [f"{k} has shape {there}, not {here}" for k, (there, here) in shapes.items() if there != here]
     if problems:
         more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise CheckpointError(f"{file} does not fit the model:\n  " + "\n  ".join(problems[:20]) + more)

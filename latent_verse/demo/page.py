@@ -16,6 +16,7 @@ from latent_verse.metrics.intervals import wilson
 
 try:
     import matplotlib
+    from matplotlib.figure import Figure
 except ModuleNotFoundError as error:
     raise UserError("the demo's page needs the package matplotlib: pip install '.[demo]'") from error
 
@@ -115,11 +116,9 @@ def _percent(result: dict[str, int]) -> str:
 
 def _plot(curves: Curves) -> bytes:
     """The curves as SVG."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    with plt.rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9}):
-        figure, axes = plt.subplots(figsize=(6.2, 2.9), layout="constrained")
+    with matplotlib.rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9}):
+        figure = Figure(figsize=(6.2, 2.9), layout="constrained")
+        axes = figure.subplots()
         for (label, points), colour in zip(curves.lines.items(), COLOURS * 2, strict=False):
             axes.plot(*zip(*points, strict=True), label=label, color=colour, linewidth=1.5)
         axes.set_xlabel("step", color=TEXT_COLOUR)
@@ -135,5 +134,4 @@ def _plot(curves: Curves) -> bytes:
             axes.legend(frameon=False, labelcolor=TEXT_COLOUR)
         out = io.BytesIO()
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
-        plt.close(figure)
     return out.getvalue()

@@ -179,14 +179,10 @@ def load_reference(path: Path, about: dict[str, object], radii: Sequence[int]) -
         found = json.loads(str(arrays["about"]))
         count = int(arrays["count"])
     except (OSError, ValueError, KeyError, EOFError) as error:
-        raise DataError(
-            f"reference_stats: {path} holds no reference statistics of eval_biart.py: {error!r}. Give another file."
-        ) from error
+        raise DataError(f"reference_stats: {path} holds no reference statistics ({error!r}). Name another.") from error
     other = differences(found, about) + [f"blur radius {k} is not in it" for k in radii if f"mu_{k}" not in arrays]
     if other:
-        raise DataError(
-            f"reference_stats: {path} is of another reference set or network ({'; '.join(other)}). Name a new file."
-        )
+        raise DataError(f"reference_stats: {path} is of another set or network ({'; '.join(other)}). Name a new file.")
     moments = {}
     for k in radii:
         mean_F, sigma_FF = torch.from_numpy(arrays[f"mu_{k}"]), torch.from_numpy(arrays[f"sigma_{k}"])

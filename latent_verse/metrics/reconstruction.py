@@ -20,7 +20,6 @@ from latent_verse.machine import versions
 from latent_verse.metrics import networks
 from latent_verse.metrics.codebook_usage import CodebookUsage
 from latent_verse.metrics.image_quality import FrechetDistance
-from latent_verse.metrics.networks import NetworkMissing
 from latent_verse.metrics.running import Count, Mean
 
 SSIM_WINDOW = 11  # side of SSIM's Gaussian window
@@ -46,12 +45,12 @@ class ReconstructionMetrics(nn.Module):
         try:
             networks.vgg16_weights().find()
             self.lpips, self.lpips_mean = LPIPS(), Mean()
-        except NetworkMissing as error:
+        except networks.NetworkMissing as error:
             self.missing["lpips"] = str(error)
         try:
             self.features = networks.open_inception()
             self.fid = FrechetDistance(self.features.num_features)
-        except NetworkMissing as error:
+        except networks.NetworkMissing as error:
             self.missing["rfid"] = str(error)
 
     def update(self, x_BCHW: torch.Tensor, reconstruction_BCHW: torch.Tensor, indices: list[torch.Tensor]) -> None:

@@ -151,8 +151,7 @@ def test_the_newest_is_that_of_the_highest_step(tmp_path):
     files = [tmp_path / name for name in names]
     for order in (files, files[::-1]):
         assert newest(order).name == "last-epoch=1-step=11.ckpt"
-        assert newest(order, "best-").name == "best-epoch=10-step=10.ckpt"
-    assert newest([]) is None and newest([tmp_path / "best-model.ckpt"], "best-") is None
+    assert newest([]) is None
     assert newest([tmp_path / "model.ckpt"]).name == "model.ckpt"  # there is no other
 
 
