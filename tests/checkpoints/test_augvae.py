@@ -20,6 +20,7 @@ from latent_verse.checkpoints.ckpt_files import CheckpointError, check_resumable
 from latent_verse.config import ConfigError, as_plain
 from latent_verse.config.train import EvalVAEConfig, TrainerConfig, TrainVAEConfig, VAEOptimConfig, with_evaluated_shape
 from latent_verse.training.augvae import LitAugVAE
+from tests.messages import naming
 
 SINGLE = pytest.mark.parametrize("single_level", [None, 8, 4, 2])
 
@@ -78,8 +79,9 @@ def assert_same(ours: AugVAE, source: AugVAE, x: torch.Tensor) -> None:
     assert len({id(q.embedding) for q in ours.quantizers}) == 1
 
 
-def refusal(path) -> str:
-    with pytest.raises(CheckpointError) as error:
+def refusal(path, *facts) -> str:
+    """The message, which names all of `facts`, that loading `path` fails with."""
+    with pytest.raises(CheckpointError, match=naming(*facts)) as error:
         load_augvae(path)
     return str(error.value)
 
@@ -217,20 +219,18 @@ def test_a_pickle_that_would_run_code_is_refused(tiny_augvae, tmp_path, place, l
     elif place == "state_dict":
         content["state_dict"]["more"] = evil
     torch.save(evil if place == "whole" else content, file, _use_new_zipfile_serialization=not legacy)
-    message = refusal(file)
+    refusal(file, file, "system", "code")
     assert not proof.exists()
-    assert str(file) in message and "is refused" in message and "run code" in message
     torch.load(file, weights_only=False)  # the payload does work
     assert proof.exists()
 
 
 def test_only_namespace_is_allowed_and_only_while_reading(tiny_augvae, tmp_path):
     file = released_ckpt(tiny_augvae(), tmp_path / "a.ckpt", hparams=Path("a"))
-    assert "is refused" in refusal(file)
+    refusal(file, file, "pathlib", "code")
     assert argparse.Namespace not in torch.serialization.get_safe_globals()
     torch.save(torch.nn.Linear(2, 2), tmp_path / "module.ckpt")
-    message = refusal(tmp_path / "module.ckpt")
-    assert "module.ckpt is refused" in message and "torch.nn.modules.linear.Linear" in message
+    refusal(tmp_path / "module.ckpt", tmp_path / "module.ckpt", "torch.nn.modules.linear.Linear", "code")
 
 
 # -------------------------------------------------------------------------------------------------------- damaged files
@@ -239,8 +239,7 @@ def test_only_namespace_is_allowed_and_only_while_reading(tiny_augvae, tmp_path)
 def test_a_damaged_list_of_an_archives_files(tiny_augvae, tmp_path):
     file = own_ckpt(tiny_augvae(), tmp_path / "damaged.ckpt")
     file.write_bytes(file.read_bytes().replace(b"PK\x01\x02", b"PK\x00\x00"))
-    message = refusal(file)
-    assert str(file) in message and "not a complete checkpoint" in message
+    refusal(file, file, "complete")
 
 
 @pytest.mark.parametrize("write", [own_ckpt, released_ckpt])
@@ -249,29 +248,28 @@ def test_truncated_files(tiny_augvae, tmp_path, write, share):
     file = write(tiny_augvae(), tmp_path / "cut.ckpt")
     whole = file.read_bytes()
     file.write_bytes(whole[: int(len(whole) * share)])
-    message = refusal(file)
-    assert str(file) in message and "cut off" in message
+    refusal(file, file, "complete")
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"\x89PNG\r\n\x1a\n" + bytes(100), b"PK\x03\x04" + bytes(100)])
 def test_files_that_are_no_checkpoint(tmp_path, content):
     (tmp_path / "a.ckpt").write_bytes(content)
-    assert "a.ckpt" in refusal(tmp_path / "a.ckpt")
+    refusal(tmp_path / "a.ckpt", tmp_path / "a.ckpt", "complete")
 
 
 @pytest.mark.parametrize("content", [{"model": {}}, [1, 2], torch.zeros(3), {"weight": torch.zeros(3)}])
 def test_files_of_torch_that_are_no_lightning_checkpoint(tmp_path, content):
     torch.save(content, tmp_path / "a.ckpt")
-    assert "holds no state_dict" in refusal(tmp_path / "a.ckpt")
+    refusal(tmp_path / "a.ckpt", tmp_path / "a.ckpt", "state_dict")
 
 
 def test_checkpoints_of_other_models(tiny_augvae, tmp_path):
     torch.save({"state_dict": {"layer.weight": torch.zeros(3)}}, tmp_path / "resnet.ckpt")
-    assert "neither this project's nor a released AugVAE" in refusal(tmp_path / "resnet.ckpt")
     torch.save({"state_dict": {"a": torch.zeros(3)}, "hyper_parameters": {"lr": 1}}, tmp_path / "other.ckpt")
-    assert "neither" in refusal(tmp_path / "other.ckpt")
+    for file in (tmp_path / "resnet.ckpt", tmp_path / "other.ckpt"):
+        refusal(file, file, "neither", "AugVAE")
     file = own_ckpt(tiny_augvae(), tmp_path / "biart.ckpt", latent_verse={"kind": "biart", "model": {}})
-    assert "is a checkpoint of biart, not of an AugVAE" in refusal(file)
+    refusal(file, file, "biart", "AugVAE")
 
 
 # -------------------------------------------------------------------------------------- keys and shapes that do not fit
@@ -287,13 +285,9 @@ def test_missing_unknown_and_misshaped_keys_are_listed(tiny_augvae, tmp_path, wr
     state[f"{prefix}encoders.7.extra"] = torch.zeros(1)
     state[f"{prefix}decoders.0.conv_out.bias"] = torch.zeros(5)
     torch.save(content, file)
-    message = refusal(file)
-    assert str(file) in message
-    assert "missing encoders.1.conv_in.bias" in message
-    assert "decoders.0.conv_out.bias has shape (5,), not (16,)" in message
     # a released file's number of encoders tells nothing of AugVAE-ML: the key is unknown, not a level more
-    assert "unknown encoders.7.extra" in message
-    assert message.count("\n") == 3
+    wrong = ("missing encoders.1.conv_in.bias", "unknown encoders.7.extra", "decoders.0.conv_out.bias", (5,), (16,))
+    assert refusal(file, file, *wrong).count("\n") == 3
 
 
 def test_only_keys_of_loss_are_dropped_from_released_files(tiny_augvae, tmp_path):
@@ -301,8 +295,7 @@ def test_only_keys_of_loss_are_dropped_from_released_files(tiny_augvae, tmp_path
     content = torch.load(file, weights_only=False)
     content["state_dict"]["lossy.weight"] = content["state_dict"]["discriminator.weight"] = torch.zeros(1)
     torch.save(content, file)
-    message = refusal(file)
-    assert "unknown lossy.weight" in message and "unknown discriminator.weight" in message
+    refusal(file, file, "unknown lossy.weight", "unknown discriminator.weight")
 
 
 def test_a_long_list_of_keys_is_cut(tiny_augvae, tmp_path):
@@ -319,10 +312,9 @@ def test_settings_that_describe_no_augvae(tiny_augvae, tmp_path):
     for change in ({"no_such_setting": 1}, {"hidden_dim": 33}, {"double_z": True}):
         described = content["latent_verse"] | {"model": as_plain(model.config) | change}
         torch.save(content | {"latent_verse": described}, file)
-        message = refusal(file)
-        assert str(file) in message and next(iter(change)) in message
+        refusal(file, file, *change)
     file = released_ckpt(model, tmp_path / "b.ckpt", hyper_parameters={"args": argparse.Namespace(seed=1)})
-    assert "hyper_parameters lack ch_mult, resolution" in refusal(file)
+    refusal(file, file, "hyper_parameters", "ch_mult", "resolution")
 
 
 # --------------------------------------------------------------------------------------------- absent files and folders
@@ -331,26 +323,24 @@ def test_settings_that_describe_no_augvae(tiny_augvae, tmp_path):
 def test_an_absent_file_names_its_neighbours(tiny_augvae, tmp_path):
     for name in ("one.ckpt", "two.ckpt"):
         own_ckpt(tiny_augvae(), tmp_path / name)
-    message = refusal(tmp_path / "three.ckpt")
-    assert "three.ckpt does not exist" in message
-    assert "one.ckpt, two.ckpt" in message
+    refusal(tmp_path / "three.ckpt", tmp_path / "three.ckpt", "one.ckpt", "two.ckpt")
 
 
 def test_paths_that_cannot_be_hub_ids_are_not_looked_up(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: pytest.fail("asked the hub"))
     for path in (tmp_path / "absent", "absent", "./a/b", "../a", "a/b/c", "a/b.ckpt", "results/model.safetensors"):
-        assert "does not exist" in refusal(path)
+        refusal(path, Path(path))
 
 
 @pytest.mark.parametrize("absent", ["config.json", "model.safetensors"])
 def test_a_folder_that_lacks_a_file(tiny_augvae, tmp_path, absent):
     tiny_augvae().save_pretrained(tmp_path)
     (tmp_path / absent).unlink()
-    assert f"holds no {absent}" in refusal(tmp_path)
+    refusal(tmp_path, tmp_path, absent)
 
 
 def test_an_empty_folder(tmp_path):
-    assert "holds no config.json" in refusal(tmp_path)
+    refusal(tmp_path, tmp_path, "config.json")
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.99])
@@ -358,20 +348,20 @@ def test_damaged_safetensors(tiny_augvae, tmp_path, share):
     tiny_augvae().save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[: int(file.stat().st_size * share)])
-    assert f"{tmp_path} is damaged" in refusal(tmp_path)
+    refusal(tmp_path, tmp_path, "damaged")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "5", '{"format": "latent_verse/augvae"}'])
 def test_damaged_config_json(tiny_augvae, tmp_path, text):
     tiny_augvae().save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(text)
-    assert str(tmp_path) in refusal(tmp_path)
+    refusal(tmp_path, tmp_path)
 
 
 def test_config_json_of_another_program(tiny_augvae, tmp_path):
     tiny_augvae().save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "clip"}')
-    assert "has format None, not 'latent_verse/augvae'" in refusal(tmp_path)
+    refusal(tmp_path, tmp_path / "config.json", None, "latent_verse/augvae")
 
 
 def test_safetensors_keys_that_do_not_fit(tiny_augvae, tmp_path):
@@ -380,8 +370,7 @@ def test_safetensors_keys_that_do_not_fit(tiny_augvae, tmp_path):
     name = next(k for k in stored if k.startswith("encoders.1"))
     del stored[name]
     save_file(stored | {"extra": torch.zeros(1)}, tmp_path / "model.safetensors")
-    message = refusal(tmp_path)
-    assert f"missing {name}" in message and "unknown extra" in message
+    refusal(tmp_path, tmp_path / "model.safetensors", f"missing {name}", "unknown extra")
 
 
 def test_the_hub_out_of_reach(monkeypatch):
@@ -389,9 +378,7 @@ def test_the_hub_out_of_reach(monkeypatch):
         raise ConnectionError("no route to host\nwith a second line")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    message = refusal("someone/augvae")
-    assert "someone/augvae is not a file" in message and "no route to host" in message
-    assert "second line" not in message
+    assert "second line" not in refusal("someone/augvae", "someone/augvae", "no route to host")
 
 
 # ------------------------------------------------------------------------------------------------------- starting a run
@@ -423,19 +410,18 @@ def test_fine_tuning_starts_from_the_level(tiny_augvae, tiny_config, tmp_path):
     assert run.model == dataclasses.replace(model.config, attn_resolutions=(4,))  # the recipe, to be run again
     assert single.config == dataclasses.replace(model.config, single_level=4)
     assert torch.equal(single.encoders[1].conv_in.weight, model.encoders[1].conv_in.weight)
-    with pytest.raises(ConfigError, match=r"attn_resolutions: 16 .*\[8, 4, 2\].*ml.ckpt"):
+    with pytest.raises(ConfigError, match=naming("attn_resolutions", 16, [8, 4, 2], file)):
         load_for_training(training_config(tiny_config(attn_resolutions=(16,)), file, finetune=True), set())
     file = own_ckpt(single, tmp_path / "sl.ckpt")
-    with pytest.raises(ConfigError, match=r"sl.ckpt is an AugVAE-SL \(level 4\)"):
+    with pytest.raises(ConfigError, match=naming(file, "AugVAE-SL", 4, "finetune")):
         load_for_training(training_config(tiny_config(attn_resolutions=(4,)), file, finetune=True), set())
 
 
 def test_settings_that_contradict_the_weights_are_listed(tiny_augvae, tiny_config, tmp_path):
     file = own_ckpt(tiny_augvae(), tmp_path / "a.ckpt")
     config = training_config(tiny_config(num_tokens=99, z_channels=32), file)
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(ConfigError, match=naming(file, "num_tokens", 99, 24)) as error:
         load_for_training(config, {"num_tokens"})
-    assert "num_tokens: 99 in the settings, 24 in the checkpoint" in str(error.value)
     assert "z_channels" not in str(error.value)  # it was not given
     assert load_for_training(config, {"hidden_dim"})[1].config.num_tokens == 24
 
@@ -444,7 +430,7 @@ def test_settings_that_contradict_the_weights_are_listed(tiny_augvae, tiny_confi
 def test_evaluation_takes_the_checkpoints_shape(tiny_config, given, refused):
     config = EvalVAEConfig(trainer=TrainerConfig(ckpt_path="a.ckpt"))  # of 256 px
     if refused:
-        with pytest.raises(ConfigError, match=r"resolution: 256.* a.ckpt .*16 px"):
+        with pytest.raises(ConfigError, match=naming("resolution", 256, "a.ckpt", 16)):
             with_evaluated_shape(config, tiny_config(), given)
     else:
         assert with_evaluated_shape(config, tiny_config(), given).model == tiny_config()
@@ -452,7 +438,7 @@ def test_evaluation_takes_the_checkpoints_shape(tiny_config, given, refused):
 
 def test_resuming_from_what_cannot_be_resumed(tiny_augvae, tmp_path):
     check_resumable(own_ckpt(tiny_augvae(), tmp_path / "a.ckpt"), "augvae")
-    with pytest.raises(CheckpointError, match=r"a.ckpt is a checkpoint of augvae.*--vae_path"):
+    with pytest.raises(CheckpointError, match=naming(tmp_path / "a.ckpt", "augvae", "biart", "--vae_path")):
         check_resumable(tmp_path / "a.ckpt", "biart")
-    with pytest.raises(CheckpointError, match=r"b.ckpt .*--pretrained_path"):
+    with pytest.raises(CheckpointError, match=naming(tmp_path / "b.ckpt", "--pretrained_path")):
         check_resumable(released_ckpt(tiny_augvae(), tmp_path / "b.ckpt"), "augvae")

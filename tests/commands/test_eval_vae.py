@@ -89,7 +89,7 @@ def test_limit_and_batch_size_do_not_change_the_metrics(tmp_path, model):
 
 def test_fake_data_and_yaml_of_training(tmp_path, model):
     results = evaluate(tmp_path, model, "--fake_data", "--eval_images", "5")
-    assert results["images"] == 5 and results["missing"]["lpips"] == "not computed on fake data"
+    assert results["images"] == 5 and naming("fake data").search(results["missing"]["lpips"])
     yaml = REPO / "configs" / "tiny_augvae_sl.yaml"  # finetune, another shape: those of the checkpoint count
     flags = [
         "--config",
