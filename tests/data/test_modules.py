@@ -167,14 +167,14 @@ def test_a_resume_does_not_depend_on_the_number_of_workers_or_ranks(folders, mon
         other = module(dataset="flat", train_dir=folders["flat"], batch_size=2, num_workers=2).train_dataloader()
         other.load_state_dict(loader.state_dict())
         same(list(other), batches[4 + rank :: 2])
-    assert "order of webdataset samples" not in caplog.text
+    assert "webdataset" not in caplog.text
 
 
 def test_a_change_of_workers_is_said_where_the_order_depends_on_it(folders, caplog):
     settings = {"dataset": "webdataset", "train_dir": folders["webdataset"]}
     state = module(**settings, num_workers=0).train_dataloader().state_dict()
     module(**settings, num_workers=2).train_dataloader().load_state_dict(state)
-    assert "1 in the checkpoint, 2 now" in caplog.text
+    assert naming("webdataset", 1, 2).search(caplog.text)
 
 
 def test_the_loader_leaves_the_global_generator_alone():
@@ -325,7 +325,7 @@ def test_no_val_dir_means_no_validation(folders, caplog):
     data = module(dataset="flat", train_dir=folders["flat"])
     with caplog.at_level(logging.INFO):
         assert data.val_dataloader() == [] and not data.has_val
-    assert len(caplog.records) == 1 and "No val_dir" in caplog.text
+    assert len(caplog.records) == 1 and naming("val_dir").search(caplog.text)
     assert module(dataset="flat", train_dir=folders["flat"], val_dir=folders["flat"]).has_val
     assert module(dataset="fake").has_val
 
@@ -358,7 +358,7 @@ def test_test_falls_back_to_val(folders, caplog):
     with caplog.at_level(logging.INFO):
         data = module(dataset="flat", val_dir=folders["flat"], splits=["test"])
     assert sum(len(batch[0]) for batch in data.test_dataloader()) == 21
-    assert "testing on val_dir" in caplog.text
+    assert naming("test_dir", "val_dir", folders["flat"]).search(caplog.text)
 
 
 @pytest.mark.parametrize("kind", ["flat", "webdataset", "fake"])

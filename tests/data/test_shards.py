@@ -229,7 +229,7 @@ def test_evaluation_drops_unreadable_members(damaged, caplog):
         dataset = evaluate(damaged)
         assert sorted(flat(labels(loader(dataset, workers)))) == [0, 1, 2, 5, 6, 7, 8]
         assert dataset.source.skipped.count == 3  # made in a worker, seen here
-    assert "9 in " in caplog.text and "bad.tar" in caplog.text
+    assert naming(9, damaged[0]).search(caplog.text)
     # dropped ones count for the steps, so ranks stay together
     lengths = {len(labels(loader(evaluate(damaged, 2, rank, 2), 0))) for rank in range(2)}
     assert lengths == {3}
@@ -254,7 +254,7 @@ def test_a_broken_off_shard_is_counted_and_the_next_one_read(tmp_path, caplog):
     dataset = evaluate(shards)
     seen = flat(labels(loader(dataset, 0)))
     assert seen == [0, 1, 2, 6, 7]
-    assert dataset.source.skipped.count == 1 and f"part of shard {shards[0]}" in caplog.text
+    assert dataset.source.skipped.count == 1 and naming("part", shards[0]).search(caplog.text)
     assert len(seen) <= dataset.steps(0) * 2
 
 
