@@ -299,13 +299,8 @@ def test_one_beam_scores_like_greedy_and_more_beams_never_score_worse_than_their
 @pytest.mark.parametrize(
     ("settings", "facts"),
     [
-        ({"temperature": -0.1}, []),
-        ({"temperature": math.nan}, []),
-        ({"top_k": 0}, []),
+        ({"temperature": math.nan}, []),  # any that SamplingSettings refuses
         ({"top_k": 14}, [[1, 13]]),
-        ({"top_p": 0.0}, []),
-        ({"top_p": 1.1}, []),
-        ({"guidance": -1.0}, []),
         ({"guidance": 2.0, "reference_dropout_trained": False}, ["reference_dropout"]),
     ],
 )

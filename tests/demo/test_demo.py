@@ -270,8 +270,6 @@ def test_a_recipe_that_has_changed(tmp_path, recipes):
     ("flags", "facts"),
     [
         (["--world", "large"], ["world", "large", "small", "full"]),
-        (["--train_pairs", "0"], ["train_pairs", 0]),
-        (["--gpus", "2"], ["gpus", 2]),
         (["--recipes", "/nowhere"], ["/nowhere/demo_augvae_ml.yaml"]),
     ],
 )

