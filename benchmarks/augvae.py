@@ -23,9 +23,8 @@ from benchmarks.plain import PlainMuon, enlarge_then_convolve, plain_augvae
 from latent_verse.augvae.layers import Upsample
 from latent_verse.augvae.model import AugVAE
 from latent_verse.config import AugVAEConfig
-from latent_verse.config.train import TrainerConfig, TrainVAEConfig, VAELossConfig
-from latent_verse.metrics.reconstruction import ReconstructionMetrics
-from latent_verse.training.augvae import LitAugVAE
+from latent_verse.config.train import EvalVAEConfig, ImageDataConfig, TrainerConfig, VAELossConfig
+from latent_verse.training.augvae import LitAugVAE, LitAugVAEEvaluation
 from latent_verse.training.optimizer import MuonAdamW, adamw
 
 SHAPES = {
@@ -87,19 +86,15 @@ def lit(shape: str, compile: bool, device: str = "cpu", train: bool = True, agai
 
     Always with the same weights. `again`: with activation checkpointing.
     """
-    config = TrainVAEConfig(
+    config = EvalVAEConfig(
         model=AugVAEConfig(**SHAPES[shape]),
+        data=ImageDataConfig(fake_data=not train),  # evaluation without LPIPS and Inception
         loss=VAELossConfig(loss_type="mse"),
         trainer=TrainerConfig(compile=compile, activation_checkpointing=again),
     )
     torch.manual_seed(0)
     with torch.device(device):
-        module = LitAugVAE(AugVAE(config.model), config)
-    if not train:
-        m = config.model
-        module.test_metrics = ReconstructionMetrics(
-            module.model.levels, m.num_tokens, m.resolution, with_networks=False
-        )
+        module = (LitAugVAE if train else LitAugVAEEvaluation)(AugVAE(config.model), config)
     module.to(device).configure_model()
     return module
 

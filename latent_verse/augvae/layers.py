@@ -82,7 +82,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double height and width by nearest neighbour and convolve (3x3), at once.
+    """Double height and width by nearest neighbour and convolve (3x3), in one step.
 
     Each output pixel sees 2x2 pixels of the input, whose weights are sums of the 3x3 ones: a transposed 4x4 convolution
     with stride 2. It takes 4 products per pixel and channel instead of 9, and keeps nothing enlarged for training.

@@ -96,7 +96,7 @@ class ReconstructionLoss:
         """Move frozen networks to a device."""
 
     def compute(self, reconstruction_BCHW: Tensor, x_BCHW: Tensor) -> dict[str, Tensor]:
-        """{term: value ()} of images (B, C, H, W), float32 or float64; x in [-1, 1], the reconstruction about so."""
+        """{term: value ()} of images (B, C, H, W), float32 or float64; x in [-1, 1], the reconstruction roughly so."""
         return {"rec_loss": self.pixel(reconstruction_BCHW, x_BCHW)}
 
     def __call__(self, reconstruction_BCHW: Tensor, x_BCHW: Tensor) -> dict[str, Tensor]:

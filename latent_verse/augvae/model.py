@@ -4,8 +4,7 @@ Level 0 is the largest. Encoder 0 reads the image; each further encoder halves t
 Decoding runs from the smallest level up: each decoder reads the codes of its level and what has been decoded so far.
 The single-level form keeps one level's codes; 1x1 `connectors` replace the missing inputs.
 
-Shapes: B batch, C channels, H height, W width, R resolution of an image, h of a level, D code dimension, K codes in the
-codebook, N codes of an image.
+Shapes: B batch, C channels, H x W pixels, R image resolution, h of a level, D code dimension, K codebook size, N codes.
 """
 
 from __future__ import annotations
@@ -84,8 +83,6 @@ class AugVAE(nn.Module):
             for conv in [*pre_quants[depth:], *post_quants[1:]]:
                 cast(nn.Parameter, conv.bias).requires_grad_(False)
 
-    # ------------------------------------------------------------------------------------------------------ properties
-
     @property
     def quantizer(self) -> Quantizer:
         """The quantiser that all levels share."""
@@ -116,8 +113,6 @@ class AugVAE(nn.Module):
         """N, the number of codes of one image."""
         return sum(level * level for level in self.code_levels)
 
-    # ----------------------------------------------------------------------------------------------------- computation
-
     def features(self, x_BCHW: torch.Tensor) -> list[torch.Tensor]:
         """Images (B, C, R, R) in [-1, 1] -> unquantised maps of all `levels`, (B, D, h, h), largest first.
 
@@ -137,10 +132,13 @@ class AugVAE(nn.Module):
         return out
 
     def encode(self, x_BCHW: torch.Tensor) -> Encoded:
-        """Quantise images (B, C, R, R) in [-1, 1] at all `levels`; ValueError as `features`.
+        """Quantise images (B, C, R, R) in [-1, 1] at all `levels`.
 
         In training mode the codebook learns, level by level: as in the original, each level is quantised with the
         codebook that the levels before it have changed.
+
+        Raises:
+            ValueError: as `features`.
         """
         quantised = [quantizer(z) for quantizer, z in zip(self.quantizers, self.features(x_BCHW), strict=False)]
         z_q, indices, losses = (list(column) for column in zip(*quantised, strict=True))
@@ -170,7 +168,10 @@ class AugVAE(nn.Module):
     def codes(self, x_BCHW: torch.Tensor) -> torch.Tensor:
         """Images (B, C, R, R) in [-1, 1] -> codes (B, N) int64 of `code_levels`, largest first, row by row.
 
-        The codebook learns nothing, not even in training mode. ValueError as `features`.
+        The codebook learns nothing, not even in training mode.
+
+        Raises:
+            ValueError: as `features`.
         """
         maps = self.features(x_BCHW)[-len(self.code_levels) :]
         codes = [self.quantizer.nearest(to_vectors(z_BDHW)) for z_BDHW in maps]
@@ -202,7 +203,7 @@ class AugVAE(nn.Module):
 
     @torch.no_grad()
     def initialise_codebook(self, x_BCHW: torch.Tensor) -> None:
-        """Start the codebook from all levels' maps of images (B, C, R, R). A collective; ValueError as `features`."""
+        """Start the codebook from all levels' maps of images (B, C, R, R). A collective."""
         self.quantizer.initialise(torch.cat([to_vectors(z_BDHW) for z_BDHW in self.features(x_BCHW)]))
 
     def to_single_level(self, resolution: int) -> AugVAE:

@@ -63,7 +63,7 @@ def least(x_NK: torch.Tensor, values_N: torch.Tensor, index_N: torch.Tensor) -> 
 
 
 def count(indices: torch.Tensor, num_tokens: int) -> torch.Tensor:
-    """How often each of K = num_tokens codes occurs, (K,) int64, as torch.bincount, which waits for the GPU."""
+    """How often each of K = num_tokens codes occurs, (K,) int64. torch.bincount would wait for the GPU."""
     flat_N = indices.flatten()
     return flat_N.new_zeros(num_tokens).scatter_add_(0, flat_N, flat_N.new_ones(()).expand_as(flat_N))
 
@@ -292,7 +292,11 @@ QUANTIZERS: dict[str, Callable[[AugVAEConfig], Quantizer]] = {"ema": EMAQuantize
 
 
 def make_quantizer(config: AugVAEConfig) -> Quantizer:
-    """The quantiser that `config.quantizer` names; ConfigError if there is none, or its size is not num_tokens."""
+    """The quantiser that `config.quantizer` names.
+
+    Raises:
+        ConfigError: there is none, or it does not have num_tokens codes.
+    """
     name = config.quantizer
     if name not in QUANTIZERS:
         raise ConfigError(f"quantizer is {name!r}; it must be one of: {', '.join(QUANTIZERS)}.")

@@ -14,12 +14,10 @@ from torch import nn
 
 
 def can_capture(model: nn.Module, device: torch.device) -> bool:
-    """Whether decoding steps can become CUDA graphs: not under autocast, whose cache of cast weights may be freed
-    between two replays, and not with sharded parameters, which are gathered anew in every step.
-    """
-    if device.type != "cuda" or torch.is_autocast_enabled("cuda"):
+    """Whether decoding steps can become CUDA graphs."""
+    if device.type != "cuda" or torch.is_autocast_enabled("cuda"):  # its cached casts may be freed between two replays
         return False
-    return not any(hasattr(p, "device_mesh") for p in model.parameters())
+    return not any(hasattr(p, "device_mesh") for p in model.parameters())  # sharded ones are gathered anew in each step
 
 
 class CUDAGraphs:
@@ -27,8 +25,7 @@ class CUDAGraphs:
 
     The first call with a number of slots runs `step` itself, which initialises what a capture must not wait for. The
     second call captures it, and all later ones replay the graph. If a capture fails, `step` runs without graphs, with a
-    warning. `step` has to keep everything that changes between calls in tensors that it updates in place, and must not
-    wait for the device.
+    warning. `step` must keep what changes between calls in tensors, update them in place, and not wait for the device.
     """
 
     def __init__(self, step: Callable[[int], None], capture: bool):

@@ -1,7 +1,6 @@
 """BiART, one transformer for text→image and image→text (paper section 3.2), built like minGPT.
 
-Shape suffixes: B batch, T positions, C channels (n_embd), H heads, D channels per head, V classes, M tokens, S slots,
-F = 4 C.
+Shape suffixes: B batch, T positions, C channels (n_embd), H heads, D = C / H, V classes, M tokens, S slots, F = 4 C.
 
 Unlike minGPT it has a segment embedding, attention by `scaled_dot_product_attention`, and a head that computes the
 logits of one modality only, since the layout (`sequence.py`) says which modality comes next.
@@ -37,7 +36,7 @@ class KVCache:
     """Keys and values of all blocks, allocated once as in gpt-fast.
 
     Args:
-        bucket: a decoding step reads a multiple of so many slots. 1, the default on a CPU, reads the filled ones only.
+        bucket: a decoding step reads a multiple of this many slots. 1, the default on a CPU, reads only filled ones.
             A larger one (128 on a GPU) also reads and masks empty ones: CUDA graphs need steps of the same shapes.
     """
 
@@ -123,10 +122,7 @@ class Block(ActivationCheckpointing):
 
 
 class BiART(nn.Module):
-    """The joint transformer. Its `vocab`, a `Vocabulary`, packs texts and codes into what the network reads.
-
-    Source: minGPT; L-Verse, section 3.2.
-    """
+    """The joint transformer. Its `vocab`, a `Vocabulary`, packs texts and codes into what the network reads."""
 
     def __init__(self, config: BiARTConfig):
         super().__init__()
@@ -159,8 +155,6 @@ class BiART(nn.Module):
     def device(self) -> torch.device:
         """The device of the weights."""
         return self.head.weight.device
-
-    # -------------------------------------------------------------------------------------------------- forward pass
 
     def positions(self, places: slice | Tensor, image_first_B1: Tensor) -> Tensor:
         """The position embeddings of T places in the sequence, (T, C), or (B, T, C) by modality.
@@ -216,7 +210,7 @@ class BiART(nn.Module):
 
         Args:
             weight_VC: from `head_weight`.
-            chunk: compute the logits of so many tokens at a time, and again in the backward pass: a fraction of the
+            chunk: compute the logits of this many tokens at a time, and again in the backward pass: a fraction of the
                 head's memory for a third more of its FLOPs.
         """
 
@@ -242,14 +236,16 @@ class BiART(nn.Module):
         weighted by its direction's share of the rows.
 
         Args:
-            weights: of each "direction/modality", as `loss_weights` gives them; 0 leaves that head out. KeyError if the
-                batch has one without a weight.
+            weights: of each "direction/modality", as `loss_weights` gives them; 0 leaves that head out.
             chunk: see `token_losses`.
             token_share: for each "direction/modality", this process's number of counted tokens (`Sequences.counted`)
                 over the mean number of all processes, so that the mean of their losses is a mean over all their tokens.
 
         Returns:
             The loss, and the mean of each "direction/modality" that was computed, detached, in nats per token.
+
+        Raises:
+            KeyError: the batch holds a "direction/modality" without a weight.
         """
         features_BTC = self.features(sequences.idx_BT, sequences.seg_BT)
         total, means = features_BTC.new_zeros((), dtype=torch.float32), {}
@@ -270,8 +266,6 @@ class BiART(nn.Module):
                 total = total + weight * mean * (1.0 if token_share is None else token_share[name])
                 means[name] = mean.detach()
         return total, means
-
-    # ----------------------------------------------------------------------------------------------- cached decoding
 
     def prefill(self, idx_BT: Tensor, seg_BT: Tensor, cache: KVCache) -> Tensor:
         """Read a prompt, from position 0 on, into an empty cache -> features_BTC."""
@@ -297,8 +291,6 @@ class BiART(nn.Module):
         for block, k_BHSD, v_BHSD in zip(self.blocks, cache.k_LBHSD, cache.v_LBHSD, strict=True):
             x_BTC = block(x_BTC, Past(k_BHSD, v_BHSD, pos_T, slots, mask_TS))
         return self.ln_f(x_BTC)
-
-    # -------------------------------------------------------------------------------------------------- for training
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Two groups for AdamW: matrices decay; biases, norms and embeddings do not."""

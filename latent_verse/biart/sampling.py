@@ -38,7 +38,11 @@ class Likelihood(NamedTuple):
 def check_settings(
     temperature: float, top_k: int | None, top_p: float | None, guidance: float, num_classes: int, null_trained: bool
 ) -> None:
-    """ValueError if a setting is out of range for num_classes, or needs dropped references (`null_trained`)."""
+    """Check the settings of sampling from `num_classes` classes. `null_trained`: training dropped references.
+
+    Raises:
+        ValueError: a setting is out of range, or needs training that dropped references.
+    """
     SamplingSettings(temperature, top_k, top_p, guidance)
     if top_k is not None and top_k > num_classes:
         raise ValueError(f"top_k is {top_k}; it must be in [1, {num_classes}], the target's vocabulary, or None.")
@@ -52,7 +56,7 @@ def check_settings(
 def choose(
     logits_BV: Tensor, u_B: Tensor | None, temperature: float, top_k: int | None = None, top_p: float | None = None
 ) -> Tensor:
-    """Sample class_B from logits: invert the cumulative distribution at u_B, uniform in [0, 1), each its own row's.
+    """Sample class_B from logits: invert the cumulative distribution at u_B, one uniform number in [0, 1) per row.
 
     top_k keeps the k likeliest classes. top_p then keeps the smallest set of them whose probability reaches p (Holtzman
     et al., 2020). At temperature 0, or without u_B, the likeliest class is taken.

@@ -6,8 +6,7 @@ Shape suffixes: B samples, L text tokens, N image codes, K codes already known, 
     image_to_text   BOI i_1 .. i_N  BOT t_1 .. t_L        segment 0: BOI and the codes, segment 1: BOT and the text
 
 The network reads all tokens but the last and predicts all but the first. Both directions have the same static length,
-and causality is the only attention mask. The begin token of the second half follows from the layout and is never
-predicted.
+and causality is the only attention mask. The begin token of the second half is never predicted: the layout gives it.
 """
 
 from __future__ import annotations
@@ -31,7 +30,11 @@ IGNORE = -100  # the class that a cross-entropy leaves out (torch's default igno
 
 
 def target_modality(direction: Direction) -> Modality:
-    """What `direction` generates; ValueError if there is no such direction."""
+    """What `direction` generates.
+
+    Raises:
+        ValueError: there is no such direction.
+    """
     if direction not in DIRECTIONS:
         raise ValueError(f"direction is {direction!r}; it must be one of {', '.join(DIRECTIONS)}.")
     return "image" if direction == TEXT_TO_IMAGE else "text"
@@ -137,10 +140,12 @@ class Vocabulary:
         start = self.input_len - length if modality == target_modality(direction) else 0
         return slice(start, start + length)
 
-    # ------------------------------------------------------------------------------------------------------ tokens
-
     def pad_text(self, ids: Sequence[Sequence[int]], truncate: bool = False) -> Tensor:
-        """Lists of text ids -> text_BL; ValueError for other ids, and for long texts that `truncate` does not cut."""
+        """Lists of text ids -> text_BL; `truncate` cuts those of more than text_len.
+
+        Raises:
+            ValueError: an id is no text id, or a text is too long and not cut.
+        """
         text_BL = torch.full((len(ids), self.text_len), self.pad, dtype=torch.long)
         for row, tokens in enumerate(ids):
             if len(tokens) > self.text_len and not truncate:
@@ -162,7 +167,11 @@ class Vocabulary:
         return torch.full((batch, length), self.null, dtype=torch.long, device=device)
 
     def check_text(self, text_BL: Tensor, allow_null: bool = False) -> None:
-        """ValueError unless each row of text_BL has text ids and then only pads, or with `allow_null` only nulls."""
+        """Check that each row of text_BL has text ids and then only pads, or with `allow_null` only nulls.
+
+        Raises:
+            ValueError: the shape is wrong, or a row has anything else.
+        """
         if text_BL.dim() != 2 or text_BL.shape[1] != self.text_len:
             raise ValueError(
                 f"text has shape {tuple(text_BL.shape)}; it must be (batch, text_len={self.text_len}): see pad_text."
@@ -180,7 +189,11 @@ class Vocabulary:
             raise ValueError("text continues after a pad: only the end of a row may be padded.")
 
     def check_codes(self, codes_BN: Tensor, allow_null: bool = False) -> None:
-        """ValueError unless each row of codes_BN has only codes, or with `allow_null` only nulls."""
+        """Check that each row of codes_BN has only codes, or with `allow_null` only nulls.
+
+        Raises:
+            ValueError: the shape is wrong, or a row has anything else.
+        """
         if codes_BN.dim() != 2 or codes_BN.shape[1] != self.image_len:
             raise ValueError(
                 f"codes have shape {tuple(codes_BN.shape)}; they must be (batch, {self.image_len}): "
@@ -204,8 +217,6 @@ class Vocabulary:
     def class_ids(self, modality: Modality, device: torch.device | str | None = None) -> Tensor:
         """The joint id of every class of a modality's head, in order."""
         return self.to_ids(torch.arange(self.num_classes(modality), device=device), modality)
-
-    # ------------------------------------------------------------------------------------------------------- layout
 
     def segments(self, direction: Direction, device: torch.device | str | None = None) -> Tensor:
         """seg_T: 0 in the part that is given (begin token and reference), 1 in the part that is generated."""

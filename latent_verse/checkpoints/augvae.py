@@ -144,7 +144,7 @@ def _config(values: dict[str, Any], file: Path) -> AugVAEConfig:
 
 
 def _shared_keys(model: nn.Module) -> dict[str, list[str]]:
-    """Maps every key whose tensor has other keys too to all keys of that tensor."""
+    """For each key of a tensor that has several: all keys of that tensor."""
     by_tensor: dict[int, list[str]] = {}
     for key, tensor in model.state_dict(keep_vars=True).items():
         by_tensor.setdefault(id(tensor), []).append(key)

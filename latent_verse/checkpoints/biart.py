@@ -115,7 +115,11 @@ def take_over(config: TrainBiARTConfig, given: Mapping[str, str]) -> tuple[Train
 
 
 def check_vae(found: str, then: str, path: str | None, file: str | os.PathLike) -> None:
-    """Raise CheckpointError unless AugVAE `found` is the one (`then`, from `path`) BiART in `file` was trained with."""
+    """Check that the AugVAE of fingerprint `found` is the one that BiART in `file` was trained with: `then`, of `path`.
+
+    Raises:
+        CheckpointError: it is another one.
+    """
     if found != then:
         there = f"{then} ({path or 'a random one, for fake data'})"
         raise CheckpointError(f"vae_path is the AugVAE {found}, but {file} was trained with {there}. Give that one.")

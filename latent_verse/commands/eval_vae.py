@@ -1,4 +1,4 @@
-"""Evaluate an AugVAE checkpoint on images: PSNR, SSIM, L1, MSE, LPIPS, rFID, codebook usage."""
+"""Evaluate an AugVAE (--ckpt_path) on images (--test_dir): PSNR, SSIM, LPIPS, rFID... Training flags have no effect."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def run(config: EvalVAEConfig, given: Mapping[str, str]) -> int:
         from latent_verse.checkpoints.augvae import load_augvae
         from latent_verse.data.datasets import open_images
         from latent_verse.data.modules import ImageDataModule
-        from latent_verse.metrics.reconstruction import ReconstructionMetrics, table
+        from latent_verse.metrics.reconstruction import table
         from latent_verse.training import runs
-        from latent_verse.training.augvae import LitAugVAE
+        from latent_verse.training.augvae import LitAugVAEEvaluation
         from latent_verse.training.image_logging import SavedImages
         from latent_verse.training.progress_bar import ProgressBar
         from latent_verse.training.trainer import choose_devices, choose_strategy, quiet_lightning
@@ -38,10 +38,7 @@ def run(config: EvalVAEConfig, given: Mapping[str, str]) -> int:
     accelerator, devices = choose_devices(t)
     folder = runs.new_folder(t.log_dir, t.name or f"eval-{runs.stem(t.ckpt_path)}")
     data = ImageDataModule(open_images(config.data, model.config.resolution, t.seed, ["test"]), config.data, t.seed)
-    lit = LitAugVAE(model, config)
-    m, fake = model.config, config.data.fake_data
-    lit.test_metrics = ReconstructionMetrics(model.levels, m.num_tokens, m.resolution, with_networks=not fake)
-    lit.test_limit = n = config.eval.eval_images
+    lit, n = LitAugVAEEvaluation(model, config), config.eval.eval_images
     quiet_lightning()
     bar = [ProgressBar(t.refresh_rate)] if t.refresh_rate else []
     trainer = pl.Trainer(
@@ -58,7 +55,7 @@ def run(config: EvalVAEConfig, given: Mapping[str, str]) -> int:
         callbacks=[SavedImages(folder, config.eval.save_images), *bar],
     )
     trainer.test(lit, datamodule=data, verbose=False)
-    results = lit.test_results | {"checkpoint": str(t.ckpt_path), "skipped": data.skipped}
+    results = lit.results | {"checkpoint": str(t.ckpt_path), "skipped": data.skipped}
     if trainer.is_global_zero:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "metrics.json", results)

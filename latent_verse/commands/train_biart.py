@@ -35,7 +35,6 @@ def run(config: TrainBiARTConfig, given: Mapping[str, str]) -> int:
         from latent_verse.training.trainer import (
             announce,
             choose_devices,
-            decide_compile,
             default_name,
             ease_smoke_test,
             fit,
@@ -60,8 +59,7 @@ def run(config: TrainBiARTConfig, given: Mapping[str, str]) -> int:
     data, tokenizer, about = biart_setup.open_data(config, vae, start_from, pretrained)
     model = biart_setup.new_biart(config, vae, tokenizer, start_from, pretrained)
     del pretrained  # its weights would stay in memory as long as the run lasts
-    yaml_text, config = to_yaml(config), decide_compile(config)
-    folder = RunFolder(run, as_plain(config), yaml_text)
+    folder = RunFolder(run, as_plain(config), to_yaml(config))
     trainer = make_trainer(t, folder, data.has_val, [TextImageSamples(folder, config.sampling, tokenizer)])
     announce(t, run, start_from, idle_flags_biart(config, given))
     say(biart_setup.summary(config, model, tokenizer))

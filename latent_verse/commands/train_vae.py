@@ -30,7 +30,6 @@ def run(config: TrainVAEConfig, given: Mapping[str, str]) -> int:
         from latent_verse.training.backups import RunFolder, starting_point
         from latent_verse.training.trainer import (
             announce,
-            decide_compile,
             default_name,
             ease_smoke_test,
             fit,
@@ -45,8 +44,7 @@ def run(config: TrainVAEConfig, given: Mapping[str, str]) -> int:
     run = runs.open_run(t.log_dir, name, t.backup, t.backup_dir, as_plain(config))
     start_from = starting_point(run, t.ckpt_path if t.resume else None, "augvae", model.config)
     data = ImageDataModule(open_images(config.data, model.config.resolution, t.seed), config.data, t.seed)
-    yaml_text, config = to_yaml(config), decide_compile(config)
-    trainer = make_trainer(t, RunFolder(run, as_plain(config), yaml_text), data.has_val)
+    trainer = make_trainer(t, RunFolder(run, as_plain(config), to_yaml(config)), data.has_val)
     announce(t, run, start_from, idle_flags_vae(config, given, LOSSES[config.loss.loss_type].uses_lpips))
     if not start_from:
         base, size, processes = config.optim.learning_rate, config.data.batch_size, trainer.world_size

@@ -209,7 +209,7 @@ def _typed(name: str, value: Any, hint: Any, source: str) -> Any:
         leaf_type = OmegaConf.structured(dataclasses.make_dataclass("Leaf", [("leaf", hint)]))
         leaf: Any = OmegaConf.to_container(OmegaConf.merge(leaf_type, {"leaf": value}))
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{name}: {value!r} (from {source}) is not {_type_name(hint)}.") from error
+        raise ConfigError(f"{name}: {value!r} (from {source}) is invalid; expected {_type_name(hint)}.") from error
     converted = leaf["leaf"]
     if _is_sequence(hint) and Ellipsis not in _inner(hint).__args__ and len(converted) != len(_inner(hint).__args__):
         wanted = len(_inner(hint).__args__)

@@ -1,18 +1,18 @@
 """Every dataset by name, and the settings it reads. `data/datasets.py` holds, under the same names, what opens them.
 
-`needs` and `reads` name settings of a dataset's section. "dir" and "captions" stand for one setting of each split:
-`train_dir`, `val_dir` and `test_dir`; `train_captions`, `val_captions` and `test_captions`. A dataset that needs
-neither is generated: it is there without any file. `setting_of` gives the full name.
+`needs` and `reads` name settings of a dataset's section. "dir", "captions" and "size" stand for one setting of each
+split: `train_dir`, `val_dir` and `test_dir`. A dataset that needs none is generated: it is there without any file.
+`setting_of` gives the full name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
-from latent_verse.config.settings import ConfigError
+from latent_verse.config.settings import ConfigError, Settings
 
-SPLIT_SETTINGS = ("dir", "captions")
+SPLIT_SETTINGS = ("dir", "captions", "size")
 
 
 class Layout(NamedTuple):
@@ -47,8 +47,8 @@ PAIR_DATASETS = {
     "table": Layout(("captions",), ("resize_ratio",), "the .csv, .tsv or .jsonl with image paths and captions"),
     "webdataset": Layout(needs=("dir",), reads=("resize_ratio", "dataset_size", "shuffle_buffer")),
     "codes": Layout(needs=("dir",)),
-    "shapes": Layout(reads=("world", "dataset_size", "val_size")),
-    "fake": Layout(reads=("dataset_size", "val_size")),
+    "shapes": Layout(reads=("world", "split", "dataset_size", "size")),
+    "fake": Layout(reads=("dataset_size", "size")),
 }
 
 # what eval_biart.py can read: images with captions, each with an index
@@ -60,21 +60,31 @@ def setting_of(split: str, name: str) -> str:
     return f"{split}_{name}" if name in SPLIT_SETTINGS else name
 
 
-def check_files(layouts: Mapping[str, Layout], data: Any, split: str) -> None:
-    """Refuse a split without the files that its dataset needs, and a captions file that the dataset does not read.
+def check_files(layouts: Mapping[str, Layout], data: Settings, split: str) -> None:
+    """Refuse a split without the files that its dataset needs.
 
     Raises:
         ConfigError: naming the setting and the remedy.
     """
-    layout = layouts[data.dataset]
-    if layout.generated:
-        return
+    given = vars(data)
+    layout = layouts[given["dataset"]]
     for need in layout.needs:
-        if not getattr(data, setting_of(split, need)):
-            what = layout.captions_file if need == "captions" else f"the {split} images"
-            missing = f"{setting_of(split, need)} is not given; dataset {data.dataset} needs it: {what}"
+        if not given[setting_of(split, need)]:
+            what = layout.captions_file if need == "captions" else f"the images of the {split} split"
+            missing = f"{setting_of(split, need)} is not given; dataset {given['dataset']} needs it: {what}"
             raise ConfigError(f"{missing}. For a smoke test try --fake_data.")
-    for name in (setting_of(part, "captions") for part in (split, "val")):
-        if getattr(data, name, None) and not layout.has_effect("captions"):
-            readers = " or ".join(other for other, its in layouts.items() if its.has_effect("captions"))
-            raise ConfigError(f"{name} has no effect with dataset {data.dataset}: choose {readers}.")
+
+
+def check_effects(layouts: Mapping[str, Layout], data: Settings, split: str, names: Iterable[str]) -> None:
+    """Refuse a setting of `names`, as `needs` and `reads` call them, that is not its default and that is not read.
+
+    Raises:
+        ConfigError: naming the setting and the datasets that read it.
+    """
+    given, defaults = vars(data), vars(type(data)())
+    dataset = given["dataset"]
+    for name in names:
+        full = setting_of(split, name)
+        if given[full] != defaults[full] and not layouts[dataset].has_effect(name):
+            readers = " or ".join(other for other, its in layouts.items() if its.has_effect(name))
+            raise ConfigError(f"{full} has no effect with dataset {dataset}: it is read by {readers}.")

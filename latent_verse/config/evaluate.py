@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Optional, Tuple  # OmegaConf reads these annotations at run time
 
-from latent_verse.config.datasets import EVAL_DATASETS, PAIR_DATASETS, check_files
-from latent_verse.config.settings import ConfigError, SamplingSettings, Settings, same, setting
+from latent_verse.config.datasets import EVAL_DATASETS, PAIR_DATASETS, check_effects, check_files
+from latent_verse.config.settings import ConfigError, SamplingSettings, Settings, check_rules, require, same, setting
 from latent_verse.config.train import ImageDataConfig, PairDataConfig, TrainerConfig
 
 TASKS = ("likelihood", "generation", "captions", "retrieval", "zero_shot", "round_trip", "shapes")
@@ -18,15 +18,22 @@ EFFECTS = {
     "candidates": (IMAGES, "shapes"),
     **dict.fromkeys(("temperature", "top_k", "top_p", "guidance"), (IMAGES, "round_trip", "shapes")),
     **dict.fromkeys(("eval_captions", "fid_resolution", "reference", "reference_stats"), ("generation",)),
-    **dict.fromkeys(("prc_pictures", "prc_neighbours", "is_splits"), ("generation",)),
+    **dict.fromkeys(("generated_dir", "prc_pictures", "prc_neighbours", "is_splits"), ("generation",)),
     **dict.fromkeys(("blur_radii", "clip_model", "clip_weights", "download"), ("generation", "round_trip")),
-    "caption_pictures": ("captions",),
+    **dict.fromkeys(("captions_file", "caption_pictures"), ("captions",)),
     "beams": (CAPTIONS, "round_trip"),
     "likelihood_pairs": ("likelihood",),
     **dict.fromkeys(("retrieval_pictures", "retrieval_captions"), ("retrieval",)),
     **dict.fromkeys(("length_power", "prior_weight", "prior"), ("retrieval", "zero_shot")),
-    **dict.fromkeys(("class_prompt", "class_pictures"), ("zero_shot",)),
+    **dict.fromkeys(("classes_dir", "class_prompt", "class_pictures"), ("zero_shot",)),
     "round_trip_pairs": ("round_trip",),
+}
+NEEDS = {
+    "candidates": "temperature",
+    "prior": "prior_weight",
+    "classes_dir": "model",
+    "class_names": "classes_dir",
+    "dtype": "model",
 }
 
 
@@ -36,7 +43,7 @@ class EvaluatedConfig(Settings):
 
     model: Optional[str] = setting(None, "model to evaluate: bundle of train_biart.py, or hub id", path=True)
     generated_dir: Optional[str] = setting(None, "evaluate the images in this folder, generate none", path=True)
-    captions_file: Optional[str] = setting(None, "captions to evaluate: COCO results, or generate.py's", path=True)
+    captions_file: Optional[str] = setting(None, "captions: COCO results, or captions.jsonl of generate.py", path=True)
     tasks: Tuple[str, ...] = setting((), f"tasks to run, of {' '.join(TASKS)}; default all that are possible", TASKS)
     compare: Tuple[str, ...] = setting((), "two runs (folders or metrics.json files) to print side by side", path=True)
 
@@ -64,7 +71,7 @@ class GenerationConfig(SamplingSettings):
     candidates: int = setting(1, "images per caption; several are also re-ranked by the model and by CLIP", at_least=1)
     blur_radii: Tuple[int, ...] = setting((0, 1, 2, 4, 8), "radii k of FID-k, which blurs both image sets", at_least=0)
     fid_resolution: Optional[int] = setting(None, "resolution for FID; default the model's, else 256", at_least=1)
-    reference: str = setting("all", "reference set for FID: all images, or the sampled pairs' only", ("all", "drawn"))
+    reference: str = setting("all", "FID's reference images: all, or those of the sampled captions", ("all", "drawn"))
     reference_stats: Optional[str] = setting(
         None, "statistics of FID's reference set: read if there, else written; default in the run folder", path=True
     )
@@ -77,7 +84,7 @@ class GenerationConfig(SamplingSettings):
 class CaptionConfig(Settings):
     """Image to text."""
 
-    caption_pictures: Optional[int] = setting(None, "caption only this many images, the first; default all", at_least=1)
+    caption_pictures: Optional[int] = setting(None, "largest number of images to caption; default all", at_least=1)
     beams: int = setting(1, "beam search for captions with this many beams; 1 is greedy", at_least=1)
     java: bool = setting(True, "use Java if installed, for the standard caption tokenizer, METEOR and SPICE")
 
@@ -89,11 +96,11 @@ class LikelihoodConfig(Settings):
     likelihood_pairs: int = setting(1000, "sampled pairs to measure the held-out likelihood on", at_least=1)
     retrieval_pictures: int = setting(100, "images in the retrieval pool, each scored with every caption", at_least=2)
     retrieval_captions: int = setting(1, "captions per image in the retrieval pool (Karpathy: 5)", at_least=1)
-    length_power: float = setting(0.0, "divide log p(text | image) by length to this power: 0 sum, 1 mean", at_least=0)
-    prior_weight: float = setting(0.0, "weight of the prior log p to subtract; 1: mutual information", at_least=0)
-    prior: str = setting("null", "estimate of the prior log p: unconditional, or mean over the pool", ("null", "pool"))
+    length_power: float = setting(0.0, "divide log p(text | image) by tokens^this: 0 gives sum, 1 mean", at_least=0)
+    prior_weight: float = setting(0.0, "subtract this x the candidate's prior log p; 1: mutual information", at_least=0)
+    prior: str = setting("null", "null: log p without a reference; pool: mean over the pool", ("null", "pool"))
     classes_dir: Optional[str] = setting(None, "class folders of images, for zero-shot classification", path=True)
-    class_names: Optional[str] = setting(None, "file of a `folder<TAB>class name` per line; default folders", path=True)
+    class_names: Optional[str] = setting(None, "file of lines `folder<TAB>class name`; default folder names", path=True)
     class_prompt: str = setting("a photo of a {}", "text that is scored for a class; {} stands for its name")
     class_pictures: Optional[int] = setting(None, "largest number of images to classify; default all", at_least=1)
     round_trip_pairs: int = setting(100, "sampled pairs for round trips, in both directions", at_least=2)
@@ -117,7 +124,7 @@ class EvalWriteConfig(Settings):
     seed: int = setting(0, "seed for the choice of pairs and for sampling", at_least=0)
     gpus: int = same(TrainerConfig, "gpus", 1, "number of processes, each with one GPU; 0 is the CPU")
     accelerator: str = setting("auto", "auto, or cpu (then gpus is the number of processes)", ("auto", "cpu"))
-    dtype: str = setting("float32", "precision of BiART; lower is faster and recorded with every metric", DTYPES)
+    dtype: str = setting("float32", "precision of BiART; if not float32, each metric says so", DTYPES)
     num_workers: Optional[int] = setting(None, "threads that read and blur images; default by machine", at_least=1)
     batch_size: int = same(ImageDataConfig, "batch_size", 64, "batch size for generating and for evaluating")
     page_cases: int = setting(8, "examples on the page, for each of best, median and worst", at_least=0)
@@ -149,27 +156,30 @@ def resolve_eval_biart(config: EvalBiARTConfig, given: Mapping[str, str]) -> tup
     if j.compare:
         others = sorted(leaf for leaf in given if leaf != "compare")
         if len(j.compare) != 2:
-            raise ConfigError(f"compare has {len(j.compare)} runs; give two folders or metrics.json files.")
+            raise ConfigError(f"compare needs two folders or metrics.json files, but has {len(j.compare)}.")
         if others:
             raise ConfigError(f"--{others[0]} has no effect with --compare, which reads two finished runs.")
         return config, ()
-    if not (j.model or j.generated_dir or j.captions_file):
-        raise ConfigError("Nothing to evaluate: give --model, --generated_dir, --captions_file or --compare.")
+    require([j], "model", "generated_dir", "captions_file", "compare")
+    check_rules(vars(config).values(), NEEDS)
     config = replace(config, data=_resolve_data(config.data))
-    _check_numbers(config)
+    if len(set(config.generation.blur_radii)) < len(config.generation.blur_radii):
+        raise ConfigError(f"blur_radii is {list(config.generation.blur_radii)}; give different radii.")
+    if "{}" not in config.likelihood.class_prompt:
+        raise ConfigError(f"class_prompt is {config.likelihood.class_prompt!r}; it needs {{}} where the name goes.")
     tasks = _tasks(config)
     _check_effects(config, tasks)
     return config, tasks
 
 
 def _check_effects(config: EvalBiARTConfig, tasks: tuple[str, ...]) -> None:
-    """Raises ConfigError for a setting that is not its default and that nothing of this run reads."""
-    j, g, d = config.judged, config.generation, config.data
+    """Refuse a setting that is not its default and that nothing of this run reads."""
+    j, g = config.judged, config.generation
     done = {*tasks}
     done |= {IMAGES} if "generation" in tasks and not j.generated_dir else set()
     done |= {CAPTIONS} if "captions" in tasks and not j.captions_file else set()
     default = EvalBiARTConfig()
-    for section in ("generation", "captions", "likelihood", "networks"):
+    for section in ("judged", "generation", "captions", "likelihood", "networks"):
         for name, value in vars(getattr(config, section)).items():
             changed = value != getattr(getattr(default, section), name)
             if changed and name in EFFECTS and not done & set(EFFECTS[name]):
@@ -177,13 +187,6 @@ def _check_effects(config: EvalBiARTConfig, tasks: tuple[str, ...]) -> None:
                 raise ConfigError(f"{name} has no effect here: {where}.")
     if j.generated_dir and g.reference == "all" and g.eval_captions != default.generation.eval_captions:
         raise ConfigError("eval_captions has no effect with --generated_dir and --reference all: all are evaluated.")
-    if config.likelihood.prior != default.likelihood.prior and not config.likelihood.prior_weight:
-        raise ConfigError(f"prior {config.likelihood.prior} has no effect with prior_weight 0.")
-    for name in ("world", "split"):
-        if d.dataset != "shapes" and getattr(d, name) != getattr(default.data, name):
-            raise ConfigError(f"{name} has no effect with dataset {d.dataset}: it is of shapes.")
-    if config.write.dtype != default.write.dtype and not j.model:
-        raise ConfigError(f"dtype {config.write.dtype} has no effect without --model: it is BiART's.")
 
 
 def _tasks(config: EvalBiARTConfig) -> tuple[str, ...]:
@@ -197,14 +200,7 @@ def _tasks(config: EvalBiARTConfig) -> tuple[str, ...]:
     for task in j.tasks:
         if not needs[task][1]:
             raise ConfigError(f"tasks: {task} needs {needs[task][0]}.")
-    if not (j.model or j.tasks) and config.likelihood.classes_dir:
-        raise ConfigError("classes_dir: classification is by a model's likelihood; give --model.")
-    chosen = tuple(task for task in TASKS if (task in j.tasks if j.tasks else needs[task][1]))
-    for task, name in (("generation", "generated_dir"), ("captions", "captions_file"), ("zero_shot", "classes_dir")):
-        where = config.likelihood if name == "classes_dir" else j
-        if getattr(where, name) and task not in chosen:
-            raise ConfigError(f"{name} has no effect without the task {task}: leave it out, or add it to tasks.")
-    return chosen
+    return tuple(task for task in TASKS if (task in j.tasks if j.tasks else needs[task][1]))
 
 
 def _resolve_data(d: EvalDataConfig) -> EvalDataConfig:
@@ -212,22 +208,7 @@ def _resolve_data(d: EvalDataConfig) -> EvalDataConfig:
         raise ConfigError(f"dataset: {d.dataset} contradicts fake_data: true. Give one of them.")
     dataset = "fake" if d.fake_data else d.dataset or "pairs"
     d = replace(d, dataset=dataset, fake_data=dataset == "fake")
-    made = PAIR_DATASETS[dataset].generated
-    if d.test_size is not None and not made:
-        raise ConfigError(f"test_size has no effect with dataset {d.dataset}: all its pairs are used.")
-    if made and (d.test_dir or d.test_captions):
-        raise ConfigError(f"test_dir and test_captions have no effect with dataset {d.dataset}, which is made up.")
-    check_files(PAIR_DATASETS, d, "test")
+    layouts = {name: PAIR_DATASETS[name] for name in EVAL_DATASETS}
+    check_files(layouts, d, "test")
+    check_effects(layouts, d, "test", ("dir", "captions", "size", "world", "split"))
     return d
-
-
-def _check_numbers(config: EvalBiARTConfig) -> None:
-    g = config.generation
-    if g.is_greedy and g.candidates > 1:
-        raise ConfigError(f"candidates {g.candidates} has no effect at temperature 0: raise temperature.")
-    if not g.blur_radii or len(set(g.blur_radii)) < len(g.blur_radii):
-        raise ConfigError(f"blur_radii is {list(g.blur_radii)}; give one or more different radii.")
-    if "{}" not in config.likelihood.class_prompt:
-        raise ConfigError(f"class_prompt is {config.likelihood.class_prompt!r}; it needs {{}} where the name goes.")
-    if config.likelihood.class_names and not config.likelihood.classes_dir:
-        raise ConfigError("class_names has no effect without classes_dir.")

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Optional, Tuple  # OmegaConf reads these annotations at run time
 
-from latent_verse.config.evaluate import CaptionConfig
-from latent_verse.config.settings import ConfigError, SamplingSettings, Settings, same, setting
+from latent_verse.config.evaluate import CaptionConfig, EvaluatedConfig, EvalWriteConfig
+from latent_verse.config.settings import ConfigError, SamplingSettings, Settings, check_rules, require, same, setting
 from latent_verse.config.train import TextConfig
 
 TASKS = ("complete", "score", "image", "text")  # `complete` takes texts as well, so it is looked for first
@@ -19,13 +19,13 @@ TASKS = ("complete", "score", "image", "text")  # `complete` takes texts as well
 class WhatConfig(Settings):
     """The model, and one of four things to do: text, image, score or complete."""
 
-    model: Optional[str] = setting(None, "model: a bundle that train_biart.py wrote, or a hub id", path=True)
+    model: Optional[str] = same(EvaluatedConfig, "model", None, "a bundle that train_biart.py wrote, or a hub id")
     text: Tuple[str, ...] = setting((), "generate images for these texts, one argument each")
     text_file: Optional[str] = setting(None, "generate images for the texts in this file, one per line", path=True)
     image: Tuple[str, ...] = setting((), "generate captions for these images (files or folders)", path=True)
     score: Tuple[str, ...] = setting((), "score an image (or folder) against one or more texts")
-    complete: Optional[str] = setting(None, "keep the top of this image (or of each in a folder) only", path=True)
-    rows: Optional[int] = setting(None, "number of rows of codes that complete keeps", at_least=1)
+    complete: Optional[str] = setting(None, "keep the top of an image (or of a folder's), generate the rest", path=True)
+    rows: Optional[int] = setting(None, "number of rows of codes, from the top, that complete keeps", at_least=1)
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class GenerateSamplingConfig(SamplingSettings):
     """How images and captions are sampled."""
 
     num: int = setting(1, "images per text, or captions per image", at_least=1)
-    temperature: float = same(SamplingSettings, "temperature", 1.0, "0, captions' default, takes the likeliest token")
-    seed: Optional[int] = setting(None, "seed for sampling; default a random one, which is recorded", at_least=0)
-    rerank: int = setting(0, "candidates per image, of which the one that best predicts its text is kept", at_least=0)
+    temperature: float = same(SamplingSettings, "temperature", 1.0, "temperature; 0: greedy, the default for captions")
+    seed: Optional[int] = same(EvalWriteConfig, "seed", None, "seed for sampling; default random, and recorded")
+    rerank: int = setting(0, "candidates per image; the one that makes its text likeliest is kept; 0: off", at_least=0)
     beams: int = same(CaptionConfig, "beams")
     text_too_long: str = same(TextConfig, "text_too_long", "truncate", "cut texts that are too long, or raise an error")
 
@@ -48,7 +48,7 @@ class GenerateSamplingConfig(SamplingSettings):
 class WriteConfig(Settings):
     """Where results go, and which machine makes them."""
 
-    out: Optional[str] = setting(None, "new or empty folder for results; default generated, -2, ...", path=True)
+    out: Optional[str] = setting(None, "new or empty folder for results; default generated, generated-2 ...", path=True)
     overwrite: bool = setting(False, "write into a folder that is not empty, and replace files of the same name")
     gpus: int = setting(1, "1 uses the GPU if there is one, 0 the CPU", at_least=0, at_most=1)
 
@@ -79,24 +79,19 @@ def resolve_generate(config: GenerateConfig, given: Mapping[str, str]) -> tuple[
         ConfigError: no model, no task or several, or flags that the task does not use.
     """
     what = config.what
-    if not what.model:
-        raise ConfigError("model is not given: name the folder of a bundle, as train_biart.py writes one.")
+    require([what], "model")
+    require([what], "text", "text_file", "image", "score", "complete")
     asked = [t for t in TASKS if getattr(what, t) or (t == "text" and what.text_file)]
-    if not asked:
-        raise ConfigError("Nothing to do: give --text, --text_file, --image, --score or --complete.")
     if len(asked) > 1 and asked != ["complete", "text"]:
         raise ConfigError(f"{' and '.join('--' + t for t in asked)} are different tasks: give one of them.")
     task = asked[0]
     unused = [f"--{leaf}" for leaf, source in given.items() if source.startswith("--") and leaf not in USED[task]]
     unused = [flag for flag in unused if flag not in ("--model", "--gpus")]
     if unused:
-        raise ConfigError(f"{', '.join(unused)}: no effect with --{task}. Leave out.")
-    if what.text and what.text_file:
-        raise ConfigError("text and text_file are both given: put all texts into the file, or give them as --text.")
+        raise ConfigError(f"--{task} does not use these flags; leave them out: {', '.join(unused)}.")
+    check_rules([what], needs={"complete": "rows"}, excludes={"text": "text_file"})
     if task == "score" and len(what.score) < 2:
         raise ConfigError('score needs an image and a text: --score image.png "a red circle".')
-    if task == "complete" and what.rows is None:
-        raise ConfigError("complete needs rows: how many rows of codes to keep, from the top.")
     sampling = config.draw
     if task == "image" and "temperature" not in given:
         sampling = replace(sampling, temperature=0.0)

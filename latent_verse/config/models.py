@@ -20,7 +20,7 @@ class AugVAEConfig(Settings):
     num_res_blocks: int = setting(2, "residual blocks per stage", at_least=1)
     resolution: int = setting(256, "height and width of the images, in pixels", at_least=1)
     attn_resolutions: Tuple[int, ...] = setting((64, 32, 16, 8), "sides of the code grids (levels), largest first")
-    norm: str = setting("group", "GroupNorm(32), as released, or each position alone", ("group", "pixel"))
+    norm: str = setting("group", "group: GroupNorm(32), as released; pixel: LayerNorm per pixel", ("group", "pixel"))
     use_attn: bool = setting(False, "use self-attention at the levels and in the middle of each network")
     dropout: float = setting(0.0, "dropout in the residual blocks", training_only=True, at_least=0, at_most=1)
     double_z: bool = setting(False, "the original's flag for KL models; must be false with a codebook", hidden=True)
@@ -30,9 +30,9 @@ class AugVAEConfig(Settings):
     quantizer: str = setting("ema", "how vectors become codes; ema: a codebook of moving averages, as released")
     quant_beta: float = setting(0.25, "weight of the commitment loss", training_only=True, at_least=0)
     quant_ema_decay: float = setting(0.99, "EMA decay of the codebook", training_only=True, at_least=0, at_most=1)
-    quant_ema_eps: float = setting(1e-5, "smoothing of the cluster sizes", training_only=True, at_least=0, at_most=1)
+    quant_ema_eps: float = setting(1e-5, "smoothing of the codes' counts", training_only=True, at_least=0, at_most=1)
     restart_threshold: float = setting(
-        0.0, "restart codes used less often than this per batch; 0: never (as released)", training_only=True, at_least=0
+        0.0, "codes used less than this per batch become encoder outputs; 0: never", training_only=True, at_least=0
     )
     single_level: Optional[int] = setting(None, "keep only this level (AugVAE-SL); null keeps all (AugVAE-ML)")
 
@@ -40,8 +40,6 @@ class AugVAEConfig(Settings):
         for name in ("ch_mult", "attn_resolutions"):  # lists from YAML become hashable
             object.__setattr__(self, name, tuple(getattr(self, name)))
         super().__post_init__()
-        if not self.ch_mult:
-            raise ConfigError("ch_mult is []; it needs one multiplier a stage.")
         if self.double_z:
             raise ConfigError("double_z: true cannot work: a codebook has no variance to encode. Set double_z: false.")
 
@@ -52,7 +50,7 @@ class AugVAEConfig(Settings):
             ConfigError: naming the key, its value and the remedy.
         """
         if self.norm == "group" and self.hidden_dim % 32:
-            raise ConfigError(f"hidden_dim {self.hidden_dim} is not a multiple of 32, the group count of GroupNorm.")
+            raise ConfigError(f"hidden_dim {self.hidden_dim} is not a multiple of 32. Make it one, or set norm: pixel.")
         first = self.resolution / 2 ** (len(self.ch_mult) - 1)
         levels = self.attn_resolutions
         if not levels or levels[0] != first:
@@ -72,7 +70,7 @@ class AugVAEConfig(Settings):
 class BiARTVariant(Settings):
     """What may differ between two transformers of one size. A run's settings and the transformer's own both have it."""
 
-    pos_by_modality: bool = setting(False, "count positions in text and image apart, the same in both directions")
+    pos_by_modality: bool = setting(False, "count text and image positions separately, the same in both directions")
     embd_pdrop: float = setting(0.0, "dropout after the embeddings", training_only=True, at_least=0, at_most=1)
     resid_pdrop: float = setting(0.0, "dropout on each residual branch", training_only=True, at_least=0, at_most=1)
     attn_pdrop: float = setting(0.0, "dropout on the attention weights", training_only=True, at_least=0, at_most=1)

@@ -12,10 +12,11 @@ import difflib
 import math
 import operator
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Optional  # OmegaConf reads these annotations at run time
 
+NONE: Mapping[str, str] = {}
 WITHIN = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
 
 
@@ -76,14 +77,13 @@ class SamplingSettings(Settings):
 
     temperature: float = setting(1.0, "sampling temperature for images; 0 takes the most likely code", at_least=0)
     top_k: Optional[int] = setting(None, "sample only from the k most likely tokens", at_least=1)
-    top_p: Optional[float] = setting(None, "nucleus sampling: total probability of its tokens", above=0, at_most=1)
+    top_p: Optional[float] = setting(None, "nucleus sampling: top tokens of this total probability", above=0, at_most=1)
     guidance: float = setting(1.0, "scale of classifier-free guidance towards the input; 1 is off", at_least=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("top_k", "top_p"):
-            if self.is_greedy and getattr(self, name) is not None:
-                raise ConfigError(f"{name} has no effect at temperature 0, which is greedy: raise temperature.")
+        if self.is_greedy:
+            check_rules([self], needs={"top_k": "temperature", "top_p": "temperature"})
 
     @property
     def is_greedy(self) -> bool:
@@ -105,6 +105,8 @@ def check_value(f: dataclasses.Field, value: Any, source: str = "") -> None:
     items = value if listed else () if value is None else (value,)
     shown = list(value) if listed else repr(value)
     choices, bounds = f.metadata["choices"], f.metadata["bounds"]
+    if listed and not value and f.default != ():
+        raise ConfigError(f"{f.name} is []{source}; give at least one.")
     for item in items if choices else ():
         if item not in choices:
             near = closest(str(item), choices, otherwise=".")
@@ -115,6 +117,44 @@ def check_value(f: dataclasses.Field, value: Any, source: str = "") -> None:
     if not all(WITHIN[name](number, bound) for number in numbers for name, bound in bounds.items()):
         wanted = " and ".join(f"{name} {bound}" for name, bound in bounds.items())
         raise ConfigError(f"{f.name} is {shown}{source}; {'each' if listed else 'it'} must be {wanted}.")
+
+
+def check_rules(sections: Iterable[Settings], needs: Mapping[str, str], excludes: Mapping[str, str] = NONE) -> None:
+    """Refuse a setting that is not its default while another that it needs is off, or one that it excludes is given.
+
+    Args:
+        needs: {setting: other}, where the other may be `name=value`. A setting that no section has is ignored.
+        excludes: likewise.
+
+    Raises:
+        ConfigError: naming both settings.
+    """
+    found = {f.name: (f, getattr(section, f.name)) for section in sections for f in dataclasses.fields(section)}
+    for rules in (needs, excludes):
+        for name, rule in rules.items():
+            other, _, wanted = rule.partition("=")
+            if name not in found or other not in found or found[name][1] == found[name][0].default:
+                continue
+            (f, value), (its, now) = found[name], found[other]
+            shown = f"{name} {value}" if f.metadata["choices"] or type(value) in (int, float) else name
+            meant = f"{other}: {wanted}" if wanted else f"{other} above 0" if type(its.default) is float else other
+            if rules is needs and not (now == wanted if wanted else now):
+                raise ConfigError(f"{shown} needs {meant} ({its.metadata['help']}). Set it, or leave {name} out.")
+            if rules is excludes and (now == wanted if wanted else now != its.default):
+                raise ConfigError(f"{shown} and {meant} contradict each other: give one of them.")
+
+
+def require(sections: Iterable[Settings], *names: str, hint: str = "See --help.") -> None:
+    """Refuse a configuration in which none of these settings is given.
+
+    Raises:
+        ConfigError: naming them.
+    """
+    found = {f.name: (f, getattr(section, f.name)) for section in sections for f in dataclasses.fields(section)}
+    if not any(found[name][1] for name in names):
+        what = found[names[0]][0].metadata["help"]
+        missing = f"{names[0]} is not given ({what})." if len(names) == 1 else f"Give one of {', '.join(names)}."
+        raise ConfigError(f"{missing} {hint}")
 
 
 def closest(name: str, valid: Iterable[str], prefix: str = "", otherwise: str = ". See --help.") -> str:

@@ -19,7 +19,11 @@ Pair = tuple[str, list[str]]  # an image's path, and its captions
 
 
 def sorted_out(pairs: Iterable[tuple[str, list]], path: str) -> tuple[list[Pair], dict[str, list[str]]]:
-    """The pairs that can be used, and the images of the others by reason; DataError if a caption is no string."""
+    """The pairs that can be used, and the images of the others by reason.
+
+    Raises:
+        DataError: a caption is no string.
+    """
     kept, bare, empty, missing = [], [], [], []
     names_in = cache(_listing)
     for image, captions in pairs:
@@ -47,7 +51,11 @@ def _listing(folder: str) -> set[str]:
 
 
 def check_file(path: str | os.PathLike, key: str) -> str:
-    """`path` as a str with ~ expanded; DataError with the setting `key` if it is no file, or an empty one."""
+    """`path` as a str with ~ expanded.
+
+    Raises:
+        DataError: it is no file, or an empty one; naming the setting `key`.
+    """
     path = os.path.expanduser(os.fspath(path))
     if not os.path.isfile(path):
         kind = "is a folder, not a file" if os.path.isdir(path) else "does not exist"
@@ -68,12 +76,20 @@ def _read_text(path: str) -> str:
 
 
 def caption_lines(path: str) -> list[str]:
-    """The lines of a text file that are not blank; DataError if it cannot be read, or is not UTF-8."""
+    """The lines of a text file that are not blank.
+
+    Raises:
+        DataError: the file cannot be read, or is not UTF-8.
+    """
     return [text for text in (" ".join(line.split()) for line in re.split("\r\n|\r|\n", _read_text(path))) if text]
 
 
 def read_json(path: str | os.PathLike, key: str) -> tuple[object, str]:
-    """The content of a JSON file, and its path as a str; DataError with the setting `key` if it is no valid JSON."""
+    """The content of a JSON file, and its path as a str.
+
+    Raises:
+        DataError: it cannot be read, or is not valid JSON; naming the setting `key`.
+    """
     path = check_file(path, key)
     try:
         content = json.loads(_read_text(path))
@@ -85,7 +101,7 @@ def read_json(path: str | os.PathLike, key: str) -> tuple[object, str]:
 
 
 def entries(content: object, name: str, fields: dict[str, type | tuple[type, ...]], path: str, key: str) -> list[dict]:
-    """The list content[name], whose entries have the given fields, of their types.
+    """The list content[name], whose entries have the given fields, of the given types.
 
     Raises:
         DataError: there is no such list, or an entry lacks a field or has one of another type.

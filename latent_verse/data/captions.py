@@ -95,10 +95,14 @@ class PairDataset(MapImages):
 
 
 class PairFiles(PairDataset, ImageFiles):
-    """Pairs whose images are files. A subclass finds the pairs and hands them to `_hold`."""
+    """Pairs whose images are files. A subclass finds the pairs and hands them to `_hold`.
+
+    Raises:
+        DataError: a folder or file is missing or damaged, no image has a caption, or none can be read.
+    """
 
     def _hold(self, source: str, pairs: list[Pair], left_out: dict[str, list[str]], remedy: str) -> None:
-        """Keep the pairs. `left_out`: what was skipped -> its names; DataError with `remedy` if nothing is left."""
+        """Keep the pairs. `left_out`: what was skipped -> its names; `remedy`: what to do if nothing is left."""
         self.source = source
         self.left_out = {what: len(names) for what, names in left_out.items()}
         found = "; ".join(f"{len(n)} {what} (the first: {n[0]})" for what, n in left_out.items() if n)

@@ -27,7 +27,7 @@ from torch.utils.data import Dataset
 
 from latent_verse.config.settings import expand_paths
 from latent_verse.data import DataError
-from latent_verse.data.captions import CAPTION_SEED, CROP_SEED, CaptionList, EncodedCaption
+from latent_verse.data.captions import CAPTION_SEED, CROP_SEED, CaptionList, EncodedCaption, PairDataset
 from latent_verse.data.images import SkipLog
 from latent_verse.data.shapes import Scene, ShapesDataset, World
 from latent_verse.data.text import Tokenizer
@@ -47,10 +47,7 @@ def smallest_type(count: int) -> type:
     return np.uint16 if count <= 2**16 else np.uint32
 
 
-# ------------------------------------------------------------------------------------------------------------- writing
-
-
-def work_of(dataset: Any, crops: int, shard_size: int) -> list[Iterator[Work]]:
+def work_of(dataset: PairDataset | ShapesDataset, crops: int, shard_size: int) -> list[Iterator[Work]]:
     """What each shard of codes holds: `shard_size` items of a map-style dataset opened without augmentation.
 
     Crop 0 is the centre crop, as in evaluation; crop k is the random one that training sees in epoch k.
@@ -158,8 +155,8 @@ def _load(load: Callable[[], Tensor | None]) -> Tensor | None:
 
 
 def _read_same(path: Path, plan: dict) -> dict[str, Any]:
-    """What a file of an earlier extraction holds; DataError if that had a different plan."""
-    found = read_json(path)
+    """What a file of an earlier extraction holds, which must have had the same plan."""
+    found = _read_json(path)
     found["source"] = expand_paths(found.get("source") or "")  # earlier versions recorded paths with `~`
     if lines := "\n  ".join(differences(found, plan)):
         folder = path.parent
@@ -167,11 +164,8 @@ def _read_same(path: Path, plan: dict) -> dict[str, Any]:
     return found
 
 
-# ------------------------------------------------------------------------------------------------------------- reading
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """What codes.json or unfinished.json holds; DataError if it is no JSON file of this kind."""
+def _read_json(path: Path) -> dict[str, Any]:
+    """What codes.json or unfinished.json holds."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -182,10 +176,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_meta(folder: str | os.PathLike, key: str) -> dict[str, Any]:
-    """What codes.json of a folder holds; DataError with the setting `key` if it is absent or unfinished."""
+    """What codes.json of a folder holds.
+
+    Raises:
+        DataError: it is absent, damaged or unfinished; naming the setting `key`.
+    """
     folder = Path(os.path.expanduser(folder))
     if (folder / META).is_file():
-        return read_json(folder / META)
+        return _read_json(folder / META)
     if (folder / UNFINISHED).is_file():
         raise DataError(f"{key}: the codes in {folder} are unfinished. Rerun the command that was extracting them.")
     parts = [name for name in ("train", "val") if (folder / name / META).is_file()]
@@ -194,7 +192,11 @@ def read_meta(folder: str | os.PathLike, key: str) -> dict[str, Any]:
 
 
 def check_codes(meta: dict[str, Any], vae_fingerprint: str, tokenizer_fingerprint: str, key: str) -> None:
-    """Refuse codes of another AugVAE or ids of another tokenizer: DataError with `key` and both fingerprints."""
+    """Check that codes and ids are those of the AugVAE and the tokenizer with these fingerprints.
+
+    Raises:
+        DataError: they are not; naming the setting `key` and both fingerprints.
+    """
     if meta["vae"] != vae_fingerprint:
         raise DataError(
             f"{key}: these codes were made by the AugVAE {meta['vae']}, but vae_path is {vae_fingerprint}. "
@@ -211,8 +213,7 @@ def check_codes(meta: dict[str, Any], vae_fingerprint: str, tokenizer_fingerprin
 class CodesDataset(Dataset):
     """A folder of codes in memory, as compact arrays: `dataset[(epoch, i)]` is (codes (N,), EncodedCaption).
 
-    Crop and caption follow from (seed, epoch, i), the caption as in captions.py; without `train` it is the centre crop.
-    A plain index means epoch 0.
+    Crop and caption follow from (seed, epoch, i), epoch 0 for a plain index; without `train` it is the centre crop.
 
     Raises:
         DataError: the folder holds no complete codes; naming the setting `key`.
@@ -289,5 +290,5 @@ class CodesDataset(Dataset):
         """The scene behind item i, where the images come from a shapes world."""
         return self._shapes.scene(i)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, str | int]:
         return {"source": str(self.folder), "pairs": len(self), "captions": int(self._captions.starts[-1])}

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from latent_verse.config.datasets import IMAGE_DATASETS, PAIR_DATASETS, Layout, setting_of
 from latent_verse.config.train import ImageDataConfig, PairDataConfig
@@ -19,7 +19,7 @@ from latent_verse.data import DataError
 from latent_verse.data.captions import CocoCaptions, FakePairs, KarpathyCaptions, PairFolder, TableCaptions
 from latent_verse.data.codes import CodesDataset
 from latent_verse.data.images import FakeDataset, FlatImages, ImageDataset, MapImages
-from latent_verse.data.pairs import PairShards
+from latent_verse.data.pairs import PairData, PairShards
 from latent_verse.data.shapes import ShapesDataset, World
 from latent_verse.data.shards import Shards
 
@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 # Read by index: `dataset[(epoch, i)]` is (image, label), or of pairs (image or codes, caption). The others are Shards.
 MapDataset = MapImages | CodesDataset | ShapesDataset
+Opened = TypeVar("Opened")
 
 
 class Given(NamedTuple):
@@ -97,7 +98,7 @@ def open_shapes(split: Split) -> ShapesDataset:
     return ShapesDataset(world, split.name, size, split.seed, fresh=split.augment, as_uint8=True)
 
 
-def open_fake(split: Split, kind: type[FakeDataset]) -> FakeDataset:
+def open_fake(split: Split, kind: Callable[..., Opened]) -> Opened:
     """Generated images, or pairs of them."""
     return kind(split.size_or(512, 64), split.resolution, split.augment, seed=split.seed, as_uint8=True)
 
@@ -109,7 +110,7 @@ IMAGES: dict[str, Callable[[Split], MapDataset | Shards]] = {
     "fake": lambda s: open_fake(s, FakeDataset),
 }
 
-PAIRS: dict[str, Callable[[Split], MapDataset | PairShards]] = {
+PAIRS: dict[str, Callable[[Split], PairData]] = {
     "pairs": lambda s: PairFolder(s.folder.value, key=s.folder.setting, **s.files),
     "coco": open_coco,
     "karpathy": open_karpathy,
@@ -141,8 +142,8 @@ def open_pairs(
     seed: int = 0,
     splits: Sequence[str] = ("train", "val"),
     augment: bool | None = None,
-) -> dict[str, MapDataset | PairShards]:
-    """The same with captions; DataError as `open_images`.
+) -> dict[str, PairData]:
+    """The same with captions.
 
     Args:
         augment: random crops, and new scenes of shapes in each epoch; by default for train only.
@@ -157,20 +158,20 @@ def source_of(data: PairDataConfig, split: str) -> str:
 
 
 def _open(
-    openers: Mapping[str, Callable[[Split], Any]],
+    openers: Mapping[str, Callable[[Split], Opened]],
     layouts: Mapping[str, Layout],
     data: ImageDataConfig,
     resolution: int,
     seed: int,
     splits: Sequence[str],
     augment: bool | None = None,
-) -> dict[str, Any]:
+) -> dict[str, Opened]:
     if data.dataset not in openers:
         raise DataError(f"dataset is {data.dataset!r}; choose {', '.join(openers)}.")
     layout = layouts[data.dataset]
     if data.dataset_size and "dataset_size" not in layout.reads:
         log.warning("dataset_size has no effect with dataset %s: all of it is used.", data.dataset)
-    opened = {}
+    opened: dict[str, Opened] = {}
     for name in splits:
         if missing := [need for need in layout.needs if not _given(data, layout, name, need).value]:
             if name == "val":

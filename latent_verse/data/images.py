@@ -16,7 +16,6 @@ import os
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import numpy as np
 import torch
@@ -124,7 +123,11 @@ def nothing_found(others: Counter) -> str:
 
 
 def check_folder(root: str | os.PathLike, key: str) -> str:
-    """`root` as a str with ~ expanded; DataError with the setting `key` if it is no folder."""
+    """`root` as a str with ~ expanded.
+
+    Raises:
+        DataError: it is no folder; naming the setting `key`.
+    """
     root = os.path.expanduser(os.fspath(root))
     if not os.path.isdir(root):
         kind = "is a file, not a folder" if os.path.exists(root) else "does not exist"
@@ -162,7 +165,7 @@ class MapImages(Dataset):
         self.seed, self.as_uint8, self.key = seed, as_uint8, key
         self.epoch = 0
 
-    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, Any] | None:
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, int | str] | None:
         epoch, index = key if isinstance(key, tuple) else (self.epoch, key)
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} in a dataset of {len(self)}")
@@ -177,7 +180,7 @@ class MapImages(Dataset):
         return (image if self.as_uint8 else to_unit_range(image)), self.target(used, epoch, index)
 
     def _load_readable(self, index: int) -> tuple[Tensor | None, int]:
-        """The sample, or in training the next readable one after it; in evaluation None for an unreadable one."""
+        """The sample and its index; for an unreadable one, in training the next readable one, in evaluation None."""
         tries = min(len(self), MAX_SKIPS) if self.train else 1
         for step in range(tries):
             used = (index + step) % len(self)
@@ -193,14 +196,18 @@ class MapImages(Dataset):
         return None, index
 
     def image(self, index: int) -> Tensor:
-        """The whole image as uint8 (3, H, W). Raises UnreadableImage."""
+        """The whole image as uint8 (3, H, W).
+
+        Raises:
+            UnreadableImage: its file is absent or damaged.
+        """
         raise NotImplementedError
 
     def name(self, index: int) -> str:
         """What messages call the image."""
         raise NotImplementedError
 
-    def target(self, used: int, epoch: int, index: int) -> Any:
+    def target(self, used: int, epoch: int, index: int) -> int | str:
         """What comes with image `used`, which stands in for `index` where that is unreadable: a label or a caption."""
         raise NotImplementedError
 
@@ -225,7 +232,7 @@ class ImageFiles(MapImages):
         return self.paths[index]
 
     def _hold_paths(self, paths: PathList, source: str) -> None:
-        """Keeps the paths. DataError if none can be read; looks at one file where all is well."""
+        """Keep the paths. At least one must be readable; where all is well, only one file is read."""
         self.paths, self.skipped = paths, SkipLog(len(paths))
         reason: object = None
         for index in range(len(self)):

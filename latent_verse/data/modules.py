@@ -25,12 +25,12 @@ from typing import Any, NamedTuple
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from latent_verse.config.train import ImageDataConfig, PairDataConfig
 from latent_verse.data import DataError
 from latent_verse.data.datasets import MapDataset
-from latent_verse.data.pairs import CaptionEncoder, text_of
+from latent_verse.data.pairs import CaptionEncoder, PairData, text_of
 from latent_verse.data.shapes import Scene, World
 from latent_verse.data.shards import EvalShards, Shards, TrainShards
 from latent_verse.data.transforms import Collate, labels, sample_generator, to_unit_range
@@ -95,11 +95,11 @@ class _Loader:
         self._loader = loader
 
     @property
-    def _iterator(self) -> Any:
+    def _iterator(self) -> Iterator[list[Tensor]] | None:
         return self._loader._iterator
 
     @_iterator.setter
-    def _iterator(self, value: Any) -> None:
+    def _iterator(self, value: Iterator[list[Tensor]] | None) -> None:
         self._loader._iterator = value
 
 
@@ -220,7 +220,7 @@ class ImageDataModule(pl.LightningDataModule):
         """Unreadable files that this rank has skipped so far, each counted once."""
         return sum(dataset.skipped.count for dataset in self.datasets.values())
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, str | int | None]:
         """Counts for the log: samples of each split (None: unknown or unused), and files that this rank skipped."""
         counts = {split: self._samples(split) for split in ("train", "val", "test")}
         return {"dataset": self.data.dataset, **counts, "skipped": self.skipped, "workers": self.workers}
@@ -277,7 +277,7 @@ class ImageDataModule(pl.LightningDataModule):
         batches = EvalBatches(len(dataset), batch_size, rank, world)
         return EvalLoader(self._loader(dataset, batch_sampler=batches), len(batches), world)
 
-    def _loader(self, dataset: Any, **batching: Any) -> DataLoader:
+    def _loader(self, dataset: Dataset, **batching: Any) -> DataLoader:
         workers = self.workers
         if workers:
             batching |= {"prefetch_factor": self.data.prefetch_factor, "persistent_workers": True}
@@ -300,7 +300,7 @@ class ImageDataModule(pl.LightningDataModule):
             return self.trainer.global_rank, self.trainer.world_size
         return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+    def on_after_batch_transfer(self, batch: list[Tensor], dataloader_idx: int) -> list[Tensor]:
         """uint8 -> float in [-1, 1], on the device."""
         x, others = batch
         return [to_unit_range(x) if x.dtype == torch.uint8 else x, others]
@@ -324,9 +324,7 @@ class PairDataModule(ImageDataModule):
         encode: captions -> ids; its tokenizer may have been trained on `datasets["train"]`.
     """
 
-    def __init__(
-        self, datasets: Mapping[str, MapDataset | Shards], data: PairDataConfig, seed: int, encode: CaptionEncoder
-    ):
+    def __init__(self, datasets: Mapping[str, PairData], data: PairDataConfig, seed: int, encode: CaptionEncoder):
         super().__init__(datasets, data, seed, encode)
         if self.workers:
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads of `tokenizers` do not survive a fork

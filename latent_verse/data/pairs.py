@@ -7,15 +7,15 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from latent_verse.data import DataError
-from latent_verse.data.captions import CAPTION_SEED, CROP_SEED, EncodedCaption
-from latent_verse.data.codes import Work
+from latent_verse.data.captions import CAPTION_SEED, CROP_SEED, EncodedCaption, PairDataset
+from latent_verse.data.codes import CodesDataset, Work
 from latent_verse.data.images import SkipLog
+from latent_verse.data.shapes import ShapesDataset
 from latent_verse.data.shards import SKIP_SLOTS, Shards, read_shards
 from latent_verse.data.text import Tokenizer
 from latent_verse.data.transforms import UnreadableImage, centre_crop, mix_seed, random_crop, sample_generator
@@ -23,8 +23,8 @@ from latent_verse.data.transforms import UnreadableImage, centre_crop, mix_seed,
 TOKENIZER_CAPTIONS = 500_000  # a vocabulary learns nothing from more
 
 
-def all_captions(dataset: Any) -> Iterator[str]:
-    """The captions to train a tokenizer on: those of a dataset of pairs, or of a large one evenly spaced ones."""
+def all_captions(dataset: PairData) -> Iterator[str]:
+    """The captions to train a tokenizer on: all of a dataset, or of a large one those of evenly spaced items."""
     of_each: Iterable[list[str]]
     if isinstance(dataset, PairShards):
         of_each = (captions_of(raw) for raw in read_shards(dataset.shards, SkipLog(1)))
@@ -124,13 +124,16 @@ class PairShards(Shards):
         return captions[chosen % len(captions)]
 
 
+PairData = PairDataset | CodesDataset | ShapesDataset | PairShards  # what has captions
+
+
 def _number(raw: dict) -> int:
     """What distinguishes a sample's randomness from that of others: a hash of its name."""
     return zlib.crc32(raw["__key__"].encode())
 
 
 def work_of_shards(source: PairShards, crops: int) -> list[Iterator[Work]]:
-    """What codes.extract does with tar shards: one shard of codes for each. Crop 0 is the centre crop."""
+    """As `codes.work_of`, for tar shards: one shard of codes for each of them."""
 
     def load(raw: dict) -> Tensor:
         image = source.decode(raw)

@@ -31,7 +31,6 @@ import zlib
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,9 +50,6 @@ from latent_verse.data.transforms import (
 IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")
 TARS = (".tar", ".tgz", ".tar.gz")
 SKIP_SLOTS = 1 << 16  # a stream has no index, so a hash of its name distinguishes an unreadable sample
-
-
-# ---------------------------------------------------------------------------------------------- which shards, how many
 
 
 def is_remote(shard: str) -> bool:
@@ -136,9 +132,6 @@ def _count_images(shard: str, size: int, changed: int) -> int:
     return sum(_image_key(sample) is not None for sample in group_by_keys(headers(), handler=lambda error: True))
 
 
-# ----------------------------------------------------------------------------------------------------- reading samples
-
-
 def _image_key(raw: dict) -> str | None:
     return next((key for key in IMAGE_KEYS if key in raw), None)
 
@@ -187,9 +180,6 @@ def _worker() -> tuple[int, int]:
     return (0, 1) if info is None else (info.id, info.num_workers)
 
 
-# ------------------------------------------------------------------------------------------------------------ datasets
-
-
 class Shards:
     """The tar shards of a split, and what is in a sample; TrainShards and EvalShards stream them.
 
@@ -233,10 +223,14 @@ class Shards:
         return self.size or (None if self.remote else sum(map(count_images, self.shards)))
 
     def decode(self, raw: dict) -> Tensor:
-        """The whole image of a sample, uint8 (3, H, W). Raises UnreadableImage."""
+        """The whole image of a sample, uint8 (3, H, W).
+
+        Raises:
+            UnreadableImage: it is damaged.
+        """
         return decode_rgb(raw[_image_key(raw)])
 
-    def target(self, raw: dict, epoch: int | None = None) -> Any:
+    def target(self, raw: dict, epoch: int | None = None) -> int | str:
         """What comes with the image, in training in epoch `epoch`: its label, -1 where .cls holds no number."""
         try:
             return int(raw.get("cls", b"-1"))
@@ -276,7 +270,7 @@ class TrainShards(_Stream):
         """Say where the next iteration begins. It reaches persistent workers through shared memory."""
         self._start[0], self._start[1] = epoch, batch
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Any]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, int | str]]:
         worker, workers = _worker()
         epoch, first = self._start.tolist()
         # The loader asks its worker 0 first. After a resume at batch `first`, worker 0 therefore takes the part of the
@@ -337,10 +331,7 @@ class TrainShards(_Stream):
 
 
 class EvalShards(_Stream):
-    """Each sample once over ranks x workers, in shard order.
-
-    None stands for an unreadable sample, and for the empty batch that a rank needs to make as many steps as the others.
-    """
+    """Each sample once, in shard order; None for an unreadable one, and for an empty batch where a rank needs one."""
 
     def _batches(self, samples: int) -> int:
         """Batches of the rank with most of a worker's `samples`: what every rank makes."""
@@ -353,7 +344,7 @@ class EvalShards(_Stream):
         workers = max(1, workers)
         return sum(self._batches(sum(map(count_images, self.source.shards[w::workers]))) for w in range(workers))
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Any] | None]:
+    def __iter__(self) -> Iterator[tuple[Tensor, int | str] | None]:
         worker, workers = _worker()
         samples = mine = 0
         for raw in read_shards(self.source.shards[worker::workers], self.source.skipped):
@@ -364,7 +355,7 @@ class EvalShards(_Stream):
         if math.ceil(mine / self.batch_size) < self._batches(samples):
             yield None
 
-    def _sample(self, raw: dict) -> tuple[Tensor, Any] | None:
+    def _sample(self, raw: dict) -> tuple[Tensor, int | str] | None:
         try:
             image = self.source.decode(raw)
         except UnreadableImage as error:

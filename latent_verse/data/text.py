@@ -31,7 +31,7 @@ META_FILE = "tokenizer_config.json"
 TOO_LONG = ("truncate", "error")
 BYTES = 256  # a byte-level vocabulary holds every byte, so that no text is unknown
 
-CLIP_VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"  # in the package open_clip: a header, then one merge a line
+CLIP_VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"  # in the package open_clip: a header, then one merge per line
 CLIP_MERGES = 48_894  # as many of them as CLIP uses
 CLIP_SPECIALS = ("<start_of_text>", "<end_of_text>")
 # CLIP's words, by `regex` as in open_clip: `tokenizers` has older Unicode tables.
@@ -74,7 +74,11 @@ class Tokenizer:
         raise NotImplementedError
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of one list of ids; TokenizerError for an id outside the vocabulary."""
+        """The text of one list of ids.
+
+        Raises:
+            TokenizerError: an id is outside the vocabulary.
+        """
         raise NotImplementedError
 
     def save(self, folder: str | Path) -> None:
@@ -85,7 +89,7 @@ class Tokenizer:
         (folder / META_FILE).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
 
     def encode(self, text: str) -> list[int]:
-        """The ids of one caption, of any length; TokenizerError as `encode_batch`."""
+        """The ids of one caption, of any length; see `encode_batch`."""
         return self.encode_batch([text])[0]
 
     def encode_batch(
@@ -276,7 +280,7 @@ def pack_tokenizer(tokenizer: Tokenizer) -> PackedTokenizer:
 
 
 def unpack_tokenizer(packed: PackedTokenizer) -> Tokenizer:
-    """The tokenizer that `pack_tokenizer` packed; TokenizerError as `load_tokenizer`."""
+    """The tokenizer that `pack_tokenizer` packed; see `load_tokenizer`."""
     with tempfile.TemporaryDirectory() as folder:
         for name, text in packed["files"].items():
             (Path(folder) / Path(name).name).write_text(text, encoding="utf-8")

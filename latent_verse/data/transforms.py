@@ -14,7 +14,6 @@ import io
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -168,7 +167,7 @@ class Collate:
     def __init__(self, shape: tuple[int, ...], targets: Callable[[list], Tensor] = labels):
         self.shape, self.targets = shape, targets
 
-    def __call__(self, items: list[tuple[Any, Any] | None]) -> list[Tensor]:
+    def __call__(self, items: Sequence[tuple[Tensor | np.ndarray, object] | None]) -> list[Tensor]:
         kept = [item for item in items if item is not None]
         return [self._stacked([x for x, _ in kept]), self.targets([target for _, target in kept])]
 

@@ -1,6 +1,6 @@
 """The demo: AugVAE-ML -> AugVAE-SL -> codes -> BiART on a shapes world, evaluated in both directions, and its page.
 
-    python -m latent_verse.demo --world small --out demo        what `make demo` runs
+`make demo` runs `python -m latent_verse.demo --world small --out demo`.
 
 Each stage is a script that a user would call, in a process of its own. If interrupted, rerun the command to resume:
 finished stages are recognised by their outputs, and unfinished ones resume by their own means (--backup, shards of
@@ -23,17 +23,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, Optional
+from typing import Any, Optional, TypeVar
 
 from latent_verse.config import ConfigError, Settings, same, setting
 from latent_verse.config.cli import one_line_errors, parse, read_yaml
-from latent_verse.config.generate import WriteConfig
+from latent_verse.config.generate import GenerateSamplingConfig, WriteConfig
 from latent_verse.config.train import PairDataConfig, TrainBiARTConfig, TrainVAEConfig
 from latent_verse.data.shapes import World
 from latent_verse.demo import results
 from latent_verse.files import write_json
 
 ROOT = Path(__file__).parents[2]
+Recipe = TypeVar("Recipe", TrainVAEConfig, TrainBiARTConfig)
 PREFIX = {"small": "demo", "full": "demo_full"}  # of the recipes' names in configs/
 TRAIN_PAIRS = {"small": 8000, "full": 30_000}
 VAL_PAIRS = 256  # for the learning curves and to choose among checkpoints
@@ -44,12 +45,14 @@ SAMPLES = 24  # scenes of each split that the page shows
 class DemoSettings(Settings):
     """Which demo, and where."""
 
-    world: str = same(PairDataConfig, "world", "small", "shapes: small takes minutes on a CPU, full two hours or a GPU")
-    out: str = setting("demo", "folder for all outputs; rerun the command to resume", path=True)
+    world: str = same(PairDataConfig, "world", "small", "shapes world: small (10 minutes on a CPU) or full (2 hours)")
+    out: str = same(WriteConfig, "out", "demo", "folder for all outputs; rerun the command to resume")
     recipes: Optional[str] = setting(None, "folder with the three recipes; default configs/", path=True)
     train_pairs: Optional[int] = setting(None, "number of training pairs; default 8000, or 30000 for full", at_least=1)
     count: int = setting(500, "number of scenes to evaluate in each split", at_least=1)
-    rerank: int = setting(8, "number of images that the model chooses from, for the results with re-ranking")
+    rerank: int = same(
+        GenerateSamplingConfig, "rerank", 8, "number of images that the model chooses from, for results with re-ranking"
+    )
     gpus: int = same(WriteConfig, "gpus")
 
 
@@ -85,11 +88,12 @@ class Stopped(Exception):
         self.code = code
 
 
-# ------------------------------------------------------------------------------------------------------------ the plan
-
-
 def plan(s: DemoSettings, out: Path) -> list[Stage]:
-    """The stages, in order. Raises ConfigError for recipes that cannot be read."""
+    """The stages, in order.
+
+    Raises:
+        ConfigError: a recipe cannot be read.
+    """
     folder = Path(s.recipes).resolve() if s.recipes else ROOT / "configs"
     pairs = train_pairs(s)
     recipe = {kind: folder / f"{PREFIX[s.world]}_{kind}.yaml" for kind in ("augvae_ml", "augvae_sl", "biart")}
@@ -105,11 +109,11 @@ def plan(s: DemoSettings, out: Path) -> list[Stage]:
     for kind, title, more in (("augvae_ml", "AugVAE-ML", []), ("augvae_sl", "AugVAE-SL", ["--pretrained_path", ml])):
         file = recipe[kind]
         command = ["train_vae.py", "--config", shown_path(file), *folders, *more, *runs]
-        config, digest = read_recipe(TrainVAEConfig, file)
+        config, digest = _read_recipe(TrainVAEConfig, file)
         last = f"runs/{file.stem}/checkpoints/last-epoch={config.trainer.epochs - 1}-*.ckpt"
         stages.append(Stage(kind, title, command, last, recipe=digest))
 
-    config, digest = read_recipe(TrainBiARTConfig, recipe["biart"])
+    config, digest = _read_recipe(TrainBiARTConfig, recipe["biart"])
     start = ["train_biart.py", "--config", shown_path(recipe["biart"]), "--vae_path", sl]
     sizes = ["--dataset_size", str(pairs), "--val_size", str(min(VAL_PAIRS, pairs))]
     shapes = ["--dataset", "shapes", "--world", s.world, *sizes]
@@ -130,7 +134,7 @@ def plan(s: DemoSettings, out: Path) -> list[Stage]:
     return stages
 
 
-def read_recipe(cls: type, file: Path) -> tuple[Any, str]:
+def _read_recipe(cls: type[Recipe], file: Path) -> tuple[Recipe, str]:
     """The settings of a recipe, and a digest of those that it names: of its values, not its comments."""
     config, _ = parse(cls, ["--config", str(file)], "")
     values = json.dumps(read_yaml(cls, str(file)), sort_keys=True)
@@ -147,9 +151,6 @@ def shown_path(path: Path) -> str:
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
 
 
-# ------------------------------------------------------------------------------------------------------------- running
-
-
 class StagesFile:
     """<out>/stages.json: each stage's command, digest of its recipe, seconds so far, and whether it has finished."""
 
@@ -158,7 +159,11 @@ class StagesFile:
         self.stages: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.exists() else {}
 
     def check_same(self, stages: list[Stage]) -> None:
-        """Raises ConfigError if a stage was started with another command, recipe or world than it has now."""
+        """Check that each stage that was started had the command, recipe and world that it has now.
+
+        Raises:
+            ConfigError: one had others.
+        """
         for stage in stages:
             found = self.stages.get(stage.name)
             now = (stage.shown(), stage.recipe, stage.world)
@@ -173,7 +178,7 @@ class StagesFile:
         return self.stages.get(stage.name, {}).get("finished", False) and is_done(stage, self.file.parent)
 
     def add(self, stage: Stage, seconds: float, finished: bool) -> None:
-        """Record that a stage has run for so many seconds more; if it had finished before, its time starts at zero."""
+        """Record that a stage has run for `seconds` more; if it had finished before, its time starts at zero."""
         known = self.stages.get(stage.name, {"finished": True})
         so_far = 0.0 if known["finished"] else known["seconds"]
         self.stages[stage.name] = {
@@ -187,8 +192,8 @@ class StagesFile:
 
 
 @contextlib.contextmanager
-def only_one(out: Path) -> Iterator[int]:
-    """Hold the folder's lock, an open file that stages inherit; ConfigError if another demo or its stage holds it."""
+def _only_one(out: Path) -> Iterator[int]:
+    """Hold the folder's lock, an open file that stages inherit, so that no other demo runs in it."""
     with open(out / ".lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -240,11 +245,16 @@ def is_done(stage: Stage, out: Path) -> bool:
 
 
 def run(s: DemoSettings) -> Path:
-    """Run all stages that are not finished yet; returns the page's path. Raises ConfigError and Stopped."""
+    """Run all stages that are not finished yet; returns the page's path.
+
+    Raises:
+        ConfigError: a recipe cannot be read, or the folder holds another demo.
+        Stopped: see `run_stage`.
+    """
     out = Path(s.out).expanduser().resolve()
     stages = plan(s, out)
     out.mkdir(parents=True, exist_ok=True)
-    with only_one(out) as lock:
+    with _only_one(out) as lock:
         record = StagesFile(out / "stages.json")
         record.check_same(stages)
         first = next((i for i, stage in enumerate(stages) if not record.finished(stage)), len(stages))
@@ -269,7 +279,7 @@ def run(s: DemoSettings) -> Path:
 def main(argv: list[str] | None = None) -> int:
     """Run the demo; 0 when done, 2 for a mistake in the settings, 128 + N when stopped by signal N, 1 for a failure."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait busily slow each other down on few cores
-    config, _ = parse(DemoConfig, argv, __doc__)
+    config, _ = parse(DemoConfig, argv, __doc__, "python -m latent_verse.demo")
     try:
         page = run(config.demo)
     except Stopped as stopped:

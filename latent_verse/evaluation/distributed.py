@@ -16,7 +16,11 @@ LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR")  # what torchrun sets
 
 
 def processes(write: EvalWriteConfig) -> int:
-    """The number of processes to start; prints a note without a GPU. ConfigError for more GPUs than there are."""
+    """The number of processes to start; without a GPU, a note is printed.
+
+    Raises:
+        ConfigError: more GPUs are asked for than there are.
+    """
     import torch
 
     if write.accelerator == "cpu":

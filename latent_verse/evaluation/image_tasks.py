@@ -27,7 +27,7 @@ Scores = list[list[float]]  # of the images of each caption
 
 
 def generate(c: Context) -> dict[str, object]:
-    """Generate images, or read another system's, and evaluate them; returns what metrics.json says of them."""
+    """Generate images, or read another system's, and evaluate them; returns what metrics.json says about them."""
     j, g = c.config.judged, c.config.generation
     chosen = c.pairs.sample(g.eval_captions, c.seed)
     about: dict[str, object] = {}
@@ -116,11 +116,8 @@ def report_images(
             c.records.miss(prefix + name, str(error))
 
 
-# ------------------------------------------------------------------------------------------------------- FID's two sets
-
-
 def reference(c: Context, numbers: set[int] | None) -> ImageFeatures | None:
-    """The features of the reference images, from their file or computed and kept; None if the network is missing."""
+    """The features of the reference images, read from their file or computed; None if the network is missing."""
     g = c.config.generation
     if isinstance(c.inception, str):
         return None
@@ -171,9 +168,6 @@ def report_fid(c: Context, prefix: str, real: ImageFeatures, generated: ImageFea
         c.records.add(name, value, samples=b.count, better="lower", **about, **more)
 
 
-# ---------------------------------------------------------------------------------------------------------------- CLIP
-
-
 def clip_protocol(c: Context) -> str:
     """How CLIP scores are computed."""
     return f"100 x cosine of an image ({c.resolution} px) and its caption, mean over images; {c.clip.described}"
@@ -210,9 +204,6 @@ def show(c: Context, groups: Sequence[Group], clip: Scores | None) -> None:
         return
     case = lambda i: (as_pil(read_image(groups[i].files[0], c.resolution)), groups[i].text, "")  # noqa: E731
     c.add_gallery("Images generated for texts", scored, scores, case)
-
-
-# --------------------------------------------------------------------------------------------------------- round trips
 
 
 def round_trip(c: Context) -> None:
@@ -267,9 +258,6 @@ def _report_regenerated(
     c.records.add_mean(f"{prefix}clip_score", to_text, protocol=clip_protocol(c), **about)
     protocol = f"100 x cosine of the image given and the one that came back; {c.clip.described}"
     c.records.add_mean(f"{prefix}clip_similarity", to_image, protocol=protocol, **about)
-
-
-# --------------------------------------------------------------------------------------------------------------- shapes
 
 
 def shapes_truth(c: Context) -> dict[str, object]:

@@ -16,7 +16,7 @@ from latent_verse.data import DataError
 
 OWN = f"latent_verse {__version__}"
 SAME = ("library", "samples", "protocol", "seed", "dtype", "drawn")  # what two records must share to be comparable
-# protocols of earlier versions in other words for the same thing: their runs stay comparable
+# earlier versions worded the same protocols differently: their runs stay comparable
 REWORDED = {
     "references a picture": "references per image",
     "one caption of the draw a picture": "one sampled caption per image",
@@ -71,7 +71,7 @@ class Records:
         self.add(name, sum(values) / len(values), samples=len(values), library=library, protocol=protocol, **more)
 
     def miss(self, name: str, reason: str) -> None:
-        """Say why a metric is missing."""
+        """Record why a metric is missing."""
         self.missing[name] = reason
 
     def as_json(self) -> dict[str, dict]:
@@ -102,7 +102,7 @@ def interval(record: Record) -> str:
 
 
 def selection(record: Record) -> str:
-    """How what was measured came about: which of several images, or how captions were generated; "" if neither."""
+    """Which of several images was measured, or how the captions were generated; "" if neither applies."""
     if record.get("drawn", 1) > 1:
         return f"{record.get('selected_by', 'the first')} of {record['drawn']} images"
     return record.get("written", "")
@@ -117,8 +117,8 @@ def _notes(record: Record) -> str:
     return ", ".join(parts)
 
 
-def read_metrics(place: str) -> dict[str, dict]:
-    """metrics.json of a run folder of eval_biart.py, or that file. Raises DataError if it is no such file."""
+def _read_metrics(place: str) -> dict[str, dict]:
+    """metrics.json of a run folder of eval_biart.py, or that file."""
     path = Path(place).expanduser()
     path = path / "metrics.json" if path.is_dir() else path
     if not path.is_file():
@@ -136,8 +136,12 @@ def read_metrics(place: str) -> dict[str, dict]:
 
 
 def compare(first: str, second: str) -> str:
-    """Two runs' metrics side by side as lines to print, noting what is not comparable. Raises DataError."""
-    runs = [read_metrics(place) for place in (first, second)]
+    """Two runs' metrics side by side as lines to print, noting what is not comparable.
+
+    Raises:
+        DataError: one is neither a run folder of eval_biart.py nor its metrics.json.
+    """
+    runs = [_read_metrics(place) for place in (first, second)]
     names = list(dict.fromkeys(name for run in runs for kind in ("figures", "missing") for name in run.get(kind, {})))
     lines = [("", first, second, "difference", "")]
     for name in names:

@@ -41,7 +41,11 @@ class Group:
 
 
 def read_image(path: Path, resolution: int) -> Tensor:
-    """An image file as uint8 (3, R, R), resized and cropped as everywhere in evaluation. Raises DataError."""
+    """An image file as uint8 (3, R, R), resized and cropped as everywhere in evaluation.
+
+    Raises:
+        DataError: it is absent or cannot be read.
+    """
     try:
         return centre_crop(decode_rgb(path.read_bytes()), resolution)
     except (OSError, DataError) as error:
@@ -60,7 +64,7 @@ def generate(
     sampling: SamplingSettings,
     dtype: str = "float32",  # BiART's, recorded because the images depend on it
 ) -> None:
-    """Generate `candidates` images for each text into `folder`, those that are missing, shared among processes.
+    """Generate what is missing of `candidates` images for each text into `folder`, shared among processes.
 
     Raises:
         ConfigError: the folder holds images of another model, of other texts or settings.
@@ -109,7 +113,7 @@ def calls(
 
 
 def _claim(folder: Path, about: dict[str, object]) -> None:
-    """Write the settings into a new folder; raises ConfigError if it holds images of other settings."""
+    """Write the settings into a new folder; one that holds images must have the same settings."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / ABOUT
     if not file.is_file():
@@ -144,7 +148,9 @@ def read_groups(folder: Path) -> list[Group]:
     """The images of a folder, in order, by caption: those of its pictures.jsonl, or any image files.
 
     Without an index every file is a group of its own; its caption is `<name>.txt` beside it, or the PNG's `text`.
-    Raises DataError for no such folder, no images, or an index that does not fit them.
+
+    Raises:
+        DataError: there is no such folder, no image, or an index that does not fit them.
     """
     if not folder.is_dir():
         raise DataError(f"generated_dir: {folder} is no folder. Give one that holds images.")

@@ -21,8 +21,8 @@ from PIL import Image
 from latent_verse import files
 from latent_verse.config import ConfigError, SamplingSettings, Settings, same, setting
 from latent_verse.config.cli import one_line_errors, parse
-from latent_verse.config.evaluate import EvalDataConfig, EvaluatedConfig
-from latent_verse.config.generate import WriteConfig
+from latent_verse.config.evaluate import EvalDataConfig, EvaluatedConfig, EvalWriteConfig
+from latent_verse.config.generate import GenerateSamplingConfig, WriteConfig
 from latent_verse.data.shapes import SPLITS, Scene, ShapesDataset, World
 from latent_verse.metrics.intervals import wilson
 
@@ -40,14 +40,19 @@ class ShapesConfig(Settings):
     world: str = same(EvalDataConfig, "world", "small", "world of shapes to evaluate in")
     split: str = setting("val", "val: unseen scenes; heldout: pairs of colour and shape held out of training", SPLITS)
     count: int = setting(500, "number of different scenes; small has 6216 in val and 7328 in heldout", at_least=1)
-    seed: int = setting(0, "seed for scenes, captions and sampling", at_least=0)
+    seed: int = same(EvalWriteConfig, "seed", 0, "seed for scenes, captions and sampling")
 
 
 @dataclass(frozen=True)
 class ShapesSamplingConfig(SamplingSettings):
     """How images are sampled; captions are greedy."""
 
-    rerank: int = setting(0, "also evaluate the best of this many images per text, as the model ranks them", at_least=0)
+    rerank: int = same(
+        GenerateSamplingConfig,
+        "rerank",
+        0,
+        "also evaluate the best of this many images per text, as the model ranks them",
+    )
     rerank_temperature: float = setting(1.0, "sampling temperature for the images that rerank chooses from", above=0)
 
     @property
@@ -178,7 +183,11 @@ def table(results: dict[str, Any], title: str) -> str:
 
 
 def check(config: ShapesEvalConfig) -> None:
-    """Raises ConfigError for settings that cannot be used, before a model is loaded."""
+    """Check the settings before a model is loaded.
+
+    Raises:
+        ConfigError: a setting is missing, cannot be used or has no effect.
+    """
     w, d = config.what, config.draw
     if not w.model:
         raise ConfigError("model is not given: name the folder of a bundle, as train_biart.py writes one.")

@@ -26,7 +26,7 @@ LOG_P = {"image": "text_given_image", "text": "image_given_text"}  # by what is 
 
 
 def caption(c: Context) -> dict[str, object]:
-    """Generate captions, or read another system's, and evaluate them; returns what metrics.json says of them."""
+    """Generate captions, or read another system's, and evaluate them; returns what metrics.json says about them."""
     k, file = c.config.captions, c.config.judged.captions_file
     numbers = list(range(min(k.caption_pictures or len(c.pairs), len(c.pairs))))
     numbers = [i for i in numbers if c.pairs.image(i) is not None]
@@ -142,7 +142,11 @@ def _codes_and_labels(c: Context, dataset: ImageDataset, numbers: list[int]) -> 
 
 
 def class_names(folders: list[str], file: str | None) -> list[str]:
-    """A name for each folder: its own, underscores as spaces, or that in lines `folder<TAB>name`. Raises DataError."""
+    """A name for each folder: its own, underscores as spaces, or that in the lines `folder<TAB>name` of `file`.
+
+    Raises:
+        DataError: the file cannot be read, or lacks a folder.
+    """
     if file is None:
         return [folder.replace("_", " ") for folder in folders]
     try:

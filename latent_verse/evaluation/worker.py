@@ -42,8 +42,8 @@ def run(ranks: Ranks, config: EvalBiARTConfig, tasks: tuple[str, ...], yaml_text
     with warnings.catch_warnings():
         # captions of other datasets are often too long: they are counted, not reported one by one
         warnings.filterwarnings("ignore", r"text \d+ has \d+ tokens")
-        context = open_context(config, ranks)
-        check_model(context, tasks)
+        context = _open_context(config, ranks)
+        _check_model(context, tasks)
         about: dict[str, dict | None] = {}
         try:
             for task in tasks:
@@ -60,8 +60,8 @@ def run(ranks: Ranks, config: EvalBiARTConfig, tasks: tuple[str, ...], yaml_text
     return 0
 
 
-def open_context(config: EvalBiARTConfig, ranks: Ranks) -> Context:
-    """The model and the data. Raises ConfigError, CheckpointError, DataError, TokenizerError."""
+def _open_context(config: EvalBiARTConfig, ranks: Ranks) -> Context:
+    """The model and the data."""
     j, w = config.judged, config.write
     place = device(w.gpus, w.accelerator, ranks.rank)
     model = LVerse.from_pretrained(j.model, device=place, dtype=w.dtype) if j.model else None
@@ -73,7 +73,7 @@ def open_context(config: EvalBiARTConfig, ranks: Ranks) -> Context:
             f"fid_resolution {resolution}, but {j.model} generates images of {natural} px. Leave it out, or evaluate "
             "the images that it has generated with --generated_dir."
         )
-    folder = open_folder(config)
+    folder = _open_folder(config)
     pairs = Pairs(config.data, resolution, w.seed)
     records = Records(model.fingerprints if model else {}, w.seed)
     if model and w.dtype != "float32":
@@ -81,8 +81,8 @@ def open_context(config: EvalBiARTConfig, ranks: Ranks) -> Context:
     return Context(config, ranks, place, folder, model, pairs, resolution, records)
 
 
-def check_model(c: Context, tasks: tuple[str, ...]) -> None:
-    """Raises ConfigError if the model or the data lacks what a later task needs: before hours of sampling."""
+def _check_model(c: Context, tasks: tuple[str, ...]) -> None:
+    """Refuse, before hours of sampling, a model or data that lack what a later task needs."""
     k = c.config.likelihood
     if {"retrieval", "zero_shot"} & set(tasks) and k.prior_weight and k.prior == "null" and not c.model.null_trained:
         raise ConfigError(likelihood.NO_PRIOR.format(k.prior_weight))
@@ -94,8 +94,8 @@ def check_model(c: Context, tasks: tuple[str, ...]) -> None:
                 raise ConfigError(f"test_size: the task shapes evaluates both splits: {error}") from error
 
 
-def open_folder(config: EvalBiARTConfig) -> Path:
-    """Make <log_dir>/<name>, where a rerun resumes. Raises ConfigError: no folder can have that name."""
+def _open_folder(config: EvalBiARTConfig) -> Path:
+    """Make <log_dir>/<name>, where a rerun resumes."""
     j, w = config.judged, config.write
     evaluated = j.model or j.generated_dir or j.captions_file
     stem = runs.stem(evaluated.rstrip("/")).removesuffix(".jsonl").removesuffix(".json")
@@ -107,7 +107,7 @@ def open_folder(config: EvalBiARTConfig) -> Path:
     return folder
 
 
-def keep_earlier(folder: Path, settings: dict[str, dict]) -> None:
+def _keep_earlier(folder: Path, settings: dict[str, dict]) -> None:
     """Rename results of different settings in the folder, so that they are not overwritten: metrics-1.json, ..."""
     file = folder / "metrics.json"
     if not file.is_file():
@@ -141,7 +141,7 @@ def write(c: Context, tasks: tuple[str, ...], about: dict[str, dict | None], yam
         "facts": facts,
         "settings": as_plain(c.config),
     }
-    keep_earlier(c.folder, content["settings"])
+    _keep_earlier(c.folder, content["settings"])
     write_text(c.folder / "metrics.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     write_text(c.folder / "config.yaml", yaml_text)
     title = f"{evaluated} on {c.pairs.source}"

@@ -36,7 +36,11 @@ class Sampler:
     progress: bool = False  # show a progress bar on stderr, if that is a terminal
 
     def check(self, direction: Direction, num: int, sampling: SamplingSettings, rerank: int = 0) -> None:
-        """ConfigError if a setting is out of range, has no effect, or needs a model that was trained differently."""
+        """Check the settings of `num` samples for each reference.
+
+        Raises:
+            ConfigError: one is out of range, has no effect, or needs a model that was trained differently.
+        """
         modality = target_modality(direction)
         classes = self.biart.vocab.num_classes(modality)
         try:
@@ -65,7 +69,7 @@ class Sampler:
         """`num` targets for each reference, (R, num, N or L) int64 on the CPU.
 
         Args:
-            rerank: above 1, each image is the best of so many samples by log p(text | image).
+            rerank: above 1, each image is the best of this many samples by log p(text | image).
             prefix_RK: the first tokens of the targets, kept as they are.
 
         Raises:
@@ -129,7 +133,7 @@ class Sampler:
         return torch.cat(parts)
 
     def rows_at_a_time(self, bytes_each: int) -> int:
-        """`batch_size`, or as many rows as fit if each takes `bytes_each`; ConfigError if batch_size is below 1."""
+        """`batch_size`, which must be at least 1, or as many rows as fit if each takes `bytes_each`."""
         if self.batch_size is not None and self.batch_size < 1:
             raise ConfigError(f"batch_size is {self.batch_size}; it must be at least 1, or None.")
         return self.batch_size or max(1, min(LARGEST_BATCH, BATCH_BYTES // bytes_each))
@@ -147,8 +151,10 @@ class Sampler:
 def sample_seeds(seed: int | None, reference_RT: Tensor, samples: int) -> list[int]:
     """A seed for each of `samples` samples of each reference, from `seed`, the reference and the sample's number.
 
-    A reference that occurs again continues the numbers, so that its samples are new ones. Seed None takes one from
-    torch's global generator; ConfigError if it is negative.
+    A reference that occurs again continues the numbers: its samples are new. None takes torch's global generator.
+
+    Raises:
+        ConfigError: the seed is negative.
     """
     if seed is None:
         seed = int(torch.randint(2**62, ()))

@@ -4,8 +4,7 @@
     [[image]] = model.text_to_image(["a red circle"])
     [[caption]] = model.image_to_text([image])
 
-Shape suffixes: B samples, R references, S samples of each, I images, T texts, N image codes, K of them kept,
-L text tokens.
+Shape suffixes: B samples, R references, S samples of each, I images, T texts, N image codes, K kept, L text tokens.
 """
 
 from __future__ import annotations
@@ -82,8 +81,6 @@ class LVerse:
         self.progress = False
         self.too_long = "truncate"
 
-    # ------------------------------------------------------------------------------------------------------- bundles
-
     @classmethod
     def from_pretrained(
         cls,
@@ -116,7 +113,11 @@ class LVerse:
         return model
 
     def save_pretrained(self, directory: str | os.PathLike) -> None:
-        """Write a bundle; CheckpointError if the folder holds anything else."""
+        """Write a bundle.
+
+        Raises:
+            CheckpointError: the folder holds something other than a bundle.
+        """
         save_bundle(directory, self.vae, self.biart, self.tokenizer, self.info)
 
     @functools.cached_property
@@ -134,8 +135,6 @@ class LVerse:
         """What generates and scores tokens in batches."""
         return Sampler(self.biart, self.null_trained, self.batch_size, self.progress)
 
-    # --------------------------------------------------------------------------------------------------- text → image
-
     def text_to_image(
         self,
         texts: Sequence[str],
@@ -150,10 +149,10 @@ class LVerse:
         """Generate `num_images` images for every text.
 
         Args:
-            temperature: 0 is greedy: one image a text.
+            temperature: 0 is greedy: one image per text.
             top_k, top_p: sample from the k likeliest codes, or from those that make up this probability.
             guidance: above 1 follows the text more closely, at twice the work.
-            rerank: sample so many images for each one returned: the one with the largest log p(text | image).
+            rerank: sample this many images for each one returned: the one with the largest log p(text | image).
 
         Raises:
             ConfigError: a setting cannot be used.
@@ -229,8 +228,6 @@ class LVerse:
         kept_IK = codes_IN[:, : keep_rows * side]
         return self._images(self.sampler.sample(text_IL, TEXT_TO_IMAGE, num_images, sampling, seed, rerank, kept_IK))
 
-    # --------------------------------------------------------------------------------------------------- image → text
-
     def image_to_text(
         self,
         images: Sequence[ImageLike],
@@ -246,7 +243,7 @@ class LVerse:
 
         Args:
             temperature: 0 gives the greedy caption, above 0 samples.
-            beams: above 1, the likeliest caption that so many beams find, in place of sampling.
+            beams: above 1, the likeliest caption that this many beams find, in place of sampling.
             top_k, top_p, guidance: as in `text_to_image`, for tokens of text.
 
         Raises:
@@ -265,8 +262,6 @@ class LVerse:
         else:
             text_RSL = self.sampler.sample(codes_RN, IMAGE_TO_TEXT, num_captions, sampling, seed)
         return [self.tokenizer.decode_batch(self.biart.vocab.unpad_text(text_SL)) for text_SL in text_RSL]
-
-    # --------------------------------------------------------------------------------------------------------- scores
 
     def score(self, images: Sequence[ImageLike], texts: Sequence[str], given: Modality = "image") -> Tensor:
         """log p of every image with every text, in nats: (I, T) float32 on the CPU.
@@ -287,14 +282,12 @@ class LVerse:
         return rearrange(self.log_p(text_BL, codes_BN, given), "(I T) -> I T", I=len(codes_IN))
 
     def reconstruct(self, images: Sequence[ImageLike]) -> list[Image.Image]:
-        """The images as AugVAE decodes their codes, centre-cropped to its resolution; errors as `codes`."""
+        """The images as AugVAE decodes their codes, centre-cropped to its resolution; see `codes`."""
         return [image for [image] in self._images(self.codes(images)[:, None])]
 
     def log_p(self, text_BL: Tensor, codes_BN: Tensor, given: Modality, alone: bool = False) -> Tensor:
         """`Sampler.log_p`."""
         return self.sampler.log_p(text_BL, codes_BN, given, alone)
-
-    # ---------------------------------------------------------------------------------------------------------- parts
 
     def codes(self, images: Sequence[ImageLike]) -> Tensor:
         """AugVAE's codes of images: (I, N) int64, on the CPU.

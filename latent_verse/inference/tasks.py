@@ -9,7 +9,6 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 from torch import Tensor
@@ -27,8 +26,8 @@ GROUP = 1024  # images in memory at a time
 GRID_ROWS = 64  # of grid.png
 
 
-def open_folder(out: str | None, overwrite: bool) -> Path:
-    """The folder for the results, not yet created; ConfigError if it cannot be, or holds files without overwrite."""
+def _open_folder(out: str | None, overwrite: bool) -> Path:
+    """The folder for the results, not yet created. If it holds files, `overwrite` must allow it."""
     if out is None and not overwrite:
         return runs.new_folder(".", "generated")
     folder = Path(out or "generated").expanduser()
@@ -43,7 +42,7 @@ def open_folder(out: str | None, overwrite: bool) -> Path:
 
 
 def load(config: GenerateConfig) -> LVerse:
-    """The model on the device that the settings ask for, with a progress bar; CheckpointError as `from_pretrained`."""
+    """`LVerse.from_pretrained` on the device that the settings ask for, with a progress bar."""
     assert config.what.model is not None  # resolve_generate
     device = best_device() if config.write.gpus else "cpu"
     if config.write.gpus and device == "cpu":
@@ -54,18 +53,18 @@ def load(config: GenerateConfig) -> LVerse:
 
 
 def run(config: GenerateConfig, task: str) -> None:
-    """Do the task that `resolve_generate` returns, and write or print the results. Raises UserError."""
+    """Do the task that `resolve_generate` returns, and write or print the results."""
     if task == "score":
         print_scores(load(config), config)
         return
-    folder = open_folder(config.write.out, config.write.overwrite)
+    folder = _open_folder(config.write.out, config.write.overwrite)
     tasks = {"text": generate_images, "complete": complete_images, "image": caption_images}
     tasks[task](load(config), config, folder)
 
 
 def generate_images(model: LVerse, config: GenerateConfig, folder: Path) -> None:
     """Images for texts: one PNG each, grid.png and pictures.jsonl."""
-    texts = read_texts(config)
+    texts = _read_texts(config)
     settings = config.draw.arguments() | {"rerank": config.draw.rerank}
     images = model.text_to_image(texts, config.draw.num, **settings)
     _write_images(folder, model, settings, [{"text": text} for text in texts], images)
@@ -76,7 +75,7 @@ def complete_images(model: LVerse, config: GenerateConfig, folder: Path) -> None
     source, rows = config.what.complete, config.what.rows
     assert source is not None and rows is not None  # resolve_generate
     given = dict(read_images([source], model.vae.config.resolution))
-    texts = read_texts(config)
+    texts = _read_texts(config)
     text = texts[0] if len(texts) == 1 else texts or None
     settings = config.draw.arguments() | {"rerank": config.draw.rerank}
     images = model.complete(list(given.values()), rows, text, config.draw.num, **settings)
@@ -87,7 +86,7 @@ def complete_images(model: LVerse, config: GenerateConfig, folder: Path) -> None
 
 
 def caption_images(model: LVerse, config: GenerateConfig, folder: Path) -> None:
-    """Captions for images: printed, and captions.jsonl with one image a line."""
+    """Captions for images: printed, and captions.jsonl with one image per line."""
     settings = config.draw.arguments() | {"beams": config.draw.beams}
     images, lines = read_images(config.what.image, model.vae.config.resolution), list[dict]()
     while group := list(itertools.islice(images, GROUP)):
@@ -113,8 +112,8 @@ def print_scores(model: LVerse, config: GenerateConfig) -> None:
             print(f"{of_text[i][j]:>19.3f}  {of_image[i][j]:>19.3f}  {name:<{width}}  {text}")
 
 
-def read_texts(config: GenerateConfig) -> list[str]:
-    """`text`, which may be empty, or the lines of `text_file` that are not blank; ConfigError if it has no text."""
+def _read_texts(config: GenerateConfig) -> list[str]:
+    """`text`, which may be empty, or the lines of `text_file` that are not blank, of which there must be one."""
     name = config.what.text_file
     if name is None:
         return list(config.what.text)
@@ -124,12 +123,12 @@ def read_texts(config: GenerateConfig) -> list[str]:
         raise ConfigError(f"text_file: {name} cannot be read as UTF-8 text: {error}") from error
     texts = [text for text in texts if text]
     if not texts:
-        raise ConfigError(f"text_file: {name} holds no text; write one text a line.")
+        raise ConfigError(f"text_file: {name} holds no text; write one text per line.")
     return texts
 
 
-def find_images(names: Sequence[str]) -> list[tuple[str, bool]]:
-    """(file, whether it is one of `names`) for every file of `names` and image below its folders. Raises DataError."""
+def _find_images(names: Sequence[str]) -> list[tuple[str, bool]]:
+    """(file, whether it is one of `names`) for every file of `names` and every image below its folders."""
     found = []
     for name in names:
         path, others = Path(name).expanduser(), Counter[str]()
@@ -143,12 +142,12 @@ def find_images(names: Sequence[str]) -> list[tuple[str, bool]]:
 
 
 def read_images(names: Sequence[str], resolution: int) -> Iterator[tuple[str, Tensor]]:
-    """(file, x_CHW) of every image that `find_images` finds; unreadable ones of a folder are reported and left out.
+    """(file, x_CHW) of every file of `names` and every image below its folders, where unreadable ones are left out.
 
     Raises:
-        DataError: as `find_images`; a file of `names` cannot be read, or none of all images.
+        DataError: a file of `names` is absent or cannot be read, or a folder has no image, or none can be read.
     """
-    files, unreadable = find_images(names), 0
+    files, unreadable = _find_images(names), 0
     for file, named in files:
         try:
             x_CHW = load_image(file, resolution)
@@ -166,7 +165,7 @@ def read_images(names: Sequence[str], resolution: int) -> Iterator[tuple[str, Te
 def _write_images(
     folder: Path,
     model: LVerse,
-    settings: dict[str, Any],
+    settings: dict[str, object],
     about: Sequence[Mapping[str, object]],
     images: Sequence[Sequence[Image.Image]],
     originals: Sequence[Sequence[Image.Image]] | None = None,

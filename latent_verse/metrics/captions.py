@@ -40,7 +40,7 @@ class CaptionScores:
 
 
 def score(generated: Sequence[str], references: Sequence[Sequence[str]], java: bool = True) -> CaptionScores:
-    """All metrics of one caption an image against the image's references; without those in Java if `java` is False.
+    """All metrics of one caption per image against the image's references; without those in Java if `java` is False.
 
     Raises:
         DataError: no captions, or an image without references.
@@ -137,9 +137,6 @@ def spice_missing() -> str:
     return f"needs {' and '.join(absent)} in {lib}, from {url}"
 
 
-# ---------------------------------------------------------------------------------------------------------- tokenizing
-
-
 def _tokenize(
     generated: Sequence[str], references: Sequence[Sequence[str]], java: bool
 ) -> tuple[Texts, Texts, str, str]:
@@ -187,11 +184,8 @@ def plain_words(text: str) -> list[str]:
     return _WORDS.findall(text.lower().replace("’", "'"))
 
 
-# ----------------------------------------------------------------------------------------------------------- diversity
-
-
 def diversity(words: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Of tokenized captions: shares of distinct n-grams (Li et al., 2016) and captions, vocabulary, mean length."""
+    """Shares of distinct n-grams (Li et al., 2016) and captions, vocabulary and mean length of tokenized captions."""
     out = {}
     for n in (1, 2, 3):
         grams = [tuple(row[i : i + n]) for row in words for i in range(len(row) - n + 1)]
@@ -201,9 +195,6 @@ def diversity(words: Sequence[Sequence[str]]) -> dict[str, float]:
     out["words_per_caption"] = sum(map(len, words)) / len(words)
     out["different_captions"] = len({tuple(row) for row in words}) / len(words)
     return out
-
-
-# --------------------------------------------------------------------------------------------------------------- files
 
 
 def read_captions_file(path: Path, ids: Sequence[int | str], names: Sequence[str]) -> list[str]:

@@ -20,7 +20,7 @@ class CodebookUsage(Metric):
         self.add_state("counts_LK", torch.zeros(len(levels), num_tokens, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, indices: list[torch.Tensor]) -> None:
-        """Add the codes of a batch: one int64 tensor of any shape a level."""
+        """Add the codes of a batch: one int64 tensor of any shape per level."""
         K = self.counts_LK.shape[1]
         self.counts_LK += torch.stack([count(level, K) for level in indices])
 

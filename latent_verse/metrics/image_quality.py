@@ -31,7 +31,7 @@ ReadImage = Callable[[int], Tensor | None]  # image i as uint8 (3, R, R), None i
 
 
 class FrechetDistance(FrechetInceptionDistance):
-    """torchmetrics' FID of features (B, F) that are computed elsewhere, in float64, whichever process has how many."""
+    """torchmetrics' FID of features (B, F) computed elsewhere, in float64, spread over the processes in any way."""
 
     def __init__(self, num_features: int, sync_on_compute: bool = True):
         network = nn.Identity()  # the input is features already
@@ -51,7 +51,7 @@ class FrechetDistance(FrechetInceptionDistance):
 
 @dataclass
 class Moments:
-    """Number, sum (F,) and sum of outer products (F, F) of features, float64: all that FID knows of a set."""
+    """Number, sum (F,) and sum of outer products (F, F) of features, float64: all that FID needs of a set."""
 
     count: int
     sum_F: Tensor
@@ -101,9 +101,6 @@ def blur(x_CHW: Tensor, radius: int) -> Tensor:
     return torch.from_numpy(np.array(as_pil(x_CHW).filter(ImageFilter.GaussianBlur(radius)))).permute(2, 0, 1)
 
 
-# ------------------------------------------------------------------------------------------------------------ features
-
-
 @dataclass
 class ImageFeatures:
     """The features of a set of images: moments by blur radius; features and logits, by number, without blur."""
@@ -129,7 +126,7 @@ def extract_features(
     """Features of images 0 .. count - 1, shared among processes; the same result in each.
 
     Args:
-        keep_features: the number of images, the first, to keep features of.
+        keep_features: the features of this many images are kept, from the first on.
         workers: threads that read and blur; None takes as many as there are cores, up to 16.
     """
     found = ImageFeatures({k: Moments.none(network.num_features) for k in radii})
@@ -171,7 +168,11 @@ def save_reference(path: Path, reference: ImageFeatures, about: dict[str, object
 
 
 def load_reference(path: Path, about: dict[str, object], radii: Sequence[int]) -> ImageFeatures:
-    """Read what `save_reference` wrote; DataError if it is damaged, of another set than `about`, or lacks a radius."""
+    """Read what `save_reference` wrote.
+
+    Raises:
+        DataError: the file is damaged, of another set than `about`, or lacks a radius.
+    """
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
@@ -194,11 +195,12 @@ def load_reference(path: Path, about: dict[str, object], radii: Sequence[int]) -
     return ImageFeatures(moments, dict(enumerate(arrays["features"])))
 
 
-# -------------------------------------------------------------------------------------------------------------- scores
-
-
 def inception_score(logits: dict[int, np.ndarray], splits: int) -> dict[str, float]:
-    """{inception_score, inception_score_std} by torch-fidelity; ValueError for fewer images than splits."""
+    """{inception_score, inception_score_std} by torch-fidelity.
+
+    Raises:
+        ValueError: there are fewer images than splits.
+    """
     from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
 
     if len(logits) < splits:
@@ -208,7 +210,11 @@ def inception_score(logits: dict[int, np.ndarray], splits: int) -> dict[str, flo
 
 
 def precision_recall(generated: ImageFeatures, real: ImageFeatures, neighbours: int) -> dict[str, float]:
-    """{precision, recall} (Kynkäänniemi et al., 2019) by torch-fidelity; ValueError for too few images."""
+    """{precision, recall} (Kynkäänniemi et al., 2019) by torch-fidelity.
+
+    Raises:
+        ValueError: a set has no more images than `neighbours`.
+    """
     from torch_fidelity.metric_prc import prc_features_to_metric
 
     if min(len(generated.features), len(real.features)) <= neighbours:

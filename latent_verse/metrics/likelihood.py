@@ -1,7 +1,6 @@
 """Metrics of a bidirectional likelihood model: retrieval, zero-shot classification and held-out likelihoods.
 
-No other network is involved: everything is log p(text | image) and log p(image | text) of the model itself, in nats,
-over its own tokens and codes.
+No other network is involved: all is the model's own log p(text | image) and log p(image | text), in nats.
 
 Shapes: I images, T texts (captions or class names), N codes of an image, L text tokens, B pairs.
 """
@@ -51,7 +50,7 @@ class Scores:
 
 
 def token_counts(model: LikelihoodModel, text_TL: Tensor) -> Tensor:
-    """Tokens of each text that its log p is a sum over: with the end of the text, if there is room for it."""
+    """The number of tokens that each text's log p sums over, the end included if there is room for it."""
     return ((text_TL != model.biart.vocab.pad).sum(1) + 1).clamp(max=text_TL.shape[1])
 
 

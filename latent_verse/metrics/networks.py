@@ -41,7 +41,11 @@ class Weights:
     sha256: str
 
     def find(self, download: bool = False) -> Path:
-        """The file, checked; NetworkMissing if it does not exist and may not be downloaded, or has another hash."""
+        """The file, checked; `download` fetches it if it does not exist.
+
+        Raises:
+            NetworkMissing: it does not exist or cannot be fetched, or has another hash.
+        """
         if not self.file.is_file():
             if not download:
                 raise NetworkMissing(f"needs {self.file}, from {self.url}")
@@ -83,7 +87,11 @@ def vgg16_weights() -> Weights:
 
 
 def clip_weights(model: str, pretrained: str) -> Weights:
-    """Weights of an open_clip model, by a file or a tag that has an address; NetworkMissing if it is no such tag."""
+    """Weights of an open_clip model, by a file or a tag that has an address.
+
+    Raises:
+        NetworkMissing: there is no such tag.
+    """
     if os.path.sep in pretrained or Path(pretrained).is_file():
         return Weights(Path(pretrained).expanduser(), "where it was published", "")
     from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
@@ -130,7 +138,11 @@ class Inception(nn.Module):
 
 
 def open_inception() -> Inception:
-    """InceptionV3 on the CPU. Raises NetworkMissing."""
+    """InceptionV3 on the CPU.
+
+    Raises:
+        NetworkMissing: see `Weights.find`.
+    """
     return Inception(inception_weights().find())
 
 
@@ -146,13 +158,13 @@ class ClipNetwork:
 
     @torch.no_grad()
     def images(self, images: Sequence[Image.Image]) -> Tensor:
-        """Of images of any size, which the model's own preprocessing resizes."""
+        """The vectors of images of any size, which the model's own preprocessing resizes."""
         x_BCHW = torch.stack([self.preprocess(image) for image in images]).to(self.device)
         return self.model.encode_image(x_BCHW, normalize=True).float().cpu()
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> Tensor:
-        """Of texts; the model's tokenizer truncates those that exceed its context."""
+        """The vectors of texts; the model's tokenizer truncates those that exceed its context."""
         return self.model.encode_text(self.tokenizer(list(texts)).to(self.device), normalize=True).float().cpu()
 
 

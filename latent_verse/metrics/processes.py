@@ -57,7 +57,7 @@ class Ranks:
         return values
 
     def share(self, make: Callable[[], T]) -> T:
-        """What `make` returns in the first process, in every process. Its ValueErrors (ConfigError, DataError) too."""
+        """What `make` returns in the first process, in every process; a ValueError that it raises is raised in all."""
         if self.world == 1:
             return make()
         import torch.distributed as dist

@@ -12,8 +12,7 @@ class Mean(Metric):
     """Weighted mean of all values; NaN if one of them is NaN, or if there are none.
 
     torchmetrics' MeanMetric looks for NaN at each update and so waits for the device; without that check it ignores the
-    weights (version 1.9). Its sums are cast to half precision with the module that holds it, and then stop growing;
-    these stay float32.
+    weights (version 1.9). Its sums follow their module to half precision and then stop growing; these stay float32.
     """
 
     full_state_update = False

@@ -1,4 +1,4 @@
-"""LitAugVAE: AugVAE under Lightning. Steps, logging and the optimiser; the mathematics is in the model.
+"""AugVAE under Lightning, trained or evaluated: steps, logging and the optimiser; the mathematics is in the model.
 
 Shapes: B batch, C channels, H height, W width.
 """
@@ -12,13 +12,13 @@ from torch import nn
 from latent_verse.augvae.losses import LOSSES, ReconstructionLoss, fetch_vgg16
 from latent_verse.augvae.model import AugVAE, Encoded
 from latent_verse.config import as_plain
-from latent_verse.config.train import TrainVAEConfig
+from latent_verse.config.train import EvalVAEConfig, TrainVAEConfig
 from latent_verse.metrics.codebook_usage import CodebookUsage
 from latent_verse.metrics.reconstruction import ReconstructionMetrics
 from latent_verse.metrics.running import Mean
 from latent_verse.nn.activation_checkpointing import checkpoint_activations
 from latent_verse.training.optimizer import MuonAdamW, adamw, warm_up_then_cosine
-from latent_verse.training.trainer import uncompiled
+from latent_verse.training.trainer import compiles, uncompiled
 
 
 class LitAugVAE(pl.LightningModule):
@@ -27,21 +27,21 @@ class LitAugVAE(pl.LightningModule):
     In validation a batch may be empty: its process has run out of images before the others.
     """
 
+    trains = True
+
     def __init__(self, model: AugVAE, config: TrainVAEConfig):
         super().__init__()
         self.model = model
         self.config = config
         self.loss_type = LOSSES[config.loss.loss_type]
-        self.loss: ReconstructionLoss | None = None  # made in configure_model; eval_vae needs none
+        self.loss: ReconstructionLoss | None = None  # made in configure_model, in training only
+        self.compiles = compiles(config)
         self._configured = False
         names = ["total_loss", *self.loss_type.terms, "embed_loss", "perplexity"]
         self.val_means = nn.ModuleDict({name: Mean() for name in names})
         self.usage = nn.ModuleDict(
             {stage: CodebookUsage(model.levels, model.config.num_tokens) for stage in ("train_usage", "val_usage")}
         )
-        self.test_metrics: ReconstructionMetrics | None = None  # eval_vae sets it
-        self.test_limit: int | None = None
-        self.test_results: dict | None = None
         # sum and number of this epoch's training losses; saved, so that a resumed epoch has the same mean
         self.epoch_loss = torch.zeros(2, dtype=torch.float64)
         # We step it: Lightning would do so after the epoch's checkpoint is written, and a resumed run would miss it.
@@ -52,7 +52,7 @@ class LitAugVAE(pl.LightningModule):
 
     def prepare_data(self) -> None:
         """Fetch LPIPS' backbone if the loss uses LPIPS, in one process per node. Raises as `fetch_vgg16`."""
-        if self.loss_type.uses_lpips and self.test_metrics is None and not self.config.data.fake_data:
+        if self.trains and self.loss_type.uses_lpips and not self.config.data.fake_data:
             fetch_vgg16()
 
     def configure_model(self) -> None:
@@ -61,12 +61,12 @@ class LitAugVAE(pl.LightningModule):
             return
         self._configured = True
         c = self.config
-        if self.test_metrics is None:
+        if self.trains:
             self.loss = self.loss_type(c.loss, untrained=c.data.fake_data)
         networks = [*self.model.encoders, *self.model.decoders]
         if c.trainer.activation_checkpointing:
             checkpoint_activations(self.model)
-        if c.trainer.compile:
+        if self.compiles:
             for network in networks:
                 network.compile(dynamic=False)  # each network has one input size; dynamic sizes are slower
         if self.device_mesh is not None:
@@ -98,8 +98,7 @@ class LitAugVAE(pl.LightningModule):
     def _memory_format(self) -> torch.memory_format:
         """Channels last, but contiguous for training on a CPU: GroupNorm's backward pass is seven times as fast."""
         device = self._trainer.strategy.root_device if self._trainer else self.device
-        trains_on_cpu = device.type == "cpu" and self.test_metrics is None
-        return torch.contiguous_format if trains_on_cpu else torch.channels_last
+        return torch.contiguous_format if self.trains and device.type == "cpu" else torch.channels_last
 
     def reconstruct(self, x_BCHW: torch.Tensor) -> tuple[Encoded, torch.Tensor]:
         """Images in [-1, 1] -> what `AugVAE.encode` gives, and the reconstruction, of the weights' type and format."""
@@ -146,28 +145,11 @@ class LitAugVAE(pl.LightningModule):
         x_BCHW = batch[0]
         if self._nothing_in(x_BCHW):
             return None
-        with uncompiled(self.config.trainer):
+        with uncompiled(self.compiles):
             parts, reconstruction_BCHW = self._losses(x_BCHW, "val")
         for name, mean in self.val_means.items():
             mean.update(parts[name], weight=len(x_BCHW))
         return {"x": x_BCHW, "xrec": reconstruction_BCHW} if self.config.trainer.log_images else None
-
-    def test_step(self, batch, batch_idx: int):
-        """Add a batch to `test_metrics`; returns input and reconstruction, to be written to disk."""
-        x_BCHW = batch[0]
-        t = self.trainer
-        if self.test_limit is not None:  # image j of the batch is number (batch * size + j) * processes + rank
-            first = batch_idx * self.config.data.batch_size
-            x_BCHW = x_BCHW[: max(0, -(-(self.test_limit - t.global_rank) // t.world_size) - first)]
-        if self._nothing_in(x_BCHW):
-            return None
-        encoded, reconstruction_BCHW = self.reconstruct(x_BCHW)
-        self.test_metrics.update(x_BCHW, reconstruction_BCHW, encoded.indices)
-        return {"x": x_BCHW, "xrec": reconstruction_BCHW.float().clamp(-1, 1)}
-
-    def on_test_epoch_end(self) -> None:
-        """Compute the metrics while they are on the device: after the test, Lightning moves them to the CPU."""
-        self.test_results = self.test_metrics.compute()
 
     def on_train_epoch_end(self) -> None:
         """Log the usage of the codebook, and the epoch's mean loss over all processes, which lr_decay watches."""
@@ -242,3 +224,35 @@ class LitAugVAE(pl.LightningModule):
         usage = self.usage["train_usage"]
         usage.update([usage.counts_LK.new_empty(0)] * len(self.model.levels))  # torchmetrics warns of one without any
         usage.counts_LK += state["train_counts"].to(usage.counts_LK.device)
+
+
+class LitAugVAEEvaluation(LitAugVAE):
+    """Evaluates an AugVAE on such batches; after `Trainer.test`, `results` holds what `ReconstructionMetrics` says."""
+
+    trains = False
+
+    def __init__(self, model: AugVAE, config: EvalVAEConfig):
+        super().__init__(model, config)
+        self.compiles = bool(config.trainer.compile)  # only if asked: a few batches do not repay it
+        c = model.config
+        networks = not config.data.fake_data
+        self.metrics = ReconstructionMetrics(model.levels, c.num_tokens, c.resolution, with_networks=networks)
+        self.limit = config.eval.eval_images
+        self.results: dict = {}
+
+    def test_step(self, batch, batch_idx: int):
+        """Add a batch to the metrics; returns input and reconstruction, to be written to disk."""
+        x_BCHW = batch[0]
+        t = self.trainer
+        if self.limit is not None:  # image j of the batch is number (batch * size + j) * processes + rank
+            first = batch_idx * self.config.data.batch_size
+            x_BCHW = x_BCHW[: max(0, -(-(self.limit - t.global_rank) // t.world_size) - first)]
+        if self._nothing_in(x_BCHW):
+            return None
+        encoded, reconstruction_BCHW = self.reconstruct(x_BCHW)
+        self.metrics.update(x_BCHW, reconstruction_BCHW, encoded.indices)
+        return {"x": x_BCHW, "xrec": reconstruction_BCHW.float().clamp(-1, 1)}
+
+    def on_test_epoch_end(self) -> None:
+        """Compute the metrics while they are on the device: after the test, Lightning moves them to the CPU."""
+        self.results = self.metrics.compute()

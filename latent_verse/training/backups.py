@@ -8,6 +8,7 @@ import random
 import signal
 import threading
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType
@@ -67,10 +68,7 @@ def starting_point(
 
 
 class RunFolder(pl.Callback):
-    """Make the run folder, once all processes have met; from `setup` on, `self.run` is the first process's in all.
-
-    The configuration goes into run.json as plain types, and into config.yaml as `yaml_text`.
-    """
+    """Make the run folder, once all processes have met; from `setup` on, `self.run` is the first process's in all."""
 
     def __init__(self, run: Run, config: dict[str, Any], yaml_text: str):
         self.run = run
@@ -86,16 +84,18 @@ class RunFolder(pl.Callback):
 class Backup(pl.Callback):
     """Save the whole state every `every` steps (None: never), and when the run has to stop; the two newest are kept.
 
-    After SIGTERM or Ctrl-C, training finishes the current step, saves, and raises Interrupted; a second Ctrl-C stops at
-    once. Nothing is saved at the last batch of an epoch: a resumed run would miss its validation and its averages. The
-    run's `last` checkpoint is written a moment later, when the epoch is complete.
+    After SIGTERM or Ctrl-C, training finishes the current step and saves; a second Ctrl-C stops at once. Nothing is
+    saved at the last batch of an epoch, where a resumed run would miss the validation: `last` follows a moment later.
+
+    Raises:
+        Interrupted: training was asked to stop, and has saved.
     """
 
     def __init__(self, folder: RunFolder, every: int | None):
         self.folder = folder
         self.every = every
         self.told_to_stop = False
-        self._handlers: dict[int, Any] = {}  # what handled these signals before
+        self._handlers: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}  # before these
         self._pid = os.getpid()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -177,7 +177,7 @@ class ProcessState(pl.Callback):
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
         state = {"rng": random_state(), "module": getattr(pl_module, "process_state", dict)()}
-        states: list[Any] = [state]
+        states: list[dict[str, Any] | None] = [state]
         if trainer.world_size > 1:
             states = [None] * trainer.world_size
             dist.all_gather_object(states, state)

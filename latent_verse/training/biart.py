@@ -30,7 +30,7 @@ from latent_verse.config.train import TrainBiARTConfig
 from latent_verse.metrics.running import Mean
 from latent_verse.nn.activation_checkpointing import checkpoint_activations
 from latent_verse.training.optimizer import MuonAdamW, adamw, warm_up_then_cosine
-from latent_verse.training.trainer import uncompiled
+from latent_verse.training.trainer import compiles, uncompiled
 
 
 class LitBiART(pl.LightningModule):
@@ -49,6 +49,7 @@ class LitBiART(pl.LightningModule):
         self.model = model
         self.ema: BiART | None = copy.deepcopy(model).requires_grad_(False) if config.optim.ema_decay else None
         self.config = config
+        self.compiles = compiles(config)
         self.about = about
         self._frozen = (vae.eval().requires_grad_(False),)  # a tuple, so that nn.Module does not register it
         c = config.loss
@@ -67,8 +68,6 @@ class LitBiART(pl.LightningModule):
         """The weights to validate, sample from and export: the averaged ones if ema_decay keeps them."""
         return self.model if self.ema is None else self.ema
 
-    # ----------------------------------------------------------------------------------------------------- preparation
-
     def configure_model(self) -> None:
         """Apply the settings activation_checkpointing, compile and strategy: fsdp to the network."""
         if self._configured:  # Lightning calls this at each fit, validate and test
@@ -76,7 +75,7 @@ class LitBiART(pl.LightningModule):
         self._configured = True
         if self.config.trainer.activation_checkpointing:
             checkpoint_activations(self.model)
-        if self.config.trainer.compile:
+        if self.compiles:
             self.model.call_block = torch.compile(BiART.call_block, dynamic=False)  # once, for all blocks
             if self.config.loss.loss_chunk is None:  # chunks need little memory anyway, and each would be compiled
                 # compiled, logits stay in the head's precision: their float32 copy and its log-softmax are never stored
@@ -106,8 +105,6 @@ class LitBiART(pl.LightningModule):
     def on_train_start(self) -> None:
         """Start the clock of tokens_per_second."""
         self._tokens, self._since = 0, time.perf_counter()
-
-    # ----------------------------------------------------------------------------------------------------------- steps
 
     def codes(self, x: Tensor) -> Tensor:
         """Images (B, C, H, W) in [-1, 1], or codes -> codes (B, N) int64. AugVAE runs in float32 at any precision."""
@@ -178,7 +175,7 @@ class LitBiART(pl.LightningModule):
             return
         x = self.codes(batch[0])
         sequences = self.pack([torch.cat([x, x]), torch.cat([batch[1], batch[1]])], size)
-        with uncompiled(self.config.trainer):
+        with uncompiled(self.compiles):
             _, means = self.loss(self.network, sequences)
         tokens = {m: (sequences.classes(m)[:size] != IGNORE).sum() for m in MODALITIES}  # the same in both directions
         for name, value in means.items():
@@ -195,8 +192,6 @@ class LitBiART(pl.LightningModule):
             self.log(f"val/{name}_loss", value)
             mean.reset()
         self.log("val/total_loss", total, prog_bar=True)
-
-    # ------------------------------------------------------------------------------------------------------- optimiser
 
     def configure_optimizers(self):
         """AdamW, or Muon for the blocks' matrices with AdamW for the rest; a warm-up, then a cosine over the run."""
@@ -223,8 +218,6 @@ class LitBiART(pl.LightningModule):
             decay = min(self.config.optim.ema_decay, (1 + step) / (10 + step))
             with torch.no_grad():
                 torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
-
-    # ----------------------------------------------------------------------------------------------------- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make the file describe itself, in plain types."""

@@ -17,9 +17,9 @@ from latent_verse.checkpoints.ckpt_files import check_resumable, fingerprint, re
 from latent_verse.config import AugVAEConfig, ConfigError
 from latent_verse.config.train import TrainBiARTConfig
 from latent_verse.data.codes import TOKENIZER, check_codes
-from latent_verse.data.datasets import MapDataset, open_pairs
+from latent_verse.data.datasets import open_pairs
 from latent_verse.data.modules import PairDataModule
-from latent_verse.data.pairs import CaptionEncoder, PairShards, all_captions
+from latent_verse.data.pairs import CaptionEncoder, PairData, all_captions
 from latent_verse.data.text import (
     BPETokenizer,
     Tokenizer,
@@ -95,7 +95,10 @@ def open_data(
 
 
 def choose_tokenizer(
-    config: TrainBiARTConfig, dataset: MapDataset | PairShards, start_from=None, pretrained=None
+    config: TrainBiARTConfig,
+    dataset: PairData,
+    start_from: str | Path | None = None,
+    pretrained: Pretrained | None = None,
 ) -> Tokenizer:
     """The run's tokenizer: from its checkpoint or pretrained model, else from its codes, else CLIP's, else a new one.
 

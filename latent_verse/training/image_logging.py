@@ -20,8 +20,7 @@ from latent_verse.training.backups import RunFolder
 class ImageGrids(pl.Callback):
     """Log input over reconstruction of a training batch every `every` steps, and of the first validation batch.
 
-    The steps of the module return {"x": (B, C, H, W) in [-1, 1], "xrec": the same}. Grids of `at_most` images are
-    written to the run folder too.
+    The module's steps return {"x": (B, C, H, W) in [-1, 1], "xrec": the same}. The run folder gets the grids as well.
     """
 
     def __init__(self, folder: RunFolder, every: int, at_most: int = 8):
@@ -49,8 +48,7 @@ class ImageGrids(pl.Callback):
 class SavedImages(pl.Callback):
     """In a test: write each input and its reconstruction as PNG files of the same number, and a grid of such pairs.
 
-    `folder` gets original_images/ and generated_images/, of `at_most` images over all processes, and grid.png of
-    `in_grid` pairs.
+    `folder` gets original_images/ and generated_images/ of `at_most` images in all, and grid.png of `in_grid` pairs.
     """
 
     def __init__(self, folder: Path, at_most: int, in_grid: int = 32):
@@ -96,8 +94,10 @@ class TextImageSamples(pl.Callback):
     After every `sample_every_n_epochs`-th validation, and with --log_images every image_log_steps steps. Images go to
     <run>/images as a grid (validation images above, generated ones below), captions to a text file beside it, both to
     the logger. On shapes, whose truth is known, the share of correct ones in each direction is logged too. The seed is
-    fixed, so that samples change only with the model. The tokenizer is saved in the run folder. Logits that are not
-    finite raise Diverged.
+    fixed, so that samples change only with the model. The tokenizer is saved in the run folder.
+
+    Raises:
+        Diverged: while sampling, the logits are not finite.
     """
 
     def __init__(self, folder: RunFolder, settings: SamplingConfig, tokenizer: Tokenizer):

@@ -35,7 +35,7 @@ def adamw(parameters: list, **settings) -> torch.optim.AdamW:
 
 
 def orthogonalise(g_NRC: Tensor, iterations: int = 5) -> Tensor:
-    """Matrices (N, R, C) with their singular values moved close to 1 (0.7 to 1.2) and their singular vectors kept."""
+    """Matrices (N, R, C) with their singular values moved close to 1 (0.7 to 1.2), their singular vectors unchanged."""
     a, b, c = COEFFICIENTS
     x = g_NRC.bfloat16() if g_NRC.is_cuda else g_NRC.float()
     tall = x.shape[1] > x.shape[2]
@@ -146,7 +146,7 @@ class MuonAdamW(torch.optim.Optimizer):
 def warm_up_then_cosine(
     optimizer: torch.optim.Optimizer, warmup_steps: int, total_steps: Callable[[], float], floor: float = 0.0
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """A rate that rises linearly over `warmup_steps`, then falls along a cosine to `floor` x itself at `total_steps()`.
+    """A rate that rises linearly for `warmup_steps`, then falls as a cosine to `floor` x its peak at `total_steps()`.
 
     `total_steps` is called only after the warm-up: Lightning loads the data to answer, and before a checkpoint is
     restored that would leave the data loader at the beginning of the epoch.

@@ -1,8 +1,7 @@
 """Run folders: where a run writes, and which checkpoints a rerun can resume from. Files and names only, no Lightning.
 
 `<log_dir>/<name>/` holds config.yaml, run.json (the run's id), checkpoints/, backups/, images/, the logger's files and
-metrics.json. Every process of a run decides for itself, from files that nobody writes before all processes have met,
-so that all decide the same.
+metrics.json. All processes of a run decide the same: each reads files that none of them writes before all have met.
 """
 
 from __future__ import annotations
@@ -104,7 +103,7 @@ def run_folder(log_dir: str, name: str) -> Path:
 
 
 def new_folder(log_dir: str, name: str) -> Path:
-    """<log_dir>/<name>, or <name>-2, <name>-3, ... where that exists. Raises as `run_folder`; nothing is written."""
+    """As `run_folder`, or <name>-2, <name>-3, ... where that exists. Nothing is written."""
     return free(run_folder(log_dir, name))
 
 

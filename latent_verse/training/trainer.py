@@ -89,15 +89,6 @@ def ease_smoke_test(config: Training, given: Mapping[str, str]) -> Training:
     return config
 
 
-def decide_compile(config: Training) -> Training:
-    """The configuration with `compile` decided for this machine, if it was not given."""
-    t = config.trainer
-    if t.compile is not None:
-        return config
-    compile = not config.data.fake_data and compiles_by_default(t)
-    return replace(config, trainer=replace(t, compile=compile))
-
-
 @as_config_error()
 def make_trainer(t: TrainerConfig, folder: RunFolder, has_val: bool, more: Sequence[pl.Callback] = ()) -> pl.Trainer:
     """A Trainer that logs to the run folder, keeps the best and last checkpoints, saves backups and can be interrupted.
@@ -175,11 +166,15 @@ def fit(trainer: pl.Trainer, t: TrainerConfig, run: Run, module: pl.LightningMod
     return True
 
 
-def compiles_by_default(t: TrainerConfig) -> bool:
-    """Whether to compile if `compile` is not given: on a GPU that Triton supports, with the C compiler that it needs.
+def compiles(config: TrainVAEConfig | TrainBiARTConfig) -> bool:
+    """Whether to compile the networks: as `compile` says; by default on a GPU that Triton and its compiler serve.
 
-    Not with sharded parameters or anomaly detection, where it has not been tried.
+    By default not for a smoke test, which is short, nor with sharded parameters or anomaly detection, where it has not
+    been tried.
     """
+    t = config.trainer
+    if t.compile is not None or config.data.fake_data:
+        return bool(t.compile)
     on_gpu = t.accelerator in ("auto", "gpu", "cuda") and 0 < t.gpus <= torch.cuda.device_count()
     if not on_gpu or t.strategy == "fsdp" or t.debug:
         return False
@@ -191,9 +186,9 @@ def compiles_by_default(t: TrainerConfig) -> bool:
     )
 
 
-def uncompiled(t: TrainerConfig) -> AbstractContextManager:
+def uncompiled(compiles: bool) -> AbstractContextManager:
     """A context for validation: compiling again for its smaller last batch would take longer than it saves."""
-    return torch.compiler.set_stance("force_eager") if t.compile else nullcontext()
+    return torch.compiler.set_stance("force_eager") if compiles else nullcontext()
 
 
 def checkpoints(run: Run, has_val: bool) -> list[ModelCheckpoint]:

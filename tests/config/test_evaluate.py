@@ -60,8 +60,9 @@ def test_mistakes(flags, facts):
 def test_every_setting_of_a_task_names_the_task():
     """Otherwise a new setting would be accepted silently by runs that do not read it."""
     config = EvalBiARTConfig()
-    free = {"java", "classes_dir", "class_names"}  # of the machine; checked by rules of their own
-    sections = (config.generation, config.captions, config.likelihood, config.networks)
+    # what there is to evaluate; of the machine; of classes_dir, which names its task
+    free = {"model", "tasks", "compare", "java", "class_names"}
+    sections = (config.judged, config.generation, config.captions, config.likelihood, config.networks)
     assert {name for section in sections for name in vars(section)} - free == EFFECTS.keys()
 
 

@@ -328,7 +328,7 @@ def test_deepsparks_command_line():
         ("--p_loss_weight inf", ["p_loss_weight", "inf", "--p_loss_weight"]),
         ("--betas 0.9 nan", ["betas", "nan"]),
         ("--in_channels 1", ["in_channels", 1, 3]),
-        ("--limit_train_batches 0", ["limit_train_batches", 0, "eval_vae.py"]),
+        ("--limit_train_batches 0", ["limit_train_batches", 0]),
         ("--optimizer muon --strategy fsdp", ["optimizer", "muon", "strategy", "fsdp"]),
     ],
     ids=str,

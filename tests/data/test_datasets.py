@@ -23,9 +23,9 @@ STAGES = [(IMAGE_DATASETS, IMAGES, ImageDataConfig), (PAIR_DATASETS, PAIRS, Pair
 @pytest.mark.parametrize(("layouts", "openers", "config"), STAGES, ids=["images", "pairs"])
 def test_every_dataset_has_its_needs_and_what_opens_it(layouts, openers, config):
     assert tuple(layouts) == tuple(openers) == tuple(config.__dataclass_fields__["dataset"].metadata["choices"])
-    settings = set(config.__dataclass_fields__)
+    settings = {*config.__dataclass_fields__, *EvalDataConfig.__dataclass_fields__}
     for layout in layouts.values():
-        assert {setting_of("train", name) for name in (*layout.needs, *layout.reads)} <= settings
+        assert {setting_of("test", name) for name in (*layout.needs, *layout.reads)} <= settings
 
 
 @pytest.mark.parametrize("name", PAIR_DATASETS)

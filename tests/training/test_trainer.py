@@ -13,14 +13,13 @@ from pytorch_lightning.callbacks import TQDMProgressBar
 
 from latent_verse.augvae.model import AugVAE
 from latent_verse.config import ConfigError
-from latent_verse.config.train import ImageDataConfig, TrainerConfig, TrainVAEConfig
-from latent_verse.metrics.reconstruction import ReconstructionMetrics
+from latent_verse.config.train import EvalVAEConfig, ImageDataConfig, TrainerConfig, TrainVAEConfig
 from latent_verse.training import progress_bar, trainer
-from latent_verse.training.augvae import LitAugVAE
+from latent_verse.training.augvae import LitAugVAE, LitAugVAEEvaluation
 from latent_verse.training.backups import Backup, Interrupted, RunFolder
 from latent_verse.training.progress_bar import ProgressBar
 from latent_verse.training.runs import Run
-from latent_verse.training.trainer import compiles_by_default, decide_compile, make_trainer
+from latent_verse.training.trainer import compiles, make_trainer
 from tests.messages import naming
 
 
@@ -55,27 +54,24 @@ def test_what_lightning_refuses_is_a_mistake_of_the_user(tmp_path):
         make_trainer(t, RunFolder(Run(tmp_path / "run", "0"), {}, ""), has_val=True)
 
 
-def test_compile_is_decided_once_and_only_where_it_was_left_open(monkeypatch):
-    monkeypatch.setattr(trainer, "compiles_by_default", lambda t: True)
-    assert decide_compile(TrainVAEConfig()).trainer.compile is True
-    assert decide_compile(TrainVAEConfig(data=ImageDataConfig(fake_data=True))).trainer.compile is False
-    for compile in (True, False):
-        config = TrainVAEConfig(trainer=TrainerConfig(compile=compile))
-        assert decide_compile(config) is config
+def run_with(fake_data=False, **settings) -> TrainVAEConfig:
+    return TrainVAEConfig(data=ImageDataConfig(fake_data=fake_data), trainer=TrainerConfig(**settings))
 
 
 def test_networks_are_compiled_on_a_gpu_that_triton_serves(monkeypatch):
-    assert TrainerConfig().compile is None
-    assert not compiles_by_default(TrainerConfig(gpus=0))
+    assert compiles(run_with(compile=True)) and compiles(run_with(compile=True, fake_data=True))
+    assert not compiles(run_with(gpus=0))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(trainer.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(trainer.shutil, "which", lambda name: "/usr/bin/cc")
-    assert compiles_by_default(TrainerConfig())
-    assert not compiles_by_default(TrainerConfig(strategy="fsdp"))
-    assert not compiles_by_default(TrainerConfig(debug=True))
+    assert compiles(run_with())
+    assert not compiles(run_with(compile=False))
+    assert not compiles(run_with(fake_data=True))
+    assert not compiles(run_with(strategy="fsdp"))
+    assert not compiles(run_with(debug=True))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (6, 1))
-    assert not compiles_by_default(TrainerConfig())
+    assert not compiles(run_with())
 
 
 @pytest.mark.parametrize("absent", ["triton", "cc"])
@@ -85,7 +81,7 @@ def test_they_are_not_without_triton_or_its_compiler(absent, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(trainer.importlib.util, "find_spec", lambda name: None if absent == "triton" else object())
     monkeypatch.setattr(trainer.shutil, "which", lambda name: None if absent == "cc" else "/usr/bin/cc")
-    assert not compiles_by_default(TrainerConfig())
+    assert not compiles(run_with())
 
 
 def test_training_is_compiled_and_validation_is_not(tiny_config, tiny_images, monkeypatch):
@@ -121,10 +117,12 @@ def test_training_is_compiled_and_validation_is_not(tiny_config, tiny_images, mo
 def test_memory_format_of_weights_and_activations(tiny_config, tiny_images, device, evaluates, memory_format):
     """Channels last but where a CPU trains; the networks' answer is the same."""
     torch.manual_seed(0)
-    module = LitAugVAE(AugVAE(tiny_config()), TrainVAEConfig(model=tiny_config()))
-    module._trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device(device)))
     if evaluates:
-        module.test_metrics = ReconstructionMetrics(module.model.levels, 24, 16, with_networks=False)
+        config = EvalVAEConfig(model=tiny_config(), data=ImageDataConfig(fake_data=True))
+        module = LitAugVAEEvaluation(AugVAE(tiny_config()), config)
+    else:
+        module = LitAugVAE(AugVAE(tiny_config()), TrainVAEConfig(model=tiny_config()))
+    module._trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device(device)))
     module.eval()
     with torch.no_grad():
         expected, *_ = module.model(tiny_images())

@@ -16,7 +16,7 @@ from latent_verse.data.shapes.drawing import BACKGROUND, PALETTE, UNKNOWN, Obj, 
 STANDS_OUT = 70.0  # RGB distance from the background; texture and mild noise stay below, a third of any colour above
 COLOUR_ERROR = 75.0  # the farthest a blob's colour may lie from the palette's; the closest two colours are 97 apart
 OVERLAP = 0.76  # the least intersection over union with a rendered shape
-LEAD = 0.015  # the least lead of the best shape over the second; with a smaller one it is neither
+LEAD = 0.015  # the least lead of the best shape over the second; with less, the blob is neither
 FLAW = 0.6  # the largest mean error of any 3 x 3 pixels, as a share of the step from background to object,
 FLAW_RGB = 120.0  # and as an RGB distance: black, whose step is the longest, is 129 from green
 SPECK = 5  # pixels; smaller blobs are noise if all of them together are no larger than this

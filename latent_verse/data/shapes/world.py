@@ -11,9 +11,8 @@ The same call gives the same answer on every machine. Splits are disjoint sets o
     train     the others
 
 `small` is made for minutes on a CPU. Its shapes are made of 4 px squares on a grid and stand in the corners, so a code
-of an 8 x 8 map sees one colour: the codes give the colours, and their arrangement gives the shapes. There are many
-shapes, because with five a model learnt each colour by itself and recognised no combination it had never seen
-(docs/experiments.md). It has 38,720 distinct scenes: 25,176 train, 6,216 val and 7,328 held out.
+of an 8 x 8 map sees one colour: the codes give the colours, and their arrangement gives the shapes. Why there are many
+shapes: docs/experiments.md. It has 38,720 distinct scenes: 25,176 train, 6,216 val and 7,328 held out.
 `full` takes longer: 64 px, up to three of 48 kinds of objects in two sizes, anywhere in their quarters of the image in
 steps of 8 px (a patch of an 8 x 8 map), on a soft texture. It has 456,384 scenes, each with up to 729 layouts.
 """
@@ -43,7 +42,11 @@ class World(WorldSettings):
 
     @classmethod
     def preset(cls, name: str) -> World:
-        """`small` (32 px, one or two objects) or `full` (64 px, one to three); ValueError for another name."""
+        """`small` (32 px, one or two objects) or `full` (64 px, one to three).
+
+        Raises:
+            ValueError: there is no such preset.
+        """
         if name not in PRESETS:
             raise ValueError(f"There is no shapes world {name!r}; the presets are {', '.join(PRESETS)}.")
         return PRESETS[name]
@@ -55,7 +58,7 @@ class World(WorldSettings):
         return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
 
     def key(self, scene: Scene) -> tuple:
-        """What two scenes share when they show the same: kinds and cells of the objects, in any order."""
+        """The kinds and cells of the objects, in any order: equal for two scenes that show the same."""
         return tuple(sorted((*self.cell(o), o.shape, o.colour, o.size) for o in scene.objects))
 
     def split_of(self, scene: Scene) -> str:
@@ -123,7 +126,7 @@ class World(WorldSettings):
         return (flat + np.asarray(soft)[..., None]).round().clip(0, 255).astype(np.uint8)
 
     def caption(self, scene: Scene, rng: random.Random) -> str:
-        """One of the true captions of a scene; the grammar is in captions.py."""
+        """One of the true captions of a scene; the grammar is in grammar.py."""
         return write_caption(self, scene, rng)
 
     def parse_image(self, image: Image.Image | np.ndarray) -> Scene:
@@ -139,7 +142,7 @@ class World(WorldSettings):
         return self.compare(scene, statement)["all"]
 
     def compare(self, scene: Scene, statement: Statement | None) -> dict[str, bool]:
-        """The same by attribute: {count, colour, shape, size, layout, all}; see captions.compare."""
+        """The same by attribute: {count, colour, shape, size, layout, all}; see grammar.compare."""
         return compare(self, scene, statement)
 
 
