@@ -251,7 +251,7 @@ def run(s: DemoSettings) -> Path:
         ConfigError: a recipe cannot be read, or the folder holds another demo.
         Stopped: see `run_stage`.
     """
-    out = Path(s.out).expanduser().resolve()
+    out = Path(s.out).resolve()
     stages = plan(s, out)
     out.mkdir(parents=True, exist_ok=True)
     with _only_one(out) as lock:

@@ -24,6 +24,7 @@ from latent_verse.config.train import (
     idle_flags_vae,
     resolve_data,
     resolve_eval_vae,
+    resolve_train_biart,
     resolve_train_vae,
     resolve_trainer,
 )
@@ -258,6 +259,22 @@ def test_images_must_be_given_unless_they_are_fake():
             resolve_train_vae(config, given)
     config, given = parse(TrainVAEConfig, ["--fake_data"], "")
     resolve_train_vae(config, given)
+
+
+def test_rules_are_those_of_the_settings_that_hold():
+    """A smoke test of a recipe replaces its data; an export trains nothing."""
+    flags = ["--dataset", "codes", "--train_dir", "x", "--vae_path", "y", "--extract_codes", "z"]
+    config, given = parse(TrainBiARTConfig, flags, "")
+    with pytest.raises(ConfigError, match=naming("extract_codes", "dataset", "codes")):
+        resolve_train_biart(config, given)
+    config, given = parse(TrainBiARTConfig, [*flags, "--fake_data"], "")
+    assert resolve_train_biart(config, given).data.dataset == "fake"
+    flags = ["--guidance", "2", "--reference_dropout", "0", "--export", "a"]
+    config, given = parse(TrainBiARTConfig, [*flags, "--ckpt_path", "b"], "")
+    resolve_train_biart(config, given)
+    config, given = parse(TrainBiARTConfig, flags, "")
+    with pytest.raises(ConfigError, match=naming("export", "ckpt_path")):
+        resolve_train_biart(config, given)
 
 
 FAKE_LIMITS = {"epochs": 1, "limit_train_batches": 2, "limit_val_batches": 1}

@@ -227,6 +227,9 @@ def test_nothing_is_overwritten(made, tmp_path, tiny_augvae):
         match=naming("extract_codes", tmp_path / "codes", "vae", *(fingerprint(tiny_augvae(seed=i)) for i in (0, 1))),
     ):
         made(seed=1)
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "killed" / ".unfinished.json.tmp").write_text("{")  # before anything else was written
+    made(out="killed")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("42")
     with pytest.raises(DataError, match=naming("extract_codes", tmp_path / "mine")):

@@ -330,20 +330,20 @@ def test_no_val_dir_means_no_validation(folders, caplog):
     assert module(dataset="fake").has_val
 
 
-def test_describe_counts(folders, tmp_path):
+def test_counts(folders, tmp_path):
     for i in range(6):
         (tmp_path / f"{i}.png").write_bytes(image_bytes(i) if i != 4 else b"damaged")
     data = module(dataset="flat", train_dir=folders["flat"], val_dir=tmp_path, num_workers=2)
     batches = list(data.val_dataloader())
     assert [len(batch[0]) for batch in batches] == [4, 1]
-    expected = {"dataset": "flat", "train": 21, "val": 6, "test": None, "skipped": 1, "workers": 2}
-    assert data.describe() == expected
     every = ("train", "val", "test")
+    assert [data.samples(split) for split in every] == [21, 6, None]
+    assert (data.skipped, data.workers) == (1, 2)
     places = {"train_dir": folders["webdataset"], "val_dir": folders["webdataset"]}
     shards = module(dataset="webdataset", splits=every, **places)
-    assert [shards.describe()[split] for split in ("train", "val", "test")] == [21, 21, 21]
+    assert [shards.samples(split) for split in every] == [21, 21, 21]
     fake = module(splits=every)
-    assert [fake.describe()[split] for split in ("train", "val", "test")] == [512, 64, 64]
+    assert [fake.samples(split) for split in every] == [512, 64, 64]
 
 
 def test_a_single_rank_never_sees_an_empty_batch(tmp_path):
@@ -390,9 +390,9 @@ def test_bad_settings_are_named(folders, tmp_path):
 
 def test_workers_default_to_this_process_s_share(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-    assert module(num_workers=None).describe()["workers"] == 8
+    assert module(num_workers=None).workers == 8
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    assert module(num_workers=None).describe()["workers"] == 2
+    assert module(num_workers=None).workers == 2
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(96)), raising=False)
-    assert module(num_workers=None).describe()["workers"] == 16
-    assert module(num_workers=0).describe()["workers"] == 0
+    assert module(num_workers=None).workers == 16
+    assert module(num_workers=0).workers == 0

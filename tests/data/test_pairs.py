@@ -240,7 +240,7 @@ def test_samples_without_a_caption_are_counted(tmp_path, tokenizer):
     given = {"dataset": "webdataset", "train_dir": str(tmp_path), "val_dir": str(tmp_path)}
     data = module(tokenizer, **given)
     assert sum(len(batch[0]) for batch in data.val_dataloader()) == 6
-    assert data.describe()["skipped"] == 2
+    assert data.skipped == 2
     assert captions_of({"json": b"not json"}) == captions_of({"json": b"[]"}) == captions_of({}) == []
     assert captions_of({"json": b'{"caption": 3}'}) == []
     assert captions_of({"json": json.dumps({"captions": ["a  b", "", 3]}).encode()}) == ["a b"]

@@ -407,6 +407,11 @@ def test_items_and_references_are_true(world):
     assert dataset.image_path(0) is None
 
 
+def test_a_dataset_of_nothing_is_refused():
+    with pytest.raises(DataError, match="size"):
+        ShapesDataset(SMALL, "val", 0)
+
+
 @pytest.mark.parametrize("split", ["val", "heldout"])
 def test_evaluation_scenes_are_all_different(split):
     dataset = ShapesDataset(SMALL, split, 300)
