@@ -123,7 +123,7 @@ def test_the_last_code_and_an_empty_batch_are_taken(tiny_augvae):
     [
         ({"ch_mult": (1, 2, 4)}, ["ch_mult", [1, 2, 4], "resolution", 16, "attn_resolutions", 8, 4]),
         ({"resolution": 32}, ["ch_mult", "resolution", 32, "attn_resolutions", 8, 16]),
-        ({"attn_resolutions": ()}, ["attn_resolutions", [], 8]),
+        ({"attn_resolutions": ()}, ["attn_resolutions", []]),
         ({"attn_resolutions": (8, 2)}, ["attn_resolutions", [8, 2]]),
         ({"attn_resolutions": (8, 8)}, ["attn_resolutions", [8, 8]]),
         ({"hidden_dim": 48}, ["hidden_dim", 48, 32]),

@@ -660,7 +660,7 @@ def test_mistakes_are_one_line_on_stderr(world, tmp_path, capsys):
         (f"--vae_path {tmp_path / 'val'}", [tmp_path / "val", "config.json"]),
         ("--img_size 32", ["img_size", 32, tmp_path / "vae", 16]),
         ("--top_k 25", ["top_k", 25, 24]),
-        ("--guidance 2 --reference_dropout 0", ["guidance", 2.0, "reference_dropout", 0.1]),
+        ("--guidance 2 --reference_dropout 0", ["guidance", 2.0, "reference_dropout"]),
         ("--muon_learning_rate 1", ["muon_learning_rate", "optimizer", "muon"]),
         ("--text_len 2 --text_too_long error", ["text_len", 2, "text_too_long"]),
         ("--batch_size 13", ["batch_size", 13, 12]),
