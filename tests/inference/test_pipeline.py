@@ -385,7 +385,7 @@ def test_too_long_texts_are_cut_with_a_warning_or_refused(model):
         sampled = model.text_to_image(["a", long], seed=0)
     assert len(sampled) == 2
     model.too_long = "error"
-    with pytest.raises(TokenizerError, match=naming("круг", "text_len", 24)):
+    with pytest.raises(TokenizerError, match=naming("Caption 1", "круг", "text_len", 24)):
         model.text_to_image(["a", long])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
