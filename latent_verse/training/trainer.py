@@ -162,7 +162,8 @@ def fit(trainer: pl.Trainer, t: TrainerConfig, run: Run, module: pl.LightningMod
 
             wandb.finish(exit_code=int(failed))
     if start_from and trainer.global_step == runs.step_of(start_from):
-        say(f"{run.folder} was finished already. Raise --epochs to train longer, or give another --name.")
+        limit = "max_steps" if 0 <= t.max_steps <= trainer.global_step else "epochs"
+        say(f"{run.folder} was finished already. Raise --{limit} to train longer, or give another --name.")
     return True
 
 

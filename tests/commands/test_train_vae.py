@@ -220,6 +220,26 @@ def test_killed_between_the_last_batch_and_the_end_of_an_epoch(tmp_path, images,
         assert min(resumed) <= 5
 
 
+def test_killed_in_the_last_validation_of_a_run_that_ends_within_an_epoch(tmp_path, images, killed, capsys):
+    settings = ["--max_steps", "5", "--epochs", "9", "--backup", "--backup_steps", "1", "--learning_rate", "1e-3"]
+    assert train_vae.main(small(tmp_path, *on(images), *settings, name="straight")) == 0
+    flags = small(tmp_path, *on(images), *settings, name="cut")
+    with killed(LitAugVAE, step=5, hook="validation_step"):
+        train_vae.main(flags)
+    assert train_vae.main(flags) == 0
+    assert "finished already" not in capsys.readouterr().out
+    straight, cut = tmp_path / "runs" / "straight", tmp_path / "runs" / "cut"
+    assert values(cut, "val/total_loss") == values(straight, "val/total_loss")
+    names = sorted(p.name for p in (straight / "checkpoints").iterdir())
+    assert names[-1] == "last-epoch=1-step=5.ckpt"
+    assert sorted(p.name for p in (cut / "checkpoints").iterdir()) == names
+    weights = [load_augvae(run).state_dict() for run in (straight, cut)]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    assert train_vae.main(flags) == 0
+    said = capsys.readouterr().out
+    assert "finished already" in said and "--max_steps" in said and "--epochs" not in said
+
+
 @pytest.fixture
 def stopped(monkeypatch):
     """Stops a run as a signal does, once `when(trainer)` is true: `with stopped(when): train_vae.main(...)`."""
