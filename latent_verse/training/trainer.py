@@ -26,7 +26,6 @@ from latent_verse.config import ConfigError
 from latent_verse.config.train import TrainBiARTConfig, TrainerConfig, TrainVAEConfig
 from latent_verse.training import runs
 from latent_verse.training.backups import Backup, Interrupted, ProcessState, RunFolder
-from latent_verse.training.image_logging import ImageGrids
 from latent_verse.training.progress_bar import ProgressBar
 from latent_verse.training.runs import Run
 
@@ -103,7 +102,6 @@ def make_trainer(t: TrainerConfig, folder: RunFolder, has_val: bool, more: Seque
         ProcessState(),
         LearningRateMonitor("step"),
         Backup(folder, t.backup_steps if t.backup else None),
-        *([ImageGrids(folder, t.image_log_steps)] if t.log_images else []),
         *([ProgressBar(refresh_rate=t.refresh_rate)] if t.refresh_rate else []),
         *checkpoints(run, has_val),
     ]
