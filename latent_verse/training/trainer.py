@@ -35,10 +35,10 @@ say = rank_zero_only(print)  # one process speaks for all
 
 @contextmanager
 def as_config_error() -> Iterator[None]:
-    """Turn Lightning's refusal of a setting into a ConfigError; used as a decorator."""
+    """Turn Lightning's refusal of a setting, or that it lacks a package for it, into a ConfigError."""
     try:
         yield
-    except MisconfigurationException as error:
+    except (MisconfigurationException, ModuleNotFoundError) as error:
         raise ConfigError(str(error)) from error
 
 
