@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -161,6 +162,23 @@ def test_mistakes(tmp_path, model, capsys, flags, facts):
     flags = flags.format(model=model).split()
     assert eval_vae.main([*flags, *FLAGS, "--log_dir", str(tmp_path / "runs")]) == 2
     assert naming(*(str(fact).format(model=model) for fact in facts)).search(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--accelerator", "mps"], "mps"),
+        (["--accelerator", "tpu"], "torch_xla"),
+        (["--precision", "transformer-engine"], "transformer_engine"),
+    ],
+)
+def test_what_the_machine_or_its_packages_lack(tmp_path, model, capsys, flags, named):
+    if importlib.util.find_spec(named) or (named == "mps" and torch.backends.mps.is_available()):
+        pytest.skip("this machine has what the test asks for")
+    common = ["--ckpt_path", str(model), "--fake_data", *FLAGS, "--log_dir", str(tmp_path / "runs")]
+    assert eval_vae.main([*common, *flags]) == 2
+    said = capsys.readouterr().err
+    assert named in said.lower() and said.startswith("error: ") and said.count("\n") == 1
 
 
 @pytest.mark.slow

@@ -166,6 +166,17 @@ def test_a_checkpoint_describes_itself_and_holds_no_frozen_network(world, tmp_pa
     assert naming(tmp_path / "train", "bundle").search(capsys.readouterr().err)
 
 
+def test_a_resumed_run_does_not_sample_again_for_the_step_of_its_backup(world, tmp_path, monkeypatch, killed):
+    sampled_at = []
+    monkeypatch.setattr("latent_verse.training.image_logging.write_text", lambda path, _: sampled_at.append(path.stem))
+    flags = [*world, "--batch_size", "2", "--accumulate_grad_batches", "2", "--epochs", "1", "--backup", "--name", "a"]
+    flags += ["--backup_steps", "1", "--log_images", "--image_log_steps", "1", "--sample_every_n_epochs", "5"]
+    with killed(LitBiART, step=2):
+        train_biart.main(flags)
+    assert train_biart.main(flags) == 0
+    assert sampled_at == ["samples_step=1", "samples_step=2", "samples_step=3"]
+
+
 @pytest.mark.parametrize(("optimizer", "dataset"), [("adamw", "pairs"), ("muon", "pairs"), ("adamw", "codes")])
 def test_a_killed_run_resumes_exactly(world, tmp_path, monkeypatch, capsys, killed, optimizer, dataset):
     flags = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 import os
 import signal
@@ -220,6 +221,26 @@ def test_killed_between_the_last_batch_and_the_end_of_an_epoch(tmp_path, images,
         assert min(resumed) <= 5
 
 
+def test_killed_in_the_last_validation_of_a_run_that_ends_within_an_epoch(tmp_path, images, killed, capsys):
+    settings = ["--max_steps", "5", "--epochs", "9", "--backup", "--backup_steps", "1", "--learning_rate", "1e-3"]
+    assert train_vae.main(small(tmp_path, *on(images), *settings, name="straight")) == 0
+    flags = small(tmp_path, *on(images), *settings, name="cut")
+    with killed(LitAugVAE, step=5, hook="validation_step"):
+        train_vae.main(flags)
+    assert train_vae.main(flags) == 0
+    assert "finished already" not in capsys.readouterr().out
+    straight, cut = tmp_path / "runs" / "straight", tmp_path / "runs" / "cut"
+    assert values(cut, "val/total_loss") == values(straight, "val/total_loss")
+    names = sorted(p.name for p in (straight / "checkpoints").iterdir())
+    assert names[-1] == "last-epoch=1-step=5.ckpt"
+    assert sorted(p.name for p in (cut / "checkpoints").iterdir()) == names
+    weights = [load_augvae(run).state_dict() for run in (straight, cut)]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    assert train_vae.main(flags) == 0
+    said = capsys.readouterr().out
+    assert "finished already" in said and "--max_steps" in said and "--epochs" not in said
+
+
 @pytest.fixture
 def stopped(monkeypatch):
     """Stops a run as a signal does, once `when(trainer)` is true: `with stopped(when): train_vae.main(...)`."""
@@ -320,6 +341,34 @@ def test_no_gpu_is_said_in_one_line(tmp_path, images, caplog):
     assert naming("GPU", "CPU", 8).search(record.message)
     assert choose_devices(TrainerConfig(gpus=0)) == ("cpu", 1)
     assert choose_devices(TrainerConfig(gpus=2, accelerator="cpu")) == ("cpu", 2)
+
+
+def test_a_grid_is_written_once_a_step(tmp_path, images, killed, monkeypatch):
+    """Not once for each accumulated batch, nor again by a run that resumes from a backup at such a step."""
+    written = []
+    monkeypatch.setattr("torchvision.utils.save_image", lambda grid_CHW, path: written.append(path.stem))
+    flags = ["--log_images", "--image_log_steps", "1", "--batch_size", "1", "--accumulate_grad_batches", "5"]
+    flags = small(tmp_path, *on(images), *flags, "--backup", "--backup_steps", "1")
+    with killed(LitAugVAE, step=2):
+        train_vae.main(flags)
+    assert train_vae.main(flags) == 0
+    assert written == ["train_step=1", "train_step=2", "train_step=3", "val_step=3"]
+
+
+REFUSED = {
+    "mps": (["--accelerator", "mps"], "mps"),
+    "tpu": (["--accelerator", "tpu"], "torch_xla"),
+    "transformer-engine": (["--precision", "transformer-engine"], "transformer_engine"),
+}
+
+
+@pytest.mark.parametrize(("flags", "named"), REFUSED.values(), ids=REFUSED.keys())
+def test_what_the_machine_or_its_packages_lack(tmp_path, images, capsys, flags, named):
+    if importlib.util.find_spec(named) or (named == "mps" and torch.backends.mps.is_available()):
+        pytest.skip("this machine has what the test asks for")
+    assert train_vae.main(small(tmp_path, *on(images), *flags)) == 2
+    said = capsys.readouterr().err
+    assert named in said.lower() and said.startswith("error: ") and said.count("\n") == 1
 
 
 def test_wrong_checkpoints(tmp_path, images, capsys):

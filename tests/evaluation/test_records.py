@@ -66,6 +66,29 @@ def test_a_metric_that_is_no_number_is_missing():
 
 
 @pytest.mark.parametrize(
+    "content",
+    [
+        '{"figures": {"x": {"value": 1.0}}}',
+        '{"figures": {"x": {"protocol": "p"}}}',
+        '{"figures": {"zero_shot/x": {"value": "much", "protocol": "p"}}}',
+        '{"figures": {"x": 1.0}}',
+        '{"figures": [1.0]}',
+        '{"figures": {}, "missing": 3}',
+        '{"psnr": 20.0}',
+        "[]",
+        '{"figures": ',
+    ],
+)
+def test_files_that_hold_no_records_are_named(tmp_path, capsys, content):
+    (tmp_path / "good.json").write_text(json.dumps(Records({}, 0).as_json()))
+    (tmp_path / "odd.json").write_text(content)
+    for pair in (("good", "odd"), ("odd", "good")):
+        assert eval_biart.main(["--compare", *(str(tmp_path / f"{name}.json") for name in pair)]) == 2
+        said = capsys.readouterr().err
+        assert str(tmp_path / "odd.json") in said and said.startswith("error: ") and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
     ("scores", "count", "expected"),
     [
         ([5, 1, 4, 2, 3, 0, 6], 2, ([6, 0], [2, 4], [5, 1])),

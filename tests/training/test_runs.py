@@ -206,6 +206,12 @@ def test_another_runs_backups_in_a_shared_folder_are_never_picked(tmp_path):
     assert resumes_from(tmp_path / "new", "a", shared) is None
 
 
+def test_at_the_same_step_last_is_before_a_backup_wherever_that_is(tmp_path):
+    run = begin(tmp_path, "a", str(tmp_path / "z" / "backups"), steps=[4, 5], last=[5])
+    assert str(run.backups()) > str(run.checkpoints)
+    assert [p.name for p in states(run)] == ["last-epoch=0-step=5.ckpt", "step=5.ckpt", "step=4.ckpt"]
+
+
 def test_a_deleted_and_begun_again_run_does_not_find_its_old_backups(tmp_path):
     import shutil
 
