@@ -14,8 +14,9 @@ from pathlib import Path
 def replacing(path: Path) -> Iterator[Path]:
     """A path to write a file or folder to; once the block has ended, it takes the place of `path`.
 
-    A process that is killed, or a machine that loses power, leaves either what was there before or all that is new. On
-    an exception the unfinished file is removed. Only one process may write a path at a time.
+    A process that is killed, or a machine that loses power, leaves either what was there before or all that is new. (A
+    folder is removed before the new one takes its name.) On an exception the unfinished file is removed. Only one
+    process may write a path at a time.
 
     The path given is hidden and ends in `.tmp`, so that no pattern such as `*.ckpt` finds it. To libraries that choose
     the format by a name's end, name the format or give an open file.

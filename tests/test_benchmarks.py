@@ -18,6 +18,7 @@ from latent_verse.augvae.model import AugVAE
 from latent_verse.augvae.quantizer import EMAQuantizer
 from latent_verse.biart.model import BiART
 from latent_verse.config import BiARTConfig
+from tests.messages import naming
 
 SMALL = BiARTConfig(text_vocab=20, image_vocab=12, text_len=3, image_len=8, n_layer=2, n_head=2, n_embd=16)
 COMPARED = {"quantizer", "augvae", "biart", "sampling", "data", "codes", "growth"}
@@ -65,7 +66,7 @@ def test_rows_that_do_not_fit_into_the_time_are_named(monkeypatch):
 def test_an_unknown_area_is_refused(capsys):
     with pytest.raises(SystemExit):
         run.main(["quantiser"])
-    assert "no area quantiser" in capsys.readouterr().err
+    assert naming("quantiser", *run.AREAS).search(capsys.readouterr().err)
 
 
 def test_an_absent_peer_is_named_in_the_table():

@@ -53,7 +53,7 @@ def read_ckpt(file: str | os.PathLike) -> dict[str, Any]:
         reason = f"{type(error).__name__}: {first_line(error)}".removesuffix(": ")
         what = "is not a complete checkpoint; was it cut off? Or is it another file?"
         if reason.startswith("UnpicklingError"):
-            what = "is refused: it is no checkpoint, or holds more than tensors and plain types, which could run code"
+            what = "is refused: it is not complete, or holds more than tensors and plain types, which could run code"
             reason = first_line(error.__context__ or error).split(" Please ")[0]  # without torch's advice to allow it
         # a zip archive that was cut off is an "invalid argument"; torch says "unable to" open, or map, a file
         elif (isinstance(error, OSError) and error.errno != errno.EINVAL) or str(error).startswith("unable to "):

@@ -30,7 +30,7 @@ def run(config: EvalVAEConfig, given: Mapping[str, str]) -> int:
         from latent_verse.training.augvae import LitAugVAEEvaluation
         from latent_verse.training.image_logging import SavedImages
         from latent_verse.training.progress_bar import ProgressBar
-        from latent_verse.training.trainer import choose_devices, choose_strategy, quiet_lightning
+        from latent_verse.training.trainer import as_config_error, choose_devices, choose_strategy, quiet_lightning
 
     t = config.trainer
     model = load_augvae(t.ckpt_path)
@@ -41,20 +41,22 @@ def run(config: EvalVAEConfig, given: Mapping[str, str]) -> int:
     lit, n = LitAugVAEEvaluation(model, config), config.eval.eval_images
     quiet_lightning()
     bar = [ProgressBar(t.refresh_rate)] if t.refresh_rate else []
-    trainer = pl.Trainer(
-        accelerator=accelerator,
-        devices=devices,
-        num_nodes=t.nodes,
-        strategy=choose_strategy(t, accelerator, devices),
-        precision=t.precision,
-        limit_test_batches=math.ceil(n / (devices * t.nodes * config.data.batch_size)) if n else t.limit_val_batches,
-        use_distributed_sampler=False,
-        enable_progress_bar=bool(bar),
-        enable_model_summary=False,
-        logger=False,
-        callbacks=[SavedImages(folder, config.eval.save_images), *bar],
-    )
-    trainer.test(lit, datamodule=data, verbose=False)
+    limit = math.ceil(n / (devices * t.nodes * config.data.batch_size)) if n else t.limit_val_batches
+    with as_config_error():
+        trainer = pl.Trainer(
+            accelerator=accelerator,
+            devices=devices,
+            num_nodes=t.nodes,
+            strategy=choose_strategy(t, accelerator, devices),
+            precision=t.precision,
+            limit_test_batches=limit,
+            use_distributed_sampler=False,
+            enable_progress_bar=bool(bar),
+            enable_model_summary=False,
+            logger=False,
+            callbacks=[SavedImages(folder, config.eval.save_images), *bar],
+        )
+        trainer.test(lit, datamodule=data, verbose=False)
     results = lit.results | {"checkpoint": str(t.ckpt_path), "skipped": data.skipped}
     if trainer.is_global_zero:
         folder.mkdir(parents=True, exist_ok=True)

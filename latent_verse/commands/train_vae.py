@@ -28,14 +28,8 @@ def run(config: TrainVAEConfig, given: Mapping[str, str]) -> int:
         from latent_verse.training import runs
         from latent_verse.training.augvae import LitAugVAE
         from latent_verse.training.backups import RunFolder, starting_point
-        from latent_verse.training.trainer import (
-            announce,
-            default_name,
-            ease_smoke_test,
-            fit,
-            make_trainer,
-            say,
-        )
+        from latent_verse.training.image_logging import ImageGrids
+        from latent_verse.training.trainer import announce, default_name, ease_smoke_test, fit, make_trainer, say
 
     t = config.trainer
     pl.seed_everything(t.seed, verbose=False)
@@ -44,7 +38,9 @@ def run(config: TrainVAEConfig, given: Mapping[str, str]) -> int:
     run = runs.open_run(t.log_dir, name, t.backup, t.backup_dir, as_plain(config))
     start_from = starting_point(run, t.ckpt_path if t.resume else None, "augvae", model.config)
     data = ImageDataModule(open_images(config.data, model.config.resolution, t.seed), config.data, t.seed)
-    trainer = make_trainer(t, RunFolder(run, as_plain(config), to_yaml(config)), data.has_val)
+    folder = RunFolder(run, as_plain(config), to_yaml(config))
+    grids = [ImageGrids(folder, t.image_log_steps)] if t.log_images else []
+    trainer = make_trainer(t, folder, data.has_val, grids)
     announce(t, run, start_from, idle_flags_vae(config, given, LOSSES[config.loss.loss_type].uses_lpips))
     if not start_from:
         base, size, processes = config.optim.learning_rate, config.data.batch_size, trainer.world_size

@@ -106,14 +106,14 @@ def find_config(name: str) -> str:
         ConfigError: a bare name that is neither a file nor a recipe.
     """
     name = os.path.expanduser(name)
-    if Path(name).exists() or Path(name).name != name or Path(name).suffix:
+    if Path(name).is_file() or Path(name).name != name or Path(name).suffix:
         return name
     folder = next((folder for folder in RECIPES if folder.is_dir()), RECIPES[0])
     recipes = {file.stem: str(file) for file in sorted(folder.glob("*.yaml"))}
-    if name not in recipes:
+    if name not in recipes and not Path(name).is_dir():
         near = closest(name, recipes, otherwise=f". Recipes: {', '.join(recipes)}." if recipes else ".")
         raise ConfigError(f"config {name} is neither a file nor a shipped recipe{near}")
-    return recipes[name]
+    return recipes.get(name, name)
 
 
 def read_yaml(cls: type, path: str) -> dict[str, Any]:

@@ -81,7 +81,7 @@ class TrainerConfig(Settings):
     backup: bool = setting(False, "save the whole state regularly; if interrupted, rerun the command to resume")
     backup_steps: int = setting(1000, "steps between backups", at_least=1)
     backup_dir: Optional[str] = setting(None, "folder for backups of runs; default in the run folder", path=True)
-    resume: bool = setting(False, "resume training from ckpt_path")
+    resume: bool = setting(False, "resume training from ckpt_path; reruns with backup need neither")
     ckpt_path: Optional[str] = setting(None, "checkpoint or run folder to resume from, or to evaluate", path=True)
     debug: bool = setting(False, "100 batches per epoch, backups and grids every 10 steps, anomaly detection")
 
@@ -355,8 +355,8 @@ def resolve_train_vae(config: TrainVAEConfig, given: Mapping[str, str]) -> Train
     Raises:
         ConfigError: a configuration that could never work, before anything is built or written.
     """
-    check_rules(vars(config).values(), NEEDS, EXCLUDES)
     o = config.optim
+    check_rules([o], NEEDS, EXCLUDES)
     t = resolve_trainer(config.trainer, o.optimizer)
     data = resolve_data(config.data, None if o.pretrained_path else config.model.resolution)
     if data.fake_data:
@@ -382,9 +382,9 @@ def resolve_eval_vae(config: EvalVAEConfig) -> EvalVAEConfig:
         ConfigError: a configuration that could never work.
     """
     t, d = resolve_trainer(config.trainer), resolve_data(config.data, None)
-    require([t], "ckpt_path")
+    require([t], "ckpt_path", hint="Name the checkpoint, folder or hub id of the AugVAE.")
     if not d.fake_data:
-        require([d], "test_dir", "val_dir", hint="For a smoke test try --fake_data.")
+        require([d], "test_dir", "val_dir", hint="Name a folder of images, or try --fake_data.")
     return replace(config, data=d, trainer=t)
 
 
@@ -463,19 +463,20 @@ def idle_flags(
 
 def resolve_train_biart(config: TrainBiARTConfig, given: Mapping[str, str]) -> TrainBiARTConfig:
     """As `resolve_train_vae`, for train_biart."""
-    check_rules(vars(config).values(), NEEDS, EXCLUDES)
-    o = config.optim
+    o, c = config.optim, config.codes
     t = resolve_trainer(config.trainer, o.optimizer)
+    check_rules([config.bundle, t, c], NEEDS, EXCLUDES)
     if o.pretrained_path and t.resume:
         raise ConfigError("pretrained_path starts a new run, and resume does not: give one of them.")
     if config.bundle.export:
         return replace(config, trainer=t)
     data = resolve_pairs(config.data)
+    check_rules([o, c, data, config.loss, config.sampling], NEEDS, EXCLUDES)
     if data.fake_data:
         t = limit_fake_data(t, given)
     else:
         require([config.vae, o], "vae_path", "pretrained_path", hint="For a smoke test try --fake_data.")
-    if config.codes.crops_per_image > 1 and data.dataset == "shapes":
+    if c.crops_per_image > 1 and data.dataset == "shapes":
         raise ConfigError("random crops would cut off shapes that the captions name: leave crops_per_image at 1.")
     return replace(config, data=data, trainer=t)
 

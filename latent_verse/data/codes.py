@@ -99,7 +99,7 @@ def extract(
     state = {**plan, "shards": {}}
     if (folder / UNFINISHED).is_file():
         state = _read_same(folder / UNFINISHED, plan)
-    elif folder.is_dir() and any(folder.iterdir()):
+    elif folder.is_dir() and any(file.name != f".{UNFINISHED}.tmp" for file in folder.iterdir()):
         raise DataError(f"extract_codes: {folder} holds something else; it is left alone. Name a new or empty folder.")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / UNFINISHED, state)

@@ -220,12 +220,8 @@ class ImageDataModule(pl.LightningDataModule):
         """Unreadable files that this rank has skipped so far, each counted once."""
         return sum(dataset.skipped.count for dataset in self.datasets.values())
 
-    def describe(self) -> dict[str, str | int | None]:
-        """Counts for the log: samples of each split (None: unknown or unused), and files that this rank skipped."""
-        counts = {split: self._samples(split) for split in ("train", "val", "test")}
-        return {"dataset": self.data.dataset, **counts, "skipped": self.skipped, "workers": self.workers}
-
-    def _samples(self, split: str) -> int | None:
+    def samples(self, split: str) -> int | None:
+        """Samples of a split; None if there is no such split, or their number is unknown."""
         dataset = self.datasets.get(split)
         if dataset is None or isinstance(dataset, Shards):
             return dataset and dataset.samples
@@ -238,7 +234,7 @@ class ImageDataModule(pl.LightningDataModule):
             DataError: fewer samples than one batch on each process, or their number is not known.
         """
         dataset, batch_size, (rank, world) = self.datasets["train"], self.data.batch_size, self._rank_and_world()
-        samples = self._samples("train")
+        samples = self.samples("train")
         if samples is None:
             raise DataError(
                 "remote shards have no known size: give --dataset_size N, the training samples of an epoch."

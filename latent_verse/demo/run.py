@@ -252,7 +252,7 @@ def run(s: DemoSettings) -> Path:
     """
     from latent_verse.demo import results  # before the stages: it says which package the page lacks
 
-    out = Path(s.out).expanduser().resolve()
+    out = Path(s.out).resolve()
     stages = plan(s, out)
     out.mkdir(parents=True, exist_ok=True)
     with _only_one(out) as lock:

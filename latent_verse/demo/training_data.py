@@ -19,7 +19,7 @@ CAPTIONS = 8  # of each image
 def main(argv: list[str] | None = None) -> int:
     """Write both folders and, at the end, the file data/finished; 0 when done, 2 for a mistake in the settings."""
     s = parse(DemoConfig, argv, __doc__)[0].demo
-    world, folder, pairs = World.preset(s.world), Path(s.out).expanduser() / "data", train_pairs(s)
+    world, folder, pairs = World.preset(s.world), Path(s.out) / "data", train_pairs(s)
     write_pairs(world, folder / "train", pairs, "train", captions=CAPTIONS)
     write_pairs(world, folder / "val", min(VAL_PAIRS, pairs), "val", captions=CAPTIONS)
     (folder / "finished").touch()

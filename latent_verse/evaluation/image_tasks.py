@@ -32,7 +32,7 @@ def generate(c: Context) -> dict[str, object]:
     chosen = c.pairs.sample(g.eval_captions, c.seed)
     about: dict[str, object] = {}
     if j.generated_dir:
-        groups = samples.read_groups(Path(j.generated_dir).expanduser())
+        groups = samples.read_groups(Path(j.generated_dir))
         digest = c.ranks.share(lambda: samples.fingerprint_files([f for group in groups for f in group.files]))
         checkpoint = {"generated_dir": digest}
         texts = {sample.caption for sample in chosen}
@@ -128,7 +128,7 @@ def reference(c: Context, numbers: set[int] | None) -> ImageFeatures | None:
     digest = hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()[:16]
     about = {"network": c.inception.described, "resolution": c.resolution, "pictures": len(taken), "files": digest}
     about["prc_pictures"] = min(g.prc_pictures, len(taken))
-    path = Path(g.reference_stats).expanduser() if g.reference_stats else c.folder / "reference.npz"
+    path = Path(g.reference_stats) if g.reference_stats else c.folder / "reference.npz"
     if c.ranks.share(path.is_file):
         return image_quality.load_reference(path, about, g.blur_radii)
     found = _features(c, lambda i: c.pairs.image(taken[i]), len(taken), keep_logits=False)

@@ -125,14 +125,13 @@ def _read_metrics(place: str) -> dict[str, dict]:
         raise DataError(f"compare: {path} does not exist. Give a run folder of eval_biart.py, or its metrics.json.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"compare: {path} is not valid JSON ({error}).") from error
-    if not isinstance(content, dict) or "figures" not in content:
-        raise DataError(f"compare: {path} holds no metrics of eval_biart.py. Was it written by another script?")
-    for name, record in content["figures"].items():
-        for old, new in REWORDED.items() if not name.startswith("zero_shot/") else ():  # which quotes the user's prompt
-            record["protocol"] = record["protocol"].replace(old, new)
-    return content
+        for name, record in content["figures"].items():
+            record["value"] = float(record["value"])
+            for old, new in REWORDED.items() if not name.startswith("zero_shot/") else ():  # quotes the user's prompt
+                record["protocol"] = record["protocol"].replace(old, new)
+        return {"figures": content["figures"], "missing": dict(content.get("missing", {}))}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # not JSON, or not of this form
+        raise DataError(f"compare: {path} is not a metrics.json of eval_biart.py ({error!r}).") from error
 
 
 def compare(first: str, second: str) -> str:
@@ -142,7 +141,7 @@ def compare(first: str, second: str) -> str:
         DataError: one is neither a run folder of eval_biart.py nor its metrics.json.
     """
     runs = [_read_metrics(place) for place in (first, second)]
-    names = list(dict.fromkeys(name for run in runs for kind in ("figures", "missing") for name in run.get(kind, {})))
+    names = list(dict.fromkeys(name for run in runs for kind in ("figures", "missing") for name in run[kind]))
     lines = [("", first, second, "difference", "")]
     for name in names:
         a, b = (run["figures"].get(name) for run in runs)

@@ -65,7 +65,7 @@ class ShapesSamplingConfig(SamplingSettings):
 class ShapesWriteConfig(Settings):
     """Where results go."""
 
-    json: Optional[str] = setting(None, "file to write the results, images and captions to")
+    json: Optional[str] = setting(None, "file to write the results, images and captions to", path=True)
     samples: int = setting(0, "number of scenes whose images are written to <json without suffix>_samples/", at_least=0)
     gpus: int = same(WriteConfig, "gpus")
 

@@ -35,7 +35,7 @@ def caption(c: Context) -> dict[str, object]:
     ids = c.pairs.image_ids()
     ids, names = [ids[i] for i in numbers], [c.pairs.names[i] for i in numbers]
     if file:
-        path = Path(file).expanduser()
+        path = Path(file)
         generated = captions.read_captions_file(path, ids, names)
         checkpoint, how = {"captions_file": samples.fingerprint_files([path])}, f"captions of {path.name}"
     else:
@@ -150,7 +150,7 @@ def class_names(folders: list[str], file: str | None) -> list[str]:
     if file is None:
         return [folder.replace("_", " ") for folder in folders]
     try:
-        lines = Path(file).expanduser().read_text(encoding="utf-8-sig").splitlines()
+        lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"class_names: {file} cannot be read as UTF-8 text: {error}") from error
     known = dict(line.split("\t", 1) for line in lines if "\t" in line)

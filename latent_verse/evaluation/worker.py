@@ -100,7 +100,7 @@ def _open_folder(config: EvalBiARTConfig) -> Path:
     evaluated = j.model or j.generated_dir or j.captions_file
     stem = runs.stem(evaluated.rstrip("/")).removesuffix(".jsonl").removesuffix(".json")
     if stem == "bundle":  # as training names it, in the run's folder
-        stem = Path(evaluated).expanduser().resolve().parent.name or stem
+        stem = Path(evaluated).resolve().parent.name or stem
     stem = f"fake-{stem}" if config.data.fake_data else stem  # a smoke test keeps out of the real results' folder
     folder = runs.run_folder(w.log_dir, w.name or "-".join(["eval", stem, *j.tasks]))
     folder.mkdir(parents=True, exist_ok=True)

@@ -313,12 +313,12 @@ class LVerse:
         """
         items: list[str] = _listed(texts, str, "texts")
         length = self.biart.config.text_len
-        ids = self.tokenizer.encode_batch(items, too_long=self.too_long)
-        for i, (text, row) in enumerate(zip(items, ids, strict=True)):
-            if len(row) > length:
-                (ids[i],) = self.tokenizer.encode_batch([text], length, self.too_long)
-                kept = self.tokenizer.decode(ids[i])
-                warnings.warn(f"text {i} has {len(row)} tokens, text_len is {length}: cut to {kept!r}", stacklevel=3)
+        whole = self.tokenizer.encode_batch(items, too_long=self.too_long)
+        ids = self.tokenizer.encode_batch(items, length, self.too_long) if max(map(len, whole)) > length else whole
+        for i, (all_of_it, kept) in enumerate(zip(whole, ids, strict=True)):
+            if len(all_of_it) > length:
+                cut = f"text_len is {length}: cut to {self.tokenizer.decode(kept)!r}"
+                warnings.warn(f"text {i} has {len(all_of_it)} tokens, {cut}", stacklevel=3)
         return self.biart.vocab.pad_text(ids)
 
     def _images(self, codes_RSN: Tensor) -> list[list[Image.Image]]:

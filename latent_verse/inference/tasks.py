@@ -30,7 +30,7 @@ def _open_folder(out: str | None, overwrite: bool) -> Path:
     """The folder for the results, not yet created. If it holds files, `overwrite` must allow it."""
     if out is None and not overwrite:
         return runs.new_folder(".", "generated")
-    folder = Path(out or "generated").expanduser()
+    folder = Path(out or "generated")
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir():
         raise ConfigError(f"out: {there} is a file; give a folder.")
@@ -118,7 +118,7 @@ def _read_texts(config: GenerateConfig) -> list[str]:
     if name is None:
         return list(config.what.text)
     try:
-        texts = [line.strip() for line in Path(name).expanduser().read_text(encoding="utf-8-sig").splitlines()]
+        texts = [line.strip() for line in Path(name).read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"text_file: {name} cannot be read as UTF-8 text: {error}") from error
     texts = [text for text in texts if text]
@@ -131,7 +131,7 @@ def _find_images(names: Sequence[str]) -> list[tuple[str, bool]]:
     """(file, whether it is one of `names`) for every file of `names` and every image below its folders."""
     found = []
     for name in names:
-        path, others = Path(name).expanduser(), Counter[str]()
+        path, others = Path(name), Counter[str]()
         if not path.exists():
             raise DataError(f"{name} does not exist. Give an image or a folder of images.")
         inside = [str(path / file) for file in walk(str(path), EXTENSIONS, others)] if path.is_dir() else []

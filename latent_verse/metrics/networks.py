@@ -100,7 +100,7 @@ def clip_weights(model: str, pretrained: str) -> Weights:
         NetworkMissing: there is no such tag.
     """
     if os.path.sep in pretrained or Path(pretrained).is_file():
-        return Weights(Path(pretrained).expanduser(), "where it was published", "")
+        return Weights(Path(pretrained), "where it was published", "")
     from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
 
     url = get_pretrained_cfg(model, pretrained).get("url", "")

@@ -48,8 +48,6 @@ class LitAugVAE(pl.LightningModule):
         self.plateau: torch.optim.lr_scheduler.ReduceLROnPlateau | None = None
         self.plateau_state: dict | None = None
 
-    # ----------------------------------------------------------------------------------------------------- preparation
-
     def prepare_data(self) -> None:
         """Fetch LPIPS' backbone if the loss uses LPIPS, in one process per node. Raises as `fetch_vgg16`."""
         if self.trains and self.loss_type.uses_lpips and not self.config.data.fake_data:
@@ -91,8 +89,6 @@ class LitAugVAE(pl.LightningModule):
         first = self.global_step == 0 and batch_idx == 0
         if first and self.config.optim.codebook_init == "data" and self.model.quantizer.is_fresh:
             self.model.initialise_codebook(batch[0].to(self.model.dtype))
-
-    # ----------------------------------------------------------------------------------------------------------- steps
 
     @property
     def _memory_format(self) -> torch.memory_format:
@@ -176,8 +172,6 @@ class LitAugVAE(pl.LightningModule):
         self.log_dict({f"{stage}/{name}": value for name, value in usage.compute().items()})
         usage.reset()
 
-    # ------------------------------------------------------------------------------------------------------- optimiser
-
     def configure_optimizers(self):
         """AdamW or Muon. As in the original, the rate is learning_rate x processes over all nodes x batch_size."""
         o = self.config.optim
@@ -199,8 +193,6 @@ class LitAugVAE(pl.LightningModule):
             schedule = warm_up_then_cosine(optimizer, o.warmup_steps, lambda: self.trainer.estimated_stepping_batches)
             return [optimizer], [{"scheduler": schedule, "interval": "step"}]
         return optimizer
-
-    # ----------------------------------------------------------------------------------------------------- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         """Let the file describe itself, in plain types only."""

@@ -67,6 +67,11 @@ def starting_point(
     return given
 
 
+def made_step(trainer: pl.Trainer, batch_idx: int) -> bool:
+    """Whether this batch, just trained on, completed an optimiser step: with accumulated gradients not each does."""
+    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
+
+
 class RunFolder(pl.Callback):
     """Make the run folder, once all processes have met; from `setup` on, `self.run` is the first process's in all."""
 
@@ -85,7 +90,7 @@ class Backup(pl.Callback):
     """Save the whole state every `every` steps (None: never), and when the run has to stop; the two newest are kept.
 
     After SIGTERM or Ctrl-C, training finishes the current step and saves; a second Ctrl-C stops at once. Nothing is
-    saved at the last batch of an epoch, where a resumed run would miss the validation: `last` follows a moment later.
+    saved at the last step of an epoch or run, where a resumed run would miss the validation: `last` follows soon.
 
     Raises:
         Interrupted: training was asked to stop, and has saved.
@@ -116,12 +121,11 @@ class Backup(pl.Callback):
         rank_zero_info(f"{signal.Signals(number).name}: saving after this step (Ctrl-C again stops at once)")
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs, batch, batch_idx) -> None:
-        stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
         stop = self.told_to_stop
         if trainer.world_size > 1:  # all processes must leave after the same step; asking costs, so not at every one
             ask = trainer.global_step % trainer.log_every_n_steps == 0
             stop = ask and trainer.strategy.reduce_boolean_decision(stop, all=False)
-        if not stepped or trainer.is_last_batch:
+        if trainer.is_last_batch or trainer.global_step == trainer.max_steps or not made_step(trainer, batch_idx):
             return
         if stop:
             raise Interrupted(f"stopped at step {trainer.global_step}; saved {self.save(trainer)}")

@@ -14,22 +14,21 @@ from latent_verse.config import UserError
 from latent_verse.config.train import SamplingConfig
 from latent_verse.data.text import Tokenizer
 from latent_verse.files import replacing, write_text
-from latent_verse.training.backups import RunFolder
+from latent_verse.training.backups import RunFolder, made_step
 
 
 class ImageGrids(pl.Callback):
-    """Log input over reconstruction of a training batch every `every` steps, and of the first validation batch.
+    """Log 8 inputs over their reconstructions, of a training batch every `every` steps and the first validation batch.
 
     The module's steps return {"x": (B, C, H, W) in [-1, 1], "xrec": the same}. The run folder gets the grids as well.
     """
 
-    def __init__(self, folder: RunFolder, every: int, at_most: int = 8):
+    def __init__(self, folder: RunFolder, every: int):
         self.folder = folder
         self.every = every
-        self.at_most = at_most
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs, batch, batch_idx) -> None:
-        if trainer.global_step % self.every == 0 and trainer.global_step:
+        if trainer.global_step % self.every == 0 and made_step(trainer, batch_idx):
             self._write(trainer, outputs, "train")
 
     def on_validation_batch_end(
@@ -39,8 +38,8 @@ class ImageGrids(pl.Callback):
             self._write(trainer, outputs, "val")
 
     def _write(self, trainer: pl.Trainer, outputs: dict[str, Tensor], stage: str) -> None:
-        if trainer.is_global_zero and "x" in outputs:
-            rows_BCHW = [outputs[name][: self.at_most].float().cpu() for name in ("x", "xrec")]
+        if trainer.is_global_zero:
+            rows_BCHW = [outputs[name][:8].float().cpu() for name in ("x", "xrec")]
             name = f"{stage}_step={trainer.global_step}"
             _write_grid(trainer, self.folder, name, f"{stage}/reconstructions", rows_BCHW)
 
@@ -48,13 +47,12 @@ class ImageGrids(pl.Callback):
 class SavedImages(pl.Callback):
     """In a test: write each input and its reconstruction as PNG files of the same number, and a grid of such pairs.
 
-    `folder` gets original_images/ and generated_images/ of `at_most` images in all, and grid.png of `in_grid` pairs.
+    `folder` gets original_images/ and generated_images/ of `at_most` images in all, and grid.png of up to 32 pairs.
     """
 
-    def __init__(self, folder: Path, at_most: int, in_grid: int = 32):
+    def __init__(self, folder: Path, at_most: int):
         self.folder = folder
         self.at_most = at_most
-        self.in_grid = in_grid
         self._pairs: list[Tensor] = []
 
     def on_test_batch_end(
@@ -73,7 +71,7 @@ class SavedImages(pl.Callback):
             for name, image_CHW in zip(("original_images", "generated_images"), pair_CHW, strict=True):
                 (self.folder / name).mkdir(parents=True, exist_ok=True)
                 save_image((image_CHW + 1) / 2, self.folder / name / f"{number:06d}.png")
-            if trainer.is_global_zero and len(self._pairs) < self.in_grid:
+            if trainer.is_global_zero and len(self._pairs) < 32:
                 self._pairs.append(torch.cat(pair_CHW, dim=2))
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -105,7 +103,6 @@ class TextImageSamples(pl.Callback):
         self.settings = settings
         self.tokenizer = tokenizer
         self._examples = None
-        self._last_step = 0
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.is_global_zero:  # a run killed before its first checkpoint may have left another tokenizer
@@ -113,9 +110,9 @@ class TextImageSamples(pl.Callback):
                 self.tokenizer.save(unfinished)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs, batch, batch_idx) -> None:
-        t, step = pl_module.config.trainer, trainer.global_step
-        if t.log_images and step % t.image_log_steps == 0 and step != self._last_step and self._has_data(trainer):
-            self._last_step = step
+        t = pl_module.config.trainer
+        due = t.log_images and trainer.global_step % t.image_log_steps == 0 and made_step(trainer, batch_idx)
+        if due and self._has_data(trainer):
             self._sample(trainer, pl_module)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

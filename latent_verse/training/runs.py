@@ -77,9 +77,9 @@ def open_run(log_dir: str, name: str, backup: bool, backup_dir: str | None, conf
 
 
 def states(run: Run) -> list[Path]:
-    """The checkpoints a run can resume from, newest first by step: its backups and those of whole epochs."""
+    """The checkpoints a run can resume from, newest first by step: its `last`, then, at the same step, its backup."""
     files = [*run.backups().glob("step=*.ckpt"), *run.checkpoints.glob("last-*.ckpt")]
-    return sorted(files, key=lambda p: (step_of(p) or 0, str(p)), reverse=True)
+    return sorted(files, key=lambda p: (step_of(p) or 0, p.parent == run.checkpoints, str(p)), reverse=True)
 
 
 def start(run: Run, config: dict[str, Any], yaml_text: str) -> None:

@@ -26,7 +26,6 @@ from latent_verse.config import ConfigError
 from latent_verse.config.train import TrainBiARTConfig, TrainerConfig, TrainVAEConfig
 from latent_verse.training import runs
 from latent_verse.training.backups import Backup, Interrupted, ProcessState, RunFolder
-from latent_verse.training.image_logging import ImageGrids
 from latent_verse.training.progress_bar import ProgressBar
 from latent_verse.training.runs import Run
 
@@ -36,10 +35,10 @@ say = rank_zero_only(print)  # one process speaks for all
 
 @contextmanager
 def as_config_error() -> Iterator[None]:
-    """Turn Lightning's refusal of a setting into a ConfigError; used as a decorator."""
+    """Turn Lightning's refusal of a setting, or that it lacks a package for it, into a ConfigError."""
     try:
         yield
-    except MisconfigurationException as error:
+    except (MisconfigurationException, ModuleNotFoundError) as error:
         raise ConfigError(str(error)) from error
 
 
@@ -103,7 +102,6 @@ def make_trainer(t: TrainerConfig, folder: RunFolder, has_val: bool, more: Seque
         ProcessState(),
         LearningRateMonitor("step"),
         Backup(folder, t.backup_steps if t.backup else None),
-        *([ImageGrids(folder, t.image_log_steps)] if t.log_images else []),
         *([ProgressBar(refresh_rate=t.refresh_rate)] if t.refresh_rate else []),
         *checkpoints(run, has_val),
     ]
@@ -162,7 +160,8 @@ def fit(trainer: pl.Trainer, t: TrainerConfig, run: Run, module: pl.LightningMod
 
             wandb.finish(exit_code=int(failed))
     if start_from and trainer.global_step == runs.step_of(start_from):
-        say(f"{run.folder} was finished already. Raise --epochs to train longer, or give another --name.")
+        limit = "max_steps" if 0 <= t.max_steps <= trainer.global_step else "epochs"
+        say(f"{run.folder} was finished already. Raise --{limit} to train longer, or give another --name.")
     return True
 
 

@@ -12,6 +12,7 @@ from latent_verse.augvae.layers import AttnBlock, Upsample, make_norm
 from latent_verse.augvae.model import AugVAE
 from latent_verse.checkpoints.augvae import load_augvae, save_augvae
 from latent_verse.config import AugVAEConfig, ConfigError
+from tests.messages import naming
 
 SINGLE = [None, 8, 4, 2]
 
@@ -91,15 +92,14 @@ def test_evaluation_does_not_change_the_codebook(tiny_augvae, tiny_images):
 
 @pytest.mark.parametrize("shape", [(2, 3, 15, 16), (2, 3, 32, 32), (2, 1, 16, 16), (3, 16, 16)])
 def test_images_of_another_shape_are_refused(tiny_augvae, shape):
-    with pytest.raises(ValueError, match=r"this AugVAE takes \(B, 3, 16, 16\)"):
-        tiny_augvae()(torch.zeros(shape))
-    with pytest.raises(ValueError, match="images have shape"):
-        tiny_augvae().codes(torch.zeros(shape))
+    for call in (tiny_augvae(), tiny_augvae().codes):
+        with pytest.raises(ValueError, match=naming("images", shape, "(B, 3, 16, 16)")):
+            call(torch.zeros(shape))
 
 
 @pytest.mark.parametrize("shape", [(2, 83), (2, 85), (84,), (1, 84, 1)])
 def test_another_number_of_codes_is_refused(tiny_augvae, shape):
-    with pytest.raises(ValueError, match=r"take \(B, 84\)"):
+    with pytest.raises(ValueError, match=naming("codes", shape, (8, 4, 2), "(B, 84)")):
         tiny_augvae().decode_codes(torch.zeros(shape, dtype=torch.int64))
 
 
@@ -107,7 +107,7 @@ def test_another_number_of_codes_is_refused(tiny_augvae, shape):
 def test_codes_outside_the_codebook_are_refused(tiny_augvae, code):
     codes = torch.zeros(1, 84, dtype=torch.int64)
     codes[0, 5] = code
-    with pytest.raises(ValueError, match="codebook has 0 to 23"):
+    with pytest.raises(ValueError, match=naming("codes", code, 0, 23)):
         tiny_augvae().decode_codes(codes)
 
 
@@ -119,27 +119,19 @@ def test_the_last_code_and_an_empty_batch_are_taken(tiny_augvae):
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "facts"),
     [
-        ({"double_z": True}, "double_z"),
-        ({"ch_mult": (1, 2, 4)}, "ch_mult.*halves resolution 16 2 times, to 4"),
-        ({"resolution": 32}, "Make the first level 16"),
-        ({"attn_resolutions": ()}, "begins with nothing"),
-        ({"attn_resolutions": (8, 2)}, "2 follows 8"),
-        ({"attn_resolutions": (8, 8)}, "8 follows 8"),
-        ({"hidden_dim": 48}, "hidden_dim 48 is not a multiple of 32"),
-        ({"norm": "batch"}, "norm: 'batch'"),
-        ({"single_level": 16}, r"single_level 16 is not one of the levels \[8, 4, 2\]"),
-        ({"ch_mult": ()}, "ch_mult"),
-        ({"num_tokens": 0}, "num_tokens is 0"),
-        ({"dropout": 1.5}, "dropout is 1.5"),
-        ({"quant_ema_decay": -0.1}, "quant_ema_decay"),
+        ({"ch_mult": (1, 2, 4)}, ["ch_mult", [1, 2, 4], "resolution", 16, "attn_resolutions", 8, 4]),
+        ({"resolution": 32}, ["ch_mult", "resolution", 32, "attn_resolutions", 8, 16]),
+        ({"attn_resolutions": ()}, ["attn_resolutions", []]),
+        ({"attn_resolutions": (8, 2)}, ["attn_resolutions", [8, 2]]),
+        ({"attn_resolutions": (8, 8)}, ["attn_resolutions", [8, 8]]),
+        ({"hidden_dim": 48}, ["hidden_dim", 48, 32]),
+        ({"single_level": 16}, ["single_level", 16, [8, 4, 2]]),
     ],
 )
-def test_shapes_that_cannot_be_built_are_refused(tiny_config, changes, says):
-    with pytest.raises(ConfigError, match=says):
-        tiny_config(**changes).validate()
-    with pytest.raises(ConfigError, match=says):
+def test_shapes_that_cannot_be_built_are_refused(tiny_config, changes, facts):
+    with pytest.raises(ConfigError, match=naming(*facts)):
         AugVAE(tiny_config(**changes))
 
 
@@ -316,9 +308,9 @@ def test_to_single_level_keeps_mode_and_type(tiny_augvae):
 
 
 def test_single_level_of_what_is_not_there_is_refused(tiny_augvae):
-    with pytest.raises(ConfigError, match="single_level 16"):
+    with pytest.raises(ConfigError, match=naming("single_level", 16)):
         tiny_augvae().to_single_level(16)
-    with pytest.raises(ValueError, match=r"one level \(4\) already"):
+    with pytest.raises(ValueError, match=naming(4, "AugVAE-ML")):
         tiny_augvae(single_level=4).to_single_level(4)
 
 

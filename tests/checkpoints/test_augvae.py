@@ -23,6 +23,7 @@ from latent_verse.checkpoints.ckpt_files import CheckpointError, check_resumable
 from latent_verse.config import ConfigError, as_plain
 from latent_verse.config.train import EvalVAEConfig, TrainerConfig, TrainVAEConfig, VAEOptimConfig, with_evaluated_shape
 from latent_verse.training.augvae import LitAugVAE
+from tests.messages import naming
 
 SINGLE = pytest.mark.parametrize("single_level", [None, 8, 4, 2])
 
@@ -81,8 +82,9 @@ def assert_same(ours: AugVAE, source: AugVAE, x: torch.Tensor) -> None:
     assert len({id(q.embedding) for q in ours.quantizers}) == 1
 
 
-def refusal(path) -> str:
-    with pytest.raises(CheckpointError) as error:
+def refusal(path, *facts) -> str:
+    """The message, which names all of `facts`, that loading `path` fails with."""
+    with pytest.raises(CheckpointError, match=naming(*facts)) as error:
         load_augvae(path)
     return str(error.value)
 
@@ -161,8 +163,7 @@ def test_a_folder_gives_its_only_checkpoint_whatever_its_name(tiny_augvae, tiny_
     assert_same(load_augvae(tmp_path / "run"), model, tiny_images())
     own_ckpt(model, tmp_path / "run" / "checkpoints" / "last-v1.ckpt")
     for path in ("run", "run/checkpoints"):  # of two, none is the newest
-        message = refusal(tmp_path / path)
-        assert "last.ckpt" in message and "last-v1.ckpt" in message and "step=N" in message
+        refusal(tmp_path / path, "last.ckpt", "last-v1.ckpt", "step=N")
     own_ckpt(model, tmp_path / "run" / "checkpoints" / "last-step=3.ckpt")
     assert find_checkpoint(tmp_path / "run").name == "last-step=3.ckpt"
     model.save_pretrained(tmp_path / "saved")  # a folder with weights of its own stands for these
@@ -234,20 +235,18 @@ def test_a_pickle_that_would_run_code_is_refused(tiny_augvae, tmp_path, place, l
     elif place == "state_dict":
         content["state_dict"]["more"] = evil
     torch.save(evil if place == "whole" else content, file, _use_new_zipfile_serialization=not legacy)
-    message = refusal(file)
+    refusal(file, file, "system", "code")
     assert not proof.exists()
-    assert str(file) in message and "is refused" in message and "run code" in message
     torch.load(file, weights_only=False)  # the payload does work
     assert proof.exists()
 
 
 def test_only_namespace_is_allowed_and_only_while_reading(tiny_augvae, tmp_path):
     file = released_ckpt(tiny_augvae(), tmp_path / "a.ckpt", hparams=Path("a"))
-    assert "is refused" in refusal(file)
+    refusal(file, file, "pathlib", "code")
     assert argparse.Namespace not in torch.serialization.get_safe_globals()
     torch.save(torch.nn.Linear(2, 2), tmp_path / "module.ckpt")
-    message = refusal(tmp_path / "module.ckpt")
-    assert "module.ckpt is refused" in message and "torch.nn.modules.linear.Linear" in message
+    refusal(tmp_path / "module.ckpt", tmp_path / "module.ckpt", "torch.nn.modules.linear.Linear", "code")
 
 
 def test_plain_types_beyond_tensors_are_read(tiny_augvae, tmp_path):
@@ -262,12 +261,11 @@ def test_what_harmless_files_hold_is_not_accused(tiny_augvae, tmp_path):
         for name in archive.namelist():
             if not name.endswith("data/0"):  # the first tensor
                 rest.writestr(name, archive.read(name))
-    message = refusal(tmp_path / "lacks.ckpt")
-    assert "not a complete checkpoint" in message and "data/0" in message
+    assert "code" not in refusal(tmp_path / "lacks.ckpt", tmp_path / "lacks.ckpt", "complete", "data/0")
     torch.save({"state_dict": {}, "repeated": [{"x": "x"}, b"y"]}, tmp_path / "new.ckpt", pickle_protocol=4)
     with pytest.warns(UserWarning, match="pickle protocol 4"):
-        message = refusal(tmp_path / "new.ckpt")
-    assert "new.ckpt is refused" in message and "global" not in message.lower()
+        message = refusal(tmp_path / "new.ckpt", tmp_path / "new.ckpt", "refused", "code")
+    assert "global" not in message.lower()
 
 
 # -------------------------------------------------------------------------------------------------------- damaged files
@@ -276,8 +274,7 @@ def test_what_harmless_files_hold_is_not_accused(tiny_augvae, tmp_path):
 def test_a_damaged_list_of_an_archives_files(tiny_augvae, tmp_path):
     file = own_ckpt(tiny_augvae(), tmp_path / "damaged.ckpt")
     file.write_bytes(file.read_bytes().replace(b"PK\x01\x02", b"PK\x00\x00"))
-    message = refusal(file)
-    assert str(file) in message and "not a complete checkpoint" in message
+    refusal(file, file, "complete")
 
 
 @pytest.mark.parametrize("write", [own_ckpt, released_ckpt])
@@ -286,29 +283,28 @@ def test_truncated_files(tiny_augvae, tmp_path, write, share):
     file = write(tiny_augvae(), tmp_path / "cut.ckpt")
     whole = file.read_bytes()
     file.write_bytes(whole[: int(len(whole) * share)])
-    message = refusal(file)
-    assert str(file) in message and "cut off" in message
+    refusal(file, file, "complete")
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"\x89PNG\r\n\x1a\n" + bytes(100), b"PK\x03\x04" + bytes(100)])
 def test_files_that_are_no_checkpoint(tmp_path, content):
     (tmp_path / "a.ckpt").write_bytes(content)
-    assert "a.ckpt" in refusal(tmp_path / "a.ckpt")
+    refusal(tmp_path / "a.ckpt", tmp_path / "a.ckpt", "complete")
 
 
 @pytest.mark.parametrize("content", [{"model": {}}, [1, 2], torch.zeros(3), {"weight": torch.zeros(3)}])
 def test_files_of_torch_that_are_no_lightning_checkpoint(tmp_path, content):
     torch.save(content, tmp_path / "a.ckpt")
-    assert "holds no state_dict" in refusal(tmp_path / "a.ckpt")
+    refusal(tmp_path / "a.ckpt", tmp_path / "a.ckpt", "state_dict")
 
 
 def test_checkpoints_of_other_models(tiny_augvae, tmp_path):
     torch.save({"state_dict": {"layer.weight": torch.zeros(3)}}, tmp_path / "resnet.ckpt")
-    assert "neither this project's nor a released AugVAE" in refusal(tmp_path / "resnet.ckpt")
     torch.save({"state_dict": {"a": torch.zeros(3)}, "hyper_parameters": {"lr": 1}}, tmp_path / "other.ckpt")
-    assert "neither" in refusal(tmp_path / "other.ckpt")
+    for file in (tmp_path / "resnet.ckpt", tmp_path / "other.ckpt"):
+        refusal(file, file, "neither", "AugVAE")
     file = own_ckpt(tiny_augvae(), tmp_path / "biart.ckpt", latent_verse={"kind": "biart", "model": {}})
-    assert "is a checkpoint of biart, not of an AugVAE" in refusal(file)
+    refusal(file, file, "biart", "AugVAE")
 
 
 @pytest.mark.parametrize("left", [0, 1])
@@ -323,19 +319,19 @@ def test_an_intact_file_that_cannot_be_opened(tiny_augvae, tmp_path, left):
                 held.append(os.open(os.devnull, os.O_RDONLY))
         for _ in range(left):
             os.close(held.pop())
-        message = refusal(file)
+        message = refusal(file, file, "Too many open files")
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
         for number in held:
             os.close(number)
-    assert f"{file} cannot be read" in message and "Too many open files" in message
-    assert "cut off" not in message and "\n" not in message
+    assert "complete" not in message and "cut off" not in message and "\n" not in message
 
 
 def test_a_damaged_file_says_what_was_found(tmp_path):
-    torch.save({"state_dict": {"a": torch.zeros(999)}}, tmp_path / "a.ckpt", _use_new_zipfile_serialization=False)
-    (tmp_path / "a.ckpt").write_bytes((tmp_path / "a.ckpt").read_bytes()[:-100])
-    assert "cut off" in refusal(tmp_path / "a.ckpt") and "expected 100 more bytes" in refusal(tmp_path / "a.ckpt")
+    file = tmp_path / "a.ckpt"
+    torch.save({"state_dict": {"a": torch.zeros(999)}}, file, _use_new_zipfile_serialization=False)
+    file.write_bytes(file.read_bytes()[:-100])
+    refusal(file, file, "complete", "expected 100 more bytes")
 
 
 # -------------------------------------------------------------------------------------- keys and shapes that do not fit
@@ -351,13 +347,9 @@ def test_missing_unknown_and_misshaped_keys_are_listed(tiny_augvae, tmp_path, wr
     state[f"{prefix}encoders.7.extra"] = torch.zeros(1)
     state[f"{prefix}decoders.0.conv_out.bias"] = torch.zeros(5)
     torch.save(content, file)
-    message = refusal(file)
-    assert str(file) in message
-    assert "missing encoders.1.conv_in.bias" in message
-    assert "decoders.0.conv_out.bias has shape (5,), not (16,)" in message
     # a released file's number of encoders tells nothing of AugVAE-ML: the key is unknown, not a level more
-    assert "unknown encoders.7.extra" in message
-    assert message.count("\n") == 3
+    wrong = ("missing encoders.1.conv_in.bias", "unknown encoders.7.extra", "decoders.0.conv_out.bias", (5,), (16,))
+    assert refusal(file, file, *wrong).count("\n") == 3
 
 
 def test_only_keys_of_loss_are_dropped_from_released_files(tiny_augvae, tmp_path):
@@ -365,8 +357,7 @@ def test_only_keys_of_loss_are_dropped_from_released_files(tiny_augvae, tmp_path
     content = torch.load(file, weights_only=False)
     content["state_dict"]["lossy.weight"] = content["state_dict"]["discriminator.weight"] = torch.zeros(1)
     torch.save(content, file)
-    message = refusal(file)
-    assert "unknown lossy.weight" in message and "unknown discriminator.weight" in message
+    refusal(file, file, "unknown lossy.weight", "unknown discriminator.weight")
 
 
 def test_a_long_list_of_keys_is_cut(tiny_augvae, tmp_path):
@@ -383,10 +374,9 @@ def test_settings_that_describe_no_augvae(tiny_augvae, tmp_path):
     for change in ({"no_such_setting": 1}, {"hidden_dim": 33}, {"double_z": True}):
         described = content["latent_verse"] | {"model": as_plain(model.config) | change}
         torch.save(content | {"latent_verse": described}, file)
-        message = refusal(file)
-        assert str(file) in message and next(iter(change)) in message
+        refusal(file, file, *change)
     file = released_ckpt(model, tmp_path / "b.ckpt", hyper_parameters={"args": argparse.Namespace(seed=1)})
-    assert "hyper_parameters lack ch_mult, resolution" in refusal(file)
+    refusal(file, file, "hyper_parameters", "ch_mult", "resolution")
 
 
 # --------------------------------------------------------------------------------------------- absent files and folders
@@ -395,36 +385,33 @@ def test_settings_that_describe_no_augvae(tiny_augvae, tmp_path):
 def test_an_absent_file_names_its_neighbours(tiny_augvae, tmp_path):
     for name in ("one.ckpt", "two.ckpt"):
         own_ckpt(tiny_augvae(), tmp_path / name)
-    message = refusal(tmp_path / "three.ckpt")
-    assert "three.ckpt does not exist" in message
-    assert "one.ckpt, two.ckpt" in message
+    refusal(tmp_path / "three.ckpt", tmp_path / "three.ckpt", "one.ckpt", "two.ckpt")
 
 
 def test_paths_that_cannot_be_hub_ids_are_not_looked_up(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: pytest.fail("asked the hub"))
     for path in (tmp_path / "absent", "absent", "./a/b", "../a", "a/b/c", "a/b.ckpt", "results/model.safetensors"):
-        assert "does not exist" in refusal(path)
+        refusal(path, Path(path))
 
 
 @pytest.mark.parametrize("absent", ["config.json", "model.safetensors"])
 def test_a_folder_that_lacks_a_file(tiny_augvae, tmp_path, absent):
     tiny_augvae().save_pretrained(tmp_path)
     (tmp_path / absent).unlink()
-    assert f"holds no {absent}" in refusal(tmp_path)
+    refusal(tmp_path, tmp_path, absent)
 
 
 def test_an_empty_folder(tmp_path):
-    assert "holds no config.json" in refusal(tmp_path)
-    with pytest.raises(CheckpointError) as error:
-        export_bundle(tmp_path, tmp_path / "bundle")
-    assert str(tmp_path) in str(error.value) and "folder" in str(error.value) and "exist" not in str(error.value)
-    (tmp_path / "notes.txt").touch()
-    with pytest.raises(CheckpointError, match=r"folder.*notes\.txt"):
-        export_bundle(tmp_path, tmp_path / "bundle")
+    refusal(tmp_path, tmp_path, "config.json")
+    for there in ("nothing", "notes.txt"):
+        with pytest.raises(CheckpointError, match=naming(tmp_path, "folder", there)) as error:
+            export_bundle(tmp_path, tmp_path / "bundle")
+        assert "exist" not in str(error.value)
+        (tmp_path / "notes.txt").touch()
 
 
 def test_a_path_that_the_system_refuses():
-    assert "File name too long" in refusal("a" * 300 + ".ckpt")
+    refusal("a" * 300 + ".ckpt", "File name too long")
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.99])
@@ -432,20 +419,20 @@ def test_damaged_safetensors(tiny_augvae, tmp_path, share):
     tiny_augvae().save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[: int(file.stat().st_size * share)])
-    assert f"{tmp_path} is damaged" in refusal(tmp_path)
+    refusal(tmp_path, tmp_path, "damaged")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "5", '{"format": "latent_verse/augvae"}'])
 def test_damaged_config_json(tiny_augvae, tmp_path, text):
     tiny_augvae().save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(text)
-    assert str(tmp_path) in refusal(tmp_path)
+    refusal(tmp_path, tmp_path)
 
 
 def test_config_json_of_another_program(tiny_augvae, tmp_path):
     tiny_augvae().save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "clip"}')
-    assert "has format None, not 'latent_verse/augvae'" in refusal(tmp_path)
+    refusal(tmp_path, tmp_path / "config.json", None, "latent_verse/augvae")
 
 
 def test_safetensors_keys_that_do_not_fit(tiny_augvae, tmp_path):
@@ -454,8 +441,7 @@ def test_safetensors_keys_that_do_not_fit(tiny_augvae, tmp_path):
     name = next(k for k in stored if k.startswith("encoders.1"))
     del stored[name]
     save_file(stored | {"extra": torch.zeros(1)}, tmp_path / "model.safetensors")
-    message = refusal(tmp_path)
-    assert f"missing {name}" in message and "unknown extra" in message
+    refusal(tmp_path, tmp_path / "model.safetensors", f"missing {name}", "unknown extra")
 
 
 def test_the_hub_out_of_reach(monkeypatch):
@@ -463,9 +449,7 @@ def test_the_hub_out_of_reach(monkeypatch):
         raise ConnectionError("no route to host\nwith a second line")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    message = refusal("someone/augvae")
-    assert "someone/augvae is not a file" in message and "no route to host" in message
-    assert "second line" not in message
+    assert "second line" not in refusal("someone/augvae", "someone/augvae", "no route to host")
 
 
 # ------------------------------------------------------------------------------------------------------- starting a run
@@ -497,19 +481,18 @@ def test_fine_tuning_starts_from_the_level(tiny_augvae, tiny_config, tmp_path):
     assert run.model == dataclasses.replace(model.config, attn_resolutions=(4,))  # the recipe, to be run again
     assert single.config == dataclasses.replace(model.config, single_level=4)
     assert torch.equal(single.encoders[1].conv_in.weight, model.encoders[1].conv_in.weight)
-    with pytest.raises(ConfigError, match=r"attn_resolutions: .*ml\.ckpt has levels \[8, 4, 2\], not 16"):
+    with pytest.raises(ConfigError, match=naming("attn_resolutions", 16, [8, 4, 2], file)):
         load_for_training(training_config(tiny_config(attn_resolutions=(16,)), file, finetune=True), set())
     file = own_ckpt(single, tmp_path / "sl.ckpt")
-    with pytest.raises(ConfigError, match=r"sl.ckpt is an AugVAE-SL \(level 4\)"):
+    with pytest.raises(ConfigError, match=naming(file, "AugVAE-SL", 4, "finetune")):
         load_for_training(training_config(tiny_config(attn_resolutions=(4,)), file, finetune=True), set())
 
 
 def test_settings_that_contradict_the_weights_are_listed(tiny_augvae, tiny_config, tmp_path):
     file = own_ckpt(tiny_augvae(), tmp_path / "a.ckpt")
     config = training_config(tiny_config(num_tokens=99, z_channels=32), file)
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(ConfigError, match=naming(file, "num_tokens", 99, 24)) as error:
         load_for_training(config, {"num_tokens"})
-    assert "num_tokens: 99 in the settings, 24 in the checkpoint" in str(error.value)
     assert "z_channels" not in str(error.value)  # it was not given
     assert load_for_training(config, {"hidden_dim"})[1].config.num_tokens == 24
 
@@ -518,7 +501,7 @@ def test_settings_that_contradict_the_weights_are_listed(tiny_augvae, tiny_confi
 def test_evaluation_takes_the_checkpoints_shape(tiny_config, given, refused):
     config = EvalVAEConfig(trainer=TrainerConfig(ckpt_path="a.ckpt"))  # of 256 px
     if refused:
-        with pytest.raises(ConfigError, match=r"resolution: 256.* a.ckpt .*16 px"):
+        with pytest.raises(ConfigError, match=naming("resolution", 256, "a.ckpt", 16)):
             with_evaluated_shape(config, tiny_config(), given)
     else:
         assert with_evaluated_shape(config, tiny_config(), given).model == tiny_config()
@@ -526,7 +509,7 @@ def test_evaluation_takes_the_checkpoints_shape(tiny_config, given, refused):
 
 def test_resuming_from_what_cannot_be_resumed(tiny_augvae, tmp_path):
     check_resumable(own_ckpt(tiny_augvae(), tmp_path / "a.ckpt"), "augvae")
-    with pytest.raises(CheckpointError, match=r"a.ckpt is a checkpoint of augvae.*--vae_path"):
+    with pytest.raises(CheckpointError, match=naming(tmp_path / "a.ckpt", "augvae", "biart", "--vae_path")):
         check_resumable(tmp_path / "a.ckpt", "biart")
-    with pytest.raises(CheckpointError, match=r"b.ckpt .*--pretrained_path"):
+    with pytest.raises(CheckpointError, match=naming(tmp_path / "b.ckpt", "--pretrained_path")):
         check_resumable(released_ckpt(tiny_augvae(), tmp_path / "b.ckpt"), "augvae")

@@ -26,6 +26,7 @@ from latent_verse.inference.image_io import load_image
 from latent_verse.inference.pipeline import LVerse
 from latent_verse.metrics import networks
 from latent_verse.metrics.image_quality import as_pil
+from tests.messages import naming
 from tests.stand_ins import Colours, Oracle, Words, write_pairs
 from tests.tiny_lverse import make_lverse
 
@@ -204,10 +205,10 @@ def test_a_cached_reference_of_other_images_or_fewer_features_is_refused(bundle,
     assert f["generation/precision"]["samples"] == f["generation/precision"]["references"] == 6
     argv = [*map(str, flags), "--gpus", "0", "--log_dir", str(tmp_path / "runs")]
     assert eval_biart.main([*argv, "--prc_pictures", "9"]) == 2
-    assert "prc_pictures: 6 then, 9 now" in capsys.readouterr().err
+    assert naming(tmp_path / "ref.npz", "prc_pictures", 6, 9).search(capsys.readouterr().err)
     Image.new("RGB", (20, 20)).save(pairs / "p004.png")  # another image under the same name
     assert eval_biart.main(argv) == 2
-    assert "files: " in capsys.readouterr().err
+    assert naming(tmp_path / "ref.npz", "files").search(capsys.readouterr().err)
 
 
 def test_a_late_mistake_loses_no_results(bundle, pairs, tmp_path, capsys):
@@ -216,7 +217,7 @@ def test_a_late_mistake_loses_no_results(bundle, pairs, tmp_path, capsys):
     flags = ["--model", bundle, "--test_dir", pairs, "--tasks", "likelihood", "zero_shot", "--classes_dir", bare]
     argv = [*map(str, flags), "--gpus", "0", "--log_dir", str(tmp_path / "runs"), "--name", "run"]
     assert eval_biart.main(argv) == 2
-    assert "classes_dir" in capsys.readouterr().err
+    assert naming("classes_dir", bare).search(capsys.readouterr().err)
     out = json.loads((tmp_path / "runs" / "run" / "metrics.json").read_text())
     assert out["tasks"] == ["likelihood"] and "likelihood/text_given_image/bits_per_token" in out["figures"]
 
@@ -239,7 +240,7 @@ def test_classification_reads_images_batch_by_batch_and_skips_broken_ones(bundle
     assert run(tmp_path, *flags, name="broken")["figures"]["zero_shot/text_given_image/top_1"]["samples"] == 5
     argv = [*map(str, flags), "--class_pictures", "1", "--gpus", "0", "--log_dir", str(tmp_path / "runs")]
     assert eval_biart.main(argv) == 2
-    assert "classes_dir: none of the 1 images" in capsys.readouterr().err
+    assert naming("classes_dir", 1).search(capsys.readouterr().err)
 
 
 def test_what_a_late_task_needs_is_checked_first(tiny_augvae, pairs, tmp_path, capsys):
@@ -247,7 +248,7 @@ def test_what_a_late_task_needs_is_checked_first(tiny_augvae, pairs, tmp_path, c
     flags = ["--model", tmp_path / "bundle", "--test_dir", pairs, "--prior_weight", 1, "--gpus", 0]
     assert eval_biart.main([*map(str, flags), "--log_dir", str(tmp_path / "runs")]) == 2
     captured = capsys.readouterr()
-    assert "prior_weight 1" in captured.err and "likelihood ..." not in captured.out
+    assert naming("prior_weight", 1, "reference_dropout").search(captured.err) and "likelihood ..." not in captured.out
 
 
 def test_results_of_different_settings_are_kept(bundle, pairs, tmp_path, capsys):
@@ -291,7 +292,7 @@ def test_a_lower_precision_is_named_with_every_metric(bundle, pairs, tmp_path, c
     assert capsys.readouterr().out.count("bfloat16") == len(out["figures"])
     argv = [*map(str, flags), "--gpus", "0", "--log_dir", str(tmp_path / "runs"), "--name", "run"]
     assert eval_biart.main(argv) == 2
-    assert "dtype: 'bfloat16' then, 'float32' now" in capsys.readouterr().err
+    assert naming("dtype", "bfloat16", "float32").search(capsys.readouterr().err)
 
 
 # ---------------------------------------------------------------------------------------------- other systems' outputs
@@ -323,19 +324,19 @@ def test_images_without_captions_have_no_clip_score(pairs, tmp_path, stand_ins):
     made = write_pairs(tmp_path / "made", 5)
     (made / "p002.txt").unlink()
     out = run(tmp_path, "--generated_dir", made, "--test_dir", pairs, "--fid_resolution", 16, "--is_splits", 1)
-    assert "1 of 5 images have no caption" in out["missing"]["generation/clip_score"]
+    assert naming(1, 5, "caption").search(out["missing"]["generation/clip_score"])
     assert out["figures"]["generation/fid_0"]["samples"] == 5
 
 
 def test_with_too_few_images_metrics_are_missing(pairs, tmp_path, stand_ins):
     made = write_pairs(tmp_path / "made", 1)
     out = run(tmp_path, "--generated_dir", made, "--test_dir", pairs, "--fid_resolution", 16)
-    for name, reason in (
-        ("fid_8", "at least 2 images of each set, got 1 generated and 12 reference images"),
-        ("inception_score", "is_splits 10 images, got 1"),
-        ("recall", "prc_neighbours 3 images of each set, got 1 generated and 12 reference images"),
+    for name, facts in (
+        ("fid_8", [2, "1 generated", "12 reference"]),
+        ("inception_score", ["is_splits", 10, 1]),
+        ("recall", ["prc_neighbours", 3, "1 generated", "12 reference"]),
     ):
-        assert reason in out["missing"][f"generation/{name}"]
+        assert naming(*facts).search(out["missing"][f"generation/{name}"])
     assert set(out["figures"]) == {"generation/clip_score"}
 
 
@@ -403,7 +404,7 @@ def test_the_truth_of_shapes_is_exact_for_an_oracle(bundle, tmp_path, monkeypatc
 def test_shapes_of_another_size_than_the_model_are_refused(bundle, tmp_path, capsys):
     argv = ["--model", bundle, "--dataset", "shapes", "--gpus", 0, "--log_dir", tmp_path / "runs"]
     assert eval_biart.main([*map(str, argv)]) == 2
-    assert "32 px, but 16 px" in capsys.readouterr().err
+    assert naming("world", "small", 32, 16).search(capsys.readouterr().err)
 
 
 # ------------------------------------------------------------------------------------------------------------ mistakes
@@ -414,7 +415,7 @@ def test_shapes_of_another_size_than_the_model_are_refused(bundle, tmp_path, cap
 )
 def test_what_is_to_be_evaluated_is_not_there(tmp_path, capsys, flags):
     assert eval_biart.main([*flags.split(), "--fake_data", "--gpus", "0", "--log_dir", str(tmp_path / "runs")]) == 2
-    assert flags.split()[1] in capsys.readouterr().err
+    assert naming(flags.split()[1]).search(capsys.readouterr().err)
 
 
 def test_help_answers_without_torch():
@@ -447,5 +448,5 @@ def test_two_processes_give_the_metrics_of_one(bundle, pairs, tmp_path):
         [sys.executable, str(REPO / "eval_biart.py"), *map(str, argv), "--guidance", "2"],
         cwd=REPO, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
-    assert broken.returncode == 2 and "guidance: 1.0 then, 2.0 now" in broken.stderr
+    assert broken.returncode == 2 and naming("guidance", 1.0, 2.0).search(broken.stderr)
     assert "Traceback" not in broken.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from PIL import Image
 
 from latent_verse.commands import eval_vae
 from tests.image_runs import write_pictures
+from tests.messages import naming
 
 REPO = Path(__file__).parents[2]
 FLAGS = ["--gpus", "0", "--num_workers", "0", "--refresh_rate", "0"]
@@ -88,7 +90,7 @@ def test_limit_and_batch_size_do_not_change_the_metrics(tmp_path, model):
 
 def test_fake_data_and_yaml_of_training(tmp_path, model):
     results = evaluate(tmp_path, model, "--fake_data", "--eval_images", "5")
-    assert results["images"] == 5 and results["missing"]["lpips"] == "not computed on fake data"
+    assert results["images"] == 5 and naming("fake data").search(results["missing"]["lpips"])
     yaml = REPO / "configs" / "tiny_augvae_sl.yaml"  # finetune, another shape: those of the checkpoint count
     flags = [
         "--config",
@@ -120,7 +122,7 @@ def test_lpips_needs_the_right_weights(tmp_path, model, monkeypatch):
     torch.save(vgg16(weights=None).state_dict(), place / "vgg16-397923af.pth")
     images = write_pictures(tmp_path / "images", 3)
     refused = evaluate(tmp_path, model, "--test_dir", str(images))["missing"]["lpips"]
-    assert "damaged or another network" in refused and "397923af" in refused
+    assert naming(place / "vgg16-397923af.pth", "SHA-256", "397923af").search(refused)
     monkeypatch.setattr("latent_verse.metrics.networks.sha256", lambda path: "397923af" + 56 * "0")
     results = evaluate(tmp_path, model, "--test_dir", str(images))
     assert results["lpips"] > 0 and set(results["missing"]) == {"rfid"}
@@ -148,20 +150,35 @@ def test_rfid_is_computed_by_the_code_for_generated_images(tmp_path, model, monk
 
 
 @pytest.mark.parametrize(
-    "flags, message",
+    ("flags", "facts"),
     [
-        (["--fake_data"], "ckpt_path is not given"),
-        (["--ckpt_path", "{model}"], "test_dir, val_dir"),
-        (["--ckpt_path", "nowhere.ckpt", "--fake_data"], "nowhere.ckpt does not exist"),
-        (["--ckpt_path", "{model}", "--fake_data", "--resolution", "64"], "16 px"),
-        (["--ckpt_path", "{model}", "--test_dir", "no-such-folder"], "no-such-folder"),
-        (["--ckpt_path", "{model}", "--fake_data", "--eval_images", "0"], "eval_images is 0"),
+        ("--fake_data", ["ckpt_path"]),
+        ("--ckpt_path nowhere.ckpt --fake_data", ["nowhere.ckpt"]),
+        ("--ckpt_path {model} --fake_data --resolution 64", ["resolution", 64, "ckpt_path", "{model}", 16]),
+        ("--ckpt_path {model} --test_dir no-such-folder", ["test_dir", "no-such-folder"]),
     ],
 )
-def test_mistakes(tmp_path, model, capsys, flags, message):
-    flags = [f.format(model=model) for f in flags]
+def test_mistakes(tmp_path, model, capsys, flags, facts):
+    flags = flags.format(model=model).split()
     assert eval_vae.main([*flags, *FLAGS, "--log_dir", str(tmp_path / "runs")]) == 2
-    assert message in capsys.readouterr().err
+    assert naming(*(str(fact).format(model=model) for fact in facts)).search(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--accelerator", "mps"], "mps"),
+        (["--accelerator", "tpu"], "torch_xla"),
+        (["--precision", "transformer-engine"], "transformer_engine"),
+    ],
+)
+def test_what_the_machine_or_its_packages_lack(tmp_path, model, capsys, flags, named):
+    if importlib.util.find_spec(named) or (named == "mps" and torch.backends.mps.is_available()):
+        pytest.skip("this machine has what the test asks for")
+    common = ["--ckpt_path", str(model), "--fake_data", *FLAGS, "--log_dir", str(tmp_path / "runs")]
+    assert eval_vae.main([*common, *flags]) == 2
+    said = capsys.readouterr().err
+    assert named in said.lower() and said.startswith("error: ") and said.count("\n") == 1
 
 
 @pytest.mark.slow

@@ -26,11 +26,12 @@ from latent_verse.config import ConfigError
 from latent_verse.config.train import PairDataConfig, TrainBiARTConfig, resolve_train_biart
 from latent_verse.data.codes import CodesDataset
 from latent_verse.data.text import ClipTokenizer, load_tokenizer
+from latent_verse.files import write_text
 from latent_verse.inference.pipeline import LVerse
 from latent_verse.training.biart import LitBiART
 from latent_verse.training.biart_setup import FAKE_VAE
-from latent_verse.training.image_logging import TextImageSamples
 from latent_verse.training.trainer import ease_smoke_test
+from tests.messages import naming
 
 REPO = Path(__file__).parents[2]
 
@@ -118,7 +119,7 @@ def test_fake_data_needs_no_file(tmp_path, capsys):
     model = LVerse.from_pretrained(run / "bundle")
     assert model.info == {"reference_dropout": 0.1, "text_too_long": "truncate"}
     assert len(model.text_to_image(["a made-up picture of kind 1"])[0]) == 1
-    assert "fake-biart/bundle" in capsys.readouterr().out
+    assert naming(run / "bundle").search(capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(
@@ -136,13 +137,12 @@ def test_fake_data_needs_no_file(tmp_path, capsys):
 )
 def test_samples_are_generated_when_the_settings_say(world, tmp_path, monkeypatch, flags, expected):
     sampled_at = []
-    write = TextImageSamples._write
 
-    def recorded(self, trainer, x_BCHW, lines):
-        sampled_at.append(trainer.global_step)
-        write(self, trainer, x_BCHW, lines)
+    def recorded(path, text):
+        sampled_at.append(int(path.stem.removeprefix("samples_step=")))
+        write_text(path, text)
 
-    monkeypatch.setattr(TextImageSamples, "_write", recorded)
+    monkeypatch.setattr("latent_verse.training.image_logging.write_text", recorded)
     assert train_biart.main([*world, "--epochs", "4", "--name", "a", *flags.split()]) == 0
     assert sampled_at == expected
     names = {path.name for path in (tmp_path / "runs/a/images").glob("*")}
@@ -163,7 +163,18 @@ def test_a_checkpoint_describes_itself_and_holds_no_frozen_network(world, tmp_pa
     exported, first = LVerse.from_pretrained(tmp_path / "out"), LVerse.from_pretrained(tmp_path / "runs/a/bundle")
     assert exported.fingerprints == first.fingerprints
     assert train_biart.main(["--export", str(tmp_path / "train"), "--ckpt_path", str(file)]) == 2
-    assert "is not a bundle" in capsys.readouterr().err
+    assert naming(tmp_path / "train", "bundle").search(capsys.readouterr().err)
+
+
+def test_a_resumed_run_does_not_sample_again_for_the_step_of_its_backup(world, tmp_path, monkeypatch, killed):
+    sampled_at = []
+    monkeypatch.setattr("latent_verse.training.image_logging.write_text", lambda path, _: sampled_at.append(path.stem))
+    flags = [*world, "--batch_size", "2", "--accumulate_grad_batches", "2", "--epochs", "1", "--backup", "--name", "a"]
+    flags += ["--backup_steps", "1", "--log_images", "--image_log_steps", "1", "--sample_every_n_epochs", "5"]
+    with killed(LitBiART, step=2):
+        train_biart.main(flags)
+    assert train_biart.main(flags) == 0
+    assert sampled_at == ["samples_step=1", "samples_step=2", "samples_step=3"]
 
 
 @pytest.mark.parametrize(("optimizer", "dataset"), [("adamw", "pairs"), ("muon", "pairs"), ("adamw", "codes")])
@@ -209,7 +220,7 @@ def test_a_killed_run_resumes_exactly(world, tmp_path, monkeypatch, capsys, kill
     assert all(torch.equal(a[key], b[key]) for key in a)
     capsys.readouterr()
     assert train_biart.main([*flags, "--name", "killed"]) == 0
-    assert "was finished already. Raise --epochs" in capsys.readouterr().out
+    assert naming(tmp_path / "runs" / "killed", "--epochs").search(capsys.readouterr().out)
     bundles = [LVerse.from_pretrained(tmp_path / "runs" / name / "bundle").fingerprints for name in ("whole", "killed")]
     assert bundles[0] == bundles[1]
 
@@ -233,20 +244,18 @@ def test_a_checkpoint_of_another_shape_is_refused_and_one_of_another_dropout_is_
     (file,) = (tmp_path / "runs/a/checkpoints").glob("last-*")
     resume = [*world, "--resume", "--ckpt_path", str(file), "--max_steps", "2", "--name", "b"]
     capsys.readouterr()
-    for flags, message in (
-        (["--n_embd", "32"], "n_embd: 16 then, 32 now"),
-        (["--text_len", "9"], "text_len: 8 then, 9 now"),
-        (["--pos_by_modality"], "pos_by_modality: False then, True now"),
+    for flags, facts in (
+        (["--n_embd", "32"], ["n_embd", 16, 32]),
+        (["--text_len", "9"], ["text_len", 8, 9]),
+        (["--pos_by_modality"], ["pos_by_modality", False, True]),
     ):
         assert train_biart.main([*resume, *flags]) == 2
-        error = capsys.readouterr().err
-        assert f"{file} is of a model with different settings" in error and message in error
+        assert naming(file, *facts).search(capsys.readouterr().err)
     assert train_biart.main([*resume, "--resid_pdrop", "0.2"]) == 0
     bundle = str(tmp_path / "runs/a/bundle")
     capsys.readouterr()
     assert train_biart.main([*world, "--resume", "--ckpt_path", bundle, "--max_steps", "2", "--name", "c"]) == 2
-    error = capsys.readouterr().err
-    assert f"the folder {bundle} holds no .ckpt" in error and "--pretrained_path" in error
+    assert naming(bundle, ".ckpt", "--pretrained_path").search(capsys.readouterr().err)
 
 
 def weights_of(bundle: Path) -> dict[str, torch.Tensor]:
@@ -323,7 +332,8 @@ def test_a_run_from_weights_resumes_its_own(world, tmp_path, monkeypatch, capsys
     capsys.readouterr()
     losses = record_losses(monkeypatch)
     assert train_biart.main([*start, "--epochs", "2"]) == 0
-    assert "Resuming from" in capsys.readouterr().out and len(losses) == 3
+    assert naming(tmp_path / "runs/second/checkpoints/last-epoch=0-step=3.ckpt").search(capsys.readouterr().out)
+    assert len(losses) == 3
 
 
 def test_what_contradicts_the_weights_to_start_from_is_refused(world, tmp_path, tiny_augvae, capsys):
@@ -333,23 +343,20 @@ def test_what_contradicts_the_weights_to_start_from_is_refused(world, tmp_path, 
     (tmp_path / "empty").mkdir()
     (tmp_path / "weights.pt").write_bytes(b"no")
     capsys.readouterr()
-    for flags, messages in (
-        (
-            ["--n_layer", "2", "--text_len", "9"],
-            ["is another BiART", "n_layer: 2 in the settings, 1 there", "text_len"],
-        ),
-        (["--preset", "12x768"], None),  # n_* of `world` are the same
-        (["--resume", "--ckpt_path", "x.ckpt"], ["pretrained_path", "resume", "give one of them"]),
-        (["--tokenizer", "clip"], ["tokenizer: clip in the settings, bpe there"]),
-        (["--vae_path", str(tmp_path / "other_vae")], ["vae_path is the AugVAE", "runs/first/bundle was trained with"]),
-        (["--pretrained_path", str(tmp_path / "vae")], ["is an AugVAE, the first half of a bundle"]),
-        (["--pretrained_path", str(tmp_path / "empty")], ["is no bundle: it holds no config.json"]),
-        (["--pretrained_path", str(tmp_path / "none.ckpt")], ["none.ckpt does not exist"]),
-        (["--pretrained_path", str(tmp_path / "weights.pt")], ["weights.pt is refused"]),
+    bundle = tmp_path / "runs/first/bundle"
+    for flags, facts in (
+        (["--n_layer", "2", "--text_len", "9"], ["pretrained_path", bundle, "n_layer", 2, 1, "text_len", 9, 8]),
+        (["--preset", "12x768"], []),  # n_* of `world` are the same
+        (["--resume", "--ckpt_path", "x.ckpt"], ["pretrained_path", "resume"]),
+        (["--tokenizer", "clip"], ["pretrained_path", bundle, "tokenizer", "clip", "bpe"]),
+        (["--vae_path", str(tmp_path / "other_vae")], ["vae_path", bundle]),
+        (["--pretrained_path", str(tmp_path / "vae")], [tmp_path / "vae", "AugVAE"]),
+        (["--pretrained_path", str(tmp_path / "empty")], [tmp_path / "empty", "config.json"]),
+        (["--pretrained_path", str(tmp_path / "none.ckpt")], [tmp_path / "none.ckpt"]),
+        (["--pretrained_path", str(tmp_path / "weights.pt")], [tmp_path / "weights.pt"]),
     ):
-        assert train_biart.main([*start, *flags, "--max_steps", "1"]) == (2 if messages else 0), flags
-        error = capsys.readouterr().err
-        assert all(message in error for message in messages or []), (flags, error)
+        assert train_biart.main([*start, *flags, "--max_steps", "1"]) == (2 if facts else 0), flags
+        assert naming(*facts).search(capsys.readouterr().err), flags
 
 
 def test_the_augvae_of_a_run_that_is_gone_is_taken_from_its_bundle(world, tmp_path, capsys):
@@ -366,10 +373,9 @@ def test_the_augvae_of_a_run_that_is_gone_is_taken_from_its_bundle(world, tmp_pa
     shutil.rmtree(tmp_path / "runs/first/bundle")
     capsys.readouterr()
     assert train_biart.main([*start, "--name", "fourth"]) == 2
-    said = capsys.readouterr().err
-    assert "The AugVAE that" in said and "is gone" in said and "Name it with --vae_path" in said
+    assert naming("AugVAE", tmp_path / "vae", "--vae_path").search(capsys.readouterr().err)
     assert train_biart.main([*start, "--vae_path", str(tmp_path / "nowhere")]) == 2
-    assert "nowhere" in capsys.readouterr().err
+    assert naming(tmp_path / "nowhere").search(capsys.readouterr().err)
 
 
 def test_a_smoke_test_may_be_started_from_as_well(tmp_path, capsys):
@@ -378,12 +384,12 @@ def test_a_smoke_test_may_be_started_from_as_well(tmp_path, capsys):
     start = ["--pretrained_path", str(tmp_path / "first")]
     capsys.readouterr()
     assert train_biart.main([*fake, *start, "--name", "second", "--seed", "7"]) == 0
-    assert "preset tiny in place" not in capsys.readouterr().out
+    assert "preset" not in capsys.readouterr().out
     prints = [LVerse.from_pretrained(tmp_path / name / "bundle").fingerprints["vae"] for name in ("first", "second")]
     assert prints[0] == prints[1]
     shutil.rmtree(tmp_path / "first/bundle")
     assert train_biart.main([*fake, *start, "--name", "third"]) == 2
-    assert "random AugVAE is not kept" in capsys.readouterr().err
+    assert naming("AugVAE", tmp_path / "first", "--vae_path").search(capsys.readouterr().err)
 
 
 def test_a_bundle_in_half_precision_is_trained_in_full(world, tmp_path, monkeypatch):
@@ -428,10 +434,8 @@ def test_what_is_not_read_is_said(world, tmp_path, capsys):
     flags = ["--max_steps", "1", "--name", "a", "--ckpt_path", "some.ckpt", "--world", "full"]
     assert train_biart.main([*world, *codes, *flags]) == 0
     said = capsys.readouterr().out
-    assert "No effect: bpe_vocab_size: the tokenizer is not trained: it comes from " in said
-    assert "No effect: world: the data is not shapes." in said
-    assert "ckpt_path some.ckpt is not read without --resume: this run starts anew." in said
-    capsys.readouterr()
+    assert naming("No effect: bpe_vocab_size", "No effect: world", "shapes").search(said)
+    assert naming("ckpt_path", "some.ckpt", "--resume").search(said)
     assert train_biart.main([*world, "--max_steps", "1", "--name", "b"]) == 0
     assert "No effect" not in capsys.readouterr().out
 
@@ -548,7 +552,8 @@ def test_two_processes_equal_one_on_the_joined_batch(world, tmp_path, strategy, 
 def test_codes_train_as_images_do(world, tmp_path, monkeypatch, capsys):
     flags = [*world, "--epochs", "2", "--resize_ratio", "1"]
     assert train_biart.main([*flags, "--extract_codes", str(tmp_path / "codes"), "--shard_size", "5"]) == 0
-    assert f"--dataset codes --tokenizer bpe --train_dir {tmp_path / 'codes' / 'train'}" in capsys.readouterr().out
+    command = f"--dataset codes --tokenizer bpe --train_dir {tmp_path / 'codes' / 'train'}"
+    assert command in capsys.readouterr().out
     with monkeypatch.context() as patch:
         images = record_losses(patch)
         assert train_biart.main([*flags, "--name", "images"]) == 0
@@ -619,14 +624,14 @@ def test_codes_and_checkpoints_of_another_augvae_are_refused(world, tmp_path, ti
     other = ["--vae_path", str(tmp_path / "other")]
     capsys.readouterr()
     assert train_biart.main([*world, *codes, *other]) == 2
-    assert "train_dir: these codes were made by the AugVAE" in capsys.readouterr().err
+    assert naming("train_dir", "AugVAE", "vae_path").search(capsys.readouterr().err)
     (file,) = (tmp_path / "runs/a/checkpoints").glob("last-*")
     assert train_biart.main([*world, *other, "--resume", "--ckpt_path", str(file)]) == 2
-    assert "vae_path" in capsys.readouterr().err
+    assert naming("vae_path", file).search(capsys.readouterr().err)
     assert train_biart.main(["--export", str(tmp_path / "out"), "--ckpt_path", str(file), *other]) == 2
-    assert "was trained with" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert naming("vae_path", file).search(capsys.readouterr().err) and not (tmp_path / "out").exists()
     assert train_biart.main([*world, *codes, "--tokenizer", "clip"]) == 2
-    assert "tokenizer: clip, but that of" in capsys.readouterr().err
+    assert naming("tokenizer", "clip", "bpe").search(capsys.readouterr().err)
 
 
 def test_loss_falls_on_shapes_and_truth_is_logged(tmp_path):
@@ -658,53 +663,43 @@ def test_shapes_are_checked_where_no_samples_are_written(tmp_path):
 
 
 def test_mistakes_are_one_line_on_stderr(world, tmp_path, capsys):
-    for flags, message in (
-        (["--lerning_rate", "1"], "Did you mean --learning_rate"),
-        (["--preset", "huge"], "not one of tiny, 12x768, 24x1024"),
-        (["--n_embd", "17"], "n_embd 17 is not a multiple of n_head 2"),
-        (["--vae_path", str(tmp_path / "none")], "does not exist"),
-        (["--vae_path", str(tmp_path / "val")], "config.json"),
-        (["--img_size", "32"], "takes images of 16 px"),
-        (["--top_k", "25"], "the codebook has 24 codes"),
-        (["--temperature", "0", "--top_k", "3"], "top_k has no effect at temperature 0"),
-        (["--guidance", "nan"], "guidance is nan (from --guidance); it must be a finite number"),
-        (["--guidance", "2", "--reference_dropout", "0"], "needs reference_dropout above 0"),
-        (["--word_dropout", "0.6"], "word_dropout is 0.6 (from --word_dropout); it must be at least 0 and at most 0.5"),
-        (["--text_loss_weight", "0"], "text_loss_weight is 0.0"),
-        (["--muon_learning_rate", "1"], "no effect without optimizer: muon"),
-        (["--betas", "0.9"], "betas"),
-        (["--text_len", "2", "--text_too_long", "error"], "the limit text_len is 2"),
-        (["--batch_size", "13"], "fewer than one batch"),
-        (["--dataset", "shapes"], "images of 32 px, but 16 px"),
-        (["--dataset", "codes"], "Make one with train_biart.py --extract_codes"),
-        (["--export", "x"], "export needs ckpt_path"),
-        (["--crops_per_image", "2"], "no effect without extract_codes"),
-        (["--limit_train_batches", "0.001"], "limit_train_batches"),
+    for flags, facts in (
+        ("--lerning_rate 1", ["--lerning_rate", "--learning_rate"]),
+        ("--preset huge", ["preset", "huge", "tiny", "12x768", "24x1024"]),
+        ("--n_embd 17", ["n_embd", 17, "n_head", 2]),
+        (f"--vae_path {tmp_path / 'none'}", [tmp_path / "none"]),
+        (f"--vae_path {tmp_path / 'val'}", [tmp_path / "val", "config.json"]),
+        ("--img_size 32", ["img_size", 32, tmp_path / "vae", 16]),
+        ("--top_k 25", ["top_k", 25, 24]),
+        ("--guidance 2 --reference_dropout 0", ["guidance", 2.0, "reference_dropout"]),
+        ("--muon_learning_rate 1", ["muon_learning_rate", "optimizer", "muon"]),
+        ("--text_len 2 --text_too_long error", ["text_len", 2, "text_too_long"]),
+        ("--batch_size 13", ["batch_size", 13, 12]),
+        ("--dataset shapes", ["world", "small", 32, 16]),
+        ("--dataset codes", ["train_dir", tmp_path / "train", "--extract_codes"]),
+        ("--export x", ["export", "ckpt_path"]),
+        ("--crops_per_image 2", ["crops_per_image", 2, "extract_codes"]),
+        ("--limit_train_batches 0.001", ["limit_train_batches", 0.001]),
     ):
-        assert train_biart.main([*world, *flags]) == 2, flags
-        assert message in capsys.readouterr().err, flags
-    (tmp_path / "flat.yaml").write_text("lerning_rate: 1\n")
-    assert train_biart.main(["--configs", str(tmp_path / "flat.yaml")]) == 2
-    assert "unknown key lerning_rate. Did you mean learning_rate" in capsys.readouterr().err
+        assert train_biart.main([*world, *flags.split()]) == 2, flags
+        assert naming(*facts).search(capsys.readouterr().err), flags
     (tmp_path / "train" / "00.png").write_bytes(b"")
     for text in (tmp_path / "train").glob("*.txt"):
         text.write_text("\n")
     assert train_biart.main(world) == 2
-    assert "empty captions" in capsys.readouterr().err
+    assert naming("train_dir", tmp_path / "train", 12, "empty").search(capsys.readouterr().err)
 
 
 def test_a_diverged_run_says_so(world, tmp_path, capsys):
     assert train_biart.main([*world, "--learning_rate", "1e30", "--max_steps", "1"]) == 2
-    said = capsys.readouterr().err
-    assert "diverged" in said and "step 1" in said and "learning_rate" in said
+    assert naming("diverged", "step 1", "learning_rate").search(capsys.readouterr().err)
 
 
 def test_tar_shards_without_a_member_are_named(world, tmp_path, capsys):
     tarfile.open(tmp_path / "none.tar", "w").close()
     shard = str(tmp_path / "none.tar")
     assert train_biart.main([*world, "--dataset", "webdataset", "--train_dir", shard, "--val_dir", shard]) == 2
-    said = capsys.readouterr().err
-    assert "train_dir" in said and "none.tar" in said
+    assert naming("train_dir", tmp_path / "none.tar").search(capsys.readouterr().err)
 
 
 def test_validation_shards_without_captions_stop_the_run_before_it_begins(world, tmp_path, capsys):
@@ -715,7 +710,7 @@ def test_validation_shards_without_captions_stop_the_run_before_it_begins(world,
                     tar.add(file, file.name)
     flags = ["--dataset", "webdataset", "--train_dir", str(tmp_path / "train.tar")]
     assert train_biart.main([*world, *flags, "--val_dir", str(tmp_path / "val.tar")]) == 2
-    assert f"val_dir: none of the 3 samples in {tmp_path / 'val.tar'} can be used" in capsys.readouterr().err
+    assert naming("val_dir", 3, tmp_path / "val.tar").search(capsys.readouterr().err)
     assert not (tmp_path / "runs").exists()
 
 
@@ -725,5 +720,5 @@ def test_presets_and_shipped_files():
     for file in sorted((REPO / "configs").glob("*_biart.yaml")):
         config, given = parse(TrainBiARTConfig, ["--configs", str(file)], "")
         resolve_train_biart(config, given)
-        with pytest.raises(ConfigError, match="resume needs ckpt_path"):
+        with pytest.raises(ConfigError, match=naming("resume", "ckpt_path")):
             resolve_train_biart(*parse(TrainBiARTConfig, ["--configs", str(file), "--resume"], ""))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 import os
 import signal
@@ -21,6 +22,7 @@ from latent_verse.commands import train_vae
 from latent_verse.training.augvae import LitAugVAE
 from latent_verse.training.backups import Backup
 from tests.image_runs import SMALL, write_pictures
+from tests.messages import naming
 
 REPO = Path(__file__).parents[2]
 
@@ -59,7 +61,7 @@ def test_trains_on_own_images_and_writes_a_run_folder(tmp_path, images, capsys):
     assert train_vae.main(small(tmp_path, *on(images), "--epochs", "2", "--log_images", "--image_log_steps", "2")) == 0
     run = tmp_path / "runs" / "run"
     said = capsys.readouterr().out
-    assert "4.5e-06 x 1 processes x batch 4 = 1.8e-05" in said and str(run) in said
+    assert naming(4.5e-06, 1, 4, 1.8e-05, run).search(said)
     names = {p.name for p in run.iterdir()}
     assert names >= {"config.yaml", "run.json", "checkpoints", "images", "logs"}
     kept = sorted(p.name.split("-")[0] for p in (run / "checkpoints").iterdir())
@@ -138,7 +140,7 @@ def test_resume_flag_resumes_from_a_file(tmp_path, images, capsys):
     assert values(tmp_path / "runs" / "second") == {s: v for s, v in straight.items() if s >= 3}
     capsys.readouterr()
     assert train_vae.main(small(tmp_path, *on(images), "--ckpt_path", str(last), name="third")) == 0
-    assert "not read without --resume" in capsys.readouterr().out
+    assert naming("ckpt_path", last, "--resume").search(capsys.readouterr().out)
 
 
 def start(flags: list[str]) -> subprocess.Popen:
@@ -190,12 +192,12 @@ def test_interrupted_run_resumes_exactly(tmp_path, uninterrupted, number, capsys
     said = process.communicate(timeout=120)[0]
     if number != signal.SIGKILL:
         assert process.returncode == 0, said
-        assert "rerun the command to resume" in said
+        assert naming("rerun").search(said)
     saved = max(map(steps, (run / "backups").glob("step=*.ckpt")))
     assert saved < 27, "the run was over before it could be interrupted"
     capsys.readouterr()
     assert train_vae.main(flags) == 0
-    assert f"backups/step={saved}.ckpt" in capsys.readouterr().out
+    assert naming(run / "backups" / f"step={saved}.ckpt").search(capsys.readouterr().out)
     (resumed,) = [values_of(p) for p in run.glob("logs*/metrics.csv") if p.parent.name == "logs-2"]
     assert resumed == {s: v for s, v in expected.items() if s >= saved}
 
@@ -217,6 +219,26 @@ def test_killed_between_the_last_batch_and_the_end_of_an_epoch(tmp_path, images,
         resumed = values_of(cut / "logs-2" / "metrics.csv", key)
         assert resumed == {s: v for s, v in values(straight, key).items() if s >= min(resumed)}, key
         assert min(resumed) <= 5
+
+
+def test_killed_in_the_last_validation_of_a_run_that_ends_within_an_epoch(tmp_path, images, killed, capsys):
+    settings = ["--max_steps", "5", "--epochs", "9", "--backup", "--backup_steps", "1", "--learning_rate", "1e-3"]
+    assert train_vae.main(small(tmp_path, *on(images), *settings, name="straight")) == 0
+    flags = small(tmp_path, *on(images), *settings, name="cut")
+    with killed(LitAugVAE, step=5, hook="validation_step"):
+        train_vae.main(flags)
+    assert train_vae.main(flags) == 0
+    assert "finished already" not in capsys.readouterr().out
+    straight, cut = tmp_path / "runs" / "straight", tmp_path / "runs" / "cut"
+    assert values(cut, "val/total_loss") == values(straight, "val/total_loss")
+    names = sorted(p.name for p in (straight / "checkpoints").iterdir())
+    assert names[-1] == "last-epoch=1-step=5.ckpt"
+    assert sorted(p.name for p in (cut / "checkpoints").iterdir()) == names
+    weights = [load_augvae(run).state_dict() for run in (straight, cut)]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    assert train_vae.main(flags) == 0
+    said = capsys.readouterr().out
+    assert "finished already" in said and "--max_steps" in said and "--epochs" not in said
 
 
 @pytest.fixture
@@ -242,7 +264,7 @@ def test_stop_at_the_end_of_an_epoch(tmp_path, images, stopped, capsys):
     flags = small(tmp_path, *on(images), "--epochs", "3", "--backup")
     with stopped(lambda trainer: trainer.is_last_batch):
         assert train_vae.main(flags) == 0
-    assert "stopped at step 3; saved" in capsys.readouterr().out
+    assert naming("step 3", tmp_path / "runs/run/checkpoints/last-epoch=0-step=3.ckpt").search(capsys.readouterr().out)
     assert train_vae.main(flags) == 0
     assert sorted(values(tmp_path / "runs" / "run")) == list(range(9))
 
@@ -253,7 +275,7 @@ def test_a_damaged_newest_backup_yields_to_the_one_before(tmp_path, images, stop
         assert train_vae.main(flags) == 0
     newest = tmp_path / "runs" / "run" / "backups" / "step=5.ckpt"
     newest.write_bytes(newest.read_bytes()[:3000])
-    with pytest.warns(UserWarning, match="Trying the checkpoint before it"):
+    with pytest.warns(UserWarning, match=naming(newest)):
         assert train_vae.main(flags) == 0
     assert max(values(tmp_path / "runs" / "run")) == 8
 
@@ -284,37 +306,27 @@ def test_saved_config_of_a_fine_tune_runs_again(tmp_path, images):
 
 
 MISTAKES = {
-    "misspelt flag": (["--batchsize", "4"], "Did you mean --batch_size?"),
-    "wrong type": (["--batch_size", "four"], "batch_size: 'four' (from --batch_size)"),
-    "missing config": (["--config", "configs/none.yaml"], "configs/none.yaml does not exist"),
-    "missing folder": (["--train_dir", "nowhere"], "nowhere"),
-    "no folder": ([], "train_dir is not given"),
-    "checkpoint absent": (["--train_dir", "{train}", "--resume", "--ckpt_path", "no.ckpt"], "no.ckpt does not exist"),
-    "resume without ckpt_path": (["--train_dir", "{train}", "--resume"], "resume needs ckpt_path"),
-    "SL without pretrained_path": (
-        ["--train_dir", "{train}", "--finetune", "--attn_resolutions", "4"],
-        "pretrained_path",
-    ),
-    "double_z": (["--train_dir", "{train}", "--double_z"], "double_z: true"),
-    "img_size": (["--train_dir", "{train}", "--img_size", "64"], "img_size 64"),
-    "ch_mult": (["--train_dir", "{train}", "--ch_mult", "1", "1", "1"], "attn_resolutions [8, 4] begins with 8"),
-    "batch above data": (["--train_dir", "{train}", "--batch_size", "64"], "batch_size"),
+    "misspelt flag": ("--batchsize 4", ["--batchsize", "--batch_size"]),
+    "missing config": ("--config configs/none.yaml", ["configs/none.yaml"]),
+    "missing folder": ("--train_dir nowhere", ["train_dir", "nowhere"]),
+    "no folder": ("", ["train_dir", "--fake_data"]),
+    "checkpoint absent": ("--train_dir {train} --resume --ckpt_path no.ckpt", ["no.ckpt"]),
+    "batch above data": ("--train_dir {train} --batch_size 64", ["batch_size", 64, 12]),
 }
 
 
-@pytest.mark.parametrize("flags, message", MISTAKES.values(), ids=MISTAKES.keys())
-def test_mistakes_are_one_clear_line(tmp_path, images, capsys, flags, message):
-    flags = [f.format(train=images[0]) for f in flags]
-    assert train_vae.main(small(tmp_path, *flags)) == 2
+@pytest.mark.parametrize(("flags", "facts"), MISTAKES.values(), ids=MISTAKES.keys())
+def test_mistakes_are_one_clear_line(tmp_path, images, capsys, flags, facts):
+    assert train_vae.main(small(tmp_path, *flags.format(train=images[0]).split())) == 2
     said = capsys.readouterr().err
-    assert message in said and said.startswith("error: ") and "Traceback" not in said
+    assert naming(*facts).search(said) and said.startswith("error: ") and "Traceback" not in said
     assert not list((tmp_path / "runs").rglob("*.ckpt"))
 
 
 def test_more_gpus_than_the_machine_has(tmp_path, images, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert train_vae.main(small(tmp_path, *on(images), "--gpus", "4")) == 2
-    assert "gpus: 4, but torch sees 2 on this machine" in capsys.readouterr().err
+    assert naming("gpus", 4, 2).search(capsys.readouterr().err)
 
 
 def test_no_gpu_is_said_in_one_line(tmp_path, images, caplog):
@@ -325,31 +337,56 @@ def test_no_gpu_is_said_in_one_line(tmp_path, images, caplog):
         pytest.skip("this machine has a GPU")
     with caplog.at_level("INFO"):
         assert choose_devices(TrainerConfig(gpus=8)) == ("cpu", 1)
-    assert [r.message for r in caplog.records] == ["No GPU on this machine: using the CPU in place of 8 GPUs."]
+    (record,) = caplog.records
+    assert naming("GPU", "CPU", 8).search(record.message)
     assert choose_devices(TrainerConfig(gpus=0)) == ("cpu", 1)
     assert choose_devices(TrainerConfig(gpus=2, accelerator="cpu")) == ("cpu", 2)
+
+
+def test_a_grid_is_written_once_a_step(tmp_path, images, killed, monkeypatch):
+    """Not once for each accumulated batch, nor again by a run that resumes from a backup at such a step."""
+    written = []
+    monkeypatch.setattr("torchvision.utils.save_image", lambda grid_CHW, path: written.append(path.stem))
+    flags = ["--log_images", "--image_log_steps", "1", "--batch_size", "1", "--accumulate_grad_batches", "5"]
+    flags = small(tmp_path, *on(images), *flags, "--backup", "--backup_steps", "1")
+    with killed(LitAugVAE, step=2):
+        train_vae.main(flags)
+    assert train_vae.main(flags) == 0
+    assert written == ["train_step=1", "train_step=2", "train_step=3", "val_step=3"]
+
+
+REFUSED = {
+    "mps": (["--accelerator", "mps"], "mps"),
+    "tpu": (["--accelerator", "tpu"], "torch_xla"),
+    "transformer-engine": (["--precision", "transformer-engine"], "transformer_engine"),
+}
+
+
+@pytest.mark.parametrize(("flags", "named"), REFUSED.values(), ids=REFUSED.keys())
+def test_what_the_machine_or_its_packages_lack(tmp_path, images, capsys, flags, named):
+    if importlib.util.find_spec(named) or (named == "mps" and torch.backends.mps.is_available()):
+        pytest.skip("this machine has what the test asks for")
+    assert train_vae.main(small(tmp_path, *on(images), *flags)) == 2
+    said = capsys.readouterr().err
+    assert named in said.lower() and said.startswith("error: ") and said.count("\n") == 1
 
 
 def test_wrong_checkpoints(tmp_path, images, capsys):
     assert train_vae.main(small(tmp_path, *on(images), name="ml")) == 0
     ml = tmp_path / "runs" / "ml"
     capsys.readouterr()
-    cases = [
-        (["--finetune", "--attn_resolutions", "2", "--pretrained_path", str(ml)], "attn_resolutions: 2"),
-        (
-            ["--finetune", "--attn_resolutions", "4", "--hidden_dim", "64", "--pretrained_path", str(ml)],
-            "hidden_dim: 64",
-        ),
-    ]
     cut = tmp_path / "cut.ckpt"
     cut.write_bytes(next((ml / "checkpoints").iterdir()).read_bytes()[:5000])
-    cases.append((["--resume", "--ckpt_path", str(cut)], "cut off?"))
-    weights = tmp_path / "weights"
-    load_augvae(ml).save_pretrained(weights)
-    cases.append((["--resume", "--ckpt_path", str(weights / "model.safetensors")], "contains only weights"))
-    for flags, message in cases:
-        assert train_vae.main(small(tmp_path, *on(images), *flags)) == 2
-        assert message in capsys.readouterr().err
+    load_augvae(ml).save_pretrained(tmp_path / "weights")
+    weights = tmp_path / "weights" / "model.safetensors"
+    for flags, facts in (
+        (f"--finetune --attn_resolutions 2 --pretrained_path {ml}", ["attn_resolutions", 2, [8, 4], ml]),
+        (f"--finetune --attn_resolutions 4 --hidden_dim 64 --pretrained_path {ml}", ["hidden_dim", 64, 32, ml]),
+        (f"--resume --ckpt_path {cut}", [cut]),
+        (f"--resume --ckpt_path {weights}", [weights, ".ckpt"]),
+    ):
+        assert train_vae.main(small(tmp_path, *on(images), *flags.split())) == 2
+        assert naming(*facts).search(capsys.readouterr().err)
 
 
 def test_changed_settings_do_not_resume_a_backup(tmp_path, images, capsys):
@@ -357,7 +394,7 @@ def test_changed_settings_do_not_resume_a_backup(tmp_path, images, capsys):
     assert train_vae.main(flags) == 0
     capsys.readouterr()
     assert train_vae.main([*flags, "--quant_beta", "0.5"]) == 2
-    assert "quant_beta: 0.25 then, 0.5 now" in capsys.readouterr().err
+    assert naming("quant_beta", 0.25, 0.5).search(capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("logger", ["tensorboard", "wandb"])

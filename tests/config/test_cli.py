@@ -320,6 +320,16 @@ def test_a_file_of_ones_own_goes_before_a_recipe_of_its_name(tmp_path, monkeypat
     assert read(TrainVAEConfig, "-c", "tiny_augvae_ml").data.batch_size == 3
 
 
+def test_a_folder_does_not(tmp_path, monkeypatch):
+    """Such as the run folder that the recipe made, in results/."""
+    expected = read(TrainVAEConfig, "-c", "tiny_augvae_ml")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny_augvae_ml").mkdir()
+    assert read(TrainVAEConfig, "-c", "tiny_augvae_ml") == expected
+    (tmp_path / "mine").mkdir()
+    mistake("-c", "mine", names=["mine"])
+
+
 def test_a_misspelt_recipe_names_the_nearest():
     mistake("-c", "tiny_augvae_mll", names=["tiny_augvae_mll", "tiny_augvae_ml"])
     mistake("-c", "qqqq", names=["qqqq", *RECIPES])

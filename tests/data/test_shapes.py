@@ -16,6 +16,7 @@ from latent_verse.data.captions import PairFolder
 from latent_verse.data.shapes import SPLITS, ShapesDataset, World, write_pairs
 from latent_verse.data.shapes.drawing import BACKGROUND, PALETTE, SHAPES, UNKNOWN, Obj, Scene, coverage
 from latent_verse.data.shapes.grammar import RELATIONS, SYNONYMS
+from tests.messages import naming
 
 SMALL, FULL = World.preset("small"), World.preset("full")
 both = pytest.mark.parametrize("world", [SMALL, FULL], ids=lambda world: world.name)
@@ -44,7 +45,7 @@ def test_presets_are_what_the_documents_say():
     assert (FULL.image_size, FULL.max_objects, len(FULL.shapes), len(FULL.colours), len(FULL.sizes)) == (64, 3, 4, 6, 2)
     kinds = len(FULL.shapes) * len(FULL.colours) * len(FULL.sizes)
     assert sum(math.comb(FULL.grid**2, n) * kinds**n for n in (1, 2, 3)) == 456_384
-    with pytest.raises(ValueError, match="'medium'; the presets are small, full"):
+    with pytest.raises(ValueError, match=naming("medium", "small", "full")):
         World.preset("medium")
 
 
@@ -80,7 +81,7 @@ def test_scenes_follow_from_their_index(world):
     assert world.scene(7, "val") == world.scene(7, "val") != world.scene(8, "val")
     first, second = (np.asarray(world.render(world.scene(7, "val"))) for _ in range(2))
     assert np.array_equal(first, second)
-    with pytest.raises(ValueError, match="'test' in the shapes world; the splits are train, val, heldout"):
+    with pytest.raises(ValueError, match=naming("test", "train", "val", "heldout")):
         world.scene(0, "test")
 
 
@@ -248,7 +249,7 @@ def test_two_objects_run_together_are_unknown():
 
 
 def test_reader_refuses_other_sizes_and_takes_other_modes():
-    with pytest.raises(ValueError, match=r"small world reads images of shape \(32, 32, 3\), not \(64, 64, 3\)"):
+    with pytest.raises(ValueError, match=naming("small", (32, 32, 3), (64, 64, 3))):
         SMALL.parse_image(Image.new("RGB", (64, 64)))
     scene = SMALL.scene(0)
     assert read_right(SMALL, scene, SMALL.render(scene).convert("RGBA"))
@@ -406,6 +407,11 @@ def test_items_and_references_are_true(world):
     assert dataset.image_path(0) is None
 
 
+def test_a_dataset_of_nothing_is_refused():
+    with pytest.raises(DataError, match="size"):
+        ShapesDataset(SMALL, "val", 0)
+
+
 @pytest.mark.parametrize("split", ["val", "heldout"])
 def test_evaluation_scenes_are_all_different(split):
     dataset = ShapesDataset(SMALL, split, 300)
@@ -415,9 +421,9 @@ def test_evaluation_scenes_are_all_different(split):
 
 def test_dataset_errors():
     single = dataclasses.replace(SMALL, counts=(1,))
-    with pytest.raises(DataError, match="dataset_size is 100, and the val split of the small shapes world has about 6"):
+    with pytest.raises(DataError, match=naming("dataset_size", 100, "val", "small")):
         ShapesDataset(single, "val", 100)
-    with pytest.raises(ValueError, match="'test' in the shapes world"):
+    with pytest.raises(ValueError, match=naming("test", "train", "val", "heldout")):
         ShapesDataset(SMALL, "test", 1)
 
 

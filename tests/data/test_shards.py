@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from latent_verse.data import DataError, EvalShards, Shards, TrainShards
 from latent_verse.data.shards import count_images, find_shards
 from latent_verse.data.transforms import Collate
+from tests.messages import naming
 
 
 @functools.cache
@@ -96,15 +97,17 @@ def test_every_way_to_name_shards(tmp_path):
 
 def test_missing_shards_are_named(tmp_path):
     write_shards(tmp_path, [1, 1])
-    with pytest.raises(DataError, match=r"val_dir: 2 of 4 shards do not exist, the first is .*/002\.tar"):
+    with pytest.raises(DataError, match=naming("val_dir", "2 of 4", tmp_path / "002.tar")):
         find_shards(f"{tmp_path}/{{000..003}}.tar", "val_dir")
-    with pytest.raises(DataError, match=r"1 of 1 shards do not exist, the first is .*nowhere"):
+    with pytest.raises(DataError, match=naming("1 of 1", tmp_path / "nowhere")):
         find_shards(tmp_path / "nowhere")
-    with pytest.raises(DataError, match="no file matches"):
+    with pytest.raises(DataError, match=naming(tmp_path / "x*.tar")):
         find_shards(f"{tmp_path}/x*.tar")
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "a.jpg").write_bytes(image_bytes(0))
-    with pytest.raises(DataError, match=r"no shard .*found 1 \.jpg.*--dataset imagefolder or flat"):
+    with pytest.raises(
+        DataError, match=naming(tmp_path / "images", ".tar", "1 .jpg", "--dataset", "imagefolder", "flat")
+    ):
         find_shards(tmp_path / "images")
 
 
@@ -226,7 +229,7 @@ def test_evaluation_drops_unreadable_members(damaged, caplog):
         dataset = evaluate(damaged)
         assert sorted(flat(labels(loader(dataset, workers)))) == [0, 1, 2, 5, 6, 7, 8]
         assert dataset.source.skipped.count == 3  # made in a worker, seen here
-    assert "9 in " in caplog.text and "bad.tar" in caplog.text
+    assert naming(9, damaged[0]).search(caplog.text)
     # dropped ones count for the steps, so ranks stay together
     lengths = {len(labels(loader(evaluate(damaged, 2, rank, 2), 0))) for rank in range(2)}
     assert lengths == {3}
@@ -251,7 +254,7 @@ def test_a_broken_off_shard_is_counted_and_the_next_one_read(tmp_path, caplog):
     dataset = evaluate(shards)
     seen = flat(labels(loader(dataset, 0)))
     assert seen == [0, 1, 2, 6, 7]
-    assert dataset.source.skipped.count == 1 and f"part of shard {shards[0]}" in caplog.text
+    assert dataset.source.skipped.count == 1 and naming("part", shards[0]).search(caplog.text)
     assert len(seen) <= dataset.steps(0) * 2
 
 
@@ -260,15 +263,15 @@ def test_shards_without_content_are_errors(tmp_path):
     (tmp_path / "empty.tar").write_bytes(b"")
     for name in ("no.tar", "empty.tar"):
         for dataset in (evaluate(tmp_path / name), train(tmp_path / name)):
-            with pytest.raises(DataError, match=rf"shard .*{name} cannot be read"):
+            with pytest.raises(DataError, match=naming(tmp_path / name)):
                 list(dataset)
     gone = evaluate(write_shards(tmp_path / "gone", [2]))
     (tmp_path / "gone" / "000.tar").unlink()
-    with pytest.raises(DataError, match=r"000\.tar cannot be opened"):
+    with pytest.raises(DataError, match=naming(tmp_path / "gone" / "000.tar")):
         list(loader(gone, 1))  # the error comes out of the worker process
     write_tar(tmp_path / "text.tar", [("a.txt", b"x"), ("b.txt", b"y")])
     assert list(evaluate(tmp_path / "text.tar")) == []
-    with pytest.raises(DataError, match=r"no sample with an image \(jpg jpeg png webp\) in .*text\.tar"):
+    with pytest.raises(DataError, match=naming("jpg jpeg png webp", tmp_path / "text.tar")):
         list(train(tmp_path / "text.tar"))
 
 
@@ -287,7 +290,7 @@ def test_pipe_urls(tmp_path):
     assert sorted(flat(labels(loader(dataset, 2)))) == list(range(7))
     assert dataset.steps(2) is None
     assert len(flat(run(train(shards, steps=6), 2))) == 12
-    with pytest.raises(DataError, match=r"shard pipe:cat /nowhere\.tar 2>/dev/null cannot be read"):
+    with pytest.raises(DataError, match=naming("pipe:cat /nowhere.tar 2>/dev/null")):
         list(evaluate("pipe:cat /nowhere.tar 2>/dev/null"))
 
 
@@ -304,7 +307,7 @@ def test_http_urls(tmp_path):
         url = f"http://127.0.0.1:{server.server_port}"
         shards = find_shards(f"{url}/{{000..001}}.tar")
         assert flat(labels(loader(evaluate(shards), 0))) == list(range(7))
-        with pytest.raises(DataError, match=r"shard http://.*/nowhere\.tar cannot be read"):
+        with pytest.raises(DataError, match=naming(f"{url}/nowhere.tar")):
             list(evaluate(f"{url}/nowhere.tar"))
     finally:
         server.shutdown()

@@ -11,6 +11,7 @@ from latent_verse.config import ConfigError
 from latent_verse.config.evaluate import EvalWriteConfig
 from latent_verse.evaluation.distributed import device, launch, processes
 from latent_verse.metrics.processes import Ranks
+from tests.messages import naming
 
 
 @pytest.fixture
@@ -40,7 +41,7 @@ def test_the_device_is_cuda_or_mps_or_the_cpu(machine, monkeypatch):
 def test_processes_are_those_that_the_machine_has_gpus_for(machine, capsys):
     machine(gpus=2)
     assert processes(EvalWriteConfig(gpus=2)) == 2
-    with pytest.raises(ConfigError, match="gpus: 3"):
+    with pytest.raises(ConfigError, match=naming("gpus", 3, 2)):
         processes(EvalWriteConfig(gpus=3))
     machine(mps=True)
     assert processes(EvalWriteConfig(gpus=1)) == 1 and "CPU" not in capsys.readouterr().out

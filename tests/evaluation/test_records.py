@@ -9,6 +9,7 @@ import pytest
 from latent_verse.commands import eval_biart
 from latent_verse.evaluation.page import choose
 from latent_verse.evaluation.records import Records, compare
+from tests.messages import naming
 
 
 def test_two_runs_side_by_side(tmp_path, capsys):
@@ -32,9 +33,9 @@ def test_two_runs_side_by_side(tmp_path, capsys):
     assert spice.split() == ["captions/spice", "0.2", "missing"]
     (tmp_path / "b" / "metrics.json").write_text("{}")
     assert eval_biart.main(["--compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 2
-    assert str(tmp_path / "b" / "metrics.json") in capsys.readouterr().err
+    assert naming("compare", tmp_path / "b" / "metrics.json").search(capsys.readouterr().err)
     assert eval_biart.main(["--compare", str(tmp_path / "a"), str(tmp_path / "none")]) == 2
-    assert "does not exist" in capsys.readouterr().err
+    assert naming("compare", tmp_path / "none").search(capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(
@@ -62,6 +63,29 @@ def test_a_metric_that_is_no_number_is_missing():
     records = Records({}, 0)
     records.add("x", float("nan"), samples=3, library="l 1.0", protocol="p")
     assert not records.values and "nan on 3 samples" in records.missing["x"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"figures": {"x": {"value": 1.0}}}',
+        '{"figures": {"x": {"protocol": "p"}}}',
+        '{"figures": {"zero_shot/x": {"value": "much", "protocol": "p"}}}',
+        '{"figures": {"x": 1.0}}',
+        '{"figures": [1.0]}',
+        '{"figures": {}, "missing": 3}',
+        '{"psnr": 20.0}',
+        "[]",
+        '{"figures": ',
+    ],
+)
+def test_files_that_hold_no_records_are_named(tmp_path, capsys, content):
+    (tmp_path / "good.json").write_text(json.dumps(Records({}, 0).as_json()))
+    (tmp_path / "odd.json").write_text(content)
+    for pair in (("good", "odd"), ("odd", "good")):
+        assert eval_biart.main(["--compare", *(str(tmp_path / f"{name}.json") for name in pair)]) == 2
+        said = capsys.readouterr().err
+        assert str(tmp_path / "odd.json") in said and said.startswith("error: ") and said.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from latent_verse.data import DataError
 from latent_verse.data.shapes import ShapesDataset, World
 from latent_verse.evaluation import shapes_truth as shapes
 from latent_verse.evaluation.shapes_truth import ATTRIBUTES, ShapesSamplingConfig, evaluate
+from tests.messages import naming
 from tests.stand_ins import Oracle
 
 SMALL = World.preset("small")
@@ -88,7 +89,7 @@ def test_the_seed_decides_and_settings_reach_the_model(oracle):
 
 def test_more_scenes_than_there_are(oracle):
     single = dataclasses.replace(SMALL, counts=(1,))
-    with pytest.raises(DataError, match="different scenes"):
+    with pytest.raises(DataError, match=naming("dataset_size", 100, "val", "small")):
         evaluate(oracle, single, "val", 100, 0, ShapesSamplingConfig())
 
 
@@ -143,24 +144,20 @@ def test_command(bundle, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"),
+    ("flags", "facts"),
     [
-        ([], "model is not given"),
-        (["--model", "nowhere-to-be-found"], "nowhere-to-be-found"),
-        (["--model", "x", "--count", "0"], "count is 0"),
-        (["--model", "x", "--split", "test"], "not one of"),
-        (["--model", "x", "--rerank", "1"], "rerank is 1"),
-        (["--model", "x", "--rerank", "2", "--rerank_temperature", "0"], "rerank_temperature is 0"),
-        (["--model", "x", "--temperature", "0", "--top_k", "3"], "no effect at temperature 0"),
-        (["--model", "x", "--samples", "3"], "json"),
-        (["--model", "x", "--seed", "-1"], "seed is -1"),
+        ("", ["model"]),
+        ("--model nowhere-to-be-found", ["nowhere-to-be-found"]),
+        ("--model x --split test", ["split", "test", "val", "heldout"]),
+        ("--model x --rerank 1", ["rerank", 1, 2]),
+        ("--model x --samples 3", ["samples", "json"]),
     ],
 )
-def test_mistakes(flags, words, capsys):
-    assert shapes.main([*flags, "--gpus", "0"]) == 2
-    assert words in capsys.readouterr().err
+def test_mistakes(flags, facts, capsys):
+    assert shapes.main([*flags.split(), "--gpus", "0"]) == 2
+    assert naming(*facts).search(capsys.readouterr().err)
 
 
 def test_a_bundle_of_another_resolution(bundle, capsys):
     assert shapes.main(["--model", str(bundle), "--world", "full", "--count", "2", "--gpus", "0"]) == 2
-    assert "world: full" in capsys.readouterr().err
+    assert naming("world", "full", 64, bundle, 32).search(capsys.readouterr().err)

@@ -8,6 +8,7 @@ from latent_verse.data import DataError
 from latent_verse.data.shapes import World
 from latent_verse.evaluation.round_trips import Trip, check_trip
 from latent_verse.evaluation.text_tasks import class_names
+from tests.messages import naming
 from tests.stand_ins import Oracle
 
 
@@ -35,7 +36,7 @@ def test_class_names_of_a_file_and_of_folders(tmp_path):
     file = tmp_path / "names.txt"
     file.write_text("n01\tred fox\nn02\tdog, domestic dog\n")
     assert class_names(["n01", "n02"], str(file)) == ["red fox", "dog, domestic dog"]
-    with pytest.raises(DataError, match="no line `n03<TAB>name`"):
+    with pytest.raises(DataError, match=naming("class_names", file, "n03", 1)):
         class_names(["n01", "n03"], str(file))
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match=naming("class_names", tmp_path / "none")):
         class_names(["n01"], str(tmp_path / "none"))

@@ -13,6 +13,7 @@ from latent_verse.config import ConfigError
 from latent_verse.metrics import likelihood
 from latent_verse.metrics.likelihood import Scores, corrected, ranks_of_truth, retrieval
 from latent_verse.metrics.processes import Ranks
+from tests.messages import naming
 from tests.tiny_lverse import make_lverse
 from tests.two_processes import in_two_processes
 
@@ -34,7 +35,7 @@ def codes(model):
 
 
 def texts_of(model):
-    with pytest.warns(UserWarning, match="cut to"):
+    with pytest.warns(UserWarning, match=naming("text 3", "text_len", 24)):
         return model.encode_texts(TEXTS)
 
 
@@ -73,7 +74,7 @@ def test_a_model_that_never_dropped_references_has_no_prior(tiny_augvae, codes):
     model = make_lverse(tiny_augvae(single_level=4), reference_dropout=0.0)
     scores = likelihood.score_all(model, codes, model.encode_texts(TEXTS[:3]), Ranks())
     assert scores.text_alone_T is None and scores.image_alone_I is None
-    with pytest.raises(ConfigError, match="Give --prior pool"):
+    with pytest.raises(ConfigError, match=naming("prior_weight", 0.5, "--prior pool", "reference_dropout")):
         corrected(scores, "image", 0, 0.5, "null")
     assert corrected(scores, "image", 0, 0.5, "pool").shape == (5, 3)
 

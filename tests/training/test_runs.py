@@ -12,6 +12,7 @@ from latent_verse.config import ConfigError, as_plain
 from latent_verse.config.train import TrainVAEConfig
 from latent_verse.training import runs
 from latent_verse.training.runs import Run, new_folder, open_run, run_folder, states, stem
+from tests.messages import naming
 
 CONFIG = as_plain(TrainVAEConfig())
 
@@ -64,10 +65,10 @@ def test_without_backup_an_interrupted_run_is_not_resumes_from(tmp_path):
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/a"])
 def test_names_that_are_no_folder_names(tmp_path, name):
-    with pytest.raises(ConfigError, match=f"name: '{name}'"):
+    with pytest.raises(ConfigError, match=naming("name", repr(name))):
         new_folder(str(tmp_path), name)
     for backup in (False, True):
-        with pytest.raises(ConfigError, match=f"name: '{name}'"):
+        with pytest.raises(ConfigError, match=naming("name", repr(name))):
             open_run(str(tmp_path), name, backup, None, CONFIG)
 
 
@@ -118,7 +119,7 @@ def test_a_setting_that_is_newer_than_the_run_does_not_stop_it(tmp_path):
 
 def test_log_dir_is_a_file(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match=f"log_dir: {tmp_path / 'file'}"):
+    with pytest.raises(ConfigError, match=naming("log_dir", tmp_path / "file")):
         open_run(str(tmp_path / "file"), "a", False, None, CONFIG)
 
 
@@ -160,11 +161,9 @@ def test_other_settings_are_refused_and_listed(tmp_path, section, leaf, value):
     with pytest.raises(ConfigError) as error:
         open_run(str(tmp_path), "a", True, None, changed(section, leaf, value))
     message = str(error.value)
-    assert f"{leaf}: " in message and "then" in message and str(value) in message
-    assert str(CONFIG[section][leaf]) in message
+    assert naming(tmp_path / "a", leaf, CONFIG[section][leaf], value, "--name").search(message)
     other = {"num_tokens", "batch_size", "learning_rate", "loss_type", "seed"} - {leaf}
-    assert not [name for name in other if f"{name}:" in message]  # only what changed is listed
-    assert "--name" in message
+    assert not [name for name in other if naming(name).search(message)]  # only what changed is listed
 
 
 @pytest.mark.parametrize(
@@ -182,14 +181,14 @@ def test_a_folder_of_something_else_is_refused(tmp_path, content):
     (tmp_path / "a" / "photo.txt").touch()
     if content is not None:
         (tmp_path / "a" / "run.json").write_text(content)
-    with pytest.raises(ConfigError, match=f"{tmp_path / 'a'} .*--name"):
+    with pytest.raises(ConfigError, match=naming(tmp_path / "a", "--name")):
         open_run(str(tmp_path), "a", True, None, CONFIG)
 
 
 def test_run_json_of_another_program_is_refused(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "run.json").write_text('{"version": 1}')
-    with pytest.raises(ConfigError, match=f"{tmp_path / 'a'} .*--name"):
+    with pytest.raises(ConfigError, match=naming(tmp_path / "a", "--name")):
         open_run(str(tmp_path), "a", True, None, CONFIG)
 
 
@@ -205,6 +204,12 @@ def test_another_runs_backups_in_a_shared_folder_are_never_picked(tmp_path):
     assert fake.backups().parent == mine.backups().parent == tmp_path / "backups"
     assert resumes_from(tmp_path / "mine", "a", shared) == "step=3.ckpt"
     assert resumes_from(tmp_path / "new", "a", shared) is None
+
+
+def test_at_the_same_step_last_is_before_a_backup_wherever_that_is(tmp_path):
+    run = begin(tmp_path, "a", str(tmp_path / "z" / "backups"), steps=[4, 5], last=[5])
+    assert str(run.backups()) > str(run.checkpoints)
+    assert [p.name for p in states(run)] == ["last-epoch=0-step=5.ckpt", "step=5.ckpt", "step=4.ckpt"]
 
 
 def test_a_deleted_and_begun_again_run_does_not_find_its_old_backups(tmp_path):

@@ -20,6 +20,7 @@ from latent_verse.training.backups import Backup, Interrupted, RunFolder
 from latent_verse.training.progress_bar import ProgressBar
 from latent_verse.training.runs import Run
 from latent_verse.training.trainer import compiles, make_trainer
+from tests.messages import naming
 
 
 @pytest.mark.parametrize(
@@ -174,5 +175,5 @@ def test_a_signal_before_the_first_step_ends_a_run_that_has_saved_nothing(tmp_pa
     backup = Backup(SimpleNamespace(run=Run(tmp_path / "run", "0")), None)
     backup.told_to_stop = True
     trainer_ = SimpleNamespace(world_size=1, global_step=0)
-    with pytest.raises(Interrupted, match="stopped at step 0; there was nothing to save yet"):
+    with pytest.raises(Interrupted, match=naming("step 0", "nothing")):
         backup.on_train_epoch_start(trainer_, None)

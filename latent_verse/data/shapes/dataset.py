@@ -38,6 +38,8 @@ class ShapesDataset(Dataset):
         fresh: bool = False,
         as_uint8: bool = False,
     ):
+        if size < 1:
+            raise DataError(f"size is {size}; it must be at least 1.")
         self.world, self.split, self.size, self.seed = world, split, size, seed
         self.fresh, self.as_uint8 = fresh, as_uint8
         self.shape, self.skipped = (3, world.image_size, world.image_size), SkipLog(1)
