@@ -47,7 +47,7 @@ def read_ckpt(file: str | os.PathLike) -> dict[str, Any]:
         near = ", ".join(sorted(p.name for p in file.parent.glob("*.ckpt"))) or "none"
         raise CheckpointError(f"checkpoint {file} does not exist; checkpoints beside it: {near}") from error
     except IsADirectoryError as error:
-        there = ", ".join(sorted(p.name for p in file.iterdir())[:10]) or "nothing"
+        there = ", ".join(sorted(p.name for p in file.glob("*"))[:10]) or "nothing"
         raise CheckpointError(f"{file} is a folder without a checkpoint; it holds {there}.") from error
     except Exception as error:  # pickle, zipfile and torch each raise their own for a damaged file
         reason = f"{type(error).__name__}: {first_line(error)}".removesuffix(": ")
