@@ -256,9 +256,6 @@ def one_line_errors(program: Callable[..., int]) -> Callable[..., int]:
     return wrapped
 
 
-# ----------------------------------------------------------------------------------------------------- annotated types
-
-
 def _optional(hint: Any) -> bool:
     return type(None) in getattr(hint, "__args__", ())
 

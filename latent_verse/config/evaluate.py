@@ -143,9 +143,6 @@ class EvalBiARTConfig:
     write: EvalWriteConfig = field(default_factory=EvalWriteConfig)
 
 
-# -------------------------------------------------------------------------------------------------- rules across fields
-
-
 def resolve_eval_biart(config: EvalBiARTConfig, given: Mapping[str, str]) -> tuple[EvalBiARTConfig, tuple[str, ...]]:
     """The configuration of an evaluation, and its tasks, none for --compare.
 

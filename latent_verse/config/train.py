@@ -24,8 +24,6 @@ PRECISIONS = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64
 PRECISION_NAMES = (*PRECISIONS, *PRECISIONS.values(), "16-true", "bf16-true", "transformer-engine")
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps", "tpu")
 
-# ----------------------------------------------------------------------------------------------- runs: shared sections
-
 
 @dataclass(frozen=True)
 class ImageDataConfig(Settings):
@@ -86,9 +84,6 @@ class TrainerConfig(Settings):
     debug: bool = setting(False, "100 batches per epoch, backups and grids every 10 steps, anomaly detection")
 
 
-# ------------------------------------------------------------------------------------------------------ runs: AugVAE
-
-
 @dataclass(frozen=True)
 class VAEOptimConfig(Settings):
     """Optimiser of AugVAE, and how its codebook starts."""
@@ -138,9 +133,6 @@ class EvalVAEConfig(TrainVAEConfig):
     """Every setting of eval_vae.py: those of train_vae.py, so that its YAML files serve, and `eval`."""
 
     eval: ReconstructionEvalConfig = field(default_factory=ReconstructionEvalConfig)
-
-
-# --------------------------------------------------------------------------------------------------------------- BiART
 
 
 @dataclass(frozen=True)
@@ -256,8 +248,6 @@ class TrainBiARTConfig:
     codes: CodesConfig = field(default_factory=CodesConfig)
     bundle: BundleConfig = field(default_factory=BundleConfig)
 
-
-# -------------------------------------------------------------------------------------------------- rules across fields
 
 Data = TypeVar("Data", bound=ImageDataConfig)
 

@@ -107,7 +107,7 @@ def table(results: dict[str, Any], title: str) -> str:
     lines = [title]
     for name, value in results.items():
         if isinstance(value, (int, float)):
-            shown = f"{value:.0f}" if name == "images" or name.startswith("codes_used") else f"{value:.4f}"
+            shown = f"{value:.0f}" if isinstance(value, int) or name.startswith("codes_used") else f"{value:.4f}"
             lines.append(f"  {name:<16} {shown:>12}  {UNITS.get(name, '')}".rstrip())
     lines += [f"  {k:<16} {'missing':>12}  {why}" for k, why in results.get("missing", {}).items()]
     return "\n".join(lines)

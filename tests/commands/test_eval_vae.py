@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -57,6 +58,7 @@ def test_metrics_files_and_table(tmp_path, model, capsys):
     assert (run / "grid.png").is_file() and (run / "config.yaml").is_file()
     said = capsys.readouterr().out
     assert "psnr" in said and "missing" in said and str(run) in said
+    assert re.search(r"skipped +0$", said, re.MULTILINE) and re.search(r"images +11$", said, re.MULTILINE)  # counts
 
 
 def test_written_images_give_the_printed_metrics(tmp_path, model):
