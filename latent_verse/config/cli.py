@@ -91,10 +91,12 @@ def make_parser(cls: type, description: str, prog: str | None = None) -> Parser:
             off = {"dest": f.name, "action": "store_const", "const": "false", "help": argparse.SUPPRESS}
             group.add_argument(f"--no-{f.name}", **off)
         elif _is_sequence(hint):
-            group.add_argument(f"--{f.name}", nargs="+", metavar="TEXT" if _is_texts(hint) else "N", help=text)
+            metavar = "PATH" if f.metadata["path"] else "TEXT" if _is_texts(hint) else "N"
+            group.add_argument(f"--{f.name}", nargs="+", metavar=metavar, help=text)
         else:
             choices = f.metadata["choices"]
-            metavar = "{" + ",".join(choices) + "}" if choices else _type_name(hint).upper()
+            kind = "PATH" if f.metadata["path"] else _type_name(hint).upper()
+            metavar = "{" + ",".join(choices) + "}" if choices else kind
             group.add_argument(f"--{f.name}", metavar=metavar, help=text)
     return parser
 
