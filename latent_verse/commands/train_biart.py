@@ -27,20 +27,13 @@ def run(config: TrainBiARTConfig, given: Mapping[str, str]) -> int:
         from latent_verse.checkpoints.biart import export_bundle, take_over
         from latent_verse.config import as_plain
         from latent_verse.training import biart_setup
-        from latent_verse.training.backups import RunFolder, starting_point
+        from latent_verse.training.backups import RunFolder
         from latent_verse.training.biart import LitBiART
         from latent_verse.training.code_extraction import extract_codes
         from latent_verse.training.image_logging import TextImageSamples
+        from latent_verse.training.resume import starting_point
         from latent_verse.training.runs import open_run
-        from latent_verse.training.trainer import (
-            announce,
-            choose_devices,
-            default_name,
-            ease_smoke_test,
-            fit,
-            make_trainer,
-            say,
-        )
+        from latent_verse.training.trainer import announce, default_name, ease_smoke_test, fit, make_trainer, say
 
     t = config.trainer
     if config.bundle.export:
@@ -50,7 +43,7 @@ def run(config: TrainBiARTConfig, given: Mapping[str, str]) -> int:
     config, pretrained = take_over(config, given)
     config, vae = biart_setup.frozen_vae(config, pretrained)
     if config.codes.extract_codes:
-        return extract_codes(config, vae, choose_devices(t)[0], pretrained)
+        return extract_codes(config, vae, pretrained)
     config = ease_smoke_test(config, given)
     name = default_name(config, given, "biart")
     run = open_run(t.log_dir, name, t.backup, t.backup_dir, as_plain(config))

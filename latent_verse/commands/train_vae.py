@@ -27,8 +27,9 @@ def run(config: TrainVAEConfig, given: Mapping[str, str]) -> int:
         from latent_verse.data.modules import ImageDataModule
         from latent_verse.training import runs
         from latent_verse.training.augvae import LitAugVAE
-        from latent_verse.training.backups import RunFolder, starting_point
+        from latent_verse.training.backups import RunFolder
         from latent_verse.training.image_logging import ImageGrids
+        from latent_verse.training.resume import starting_point
         from latent_verse.training.trainer import announce, default_name, ease_smoke_test, fit, make_trainer, say
 
     t = config.trainer

@@ -16,7 +16,6 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Optional  # OmegaConf reads these annotations at run time
 
-NONE: Mapping[str, str] = {}
 WITHIN = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
 
 
@@ -119,12 +118,10 @@ def check_value(f: dataclasses.Field, value: Any, source: str = "") -> None:
         raise ConfigError(f"{f.name} is {shown}{source}; {'each' if listed else 'it'} must be {wanted}.")
 
 
-def check_rules(sections: Iterable[Settings], needs: Mapping[str, str], excludes: Mapping[str, str] = NONE) -> None:
+def check_rules(sections: Iterable[Settings], needs: Mapping[str, str], excludes: Mapping[str, str] = {}) -> None:
     """Refuse a setting that is not its default while another that it needs is off, or one that it excludes is given.
 
-    Args:
-        needs: {setting: other}, where the other may be `name=value`. A setting that no section has is ignored.
-        excludes: likewise.
+    Both are {setting: other}, where the other may be `name=value`. Rules on settings that no section has are ignored.
 
     Raises:
         ConfigError: naming both settings.

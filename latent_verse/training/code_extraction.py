@@ -15,18 +15,19 @@ from latent_verse.data.datasets import open_pairs, source_of
 from latent_verse.data.modules import loader_processes
 from latent_verse.data.pairs import PairShards, work_of_shards
 from latent_verse.training.biart_setup import choose_tokenizer
+from latent_verse.training.trainer import choose_devices
 
 
-def extract_codes(config: TrainBiARTConfig, vae: AugVAE, accelerator: str, pretrained: Pretrained | None = None) -> int:
+def extract_codes(config: TrainBiARTConfig, vae: AugVAE, pretrained: Pretrained | None = None) -> int:
     """Write the codes of train_dir and val_dir, with the tokenizer of `pretrained`, to <extract_codes>/train and /val.
 
     Raises:
         DataError: see `data.codes.extract`.
     """
     d, c, t = config.data, config.codes, config.trainer
-    device = torch.device("cuda" if accelerator == "gpu" else "cpu")
-    vae.to(device)
-    resolution = vae.config.resolution
+    accelerator, _ = choose_devices(t)
+    device = torch.device({"gpu": "cuda", "mps": "mps"}.get(accelerator, "cpu"))
+    resolution = vae.to(device).config.resolution
     datasets = open_pairs(d, resolution, t.seed, augment=False)
     tokenizer = choose_tokenizer(config, datasets["train"], pretrained=pretrained)
     flags = f"--tokenizer {config.text.tokenizer}"
