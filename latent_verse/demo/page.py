@@ -120,7 +120,8 @@ def _plot(curves: Curves) -> bytes:
         figure = Figure(figsize=(6.2, 2.9), layout="constrained")
         axes = figure.subplots()
         for (label, points), colour in zip(curves.lines.items(), COLOURS * 2, strict=False):
-            axes.plot(*zip(*points, strict=True), label=label, color=colour, linewidth=1.5)
+            alone = "o" if len(points) == 1 else None  # a line of one point would not be seen
+            axes.plot(*zip(*points, strict=True), label=label, color=colour, linewidth=1.5, marker=alone)
         axes.set_xlabel("step", color=TEXT_COLOUR)
         axes.set_ylabel(curves.unit, color=TEXT_COLOUR)
         if curves.log_scale:

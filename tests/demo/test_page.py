@@ -113,6 +113,7 @@ def test_curves_are_drawn(report, tmp_path):
     (source,) = [s for s in Checker(write_page(tmp_path, report).read_text()).sources if "svg" in s]
     svg = base64.b64decode(source.split(",")[1]).decode()
     assert "<svg" in svg and "nats" in svg and "validation" in svg
+    assert re.search(r"<use [^>]*fill: #f97316", svg)  # the marker of a curve of one point
 
 
 @pytest.mark.parametrize(
