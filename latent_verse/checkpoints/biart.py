@@ -13,7 +13,8 @@ from latent_verse.biart.model import BiART
 from latent_verse.checkpoints.augvae import load_augvae
 from latent_verse.checkpoints.bundle import find_bundle, load_bundle, save_bundle
 from latent_verse.checkpoints.ckpt_files import CheckpointError, fill, find_checkpoint, fingerprint, read_ckpt
-from latent_verse.config import PRESETS, BiARTConfig, BiARTModelConfig, ConfigError, training_only
+from latent_verse.config import PRESETS, BiARTConfig, ConfigError, training_only
+from latent_verse.config.models import BiARTModelConfig
 from latent_verse.config.train import TrainBiARTConfig
 from latent_verse.data.text import Tokenizer, TokenizerError, unpack_tokenizer
 

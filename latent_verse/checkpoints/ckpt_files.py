@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import errno
 import hashlib
 import os
 import re
@@ -41,23 +40,26 @@ def read_ckpt(file: str | os.PathLike) -> dict[str, Any]:
     if file.suffix == ".safetensors" and os.path.exists(file):  # PyTorch reads it, or takes it for a pickle of code
         raise CheckpointError(f"{file} contains only weights; expected a Lightning .ckpt.")
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file) or None)
+        file.open("rb").close()
     except (FileNotFoundError, NotADirectoryError) as error:
         near = ", ".join(sorted(p.name for p in file.parent.glob("*.ckpt"))) or "none"
         raise CheckpointError(f"checkpoint {file} does not exist; checkpoints beside it: {near}") from error
     except IsADirectoryError as error:
         there = ", ".join(sorted(p.name for p in file.glob("*"))[:10]) or "nothing"
         raise CheckpointError(f"{file} is a folder without a checkpoint; it holds {there}.") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file) or None)
     except Exception as error:  # pickle, zipfile and torch each raise their own for a damaged file
-        reason = f"{type(error).__name__}: {first_line(error)}".removesuffix(": ")
+        cause: BaseException = error
         what = "is not a complete checkpoint; was it cut off? Or is it another file?"
-        if reason.startswith("UnpicklingError"):
+        if type(error).__name__ == "UnpicklingError":  # pickle's; nothing here imports pickle
             what = "is refused: it is not complete, or holds more than tensors and plain types, which could run code"
-            reason = first_line(error.__context__ or error).split(" Please ")[0]  # without torch's advice to allow it
-        # a zip archive that was cut off is an "invalid argument"; torch says "unable to" open, or map, a file
-        elif (isinstance(error, OSError) and error.errno != errno.EINVAL) or str(error).startswith("unable to "):
-            what = "cannot be read"
+            cause = error.__context__ or error
+        # the first sentence: torch adds advice, such as to allow the code
+        reason = f"{type(cause).__name__}: {first_line(cause).split('. ')[0]}".removesuffix(": ")
         raise CheckpointError(f"{file} {what} ({reason})") from error
     if not isinstance(content, dict) or "state_dict" not in content:
         raise CheckpointError(f"{file} holds no state_dict; expected a Lightning checkpoint.")
@@ -73,8 +75,9 @@ def find_checkpoint(path: Path) -> Path:
     try:
         for folder in (path / "checkpoints", path):
             files = list(folder.glob("*.ckpt")) if folder.is_dir() else []
-            if (folder / "config.json").is_file():  # it holds weights of its own
-                files = [p for p in files if step_of(p) is not None]
+            stepped = [p for p in files if step_of(p) is not None]
+            if stepped or (folder / "config.json").is_file():  # a saved AugVAE, whose weights are in another file
+                files = stepped
             if chosen := newest(p for p in files if p.name.startswith("best-")) or newest(files):
                 return chosen
     except OSError as error:

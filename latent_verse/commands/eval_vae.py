@@ -1,4 +1,4 @@
-"""Evaluate an AugVAE (--ckpt_path) on images (--test_dir): PSNR, SSIM, LPIPS, rFID... Training flags have no effect."""
+"""Evaluate an AugVAE (--ckpt_path) on images (--test_dir): PSNR, SSIM, LPIPS, rFID. No loss or optimiser is used."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def run(config: TrainBiARTConfig, given: Mapping[str, str]) -> int:
         from latent_verse.training.image_logging import TextImageSamples
         from latent_verse.training.resume import starting_point
         from latent_verse.training.runs import open_run
-        from latent_verse.training.trainer import announce, default_name, ease_smoke_test, fit, make_trainer, say
+        from latent_verse.training.trainer import announce, compiles, ease_smoke_test, fit, make_trainer, run_name, say
 
     t = config.trainer
     if config.bundle.export:
@@ -45,7 +45,7 @@ def run(config: TrainBiARTConfig, given: Mapping[str, str]) -> int:
     if config.codes.extract_codes:
         return extract_codes(config, vae, pretrained)
     config = ease_smoke_test(config, given)
-    name = default_name(config, given, "biart")
+    name = run_name(config, given, "biart")
     run = open_run(t.log_dir, name, t.backup, t.backup_dir, as_plain(config))
     start_from = starting_point(run, t.ckpt_path if t.resume else None, "biart")
     pl.seed_everything(t.seed, verbose=False)
@@ -56,7 +56,8 @@ def run(config: TrainBiARTConfig, given: Mapping[str, str]) -> int:
     trainer = make_trainer(t, folder, data.has_val, [TextImageSamples(folder, config.sampling, tokenizer)])
     announce(t, run, start_from, idle_flags_biart(config, given))
     say(biart_setup.summary(config, model, tokenizer))
-    if fit(trainer, t, run, LitBiART(model, vae, config, about), data, start_from) and trainer.is_global_zero:
+    module = LitBiART(model, vae, config, about, compiles(config))
+    if fit(trainer, t, run, module, data, start_from) and trainer.is_global_zero:
         file = export_bundle(run.folder, run.folder / "bundle", vae=vae)
         print(f"Bundle of {file}: {run.folder / 'bundle'}")
     return 0

@@ -30,12 +30,12 @@ def run(config: TrainVAEConfig, given: Mapping[str, str]) -> int:
         from latent_verse.training.backups import RunFolder
         from latent_verse.training.image_logging import ImageGrids
         from latent_verse.training.resume import starting_point
-        from latent_verse.training.trainer import announce, default_name, ease_smoke_test, fit, make_trainer, say
+        from latent_verse.training.trainer import announce, compiles, ease_smoke_test, fit, make_trainer, run_name, say
 
     t = config.trainer
     pl.seed_everything(t.seed, verbose=False)
     config, model = load_for_training(ease_smoke_test(config, given), given)
-    name = default_name(config, given, "augvae")
+    name = run_name(config, given, "augvae")
     run = runs.open_run(t.log_dir, name, t.backup, t.backup_dir, as_plain(config))
     start_from = starting_point(run, t.ckpt_path if t.resume else None, "augvae", model.config)
     data = ImageDataModule(open_images(config.data, model.config.resolution, t.seed), config.data, t.seed)
@@ -46,5 +46,5 @@ def run(config: TrainVAEConfig, given: Mapping[str, str]) -> int:
     if not start_from:
         base, size, processes = config.optim.learning_rate, config.data.batch_size, trainer.world_size
         say(f"Learning rate: {base:g} x {processes} processes x batch {size} = {base * processes * size:g}")
-    fit(trainer, t, run, LitAugVAE(model, config), data, start_from)
+    fit(trainer, t, run, LitAugVAE(model, config, compiles(config)), data, start_from)
     return 0

@@ -2,36 +2,24 @@
 
 settings.py   what a setting is, its range, its errors
 models.py     shapes of AugVAE and BiART
+datasets.py   every dataset, and the settings it needs and reads
 train.py      train_vae.py, eval_vae.py and train_biart.py
 evaluate.py   eval_biart.py
 generate.py   generate.py
 cli.py        flags and YAML files -> these dataclasses; the only file that knows argparse and YAML
 """
 
-from latent_verse.config.models import PRESETS, AugVAEConfig, BiARTConfig, BiARTModelConfig, BiARTVariant
-from latent_verse.config.settings import (
-    ConfigError,
-    SamplingSettings,
-    Settings,
-    UserError,
-    as_plain,
-    same,
-    setting,
-    training_only,
-)
+from latent_verse.config.models import PRESETS, AugVAEConfig, BiARTConfig
+from latent_verse.config.settings import ConfigError, SamplingSettings, UserError, as_plain, setting, training_only
 
 __all__ = [
     "PRESETS",
     "AugVAEConfig",
     "BiARTConfig",
-    "BiARTModelConfig",
-    "BiARTVariant",
     "ConfigError",
     "SamplingSettings",
-    "Settings",
     "UserError",
     "as_plain",
-    "same",
     "setting",
     "training_only",
 ]

@@ -1,8 +1,8 @@
 """Every dataset by name, and the settings it reads. `data/datasets.py` holds, under the same names, what opens them.
 
 `needs` and `reads` name settings of a dataset's section. "dir", "captions" and "size" stand for one setting of each
-split: `train_dir`, `val_dir` and `test_dir`. A dataset that needs none is generated: it is there without any file.
-`setting_of` gives the full name.
+split, such as `val_dir`; that of train's size is `dataset_size`. A dataset that needs none is generated: it is there
+without any file. `setting_of` gives the full name.
 """
 
 from __future__ import annotations
@@ -86,5 +86,5 @@ def check_effects(layouts: Mapping[str, Layout], data: Settings, split: str, nam
     for name in names:
         full = setting_of(split, name)
         if given[full] != defaults[full] and not layouts[dataset].has_effect(name):
-            readers = " or ".join(other for other, its in layouts.items() if its.has_effect(name))
-            raise ConfigError(f"{full} has no effect with dataset {dataset}: it is read by {readers}.")
+            readers = ", ".join(other for other, its in layouts.items() if its.has_effect(name))
+            raise ConfigError(f"{full} has no effect with dataset {dataset}; datasets that read it: {readers}.")

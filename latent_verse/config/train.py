@@ -60,7 +60,7 @@ class TrainerConfig(Settings):
     gpu_dist: Optional[bool] = setting(None, "the original's flag for several GPUs; follows from gpus", hidden=True)
     accelerator: str = setting("auto", "device type; with cpu, gpus is the number of processes", ACCELERATORS)
     strategy: str = setting("auto", "auto, ddp: a copy of the model per process; fsdp: shards", ("auto", "ddp", "fsdp"))
-    precision: str = setting("32", "numeric precision of training, by short name or Lightning's", PRECISION_NAMES)
+    precision: str = setting("32", "numeric precision, by short name or Lightning's", PRECISION_NAMES)
     epochs: int = setting(100, "passes over the training data", at_least=1)
     max_steps: int = setting(-1, "stop after this many optimiser steps; -1 means no limit", at_least=-1)
     limit_train_batches: Optional[float] = setting(None, "batches per epoch: count, or fraction below 1", above=0)
@@ -69,7 +69,7 @@ class TrainerConfig(Settings):
     num_sanity_val_steps: int = setting(0, "validation batches to run before training, as a check", at_least=0)
     accumulate_grad_batches: int = setting(1, "batches whose gradients are accumulated for one step", at_least=1)
     gradient_clip_val: Optional[float] = setting(None, "clip gradients to this norm; default no clipping", above=0)
-    compile: Optional[bool] = setting(None, "use torch.compile; default on for a GPU with Triton")
+    compile: Optional[bool] = setting(None, "use torch.compile; default on for training on a GPU with Triton")
     activation_checkpointing: bool = setting(False, "save memory: recompute norms and activations")
     logger: str = setting("tensorboard", "where metrics are logged", ("tensorboard", "wandb", "csv"))
     log_every_n_steps: int = setting(10, "steps between logged training metrics", at_least=1)
@@ -80,7 +80,7 @@ class TrainerConfig(Settings):
     backup_steps: int = setting(1000, "steps between backups", at_least=1)
     backup_dir: Optional[str] = setting(None, "folder for backups of runs; default in the run folder", path=True)
     resume: bool = setting(False, "resume training from ckpt_path; reruns with backup need neither")
-    ckpt_path: Optional[str] = setting(None, "checkpoint or run folder to resume from, or to evaluate", path=True)
+    ckpt_path: Optional[str] = setting(None, "checkpoint or run folder to resume, evaluate or export", path=True)
     debug: bool = setting(False, "100 batches per epoch, backups and grids every 10 steps, anomaly detection")
 
 
@@ -203,7 +203,7 @@ class BiARTLossConfig(Settings):
     reference_dropout: float = setting(0.1, "share of pairs without reference, for guidance", at_least=0, at_most=1)
     word_dropout: float = setting(0.0, "share of words hidden from later words", at_least=0, at_most=0.5)
     code_dropout: float = setting(0.0, "share of codes hidden from later codes", at_least=0, at_most=0.5)
-    text_loss_weight: float = setting(1.0, "loss weight of text; to train one direction: text_to_image_share", above=0)
+    text_loss_weight: float = setting(1.0, "loss weight of text; for one direction only: text_to_image_share", above=0)
     image_loss_weight: float = setting(1.0, "loss weight of image codes", above=0)
     loss_chunk: Optional[int] = setting(None, "tokens per slice of logits, to save memory; default all", at_least=1)
 
@@ -263,7 +263,6 @@ NEEDS = {
 EXCLUDES = {
     "val_percent_check": "limit_val_batches",
     "lr_decay": "lr_cosine",
-    "export": "extract_codes",
     "extract_codes": "dataset=codes",
 }
 
@@ -455,9 +454,10 @@ def resolve_train_biart(config: TrainBiARTConfig, given: Mapping[str, str]) -> T
     """As `resolve_train_vae`, for train_biart."""
     o, c = config.optim, config.codes
     t = resolve_trainer(config.trainer, o.optimizer)
-    check_rules([config.bundle, t, c], NEEDS, EXCLUDES)
+    check_rules([config.bundle, t], NEEDS)
     if o.pretrained_path and t.resume:
         raise ConfigError("pretrained_path starts a new run, and resume does not: give one of them.")
+    check_rules([config.bundle, c], {}, {"export": "extract_codes"})
     if config.bundle.export:
         return replace(config, trainer=t)
     data = resolve_pairs(config.data)
@@ -465,7 +465,8 @@ def resolve_train_biart(config: TrainBiARTConfig, given: Mapping[str, str]) -> T
     if data.fake_data:
         t = limit_fake_data(t, given)
     else:
-        require([config.vae, o], "vae_path", "pretrained_path", hint="For a smoke test try --fake_data.")
+        hint = "Name the AugVAE of train_vae.py with vae_path. For a smoke test try --fake_data."
+        require([config.vae, o], "vae_path", "pretrained_path", hint=hint)
     if c.crops_per_image > 1 and data.dataset == "shapes":
         raise ConfigError("random crops would cut off shapes that the captions name: leave crops_per_image at 1.")
     return replace(config, data=data, trainer=t)

@@ -25,9 +25,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Optional, TypeVar
 
-from latent_verse.config import ConfigError, Settings, same, setting
 from latent_verse.config.cli import one_line_errors, parse, read_yaml
 from latent_verse.config.generate import GenerateSamplingConfig, WriteConfig
+from latent_verse.config.settings import ConfigError, Settings, same, setting
 from latent_verse.config.train import PairDataConfig, TrainBiARTConfig, TrainVAEConfig
 from latent_verse.data.shapes import World
 from latent_verse.files import write_json

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any, Optional
 from PIL import Image
 
 from latent_verse import files
-from latent_verse.config import ConfigError, SamplingSettings, Settings, same, setting
 from latent_verse.config.cli import one_line_errors, parse
 from latent_verse.config.evaluate import EvalDataConfig, EvaluatedConfig, EvalWriteConfig
 from latent_verse.config.generate import GenerateSamplingConfig, WriteConfig
+from latent_verse.config.settings import ConfigError, SamplingSettings, Settings, check_rules, require, same, setting
 from latent_verse.data.shapes import SPLITS, Scene, ShapesDataset, World
 from latent_verse.metrics.intervals import wilson
 
@@ -189,12 +189,10 @@ def check(config: ShapesEvalConfig) -> None:
         ConfigError: a setting is missing, cannot be used or has no effect.
     """
     w, d = config.what, config.draw
-    if not w.model:
-        raise ConfigError("model is not given: name the folder of a bundle, as train_biart.py writes one.")
+    require([w], "model")
+    check_rules([config.write], needs={"samples": "json"})
     if d.rerank == 1:
         raise ConfigError(f"rerank is {d.rerank}; give at least 2 images to choose from, or 0 for none.")
-    if config.write.samples and not config.write.json:
-        raise ConfigError("samples are written beside the file of json: give that as well.")
 
 
 @one_line_errors

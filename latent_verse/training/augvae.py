@@ -18,7 +18,7 @@ from latent_verse.metrics.reconstruction import ReconstructionMetrics
 from latent_verse.metrics.running import Mean
 from latent_verse.nn.activation_checkpointing import checkpoint_activations
 from latent_verse.training.optimizer import MuonAdamW, adamw, warm_up_then_cosine
-from latent_verse.training.trainer import compiles, uncompiled
+from latent_verse.training.trainer import uncompiled
 
 
 class LitAugVAE(pl.LightningModule):
@@ -29,13 +29,13 @@ class LitAugVAE(pl.LightningModule):
 
     trains = True
 
-    def __init__(self, model: AugVAE, config: TrainVAEConfig):
+    def __init__(self, model: AugVAE, config: TrainVAEConfig, compiled: bool | None = None):
         super().__init__()
         self.model = model
         self.config = config
         self.loss_type = LOSSES[config.loss.loss_type]
         self.loss: ReconstructionLoss | None = None  # made in configure_model, in training only
-        self.compiles = compiles(config)
+        self.compiled = bool(config.trainer.compile) if compiled is None else compiled  # see trainer.compiles
         self._configured = False
         names = ["total_loss", *self.loss_type.terms, "embed_loss", "perplexity"]
         self.val_means = nn.ModuleDict({name: Mean() for name in names})
@@ -64,7 +64,7 @@ class LitAugVAE(pl.LightningModule):
         networks = [*self.model.encoders, *self.model.decoders]
         if c.trainer.activation_checkpointing:
             checkpoint_activations(self.model)
-        if self.compiles:
+        if self.compiled:
             for network in networks:
                 network.compile(dynamic=False)  # each network has one input size; dynamic sizes are slower
         if self.device_mesh is not None:
@@ -141,7 +141,7 @@ class LitAugVAE(pl.LightningModule):
         x_BCHW = batch[0]
         if self._nothing_in(x_BCHW):
             return None
-        with uncompiled(self.compiles):
+        with uncompiled(self.compiled):
             parts, reconstruction_BCHW = self._losses(x_BCHW, "val")
         for name, mean in self.val_means.items():
             mean.update(parts[name], weight=len(x_BCHW))
@@ -225,7 +225,6 @@ class LitAugVAEEvaluation(LitAugVAE):
 
     def __init__(self, model: AugVAE, config: EvalVAEConfig):
         super().__init__(model, config)
-        self.compiles = bool(config.trainer.compile)  # only if asked: a few batches do not repay it
         c = model.config
         networks = not config.data.fake_data
         self.metrics = ReconstructionMetrics(model.levels, c.num_tokens, c.resolution, with_networks=networks)

@@ -30,7 +30,7 @@ from latent_verse.config.train import TrainBiARTConfig
 from latent_verse.metrics.running import Mean
 from latent_verse.nn.activation_checkpointing import checkpoint_activations
 from latent_verse.training.optimizer import MuonAdamW, adamw, warm_up_then_cosine
-from latent_verse.training.trainer import compiles, uncompiled
+from latent_verse.training.trainer import uncompiled
 
 
 class LitBiART(pl.LightningModule):
@@ -44,12 +44,14 @@ class LitBiART(pl.LightningModule):
         about: what checkpoints record beside the settings: AugVAE's path and fingerprint, the tokenizer; plain types.
     """
 
-    def __init__(self, model: BiART, vae: nn.Module, config: TrainBiARTConfig, about: dict[str, Any]):
+    def __init__(
+        self, model: BiART, vae: nn.Module, config: TrainBiARTConfig, about: dict, compiled: bool | None = None
+    ):
         super().__init__()
         self.model = model
         self.ema: BiART | None = copy.deepcopy(model).requires_grad_(False) if config.optim.ema_decay else None
         self.config = config
-        self.compiles = compiles(config)
+        self.compiled = bool(config.trainer.compile) if compiled is None else compiled  # see trainer.compiles
         self.about = about
         self._frozen = (vae.eval().requires_grad_(False),)  # a tuple, so that nn.Module does not register it
         c = config.loss
@@ -75,7 +77,7 @@ class LitBiART(pl.LightningModule):
         self._configured = True
         if self.config.trainer.activation_checkpointing:
             checkpoint_activations(self.model)
-        if self.compiles:
+        if self.compiled:
             self.model.call_block = torch.compile(BiART.call_block, dynamic=False)  # once, for all blocks
             if self.config.loss.loss_chunk is None:  # chunks need little memory anyway, and each would be compiled
                 # compiled, logits stay in the head's precision: their float32 copy and its log-softmax are never stored
@@ -175,7 +177,7 @@ class LitBiART(pl.LightningModule):
             return
         x = self.codes(batch[0])
         sequences = self.pack([torch.cat([x, x]), torch.cat([batch[1], batch[1]])], size)
-        with uncompiled(self.compiles):
+        with uncompiled(self.compiled):
             _, means = self.loss(self.network, sequences)
         tokens = {m: (sequences.classes(m)[:size] != IGNORE).sum() for m in MODALITIES}  # the same in both directions
         for name, value in means.items():

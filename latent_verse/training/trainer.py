@@ -168,8 +168,7 @@ def fit(trainer: pl.Trainer, t: TrainerConfig, run: Run, module: pl.LightningMod
 def compiles(config: TrainVAEConfig | TrainBiARTConfig) -> bool:
     """Whether to compile the networks: as `compile` says; by default on a GPU that Triton and its compiler serve.
 
-    By default not for a smoke test, which is short, nor with sharded parameters or anomaly detection, where it has not
-    been tried.
+    By default not for a smoke test, which is short, nor with fsdp or anomaly detection, where it has not been tried.
     """
     t = config.trainer
     if t.compile is not None or config.data.fake_data:
@@ -185,9 +184,9 @@ def compiles(config: TrainVAEConfig | TrainBiARTConfig) -> bool:
     )
 
 
-def uncompiled(compiles: bool) -> AbstractContextManager:
+def uncompiled(compiled: bool) -> AbstractContextManager:
     """A context for validation: compiling again for its smaller last batch would take longer than it saves."""
-    return torch.compiler.set_stance("force_eager") if compiles else nullcontext()
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
 def checkpoints(run: Run, has_val: bool) -> list[ModelCheckpoint]:
@@ -223,7 +222,7 @@ def make_logger(t: TrainerConfig, run: Run) -> Logger:
     return WandbLogger(name, run.folder, project="l-verse", id=run.id, resume="allow", offline=offline)
 
 
-def default_name(config: Training, given: Mapping[str, str], kind: str) -> str:
+def run_name(config: Training, given: Mapping[str, str], kind: str) -> str:
     """The run's name: --name, else the config file's, with the prefix fake- for fake data."""
     files = [Path(source).stem for source in given.values() if not source.startswith("--")]
     stem = next(iter(files), kind)

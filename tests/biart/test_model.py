@@ -9,7 +9,8 @@ import torch.nn.functional as F
 
 from latent_verse.biart.model import BiART, KVCache, loss_weights
 from latent_verse.biart.sequence import DIRECTIONS, IGNORE, IMAGE_TO_TEXT, TEXT_TO_IMAGE, target_modality
-from latent_verse.config import PRESETS, BiARTConfig, BiARTModelConfig, BiARTVariant, ConfigError, as_plain
+from latent_verse.config import PRESETS, BiARTConfig, ConfigError, as_plain
+from latent_verse.config.models import BiARTModelConfig, BiARTVariant
 from tests.biart.tiny_biart import CONFIG, lively
 from tests.messages import naming
 

@@ -165,6 +165,8 @@ def test_a_folder_gives_its_only_checkpoint_whatever_its_name(tiny_augvae, tiny_
     for path in ("run", "run/checkpoints"):  # of two, none is the newest
         refusal(tmp_path / path, "last.ckpt", "last-v1.ckpt", "step=N")
     own_ckpt(model, tmp_path / "run" / "checkpoints" / "last-step=3.ckpt")
+    for name in ("best-a.ckpt", "best-b.ckpt"):  # a step goes before a name
+        own_ckpt(model, tmp_path / "run" / "checkpoints" / name)
     assert find_checkpoint(tmp_path / "run").name == "last-step=3.ckpt"
     model.save_pretrained(tmp_path / "saved")  # a folder with weights of its own stands for these
     own_ckpt(tiny_augvae(seed=9), tmp_path / "saved" / "old.ckpt")
@@ -324,7 +326,8 @@ def test_an_intact_file_that_cannot_be_opened(tiny_augvae, tmp_path, left):
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
         for number in held:
             os.close(number)
-    assert "complete" not in message and "cut off" not in message and "\n" not in message
+    assert "\n" not in message
+    assert left or "complete" not in message  # with one left it opens, and PyTorch fails at mapping it
 
 
 def test_a_damaged_file_says_what_was_found(tmp_path):

@@ -269,7 +269,7 @@ def test_rules_are_those_of_the_settings_that_hold():
         resolve_train_biart(config, given)
     config, given = parse(TrainBiARTConfig, [*flags, "--fake_data"], "")
     assert resolve_train_biart(config, given).data.dataset == "fake"
-    flags = ["--guidance", "2", "--reference_dropout", "0", "--export", "a"]
+    flags = ["--guidance", "2", "--reference_dropout", "0", "--crops_per_image", "5", "--export", "a"]
     config, given = parse(TrainBiARTConfig, [*flags, "--ckpt_path", "b"], "")
     resolve_train_biart(config, given)
     config, given = parse(TrainBiARTConfig, flags, "")

@@ -58,7 +58,7 @@ def run_with(fake_data=False, **settings) -> TrainVAEConfig:
     return TrainVAEConfig(data=ImageDataConfig(fake_data=fake_data), trainer=TrainerConfig(**settings))
 
 
-def test_networks_are_compiled_on_a_gpu_that_triton_serves(monkeypatch):
+def test_networks_are_compiled_on_a_gpu_that_triton_serves(monkeypatch, tiny_config):
     assert compiles(run_with(compile=True)) and compiles(run_with(compile=True, fake_data=True))
     assert not compiles(run_with(gpus=0))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -66,6 +66,7 @@ def test_networks_are_compiled_on_a_gpu_that_triton_serves(monkeypatch):
     monkeypatch.setattr(trainer.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(trainer.shutil, "which", lambda name: "/usr/bin/cc")
     assert compiles(run_with())
+    assert not LitAugVAE(AugVAE(tiny_config()), run_with()).compiled  # only the programs decide for themselves
     assert not compiles(run_with(compile=False))
     assert not compiles(run_with(fake_data=True))
     assert not compiles(run_with(strategy="fsdp"))
