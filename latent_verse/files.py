@@ -10,6 +10,11 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 
+def unfinished_at(path: Path) -> Path:
+    """Where `replacing` writes until all is there; a killed process leaves it behind. Also for a glob pattern."""
+    return path.with_name(f".{path.name}.tmp")
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A path to write a file or folder to; once the block has ended, it takes the place of `path`.
@@ -21,7 +26,7 @@ def replacing(path: Path) -> Iterator[Path]:
     The path given is hidden and ends in `.tmp`, so that no pattern such as `*.ckpt` finds it. To libraries that choose
     the format by a name's end, name the format or give an open file.
     """
-    unfinished = path.with_name(f".{path.name}.tmp")
+    unfinished = unfinished_at(path)
     _remove(unfinished)  # of a process that was killed
     try:
         yield unfinished

@@ -38,5 +38,6 @@ def commit() -> str:
 
 
 def versions(*packages: str) -> str:
-    """ "torchmetrics 1.9.0, torch-fidelity 0.4.0": installed packages with their versions."""
-    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+    """ "torchmetrics 1.9.0, torch-fidelity 0.4.0": those of the packages that are installed, with their versions."""
+    found = {name: next(iter(importlib.metadata.distributions(name=name)), None) for name in packages}
+    return ", ".join(f"{name} {it.version}" for name, it in found.items() if it)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from latent_verse.config.cli import one_line_errors, parse, quick_imports, to_yaml
+from latent_verse.config.cli import one_line_errors, parse, quick_imports
 from latent_verse.config.train import TrainBiARTConfig, idle_flags_biart, resolve_train_biart
 
 
@@ -52,7 +52,7 @@ def run(config: TrainBiARTConfig, given: Mapping[str, str]) -> int:
     data, tokenizer, about = biart_setup.open_data(config, vae, start_from, pretrained)
     model = biart_setup.new_biart(config, vae, tokenizer, start_from, pretrained)
     del pretrained  # its weights would stay in memory as long as the run lasts
-    folder = RunFolder(run, as_plain(config), to_yaml(config))
+    folder = RunFolder(run, config)
     trainer = make_trainer(t, folder, data.has_val, [TextImageSamples(folder, config.sampling, tokenizer)])
     announce(t, run, start_from, idle_flags_biart(config, given))
     say(biart_setup.summary(config, model, tokenizer))

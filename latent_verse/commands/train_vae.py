@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from latent_verse.config.cli import one_line_errors, parse, quick_imports, to_yaml
+from latent_verse.config.cli import one_line_errors, parse, quick_imports
 from latent_verse.config.train import TrainVAEConfig, idle_flags_vae, resolve_train_vae
 
 
@@ -39,7 +39,7 @@ def run(config: TrainVAEConfig, given: Mapping[str, str]) -> int:
     run = runs.open_run(t.log_dir, name, t.backup, t.backup_dir, as_plain(config))
     start_from = starting_point(run, t.ckpt_path if t.resume else None, "augvae", model.config)
     data = ImageDataModule(open_images(config.data, model.config.resolution, t.seed), config.data, t.seed)
-    folder = RunFolder(run, as_plain(config), to_yaml(config))
+    folder = RunFolder(run, config)
     grids = [ImageGrids(folder, t.image_log_steps)] if t.log_images else []
     trainer = make_trainer(t, folder, data.has_val, grids)
     announce(t, run, start_from, idle_flags_vae(config, given, LOSSES[config.loss.loss_type].uses_lpips))

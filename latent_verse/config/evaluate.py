@@ -28,13 +28,8 @@ EFFECTS = {
     **dict.fromkeys(("classes_dir", "class_prompt", "class_pictures"), ("zero_shot",)),
     "round_trip_pairs": ("round_trip",),
 }
-NEEDS = {
-    "candidates": "temperature",
-    "prior": "prior_weight",
-    "classes_dir": "model",
-    "class_names": "classes_dir",
-    "dtype": "model",
-}
+NEEDS = {"candidates": "temperature", "prior": "prior_weight", "class_names": "classes_dir"}
+NEEDS |= dict.fromkeys(("classes_dir", "dtype"), "model")
 
 
 @dataclass(frozen=True)

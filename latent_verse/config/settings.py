@@ -118,6 +118,11 @@ def check_value(f: dataclasses.Field, value: Any, source: str = "") -> None:
         raise ConfigError(f"{f.name} is {shown}{source}; {'each' if listed else 'it'} must be {wanted}.")
 
 
+def by_name(sections: Iterable[Settings]) -> dict[str, tuple[dataclasses.Field, Any]]:
+    """{name: (field, value)} of all settings of these sections."""
+    return {f.name: (f, getattr(section, f.name)) for section in sections for f in dataclasses.fields(section)}
+
+
 def check_rules(sections: Iterable[Settings], needs: Mapping[str, str], excludes: Mapping[str, str] = {}) -> None:
     """Refuse a setting that is not its default while another that it needs is off, or one that it excludes is given.
 
@@ -126,8 +131,8 @@ def check_rules(sections: Iterable[Settings], needs: Mapping[str, str], excludes
     Raises:
         ConfigError: naming both settings.
     """
-    found = {f.name: (f, getattr(section, f.name)) for section in sections for f in dataclasses.fields(section)}
-    for rules in (needs, excludes):
+    found = by_name(sections)
+    for excluded, rules in ((False, needs), (True, excludes)):
         for name, rule in rules.items():
             other, _, wanted = rule.partition("=")
             if name not in found or other not in found or found[name][1] == found[name][0].default:
@@ -135,10 +140,10 @@ def check_rules(sections: Iterable[Settings], needs: Mapping[str, str], excludes
             (f, value), (its, now) = found[name], found[other]
             shown = f"{name} {value}" if f.metadata["choices"] or type(value) in (int, float) else name
             meant = f"{other}: {wanted}" if wanted else f"{other} above 0" if type(its.default) is float else other
-            if rules is needs and not (now == wanted if wanted else now):
-                raise ConfigError(f"{shown} needs {meant} ({its.metadata['help']}). Set it, or leave {name} out.")
-            if rules is excludes and (now == wanted if wanted else now != its.default):
+            if excluded and (now == wanted if wanted else now != its.default):
                 raise ConfigError(f"{shown} and {meant} contradict each other: give one of them.")
+            if not excluded and not (now == wanted if wanted else now):
+                raise ConfigError(f"{shown} needs {meant} ({its.metadata['help']}). Set it, or leave {name} out.")
 
 
 def require(sections: Iterable[Settings], *names: str, hint: str = "See --help.") -> None:
@@ -147,7 +152,7 @@ def require(sections: Iterable[Settings], *names: str, hint: str = "See --help."
     Raises:
         ConfigError: naming them.
     """
-    found = {f.name: (f, getattr(section, f.name)) for section in sections for f in dataclasses.fields(section)}
+    found = by_name(sections)
     if not any(found[name][1] for name in names):
         what = found[names[0]][0].metadata["help"]
         missing = f"{names[0]} is not given ({what})." if len(names) == 1 else f"Give one of {', '.join(names)}."

@@ -39,9 +39,7 @@ class ImageDataConfig(Settings):
     web_dataset: bool = setting(False, "same as --dataset webdataset", hidden=True)
     dataset_size: Optional[int] = setting(None, "images per epoch: webdataset (default all), fake (512)", at_least=1)
     img_size: Optional[int] = setting(None, "the original's second name for resolution; must equal it", hidden=True)
-    resize_ratio: float = setting(
-        0.75, "smallest area of a training crop, as a share of the largest square's", above=0, at_most=1
-    )
+    resize_ratio: float = setting(0.75, "least share of the largest square in a training crop", above=0, at_most=1)
     batch_size: int = setting(8, "images per step and process", at_least=1)
     num_workers: Optional[int] = setting(None, "loader processes per training process; default by machine", at_least=0)
     prefetch_factor: int = setting(2, "batches that each loader process prefetches", at_least=1)
@@ -263,6 +261,7 @@ NEEDS = {
 EXCLUDES = {
     "val_percent_check": "limit_val_batches",
     "lr_decay": "lr_cosine",
+    "export": "extract_codes",
     "extract_codes": "dataset=codes",
 }
 
@@ -398,8 +397,7 @@ def with_pretrained_shape(config: TrainVAEConfig, pretrained: AugVAEConfig, give
     ]
     if contradictions:
         raise ConfigError(f"{there} has another shape. Drop these settings:\n  " + "\n  ".join(contradictions))
-    if config.data.img_size not in (None, pretrained.resolution):
-        raise ConfigError(f"img_size: {config.data.img_size}, but {there} takes {pretrained.resolution} px. Drop it.")
+    check_resolution("img_size", config.data.img_size, pretrained.resolution, there)
     model = replace(pretrained, **{name: getattr(config.model, name) for name in free & set(given)})
     if o.finetune:  # the recipe names the level to keep, and can be run again
         (level,) = config.model.attn_resolutions
@@ -417,11 +415,21 @@ def with_evaluated_shape(config: EvalVAEConfig, model: AugVAEConfig, given: Coll
     Raises:
         ConfigError: resolution or img_size was given and is another.
     """
-    for name, value in (("resolution", config.model.resolution), ("img_size", config.data.img_size)):
-        if name in given and value not in (None, model.resolution):
-            there = f"ckpt_path {config.trainer.ckpt_path}"
-            raise ConfigError(f"{name}: {value}, but {there} takes images of {model.resolution} px. Drop it.")
+    there = f"ckpt_path {config.trainer.ckpt_path}"
+    if "resolution" in given:
+        check_resolution("resolution", config.model.resolution, model.resolution, there)
+    check_resolution("img_size", config.data.img_size, model.resolution, there)
     return replace(config, model=model)
+
+
+def check_resolution(name: str, value: int | None, resolution: int, there: str) -> None:
+    """Refuse `value` of the setting `name` if the model that `there` names takes images of another resolution.
+
+    Raises:
+        ConfigError: naming the setting, both resolutions and the model.
+    """
+    if value not in (None, resolution):
+        raise ConfigError(f"{name}: {value}, but {there} takes images of {resolution} px. Drop it.")
 
 
 def idle_flags_vae(config: TrainVAEConfig, given: Mapping[str, str], uses_lpips: bool) -> list[str]:
@@ -454,10 +462,10 @@ def resolve_train_biart(config: TrainBiARTConfig, given: Mapping[str, str]) -> T
     """As `resolve_train_vae`, for train_biart."""
     o, c = config.optim, config.codes
     t = resolve_trainer(config.trainer, o.optimizer)
-    check_rules([config.bundle, t], NEEDS)
     if o.pretrained_path and t.resume:
         raise ConfigError("pretrained_path starts a new run, and resume does not: give one of them.")
-    check_rules([config.bundle, c], {}, {"export": "extract_codes"})
+    check_rules([config.bundle, t], NEEDS)
+    check_rules([config.bundle, c], {}, EXCLUDES)  # what extraction itself needs does not matter to an export
     if config.bundle.export:
         return replace(config, trainer=t)
     data = resolve_pairs(config.data)

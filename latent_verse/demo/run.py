@@ -49,9 +49,7 @@ class DemoSettings(Settings):
     recipes: Optional[str] = setting(None, "folder with the three recipes; default configs/", path=True)
     train_pairs: Optional[int] = setting(None, "number of training pairs; default 8000, or 30000 for full", at_least=1)
     count: int = setting(500, "number of scenes to evaluate in each split", at_least=1)
-    rerank: int = same(
-        GenerateSamplingConfig, "rerank", 8, "number of images that the model chooses from, for results with re-ranking"
-    )
+    rerank: int = same(GenerateSamplingConfig, "rerank", 8, "images that the model chooses from, for re-ranked results")
     gpus: int = same(WriteConfig, "gpus")
 
 

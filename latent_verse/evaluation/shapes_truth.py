@@ -47,12 +47,7 @@ class ShapesConfig(Settings):
 class ShapesSamplingConfig(SamplingSettings):
     """How images are sampled; captions are greedy."""
 
-    rerank: int = same(
-        GenerateSamplingConfig,
-        "rerank",
-        0,
-        "also evaluate the best of this many images per text, as the model ranks them",
-    )
+    rerank: int = same(GenerateSamplingConfig, "rerank", 0, "also evaluate the best of this many images per text")
     rerank_temperature: float = setting(1.0, "sampling temperature for the images that rerank chooses from", above=0)
 
     @property

@@ -94,7 +94,7 @@ class ReconstructionMetrics(nn.Module):
             "ssim": f"Gaussian window of {SSIM_WINDOW}, sigma 1.5",
             "lpips": "VGG16, linear weights v0.1",
             "rfid": f"{networks.Inception.described}, against the same centre crops, 8-bit",
-            "library": versions("torchmetrics", *(["torch-fidelity"] if self.fid is not None else [])),
+            "library": versions("torchmetrics", "torch-fidelity"),
         }
         return out
 

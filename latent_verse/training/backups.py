@@ -20,7 +20,10 @@ import torch.distributed as dist
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 
 from latent_verse.checkpoints.ckpt_files import step_of
-from latent_verse.files import replacing
+from latent_verse.config import as_plain
+from latent_verse.config.cli import to_yaml
+from latent_verse.config.train import TrainBiARTConfig, TrainVAEConfig
+from latent_verse.files import replacing, unfinished_at
 from latent_verse.training import runs
 from latent_verse.training.runs import Run
 
@@ -37,15 +40,14 @@ def made_step(trainer: pl.Trainer, batch_idx: int) -> bool:
 class RunFolder(pl.Callback):
     """Make the run folder, once all processes have met; from `setup` on, `self.run` is the first process's in all."""
 
-    def __init__(self, run: Run, config: dict[str, Any], yaml_text: str):
+    def __init__(self, run: Run, config: TrainVAEConfig | TrainBiARTConfig):
         self.run = run
         self.config = config
-        self.yaml_text = yaml_text
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.run = dataclasses.replace(self.run, id=trainer.strategy.broadcast(self.run.id))
         if trainer.is_global_zero:
-            runs.start(self.run, self.config, self.yaml_text)
+            runs.start(self.run, as_plain(self.config), to_yaml(self.config))
 
 
 class Backup(pl.Callback):
@@ -115,7 +117,7 @@ class Backup(pl.Callback):
         if trainer.is_global_zero:
             for old in sorted(place.glob("step=*.ckpt"), key=step_of)[:-2]:  # two, in case the newest is damaged
                 old.unlink()
-            for leftover in place.glob(".step=*.tmp"):  # of a process killed while it saved
+            for leftover in place.glob(unfinished_at(place / "step=*.ckpt").name):  # of a process killed while it saved
                 leftover.unlink()
         trainer.strategy.barrier()
         return file

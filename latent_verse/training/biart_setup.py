@@ -15,7 +15,7 @@ from latent_verse.checkpoints.augvae import load_augvae
 from latent_verse.checkpoints.biart import Pretrained, check_vae
 from latent_verse.checkpoints.ckpt_files import check_resumable, fingerprint, read_ckpt
 from latent_verse.config import AugVAEConfig, ConfigError
-from latent_verse.config.train import TrainBiARTConfig
+from latent_verse.config.train import TrainBiARTConfig, check_resolution
 from latent_verse.data.codes import TOKENIZER, check_codes
 from latent_verse.data.datasets import open_pairs
 from latent_verse.data.modules import PairDataModule
@@ -58,9 +58,7 @@ def frozen_vae(config: TrainBiARTConfig, pretrained: Pretrained | None = None) -
             vae = AugVAE(FAKE_VAE).eval()
     else:
         vae = load_augvae(path)
-    if config.data.img_size not in (None, vae.config.resolution):
-        there = f"{path} takes images of {vae.config.resolution} px"
-        raise ConfigError(f"img_size: {config.data.img_size}, but {there}. Leave it out.")
+    check_resolution("img_size", config.data.img_size, vae.config.resolution, f"the AugVAE {path}")
     if pretrained is not None:
         check_vae(fingerprint(vae), pretrained.vae_fingerprint, pretrained.vae_path, pretrained.where)
     return config, vae

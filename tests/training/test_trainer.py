@@ -41,7 +41,7 @@ from tests.messages import naming
 )
 def test_settings_reach_the_trainer(setting, value, attribute, found, tmp_path):
     t = TrainerConfig(gpus=0, logger="csv", refresh_rate=0, **{setting: value})
-    made = make_trainer(t, RunFolder(Run(tmp_path / "run", "0"), {}, ""), has_val=True)
+    made = make_trainer(t, RunFolder(Run(tmp_path / "run", "0"), TrainVAEConfig(trainer=t)), has_val=True)
     assert getattr(made, attribute) == found
     assert not (tmp_path / "run").exists()  # nothing is written before all processes have met
 
@@ -51,7 +51,7 @@ def test_what_lightning_refuses_is_a_mistake_of_the_user(tmp_path):
         pytest.skip("this machine has what the test asks for")
     t = TrainerConfig(accelerator="mps", logger="csv", refresh_rate=0)
     with pytest.raises(ConfigError, match="MPS"):
-        make_trainer(t, RunFolder(Run(tmp_path / "run", "0"), {}, ""), has_val=True)
+        make_trainer(t, RunFolder(Run(tmp_path / "run", "0"), TrainVAEConfig(trainer=t)), has_val=True)
 
 
 def run_with(fake_data=False, **settings) -> TrainVAEConfig:
