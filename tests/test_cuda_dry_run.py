@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.augvae import SHAPES
 from benchmarks.measure import PeakBytes
@@ -227,6 +228,28 @@ def test_the_quantiser_takes_an_eighth_of_one_hots_memory(N, K, D):
                 quantise(z_BDHW) if way == "ours" else one_hot_forward(book, z_BDHW)
         taken[way] = count.peak
     assert taken["ours"] <= 1.01 * taken["one-hot"] / 8  # K / D = 4 is the least of these: one-hot is 16 K, ours 8 D
+
+
+class Launches(TorchDispatchMode):
+    """Counts an operator's calls."""
+
+    def __init__(self, operator):
+        super().__init__()
+        self.operator, self.number = operator, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.number += func is self.operator
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("N", "slices"), [(2**8, 1), (2**10, 4), (2**11, 4), (2**15, 4), (2**17, 16)])
+def test_the_quantiser_searches_in_few_slices(N, slices):
+    """K = 1024: a quarter of the distances at a time, at least 1 MiB and at most 32 MiB of them."""
+    with fake_cuda():
+        book, z_ND = Codebook(2**10, 8, DECAY, EPS, 0.0), torch.empty(N, 8)
+        with Launches(torch.ops.aten.addmm.out) as launches:
+            book.nearest(z_ND)
+    assert launches.number == slices
 
 
 def kept_by_augvae(batch: int, plain: bool = False, autocast: torch.dtype | None = None, again: bool = False) -> int:

@@ -20,8 +20,10 @@ from torch import nn
 from latent_verse.config import AugVAEConfig, ConfigError
 from latent_verse.nn.precision import LOW_PRECISION, full_float32, in_float64, keeping_float32
 
-# Elements of the distance matrix held at a time: a sixteenth of it, within these bounds. 4 MiB of float32 fit in the
-# caches of a CPU and 32 MiB in those of a large GPU, which would wait for kernel launches if there were fewer.
+# Elements of the distance matrix held at a time: a part of it, within these bounds. 4 MiB of float32 fit in the caches
+# of a CPU and 32 MiB in those of a large GPU, which would wait for kernel launches if there were fewer. Only larger
+# products than a CPU's keep a GPU busy: it holds a quarter, which is still a sixteenth of what one-hot holds.
+PARTS = {"cpu": 16, "cuda": 4}
 AT_LEAST, AT_MOST = 2**18, {"cpu": 2**20, "cuda": 2**23}
 # Codes compared at a time. If a codebook exceeds a CPU's caches, slices have few rows, and each reads all of it.
 CODES = {"cpu": 2**12}
@@ -161,7 +163,8 @@ class Codebook(nn.Module):
         codes_KD = self.weight[first:end]
         N, K, kind = len(z_ND), len(codes_KD), z_ND.device.type
         norm_K = torch.linalg.vector_norm(codes_KD, dim=1).square()
-        rows = max(1, min(N, min(max(N * K // 16, AT_LEAST), AT_MOST.get(kind, AT_LEAST)) // K))
+        part = max(N * K // PARTS.get(kind, 16), AT_LEAST)
+        rows = max(1, min(N, min(part, AT_MOST.get(kind, AT_LEAST)) // K))
         # One buffer for all slices: on a CPU, new memory costs more than the sums. It holds whole blocks for `least`.
         buffer_NK = z_ND.new_empty(rows, -(-K // BLOCK) * BLOCK)
         buffer_NK[:, K:] = torch.inf
