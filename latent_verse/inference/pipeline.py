@@ -92,8 +92,8 @@ class LVerse:
 
         Args:
             device: None takes `best_device`.
-            dtype: BiART's (torch.bfloat16, "float16", ...); None keeps the stored one. AugVAE stays in float32, as
-                lower precision picks wrong codes.
+            dtype: BiART's (torch.bfloat16, "float16", ...); None keeps the stored one. AugVAE's weights stay float32
+                and it encodes in float32, as lower precision picks wrong codes.
 
         Raises:
             CheckpointError: absent, incomplete, damaged, of another kind, or parts that do not belong together.

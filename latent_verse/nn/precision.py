@@ -2,11 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import torch
 from torch import Tensor, bfloat16, float16
 
 LOW_PRECISION = (float16, bfloat16)
+
+# Where PyTorch keeps how float32 products and convolutions are computed, from the general to the particular: what is
+# "none" follows the one before it. By default a GPU's convolutions are TF32.
+_backends: Any = torch.backends  # its type stubs lack some of these
+FLOAT32_SETTINGS = (
+    _backends,
+    _backends.cudnn,
+    _backends.cuda.matmul,
+    _backends.cudnn.conv,
+    _backends.mkldnn.matmul,
+    _backends.mkldnn.conv,
+)
+
+
+@contextlib.contextmanager
+def full_float32(device_type: str) -> Iterator[None]:
+    """Inside, products and convolutions of float32 are float32: no autocast, no TF32, no bfloat16 on a CPU.
+
+    Afterwards all settings are what they were. Those that follow a more general one are not set, so they still follow.
+    PyTorch's older switches (torch.set_float32_matmul_precision, allow_tf32) raise an error where both kinds have been
+    in use, so they are not even read.
+    """
+    before = []
+    try:
+        for settings in FLOAT32_SETTINGS:
+            if settings.fp32_precision != "ieee":
+                before.append((settings, settings.fp32_precision))
+                settings.fp32_precision = "ieee"
+        with torch.autocast(device_type, enabled=False):
+            yield
+    finally:
+        for settings, precision in reversed(before):
+            settings.fp32_precision = precision
 
 
 def in_float64(x: Tensor) -> Tensor:

@@ -1,11 +1,16 @@
-"""float64 on a device that has none."""
+"""float64 on a device that has none; float32 where settings ask for less."""
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+
+import pytest
 import torch
 
 from latent_verse.augvae.quantizer import perplexity
-from latent_verse.nn.precision import in_float64
+from latent_verse.nn.precision import FLOAT32_SETTINGS, full_float32, in_float64
 
 
 class OnMPS(torch.Tensor):
@@ -29,3 +34,106 @@ def test_float64_is_on_the_cpu_where_the_device_is_mps():
 def test_perplexity_of_counts_on_mps():
     counts_K = torch.tensor([5, 3, 0, 2])
     assert torch.equal(perplexity(counts_K.as_subclass(OnMPS)), perplexity(counts_K))
+
+
+# ------------------------------------------------------------------------------------------------------- full float32
+
+# Each case in a process of its own: PyTorch cannot take all of these settings back.
+IN_A_PROCESS = """
+import json, os, sys, warnings, torch
+from latent_verse.nn.precision import full_float32
+warnings.simplefilter("ignore")
+B = torch.backends
+PLACES = [("generic", "all"), *((b, op) for b in ("cuda", "mkldnn") for op in ("all", "matmul", "conv", "rnn"))]
+LEGACY = (torch.get_float32_matmul_precision, torch._C._get_cublas_allow_tf32, torch._C._get_cudnn_allow_tf32)
+
+def legacy(getter):
+    try:
+        return getter()
+    except RuntimeError:
+        return "raises"
+
+def state():
+    return [torch._C._get_fp32_precision_getter(*p) for p in PLACES] + [legacy(g) for g in LEGACY]
+
+def following():  # what comes of a later change of the general setting
+    before, out = B.fp32_precision, []
+    for B.fp32_precision in ("ieee", "tf32"):
+        out.append(state())
+    B.fp32_precision = before
+    return out
+
+def case(change):
+    exec(change)
+    before = state(), following()
+    try:
+        with full_float32("cpu"):
+            inside = state()
+            with full_float32("cpu"):
+                nested = state()
+            assert nested == state() == inside
+            1 / 0
+    except ZeroDivisionError:
+        pass
+    wanted = [p for p in PLACES if p[1] in ("matmul", "conv")]
+    return all(inside[PLACES.index(p)] == "ieee" for p in wanted), (state(), following()) == before
+
+for change in json.loads(sys.argv[1]):
+    sys.stdout.flush()
+    if os.fork() == 0:
+        print(json.dumps([change, *case(change)]))
+        sys.stdout.flush()
+        os._exit(0)
+    os.wait()
+"""
+CHANGES = [
+    "pass",
+    *(f"torch.set_float32_matmul_precision('{p}')" for p in ("medium", "high", "highest")),
+    "B.cuda.matmul.allow_tf32 = True",
+    "B.cudnn.allow_tf32 = False",
+    *(f"B.cuda.matmul.fp32_precision = '{p}'" for p in ("tf32", "ieee")),
+    *(f"B.cudnn.conv.fp32_precision = '{p}'" for p in ("tf32", "ieee", "none")),
+    "B.cudnn.fp32_precision = 'tf32'",
+    *(f"B.fp32_precision = '{p}'" for p in ("tf32", "bf16", "ieee")),
+    *(f"B.mkldnn.{op}.fp32_precision = 'bf16'" for op in ("matmul", "conv")),
+    "torch.set_float32_matmul_precision('high'); B.cuda.matmul.fp32_precision = 'none'",
+    "B.cuda.matmul.fp32_precision = 'tf32'; B.mkldnn.matmul.fp32_precision = 'bf16'; B.fp32_precision = 'tf32'",
+]
+
+
+def test_every_setting_is_ieee_inside_and_afterwards_what_it_was():
+    """Also what older switches say, the errors of mixed ones among it, and after an exception."""
+    command = [sys.executable, "-c", IN_A_PROCESS, json.dumps(CHANGES)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert found == [[change, True, True] for change in CHANGES], done.stderr
+
+
+def test_full_float32_switches_autocast_off():
+    x = torch.randn(2, 2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with full_float32("cpu"):
+            assert (x @ x).dtype == torch.float32
+        assert (x @ x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_codes_are_computed_in_full_float32_from_the_image_on(tiny_augvae, tiny_images, autocast):
+    model, x, seen = tiny_augvae(), tiny_images(), []
+    plain = model.codes(x)
+    conv = torch.backends.mkldnn.conv
+    before = conv.fp32_precision
+    model.encoders[0].conv_in.register_forward_hook(
+        lambda *_: seen.append({s.fp32_precision for s in FLOAT32_SETTINGS})
+    )
+    try:
+        conv.fp32_precision = "bf16"  # on a CPU with such units, convolutions change by 1 %
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            assert torch.equal(model.codes(x), plain)
+        assert conv.fp32_precision == "bf16"
+        model.features(x)
+    finally:
+        conv.fp32_precision = before
+    assert seen[0] == {"ieee"}
+    assert "bf16" in seen[1]  # training may choose
