@@ -54,11 +54,10 @@ class KVCache:
         """The number of slots that the step at `position` reads."""
         return math.ceil((position + 1) / self.bucket) * self.bucket
 
-    def reorder(self, rows_B: Tensor, filled: int) -> None:
-        """Copy row rows_B[i] to row i, in the first `filled` slots (for beam search)."""
+    def reorder(self, rows_B: Tensor, slots: slice) -> None:
+        """Copy row rows_B[i] to row i, in `slots` alone (for beam search, whose beams share their prompt)."""
         for cache in (self.k_LBHSD, self.v_LBHSD):
-            for layer in cache:  # layer by layer, to need little memory for the copy
-                layer[:, :, :filled] = layer[rows_B, :, :filled]
+            cache[:, :, :, slots] = cache[:, :, :, slots].index_select(1, rows_B)
 
 
 class Past(NamedTuple):

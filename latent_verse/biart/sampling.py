@@ -249,19 +249,20 @@ def beam_search(
         raise ValueError(f"length_penalty is {length_penalty}; it must be 0 or above.")
     device, batch = model.device, len(codes_BN)
     idx_BT, seg_BT = vocab.prompt(codes_BN.to(device), IMAGE_TO_TEXT)
-    position = idx_BT.shape[1]
+    position = prompt = idx_BT.shape[1]
     with _evaluating(model):
         weight_VC = model.head_weight("text")
         first = _new_cache(model, batch, device, bucket)
         feature_BC = model.prefill(idx_BT, seg_BT, first)[:, -1]
-        # Each image is read once; then every beam gets a copy of its keys and values.
+        # Each image is read once; then every beam gets a copy of its keys and values, which no step changes.
         cache = _new_cache(model, batch * beam_size, device, bucket)
-        cache.k_LBHSD.copy_(first.k_LBHSD.repeat_interleave(beam_size, dim=1))
-        cache.v_LBHSD.copy_(first.v_LBHSD.repeat_interleave(beam_size, dim=1))
+        for of_beams, read in ((cache.k_LBHSD, first.k_LBHSD), (cache.v_LBHSD, first.v_LBHSD)):
+            of_beams.unflatten(1, (batch, beam_size))[..., :prompt, :] = read[:, :, None, :, :prompt]
         cache.image_first_B1.fill_(True)
-        del first
+        del first, read
         feature_RC = feature_BC.repeat_interleave(beam_size, dim=0)
 
+        pos_1 = torch.tensor([position], device=device)
         row_B1 = torch.arange(batch, device=device)[:, None] * beam_size
         seg_R1 = torch.ones(batch * beam_size, 1, dtype=torch.long, device=device)
         text_BWL = torch.full((batch, beam_size, L), vocab.pad, device=device)
@@ -291,10 +292,10 @@ def beam_search(
             # A sum can only fall. Divided by the longest length, it bounds the score that a beam can still reach.
             if step + 1 == L or bool((best_B >= sum_BW.amax(dim=1) / L**length_penalty).all()):
                 break
-            cache.reorder((row_B1 + parent_BW).flatten(), filled=position)
-            pos_1 = torch.tensor([position], device=device)
+            cache.reorder((row_B1 + parent_BW).flatten(), slice(prompt, position))
             feature_RC = model.decode(token_BW.view(-1, 1), seg_R1, cache, pos_1, cache.slots(position))[:, 0]
             position += 1
+            pos_1.add_(1)
         if step + 1 == L:  # captions that fill text_len have no end token
             best_BL, best_B = best_with(sum_BW / L**length_penalty)
     return best_BL, best_B

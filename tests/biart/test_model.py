@@ -264,13 +264,16 @@ def test_positions_by_modality_are_the_same_in_both_directions():
     assert plain.pos_emb.shape[1] == vocab.input_len == model.pos_emb.shape[1] - 1
 
 
-def test_cache_reorder_moves_whole_rows():
+def test_cache_reorder_moves_rows_in_its_slots_alone():
     cache = KVCache(CONFIG, 3, "cpu", torch.float32)
-    cache.k_LBHSD.copy_(torch.randn(cache.k_LBHSD.shape))
-    before = cache.k_LBHSD.clone()
-    cache.reorder(torch.tensor([2, 2, 0]), filled=6)
-    assert torch.equal(cache.k_LBHSD[:, :, :, :6], before[:, [2, 2, 0], :, :6])
-    assert torch.equal(cache.k_LBHSD[:, :, :, 6:], before[:, :, :, 6:])
+    before = [torch.randn(cache.k_LBHSD.shape) for _ in range(2)]
+    cache.k_LBHSD.copy_(before[0])
+    cache.v_LBHSD.copy_(before[1])
+    cache.reorder(torch.tensor([2, 2, 0]), slice(4, 6))
+    for now, then in zip((cache.k_LBHSD, cache.v_LBHSD), before, strict=True):
+        assert torch.equal(now[:, :, :, 4:6], then[:, [2, 2, 0], :, 4:6])
+        assert torch.equal(now[:, :, :, :4], then[:, :, :, :4])
+        assert torch.equal(now[:, :, :, 6:], then[:, :, :, 6:])
 
 
 def test_initialisation_is_gpt2s():
