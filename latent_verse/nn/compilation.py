@@ -23,10 +23,10 @@ def why_not_compiled(device: torch.device) -> str:
             return "Triton is not installed (pip install triton)"
         if torch.cuda.get_device_capability(device) < (7, 0):
             return "Triton needs a GPU of compute capability 7.0 or newer"
-        variable, names = "CC", ("gcc", "clang")
+        variable, names = "CC", ["gcc", "clang"]
     else:
-        variable, names = "CXX", ("clang++",) if sys.platform == "darwin" else ("g++",)
-    compilers = (os.environ[variable],) if os.environ.get(variable) else names
+        variable, names = "CXX", ["clang++" if sys.platform == "darwin" else "g++"]
+    compilers = [os.environ[variable]] if os.environ.get(variable) else names
     if not any(map(shutil.which, compilers)):
         return (
             f"there is no compiler {compilers[0]} (install it, or name another in the environment variable {variable})"
