@@ -20,11 +20,11 @@ from torch import Tensor
 from latent_verse.biart.cuda_graphs import CUDAGraphs, can_capture
 from latent_verse.biart.model import BiART, KVCache
 from latent_verse.biart.sequence import IGNORE, IMAGE_TO_TEXT, TEXT_TO_IMAGE, Direction, Modality, target_modality
-from latent_verse.config import SamplingSettings
+from latent_verse.config import SamplingSettings, UserError
 from latent_verse.nn.precision import in_float64
 
 
-class NotFinite(ValueError):
+class NotFinite(UserError):
     """The model's logits are not finite numbers."""
 
 
@@ -118,7 +118,7 @@ def _check_finite(bad: Tensor) -> None:
     if bool(bad):
         raise NotFinite(
             "the model's logits are not finite: its weights are damaged, or overflow in this precision. "
-            "Try float32, or an earlier checkpoint."
+            "Try dtype float32, or an earlier checkpoint."
         )
 
 
