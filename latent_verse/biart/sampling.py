@@ -20,6 +20,7 @@ from torch import Tensor
 from latent_verse.biart.cuda_graphs import CUDAGraphs, can_capture
 from latent_verse.biart.model import BiART, KVCache
 from latent_verse.biart.sequence import IGNORE, IMAGE_TO_TEXT, TEXT_TO_IMAGE, Direction, Modality, target_modality
+from latent_verse.biart.triton_kernels import has_sampling_kernel, sample_classes
 from latent_verse.config import SamplingSettings
 from latent_verse.nn.precision import in_float64
 
@@ -61,9 +62,11 @@ def choose(
     top_k keeps the k likeliest classes. top_p then keeps the smallest set of them whose probability reaches p (Holtzman
     et al., 2020). At temperature 0, or without u_B, the likeliest class is taken.
     """
-    logits_BV = logits_BV.float()
     if temperature == 0 or u_B is None:
         return logits_BV.argmax(dim=-1)
+    if has_sampling_kernel(logits_BV.device, logits_BV.shape[-1]):
+        return sample_classes(logits_BV, u_B, temperature, top_k, top_p)
+    logits_BV = logits_BV.float()
     # The maximum is subtracted first: a tiny temperature then gives a sharp distribution rather than inf - inf.
     logits_BV = (logits_BV - logits_BV.amax(dim=-1, keepdim=True)) / temperature
     order_BV = None
