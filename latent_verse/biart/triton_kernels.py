@@ -1,19 +1,20 @@
 """Two kernels for sampling on a GPU, in Triton, each with a plain way to the same result that is the reference.
 
-`decode_attention` is a decoding step's attention, the same launch at every position. `sample_classes` samples from a
-row of logits without sorting it. Their source is in `triton_source`, so that importing this file does not import Triton.
+`decode_attention` is a decoding step's attention, the same launch at every position. `sample_classes` samples from rows
+of logits without sorting them. Their source is in `triton_source`, so that importing this file does not import Triton.
 
 Shape suffixes: B rows, H heads, D channels of a head, S slots, V classes.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from latent_verse.nn.compilation import why_not_compiled
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDTHS = (16, 32, 64, 128, 256)
@@ -32,9 +33,9 @@ def has_sampling_kernel(device: torch.device, classes: int) -> bool:
 
 
 def _triton_serves(device: torch.device) -> bool:
-    if device.type != "cuda" or not torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
+    if device.type != "cuda" or not torch.cuda.is_available():
         return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.cuda.get_device_capability(device) >= (8, 0) and not why_not_compiled(device)
 
 
 @torch.library.custom_op("latent_verse::decode_attention", mutates_args=("k_BHSD", "v_BHSD"), device_types="cuda")

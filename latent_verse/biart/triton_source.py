@@ -159,7 +159,7 @@ def _reaches(key_V, weight_V, target, BITS: tl.constexpr, PASSES: tl.constexpr):
     for i in range(BITS):
         higher = key | (1 << (BITS - 1 - i))
         below = tl.sum(tl.where(key_V < higher, weight_V, 0.0), axis=0)
-        if PASSES:
+        if PASSES:  # noqa: SIM108 - a choice when compiling, which Triton sees only in this form
             key = tl.where(below <= target, higher, key)
         else:
             key = tl.where(below < target, higher, key)
@@ -227,6 +227,11 @@ def _sample(
     tl.store(class_ptr + row, chosen.to(tl.int64))
 
 
+def sampling_warps(padded: int) -> int:
+    """Warps of 32 threads with 16 classes each, or 32 where that is too many warps."""
+    return max(4, min(16, padded // 512))
+
+
 def sample_classes(
     logits_BV: Tensor, u_B: Tensor, temperature: float, top_k: int | None, top_p: float | None
 ) -> Tensor:
@@ -241,6 +246,6 @@ def sample_classes(
         HAS_TOP_P=top_p is not None,
         PADDED=padded,
         INDEX_BITS=padded.bit_length() - 1,
-        num_warps=max(4, min(16, padded // 1024)),
+        num_warps=sampling_warps(padded),
     )
     return class_B
