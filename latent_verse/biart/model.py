@@ -21,6 +21,7 @@ from latent_verse.biart.sequence import DIRECTIONS, IGNORE, MODALITIES, Modality
 from latent_verse.biart.triton_kernels import decode_attention, has_kernels
 from latent_verse.config import BiARTConfig
 from latent_verse.nn.activation_checkpointing import ActivationCheckpointing
+from latent_verse.nn.precision import LayerNorm, as_residual_stream
 
 
 def loss_weights(reference_weight: float, text: float = 1.0, image: float = 1.0) -> dict[str, float]:
@@ -112,28 +113,36 @@ class Attention(nn.Module):
 
 
 class Block(ActivationCheckpointing):
-    """x + attention(norm x), then x + MLP(norm x).
+    """x + attention(norm x), then x + MLP(norm x); the last sum is left to the next block.
 
     Activation checkpointing recomputes the outputs of the second norm and of GELU, a third of what a block keeps.
     """
 
     def __init__(self, config: BiARTConfig):
         super().__init__()
-        self.ln1 = nn.LayerNorm(config.n_embd)
+        self.ln1 = LayerNorm(config.n_embd)
         self.attn = Attention(config)
-        self.ln2 = nn.LayerNorm(config.n_embd)
+        self.ln2 = LayerNorm(config.n_embd)
         self.mlp = nn.Sequential(
             nn.Linear(config.n_embd, 4 * config.n_embd),
             nn.GELU(),
             nn.Linear(4 * config.n_embd, config.n_embd),
-            nn.Dropout(config.resid_pdrop),
         )
+        self.resid_drop = nn.Dropout(config.resid_pdrop)
 
-    def forward(self, x_BTC: Tensor, past: Past | None = None) -> Tensor:
+    def forward(
+        self, x_BTC: Tensor, branch_BTC: Tensor | None = None, past: Past | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The stream and what the block before adds to it, None at first -> the stream and what this block adds.
+
+        So the compiler, which sees one block at a time, can make each sum and the norm of it in one pass.
+        """
+        if branch_BTC is not None:
+            x_BTC = x_BTC + self.resid_drop(branch_BTC)
         x_BTC = x_BTC + self.attn(self.ln1(x_BTC), past)
-        widen, gelu, narrow, dropout = self.mlp
+        widen, gelu, narrow = self.mlp
         wide_BTF = self.recomputed(lambda x: widen(self.ln2(x)), x_BTC)
-        return x_BTC + dropout(self.recomputed(lambda wide: narrow(gelu(wide)), wide_BTF))
+        return x_BTC, self.recomputed(lambda wide: narrow(gelu(wide)), wide_BTF)
 
 
 class BiART(nn.Module):
@@ -150,7 +159,8 @@ class BiART(nn.Module):
         self.pos_emb = nn.Parameter(torch.empty(1, places, config.n_embd))
         self.drop = nn.Dropout(config.embd_pdrop)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd)
+        self.resid_drop = nn.Dropout(config.resid_pdrop)  # of the last block's branch
+        self.ln_f = LayerNorm(config.n_embd)
         self.head = nn.Linear(config.n_embd, self.vocab.size, bias=False)
         self._init_weights()
 
@@ -190,24 +200,29 @@ class BiART(nn.Module):
         return F.embedding(torch.where(image_first_B1, turned_T, place_T), table_PC)
 
     def _embed(self, idx_BT: Tensor, seg_BT: Tensor, places: slice | Tensor, image_first_B1: Tensor) -> Tensor:
-        return self.drop(self.tok_emb(idx_BT) + self.seg_emb(seg_BT) + self.positions(places, image_first_B1))
+        x_BTC = self.tok_emb(idx_BT) + self.seg_emb(seg_BT) + self.positions(places, image_first_B1)
+        return as_residual_stream(self.drop(x_BTC))
 
     def features(self, idx_BT: Tensor, seg_BT: Tensor) -> Tensor:
         """Joint ids and segments -> features_BTC, from which the heads read the next token."""
         x_BTC = self._embed(idx_BT, seg_BT, slice(idx_BT.shape[1]), idx_BT[:, :1] == self.vocab.begin_image)
+        branch_BTC: Tensor | None = None
         for block in self.blocks:
-            x_BTC = self.call_block(block, x_BTC)
-        return self.ln_f(x_BTC)
+            x_BTC, branch_BTC = self.call_block(block, x_BTC, branch_BTC)
+        return self.ln_f(x_BTC + self.resid_drop(branch_BTC))
 
     @staticmethod
-    def call_block(block: nn.Module, x_BTC: Tensor) -> Tensor:
-        """block(x_BTC). Training may compile this function; cached decoding, with its changing shapes, bypasses it."""
-        return block(x_BTC)
+    def call_block(block: nn.Module, x_BTC: Tensor, branch_BTC: Tensor | None) -> tuple[Tensor, Tensor]:
+        """block(x_BTC, branch_BTC). Cached decoding, with its changing shapes, bypasses it.
+
+        Training may compile this function: once for the first block, which has no branch, and once for all others.
+        """
+        return block(x_BTC, branch_BTC)
 
     @staticmethod
-    def decode_block(block: nn.Module, x_BTC: Tensor, past: Past) -> Tensor:
-        """block(x_BTC, past) in a decoding step. `sampling.Decoder` may compile this function, once for all blocks."""
-        return block(x_BTC, past)
+    def decode_block(block: nn.Module, x_BTC: Tensor, branch_BTC: Tensor | None, past: Past) -> tuple[Tensor, Tensor]:
+        """block(x_BTC, branch_BTC, past). Like `call_block`, it may be compiled, which `sampling.Decoder` does."""
+        return block(x_BTC, branch_BTC, past)
 
     def forward(self, idx_BT: Tensor, seg_BT: Tensor) -> Tensor:
         """Joint ids and segments -> logits_BTV of the next token over the whole joint vocabulary."""
@@ -300,7 +315,7 @@ class BiART(nn.Module):
         cache: KVCache,
         pos_1: Tensor,
         slots: int,
-        decode_block: Callable[[nn.Module, Tensor, Past], Tensor] | None = None,
+        decode_block: Callable[..., tuple[Tensor, Tensor]] | None = None,
     ) -> Tensor:
         """Read one more token, at position pos_1 -> features_B1C. `slots` is cache.slots(position).
 
@@ -321,12 +336,14 @@ class BiART(nn.Module):
         pos_T: Tensor,
         slots: int,
         mask_TS: Tensor | None,
-        call: Callable[[nn.Module, Tensor, Past], Tensor],
+        call: Callable[..., tuple[Tensor, Tensor]],
     ) -> Tensor:
         x_BTC = self._embed(idx_BT, seg_BT, pos_T, cache.image_first_B1)
+        branch_BTC: Tensor | None = None
         for block, k_BHSD, v_BHSD in zip(self.blocks, cache.k_LBHSD, cache.v_LBHSD, strict=True):
-            x_BTC = call(block, x_BTC, Past(k_BHSD, v_BHSD, pos_T, slots, mask_TS, cache.by_kernel))
-        return self.ln_f(x_BTC)
+            past = Past(k_BHSD, v_BHSD, pos_T, slots, mask_TS, cache.by_kernel)
+            x_BTC, branch_BTC = call(block, x_BTC, branch_BTC, past)
+        return self.ln_f(x_BTC + self.resid_drop(branch_BTC))
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Two groups for AdamW: matrices decay; biases, norms and embeddings do not."""
