@@ -16,8 +16,9 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
+from latent_verse.biart.kept import free_bytes
 from latent_verse.biart.model import BiART
-from latent_verse.biart.sampling import beam_search, check_settings, generate, log_likelihood
+from latent_verse.biart.sampling import beam_search, check_settings, generate, kept_bytes, log_likelihood
 from latent_verse.biart.sequence import Direction, Modality, target_modality
 from latent_verse.config import ConfigError, SamplingSettings
 from latent_verse.data.transforms import mix_seed
@@ -89,7 +90,9 @@ class Sampler:
         modality = target_modality(direction)
         tokens, known = self.biart.vocab.length(modality), 0 if prefix_RK is None else prefix_RK.shape[1]
         cache_bytes = self._cache_bytes(reference_RT.shape[1] + known, 1 if sampling.guidance == 1 else 2)
-        compiled = self._compiles(len(reference_BT), cache_bytes, tokens - known)
+        device = self.biart.device
+        size = self._batch_size(len(reference_BT), cache_bytes, kept_bytes(device))  # for which `generate` makes room
+        compiled = self._compiles(math.ceil(len(reference_BT) / size) * (tokens - known))
         what, total = f"sampling {modality}s", len(reference_BT) * tokens
         with progress_bar(what=what, total=total, unit="token", shown=self.progress) as bar:
 
@@ -106,12 +109,12 @@ class Sampler:
                     prefix_BK=None if prefix_BK is None else prefix_BK[rows],
                     reference_dropout_trained=self.null_trained,
                     progress=show,
-                    **({"compiled": True} if compiled else {}),
+                    compiled=compiled,
                 )
                 show(tokens, tokens)  # texts may end early
                 return target_BT
 
-            target_BT = self._in_batches(len(reference_BT), cache_bytes, run, equal=self.biart.device.type == "cuda")
+            target_BT = self._in_batches(len(reference_BT), size, run, equal=device.type == "cuda")
         if rerank <= 1:
             return rearrange(target_BT, "(R S) T -> R S T", S=samples)
         log_p_B = self.log_p(reference_BT, target_BT, "image")
@@ -129,7 +132,7 @@ class Sampler:
                 bar.update(len(text_BL))
                 return text_BL
 
-            return self._in_batches(len(codes_BN), bytes_each, run)
+            return self._in_batches(len(codes_BN), self._batch_size(len(codes_BN), bytes_each), run)
 
     def log_p(self, text_BL: Tensor, codes_BN: Tensor, given: Modality, alone: bool = False) -> Tensor:
         """The totals of `log_likelihood` in nats, (B,) float32 on the CPU.
@@ -149,31 +152,31 @@ class Sampler:
                 bar.update(len(total_B))
                 return total_B
 
-            return self._in_batches(len(text_BL), bytes_each, run)
+            return self._in_batches(len(text_BL), self._batch_size(len(text_BL), bytes_each), run)
 
-    def rows_at_a_time(self, bytes_each: int) -> int:
-        """`batch_size`, which must be at least 1, or as many rows as fit if each takes `bytes_each`."""
+    def rows_at_a_time(self, bytes_each: int, kept: int = 0) -> int:
+        """`batch_size`, which must be at least 1, or as many rows as fit if each takes `bytes_each`; `batch_bytes`."""
         if self.batch_size is not None and self.batch_size < 1:
             raise ConfigError(f"batch_size is {self.batch_size}; it must be at least 1, or None.")
         if self.batch_size:
             return self.batch_size
         device = self.biart.device
-        rows = max(1, min(LARGEST_BATCH, batch_bytes(device) // bytes_each))
+        rows = max(1, min(LARGEST_BATCH, batch_bytes(device, kept) // bytes_each))
         # What is free on a GPU varies a little from call to call, but a decoder is kept for one number of rows.
         return 2 ** (rows.bit_length() - 1) if device.type == "cuda" else rows
 
-    def _batch_size(self, rows: int, bytes_each: int) -> int:
+    def _batch_size(self, rows: int, bytes_each: int, kept: int = 0) -> int:
         """The rows of each batch, if as few as possible share them equally."""
-        return math.ceil(rows / math.ceil(rows / self.rows_at_a_time(bytes_each)))
+        return math.ceil(rows / math.ceil(rows / self.rows_at_a_time(bytes_each, kept)))
 
-    def _in_batches(self, rows: int, bytes_each: int, run: Callable[[slice], Tensor], equal: bool = False) -> Tensor:
-        """What `run` gives for all rows, on the CPU. Batches are halved if a GPU's memory runs out.
+    def _in_batches(self, rows: int, size: int, run: Callable[[slice], Tensor], equal: bool = False) -> Tensor:
+        """What `run` gives for all rows, `size` at a time, on the CPU. Batches are halved if a GPU's memory runs out.
 
         Args:
             equal: all batches have the same number of rows, because a decoder is kept for it: the last one begins with
                 rows of the one before, which give the same again.
         """
-        size, done, parts = self._batch_size(rows, bytes_each), 0, []
+        done, parts = 0, []
         while done < rows:
             start = min(done, rows - size) if equal else done
             batch = slice(start, min(start + size, rows))
@@ -187,10 +190,10 @@ class Sampler:
                 done = batch.stop
         return torch.cat(parts)
 
-    def _compiles(self, rows: int, bytes_each: int, steps: int) -> bool:
-        """Whether so many decoding steps for each batch pay for compiling one."""
-        device, batches = self.biart.device, math.ceil(rows / self._batch_size(rows, bytes_each))
-        return device.type == "cuda" and batches * steps >= COMPILED_FROM and not why_not_compiled(device)
+    def _compiles(self, steps: int) -> bool:
+        """Whether so many decoding steps pay for compiling one."""
+        device = self.biart.device
+        return device.type == "cuda" and steps >= COMPILED_FROM and not why_not_compiled(device)
 
     def _cache_bytes(self, prompt: int, copies: int) -> int:
         """Of `copies` sequences: keys and values, and what the MLP of one block takes to read the prompt's tokens."""
@@ -198,12 +201,15 @@ class Sampler:
         return copies * c.n_embd * weight.element_size() * (2 * c.n_layer * vocab.input_len + 10 * prompt)
 
 
-def batch_bytes(device: torch.device) -> int:
-    """Bytes that one batch may take: BATCH_BYTES, on a GPU FREE_SHARE of what PyTorch can allocate there."""
+def batch_bytes(device: torch.device, kept: int = 0) -> int:
+    """Bytes that one batch may take: BATCH_BYTES, on a GPU FREE_SHARE of what PyTorch can allocate there.
+
+    `kept` is what decoders hold that the batch takes over or replaces, so that a second call has batches of the same
+    size, and so a decoder for them.
+    """
     if device.type != "cuda":
         return BATCH_BYTES
-    held_unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(FREE_SHARE * (torch.cuda.mem_get_info(device)[0] + held_unused))
+    return int(FREE_SHARE * (free_bytes(device) + kept))
 
 
 def sample_seeds(seed: int | None, reference_RT: Tensor, samples: int) -> list[int]:

@@ -109,13 +109,14 @@ class LVerse:
             CheckpointError: absent, incomplete, damaged, of another kind, or parts that do not belong together.
             ConfigError: no such dtype.
         """
-        if isinstance(dtype, str) and dtype != "auto":
-            dtype = getattr(torch, dtype, dtype)
-        if dtype not in (None, "auto") and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        auto = dtype == "auto"
+        if isinstance(dtype, str):
+            dtype = None if auto else getattr(torch, dtype, dtype)
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise ConfigError(f"dtype is {dtype!r}; give float32, bfloat16, float16 or auto.")
         vae, biart, tokenizer, info, recorded = load_bundle(directory_or_id)
         device = torch.device(device or best_device())
-        if dtype == "auto":
+        if auto:
             dtype = sampling_dtype(biart.head.weight.dtype, device)
         try:
             model = cls(vae.to(device), biart.to(device=device, dtype=dtype), tokenizer, info)

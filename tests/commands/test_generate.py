@@ -305,7 +305,7 @@ def test_every_flag_is_used_by_a_task():
         f.name for section in (WhatConfig, GenerateSamplingConfig, WriteConfig) for f in dataclasses.fields(section)
     }
     assert set(USED) == set(TASKS)
-    assert flags == set().union(*USED.values()) | {"model", "gpus"}
+    assert flags == set().union(*USED.values()) | {"model", "gpus", "dtype"}
 
 
 # ---------------------------------------------------------------------------------------------- flags that hold texts

@@ -97,6 +97,17 @@ def test_a_large_model_samples_256_images_at_a_time_on_80_gb(monkeypatch, model)
         assert sampler.rows_at_a_time(each) == rows
 
 
+def test_what_a_kept_decoder_holds_is_free_to_sampling_alone(monkeypatch, model, called):
+    """Or the next call would have smaller batches, for which no decoder is kept. Nothing else drops decoders."""
+    each = Sampler(model, True)._cache_bytes(CONFIG.text_len, 1)
+    gpu_memory(monkeypatch, free=int(2 * each / FREE_SHARE) + 1)
+    monkeypatch.setattr(batching, "kept_bytes", lambda device: int(2 * each / FREE_SHARE) + 1)
+    sampler = Sampler(on_gpu(model), True)
+    sampler.sample(references(model, TEXT_TO_IMAGE, 8), TEXT_TO_IMAGE, 1, SAMPLING, seed=0)
+    assert [call["rows"] for call in called] == [4, 4]
+    assert sampler.rows_at_a_time(each) == 2
+
+
 # ---------------------------------------------------------------------------------------------------- samples and sizes
 
 
