@@ -142,8 +142,8 @@ def _on(device: str, graph: torch.fx.GraphModule) -> None:
     move = lambda a: torch.device(device) if isinstance(a, torch.device) else a  # noqa: E731
     for node in graph.graph.nodes:
         node.args, node.kwargs = (torch.fx.node.map_aggregate(a, move) for a in (node.args, dict(node.kwargs)))
-        node.meta.pop("val", None)
-        node.meta.pop("tensor_meta", None)
+        for kept in ("val", "tensor_meta", "eager_input_vals"):
+            node.meta.pop(kept, None)
     graph.recompile()
 
 
@@ -212,7 +212,7 @@ def generate(make: Callable[[], tuple[Callable, tuple]], autocast: torch.dtype |
     with cpu_mode:
         joint = aot_function(
             traced, fw_compiler=keep, bw_compiler=keep, decompositions=select_decomp_table(),
-            **({"partition_fn": compile_fx.partition_fn} if grad else {}),
+            **({"partition_fn": compile_fx.partition_fn} if grad else {"keep_inference_input_mutations": True}),
         )  # fmt: skip
         with torch.set_grad_enabled(grad):
             out = joint(*fakes)

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, bfloat16, float16
+import torch.nn.functional as F
+from torch import Tensor, bfloat16, float16, nn
 
 LOW_PRECISION = (float16, bfloat16)
 
@@ -61,3 +62,27 @@ def keeping_float32(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor
         return tensor.to(device=out.device) if out.dtype in LOW_PRECISION else out
 
     return kept
+
+
+def as_residual_stream(x: Tensor) -> Tensor:
+    """x in bfloat16 under an autocast to it, which leaves sums to their terms' types: half the bytes of float32.
+
+    An autocast to float16 keeps float32, as the sum of many branches may exceed float16's 65,504.
+    """
+    device = x.device.type
+    lower = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) is bfloat16
+    return x.to(bfloat16) if lower else x
+
+
+class LayerNorm(nn.LayerNorm):
+    """nn.LayerNorm that gives bfloat16 for bfloat16, also of float32 weights and under an autocast.
+
+    Autocast would make a float32 copy of the input, and the output in float32 too. Statistics are float32 in any case.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As nn.LayerNorm."""
+        if x.dtype == self.weight.dtype or x.dtype != bfloat16:
+            return super().forward(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)

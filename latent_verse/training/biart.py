@@ -78,7 +78,7 @@ class LitBiART(pl.LightningModule):
         if self.config.trainer.activation_checkpointing:
             checkpoint_activations(self.model)
         if self.compiled:
-            self.model.call_block = torch.compile(BiART.call_block, dynamic=False)  # once, for all blocks
+            self.model.call_block = torch.compile(BiART.call_block, dynamic=False)  # not for each block
             if self.config.loss.loss_chunk is None:  # chunks need little memory anyway, and each would be compiled
                 # compiled, logits stay in the head's precision: their float32 copy and its log-softmax are never stored
                 self.model.token_losses = torch.compile(BiART.token_losses)

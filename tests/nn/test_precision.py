@@ -1,4 +1,4 @@
-"""float64 on a device that has none; float32 where settings ask for less."""
+"""float64 on a device that has none; float32 where settings ask for less; norms and the stream in bfloat16."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import sys
 
 import pytest
 import torch
+from torch import nn
 
 from latent_verse.augvae.quantizer import perplexity
-from latent_verse.nn.precision import FLOAT32_SETTINGS, full_float32, in_float64
+from latent_verse.nn.precision import FLOAT32_SETTINGS, LayerNorm, as_residual_stream, full_float32, in_float64
 
 
 class OnMPS(torch.Tensor):
@@ -137,3 +138,56 @@ def test_codes_are_computed_in_full_float32_from_the_image_on(tiny_augvae, tiny_
         conv.fp32_precision = before
     assert seen[0] == {"ieee"}
     assert "bf16" in seen[1]  # training may choose
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_residual_stream_is_lowered_under_an_autocast_to_bfloat16_only(autocast, given):
+    x = torch.randn(3, 4, dtype=given)
+    with torch.autocast("cpu", autocast, enabled=autocast is not None):
+        stream = as_residual_stream(x)
+    assert stream.dtype == (torch.bfloat16 if autocast is torch.bfloat16 else given)
+    torch.testing.assert_close(stream, x.to(stream.dtype), rtol=0, atol=0)
+
+
+def norms(dtype: torch.dtype, autocast: bool) -> list[torch.Tensor]:
+    """LayerNorm(x) of float32 weights for x in `dtype`, and the gradients of x and the weights; then nn.LayerNorm's."""
+    torch.manual_seed(0)
+    found = []
+    ours, plain = LayerNorm(256), nn.LayerNorm(256)
+    with torch.no_grad():
+        ours.weight.normal_(1, 0.2)
+        ours.bias.normal_()
+    plain.load_state_dict(ours.state_dict())
+    upstream = torch.randn(64, 256)
+    x = (torch.randn(64, 256) + 30).to(dtype)  # statistics in bfloat16 would lose the mean's last digits
+    for norm, given in ((ours, x.clone()), (plain, x.float())):
+        given.requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = norm(given)
+        (y.float() * upstream).sum().backward()
+        found += [y, given.grad, norm.weight.grad, norm.bias.grad]
+    return found
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_layer_norm_of_bfloat16_has_statistics_in_float32(autocast):
+    y, *gradients, plain, dx, dw, db = norms(torch.bfloat16, autocast)
+    assert y.dtype == gradients[0].dtype == torch.bfloat16
+    assert gradients[1].dtype == gradients[2].dtype == torch.float32
+    torch.testing.assert_close(y.float(), plain, rtol=2**-7, atol=2**-6)
+    for gradient, expected in zip(gradients, (dx, dw, db), strict=True):
+        assert (gradient.float() - expected).norm() < 0.01 * expected.norm()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_layer_norm_of_float32_is_torchs_to_the_bit(autocast):
+    found = norms(torch.float32, autocast)
+    torch.testing.assert_close(found[:4], found[4:], rtol=0, atol=0)
+
+
+def test_layer_norm_of_bfloat16_weights_is_torchs():
+    norm = LayerNorm(16).bfloat16()
+    x = torch.randn(3, 16).bfloat16()
+    assert torch.equal(norm(x), nn.LayerNorm(16).bfloat16()(x))
+    assert list(norm.state_dict()) == ["weight", "bias"]
