@@ -125,7 +125,7 @@ def make_trainer(t: TrainerConfig, folder: RunFolder, has_val: bool, more: Seque
         detect_anomaly=t.debug,
         use_distributed_sampler=False,  # the data module splits over processes itself, without padding
         benchmark=not t.deterministic,  # cuDNN times its convolutions at the first step and takes the fastest
-        deterministic=t.deterministic,
+        deterministic=t.deterministic or None,  # False would import the compiler to tell it so
         default_root_dir=run.folder,
         logger=make_logger(t, run),
         callbacks=callbacks,

@@ -178,7 +178,7 @@ def test_no_barrier_in_a_training_step(tiny_augvae, tmp_path, stage):
         assert found["whole"]  # DDP does not cut what is compiled
 
 
-def test_a_single_process_leaves_the_setting_of_ddp_alone(monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "optimize_ddp", True)
-    before_compiling()
-    assert torch._dynamo.config.optimize_ddp is True
+def test_a_single_process_leaves_the_setting_of_ddp_alone():
+    with torch._dynamo.config.patch(optimize_ddp=True):
+        before_compiling()
+        assert torch._dynamo.config.optimize_ddp is True
