@@ -51,6 +51,7 @@ def run(config: EvalVAEConfig, given: Mapping[str, str]) -> int:
             precision=t.precision,
             limit_test_batches=limit,
             use_distributed_sampler=False,
+            benchmark=False,  # it would tune cuDNN for the last, smaller batch as well
             enable_progress_bar=bool(bar),
             enable_model_summary=False,
             logger=False,

@@ -68,6 +68,7 @@ class TrainerConfig(Settings):
     accumulate_grad_batches: int = setting(1, "batches whose gradients are accumulated for one step", at_least=1)
     gradient_clip_val: Optional[float] = setting(None, "clip gradients to this norm; default no clipping", above=0)
     compile: Optional[bool] = setting(None, "use torch.compile; default on for training on a GPU with Triton")
+    deterministic: bool = setting(False, "resume exactly on a GPU too: steps repeat bit for bit, but are slower")
     activation_checkpointing: bool = setting(False, "save memory: recompute norms and activations")
     logger: str = setting("tensorboard", "where metrics are logged", ("tensorboard", "wandb", "csv"))
     log_every_n_steps: int = setting(10, "steps between logged training metrics", at_least=1)
@@ -451,6 +452,7 @@ def idle_flags(
         "backup_steps": (not t.backup, "backup is off"),
         "backup_dir": (not t.backup, "backup is off"),
         "image_log_steps": (not t.log_images, "log_images is off"),
+        "deterministic": (t.gpus == 0 or t.accelerator == "cpu", "a CPU's steps repeat bit for bit anyway"),
         **more,
         "shuffle_buffer": (not config.data.web_dataset, "the data is not webdataset"),
         "strategy": (t.gpus * t.nodes <= 1 and t.strategy != "fsdp", "one process trains"),

@@ -18,7 +18,7 @@ from latent_verse.metrics.reconstruction import ReconstructionMetrics
 from latent_verse.metrics.running import Mean
 from latent_verse.nn.activation_checkpointing import checkpoint_activations
 from latent_verse.training.optimizer import MuonAdamW, adamw, warm_up_then_cosine
-from latent_verse.training.trainer import uncompiled
+from latent_verse.training.trainer import before_compiling, uncompiled, untuned
 
 
 class LitAugVAE(pl.LightningModule):
@@ -65,6 +65,7 @@ class LitAugVAE(pl.LightningModule):
         if c.trainer.activation_checkpointing:
             checkpoint_activations(self.model)
         if self.compiled:
+            before_compiling()
             for network in networks:
                 network.compile(dynamic=False)  # each network has one input size; dynamic sizes are slower
         if self.device_mesh is not None:
@@ -88,7 +89,8 @@ class LitAugVAE(pl.LightningModule):
         """Start the codebook from the first batch if codebook_init is data."""
         first = self.global_step == 0 and batch_idx == 0
         if first and self.config.optim.codebook_init == "data" and self.model.quantizer.is_fresh:
-            self.model.initialise_codebook(batch[0].to(self.model.dtype))
+            with uncompiled(self.compiled), untuned():  # without gradients and autocast: graphs for this batch alone
+                self.model.initialise_codebook(batch[0].to(self.model.dtype))
 
     @property
     def _memory_format(self) -> torch.memory_format:
@@ -141,7 +143,7 @@ class LitAugVAE(pl.LightningModule):
         x_BCHW = batch[0]
         if self._nothing_in(x_BCHW):
             return None
-        with uncompiled(self.compiled):
+        with uncompiled(self.compiled), untuned(len(x_BCHW) != self.config.data.batch_size):
             parts, reconstruction_BCHW = self._losses(x_BCHW, "val")
         for name, mean in self.val_means.items():
             mean.update(parts[name], weight=len(x_BCHW))

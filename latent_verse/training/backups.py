@@ -37,6 +37,13 @@ def made_step(trainer: pl.Trainer, batch_idx: int) -> bool:
     return (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
 
 
+def in_any_process(is_so: bool, device: torch.device) -> bool:
+    """Whether `is_so` in one of the processes. A collective on `device`, which waits for all of them."""
+    number = torch.full((), int(is_so), device=device)
+    dist.all_reduce(number)  # Lightning's reduce_boolean_decision has a barrier before it
+    return bool(number)
+
+
 class RunFolder(pl.Callback):
     """Make the run folder, once all processes have met; from `setup` on, `self.run` is the first process's in all."""
 
@@ -88,7 +95,7 @@ class Backup(pl.Callback):
         stop = self.told_to_stop
         if trainer.world_size > 1:  # all processes must leave after the same step; asking costs, so not at every one
             ask = trainer.global_step % trainer.log_every_n_steps == 0
-            stop = ask and trainer.strategy.reduce_boolean_decision(stop, all=False)
+            stop = ask and in_any_process(stop, trainer.strategy.root_device)
         if trainer.is_last_batch or trainer.global_step == trainer.max_steps or not made_step(trainer, batch_idx):
             return
         if stop:
@@ -99,7 +106,7 @@ class Backup(pl.Callback):
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         stop = self.told_to_stop
         if trainer.world_size > 1:
-            stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
+            stop = in_any_process(stop, trainer.strategy.root_device)
         if stop:
             saved = runs.states(self.folder.run)
             found = f"saved {saved[0]}" if saved else "there was nothing to save yet"

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from latent_verse.biart.model import BiART, loss_weights
@@ -30,7 +31,7 @@ from latent_verse.config.train import TrainBiARTConfig
 from latent_verse.metrics.running import Mean
 from latent_verse.nn.activation_checkpointing import checkpoint_activations
 from latent_verse.training.optimizer import MuonAdamW, adamw, warm_up_then_cosine
-from latent_verse.training.trainer import uncompiled
+from latent_verse.training.trainer import before_compiling, uncompiled, untuned
 
 
 class LitBiART(pl.LightningModule):
@@ -78,10 +79,13 @@ class LitBiART(pl.LightningModule):
         if self.config.trainer.activation_checkpointing:
             checkpoint_activations(self.model)
         if self.compiled:
+            before_compiling()
             self.model.call_block = torch.compile(BiART.call_block, dynamic=False)  # not for each block
             if self.config.loss.loss_chunk is None:  # chunks need little memory anyway, and each would be compiled
                 # compiled, logits stay in the head's precision: their float32 copy and its log-softmax are never stored
-                self.model.token_losses = torch.compile(BiART.token_losses)
+                # A graph for each modality and number of rows: 2 if the directions share a batch evenly, 8 at most (see
+                # rows_text_to_image, which rounds either way), which is as many as Dynamo makes of a function.
+                self.model.token_losses = torch.compile(BiART.token_losses, dynamic=False)
         if self.device_mesh is not None:
             from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
@@ -134,8 +138,9 @@ class LitBiART(pl.LightningModule):
         if self.trainer.world_size == 1:
             return None
         own = sequences.counted()
-        average = self.trainer.strategy.reduce(own.clone(), reduce_op="mean")
-        share = own / average.clamp(min=1e-9)  # 0 if no process counts any
+        average = own.clone()
+        dist.all_reduce(average)  # Lightning's reduce would first wait for the other processes, and for the device
+        share = own / average.div_(self.trainer.world_size).clamp(min=1e-9)  # 0 if no process counts any
         return {f"{d}/{m}": share[i, j] for i, d in enumerate(DIRECTIONS) for j, m in enumerate(MODALITIES)}
 
     def rows_text_to_image(self, batch_size: int, batch_idx: int) -> int:
@@ -175,9 +180,9 @@ class LitBiART(pl.LightningModule):
         size = len(batch[0])
         if size == 0:
             return
-        x = self.codes(batch[0])
-        sequences = self.pack([torch.cat([x, x]), torch.cat([batch[1], batch[1]])], size)
-        with uncompiled(self.compiled):
+        with uncompiled(self.compiled), untuned(size != self.config.data.batch_size):
+            x = self.codes(batch[0])
+            sequences = self.pack([torch.cat([x, x]), torch.cat([batch[1], batch[1]])], size)
             _, means = self.loss(self.network, sequences)
         tokens = {m: (sequences.classes(m)[:size] != IGNORE).sum() for m in MODALITIES}  # the same in both directions
         for name, value in means.items():

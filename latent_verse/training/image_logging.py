@@ -15,6 +15,7 @@ from latent_verse.config.train import SamplingConfig
 from latent_verse.data.text import Tokenizer
 from latent_verse.files import replacing, write_text
 from latent_verse.training.backups import RunFolder, made_step
+from latent_verse.training.trainer import untuned
 
 
 class ImageGrids(pl.Callback):
@@ -130,6 +131,7 @@ class TextImageSamples(pl.Callback):
         return self._examples is not None and len(self._examples.captions) > 0
 
     @torch.no_grad()
+    @untuned()
     def _sample(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
         """Generate and write, on all processes alike (a sharded network needs them all). Returns the shares correct."""
         e, s, n, device = self._examples, self.settings, self.settings.num_samples, pl_module.device

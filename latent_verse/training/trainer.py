@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import logging
 import os
-import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -22,8 +20,10 @@ from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy, Str
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
+from latent_verse.augvae.quantizer import world_size
 from latent_verse.config import ConfigError
 from latent_verse.config.train import TrainBiARTConfig, TrainerConfig, TrainVAEConfig
+from latent_verse.nn.compilation import why_not_compiled
 from latent_verse.training import runs
 from latent_verse.training.backups import Backup, Interrupted, ProcessState, RunFolder
 from latent_verse.training.progress_bar import ProgressBar
@@ -124,7 +124,8 @@ def make_trainer(t: TrainerConfig, folder: RunFolder, has_val: bool, more: Seque
         enable_model_summary=False,
         detect_anomaly=t.debug,
         use_distributed_sampler=False,  # the data module splits over processes itself, without padding
-        benchmark=True,
+        benchmark=not t.deterministic,  # cuDNN times its convolutions at the first step and takes the fastest
+        deterministic=t.deterministic or None,  # False would import the compiler to tell it so
         default_root_dir=run.folder,
         logger=make_logger(t, run),
         callbacks=callbacks,
@@ -166,27 +167,50 @@ def fit(trainer: pl.Trainer, t: TrainerConfig, run: Run, module: pl.LightningMod
 
 
 def compiles(config: TrainVAEConfig | TrainBiARTConfig) -> bool:
-    """Whether to compile the networks: as `compile` says; by default on a GPU that Triton and its compiler serve.
+    """Whether to compile the networks: as `compile` says, by default on a GPU; if the machine cannot, says why.
 
     By default not for a smoke test, which is short, nor with fsdp or anomaly detection, where it has not been tried.
     """
     t = config.trainer
-    if t.compile is not None or config.data.fake_data:
-        return bool(t.compile)
     on_gpu = t.accelerator in ("auto", "gpu", "cuda") and 0 < t.gpus <= torch.cuda.device_count()
-    if not on_gpu or t.strategy == "fsdp" or t.debug:
+    by_default = on_gpu and not (config.data.fake_data or t.strategy == "fsdp" or t.debug)
+    if not (by_default if t.compile is None else t.compile):
         return False
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    return (
-        compiler is not None
-        and importlib.util.find_spec("triton") is not None
-        and torch.cuda.get_device_capability() >= (7, 0)
-    )
+    lacking = why_not_compiled(torch.device("cuda" if on_gpu else "mps" if t.accelerator == "mps" else "cpu"))
+    if lacking:
+        say(f"Networks are not compiled: {lacking}.")
+    return not lacking
+
+
+def before_compiling() -> None:
+    """Call this before networks are compiled, once the processes of a run have met.
+
+    DDP's part of Dynamo cuts each compiled network after every 25 MB of weights, so that gradients are exchanged while
+    the rest of its backward pass runs. Several networks or blocks are compiled here, one by one, and are exchanged one
+    by one anyway; more cuts would only prevent fusions.
+    """
+    if world_size() > 1:
+        torch._dynamo.config.optimize_ddp = False
 
 
 def uncompiled(compiled: bool) -> AbstractContextManager:
     """A context for validation: compiling again for its smaller last batch would take longer than it saves."""
     return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+
+
+@contextmanager
+def untuned(wanted: bool = True) -> Iterator[None]:
+    """A context for batches of another size than training's, and if `wanted` is False, one without effect.
+
+    `benchmark` lets cuDNN time many ways to compute each convolution of a new shape, which takes longer than it saves
+    where few batches have that shape. Batches of training's size find what was timed in training.
+    """
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = before and not wanted
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def checkpoints(run: Run, has_val: bool) -> list[ModelCheckpoint]:

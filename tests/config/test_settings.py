@@ -426,6 +426,10 @@ def test_flags_without_effect_are_named():
     )
     named = idle_flags_vae(resolve_train_vae(config, given), given, uses_lpips=False)
     assert [line.split(":")[0] for line in named] == ["backup_steps", "p_loss_weight", "strategy"]
+    for gpus, idle in (("0", ["deterministic"]), ("1", [])):  # a CPU's steps repeat anyway
+        config, given = parse(TrainVAEConfig, ["--fake_data", "--deterministic", "--gpus", gpus], "")
+        named = idle_flags_vae(resolve_train_vae(config, given), given, uses_lpips=False)
+        assert [line.split(":")[0] for line in named] == idle
     config, given = parse(
         TrainVAEConfig, ["--fake_data", "--backup", "--backup_steps", "5", "--loss_type", "lpips_l1"], ""
     )

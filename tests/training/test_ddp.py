@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
+from dataclasses import replace
 
 import pytest
+import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -12,7 +15,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from latent_verse.augvae.model import AugVAE
 from latent_verse.augvae.quantizer import Codebook
-from tests.two_processes import in_two_processes
+from latent_verse.biart.model import BiART
+from latent_verse.biart.sequence import DIRECTIONS, MODALITIES
+from latent_verse.config.train import TrainBiARTConfig, TrainerConfig, TrainVAEConfig
+from latent_verse.training.augvae import LitAugVAE
+from latent_verse.training.backups import RunFolder, in_any_process
+from latent_verse.training.biart import LitBiART
+from latent_verse.training.runs import Run
+from latent_verse.training.trainer import before_compiling, make_trainer
+from tests.biart.tiny_biart import CONFIG
+from tests.two_processes import WORLD, in_two_processes
 
 STEPS = 3
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo")
@@ -96,3 +108,77 @@ def test_initialising_a_model_gives_one_codebook(tiny_augvae, tmp_path):
     for name in first:
         assert torch.equal(first[name], second[name]), name
     assert not torch.equal(first["weight"], model.quantizer.embedding.weight)
+
+
+class Watched(pl.Callback):
+    """Notes barriers inside and outside of training batches, and the shares of tokens that a step uses."""
+
+    def __init__(self):
+        self.barriers, self.inside, self.shares = {"in a batch": 0, "between batches": 0}, False, []
+        barrier = dist.barrier
+
+        def counted(*args, **kwargs):
+            self.barriers["in a batch" if self.inside else "between batches"] += 1
+            return barrier(*args, **kwargs)
+
+        dist.barrier = counted  # in a process of its own
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        self.inside = True
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.inside = False
+
+
+def run_with_lightning(rank: int, folder: str, vae: AugVAE, stage: str) -> dict:
+    """Four steps and a validation of a run as the programs make it, as one of two processes of torchrun."""
+    os.environ |= {"TORCHELASTIC_RUN_ID": "0", "LOCAL_WORLD_SIZE": str(WORLD), "WORLD_SIZE": str(WORLD)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    watch = Watched()
+    t = TrainerConfig(gpus=WORLD, accelerator="cpu", max_steps=4, log_every_n_steps=1, logger="csv", refresh_rate=0)
+    torch.manual_seed(rank)
+    images, text = torch.rand(2, 3, 16, 16) * 2 - 1, torch.randint(0, CONFIG.text_vocab, (2, CONFIG.text_len))
+    if stage == "augvae":
+        config = TrainVAEConfig(model=vae.config, trainer=t)
+        config = replace(config, optim=replace(config.optim, codebook_init="data"))
+        module, batch = LitAugVAE(vae, config), [images]
+    else:
+        config, batch = TrainBiARTConfig(trainer=t), [torch.randint(0, CONFIG.image_vocab, (2, CONFIG.image_len)), text]
+        batch[1][:, 1 + 2 * rank :] = CONFIG.text_vocab + CONFIG.image_vocab  # pads: one rank has fewer words
+        module = LitBiART(BiART(CONFIG), vae, config, {})
+        share = module.token_share
+
+        def noted(sequences):
+            watch.inside = False  # for Lightning's reduction, to compare with
+            expected = sequences.counted() / module.trainer.strategy.reduce(sequences.counted(), reduce_op="mean")
+            watch.inside = True
+            found = share(sequences)
+            shares = [found[f"{d}/{m}"].item() for d in DIRECTIONS for m in MODALITIES]
+            watch.shares.append(shares == expected.flatten().tolist())
+            return found
+
+        module.token_share = noted
+    trainer = make_trainer(t, RunFolder(Run(folder, "0"), config), has_val=True, more=[watch])
+    loader = torch.utils.data.DataLoader([batch] * 2, batch_size=None)
+    trainer.fit(module, loader, loader)
+    torch._dynamo.config.optimize_ddp = True
+    before_compiling()
+    told = [in_any_process(rank == 1, torch.device("cpu")), in_any_process(False, torch.device("cpu"))]
+    whole = torch._dynamo.config.optimize_ddp is False
+    return {"steps": trainer.global_step, "shares": watch.shares, "told": told, "whole": whole, **watch.barriers}
+
+
+@pytest.mark.parametrize("stage", ["augvae", "biart"])
+def test_no_barrier_in_a_training_step(tiny_augvae, tmp_path, stage):
+    """And what takes its place gives the same: shares of tokens, a signal that one process had."""
+    for found in in_two_processes(tmp_path, run_with_lightning, tmp_path / "run", tiny_augvae(), stage):
+        assert found["steps"] == 4 and found["in a batch"] == 0 and found["between batches"] > 0
+        assert found["shares"] == [True] * (4 if stage == "biart" else 0)
+        assert found["told"] == [True, False]
+        assert found["whole"]  # DDP does not cut what is compiled
+
+
+def test_a_single_process_leaves_the_setting_of_ddp_alone():
+    with torch._dynamo.config.patch(optimize_ddp=True):
+        before_compiling()
+        assert torch._dynamo.config.optimize_ddp is True

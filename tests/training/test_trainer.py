@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,15 +12,27 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import TQDMProgressBar
 
+from latent_verse.augvae import layers
 from latent_verse.augvae.model import AugVAE
+from latent_verse.biart.model import BiART
 from latent_verse.config import ConfigError
-from latent_verse.config.train import EvalVAEConfig, ImageDataConfig, TrainerConfig, TrainVAEConfig
+from latent_verse.config.train import (
+    BiARTLossConfig,
+    EvalVAEConfig,
+    ImageDataConfig,
+    TrainBiARTConfig,
+    TrainerConfig,
+    TrainVAEConfig,
+    VAEOptimConfig,
+)
 from latent_verse.training import progress_bar, trainer
 from latent_verse.training.augvae import LitAugVAE, LitAugVAEEvaluation
 from latent_verse.training.backups import Backup, Interrupted, RunFolder
+from latent_verse.training.biart import LitBiART
 from latent_verse.training.progress_bar import ProgressBar
 from latent_verse.training.runs import Run
 from latent_verse.training.trainer import compiles, make_trainer
+from tests.biart.tiny_biart import CONFIG
 from tests.messages import naming
 
 
@@ -58,31 +71,31 @@ def run_with(fake_data=False, **settings) -> TrainVAEConfig:
     return TrainVAEConfig(data=ImageDataConfig(fake_data=fake_data), trainer=TrainerConfig(**settings))
 
 
-def test_networks_are_compiled_on_a_gpu_that_triton_serves(monkeypatch, tiny_config):
+def test_networks_are_compiled_on_a_gpu(monkeypatch, tiny_config):
+    monkeypatch.setattr(trainer, "why_not_compiled", lambda device: "")
     assert compiles(run_with(compile=True)) and compiles(run_with(compile=True, fake_data=True))
     assert not compiles(run_with(gpus=0))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(trainer.importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(trainer.shutil, "which", lambda name: "/usr/bin/cc")
     assert compiles(run_with())
     assert not LitAugVAE(AugVAE(tiny_config()), run_with()).compiled  # only the programs decide for themselves
     assert not compiles(run_with(compile=False))
     assert not compiles(run_with(fake_data=True))
     assert not compiles(run_with(strategy="fsdp"))
     assert not compiles(run_with(debug=True))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (6, 1))
-    assert not compiles(run_with())
 
 
-@pytest.mark.parametrize("absent", ["triton", "cc"])
-def test_they_are_not_without_triton_or_its_compiler(absent, monkeypatch):
-    monkeypatch.delenv("CC", raising=False)
+@pytest.mark.parametrize(("gpus", "device"), [(1, "cuda"), (0, "cpu")])
+def test_what_they_lack_is_said_in_one_line_and_they_run_uncompiled(gpus, device, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(trainer, "why_not_compiled", lambda device: asked.append(device.type) or "there is no Python.h")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(trainer.importlib.util, "find_spec", lambda name: None if absent == "triton" else object())
-    monkeypatch.setattr(trainer.shutil, "which", lambda name: None if absent == "cc" else "/usr/bin/cc")
-    assert not compiles(run_with())
+    assert not compiles(run_with(compile=True, gpus=gpus))
+    said = capsys.readouterr().out
+    assert naming("compiled", "Python.h").search(said) and said.count("\n") == 1
+    assert not compiles(run_with(gpus=gpus))
+    assert capsys.readouterr().out == (said if gpus else "")  # by default a CPU is not asked
+    assert not compiles(run_with(gpus=gpus, compile=False)) and not capsys.readouterr().out
+    assert asked == [device] * (1 + gpus)
 
 
 def test_training_is_compiled_and_validation_is_not(tiny_config, tiny_images, monkeypatch):
@@ -104,6 +117,93 @@ def test_training_is_compiled_and_validation_is_not(tiny_config, tiny_images, mo
     module.training_step([tiny_images()], 0)["loss"].backward()
     assert compiled
     torch._dynamo.reset()
+
+
+class Graphs(list):
+    """What a run compiles, as (code, whether a size is symbolic), by a backend that runs graphs as they are."""
+
+    def __init__(self, monkeypatch):
+        compile, of_module = torch.compile, torch.nn.Module.compile
+        monkeypatch.setattr(torch, "compile", functools.partial(compile, backend=self.backend))
+        monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(of_module, backend=self.backend))
+
+    def backend(self, graph, inputs):
+        sizes = [size for x in inputs for size in (x.shape if isinstance(x, torch.Tensor) else (x,))]
+        self.append((graph.code, not all(type(size) is int for size in sizes)))
+        return graph.forward
+
+
+def fit(module, train: list, val: list, folder, **settings):
+    """Two epochs, each with a validation, by the Trainer that the programs make."""
+    t = replace(module.config.trainer, gpus=0, logger="csv", refresh_rate=0, epochs=2, **settings)
+    made = make_trainer(t, RunFolder(Run(folder / "run", "0"), module.config), has_val=True)
+    made.fit(module, *(torch.utils.data.DataLoader(batches, batch_size=None) for batches in (train, val)))
+
+
+@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_every_network_of_augvae_is_compiled_once(checkpointing, tiny_config, tmp_path, monkeypatch):
+    """Its codebook starts from data, training is in bf16, and validation has a smaller last batch."""
+    if not checkpointing:  # half of the blocks are enough
+        monkeypatch.setattr(layers, "Middle", lambda *args: torch.nn.Identity())
+    model = tiny_config(resolution=32, attn_resolutions=(16, 8, 4, 2), num_res_blocks=1)
+    t = TrainerConfig(compile=True, activation_checkpointing=checkpointing)
+    config = TrainVAEConfig(model=model, optim=VAEOptimConfig(codebook_init="data"), trainer=t)
+    torch._dynamo.reset()
+    graphs = Graphs(monkeypatch)
+    batches = [[torch.rand(size, 3, 32, 32) * 2 - 1] for size in (3, 3, 2)]
+    fit(LitAugVAE(AugVAE(model), config), batches[:2], batches[1:], tmp_path, precision="bf16-mixed")
+    torch._dynamo.reset()
+    assert [symbolic for _, symbolic in graphs] == [False] * 8  # 4 encoders and 4 decoders
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "share", "losses"),
+    # each modality has a graph for each number of rows: 2 both ways; 1 and 2; 1, 3 and 2; 2, 6, 3 and 5
+    [(4, 0.5, 2), (3, 0.5, 4), (4, 0.3, 6), (8, 0.3, 8)],
+)
+def test_biart_is_compiled_for_static_shapes(batch_size, share, losses, tmp_path, monkeypatch):
+    """One graph for all blocks; 2 for the losses where the directions share the batch evenly, and 8 at most."""
+    t = TrainerConfig(compile=True, activation_checkpointing=losses == 2)
+    config = TrainBiARTConfig(loss=BiARTLossConfig(text_to_image_share=share), trainer=t)
+    torch._dynamo.reset()
+    graphs = Graphs(monkeypatch)
+    batches = [
+        [torch.randint(0, CONFIG.image_vocab, (size, CONFIG.image_len)), torch.zeros(size, CONFIG.text_len).long()]
+        for size in [batch_size] * 5 + [1]
+    ]
+    module = LitBiART(BiART(CONFIG), torch.nn.Identity(), config, {})
+    fit(module, batches[:5], batches[4:], tmp_path, precision="bf16-mixed")
+    torch._dynamo.reset()
+    assert not any(symbolic for _, symbolic in graphs)
+    assert sum("cross_entropy" in code for code, _ in graphs) == losses
+    assert sum("scaled_dot_product_attention" in code for code, _ in graphs) == 1
+    assert len(graphs) == losses + 1
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_cudnn_is_tuned_for_batches_of_training_only(deterministic, tiny_config, tmp_path, monkeypatch):
+    """By the flag that convolutions see: at the start of the codebook, in training, in validation."""
+    seen = []
+    forward = torch.nn.Conv2d.forward
+
+    def noted(self, x):
+        seen.append((torch.is_grad_enabled(), self.training, len(x), torch.backends.cudnn.benchmark))
+        return forward(self, x)
+
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", noted)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    data, t = ImageDataConfig(batch_size=3), TrainerConfig(deterministic=deterministic)
+    config = TrainVAEConfig(model=tiny_config(), data=data, optim=VAEOptimConfig(codebook_init="data"), trainer=t)
+    batches = [[torch.rand(size, 3, 16, 16) * 2 - 1] for size in (3, 3, 2)]
+    try:
+        fit(LitAugVAE(AugVAE(config.model), config), batches[:2], batches[1:], tmp_path)
+        assert torch.are_deterministic_algorithms_enabled() is deterministic
+    finally:
+        torch.use_deterministic_algorithms(False)
+    on = not deterministic
+    starting, training, whole, smaller = ((False, True, 3), (True, True, 3), (False, False, 3), (False, False, 2))
+    assert {(*at, flag) for *at, flag in seen} == {(*starting, False), (*training, on), (*whole, on), (*smaller, False)}
+    assert torch.backends.cudnn.benchmark is on
 
 
 @pytest.mark.parametrize(
