@@ -16,6 +16,7 @@ from benchmarks.measure import PeakBytes
 from benchmarks.plain import BETA, DECAY, EPS, one_hot_forward, plain_augvae
 from latent_verse.augvae.model import AugVAE
 from latent_verse.augvae.quantizer import Codebook, EMAQuantizer
+from latent_verse.biart import model as network
 from latent_verse.biart import sampling
 from latent_verse.biart.model import BiART, loss_weights
 from latent_verse.biart.sequence import DIRECTIONS, TEXT_TO_IMAGE
@@ -34,6 +35,7 @@ from latent_verse.training.augvae import LitAugVAE
 from latent_verse.training.biart import LitBiART
 from latent_verse.training.optimizer import MuonAdamW, adamw, warm_up_then_cosine
 from tests.fake_cuda import DEVICE, Kept, fake_cuda
+from tests.sm90 import generate
 
 BIART = BiARTConfig(text_vocab=40, image_vocab=24, text_len=6, image_len=16, n_layer=2, n_head=2, n_embd=32)
 PRECISIONS = pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["float32", "bf16"])
@@ -196,6 +198,83 @@ def test_sampling_waits_no_more_for_more_tokens(direction, settings, monkeypatch
     else:  # at every eighth token it asks whether all captions have ended
         assert seen[1].pop("generate") - seen[0].pop("generate", 0) == 2
         assert seen[0] == seen[1]
+
+
+class Dispatched(TorchDispatchMode):
+    """Counts the operators that Python calls, and those of them that launch a kernel or more."""
+
+    NO_KERNEL = frozenset(
+        "prim alias detach empty expand permute select slice t transpose unbind unsqueeze view".split()
+    )
+
+    def __init__(self):
+        super().__init__()
+        self.operators, self.launches = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        namespace, name = func._schema.name.split("::")
+        if namespace != "prim":
+            self.operators += 1
+            self.launches += name.strip("_").removeprefix("unsafe_") not in self.NO_KERNEL
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("preset", "kernels", "at_most"),
+    [
+        ("12x768", False, (426, 186)), ("12x768", True, (378, 142)),
+        ("24x1024", False, (798, 330)), ("24x1024", True, (726, 262)),
+    ],
+)  # fmt: skip
+def test_operators_and_kernels_of_a_token(preset, kernels, at_most, monkeypatch):
+    """Of a step that is neither compiled nor a graph, at batch 1 with top_p; a graph is one launch."""
+    monkeypatch.setattr("latent_verse.biart.sequence.Vocabulary.check_text", lambda *args, **kwargs: None)
+    monkeypatch.setattr(sampling, "can_capture", lambda model, device: False)
+    monkeypatch.setattr(network, "has_kernels", lambda device, dtype, head_dim: kernels)
+    monkeypatch.setattr(sampling, "has_sampling_kernel", lambda device, classes: kernels)
+
+    def fused(q, k, v, attn_mask, dropout_p, is_causal):  # one kernel, which PyTorch would choose, had it a driver
+        return q.clone()
+
+    monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", fused)
+    counts = []
+    with fake_cuda({"_check_finite": False, "prompt": False}):
+        model = BiART(BiARTConfig(**PRESETS[preset])).bfloat16()
+        known = torch.zeros(1, 1020, dtype=torch.long)
+        with Dispatched() as seen:
+            sampling.generate(
+                model, torch.zeros(1, 64, dtype=torch.long), TEXT_TO_IMAGE, top_p=0.9, seed=1, prefix_BK=known,
+                progress=lambda *_: counts.append((seen.operators, seen.launches)),
+            )  # fmt: skip
+    operators, launches = (after - before for before, after in zip(counts[1], counts[2], strict=True))
+    assert operators <= at_most[0] and launches <= at_most[1]
+
+
+@pytest.mark.parametrize("preset", ["12x768", "24x1024"])
+@pytest.mark.parametrize("batch", [1, 64])
+def test_a_compiled_block_decodes_in_eight_launches(preset, batch):
+    """Four products, attention (two kernels if it divides its slots), and what is fused: norms with sums, and GELU."""
+    config = BiARTConfig(**PRESETS[preset])
+
+    class Step(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = network.Block(config).bfloat16().eval()
+
+        def forward(self, x_B1C, branch_B1C, k_BHSD, v_BHSD, pos_1):
+            return self.block(x_B1C, branch_B1C, network.Past(k_BHSD, v_BHSD, pos_1, 1, None, by_kernel=True))
+
+    def make():
+        width, heads, bf16 = config.n_embd, config.n_head, torch.bfloat16
+        x, branch = (torch.empty(batch, 1, width, dtype=bf16) for _ in range(2))
+        k, v = (torch.empty(batch, heads, 1089, width // heads, dtype=bf16) for _ in range(2))
+        return Step(), (x, branch, k, v, torch.zeros(1, dtype=torch.long))
+
+    code, _ = generate(make, grad=False)
+    assert code.launches.count("extern_kernels.addmm") == 4
+    assert code.launches.count("torch.ops.latent_verse.decode_attention.default") == 1
+    assert len(code.launches) == 8  # in particular none copies the cache
+    assert code.triton_bytes <= batch * config.n_embd * 2 * (3 + 5 + 8) + 8 * 2 * config.n_embd
 
 
 def test_scores_and_beams_stay_on_the_device(monkeypatch):

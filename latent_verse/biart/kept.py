@@ -10,13 +10,18 @@ import torch
 from torch import nn
 
 MOST = 4  # decoders kept
+# Of a GPU's memory, that all of them may take. A larger cache means more rows, so that its graphs cost little, and the
+# memory is wanted for decoding images and for metrics.
+MOST_SHARE = 0.25
 
 
 class Sized(Protocol):
-    """What can be kept."""
+    """What can be kept, and what it takes on its device."""
 
     device: torch.device
-    bytes: int  # on the device
+
+    @property
+    def bytes(self) -> int: ...
 
 
 def _addresses(model: nn.Module) -> list[tuple[int, torch.dtype, torch.device]]:
@@ -25,7 +30,7 @@ def _addresses(model: nn.Module) -> list[tuple[int, torch.dtype, torch.device]]:
 
 
 class Kept:
-    """At most `MOST` decoders, by model and plan; the least recently used goes first.
+    """Decoders by model and plan, within `MOST` and `MOST_SHARE`; the least recently used goes first.
 
     One that is in use is not among them, so that no two calls share it. Models are not held, copied or saved: with a
     model its decoders go, and so do they when its weights move.
@@ -46,12 +51,12 @@ class Kept:
     def put(self, model: nn.Module, plan: Hashable, decoder: Sized) -> None:
         """Keep a decoder whose use has ended."""
         self._kept[weakref.ref(model, self._drop_dead), plan] = (_addresses(model), decoder)
-        while len(self._kept) > MOST:
+        while len(self._kept) > MOST or self.bytes(decoder.device) > MOST_SHARE * memory(decoder.device)[1]:
             self._drop_oldest()
 
     def make_room(self, device: torch.device, size: int) -> None:
         """Drop decoders until a GPU has `size` bytes free, as far as that helps."""
-        while self.bytes(device) and free_bytes(device) < size:
+        while self.bytes(device) and memory(device)[0] < size:
             self._drop_oldest()
 
     def bytes(self, device: torch.device) -> int:
@@ -76,7 +81,7 @@ class Kept:
         return len(self._kept)
 
 
-def free_bytes(device: torch.device) -> int:
-    """How much PyTorch can allocate on a GPU, with what it holds unused."""
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + unused
+def memory(device: torch.device) -> tuple[int, int]:
+    """Bytes of a GPU that PyTorch can allocate, with what it holds unused, and all."""
+    free, total = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device), total

@@ -175,6 +175,7 @@ class Decoder:
         self._run = CUDAGraphs(device, can_capture(model, device))
         self._sample, self._decode_block = Decoder._sample_token, BiART.decode_block
         if plan.compiled:
+            torch.compiler.assume_constant_result(has_sampling_kernel)  # which looks for files; not when it is imported
             self._sample = torch.compile(self._sample, dynamic=False)
             self._decode_block = torch.compile(self._decode_block, dynamic=False)
 

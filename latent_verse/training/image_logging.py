@@ -149,6 +149,8 @@ class TextImageSamples(pl.Callback):
                 f"training has diverged: logits are not finite after step {trainer.global_step}. Lower learning_rate "
                 "(or muon_learning_rate), raise warmup_steps, set gradient_clip_val, or train with precision: 32."
             ) from error
+        finally:
+            sampling.forget_decoders(network)  # training needs the memory, and samples seldom
         x_BCHW = pl_module.vae.decode_codes(sampled_BN).float().cpu()
         captions = self.tokenizer.decode_batch(network.vocab.unpad_text(sampled_BL))
         image_right, caption_right = self._are_right(x_BCHW, captions) if e.world else ([], [])

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from latent_verse.biart import cuda_graphs, kept, sampling
+from latent_verse.biart import cuda_graphs, kept, sampling, triton_kernels
 from latent_verse.biart import model as network
 from latent_verse.biart.cuda_graphs import CUDAGraphs, can_capture
 from latent_verse.biart.kept import Kept
@@ -23,6 +23,7 @@ from latent_verse.biart.model import BiART
 from latent_verse.biart.sampling import forget_decoders, generate, kept_bytes
 from latent_verse.biart.sequence import DIRECTIONS, IMAGE_TO_TEXT, TEXT_TO_IMAGE
 from latent_verse.config import BiARTConfig
+from latent_verse.nn.compilation import why_not_compiled
 
 CONFIG = BiARTConfig(
     text_vocab=11, image_vocab=9, text_len=7, image_len=12, n_layer=2, n_head=2, n_embd=16
@@ -101,7 +102,7 @@ def recorded(monkeypatch):
     monkeypatch.setattr(sampling, "CUDAGraphs", RecordedGraphs)
     monkeypatch.setattr(sampling, "can_capture", lambda model, device: True)
     monkeypatch.setattr(sampling, "_kept", Kept())
-    monkeypatch.setattr(kept, "free_bytes", lambda device: 2**40)
+    monkeypatch.setattr(kept, "memory", lambda device: (2**40, 2**40))
     RecordedGraphs.captures = RecordedGraphs.replays = 0
     return RecordedGraphs
 
@@ -185,6 +186,8 @@ def test_a_step_is_compiled_once_for_all_blocks_and_tokens(kernel, monkeypatch, 
 
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend, fullgraph=True))
+    # which looks for a compiler's files, what no graph can hold
+    monkeypatch.setattr(triton_kernels, "_triton_serves", lambda device: bool(why_not_compiled(device)) and False)
     model = lively(config=dataclasses.replace(CONFIG, n_layer=4))
     for batch in (2, 2, 3):
         generate(model, references(TEXT_TO_IMAGE, batch), TEXT_TO_IMAGE, seed=1, compiled=True, top_p=0.9)
@@ -295,12 +298,15 @@ def test_a_decoder_makes_room_for_another_if_memory_is_short(recorded, monkeypat
         generate(model, references(TEXT_TO_IMAGE, batch), TEXT_TO_IMAGE, seed=1)
     row = network.KVCache.row_bytes(CONFIG, torch.float32)
     assert kept_bytes(CPU) == 6 * row
-    assert row == 2 * 2 * 19 * 16 * 4 + 2 * 2 * 16 * 4
-    # six rows of cache fit, and half of what each takes for reading the prompt
-    monkeypatch.setattr(kept, "free_bytes", lambda device: 9 * row - kept_bytes(device))
+    assert row == 2 * CONFIG.n_layer * 20 * CONFIG.n_embd * 4
+    # half as much again as a cache takes is for reading the prompt
+    monkeypatch.setattr(kept, "memory", lambda device: (9 * row - kept_bytes(device), 2**40))
     generate(model, references(TEXT_TO_IMAGE, 4), TEXT_TO_IMAGE, seed=1)
     assert kept_bytes(CPU) == (3 + 4) * row  # 1 and 2 had to go
-    forget_decoders()
+    monkeypatch.setattr(kept, "memory", lambda device: (2**40, 20 * row))  # of which a quarter may be kept
+    generate(model, references(TEXT_TO_IMAGE, 2), TEXT_TO_IMAGE, seed=1)
+    assert kept_bytes(CPU) == 2 * row
+    generate(model, references(TEXT_TO_IMAGE, 6), TEXT_TO_IMAGE, seed=1)
     assert kept_bytes(CPU) == 0
 
 
