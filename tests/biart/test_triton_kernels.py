@@ -72,29 +72,27 @@ def check(attend, arguments):
         torch.testing.assert_close(cache, after, atol=0, rtol=0, equal_nan=True)
 
 
-def attention_in_the_interpreter(shapes, dtypes):
+def attention_in_the_interpreter(shapes, dtypes, positions_near):
     from latent_verse.biart import triton_source
 
     for (B, H, D, S), dtype in itertools.product(shapes, dtypes):
         heads, tile = B * H, triton_source.tile(D, dtype.itemsize)
-        positions = {0, 1, S - 1, S // 2, tile - 1, tile, tile + 1} & set(range(S))
-        for pos, programs in itertools.product(positions, (1, 3 * heads, 16 * heads)):
-            if programs > 1 and triton_source.parts(heads, S, programs) == 1:
-                continue
-            check(lambda *a, n=programs: triton_source.decode_attention(*a, n), made(B, H, D, S, pos, dtype))
+        programs = (1, 16 * heads) if triton_source.parts(heads, S, 16 * heads) > 1 else (1,)
+        for pos, number in itertools.product({*positions_near(tile), S - 1} & set(range(S)), programs):
+            check(lambda *a, n=number: triton_source.decode_attention(*a, n), made(B, H, D, S, pos, dtype))
 
 
 @interpreted
 def test_attention_in_the_interpreter():
-    attention_in_the_interpreter([(1, 2, 64, 100), (2, 1, 128, 70)], [torch.bfloat16])
-    attention_in_the_interpreter([(1, 1, 16, 7), (3, 2, 32, 65)], [torch.float32])
+    attention_in_the_interpreter([(2, 1, 64, 100)], [torch.bfloat16], lambda tile: (0, tile))
+    attention_in_the_interpreter([(1, 3, 16, 7)], [torch.float32], lambda tile: (1,))
 
 
 @interpreted
 @pytest.mark.slow
 def test_attention_of_more_shapes_in_the_interpreter():
-    shapes = itertools.product((1, 2, 3), (2, 12), (16, 32, 64, 128), (7, 300))
-    attention_in_the_interpreter(shapes, TOLERANCE)
+    shapes = [(1, 2, 16, 300), (2, 2, 32, 300), (3, 1, 64, 300), (1, 12, 128, 150), (1, 2, 64, 7)]
+    attention_in_the_interpreter(shapes, TOLERANCE, lambda tile: (0, 1, tile - 1, tile, tile + 1))
 
 
 @interpreted
@@ -103,7 +101,7 @@ def test_every_slot_is_in_one_part_in_the_interpreter():
     from latent_verse.biart import triton_source
 
     S, programs = 256, 7
-    for pos in (0, 1, 5, 6, 7, 8, 200, 255):
+    for pos in (6, 7, 8, 255):
         q, k, v, k_cache, v_cache, pos_1 = made(1, 1, 16, S, pos, torch.float32)
         v_cache[:] = 2.0 ** -torch.arange(S).clamp(max=20)[:, None]
         arguments = (torch.zeros_like(q), k, torch.full_like(v, 3.0), k_cache, v_cache, pos_1)
@@ -130,11 +128,11 @@ def sorted_choice(logits_V, u, temperature, top_k, top_p):
     return int(order_V[at]), min(near, float((cdf_V - point).abs().min()))
 
 
-def samples_as_by_sorting(sample, rows, V, settings, device="cpu"):
+def samples_as_by_sorting(sample, rows, V, settings, device="cpu", scales=(0.2, 3.0, 12.0)):
     """Compare; what differs must be within rounding of a boundary, and that must be rare."""
     torch.manual_seed(V)
     near = 0
-    for scale, temperature, (top_k, top_p) in itertools.product((0.2, 3.0, 12.0), (1.0, 0.7), settings):
+    for scale, temperature, (top_k, top_p) in itertools.product(scales, (1.0, 0.7), settings):
         logits_BV, u_B = torch.randn(rows, V) * scale, torch.rand(rows)
         found_B = sample(logits_BV.to(device), u_B.to(device), temperature, top_k, top_p)
         assert found_B.dtype == torch.long
@@ -142,7 +140,7 @@ def samples_as_by_sorting(sample, rows, V, settings, device="cpu"):
             wanted, margin = sorted_choice(logits_V, u, temperature, top_k, top_p)
             assert found == wanted or margin < 1e-6, (scale, temperature, top_k, top_p, found, wanted, margin)
             near += found != wanted
-    assert near <= max(1, 6 * rows * len(settings) // 50)
+    assert near <= max(1, 2 * len(scales) * rows * len(settings) // 50)
 
 
 def edge_cases(sample, device="cpu"):
@@ -181,8 +179,11 @@ def edge_cases(sample, device="cpu"):
 def test_sampling_in_the_interpreter():
     from latent_verse.biart import triton_source
 
-    samples_as_by_sorting(triton_source.sample_classes, 2, 1000, SETTINGS)
-    edge_cases(triton_source.sample_classes)
+    samples_as_by_sorting(triton_source.sample_classes, 1, 1000, SETTINGS, scales=(3.0,))
+    inf, nan = float("inf"), float("nan")
+    rows_BV = torch.tensor([[1.0, 1, 1, 1, 1], [-inf, -inf, 2, -inf, -inf], [nan, inf, -inf, 0, 0], [nan] * 5])
+    found = triton_source.sample_classes(rows_BV, torch.tensor([0.7, 0.7, 0.7, 1 - 2**-24]), 1.0, 4, 0.7)
+    assert found[:2].tolist() == [2, 2] and set(found[2:].tolist()) <= set(range(5))
 
 
 @interpreted
@@ -191,8 +192,9 @@ def test_sampling_of_more_rows_in_the_interpreter():
     from latent_verse.biart import triton_source
 
     settings = [*SETTINGS, (None, 1.0), (None, 1e-6), (1, None), (1000, None), (1000, 0.99)]
-    samples_as_by_sorting(triton_source.sample_classes, 40, 1000, settings)
-    samples_as_by_sorting(triton_source.sample_classes, 8, 8192, SETTINGS)
+    samples_as_by_sorting(triton_source.sample_classes, 4, 1000, settings)
+    samples_as_by_sorting(triton_source.sample_classes, 1, 8192, SETTINGS)
+    edge_cases(triton_source.sample_classes)
 
 
 def test_the_plain_choice_is_that_by_sorting():
