@@ -23,6 +23,14 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10} 
 SETTINGS = [(None, None), (50, None), (None, 0.9), (200, 0.7)]
 
 
+@pytest.fixture(autouse=True)
+def asked_anew():
+    """What a test pretends about the machine must not be remembered."""
+    triton_kernels._served.clear()
+    yield
+    triton_kernels._served.clear()
+
+
 def interpret(marks: str) -> None:
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "in_the_interpreter"]
@@ -184,6 +192,8 @@ def test_sampling_in_the_interpreter():
     rows_BV = torch.tensor([[1.0, 1, 1, 1, 1], [-inf, -inf, 2, -inf, -inf], [nan, inf, -inf, 0, 0], [nan] * 5])
     found = triton_source.sample_classes(rows_BV, torch.tensor([0.7, 0.7, 0.7, 1 - 2**-24]), 1.0, 4, 0.7)
     assert found[:2].tolist() == [2, 2] and set(found[2:].tolist()) <= set(range(5))
+    signs_BV = torch.tensor([[0.0, -0.0], [-0.0, 0.0]])  # equal, though their bits are not
+    assert triton_source.sample_classes(signs_BV, torch.tensor([0.7, 0.7]), 1.0, 2, None).tolist() == [1, 1]
 
 
 @interpreted
@@ -306,7 +316,7 @@ def test_sampling_compiles_for_an_h100_with_the_row_in_registers(V, top_k, top_p
     types = {"logits_ptr": "*bf16", "u_ptr": "*fp32", "class_ptr": "*i64"}
     types |= dict.fromkeys(("temperature", "top_k", "top_p"), "fp32")
     constants = {"class_stride": 1, "u_stride": 1, "HAS_TOP_K": top_k, "HAS_TOP_P": top_p, "PADDED": V}
-    constants["INDEX_BITS"] = V.bit_length() - 1
+    constants["BITS"] = triton_source.key_bits(V, top_k or top_p)
     warps = triton_source.sampling_warps(V)
     registers, spilled, shared, ptx = compiled_for_an_h100(triton_source._sample, types, constants, warps)
     assert spilled == 0 and shared < 48 * 1024, (registers, spilled, shared)
@@ -328,6 +338,7 @@ def test_kernels_need_a_new_gpu_that_triton_serves_a_type_and_a_width(monkeypatc
     assert not has_kernels(device, torch.float64, 64) and not has_kernels(device, torch.bfloat16, 48)
     assert not has_sampling_kernel(device, triton_kernels.MOST_CLASSES + 1)
     for lacks[0], capability[0] in (("no compiler", (9, 0)), ("", (7, 5))):
+        triton_kernels._served.clear()
         assert not has_kernels(device, torch.bfloat16, 64) and not has_sampling_kernel(device, 8192)
 
 
@@ -338,6 +349,12 @@ def test_choosing_takes_the_kernel_where_there_is_one(monkeypatch):
     assert choose(logits_BV, u_B, 0.5, 3, 0.9) == (0.5, 3, 0.9)
     assert torch.equal(choose(logits_BV, None, 0.5), logits_BV.argmax(-1))
     assert choose(logits_BV[:, :7], u_B, 0.5).shape == (2,)
+
+
+def test_a_compiled_function_takes_the_answer_of_an_earlier_call(monkeypatch):
+    monkeypatch.setitem(triton_kernels._served, None, True)  # without a GPU, only an earlier answer can be true
+    asks = torch.compile(lambda x: x + has_sampling_kernel(torch.device("cuda"), 8), fullgraph=True, backend="eager")
+    assert asks(torch.ones(1)) == 2
 
 
 def test_importing_the_kernels_does_not_import_triton():
