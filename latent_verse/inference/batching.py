@@ -16,7 +16,7 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
-from latent_verse.biart.kept import free_bytes
+from latent_verse.biart.kept import memory
 from latent_verse.biart.model import BiART
 from latent_verse.biart.sampling import beam_search, check_settings, generate, kept_bytes, log_likelihood
 from latent_verse.biart.sequence import Direction, Modality, target_modality
@@ -209,7 +209,7 @@ def batch_bytes(device: torch.device, kept: int = 0) -> int:
     """
     if device.type != "cuda":
         return BATCH_BYTES
-    return int(FREE_SHARE * (free_bytes(device) + kept))
+    return int(FREE_SHARE * (memory(device)[0] + kept))
 
 
 def sample_seeds(seed: int | None, reference_RT: Tensor, samples: int) -> list[int]:
