@@ -12,6 +12,7 @@ import functools
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from unittest import mock
 
 import pytest
 import torch
@@ -125,6 +126,25 @@ def fake_cuda(says: dict[str, object] | None = None, autocast: torch.dtype | Non
         torch.clear_autocast_cache()
         torch.set_autocast_enabled("cuda", False)
         torch.set_autocast_dtype("cuda", dtype)
+
+
+@contextlib.contextmanager
+def cudnn_convolutions() -> Iterator[None]:
+    """Inside, convolutions of fake tensors give channels-last maps where cuDNN does.
+
+    Without a driver, PyTorch expects its own slow kernels, which give NCHW.
+    """
+    backends = torch._C._ConvBackend
+
+    def cudnn(*args, transposed: bool = False, **kwargs):
+        return backends.CudnnTranspose if transposed else backends.Cudnn
+
+    FakeTensorMode.cache_clear()  # it remembers layouts
+    try:
+        with mock.patch.object(torch._C, "_select_conv_backend", cudnn):
+            yield
+    finally:
+        FakeTensorMode.cache_clear()
 
 
 class Kept:

@@ -26,9 +26,41 @@ class PixelNorm(nn.LayerNorm):
         return super().forward(x_BCHW.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
+def channels_last_group_norm(
+    x_BCHW: torch.Tensor, groups: int, weight_C: torch.Tensor, bias_C: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """F.group_norm by operators that read and write a channels-last map as it lies in memory.
+
+    Statistics are of each channel, then of each group, and are float32 at least. As F.group_norm, it returns float32
+    under autocast and x's type otherwise.
+    """
+    dtype = torch.promote_types(x_BCHW.dtype, torch.float32)
+    x_BCHW, given = x_BCHW.to(dtype), x_BCHW.dtype
+    B, C = x_BCHW.shape[:2]
+    var_BGc, mean_BGc = (t_BC.unflatten(1, (groups, -1)) for t_BC in torch.var_mean(x_BCHW, (2, 3), correction=0))
+    mean_BG1 = mean_BGc.mean(2, keepdim=True)
+    var_BG1 = (var_BGc + (mean_BGc - mean_BG1).square()).mean(2, keepdim=True)  # each channel has as many values
+    scale_BGc = (var_BG1 + eps).rsqrt() * weight_C.unflatten(0, (groups, -1))
+    shift_BGc = bias_C.unflatten(0, (groups, -1)) - mean_BG1 * scale_BGc
+    # as_strided makes the compiler store these two. Left to itself, it computes them at each pixel from five tensors,
+    # and rather than do that again in the backward pass, it stores and reads back the whole result in float32.
+    scale_BC11, shift_BC11 = (t.contiguous().as_strided((B, C, 1, 1), (C, 1, 1, 1)) for t in (scale_BGc, shift_BGc))
+    y_BCHW = torch.addcmul(shift_BC11, x_BCHW, scale_BC11)
+    return y_BCHW if torch.is_autocast_enabled(x_BCHW.device.type) else y_BCHW.to(given)
+
+
+class GroupNorm(nn.GroupNorm):
+    """GroupNorm. On a GPU, torch's copies a channels-last map to NCHW and returns that (2.11); this one does not."""
+
+    def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        if x_BCHW.device.type == "cuda" and x_BCHW.is_contiguous(memory_format=torch.channels_last):
+            return channels_last_group_norm(x_BCHW, self.num_groups, self.weight, self.bias, self.eps)
+        return super().forward(x_BCHW)
+
+
 def make_norm(kind: str, channels: int) -> nn.Module:
     """What AugVAEConfig.norm names: GroupNorm with the release's 32 groups, or PixelNorm, whose keys are the same."""
-    return nn.GroupNorm(32, channels, eps=1e-6) if kind == "group" else PixelNorm(channels, eps=1e-6)
+    return GroupNorm(32, channels, eps=1e-6) if kind == "group" else PixelNorm(channels, eps=1e-6)
 
 
 class ResnetBlock(ActivationCheckpointing):

@@ -64,14 +64,40 @@ class LPIPS:
             torch.manual_seed(0)
             self.net = _LPIPS(net="vgg", pnet_rand=untrained)
         self.net.eval().requires_grad_(False)
+        self._compute: Callable[[Tensor, Tensor], Tensor] = self._distance
 
     def to(self, device: torch.device) -> None:
-        """Move the network to a device."""
+        """Move the network to a device; channels last on a GPU, which its convolutions prefer (a CPU's do not)."""
         self.net.to(device)
+        if device.type == "cuda":
+            self.net.to(memory_format=torch.channels_last)
+
+    def compile(self) -> None:
+        """Compile the network, when it is first called."""
+        self._compute = torch.compile(self._distance, dynamic=False)  # as AugVAE's networks: images have one size
 
     def __call__(self, a_BCHW: Tensor, b_BCHW: Tensor) -> Tensor:
         with torch.autocast(a_BCHW.device.type, enabled=False):
-            return self.net(a_BCHW.float(), b_BCHW.float()).flatten()
+            return self._compute(a_BCHW.float(), b_BCHW.float())
+
+    def _distance(self, a_BCHW: Tensor, b_BCHW: Tensor) -> Tensor:
+        """What `net` computes; its own forward pass defines a class, which the compiler does not accept."""
+        maps_a, maps_b = self._features(a_BCHW), self._features(b_BCHW)
+        differences = [(_unit(a) - _unit(b)) ** 2 for a, b in zip(maps_a, maps_b, strict=True)]
+        parts = [weigh(d).mean((2, 3)) for weigh, d in zip(self.net.lins, differences, strict=True)]
+        return sum(parts[1:], parts[0]).flatten()
+
+    def _features(self, x_BCHW: Tensor) -> list[Tensor]:
+        """VGG16's maps after each of its five parts."""
+        vgg, maps = self.net.net, [self.net.scaling_layer(x_BCHW)]
+        for part in (vgg.slice1, vgg.slice2, vgg.slice3, vgg.slice4, vgg.slice5):
+            maps.append(part(maps[-1]))
+        return maps[1:]
+
+
+def _unit(x_BCHW: Tensor) -> Tensor:
+    """Features scaled to length 1 at each position."""
+    return x_BCHW / torch.sqrt(1e-8 + torch.sum(x_BCHW**2, dim=1, keepdim=True))
 
 
 class ReconstructionLoss:
@@ -94,6 +120,9 @@ class ReconstructionLoss:
 
     def to(self, device: torch.device) -> None:
         """Move frozen networks to a device."""
+
+    def compile(self) -> None:
+        """Compile frozen networks."""
 
     def compute(self, reconstruction_BCHW: Tensor, x_BCHW: Tensor) -> dict[str, Tensor]:
         """{term: value ()} of images (B, C, H, W), float32 or float64; x in [-1, 1], the reconstruction roughly so."""
@@ -133,6 +162,9 @@ class WithLPIPS(ReconstructionLoss):
 
     def to(self, device: torch.device) -> None:
         self.lpips.to(device)
+
+    def compile(self) -> None:
+        self.lpips.compile()
 
     def compute(self, reconstruction_BCHW: Tensor, x_BCHW: Tensor) -> dict[str, Tensor]:
         lpips = self.config.p_loss_weight * self.lpips(reconstruction_BCHW, x_BCHW).mean()

@@ -68,6 +68,8 @@ class LitAugVAE(pl.LightningModule):
             before_compiling()
             for network in networks:
                 network.compile(dynamic=False)  # each network has one input size; dynamic sizes are slower
+            if self.loss is not None:
+                self.loss.compile()
         if self.device_mesh is not None:
             from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 

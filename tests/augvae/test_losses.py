@@ -16,6 +16,7 @@ from latent_verse.augvae.losses import LOSSES, LPIPS, ReconstructionLoss, fetch_
 from latent_verse.config import ConfigError
 from latent_verse.config.train import ImageDataConfig, TrainVAEConfig, VAELossConfig
 from latent_verse.training.augvae import LitAugVAE
+from tests.fake_cuda import DEVICE, Kept, cudnn_convolutions, fake_cuda
 from tests.messages import naming
 
 READ_CACHE = WeightsEnum.get_state_dict  # torchvision's own, which `empty_cache` replaces
@@ -151,6 +152,78 @@ def test_gradient_is_finite_at_identical_images(images, lpips, value):
     a = a.clone().requires_grad_()
     lpips(a, a.detach().clone()).sum().backward()
     assert a.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_lpips_is_torchmetrics_network_in_any_layout(images, lpips, memory_format):
+    a, b = images
+    a = a.clone().requires_grad_()
+    expected = lpips.net(a, b).flatten()
+    (gradient,) = torch.autograd.grad(expected.sum(), a)
+    lpips.net.to(memory_format=memory_format)
+    try:
+        distance = lpips(a, b.contiguous(memory_format=memory_format))
+        (ours,) = torch.autograd.grad(distance.sum(), a)
+    finally:
+        lpips.net.to(memory_format=torch.contiguous_format)
+    if memory_format == torch.contiguous_format:
+        assert torch.equal(distance, expected) and torch.equal(ours, gradient)
+    torch.testing.assert_close(distance, expected, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(ours, gradient, rtol=0, atol=1e-5 * gradient.abs().max().item())
+
+
+def test_lpips_compiles_to_one_graph(images, lpips, monkeypatch):
+    """Which the ordinary compilation is, but for the options that let a test see it."""
+    a, b = images
+    exact, graphs, compile = lpips(a, b), [], torch.compile
+
+    def seen(fn, **options):
+        assert options == {"dynamic": False}
+        return compile(fn, backend=lambda graph, inputs: graphs.append(graph) or graph, fullgraph=True, **options)
+
+    monkeypatch.setattr(torch, "compile", seen)
+    monkeypatch.setattr(lpips, "_compute", lpips._compute)  # put back afterwards
+    lpips.compile()
+    assert torch.equal(lpips(a, b), exact)
+    a.requires_grad_()
+    lpips(a, b).sum().backward()
+    assert a.grad.isfinite().all()
+    with torch.compiler.set_stance("force_eager"):  # as in validation
+        assert torch.equal(lpips(a[:1], b[:1]), exact[:1])
+    assert len(graphs) == 2  # without gradients and with them
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("with_lpips")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_lpips_is_compiled_where_the_networks_are(tiny_augvae, lpips, monkeypatch, compiled):
+    config = TrainVAEConfig(data=ImageDataConfig(fake_data=True), loss=VAELossConfig(loss_type="lpips_l2"))
+    calls = []
+    monkeypatch.setattr(lpips, "compile", lambda: calls.append(lpips), raising=False)
+    lit = LitAugVAE(tiny_augvae(), config, compiled=compiled)
+    with pytest.warns(UserWarning, match=naming("VGG16")):
+        lit.configure_model()
+    assert calls == [lpips] * compiled
+
+
+def test_on_a_gpu_lpips_is_channels_last_and_keeps_nothing_of_the_target(monkeypatch):
+    kept, seen = {}, []
+    with cudnn_convolutions(), fake_cuda() as waits:
+        monkeypatch.setattr(torch, "load", lambda *args, **kwargs: {})
+        lpips = LPIPS(untrained=True)
+        lpips.to(torch.device(DEVICE))
+        for module in lpips.net.modules():
+            if isinstance(module, torch.nn.Conv2d):
+                module.register_forward_hook(lambda module, args, out: seen.append(out))
+        for needed in ((True, False), (True, True)):
+            a, b = (torch.empty(2, 3, 64, 64, requires_grad=n) for n in needed)
+            with Kept(lpips.net) as held:
+                lpips(a, b)
+            kept[needed] = held.bytes
+    assert not waits.seen
+    assert len(seen) == 2 * (2 * 13 + 5)
+    assert all(out.is_contiguous(memory_format=torch.channels_last) for out in seen)
+    assert kept[True, False] < 0.7 * kept[True, True]  # the features of the target and of what is compared with it
 
 
 @pytest.mark.usefixtures("with_lpips")
