@@ -354,12 +354,13 @@ def test_a_batch_four_times_as_large_fits():
     assert plain > 4 * ours > 2 * 2**30
 
 
+def flash(q, k, v, attn_mask, dropout_p, is_causal):
+    """The attention that PyTorch would choose, had it a driver to ask."""
+    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal)[0]
+
+
 def test_biart_trains_32_sequences_in_40_gb(monkeypatch):
     """24x1024 in bf16, eager, when the backward pass begins: weights, AdamW's averages and what was kept."""
-
-    def flash(q, k, v, attn_mask, dropout_p, is_causal):  # which PyTorch would choose, had it a driver to ask
-        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal)[0]
-
     monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", flash)
     held = []
     for again in (False, True):
@@ -375,3 +376,51 @@ def test_biart_trains_32_sequences_in_40_gb(monkeypatch):
             held.append(kept.bytes + 12 * model.num_parameters())
     assert held[0] < 40e9
     assert held[1] < 0.8 * held[0]
+
+
+@pytest.mark.parametrize(("autocast", "expected"), [
+    (None, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32),
+])  # fmt: skip
+def test_the_residual_stream_follows_autocast(autocast, expected):
+    with fake_cuda(autocast=autocast):
+        model = BiART(BIART)
+        seen = []
+        for block in model.blocks:
+            block.register_forward_hook(lambda block, args, outputs: seen.extend([args[0], outputs[0]]))
+        features_BTC = model.features(torch.zeros(2, 23, dtype=torch.long), torch.zeros(2, 23, dtype=torch.long))
+        assert {t.dtype for t in (*seen, features_BTC)} == {expected} and on_gpu(features_BTC)
+
+
+@pytest.mark.parametrize(("again", "most"), [(False, 36), (True, 24)])
+def test_bytes_that_an_eager_block_keeps(again, most):
+    """Of each token and channel, in bf16."""
+    shape, kept = {**PRESETS["24x1024"], "image_len": 64, "text_vocab": 100, "image_vocab": 100}, []
+    for n_layer, batch in ((2, 2), (2, 4), (3, 2), (3, 4)):
+        with fake_cuda(autocast=torch.bfloat16), pytest.MonkeyPatch.context() as patch:
+            patch.setattr("torch.nn.functional.scaled_dot_product_attention", flash)
+            model = BiART(BiARTConfig(**{**shape, "n_layer": n_layer})).train()
+            if again:
+                checkpoint_activations(model)
+            idx_BT = torch.zeros(batch, model.vocab.input_len, dtype=torch.long)
+            with Kept(model) as count:
+                model.features(idx_BT, idx_BT)
+            kept.append(count.bytes)
+    (few, more), (few_deeper, more_deeper) = kept[:2], kept[2:]
+    found = (more_deeper - few_deeper - more + few) / (2 * model.vocab.input_len * 1024)
+    assert found < most + 0.1  # attention's sums and the norms' statistics
+
+
+@pytest.mark.slow
+def test_compiled_blocks_make_each_sum_and_its_norm_in_one_pass():
+    sm90 = pytest.importorskip("tests.sm90")
+    shape, size = (32, 1089, 1024), 32 * 1089 * 1024
+
+    def make():
+        inputs = (torch.empty(shape, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+        return BiART(BiARTConfig(**{**PRESETS["24x1024"], "n_layer": 1, "text_vocab": 9})).blocks[0], tuple(inputs)
+
+    forward, _ = sm90.generate(make, autocast=torch.bfloat16, grad=False)
+    passes = [name for name, moved in zip(forward.launches, forward.bytes, strict=True) if moved > size]
+    assert len(passes) == 3  # the first sum and norm, the second, and GELU; the rest are casts of weights
+    assert sum(name.startswith(("triton_per", "triton_red")) for name in passes) == 2
+    assert forward.triton_bytes < 35 * size  # 16 for both sums and norms, 16 for GELU
