@@ -22,6 +22,10 @@ MOST_CLASSES = 16384  # a row of more does not fit in the registers
 PROGRAMS_PER_SM = 3  # so that about 25 KB are on their way to each, which hides the memory's latency
 
 
+# By the number of the GPU. A dictionary, because torch.compile follows a look-up but not the search for a compiler.
+_served: dict[int | None, bool] = {}
+
+
 def has_kernels(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """Whether `decode_attention` has a kernel for a cache on `device` with this dtype and width of a head."""
     return dtype in DTYPES and head_dim in WIDTHS and _triton_serves(device)
@@ -33,9 +37,12 @@ def has_sampling_kernel(device: torch.device, classes: int) -> bool:
 
 
 def _triton_serves(device: torch.device) -> bool:
-    if device.type != "cuda" or not torch.cuda.is_available():
+    if device.type != "cuda":
         return False
-    return torch.cuda.get_device_capability(device) >= (8, 0) and not why_not_compiled(device)
+    if device.index not in _served:
+        new = torch.cuda.is_available() and torch.cuda.get_device_capability(device) >= (8, 0)
+        _served[device.index] = new and not why_not_compiled(device)
+    return _served[device.index]
 
 
 @torch.library.custom_op("latent_verse::decode_attention", mutates_args=("k_BHSD", "v_BHSD"), device_types="cuda")

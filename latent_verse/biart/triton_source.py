@@ -192,7 +192,7 @@ def _sample(
     HAS_TOP_K: tl.constexpr,
     HAS_TOP_P: tl.constexpr,
     PADDED: tl.constexpr,
-    INDEX_BITS: tl.constexpr,
+    BITS: tl.constexpr,
 ):
     """Sample one row's class, the row in registers."""
     row = tl.program_id(0)
@@ -201,14 +201,12 @@ def _sample(
     logit_V = tl.load(
         logits_ptr + row.to(tl.int64) * row_stride + class_V * class_stride, mask=real_V, other=-float("inf")
     ).to(tl.float32)
-    # in [0, inf], and so ordered like the bits that represent it
-    deficit_V = (tl.max(logit_V, axis=0) - logit_V) / temperature
+    # in [0, inf] and without a sign, which -0 has: ordered like the bits that represent it
+    deficit_V = tl.abs((tl.max(logit_V, axis=0) - logit_V) / temperature)
     weight_V = tl.where(deficit_V >= 0, tl.exp(-deficit_V), 0.0)  # 0 for NaN, which must not end in a wrong class
-    if HAS_TOP_K or HAS_TOP_P:
-        BITS: tl.constexpr = 31
+    if HAS_TOP_K or HAS_TOP_P:  # noqa: SIM108 - see `_reaches`
         key_V = deficit_V.to(tl.int32, bitcast=True)
     else:
-        BITS: tl.constexpr = INDEX_BITS
         key_V = class_V
     if HAS_TOP_K:
         weight_V = _keep(key_V, weight_V, real_V.to(tl.float32), top_k, BITS)
@@ -228,8 +226,13 @@ def _sample(
 
 
 def sampling_warps(padded: int) -> int:
-    """Warps of 32 threads with 16 classes each, or 32 where that is too many warps."""
-    return max(4, min(16, padded // 512))
+    """Warps of 32 threads with 32 classes each: with fewer, or with more warps, some of them leave the registers."""
+    return max(4, min(16, padded // 1024))
+
+
+def key_bits(padded: int, by_probability: bool) -> int:
+    """The bits of the numbers that order classes: positive float32 numbers, or the classes themselves."""
+    return 31 if by_probability else padded.bit_length() - 1
 
 
 def sample_classes(
@@ -245,7 +248,7 @@ def sample_classes(
         HAS_TOP_K=top_k is not None,
         HAS_TOP_P=top_p is not None,
         PADDED=padded,
-        INDEX_BITS=padded.bit_length() - 1,
+        BITS=key_bits(padded, top_k is not None or top_p is not None),
         num_warps=sampling_warps(padded),
     )
     return class_B

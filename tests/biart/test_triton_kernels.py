@@ -23,6 +23,14 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10} 
 SETTINGS = [(None, None), (50, None), (None, 0.9), (200, 0.7)]
 
 
+@pytest.fixture(autouse=True)
+def asked_anew():
+    """What a test pretends about the machine must not be remembered."""
+    triton_kernels._served.clear()
+    yield
+    triton_kernels._served.clear()
+
+
 def interpret(marks: str) -> None:
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "in_the_interpreter"]
@@ -72,29 +80,27 @@ def check(attend, arguments):
         torch.testing.assert_close(cache, after, atol=0, rtol=0, equal_nan=True)
 
 
-def attention_in_the_interpreter(shapes, dtypes):
+def attention_in_the_interpreter(shapes, dtypes, positions_near):
     from latent_verse.biart import triton_source
 
     for (B, H, D, S), dtype in itertools.product(shapes, dtypes):
         heads, tile = B * H, triton_source.tile(D, dtype.itemsize)
-        positions = {0, 1, S - 1, S // 2, tile - 1, tile, tile + 1} & set(range(S))
-        for pos, programs in itertools.product(positions, (1, 3 * heads, 16 * heads)):
-            if programs > 1 and triton_source.parts(heads, S, programs) == 1:
-                continue
-            check(lambda *a, n=programs: triton_source.decode_attention(*a, n), made(B, H, D, S, pos, dtype))
+        programs = (1, 16 * heads) if triton_source.parts(heads, S, 16 * heads) > 1 else (1,)
+        for pos, number in itertools.product({*positions_near(tile), S - 1} & set(range(S)), programs):
+            check(lambda *a, n=number: triton_source.decode_attention(*a, n), made(B, H, D, S, pos, dtype))
 
 
 @interpreted
 def test_attention_in_the_interpreter():
-    attention_in_the_interpreter([(1, 2, 64, 100), (2, 1, 128, 70)], [torch.bfloat16])
-    attention_in_the_interpreter([(1, 1, 16, 7), (3, 2, 32, 65)], [torch.float32])
+    attention_in_the_interpreter([(2, 1, 64, 100)], [torch.bfloat16], lambda tile: (0, tile))
+    attention_in_the_interpreter([(1, 3, 16, 7)], [torch.float32], lambda tile: (1,))
 
 
 @interpreted
 @pytest.mark.slow
 def test_attention_of_more_shapes_in_the_interpreter():
-    shapes = itertools.product((1, 2, 3), (2, 12), (16, 32, 64, 128), (7, 300))
-    attention_in_the_interpreter(shapes, TOLERANCE)
+    shapes = [(1, 2, 16, 300), (2, 2, 32, 300), (3, 1, 64, 300), (1, 12, 128, 150), (1, 2, 64, 7)]
+    attention_in_the_interpreter(shapes, TOLERANCE, lambda tile: (0, 1, tile - 1, tile, tile + 1))
 
 
 @interpreted
@@ -103,7 +109,7 @@ def test_every_slot_is_in_one_part_in_the_interpreter():
     from latent_verse.biart import triton_source
 
     S, programs = 256, 7
-    for pos in (0, 1, 5, 6, 7, 8, 200, 255):
+    for pos in (6, 7, 8, 255):
         q, k, v, k_cache, v_cache, pos_1 = made(1, 1, 16, S, pos, torch.float32)
         v_cache[:] = 2.0 ** -torch.arange(S).clamp(max=20)[:, None]
         arguments = (torch.zeros_like(q), k, torch.full_like(v, 3.0), k_cache, v_cache, pos_1)
@@ -130,11 +136,11 @@ def sorted_choice(logits_V, u, temperature, top_k, top_p):
     return int(order_V[at]), min(near, float((cdf_V - point).abs().min()))
 
 
-def samples_as_by_sorting(sample, rows, V, settings, device="cpu"):
+def samples_as_by_sorting(sample, rows, V, settings, device="cpu", scales=(0.2, 3.0, 12.0)):
     """Compare; what differs must be within rounding of a boundary, and that must be rare."""
     torch.manual_seed(V)
     near = 0
-    for scale, temperature, (top_k, top_p) in itertools.product((0.2, 3.0, 12.0), (1.0, 0.7), settings):
+    for scale, temperature, (top_k, top_p) in itertools.product(scales, (1.0, 0.7), settings):
         logits_BV, u_B = torch.randn(rows, V) * scale, torch.rand(rows)
         found_B = sample(logits_BV.to(device), u_B.to(device), temperature, top_k, top_p)
         assert found_B.dtype == torch.long
@@ -142,7 +148,7 @@ def samples_as_by_sorting(sample, rows, V, settings, device="cpu"):
             wanted, margin = sorted_choice(logits_V, u, temperature, top_k, top_p)
             assert found == wanted or margin < 1e-6, (scale, temperature, top_k, top_p, found, wanted, margin)
             near += found != wanted
-    assert near <= max(1, 6 * rows * len(settings) // 50)
+    assert near <= max(1, 2 * len(scales) * rows * len(settings) // 50)
 
 
 def edge_cases(sample, device="cpu"):
@@ -181,8 +187,13 @@ def edge_cases(sample, device="cpu"):
 def test_sampling_in_the_interpreter():
     from latent_verse.biart import triton_source
 
-    samples_as_by_sorting(triton_source.sample_classes, 2, 1000, SETTINGS)
-    edge_cases(triton_source.sample_classes)
+    samples_as_by_sorting(triton_source.sample_classes, 1, 1000, SETTINGS, scales=(3.0,))
+    inf, nan = float("inf"), float("nan")
+    rows_BV = torch.tensor([[1.0, 1, 1, 1, 1], [-inf, -inf, 2, -inf, -inf], [nan, inf, -inf, 0, 0], [nan] * 5])
+    found = triton_source.sample_classes(rows_BV, torch.tensor([0.7, 0.7, 0.7, 1 - 2**-24]), 1.0, 4, 0.7)
+    assert found[:2].tolist() == [2, 2] and set(found[2:].tolist()) <= set(range(5))
+    signs_BV = torch.tensor([[0.0, -0.0], [-0.0, 0.0]])  # equal, though their bits are not
+    assert triton_source.sample_classes(signs_BV, torch.tensor([0.7, 0.7]), 1.0, 2, None).tolist() == [1, 1]
 
 
 @interpreted
@@ -191,8 +202,9 @@ def test_sampling_of_more_rows_in_the_interpreter():
     from latent_verse.biart import triton_source
 
     settings = [*SETTINGS, (None, 1.0), (None, 1e-6), (1, None), (1000, None), (1000, 0.99)]
-    samples_as_by_sorting(triton_source.sample_classes, 40, 1000, settings)
-    samples_as_by_sorting(triton_source.sample_classes, 8, 8192, SETTINGS)
+    samples_as_by_sorting(triton_source.sample_classes, 4, 1000, settings)
+    samples_as_by_sorting(triton_source.sample_classes, 1, 8192, SETTINGS)
+    edge_cases(triton_source.sample_classes)
 
 
 def test_the_plain_choice_is_that_by_sorting():
@@ -304,7 +316,7 @@ def test_sampling_compiles_for_an_h100_with_the_row_in_registers(V, top_k, top_p
     types = {"logits_ptr": "*bf16", "u_ptr": "*fp32", "class_ptr": "*i64"}
     types |= dict.fromkeys(("temperature", "top_k", "top_p"), "fp32")
     constants = {"class_stride": 1, "u_stride": 1, "HAS_TOP_K": top_k, "HAS_TOP_P": top_p, "PADDED": V}
-    constants["INDEX_BITS"] = V.bit_length() - 1
+    constants["BITS"] = triton_source.key_bits(V, top_k or top_p)
     warps = triton_source.sampling_warps(V)
     registers, spilled, shared, ptx = compiled_for_an_h100(triton_source._sample, types, constants, warps)
     assert spilled == 0 and shared < 48 * 1024, (registers, spilled, shared)
@@ -326,6 +338,7 @@ def test_kernels_need_a_new_gpu_that_triton_serves_a_type_and_a_width(monkeypatc
     assert not has_kernels(device, torch.float64, 64) and not has_kernels(device, torch.bfloat16, 48)
     assert not has_sampling_kernel(device, triton_kernels.MOST_CLASSES + 1)
     for lacks[0], capability[0] in (("no compiler", (9, 0)), ("", (7, 5))):
+        triton_kernels._served.clear()
         assert not has_kernels(device, torch.bfloat16, 64) and not has_sampling_kernel(device, 8192)
 
 
@@ -336,6 +349,12 @@ def test_choosing_takes_the_kernel_where_there_is_one(monkeypatch):
     assert choose(logits_BV, u_B, 0.5, 3, 0.9) == (0.5, 3, 0.9)
     assert torch.equal(choose(logits_BV, None, 0.5), logits_BV.argmax(-1))
     assert choose(logits_BV[:, :7], u_B, 0.5).shape == (2,)
+
+
+def test_a_compiled_function_takes_the_answer_of_an_earlier_call(monkeypatch):
+    monkeypatch.setitem(triton_kernels._served, None, True)  # without a GPU, only an earlier answer can be true
+    asks = torch.compile(lambda x: x + has_sampling_kernel(torch.device("cuda"), 8), fullgraph=True, backend="eager")
+    assert asks(torch.ones(1)) == 2
 
 
 def test_importing_the_kernels_does_not_import_triton():
