@@ -136,15 +136,16 @@ def test_fake_data_needs_no_file(tmp_path, capsys):
     ],
 )
 def test_samples_are_generated_when_the_settings_say(world, tmp_path, monkeypatch, flags, expected):
-    sampled_at = []
+    sampled_at, forgotten = [], []
 
     def recorded(path, text):
         sampled_at.append(int(path.stem.removeprefix("samples_step=")))
         write_text(path, text)
 
     monkeypatch.setattr("latent_verse.training.image_logging.write_text", recorded)
+    monkeypatch.setattr(sampling, "forget_decoders", forgotten.append)
     assert train_biart.main([*world, "--epochs", "4", "--name", "a", *flags.split()]) == 0
-    assert sampled_at == expected
+    assert sampled_at == expected and len(forgotten) == len(expected)  # training needs the memory
     names = {path.name for path in (tmp_path / "runs/a/images").glob("*")}
     assert names == {f"samples_step={step}.{kind}" for step in expected for kind in ("png", "txt")}
 
