@@ -10,11 +10,16 @@ without validation; on a GPU they do not compile, which the area augvae times.
 
 from __future__ import annotations
 
+import fcntl
+import io
 import os
+import pty
 import re
+import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -74,18 +79,30 @@ def process_seconds(arguments: tuple[str, ...] | list[str], until: bytes | None 
 def _seconds_until(pattern: bytes, arguments: tuple[str, ...] | list[str]) -> tuple[float, float]:
     """(wall clock, CPU time) of Python on `arguments` until it says `pattern`. RuntimeError if it never does."""
     start, said = time.perf_counter(), b""
+    here, there = pty.openpty()  # the progress bar needs a terminal, of some width
+    fcntl.ioctl(there, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 160, 0, 0))
     command = [sys.executable, *arguments]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+    with open(here, "rb", 0) as terminal, subprocess.Popen(command, cwd=ROOT, stdout=there, stderr=there) as process:
+        os.close(there)
         while not re.search(pattern, said):
-            more = os.read(process.stdout.fileno(), 2**16)
+            more = _read(terminal)
             if not more:
                 last = (said.decode(errors="replace").strip() or "it said nothing").splitlines()[-1]
                 raise RuntimeError(f"no first step: {last}")
             said += more
         taken = time.perf_counter() - start
         ticks = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[11:15]  # own and children's
-        process.stdout.read()
+        while _read(terminal):
+            pass
     return taken, sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
+
+
+def _read(terminal: io.RawIOBase) -> bytes:
+    """What is said next, nothing at the end, which Linux calls an error of a terminal."""
+    try:
+        return terminal.read(2**16)
+    except OSError:
+        return b""
 
 
 def bundle(folder: Path) -> Path:
