@@ -1,8 +1,8 @@
 """A GPU that computes nothing: PyTorch's fake tensors on "cuda", for tests where there is none.
 
 Operators check devices, compute shapes and dtypes, and follow autocast as on a GPU, but there are no values. This shows
-two mistakes that a CPU hides: tensors left on the CPU, and places where the program waits for the device. The backward
-pass needs a driver and cannot run.
+two mistakes that a CPU hides: tensors left on the CPU, and places where the program waits for the device: to read a
+value, or to copy from memory that is not pinned. The backward pass needs a driver and cannot run.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+aten = torch.ops.aten
 DEVICE = "cuda:0"
 PACKAGE = "latent_verse"
 
@@ -35,7 +37,10 @@ def _why_not() -> str:
 
 
 class Waits(TorchDispatchMode):
-    """Counts, by function of the package, how often a value is read from the device, and supplies that value.
+    """Counts, by function of the package, copies between host and device, and supplies the values that are read.
+
+    Each copy makes the program wait, but for one from pinned memory that says non_blocking. Whether memory is pinned is
+    not known here, so these count as well.
 
     Args:
         says: the values that functions read, by the function's name; True for all others, which is what checks expect.
@@ -46,17 +51,31 @@ class Waits(TorchDispatchMode):
         self.says = says
         self.seen: Counter[str] = Counter()
 
+    @contextlib.contextmanager
+    def during_a_run(self) -> Iterator[None]:
+        """Count anew, and as in a program: tensors made without a device are on the CPU."""
+        self.seen.clear()
+        with torch.device("cpu"):
+            yield
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is torch.ops.aten._local_scalar_dense.default and args[0].device.type == "cuda":
+        if func is aten._local_scalar_dense.default and args[0].device.type == "cuda":
             return self.says.get(self._note(), True)
-        to_cpu = torch.device(kwargs.get("device") or DEVICE).type == "cpu"
-        moved = func is torch.ops.aten._to_copy.default and to_cpu and args[0].device.type == "cuda"
-        if func is torch.ops.aten.copy_.default:
-            moved = args[0].device.type == "cpu" and args[1].device.type == "cuda"
-        if moved:
+        if self._copies(func, args, kwargs):
             self._note()
         return func(*args, **kwargs)
+
+    @staticmethod
+    def _copies(func, args, kwargs) -> bool:
+        given = {t.device.type for t in tree_leaves((args, kwargs)) if torch.is_tensor(t)}
+        if func is aten._to_copy.default:
+            return {args[0].device.type, torch.device(kwargs.get("device") or args[0].device).type} == {"cpu", "cuda"}
+        if func is aten.lift_fresh.default:  # torch.tensor(..., device="cuda") where there is a driver
+            return "cuda" in given
+        # Numbers on the CPU become arguments of kernels that fill or are elementwise; where, indexing and others copy.
+        elementwise = torch.Tag.pointwise in func.tags and func not in (aten.where.self, aten.copy_.default)
+        return given == {"cpu", "cuda"} and not elementwise and func is not aten.fill_.Tensor
 
     def _note(self) -> str:
         frame = sys._getframe()

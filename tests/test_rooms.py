@@ -18,7 +18,7 @@ ROOMS = {
     "shared": {"jinja2", "PIL", "torch", "tqdm"},  # files directly in latent_verse/ that several rooms use
     "nn": {"torch"},
     "augvae": {"torch", "einops", "torchmetrics", "torchvision"},
-    "biart": {"torch", "einops"},
+    "biart": {"torch", "einops", "triton"},
     "data": {
         "torch",
         "numpy",

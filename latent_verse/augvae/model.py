@@ -22,6 +22,7 @@ from torch import nn
 from latent_verse.augvae.layers import Decoder, Encoder
 from latent_verse.augvae.quantizer import Quantizer, count, make_quantizer, perplexity, to_vectors
 from latent_verse.config import AugVAEConfig
+from latent_verse.nn.precision import full_float32
 
 INNER_CH_MULT = (2, 4)  # of each encoder and decoder between two levels, as released
 
@@ -168,13 +169,16 @@ class AugVAE(nn.Module):
     def codes(self, x_BCHW: torch.Tensor) -> torch.Tensor:
         """Images (B, C, R, R) in [-1, 1] -> codes (B, N) int64 of `code_levels`, largest first, row by row.
 
-        The codebook learns nothing, not even in training mode.
+        The codebook learns nothing, not even in training mode. Float32 weights compute in float32 throughout, whatever
+        autocast or TF32 is on: a GPU then gives the codes that a CPU gives, up to rounding. `encode` and `features`
+        follow the settings in force.
 
         Raises:
             ValueError: as `features`.
         """
-        maps = self.features(x_BCHW)[-len(self.code_levels) :]
-        codes = [self.quantizer.nearest(to_vectors(z_BDHW)) for z_BDHW in maps]
+        with full_float32(x_BCHW.device.type):  # TF32, a GPU's default for convolutions, changes 0.3 % of the codes
+            maps = self.features(x_BCHW)[-len(self.code_levels) :]
+            codes = [self.quantizer.nearest(to_vectors(z_BDHW)) for z_BDHW in maps]
         return torch.cat([c_N.view(len(x_BCHW), r * r) for c_N, r in zip(codes, self.code_levels, strict=True)], dim=1)
 
     @torch.no_grad()

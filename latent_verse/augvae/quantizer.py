@@ -9,8 +9,7 @@ Shapes: N vectors, K codes, D code dimension; B batch, H height, W width.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -19,27 +18,17 @@ from einops import rearrange
 from torch import nn
 
 from latent_verse.config import AugVAEConfig, ConfigError
-from latent_verse.nn.precision import LOW_PRECISION, in_float64, keeping_float32
+from latent_verse.nn.precision import LOW_PRECISION, full_float32, in_float64, keeping_float32
 
-# Elements of the distance matrix held at a time: a sixteenth of it, within these bounds. 4 MiB of float32 fit in the
-# caches of a CPU and 32 MiB in those of a large GPU, which would wait for kernel launches if there were fewer.
+# Elements of the distance matrix held at a time: a part of it, within these bounds. 4 MiB of float32 fit in the caches
+# of a CPU and 32 MiB in those of a large GPU, which would wait for kernel launches if there were fewer. Only larger
+# products than a CPU's keep a GPU busy: it holds a quarter, which is still a sixteenth of what one-hot holds.
+PARTS = {"cpu": 16, "cuda": 4}
 AT_LEAST, AT_MOST = 2**18, {"cpu": 2**20, "cuda": 2**23}
 # Codes compared at a time. If a codebook exceeds a CPU's caches, slices have few rows, and each reads all of it.
 CODES = {"cpu": 2**12}
 LARGE_MAP = 2**18  # elements of one image's map from which `add_vectors` transposes image by image
 BLOCK = 64  # columns of the distance matrix that `least` compares together
-
-
-@contextlib.contextmanager
-def full_precision_matmul(device_type: str) -> Iterator[None]:
-    """No autocast and no TF32 inside: either picks wrong codes (1.3 % of vectors in bf16 at K = 8192)."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(device_type, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def world_size() -> int:
@@ -162,7 +151,7 @@ class Codebook(nn.Module):
         """Index of the nearest code by Euclidean distance, (N,) int64. |z|^2, the same for all codes, is left out."""
         K = len(self.weight)
         columns = CODES.get(z_ND.device.type, K)
-        with full_precision_matmul(z_ND.device.type):
+        with full_float32(z_ND.device.type):  # bf16 picks other codes for 1.3 % of vectors at K = 8192
             found = [(*self._nearest_among(z_ND, first, first + columns), first) for first in range(0, K, columns)]
         if len(found) == 1:
             return found[0][1]
@@ -174,7 +163,8 @@ class Codebook(nn.Module):
         codes_KD = self.weight[first:end]
         N, K, kind = len(z_ND), len(codes_KD), z_ND.device.type
         norm_K = torch.linalg.vector_norm(codes_KD, dim=1).square()
-        rows = max(1, min(N, min(max(N * K // 16, AT_LEAST), AT_MOST.get(kind, AT_LEAST)) // K))
+        part = max(N * K // PARTS.get(kind, 16), AT_LEAST)
+        rows = max(1, min(N, min(part, AT_MOST.get(kind, AT_LEAST)) // K))
         # One buffer for all slices: on a CPU, new memory costs more than the sums. It holds whole blocks for `least`.
         buffer_NK = z_ND.new_empty(rows, -(-K // BLOCK) * BLOCK)
         buffer_NK[:, K:] = torch.inf

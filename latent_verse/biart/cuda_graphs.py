@@ -1,69 +1,93 @@
 """CUDA graphs for decoding.
 
-A decoding step for a few samples runs about two hundred kernels, and each takes longer to launch than to run. A CUDA
+A decoding step for a few samples runs a hundred kernels or more, and each takes longer to launch than to run. A CUDA
 graph holds them all and is launched once.
 """
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
 
 import torch
 from torch import nn
 
+_a_capture_failed = False  # in this process: before PyTorch 2.12 another one may crash it (pytorch issue 180395)
+
 
 def can_capture(model: nn.Module, device: torch.device) -> bool:
     """Whether decoding steps can become CUDA graphs."""
-    if device.type != "cuda" or torch.is_autocast_enabled("cuda"):  # its cached casts may be freed between two replays
+    if device.type != "cuda" or _a_capture_failed:
+        return False
+    if torch.is_autocast_enabled("cuda"):  # its cached casts may be freed between two replays
         return False
     return not any(hasattr(p, "device_mesh") for p in model.parameters())  # sharded ones are gathered anew in each step
 
 
-class CUDAGraphs:
-    """Calls `step(slots)`; with `capture` as CUDA graphs, one for each number of slots.
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """What all captures on a device run in: cuBLAS keeps 32 MiB of workspace for each stream."""
+    return torch.cuda.Stream(device)
 
-    The first call with a number of slots runs `step` itself, which initialises what a capture must not wait for. The
-    second call captures it, and all later ones replay the graph. If a capture fails, `step` runs without graphs, with a
-    warning. `step` must keep what changes between calls in tensors, update them in place, and not wait for the device.
+
+class CUDAGraphs:
+    """Calls `step()`; with `capture` as CUDA graphs, one for each number of slots.
+
+    The first call with a number of slots runs the step itself, which initialises what a capture must not wait for. The
+    second call captures it, and all later ones replay the graph, whatever step they are given. So a step must keep what
+    changes between calls in tensors, update them in place, and not wait for the device. If a capture fails, this
+    process makes no other, with a warning.
     """
 
-    def __init__(self, step: Callable[[int], None], capture: bool):
-        self.step, self.capture = step, capture
+    def __init__(self, device: torch.device, capture: bool):
+        self.device, self.capture = device, capture
         self._warm: set[int] = set()
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         if capture:
-            self._stream, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+            self._pool = torch.cuda.graph_pool_handle()  # of all its graphs: no step leaves anything in it
 
-    def __call__(self, slots: int) -> None:
-        if self.capture and slots in self._warm and slots not in self._graphs:
-            self._capture(slots)
-        if not self.capture:
-            self.step(slots)
-        elif slots in self._graphs:
-            self._graphs[slots].replay()
-        else:
-            self._warm.add(slots)
-            self._stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._stream):  # as the capture will: libraries keep a workspace for each stream
-                self.step(slots)
-            torch.cuda.current_stream().wait_stream(self._stream)
-
-    def _capture(self, slots: int) -> None:
-        """Record a step without running it. If that fails, turn capturing off."""
-        graph = torch.cuda.CUDAGraph()
-        self._stream.wait_stream(torch.cuda.current_stream())
-        try:
-            with torch.cuda.stream(self._stream):
-                # thread_local: a loader's thread may pin memory meanwhile
-                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-                try:
-                    self.step(slots)
-                finally:
-                    graph.capture_end()
-        except RuntimeError as error:
-            warnings.warn(f"Decoding runs without CUDA graphs: capturing a step failed: {error}", stacklevel=3)
-            self.capture = False
+    def __call__(self, slots: int, step: Callable[[], None]) -> None:
+        if not self.capture or _a_capture_failed:
+            step()
             return
-        torch.cuda.current_stream().wait_stream(self._stream)
+        with torch.cuda.device(self.device):
+            if slots in self._warm and slots not in self._graphs:
+                self._capture(slots, step)
+            if slots in self._graphs:
+                self._graphs[slots].replay()
+            elif _a_capture_failed:
+                step()
+            else:
+                self._warm.add(slots)
+                self._aside(step)  # as the capture will: libraries keep a workspace for each stream
+
+    def _aside(self, run: Callable[[], None]) -> None:
+        """Run on the stream of captures, between what the current stream was given before and will be afterwards."""
+        stream, current = _stream(self.device), torch.cuda.current_stream()
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            run()
+        current.wait_stream(stream)
+
+    def _capture(self, slots: int, step: Callable[[], None]) -> None:
+        """Record a step without running it."""
+        global _a_capture_failed
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.empty_cache()  # memory that was freed cannot be reused for a capture
+
+        def capture() -> None:
+            # thread_local: a loader's thread may pin memory meanwhile
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                step()
+            finally:
+                graph.capture_end()
+
+        try:
+            self._aside(capture)
+        except RuntimeError as error:
+            warnings.warn(f"Decoding runs without CUDA graphs: capturing a step failed: {error}", stacklevel=4)
+            _a_capture_failed = True
+            return
         self._graphs[slots] = graph

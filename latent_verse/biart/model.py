@@ -9,7 +9,7 @@ logits of one modality only, since the layout (`sequence.py`) says which modalit
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from latent_verse.biart.sequence import DIRECTIONS, IGNORE, MODALITIES, Modality, Sequences, Vocabulary, target_modality
+from latent_verse.biart.triton_kernels import decode_attention, has_kernels
 from latent_verse.config import BiARTConfig
 from latent_verse.nn.activation_checkpointing import ActivationCheckpointing
+from latent_verse.nn.precision import LayerNorm, as_residual_stream
 
 
 def loss_weights(reference_weight: float, text: float = 1.0, image: float = 1.0) -> dict[str, float]:
@@ -36,39 +38,49 @@ class KVCache:
     """Keys and values of all blocks, allocated once as in gpt-fast.
 
     Args:
-        bucket: a decoding step reads a multiple of this many slots. 1, the default on a CPU, reads only filled ones.
-            A larger one (128 on a GPU) also reads and masks empty ones: CUDA graphs need steps of the same shapes.
+        bucket: a decoding step is given a multiple of this many slots. 1, the default on a CPU, gives it only filled
+            ones. A larger one also reads and masks empty ones, because CUDA graphs need steps of the same shapes: 128
+            on a GPU, or all where `decode_attention` has a kernel, which reads the filled ones of any number.
     """
 
     def __init__(
         self, config: BiARTConfig, batch: int, device: torch.device | str, dtype: torch.dtype, bucket: int | None = None
     ):
-        self.bucket = bucket or (128 if torch.device(device).type == "cuda" else 1)
-        slots = math.ceil(Vocabulary.of(config).input_len / self.bucket) * self.bucket
-        shape = (config.n_layer, batch, config.n_head, slots, config.n_embd // config.n_head)
+        device, longest = torch.device(device), Vocabulary.of(config).input_len
+        head_dim = config.n_embd // config.n_head
+        self.by_kernel = has_kernels(device, dtype, head_dim)
+        if bucket is None:
+            bucket = longest if self.by_kernel else 128 if device.type == "cuda" else 1
+        self.bucket = bucket
+        shape = (config.n_layer, batch, config.n_head, math.ceil(longest / bucket) * bucket, head_dim)
         self.image_first_B1 = torch.zeros(batch, 1, device=device, dtype=torch.bool)  # the direction of each row
         self.k_LBHSD = torch.zeros(shape, device=device, dtype=dtype)
         self.v_LBHSD = torch.zeros(shape, device=device, dtype=dtype)
 
+    @staticmethod
+    def row_bytes(config: BiARTConfig, dtype: torch.dtype) -> int:
+        """What one row takes."""
+        return 2 * config.n_layer * Vocabulary.of(config).input_len * config.n_embd * dtype.itemsize
+
     def slots(self, position: int) -> int:
-        """The number of slots that the step at `position` reads."""
+        """The number of slots that the step at `position` is given."""
         return math.ceil((position + 1) / self.bucket) * self.bucket
 
-    def reorder(self, rows_B: Tensor, filled: int) -> None:
-        """Copy row rows_B[i] to row i, in the first `filled` slots (for beam search)."""
+    def reorder(self, rows_B: Tensor, slots: slice) -> None:
+        """Copy row rows_B[i] to row i, in `slots` alone (for beam search, whose beams share their prompt)."""
         for cache in (self.k_LBHSD, self.v_LBHSD):
-            for layer in cache:  # layer by layer, to need little memory for the copy
-                layer[:, :, :filled] = layer[rows_B, :, :filled]
+            cache[:, :, :, slots] = cache[:, :, :, slots].index_select(1, rows_B)
 
 
 class Past(NamedTuple):
-    """One block's part of the cache, and which slots a step writes (pos_T) and how many it reads."""
+    """One block's part of the cache, and which slots a step writes (pos_T) and how many it is given."""
 
     k_BHSD: Tensor
     v_BHSD: Tensor
     pos_T: Tensor
     slots: int
     mask_TS: Tensor | None
+    by_kernel: bool  # a single token's attention is one kernel, which needs neither slots nor mask
 
 
 class Attention(nn.Module):
@@ -85,6 +97,9 @@ class Attention(nn.Module):
         B, T, C = x_BTC.shape
         q, k, v = self.qkv(x_BTC).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
         mask_TS, causal = None, True
+        if past is not None and past.by_kernel and T == 1:
+            y_BHD = decode_attention(q[:, :, 0], k[:, :, 0], v[:, :, 0], past.k_BHSD, past.v_BHSD, past.pos_T)
+            return self.resid_drop(self.proj(y_BHD.view(B, T, C)))
         if past is not None:
             past.k_BHSD.index_copy_(2, past.pos_T, k.to(past.k_BHSD.dtype))
             past.v_BHSD.index_copy_(2, past.pos_T, v.to(past.v_BHSD.dtype))
@@ -97,28 +112,36 @@ class Attention(nn.Module):
 
 
 class Block(ActivationCheckpointing):
-    """x + attention(norm x), then x + MLP(norm x).
+    """x + attention(norm x), then x + MLP(norm x); the last sum is left to the next block.
 
     Activation checkpointing recomputes the outputs of the second norm and of GELU, a third of what a block keeps.
     """
 
     def __init__(self, config: BiARTConfig):
         super().__init__()
-        self.ln1 = nn.LayerNorm(config.n_embd)
+        self.ln1 = LayerNorm(config.n_embd)
         self.attn = Attention(config)
-        self.ln2 = nn.LayerNorm(config.n_embd)
+        self.ln2 = LayerNorm(config.n_embd)
         self.mlp = nn.Sequential(
             nn.Linear(config.n_embd, 4 * config.n_embd),
             nn.GELU(),
             nn.Linear(4 * config.n_embd, config.n_embd),
-            nn.Dropout(config.resid_pdrop),
         )
+        self.resid_drop = nn.Dropout(config.resid_pdrop)
 
-    def forward(self, x_BTC: Tensor, past: Past | None = None) -> Tensor:
+    def forward(
+        self, x_BTC: Tensor, branch_BTC: Tensor | None = None, past: Past | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The stream and what the block before adds to it, None at first -> the stream and what this block adds.
+
+        So the compiler, which sees one block at a time, can make each sum and the norm of it in one pass.
+        """
+        if branch_BTC is not None:
+            x_BTC = x_BTC + self.resid_drop(branch_BTC)
         x_BTC = x_BTC + self.attn(self.ln1(x_BTC), past)
-        widen, gelu, narrow, dropout = self.mlp
+        widen, gelu, narrow = self.mlp
         wide_BTF = self.recomputed(lambda x: widen(self.ln2(x)), x_BTC)
-        return x_BTC + dropout(self.recomputed(lambda wide: narrow(gelu(wide)), wide_BTF))
+        return x_BTC, self.recomputed(lambda wide: narrow(gelu(wide)), wide_BTF)
 
 
 class BiART(nn.Module):
@@ -135,7 +158,8 @@ class BiART(nn.Module):
         self.pos_emb = nn.Parameter(torch.empty(1, places, config.n_embd))
         self.drop = nn.Dropout(config.embd_pdrop)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd)
+        self.resid_drop = nn.Dropout(config.resid_pdrop)  # of the last block's branch
+        self.ln_f = LayerNorm(config.n_embd)
         self.head = nn.Linear(config.n_embd, self.vocab.size, bias=False)
         self._init_weights()
 
@@ -175,19 +199,29 @@ class BiART(nn.Module):
         return F.embedding(torch.where(image_first_B1, turned_T, place_T), table_PC)
 
     def _embed(self, idx_BT: Tensor, seg_BT: Tensor, places: slice | Tensor, image_first_B1: Tensor) -> Tensor:
-        return self.drop(self.tok_emb(idx_BT) + self.seg_emb(seg_BT) + self.positions(places, image_first_B1))
+        x_BTC = self.tok_emb(idx_BT) + self.seg_emb(seg_BT) + self.positions(places, image_first_B1)
+        return as_residual_stream(self.drop(x_BTC))
 
     def features(self, idx_BT: Tensor, seg_BT: Tensor) -> Tensor:
         """Joint ids and segments -> features_BTC, from which the heads read the next token."""
         x_BTC = self._embed(idx_BT, seg_BT, slice(idx_BT.shape[1]), idx_BT[:, :1] == self.vocab.begin_image)
+        branch_BTC: Tensor | None = None
         for block in self.blocks:
-            x_BTC = self.call_block(block, x_BTC)
-        return self.ln_f(x_BTC)
+            x_BTC, branch_BTC = self.call_block(block, x_BTC, branch_BTC)
+        return self.ln_f(x_BTC + self.resid_drop(branch_BTC))
 
     @staticmethod
-    def call_block(block: nn.Module, x_BTC: Tensor) -> Tensor:
-        """block(x_BTC). Training may compile this function; cached decoding, with its changing shapes, bypasses it."""
-        return block(x_BTC)
+    def call_block(block: nn.Module, x_BTC: Tensor, branch_BTC: Tensor | None) -> tuple[Tensor, Tensor]:
+        """block(x_BTC, branch_BTC). Cached decoding, with its changing shapes, bypasses it.
+
+        Training may compile this function: once for the first block, which has no branch, and once for all others.
+        """
+        return block(x_BTC, branch_BTC)
+
+    @staticmethod
+    def decode_block(block: nn.Module, x_BTC: Tensor, branch_BTC: Tensor | None, past: Past) -> tuple[Tensor, Tensor]:
+        """block(x_BTC, branch_BTC, past). Like `call_block`, it may be compiled, which `sampling.Decoder` does."""
+        return block(x_BTC, branch_BTC, past)
 
     def forward(self, idx_BT: Tensor, seg_BT: Tensor) -> Tensor:
         """Joint ids and segments -> logits_BTV of the next token over the whole joint vocabulary."""
@@ -271,26 +305,44 @@ class BiART(nn.Module):
         """Read a prompt, from position 0 on, into an empty cache -> features_BTC."""
         pos_T = torch.arange(idx_BT.shape[1], device=idx_BT.device)
         cache.image_first_B1.copy_(idx_BT[:, :1] == self.vocab.begin_image)
-        return self._cached(idx_BT, seg_BT, cache, pos_T, slots=idx_BT.shape[1], mask_TS=None)
+        return self._cached(idx_BT, seg_BT, cache, pos_T, idx_BT.shape[1], None, self.decode_block)
 
-    def decode(self, idx_B1: Tensor, seg_B1: Tensor, cache: KVCache, pos_1: Tensor, slots: int) -> Tensor:
+    def decode(
+        self,
+        idx_B1: Tensor,
+        seg_B1: Tensor,
+        cache: KVCache,
+        pos_1: Tensor,
+        slots: int,
+        decode_block: Callable[..., tuple[Tensor, Tensor]] | None = None,
+    ) -> Tensor:
         """Read one more token, at position pos_1 -> features_B1C. `slots` is cache.slots(position).
 
-        Shapes depend on `slots` alone, and nothing waits for the device.
+        Shapes depend on `slots` alone, and nothing waits for the device. `decode_block` is `BiART.decode_block`, or
+        that compiled.
         """
         mask_TS = None
-        if cache.bucket > 1:  # additive, because every block would convert a boolean mask to that
+        if cache.bucket > 1 and not cache.by_kernel:  # additive, as every block would convert a boolean mask to that
             filled_TS = torch.arange(slots, device=pos_1.device)[None] <= pos_1[:, None]
             mask_TS = torch.zeros_like(filled_TS, dtype=cache.k_LBHSD.dtype).masked_fill(~filled_TS, -math.inf)
-        return self._cached(idx_B1, seg_B1, cache, pos_1, slots, mask_TS)
+        return self._cached(idx_B1, seg_B1, cache, pos_1, slots, mask_TS, decode_block or self.decode_block)
 
     def _cached(
-        self, idx_BT: Tensor, seg_BT: Tensor, cache: KVCache, pos_T: Tensor, slots: int, mask_TS: Tensor | None
+        self,
+        idx_BT: Tensor,
+        seg_BT: Tensor,
+        cache: KVCache,
+        pos_T: Tensor,
+        slots: int,
+        mask_TS: Tensor | None,
+        call: Callable[..., tuple[Tensor, Tensor]],
     ) -> Tensor:
         x_BTC = self._embed(idx_BT, seg_BT, pos_T, cache.image_first_B1)
+        branch_BTC: Tensor | None = None
         for block, k_BHSD, v_BHSD in zip(self.blocks, cache.k_LBHSD, cache.v_LBHSD, strict=True):
-            x_BTC = block(x_BTC, Past(k_BHSD, v_BHSD, pos_T, slots, mask_TS))
-        return self.ln_f(x_BTC)
+            past = Past(k_BHSD, v_BHSD, pos_T, slots, mask_TS, cache.by_kernel)
+            x_BTC, branch_BTC = call(block, x_BTC, branch_BTC, past)
+        return self.ln_f(x_BTC + self.resid_drop(branch_BTC))
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Two groups for AdamW: matrices decay; biases, norms and embeddings do not."""

@@ -11,20 +11,22 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from latent_verse.biart.cuda_graphs import CUDAGraphs, can_capture
+from latent_verse.biart.kept import Kept
 from latent_verse.biart.model import BiART, KVCache
 from latent_verse.biart.sequence import IGNORE, IMAGE_TO_TEXT, TEXT_TO_IMAGE, Direction, Modality, target_modality
-from latent_verse.config import SamplingSettings
+from latent_verse.biart.triton_kernels import has_sampling_kernel, sample_classes
+from latent_verse.config import SamplingSettings, UserError
 from latent_verse.nn.precision import in_float64
 
 
-class NotFinite(ValueError):
+class NotFinite(UserError):
     """The model's logits are not finite numbers."""
 
 
@@ -61,9 +63,11 @@ def choose(
     top_k keeps the k likeliest classes. top_p then keeps the smallest set of them whose probability reaches p (Holtzman
     et al., 2020). At temperature 0, or without u_B, the likeliest class is taken.
     """
-    logits_BV = logits_BV.float()
     if temperature == 0 or u_B is None:
         return logits_BV.argmax(dim=-1)
+    if has_sampling_kernel(logits_BV.device, logits_BV.shape[-1]):
+        return sample_classes(logits_BV, u_B, temperature, top_k, top_p)
+    logits_BV = logits_BV.float()
     # The maximum is subtracted first: a tiny temperature then gives a sharp distribution rather than inf - inf.
     logits_BV = (logits_BV - logits_BV.amax(dim=-1, keepdim=True)) / temperature
     order_BV = None
@@ -118,7 +122,7 @@ def _check_finite(bad: Tensor) -> None:
     if bool(bad):
         raise NotFinite(
             "the model's logits are not finite: its weights are damaged, or overflow in this precision. "
-            "Try float32, or an earlier checkpoint."
+            "Try dtype float32, or an earlier checkpoint."
         )
 
 
@@ -126,6 +130,140 @@ def guide(logits_RV: Tensor, guidance: float) -> Tensor:
     """Classifier-free guidance: null + guidance * (given - null), of rows with and then without their reference."""
     given_BV, null_BV = logits_RV.chunk(2)
     return null_BV + guidance * (given_BV - null_BV)
+
+
+class Plan(NamedTuple):
+    """What a decoder is made for. Calls of `generate` with the same model and plan use the same one."""
+
+    batch: int
+    direction: Direction
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    guidance: float
+    compiled: bool
+    bucket: int | None
+
+    @property
+    def rows(self) -> int:
+        """How many sequences are read: with guidance each also without its reference."""
+        return self.batch if self.guidance == 1 else 2 * self.batch
+
+
+class Decoder:
+    """Samples a batch of targets, a token at a time: `start`, then `step` for each further token.
+
+    What a step reads and writes are tensors that stay in their places, so that a CUDA graph can replay the step, in
+    later calls of `generate` too. The model is passed to each call: a decoder that is kept must not keep the model.
+    """
+
+    def __init__(self, model: BiART, plan: Plan):
+        self.plan, self.vocab, self.modality = plan, model.vocab, target_modality(plan.direction)
+        self.device = device = model.device
+        batch, total = plan.batch, self.vocab.length(self.modality)
+        # each number of slots would be compiled by itself
+        self.cache = _new_cache(model, plan.rows, device, self.vocab.input_len if plan.compiled else plan.bucket)
+        self.weight_VC = model.head_weight(self.modality)
+        self.seg_R1 = torch.ones(plan.rows, 1, dtype=torch.long, device=device)
+        self.u_BN = None if plan.temperature == 0 else torch.empty(batch, total, device=device)
+        self.target_BN = torch.empty(batch, total, dtype=torch.long, device=device)
+        self.id_B = torch.empty(batch, dtype=torch.long, device=device)  # of the last token, in the joint vocabulary
+        self.done_B = torch.empty(batch, dtype=torch.bool, device=device)  # whose text has ended
+        self.bad = torch.empty((), dtype=torch.bool, device=device)  # whether logits were not finite
+        self.pos_1 = torch.empty(1, dtype=torch.long, device=device)  # of the last token in the sequence ...
+        self.step_1 = torch.empty(1, dtype=torch.long, device=device)  # ... and of the next one in the target
+        self._run = CUDAGraphs(device, can_capture(model, device))
+        self._sample, self._decode_block = Decoder._sample_token, BiART.decode_block
+        if plan.compiled:
+            self._sample = torch.compile(self._sample, dynamic=False)
+            self._decode_block = torch.compile(self._decode_block, dynamic=False)
+
+    @property
+    def bytes(self) -> int:
+        """The size of the cache; all else is small."""
+        return self.cache.k_LBHSD.nbytes + self.cache.v_LBHSD.nbytes
+
+    def start(
+        self, model: BiART, idx_RT: Tensor, seg_RT: Tensor, prefix_BK: Tensor, seeds: Sequence[int] | None
+    ) -> None:
+        """Read the prompts, which end with the prefix, and sample the next token."""
+        known, total = prefix_BK.shape[1], self.target_BN.shape[1]
+        self.position = idx_RT.shape[1]  # of the last token, as pos_1 on the device
+        self.pos_1.fill_(self.position)
+        self.step_1.fill_(known)
+        self.target_BN.fill_(self.vocab.pad if self.modality == "text" else 0)
+        self.target_BN[:, :known] = prefix_BK
+        self.done_B.fill_(False)
+        self.bad.fill_(False)
+        if self.u_BN is not None and seeds is not None:
+            self.u_BN.copy_(uniforms(seeds, total))
+        if self.modality == "text":  # a copy, of weights that may have changed
+            self.weight_VC.copy_(model.head_weight("text"))
+        self._sample(self, model.prefill(idx_RT, seg_RT, self.cache)[:, -1].contiguous())  # as a step's
+
+    def step(self, model: BiART) -> None:
+        """Read the token just sampled, and sample the next one."""
+        slots = self.cache.slots(self.position)
+        self._run(slots, lambda: self._step(model, slots))
+        self.position += 1
+
+    def _step(self, model: BiART, slots: int) -> None:
+        idx_R1 = (self.id_B if self.plan.guidance == 1 else self.id_B.repeat(2))[:, None]
+        feature_R1C = model.decode(idx_R1, self.seg_R1, self.cache, self.pos_1, slots, self._decode_block)
+        self.pos_1.add_(1)
+        self.step_1.add_(1)
+        self._sample(self, feature_R1C[:, 0])
+
+    def _sample_token(self, feature_RC: Tensor) -> None:
+        plan, end = self.plan, self.vocab.text_vocab
+        logits_BV = F.linear(feature_RC, self.weight_VC).float()
+        if plan.guidance != 1:
+            logits_BV = guide(logits_BV, plan.guidance)
+        self.bad.logical_or_(~logits_BV.isfinite().all())
+        u_B = None if self.u_BN is None else self.u_BN.index_select(1, self.step_1)[:, 0]
+        class_B = choose(logits_BV, u_B, plan.temperature, plan.top_k, plan.top_p)
+        if self.modality == "text":
+            class_B = class_B.masked_fill(self.done_B, end)
+            self.done_B.logical_or_(class_B == end)
+        self.id_B.copy_(self.vocab.to_ids(class_B, self.modality))
+        self.target_BN.index_copy_(1, self.step_1, (self.id_B if self.modality == "text" else class_B)[:, None])
+
+
+_kept = Kept()
+
+
+def forget_decoders(model: BiART | None = None) -> None:
+    """Free the caches and CUDA graphs that `generate` keeps on a GPU for its next calls, of a model or of all."""
+    _kept.drop(model)
+
+
+def kept_bytes(device: torch.device) -> int:
+    """How much of a GPU's memory `generate` keeps for its next calls. It frees this where it needs it for a batch."""
+    return _kept.bytes(device)
+
+
+def _started(model: BiART, plan: Plan, *prompt: Any) -> Decoder:
+    """A decoder that has read its prompt: the kept one, if there is one."""
+
+    def start() -> Decoder:
+        decoder = None
+        if can_capture(model, model.device):
+            decoder = _kept.take(model, plan)
+            if decoder is None:
+                row = KVCache.row_bytes(model.config, model.head.weight.dtype)
+                # reading the prompt takes up to half as much again
+                _kept.make_room(model.device, plan.rows * row * 3 // 2)
+        decoder = decoder or Decoder(model, plan)
+        decoder.start(model, *prompt)
+        return decoder
+
+    try:
+        return start()
+    except torch.OutOfMemoryError:
+        if not len(_kept):
+            raise
+    _kept.drop()  # not while the exception holds what was allocated
+    return start()
 
 
 def generate(
@@ -141,9 +279,12 @@ def generate(
     prefix_BK: Tensor | None = None,
     reference_dropout_trained: bool = True,
     progress: Callable[[int, int], None] | None = None,
+    compiled: bool = False,
     bucket: int | None = None,
 ) -> Tensor:
     """Sample one target for every reference -> codes_BN, or text_BL (text ids, padded after the end), int64.
+
+    On a GPU, cache and CUDA graphs are kept for the next call with the same model, batch, direction and settings.
 
     Args:
         reference: text_BL (text_to_image) or codes_BN (image_to_text), or `Vocabulary.null_reference` to do without.
@@ -154,6 +295,8 @@ def generate(
         prefix_BK: the first K tokens of the target, which are kept.
         reference_dropout_trained: whether training dropped references, which guidance needs.
         progress: is called with (step, total) after every token.
+        compiled: compile a step for this batch and these settings, which takes some seconds and pays for many batches.
+            `latent_verse.nn.compilation` says whether a machine can.
         bucket: see `KVCache`.
 
     Raises:
@@ -164,69 +307,36 @@ def generate(
     check_settings(temperature, top_k, top_p, guidance, vocab.num_classes(modality), reference_dropout_trained)
     device, batch, total = model.device, len(reference), vocab.length(modality)
     reference = reference.to(device)
-    prefix_BK = reference.new_zeros(batch, 0) if prefix_BK is None else prefix_BK.to(device).long()
+    prefix_BK = reference.new_zeros(batch, 0) if prefix_BK is None else prefix_BK.to(device)
     known = prefix_BK.shape[1]
-
     idx_RT, seg_RT = vocab.prompt(reference, direction, prefix_BK)
     if guidance != 1:
         null = vocab.null_reference(batch, direction, device)
         null_idx_BT, null_seg_BT = vocab.prompt(null, direction, prefix_BK)
         idx_RT, seg_RT = torch.cat([idx_RT, null_idx_BT]), torch.cat([seg_RT, null_seg_BT])
-    fill = vocab.pad if modality == "text" else 0
-    target_BN = torch.full((batch, total), fill, dtype=torch.long, device=device)
-    target_BN[:, :known] = prefix_BK
     if known == total or batch == 0:
-        return target_BN
+        return F.pad(prefix_BK.long(), (0, total - known))
+    seeds = None if temperature == 0 else _sample_seeds(seed, batch)
+    plan = Plan(batch, direction, temperature, top_k, top_p, guidance, compiled, bucket)
 
-    u_BN = None if temperature == 0 else uniforms(_sample_seeds(seed, batch), total, device)
-    seg_R1 = torch.ones(len(idx_RT), 1, dtype=torch.long, device=device)
-    done_B = torch.zeros(batch, dtype=torch.bool, device=device)
-    bad = torch.zeros((), dtype=torch.bool, device=device)
-    position = idx_RT.shape[1]
-    # Whatever changes from token to token is a tensor, so that a CUDA graph can replay a step.
-    pos_1, step_1 = torch.tensor([position], device=device), torch.tensor([known], device=device)
-    with _evaluating(model):
-        weight_VC = model.head_weight(modality)
-        cache = _new_cache(model, len(idx_RT), device, bucket)
-        feature_RC = model.prefill(idx_RT, seg_RT, cache)[:, -1].clone()
-        id_B = torch.empty(batch, dtype=torch.long, device=device)
-
-        def sample_token() -> None:
-            logits_BV = F.linear(feature_RC, weight_VC).float()
-            if guidance != 1:
-                logits_BV = guide(logits_BV, guidance)
-            bad.logical_or_(~logits_BV.isfinite().all())
-            u_B = None if u_BN is None else u_BN.index_select(1, step_1)[:, 0]
-            class_B = choose(logits_BV, u_B, temperature, top_k, top_p)
-            if modality == "text":
-                class_B = class_B.masked_fill(done_B, vocab.text_vocab)
-                done_B.logical_or_(class_B == vocab.text_vocab)
-            id_B.copy_(vocab.to_ids(class_B, modality))
-            target_BN.index_copy_(1, step_1, (id_B if modality == "text" else class_B)[:, None])
-
-        def advance_and_sample(slots: int) -> None:
-            """Read the token just sampled, and sample the next one."""
-            idx_R1 = (id_B if guidance == 1 else id_B.repeat(2))[:, None]
-            feature_RC.copy_(model.decode(idx_R1, seg_R1, cache, pos_1, slots)[:, 0])
-            pos_1.add_(1)
-            step_1.add_(1)
-            sample_token()
-
-        run_step = CUDAGraphs(advance_and_sample, can_capture(model, device))
-        sample_token()
-        _check_finite(bad)  # once now and once at the end: asking after every token would wait for the device
+    # How often to ask whether all captions have ended: on a GPU, asking takes longer than a few needless steps.
+    ask_every = 8 if device.type == "cuda" else 1
+    # What inference mode makes could not be changed outside of it, but a decoder may be kept.
+    with torch.inference_mode(False), _evaluating(model):
+        decoder = _started(model, plan, idx_RT, seg_RT, prefix_BK, seeds)
+        _check_finite(decoder.bad)  # once now and once at the end: asking after every token would wait for the device
         if progress is not None:
             progress(known + 1, total)
-        # how often to ask whether all captions have ended: on a GPU, asking takes longer than a few needless steps
-        ask_every = 8 if device.type == "cuda" else 1
         for step in range(known + 1, total):
-            if modality == "text" and (step - known) % ask_every == 0 and bool(done_B.all()):
+            if modality == "text" and (step - known) % ask_every == 0 and bool(decoder.done_B.all()):
                 break
-            run_step(cache.slots(position))
-            position += 1
+            decoder.step(model)
             if progress is not None:
                 progress(step + 1, total)
-        _check_finite(bad)
+        _check_finite(decoder.bad)
+        target_BN = decoder.target_BN.clone()
+        if can_capture(model, device):
+            _kept.put(model, plan, decoder)
     return target_BN
 
 
@@ -249,19 +359,20 @@ def beam_search(
         raise ValueError(f"length_penalty is {length_penalty}; it must be 0 or above.")
     device, batch = model.device, len(codes_BN)
     idx_BT, seg_BT = vocab.prompt(codes_BN.to(device), IMAGE_TO_TEXT)
-    position = idx_BT.shape[1]
+    position = prompt = idx_BT.shape[1]
     with _evaluating(model):
         weight_VC = model.head_weight("text")
         first = _new_cache(model, batch, device, bucket)
         feature_BC = model.prefill(idx_BT, seg_BT, first)[:, -1]
-        # Each image is read once; then every beam gets a copy of its keys and values.
+        # Each image is read once; then every beam gets a copy of its keys and values, which no step changes.
         cache = _new_cache(model, batch * beam_size, device, bucket)
-        cache.k_LBHSD.copy_(first.k_LBHSD.repeat_interleave(beam_size, dim=1))
-        cache.v_LBHSD.copy_(first.v_LBHSD.repeat_interleave(beam_size, dim=1))
+        for of_beams, read in ((cache.k_LBHSD, first.k_LBHSD), (cache.v_LBHSD, first.v_LBHSD)):
+            of_beams.unflatten(1, (batch, beam_size))[..., :prompt, :] = read[:, :, None, :, :prompt]
         cache.image_first_B1.fill_(True)
-        del first
+        del first, read
         feature_RC = feature_BC.repeat_interleave(beam_size, dim=0)
 
+        pos_1 = torch.tensor([position], device=device)
         row_B1 = torch.arange(batch, device=device)[:, None] * beam_size
         seg_R1 = torch.ones(batch * beam_size, 1, dtype=torch.long, device=device)
         text_BWL = torch.full((batch, beam_size, L), vocab.pad, device=device)
@@ -291,10 +402,10 @@ def beam_search(
             # A sum can only fall. Divided by the longest length, it bounds the score that a beam can still reach.
             if step + 1 == L or bool((best_B >= sum_BW.amax(dim=1) / L**length_penalty).all()):
                 break
-            cache.reorder((row_B1 + parent_BW).flatten(), filled=position)
-            pos_1 = torch.tensor([position], device=device)
+            cache.reorder((row_B1 + parent_BW).flatten(), slice(prompt, position))
             feature_RC = model.decode(token_BW.view(-1, 1), seg_R1, cache, pos_1, cache.slots(position))[:, 0]
             position += 1
+            pos_1.add_(1)
         if step + 1 == L:  # captions that fill text_len have no end token
             best_BL, best_B = best_with(sum_BW / L**length_penalty)
     return best_BL, best_B

@@ -244,7 +244,7 @@ class Vocabulary:
                 token, and that its loss is left out.
             word_dropout, code_dropout: the share of the tokens of target texts and images that the tokens after them
                 see as `null`, more in some rows and fewer in others. They are still predicted (Bowman et al., 2016).
-            generator: makes the random choices reproducible; on the CPU.
+            generator: makes the random choices reproducible; on the ids' device, whose own one is the default.
             validate: check that ids are in range, which waits for the GPU if the tensors are on one.
 
         Raises:
@@ -254,6 +254,7 @@ class Vocabulary:
         if validate:
             self.check_text(text_BL)
             self.check_codes(codes_BN)
+        # Random numbers are drawn on the device: masks made on the CPU would be copied there, and each copy waits.
         batch, device = len(text_BL), text_BL.device
         if len(codes_BN) != batch:
             raise ValueError(f"There are {batch} texts but codes of {len(codes_BN)} images: they must come in pairs.")
@@ -273,7 +274,7 @@ class Vocabulary:
         image_class_BN, image_BN = codes_BN, codes_BN + self.image_start
 
         if reference_dropout > 0:
-            dropped_B = (torch.rand(batch, generator=generator) < reference_dropout).to(device)
+            dropped_B = torch.rand(batch, generator=generator, device=device) < reference_dropout
             first_B = torch.arange(batch, device=device) < n
             text_dropped_B1, image_dropped_B1 = (dropped_B & first_B)[:, None], (dropped_B & ~first_B)[:, None]
             text_BL = text_BL.masked_fill(text_dropped_B1, self.null)
@@ -293,9 +294,9 @@ class Vocabulary:
             if share > 0:
                 modality = target_modality(part)
                 target_BT = idx_BT[rows, self.positions(part, modality)][:, 1:]  # a view, without the begin token
-                share_B1 = 2 * share * torch.rand(len(target_BT), 1, generator=generator)
-                hidden_BT = torch.rand(target_BT.shape, generator=generator) < share_B1
-                target_BT.masked_fill_(hidden_BT.to(device), self.null)
+                share_B1 = 2 * share * torch.rand(len(target_BT), 1, generator=generator, device=device)
+                hidden_BT = torch.rand(target_BT.shape, generator=generator, device=device) < share_B1
+                target_BT.masked_fill_(hidden_BT, self.null)
         return packed
 
     def prompt(self, reference: Tensor, direction: Direction, prefix_BK: Tensor | None = None) -> tuple[Tensor, Tensor]:

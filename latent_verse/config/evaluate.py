@@ -119,7 +119,7 @@ class EvalWriteConfig(Settings):
     seed: int = setting(0, "seed for the choice of pairs and for sampling", at_least=0)
     gpus: int = same(TrainerConfig, "gpus", 1, "number of processes, each with one GPU; 0 is the CPU")
     accelerator: str = setting("auto", "auto, or cpu (then gpus is the number of processes)", ("auto", "cpu"))
-    dtype: str = setting("float32", "precision of BiART; if not float32, each metric says so", DTYPES)
+    dtype: str = setting("float32", "precision of BiART on every device; if not float32, each metric says so", DTYPES)
     num_workers: Optional[int] = setting(None, "threads that read and blur images; default by machine", at_least=1)
     batch_size: int = same(ImageDataConfig, "batch_size", 64, "batch size for generating and for evaluating")
     page_cases: int = setting(8, "examples on the page, for each of best, median and worst", at_least=0)

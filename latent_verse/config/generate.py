@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Optional, Tuple  # OmegaConf reads these annotations at run time
 
-from latent_verse.config.evaluate import CaptionConfig, EvaluatedConfig, EvalWriteConfig
+from latent_verse.config.evaluate import DTYPES, CaptionConfig, EvaluatedConfig, EvalWriteConfig
 from latent_verse.config.settings import ConfigError, SamplingSettings, Settings, check_rules, require, same, setting
 from latent_verse.config.train import TextConfig
 
@@ -51,6 +51,9 @@ class WriteConfig(Settings):
     out: Optional[str] = setting(None, "new or empty folder for results; default generated, generated-2 ...", path=True)
     overwrite: bool = setting(False, "write into a folder that is not empty, and replace files of the same name")
     gpus: int = setting(1, "1 uses the GPU if there is one, 0 the CPU", at_least=0, at_most=1)
+    dtype: str = setting(
+        "auto", "precision of BiART; auto: as stored, or bfloat16 to sample on a GPU that has it", ("auto", *DTYPES)
+    )
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ def resolve_generate(config: GenerateConfig, given: Mapping[str, str]) -> tuple[
         raise ConfigError(f"{' and '.join('--' + t for t in asked)} are different tasks: give one of them.")
     task = asked[0]
     unused = [f"--{leaf}" for leaf, source in given.items() if source.startswith("--") and leaf not in USED[task]]
-    unused = [flag for flag in unused if flag not in ("--model", "--gpus")]
+    unused = [flag for flag in unused if flag not in ("--model", "--gpus", "--dtype")]
     if unused:
         raise ConfigError(f"--{task} does not use these flags; leave them out: {', '.join(unused)}.")
     check_rules([what], needs={"complete": "rows"}, excludes={"text": "text_file"})

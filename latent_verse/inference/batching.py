@@ -7,23 +7,30 @@ of them, K known codes, T tokens of a reference or a target, N image codes, L te
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
+from latent_verse.biart.kept import free_bytes
 from latent_verse.biart.model import BiART
-from latent_verse.biart.sampling import beam_search, check_settings, generate, log_likelihood
+from latent_verse.biart.sampling import beam_search, check_settings, generate, kept_bytes, log_likelihood
 from latent_verse.biart.sequence import Direction, Modality, target_modality
 from latent_verse.config import ConfigError, SamplingSettings
 from latent_verse.data.transforms import mix_seed
+from latent_verse.nn.compilation import why_not_compiled
 from latent_verse.progress import progress_bar
 
-BATCH_BYTES = 4 * 2**30  # that the largest tensors of one batch may take
-LARGEST_BATCH = 256
+BATCH_BYTES = 4 * 2**30  # that the largest tensors of one batch may take, except on a GPU, where it is this
+FREE_SHARE = 0.8  # of the memory that is free: small tensors, workspaces and CUDA graphs need the rest
+LARGEST_BATCH = 256  # reading the weights, which a larger one does less often, is then 5 % of the work or less
+# Decoding steps of one call from which on a GPU compiles its step. From estimates, not measured yet: a compiled step is
+# 0.1 to 0.15 ms faster, and compiling takes 20 s, or 2 s where Inductor has it in its cache.
+COMPILED_FROM = 2**16
 
 
 @dataclass(frozen=True)
@@ -81,10 +88,18 @@ class Sampler:
         reference_BT = repeat(reference_RT, "R T -> (R S) T", S=samples)
         prefix_BK = None if prefix_RK is None else repeat(prefix_RK, "R K -> (R S) K", S=samples)
         modality = target_modality(direction)
-        tokens, parts = self.biart.vocab.length(modality), []
+        tokens, known = self.biart.vocab.length(modality), 0 if prefix_RK is None else prefix_RK.shape[1]
+        cache_bytes = self._cache_bytes(reference_RT.shape[1] + known, 1 if sampling.guidance == 1 else 2)
+        device = self.biart.device
+        size = self._batch_size(len(reference_BT), cache_bytes, kept_bytes(device))  # for which `generate` makes room
+        compiled = self._compiles(math.ceil(len(reference_BT) / size) * (tokens - known))
         what, total = f"sampling {modality}s", len(reference_BT) * tokens
         with progress_bar(what=what, total=total, unit="token", shown=self.progress) as bar:
-            for rows in self._batches(len(reference_BT), self._cache_bytes(1 if sampling.guidance == 1 else 2)):
+
+            def run(rows: slice) -> Tensor:
+                def show(step: int, _: int) -> None:
+                    bar.update(rows.start * tokens + step * (rows.stop - rows.start) - bar.n)
+
                 target_BT = generate(
                     self.biart,
                     reference_BT[rows],
@@ -93,11 +108,13 @@ class Sampler:
                     seed=seeds[rows],
                     prefix_BK=None if prefix_BK is None else prefix_BK[rows],
                     reference_dropout_trained=self.null_trained,
-                    progress=lambda *_, size=rows.stop - rows.start: bar.update(size),
+                    progress=show,
+                    compiled=compiled,
                 )
-                bar.update(rows.stop * tokens - bar.n)  # a prefix is not sampled, and texts may end early
-                parts.append(target_BT.cpu())
-        target_BT = torch.cat(parts)
+                show(tokens, tokens)  # texts may end early
+                return target_BT
+
+            target_BT = self._in_batches(len(reference_BT), size, run, equal=device.type == "cuda")
         if rerank <= 1:
             return rearrange(target_BT, "(R S) T -> R S T", S=samples)
         log_p_B = self.log_p(reference_BT, target_BT, "image")
@@ -107,12 +124,15 @@ class Sampler:
 
     def beam_search(self, codes_BN: Tensor, beams: int) -> Tensor:
         """The likeliest caption that beam search finds for each image's codes, text_BL on the CPU."""
-        parts = []
+        bytes_each = self._cache_bytes(codes_BN.shape[1], beams + 1)  # the cache of the image, then of its beams
         with progress_bar(what="searching captions", total=len(codes_BN), unit="image", shown=self.progress) as bar:
-            for rows in self._batches(len(codes_BN), self._cache_bytes(beams)):
-                parts.append(beam_search(self.biart, codes_BN[rows], beams)[0].cpu())
-                bar.update(rows.stop - rows.start)
-        return torch.cat(parts)
+
+            def run(rows: slice) -> Tensor:
+                text_BL, _ = beam_search(self.biart, codes_BN[rows], beams)
+                bar.update(len(text_BL))
+                return text_BL
+
+            return self._in_batches(len(codes_BN), self._batch_size(len(codes_BN), bytes_each), run)
 
     def log_p(self, text_BL: Tensor, codes_BN: Tensor, given: Modality, alone: bool = False) -> Tensor:
         """The totals of `log_likelihood` in nats, (B,) float32 on the CPU.
@@ -125,27 +145,71 @@ class Sampler:
         target: Modality = "text" if given == "image" else "image"
         logits = vocab.length(target) * vocab.num_classes(target)
         bytes_each = 4 * (3 * logits + 10 * vocab.input_len * width)  # with their softmax; the MLP of one block
-        parts = []
         with progress_bar(what="scoring", total=len(text_BL), unit="pair", shown=self.progress) as bar:
-            for rows in self._batches(len(text_BL), bytes_each):
-                parts.append(log_likelihood(self.biart, text_BL[rows], codes_BN[rows], given, alone).total_B.cpu())
-                bar.update(rows.stop - rows.start)
-        return torch.cat(parts)
 
-    def rows_at_a_time(self, bytes_each: int) -> int:
-        """`batch_size`, which must be at least 1, or as many rows as fit if each takes `bytes_each`."""
+            def run(rows: slice) -> Tensor:
+                total_B = log_likelihood(self.biart, text_BL[rows], codes_BN[rows], given, alone).total_B
+                bar.update(len(total_B))
+                return total_B
+
+            return self._in_batches(len(text_BL), self._batch_size(len(text_BL), bytes_each), run)
+
+    def rows_at_a_time(self, bytes_each: int, kept: int = 0) -> int:
+        """`batch_size`, which must be at least 1, or as many rows as fit if each takes `bytes_each`; `batch_bytes`."""
         if self.batch_size is not None and self.batch_size < 1:
             raise ConfigError(f"batch_size is {self.batch_size}; it must be at least 1, or None.")
-        return self.batch_size or max(1, min(LARGEST_BATCH, BATCH_BYTES // bytes_each))
+        if self.batch_size:
+            return self.batch_size
+        device = self.biart.device
+        rows = max(1, min(LARGEST_BATCH, batch_bytes(device, kept) // bytes_each))
+        # What is free on a GPU varies a little from call to call, but a decoder is kept for one number of rows.
+        return 2 ** (rows.bit_length() - 1) if device.type == "cuda" else rows
 
-    def _batches(self, rows: int, bytes_each: int) -> Iterator[slice]:
-        size = self.rows_at_a_time(bytes_each)
-        return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
+    def _batch_size(self, rows: int, bytes_each: int, kept: int = 0) -> int:
+        """The rows of each batch, if as few as possible share them equally."""
+        return math.ceil(rows / math.ceil(rows / self.rows_at_a_time(bytes_each, kept)))
 
-    def _cache_bytes(self, rows_each: int) -> int:
-        """Keys and values of `rows_each` sequences."""
-        c = self.biart.config
-        return rows_each * 2 * c.n_layer * self.biart.vocab.input_len * c.n_embd * self.biart.head.weight.element_size()
+    def _in_batches(self, rows: int, size: int, run: Callable[[slice], Tensor], equal: bool = False) -> Tensor:
+        """What `run` gives for all rows, `size` at a time, on the CPU. Batches are halved if a GPU's memory runs out.
+
+        Args:
+            equal: all batches have the same number of rows, because a decoder is kept for it: the last one begins with
+                rows of the one before, which give the same again.
+        """
+        done, parts = 0, []
+        while done < rows:
+            start = min(done, rows - size) if equal else done
+            batch = slice(start, min(start + size, rows))
+            try:
+                parts.append(run(batch).cpu()[done - start :])
+            except torch.OutOfMemoryError:
+                if size == 1:
+                    raise
+                size = math.ceil(size / 2)
+            else:
+                done = batch.stop
+        return torch.cat(parts)
+
+    def _compiles(self, steps: int) -> bool:
+        """Whether so many decoding steps pay for compiling one."""
+        device = self.biart.device
+        return device.type == "cuda" and steps >= COMPILED_FROM and not why_not_compiled(device)
+
+    def _cache_bytes(self, prompt: int, copies: int) -> int:
+        """Of `copies` sequences: keys and values, and what the MLP of one block takes to read the prompt's tokens."""
+        c, vocab, weight = self.biart.config, self.biart.vocab, self.biart.head.weight
+        return copies * c.n_embd * weight.element_size() * (2 * c.n_layer * vocab.input_len + 10 * prompt)
+
+
+def batch_bytes(device: torch.device, kept: int = 0) -> int:
+    """Bytes that one batch may take: BATCH_BYTES, on a GPU FREE_SHARE of what PyTorch can allocate there.
+
+    `kept` is what decoders hold that the batch takes over or replaces, so that a second call has batches of the same
+    size, and so a decoder for them.
+    """
+    if device.type != "cuda":
+        return BATCH_BYTES
+    return int(FREE_SHARE * (free_bytes(device) + kept))
 
 
 def sample_seeds(seed: int | None, reference_RT: Tensor, samples: int) -> list[int]:

@@ -47,7 +47,9 @@ def load(config: GenerateConfig) -> LVerse:
     device = best_device() if config.write.gpus else "cpu"
     if config.write.gpus and device == "cpu":
         print("No GPU on this machine: using the CPU.", file=sys.stderr)
-    model = LVerse.from_pretrained(config.what.model, device=device)
+    # bfloat16 changes scores by more than close texts differ in
+    dtype = None if config.what.score and config.write.dtype == "auto" else config.write.dtype
+    model = LVerse.from_pretrained(config.what.model, device=device, dtype=dtype)
     model.progress, model.too_long = True, config.draw.text_too_long
     return model
 
@@ -92,7 +94,7 @@ def caption_images(model: LVerse, config: GenerateConfig, folder: Path) -> None:
     while group := list(itertools.islice(images, GROUP)):
         captions = model.image_to_text([image for _, image in group], config.draw.num, **settings)
         for (name, _), found in zip(group, captions, strict=True):
-            lines.append({"image": name, "captions": found, "settings": settings, "model": model.fingerprints})
+            lines.append({"image": name, "captions": found, "settings": settings, **_about(model)})
             print("\n".join(f"{name}: {text}" for text in found))
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "captions.jsonl", _jsonl(lines))  # after each group: a later image may be an error
@@ -176,7 +178,7 @@ def _write_images(
     for i, (source, row) in enumerate(zip(about, images, strict=True)):
         for j, image in enumerate(row):
             file = f"{i:04d}_{j:02d}.png"
-            lines.append({"file": file, **source, "number": j, "settings": settings, "model": model.fingerprints})
+            lines.append({"file": file, **source, "number": j, "settings": settings, **_about(model)})
             metadata = {key: value if isinstance(value, str) else json.dumps(value) for key, value in lines[-1].items()}
             save_png(image, folder / file, metadata | {"seed": str(settings["seed"]), "Software": "L-Verse"})
         rows.append((str(source["text"]), [*(originals[i] if originals else ()), *row]))
@@ -184,6 +186,12 @@ def _write_images(
     save_png(grid(rows[:GRID_ROWS]), folder / "grid.png", {"settings": json.dumps(settings)})
     shown = f"the first {GRID_ROWS} rows" if len(rows) > GRID_ROWS else "all of them"
     print(f"{len(lines)} images written to {folder}, {shown} in {folder / 'grid.png'} (seed {settings['seed']})")
+
+
+def _about(model: LVerse) -> dict[str, object]:
+    """What results depend on besides their settings: the model, and its precision if that is not float32."""
+    dtype = str(model.biart.head.weight.dtype).removeprefix("torch.")
+    return {"model": model.fingerprints} | ({} if dtype == "float32" else {"dtype": dtype})
 
 
 def _jsonl(lines: list[dict]) -> str:

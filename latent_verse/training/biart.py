@@ -78,7 +78,7 @@ class LitBiART(pl.LightningModule):
         if self.config.trainer.activation_checkpointing:
             checkpoint_activations(self.model)
         if self.compiled:
-            self.model.call_block = torch.compile(BiART.call_block, dynamic=False)  # once, for all blocks
+            self.model.call_block = torch.compile(BiART.call_block, dynamic=False)  # not for each block
             if self.config.loss.loss_chunk is None:  # chunks need little memory anyway, and each would be compiled
                 # compiled, logits stay in the head's precision: their float32 copy and its log-softmax are never stored
                 self.model.token_losses = torch.compile(BiART.token_losses)
@@ -109,7 +109,7 @@ class LitBiART(pl.LightningModule):
         self._tokens, self._since = 0, time.perf_counter()
 
     def codes(self, x: Tensor) -> Tensor:
-        """Images (B, C, H, W) in [-1, 1], or codes -> codes (B, N) int64. AugVAE runs in float32 at any precision."""
+        """Images (B, C, H, W) in [-1, 1], or codes -> codes (B, N) int64. AugVAE encodes in float32 always."""
         if not x.is_floating_point():
             return x.long()
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):

@@ -204,18 +204,17 @@ def test_bf16_autocast_changes_neither_codes_nor_statistics():
         assert torch.equal(plain, autocast)
 
 
-@pytest.mark.parametrize("setting", ["medium", "high", "highest"])
-def test_matmul_precision_is_highest_inside_and_restored_after(setting):
-    before = torch.get_float32_matmul_precision()
-    seen = []
+@pytest.mark.parametrize("precision", ["bf16", "tf32"])
+def test_no_setting_of_products_changes_codes(precision):
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    book, z = make_book(K=512, D=256), vectors(512, 256)
+    plain = book.nearest(z)
     try:
-        torch.set_float32_matmul_precision(setting)
-        with codebook_module.full_precision_matmul("cpu"):
-            seen.append(torch.get_float32_matmul_precision())
-        seen.append(torch.get_float32_matmul_precision())
+        torch.backends.mkldnn.matmul.fp32_precision = precision  # as torch.set_float32_matmul_precision("medium")
+        assert torch.equal(book.nearest(z), plain)
+        assert torch.backends.mkldnn.matmul.fp32_precision == precision
     finally:
-        torch.set_float32_matmul_precision(before)
-    assert seen == ["highest", setting]
+        torch.backends.mkldnn.matmul.fp32_precision = before
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -1,5 +1,6 @@
 """BiART against a textbook GPT-2, the full masked softmax, a loss by hand, and itself with and without a cache."""
 
+import contextlib
 import dataclasses
 import math
 
@@ -264,13 +265,16 @@ def test_positions_by_modality_are_the_same_in_both_directions():
     assert plain.pos_emb.shape[1] == vocab.input_len == model.pos_emb.shape[1] - 1
 
 
-def test_cache_reorder_moves_whole_rows():
+def test_cache_reorder_moves_rows_in_its_slots_alone():
     cache = KVCache(CONFIG, 3, "cpu", torch.float32)
-    cache.k_LBHSD.copy_(torch.randn(cache.k_LBHSD.shape))
-    before = cache.k_LBHSD.clone()
-    cache.reorder(torch.tensor([2, 2, 0]), filled=6)
-    assert torch.equal(cache.k_LBHSD[:, :, :, :6], before[:, [2, 2, 0], :, :6])
-    assert torch.equal(cache.k_LBHSD[:, :, :, 6:], before[:, :, :, 6:])
+    before = [torch.randn(cache.k_LBHSD.shape) for _ in range(2)]
+    cache.k_LBHSD.copy_(before[0])
+    cache.v_LBHSD.copy_(before[1])
+    cache.reorder(torch.tensor([2, 2, 0]), slice(4, 6))
+    for now, then in zip((cache.k_LBHSD, cache.v_LBHSD), before, strict=True):
+        assert torch.equal(now[:, :, :, 4:6], then[:, [2, 2, 0], :, 4:6])
+        assert torch.equal(now[:, :, :, :4], then[:, :, :, :4])
+        assert torch.equal(now[:, :, :, 6:], then[:, :, :, 6:])
 
 
 def test_initialisation_is_gpt2s():
@@ -375,7 +379,9 @@ def test_loss_and_decoding_trace_without_graph_breaks():
 
 
 def test_blocks_are_compiled_once_for_all_and_cached_decoding_compiles_nothing():
-    model, compiled = lively(), []
+    """Once for the first block, which gets no branch, and once for all others."""
+    config = dataclasses.replace(CONFIG, n_layer=5)
+    model, compiled = lively(config), []
 
     def backend(graph, inputs):
         compiled.append(graph)
@@ -386,12 +392,12 @@ def test_blocks_are_compiled_once_for_all_and_cached_decoding_compiles_nothing()
     torch._dynamo.reset()
     model.call_block = torch.compile(BiART.call_block, dynamic=False, backend=backend)
     with torch.no_grad():
-        cache = KVCache(CONFIG, 4, "cpu", torch.float32)
+        cache = KVCache(config, 4, "cpu", torch.float32)
         model.prefill(idx_BT[:, :6], seg_BT[:, :6], cache)
         feature_B1C = model.decode(idx_BT[:, 6:7], seg_BT[:, 6:7], cache, torch.tensor([6]), cache.slots(6))
         assert not compiled
         expected = model.features(idx_BT, seg_BT)
-    assert len(compiled) == 1 < len(model.blocks)
+    assert len(compiled) == 2 < len(model.blocks) - 1
     torch.testing.assert_close(feature_B1C[:, 0], expected[:, 6], atol=1e-5, rtol=1e-5)
     torch._dynamo.reset()
 
@@ -444,6 +450,109 @@ def test_cross_entropy_is_float32_under_autocast():
         )
     assert logits.dtype == torch.bfloat16 and losses.dtype == torch.float32
     torch.testing.assert_close(losses, expected, rtol=1e-2, atol=1e-2)
+
+
+@contextlib.contextmanager
+def what_blocks_pass_on(model):
+    """The streams that the blocks get and give, and what they add to them, in order."""
+    seen = []
+    note = lambda block, args, outputs: seen.extend(t for t in (*args, *outputs) if isinstance(t, torch.Tensor))  # noqa: E731
+    hooks = [block.register_forward_hook(note) for block in model.blocks]
+    yield seen
+    for hook in hooks:
+        hook.remove()
+
+
+@pytest.mark.parametrize(
+    ("autocast", "expected"),
+    [(None, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)],
+)
+def test_the_residual_stream_is_bfloat16_under_an_autocast_to_that_only(autocast, expected):
+    """float16 might overflow, at 65,504: it is the type of what a block adds, but not of the stream."""
+    model = lively()
+    sequences = model.vocab.pack(*pairs(model), 2)
+    idx_BT, seg_BT = sequences.idx_BT, sequences.seg_BT
+    with torch.no_grad(), torch.autocast("cpu", autocast, enabled=autocast is not None):
+        for cached in (False, True):
+            with what_blocks_pass_on(model) as seen:
+                if cached:
+                    cache = KVCache(CONFIG, 4, "cpu", autocast or torch.float32)
+                    model.prefill(idx_BT[:, :6], seg_BT[:, :6], cache)
+                    model.decode(idx_BT[:, 6:7], seg_BT[:, 6:7], cache, torch.tensor([6]), cache.slots(6))
+                else:
+                    model.features(idx_BT, seg_BT)
+            assert len(seen) == (1 + cached) * (3 + 4)  # the first block gets one tensor, the second two
+            assert {t.dtype for t in (seen[0], seen[1], seen[3], seen[5])} == {expected}  # streams
+            assert seen[2].dtype == (autocast or torch.float32)
+    double = model.double()
+    with torch.no_grad():
+        assert double.features(idx_BT, seg_BT).dtype == torch.float64
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_float32_numbers_are_those_of_whole_blocks_to_the_bit_gradients_included(dropout):
+    """The plain formulation: every block ends with its sum, and norms are nn.LayerNorm."""
+    model = lively(dataclasses.replace(CONFIG, n_layer=3, resid_pdrop=dropout, embd_pdrop=dropout)).train()
+    sequences = model.vocab.pack(*pairs(model), 2)
+    idx_BT, seg_BT = sequences.idx_BT, sequences.seg_BT
+
+    def norm(layer, x_BTC):
+        return F.layer_norm(x_BTC, layer.normalized_shape, layer.weight, layer.bias, layer.eps)
+
+    def plain():
+        x_BTC = model.tok_emb(idx_BT) + model.seg_emb(seg_BT) + model.pos_emb[0, : idx_BT.shape[1]]
+        x_BTC = F.dropout(x_BTC, dropout)
+        for block in model.blocks:
+            x_BTC = x_BTC + block.attn(norm(block.ln1, x_BTC))
+            x_BTC = x_BTC + F.dropout(block.mlp(norm(block.ln2, x_BTC)), dropout)
+        return norm(model.ln_f, x_BTC)
+
+    results = []
+    for features in (plain, lambda: model.features(idx_BT, seg_BT)):
+        torch.manual_seed(3)
+        model.zero_grad()
+        features_BTC = features()
+        features_BTC.square().sin().sum().backward()
+        results.append([features_BTC.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+def test_losses_and_gradients_under_autocast_are_close_to_those_in_float32():
+    torch.manual_seed(0)
+    model = BiART(dataclasses.replace(CONFIG, n_layer=24, n_embd=64))  # deep: each block rounds the stream twice
+    sequences = model.vocab.pack(*pairs(model, batch=16), 8)
+    losses, gradients = [], []
+    for autocast in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss, _ = model.loss(sequences, loss_weights(0.1))
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    assert losses[1] == pytest.approx(losses[0], rel=2e-3)
+    for name, gradient in gradients[0].items():
+        assert gradients[1][name].dtype == torch.float32
+        assert F.cosine_similarity(gradients[1][name].flatten(), gradient.flatten(), dim=0) > 0.995, name
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_cached_features_under_autocast_equal_uncached(direction):
+    model = lively()
+    sequences = model.vocab.pack(*pairs(model), direction)
+    idx_BT, seg_BT = sequences.idx_BT, sequences.seg_BT
+    with torch.no_grad():
+        exact = model.features(idx_BT, seg_BT)
+        with torch.autocast("cpu", torch.bfloat16):
+            expected = model.features(idx_BT, seg_BT)
+            cache = KVCache(CONFIG, len(idx_BT), "cpu", torch.bfloat16)
+            features = [model.prefill(idx_BT[:, :6], seg_BT[:, :6], cache)]
+            for t in range(6, model.vocab.input_len):
+                pos_1 = torch.tensor([t])
+                features.append(model.decode(idx_BT[:, t : t + 1], seg_BT[:, t : t + 1], cache, pos_1, cache.slots(t)))
+    features_BTC = torch.cat(features, dim=1)
+    assert features_BTC.dtype == expected.dtype == torch.bfloat16
+    rounding = (expected - exact).abs().mean()
+    assert (features_BTC - expected).abs().mean() < 1.5 * rounding < 0.02 * exact.abs().mean() * 1.5
 
 
 def test_import_is_light():

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from latent_verse.biart.model import KVCache
 from latent_verse.biart.sampling import (
     NotFinite,
     beam_search,
@@ -276,6 +277,61 @@ def test_beam_search_with_enough_beams_finds_the_best_caption(seed, length_penal
         score_M = total_M / length_M**length_penalty
         assert torch.equal(best_BL[row], text_ML[score_M.argmax()])
         assert score_B[row].item() == pytest.approx(score_M.max().item(), abs=1e-5)
+
+
+def plain_beams(model, codes_1N, beam_size, length_penalty):
+    """(score, tokens) of the best caption: every beam's whole sequence again for every token."""
+    L = model.vocab.text_len
+    open_beams, ended = [(0.0, [])], []
+    for step in range(L):
+        known = torch.tensor([tokens for _, tokens in open_beams], dtype=torch.long).view(len(open_beams), step)
+        logits_WV = next_logits(model, codes_1N.expand(len(open_beams), -1), IMAGE_TO_TEXT, known)
+        grown = []
+        for (total, tokens), log_p_V in zip(open_beams, logits_WV.log_softmax(-1).tolist(), strict=True):
+            *log_p, end = log_p_V
+            ended.append(((total + end) / (step + 1) ** length_penalty, tokens))
+            grown += [(total + value, [*tokens, token]) for token, value in enumerate(log_p)]
+        open_beams = sorted(grown, reverse=True)[:beam_size]
+    return max([*ended, *((total / L**length_penalty, tokens) for total, tokens in open_beams)])
+
+
+@pytest.mark.parametrize("bucket", [1, 4])
+@pytest.mark.parametrize("length_penalty", [0.0, 1.0])
+def test_beam_search_is_the_search_that_reads_whole_sequences_again(length_penalty, bucket):
+    model = lively()
+    with torch.no_grad():  # captions must not all end at once
+        model.head.weight[model.vocab.pad] -= 8 * model.ln_f.bias
+    codes_BN = references(model, IMAGE_TO_TEXT, batch=6)
+    text_BL, score_B = beam_search(model, codes_BN, 3, length_penalty, bucket)
+    lengths = set()
+    for row in range(6):
+        score, tokens = plain_beams(model, codes_BN[row : row + 1], 3, length_penalty)
+        assert model.vocab.unpad_text(text_BL[row : row + 1]) == [tokens]
+        assert score_B[row].item() == pytest.approx(score, abs=1e-4)
+        lengths.add(len(tokens))
+    assert len(lengths) > 1 and max(lengths) > 2
+
+
+def test_beam_search_leaves_the_prompt_in_its_cache_alone(monkeypatch):
+    """Beams share their image's keys and values, so it would go unnoticed if each step copied them."""
+    model, reorder, moved = lively(), KVCache.reorder, []
+    with torch.no_grad():
+        model.head.weight[model.vocab.pad] = -100 * model.ln_f.bias  # no caption ends
+    prompt = model.vocab.prompt(references(model, IMAGE_TO_TEXT), IMAGE_TO_TEXT)[0].shape[1]
+
+    def watched(cache, rows_B, slots):
+        both = [t[..., :prompt, :] for t in (cache.k_LBHSD, cache.v_LBHSD)]
+        real = [t.clone() for t in both]
+        marks = [t.normal_().clone() for t in both]
+        reorder(cache, rows_B, slots)
+        assert all(torch.equal(t, mark) for t, mark in zip(both, marks, strict=True))
+        for t, values in zip(both, real, strict=True):
+            t.copy_(values)
+        moved.append((slots.start, slots.stop))
+
+    monkeypatch.setattr(KVCache, "reorder", watched)
+    beam_search(model, references(model, IMAGE_TO_TEXT), 3)
+    assert moved == [(prompt, prompt + step) for step in range(model.vocab.text_len - 1)]
 
 
 def test_one_beam_scores_like_greedy_and_more_beams_never_score_worse_than_their_caption():

@@ -88,6 +88,20 @@ def test_reference_dropout_is_per_sample_with_the_probability_and_the_generator(
     assert torch.equal((packed[0][:, 1] == NULL), (packed[0][:, 3] == NULL))
 
 
+def test_random_choices_are_drawn_in_a_fixed_order():
+    """A run that goes on with another version of the code goes on with the same numbers."""
+    text_BL, codes_BN = torch.randint(10, (60, 3)), torch.randint(6, (60, 4))
+    generator = torch.Generator().manual_seed(5)
+    packed = VOCAB.pack(text_BL, codes_BN, 20, 0.3, generator, word_dropout=0.4, code_dropout=0.2)
+    generator.manual_seed(5)
+    dropped_B = torch.rand(60, generator=generator) < 0.3
+    assert torch.equal(packed.idx_BT[:, 1] == NULL, dropped_B)
+    for rows, start, share in ((slice(0, 20), 5, 0.2), (slice(20, 60), 6, 0.4)):
+        size = packed.idx_BT[rows, start:].shape
+        share_B1 = 2 * share * torch.rand(size[0], 1, generator=generator)
+        assert torch.equal(packed.idx_BT[rows, start:] == NULL, torch.rand(size, generator=generator) < share_B1)
+
+
 @pytest.mark.parametrize(
     "name, rows, start", [("code_dropout", slice(0, 2000), 5), ("word_dropout", slice(2000, 4000), 6)]
 )

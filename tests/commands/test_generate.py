@@ -226,7 +226,8 @@ def test_mistakes_are_one_line_and_code_2(bundle, images, tmp_path, capsys, monk
 def test_the_gpu_flag_chooses_the_device(bundle, monkeypatch, capsys):
     """--gpus 1 is cuda or mps, whichever this machine has; --gpus 0 is the CPU."""
     devices = []
-    monkeypatch.setattr(LVerse, "from_pretrained", lambda model, device: devices.append(device) or SimpleNamespace())
+    load = lambda model, device, dtype: devices.append(device) or SimpleNamespace()  # noqa: E731
+    monkeypatch.setattr(LVerse, "from_pretrained", load)
     config = GenerateConfig(what=WhatConfig(model=bundle))
     for cuda, mps, expected in ((True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda here=cuda: here)
@@ -237,6 +238,47 @@ def test_the_gpu_flag_chooses_the_device(bundle, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     tasks.load(GenerateConfig(what=WhatConfig(model=bundle), write=WriteConfig(gpus=0)))
     assert devices == ["cpu"] and capsys.readouterr().err == ""
+
+
+def test_a_gpu_samples_in_bfloat16_and_scores_as_stored_unless_a_flag_says_otherwise(
+    bundle, images, tmp_path, monkeypatch, capsys
+):
+    loaded, load = [], LVerse.from_pretrained
+    monkeypatch.setattr("latent_verse.inference.pipeline.sampling_dtype", lambda stored, device: torch.bfloat16)
+    monkeypatch.setattr(LVerse, "from_pretrained", lambda *a, **k: loaded.append(load(*a, **k)) or loaded[-1])
+    score = ["--score", images / "a.png", "a red circle", "b"]
+    for i, (argv, dtype) in enumerate((
+        (["--text", "a"], "bfloat16"),
+        (["--text", "a", "--dtype", "float32"], "float32"),
+        (["--image", images / "a.png"], "bfloat16"),
+        (["--complete", images / "a.png", "--rows", 2, "--dtype", "float16"], "float16"),
+        (score, "float32"),
+        ([*score, "--dtype", "bfloat16"], "bfloat16"),
+    )):  # fmt: skip
+        out = [] if "--score" in argv else ["--out", tmp_path / str(i)]
+        assert run(bundle, *argv, *out) == 0
+        assert loaded.pop().biart.head.weight.dtype == getattr(torch, dtype)
+        for file in (tmp_path / str(i)).glob("*.jsonl"):
+            assert all(entry.get("dtype", "float32") == dtype for entry in lines(file))
+        for file in (tmp_path / str(i)).glob("0*.png"):
+            assert Image.open(file).text.get("dtype", "float32") == dtype
+    capsys.readouterr()
+    assert run(bundle, "--text", "a", "--dtype", "float23") == 2
+    assert naming("dtype", "float23", "float32").search(capsys.readouterr().err)
+
+
+def test_logits_that_are_not_finite_are_one_line_with_the_flag(bundle, tmp_path, monkeypatch, capsys):
+    load = LVerse.from_pretrained
+
+    def damaged(*arguments, **options):
+        model = load(*arguments, **options)
+        model.biart.ln_f.weight.data[0] = float("inf")
+        return model
+
+    monkeypatch.setattr(LVerse, "from_pretrained", damaged)
+    assert run(bundle, "--text", "a", "--out", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert naming("dtype", "float32").search(error) and len(error.splitlines()) == 1
 
 
 def test_a_model_is_needed(capsys):
@@ -263,7 +305,7 @@ def test_every_flag_is_used_by_a_task():
         f.name for section in (WhatConfig, GenerateSamplingConfig, WriteConfig) for f in dataclasses.fields(section)
     }
     assert set(USED) == set(TASKS)
-    assert flags == set().union(*USED.values()) | {"model", "gpus"}
+    assert flags == set().union(*USED.values()) | {"model", "gpus", "dtype"}
 
 
 # ---------------------------------------------------------------------------------------------- flags that hold texts

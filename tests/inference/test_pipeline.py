@@ -30,7 +30,7 @@ from latent_verse.data.text import TokenizerError
 from latent_verse.data.transforms import centre_crop, to_unit_range
 from latent_verse.inference.batching import sample_seeds
 from latent_verse.inference.image_io import grid, load_image, to_images
-from latent_verse.inference.pipeline import LVerse, best_device
+from latent_verse.inference.pipeline import LVerse, best_device, sampling_dtype
 from tests.messages import naming
 from tests.tiny_lverse import make_lverse, photo, same
 
@@ -165,8 +165,34 @@ def test_dtype_is_the_transformers_alone(bundle, tmp_path):
     model.save_pretrained(tmp_path / "half")
     assert LVerse.from_pretrained(tmp_path / "half", device="cpu").biart.head.weight.dtype == torch.bfloat16
     for wrong in ("float23", torch.int64):
-        with pytest.raises(ConfigError, match=naming("dtype", repr(wrong), "float32")):
+        with pytest.raises(ConfigError, match=naming("dtype", repr(wrong), "float32", "auto")):
             LVerse.from_pretrained(bundle, dtype=wrong)
+
+
+@pytest.mark.parametrize(
+    ("stored", "device", "capability", "expected"),
+    [
+        (torch.float32, "cuda", (9, 0), torch.bfloat16),
+        (torch.float32, "cuda", (8, 0), torch.bfloat16),
+        (torch.float32, "cuda", (7, 5), torch.float32),
+        (torch.float16, "cuda", (9, 0), torch.float16),
+        (torch.float32, "cpu", None, torch.float32),
+        (torch.bfloat16, "cpu", None, torch.bfloat16),
+        (torch.float32, "mps", None, torch.float32),
+    ],
+)
+def test_auto_is_bfloat16_on_a_gpu_that_has_it(monkeypatch, stored, device, capability, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert sampling_dtype(stored, torch.device(device)) == expected
+
+
+def test_auto_is_asked_for_and_what_is_stored_is_kept_otherwise(model, bundle, tmp_path, monkeypatch):
+    """A model that is loaded and saved again must not lose precision, whatever the machine."""
+    monkeypatch.setattr("latent_verse.inference.pipeline.sampling_dtype", lambda stored, device: torch.bfloat16)
+    assert LVerse.from_pretrained(bundle, device="cpu", dtype="auto").biart.head.weight.dtype == torch.bfloat16
+    LVerse.from_pretrained(bundle, device="cpu").save_pretrained(tmp_path / "again")
+    again = LVerse.from_pretrained(tmp_path / "again", device="cpu")
+    assert again.fingerprints == model.fingerprints and again.biart.head.weight.dtype == torch.float32
 
 
 # -------------------------------------------------------------------------------------------------- images and captions
