@@ -65,7 +65,7 @@ SIZES = {
         "fixed": {"text_len": 64},
         "samples": tuple(10**i for i in range(2, 7)),
         "files": 10**4,
-        "loader_batches": 2000,
+        "loader_batches": 500,
         "repeats": 3,
     },
 }
