@@ -5,20 +5,21 @@
 "plain" is eager float32 on NCHW tensors with the one-hot quantiser, maps upsampled before they are convolved, and
 AdamW's ordinary step. "ours" is LitAugVAE's own step (no one-hot, transposed convolutions, AdamW in one kernel,
 channels last except where a CPU trains), in float32, in bfloat16, compiled, and with activation checkpointing. In
-float32 both must give the same codes. bfloat16 is measured on a CPU that has units for it (AVX512-BF16 or AMX). On a
-GPU the batch that fits is extrapolated from the memory of two batch sizes of each implementation. The tiny recipe's
+float32 both must give the same codes. bfloat16 is measured on a CPU that has units for it (AVX512-BF16 or AMX), and at
+the toy size anywhere. On a GPU the batch that fits is extrapolated from the memory of two batch sizes of each
+implementation. Compiled cases come last; `first_step_s` is their first step, which compiles. The tiny recipe's
 optimiser, Muon, is timed within a training step and by itself, against Muon matrix by matrix and `torch.optim.Muon`.
 Upsampling and convolving is timed by itself too, forward and backward, in training's memory format and precision.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 
-from benchmarks.measure import Row, absent, cpu_has_bf16, peak_bytes, peer, race, row
+from benchmarks.measure import Case, Row, Step, against, cpu_has_bf16, measured, peak_bytes, row, seconds
 from benchmarks.plain import PlainMuon, enlarge_then_convolve, plain_augvae
 from latent_verse.augvae.layers import Upsample
 from latent_verse.augvae.model import AugVAE
@@ -57,7 +58,7 @@ EVALUATE, TRAIN, MUON = "evaluate", "train", "train with Muon"
 SIZES = {
     "toy": {
         "cases": [("toy", 2, TRAIN), ("toy", 2, MUON), ("toy", 2, EVALUATE)],
-        "ways": [("32", False, False), ("32", False, True)],
+        "ways": [("32", False, False), ("32", False, True), ("bf16", False, False), ("bf16", True, False)],
         "enlarged": [(2, 8, 4)],
         "muon": "toy",
         "repeats": 1,
@@ -78,7 +79,6 @@ SIZES = {
     },
 }
 RATE = 1e-5
-Step = Callable[[], object]
 
 
 def lit(shape: str, compile: bool, device: str = "cpu", train: bool = True, again: bool = False) -> LitAugVAE:
@@ -158,6 +158,49 @@ def same_codes(plain: AugVAE, ours: AugVAE, x_BCHW: torch.Tensor) -> bool:
     return differing <= 1e-3 * sum(i.numel() for i in a)
 
 
+def cases(device: str, size: str) -> list[Case]:
+    """One for each shape, task, precision and compilation; upsampling and Muon by themselves; last what is compiled."""
+    s, found = SIZES[size], []
+    has_bf16 = device == "cuda" or size == "toy" or cpu_has_bf16()
+    for shape, batch, task in s["cases"]:
+        for precision, compile, again in s["ways"]:
+            if (precision == "bf16" and not has_bf16) or (again and task != TRAIN) or (compile and task == MUON):
+                continue
+            how = f"{', compiled' if compile else ''}{', checkpointing' if again else ''}"
+            name = f"{shape}, {task}, batch {batch}, {precision}{how}"
+            run = partial(_way, device, name, shape, batch, task, precision, compile, again, s["repeats"])
+            found.append(Case(name, run, 240 if compile and device == "cuda" else None, compile))
+    for batch, channels, side in s["enlarged"]:
+        name = f"enlarge and convolve {batch} x {channels} x {side} x {side}, forward and backward"
+        found.append(Case(name, partial(enlarging, name, batch, channels, side, device, s["repeats"])))
+    name = f"Muon's step on the kernels of the {s['muon']} model"
+    found.append(Case(name, partial(muon, name, s["muon"], device, s["repeats"])))
+    return sorted(found, key=lambda case: case.compiles)
+
+
+def _way(device, name, shape, batch, task, precision, compile, again, repeats) -> Iterator[Row]:
+    x_BCHW = torch.rand(batch, 3, *(AugVAEConfig(**SHAPES[shape]).resolution,) * 2, device=device) * 2 - 1
+    module = lit(shape, compile, device, train=task != EVALUATE, again=again)
+    step = our_step(module, x_BCHW, precision, task)
+    first = seconds(step, device)
+    result = row("augvae", name, measured(step, device, repeats), [], unit="step", goal=_goal(device, shape, again))
+    result["figures"] = {"images_per_s": batch / result["ours"]["seconds"], "first_step_s": first if compile else None}
+    yield result
+    plain = plain_augvae(lit(shape, False, device).model)
+    if device == "cpu":
+        result["same"] = same_codes(plain, lit(shape, False).model, x_BCHW)
+    entry = against(result, "plain", step, lambda: plain_step(plain, x_BCHW, task), device, repeats)
+    if "seconds" in entry:
+        result["figures"]["plain_images_per_s"] = batch / entry["seconds"]
+        result["met"] = _met(result, device, entry)
+    yield result
+    # not compiled: another batch compiles anew
+    if device == "cuda" and task == TRAIN and shape == "released" and not compile and "bytes" in entry:
+        result["figures"] |= _batch_that_fits(plain, module, x_BCHW, precision, entry["bytes"], result["ours"]["bytes"])
+        result["met"] = _met(result, device, entry)
+        yield result
+
+
 def _goal(device: str, shape: str, again: bool) -> str | None:
     if device == "cpu":
         return None if again else ">= 1.3x"
@@ -166,70 +209,22 @@ def _goal(device: str, shape: str, again: bool) -> str | None:
     return None
 
 
-def _met(goal: str | None, device: str, against: Row, results: Row) -> bool | None:
-    if goal is None:
+def _met(result: Row, device: str, plain: Row) -> bool | None:
+    if result["goal"] is None:
         return None
-    if "the batch" in goal:
-        return results["batch_ratio"] >= 4
-    return against["ratio"] >= (1.3 if device == "cpu" else 3) and (device == "cpu" or against["memory_ratio"] >= 2)
+    if "the batch" in result["goal"]:
+        ratio = result["figures"].get("batch_ratio")
+        return None if ratio is None else ratio >= 4
+    return plain["ratio"] >= (1.3 if device == "cpu" else 3) and (device == "cpu" or plain["memory_ratio"] >= 2)
 
 
-def suite(device: str, size: str) -> Iterator[Row]:
-    """A row for each shape, task, precision and compilation."""
-    s = SIZES[size]
-    for shape, batch, task in s["cases"]:
-        x_BCHW = torch.rand(batch, 3, *(AugVAEConfig(**SHAPES[shape]).resolution,) * 2, device=device) * 2 - 1
-        plain = plain_augvae(lit(shape, False, device).model)
-        same = same_codes(plain, lit(shape, False).model, x_BCHW) if device == "cpu" else None
-        run_plain = plain_step(plain, x_BCHW, task)
-        plain_bytes = peak_bytes(run_plain, device)
-        for precision, compile, again in s["ways"]:
-            if (again and task != TRAIN) or (precision == "bf16" and device == "cpu" and not cpu_has_bf16()):
-                continue
-            how = f"{', compiled' if compile else ''}{', checkpointing' if again else ''}"
-            case = f"{shape}, {task}, batch {batch}, {precision}{how}"
-            goal = _goal(device, shape, again)
-            try:
-                module = lit(shape, compile, device, train=task != EVALUATE, again=again)
-                step = our_step(module, x_BCHW, precision, task)
-                step()  # compiles
-                times = race({"ours": step, "plain": run_plain}, device, s["repeats"])
-                our_bytes = peak_bytes(step, device)
-            except RuntimeError as error:
-                yield row("augvae", case, {}, [absent("ours", error)], unit="step", goal=goal, met=False)
-                continue
-            against = peer("plain", times["ours"], times["plain"], plain_bytes, our_bytes)
-            results = {"images_per_s": batch / times["ours"], "plain_images_per_s": batch / times["plain"]}
-            # not compiled: another batch compiles anew
-            if device == "cuda" and task == TRAIN and shape == "released" and not compile:
-                results |= _batch_that_fits(plain, module, x_BCHW, precision, plain_bytes, our_bytes)
-            yield row(
-                "augvae",
-                case,
-                {"seconds": times["ours"], "bytes": our_bytes},
-                [against],
-                unit="step",
-                same=same,
-                goal=goal,
-                met=_met(goal, device, against, results),
-                figures=results,
-            )
-            del module, step
-            torch._dynamo.reset()
-            if device == "cuda":
-                torch.cuda.empty_cache()
-    for shape in s["enlarged"]:
-        yield enlarging(*shape, device, s["repeats"])
-    yield muon(s["muon"], device, s["repeats"])
-
-
-def muon(shape: str, device: str, repeats: int) -> Row:
+def muon(name: str, shape: str, device: str, repeats: int) -> Iterator[Row]:
     """A step of Muon on a model's kernels: ours, matrix by matrix, and torch's own (for matrices, in bfloat16)."""
     kernels = [p.detach() for p in lit(shape, False, device).model.parameters() if p.ndim == 4]
     gradients = [torch.randn_like(k) for k in kernels]
 
     def optimize(make: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer], flat: bool = False):
-        """A step of an optimiser on parameters of its own, and those parameters."""
+        """A step of an optimiser on parameters of its own, and how far its first step moves them."""
         parameters = [torch.nn.Parameter((k.flatten(1) if flat else k).clone()) for k in kernels]
         optimizer = make(parameters)
 
@@ -238,33 +233,30 @@ def muon(shape: str, device: str, repeats: int) -> Row:
                 p.grad = gradient.view(p.shape).clone()
             optimizer.step()
 
-        return step, parameters
+        step()
+        moved = [(p.detach().view(k.shape) - k).flatten() for p, k in zip(parameters, kernels, strict=True)]
+        return step, torch.cat(moved)
 
-    our_step, ours = optimize(lambda parameters: MuonAdamW(parameters, [{"params": []}], RATE, 0.05, 0.0))
-    by_matrix, plain = optimize(lambda parameters: PlainMuon(parameters, lr=0.05))
-    ways, absentees = {"ours": our_step, "matrix by matrix": by_matrix}, []
-    our_step(), by_matrix()
-    moved = [torch.cat([(p - k).flatten() for p, k in zip(way, kernels, strict=True)]) for way in (ours, plain)]
-    try:
-        ways["torch.optim.Muon"], _ = optimize(
-            lambda parameters: torch.optim.Muon(parameters, lr=0.05, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
-            flat=True,
-        )
-    except AttributeError as error:  # before PyTorch 2.9
-        absentees.append(absent("torch.optim.Muon", error))
-    times = race(ways, device, repeats)
-    peers = [peer(name, times["ours"], seconds) for name, seconds in times.items() if name != "ours"]
-    return row(
-        "augvae",
-        f"Muon's step on the {len(kernels)} kernels of the {shape} model",
-        {"seconds": times["ours"]},
-        peers + absentees,
-        unit="step",
-        same=bool((moved[0] - moved[1]).norm() <= (1e-3 if device == "cpu" else 5e-2) * moved[1].norm()),
-    )
+    def by_matrix() -> Step:
+        step, moved = optimize(lambda parameters: PlainMuon(parameters, lr=0.05))
+        most = (1e-3 if device == "cpu" else 5e-2) * moved.norm()
+        result["same"] = bool((our_move - moved).norm() <= most)
+        return step
+
+    def of_torch() -> Step:  # from PyTorch 2.9 on
+        settings = {"lr": 0.05, "weight_decay": 0.0, "adjust_lr_fn": "match_rms_adamw"}
+        return optimize(lambda parameters: torch.optim.Muon(parameters, **settings), flat=True)[0]
+
+    our_step, our_move = optimize(lambda parameters: MuonAdamW(parameters, [{"params": []}], RATE, 0.05, 0.0))
+    result = row("augvae", name, measured(our_step, device, repeats), [], unit="step")
+    result["figures"] = {"kernels": len(kernels)}
+    yield result
+    for peer, make in (("matrix by matrix", by_matrix), ("torch.optim.Muon", of_torch)):
+        against(result, peer, our_step, make, device, repeats)
+        yield result
 
 
-def enlarging(batch: int, channels: int, side: int, device: str, repeats: int) -> Row:
+def enlarging(name: str, batch: int, channels: int, side: int, device: str, repeats: int) -> Iterator[Row]:
     """Upsample's transposed convolution against the convolution of an upsampled map, forward and backward."""
     memory_format, dtype = (
         (torch.contiguous_format, torch.float32) if device == "cpu" else (torch.channels_last, torch.bfloat16)
@@ -272,22 +264,21 @@ def enlarging(batch: int, channels: int, side: int, device: str, repeats: int) -
     layer = Upsample(channels).to(device, dtype, memory_format=memory_format)
     x_BCHW = torch.randn(batch, channels, side, side, device=device, dtype=dtype).to(memory_format=memory_format)
     x_BCHW.requires_grad_()
-    ways = {"ours": layer, "plain": functools.partial(enlarge_then_convolve, layer)}
-    ours, plain = (way(x_BCHW).detach() for way in ways.values())
-    steps = {
-        name: lambda way=way: torch.autograd.grad(way(x_BCHW), (x_BCHW, layer.conv.weight), ours)
-        for name, way in ways.items()
-    }
-    times = race(steps, device, repeats)
-    memory = {name: peak_bytes(step, device) for name, step in steps.items()}
-    return row(
-        "augvae",
-        f"enlarge and convolve {batch} x {channels} x {side} x {side}, forward and backward",
-        {"seconds": times["ours"], "bytes": memory["ours"]},
-        [peer("plain", times["ours"], times["plain"], memory["plain"], memory["ours"])],
-        unit="call",
-        same=torch.allclose(ours, plain, rtol=1e-3, atol=1e-4 if dtype == torch.float32 else 5e-2),
-    )
+    given = layer(x_BCHW).detach()
+
+    def steps(way: Callable[[torch.Tensor], torch.Tensor]) -> Step:
+        return lambda: torch.autograd.grad(way(x_BCHW), (x_BCHW, layer.conv.weight), given)
+
+    def plain() -> Step:
+        way = partial(enlarge_then_convolve, layer)
+        atol = 1e-4 if dtype == torch.float32 else 5e-2
+        result["same"] = torch.allclose(given, way(x_BCHW).detach(), rtol=1e-3, atol=atol)
+        return steps(way)
+
+    result = row("augvae", name, measured(steps(layer), device, repeats), [], unit="call")
+    yield result
+    against(result, "plain", steps(layer), plain, device, repeats)
+    yield result
 
 
 def _batch_that_fits(plain, module, x_BCHW, precision: str, plain_bytes: int, our_bytes: int) -> Row:

@@ -14,11 +14,13 @@ generated.
 from __future__ import annotations
 
 import argparse
+import functools
 import io
 import json
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +34,7 @@ from torchvision.transforms.v2 import functional as v2
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.measure import Row, peer, row
+from benchmarks.measure import Case, Row, peer, row
 from latent_verse.data.transforms import (
     centre_crop,
     crop_box,
@@ -46,6 +48,7 @@ RATIO = 0.75
 BILINEAR = Image.Resampling.BILINEAR
 
 
+@functools.cache
 def made_images(number: int) -> list[bytes]:
     """JPEGs with photograph-like spectra: noise summed over scales."""
     rng = np.random.default_rng(0)
@@ -184,43 +187,60 @@ def measure(ways: dict[str, Callable], files: list[bytes], rounds: int) -> list[
 SIZES = {
     "toy": {"images": 4, "resolution": 32, "rounds": 1, "batch": 2, "steps": 2},
     "cpu": {"images": 40, "resolution": 256, "rounds": 3, "batch": 8, "steps": 6},
-    "cuda": {"images": 80, "resolution": 256, "rounds": 3, "batch": 8, "steps": 60},
+    "cuda": {"images": 40, "resolution": 256, "rounds": 3, "batch": 8, "steps": 60},
 }
 PLAIN, OURS = "plain: PIL + v1, float", "latent_verse, uint8"
 
 
-def suite(device: str, size: str) -> Iterator[Row]:
-    """Decoding and cropping for one core; then layouts and the loader beside a step (see loading.py)."""
-    from benchmarks import loading
-
-    s = SIZES[size]
-    threads = torch.get_num_threads()
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One core inside."""
+    before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        files, of_training = made_images(s["images"]), 0.0
-        for task, ways in (("train", train_ways(s["resolution"])), ("evaluate", eval_ways(s["resolution"]))):
-            rows = {r["way"]: r for r in measure(ways, files, s["rounds"])}
-            ours, plain = (1 / rows[name]["images_per_s"] for name in (OURS, PLAIN))
-            of_training = plain if task == "train" else of_training
-            yield row(
-                "data",
-                f"JPEG to {s['resolution']} px, {task}, one core",
-                {"seconds": ours, "bytes": None},
-                [
-                    peer(name, ours, 1 / r["images_per_s"]) | {"max_difference": r["max_difference"]}
-                    for name, r in rows.items()
-                    if name not in (OURS, "latent_verse, float")
-                ],
-                unit="image (CPU time)",
-                same=rows[OURS]["max_difference"] <= 2,
-                goal=">= 1.5x the original's pipeline",
-                met=plain / ours >= 1.5,
-                figures={"images_per_s": 1 / ours, "max_difference": rows[OURS]["max_difference"]},
-            )
-        yield from loading.layouts(files, s["resolution"], of_training)
+        yield
     finally:
-        torch.set_num_threads(threads)
-    yield from loading.beside_a_step(device, size, files, s)
+        torch.set_num_threads(before)
+
+
+@functools.cache
+def measured_ways(task: str, images: int, resolution: int, rounds: int) -> dict[str, dict]:
+    """way -> its results on one core."""
+    ways = train_ways(resolution) if task == "train" else eval_ways(resolution)
+    with one_thread():
+        return {r["way"]: r for r in measure(ways, made_images(images), rounds)}
+
+
+def cases(device: str, size: str) -> list[Case]:
+    """Decoding and cropping on one core; then layouts and the loader beside a step (see loading.py)."""
+    from benchmarks import loading
+
+    s, found = SIZES[size], []
+    of_images = (s["images"], s["resolution"], s["rounds"])
+    for task in ("train", "evaluate"):
+        name = f"JPEG to {s['resolution']} px, {task}, one core"
+        found.append(Case(name, functools.partial(_jpegs, name, task, *of_images)))
+    return found + loading.cases(device, size, s)
+
+
+def _jpegs(name: str, task: str, *of_images: int) -> Iterator[Row]:
+    rows = measured_ways(task, *of_images)
+    ours, plain = (1 / rows[way]["images_per_s"] for way in (OURS, PLAIN))
+    yield row(
+        "data",
+        name,
+        {"seconds": ours, "bytes": None},
+        [
+            peer(way, ours, 1 / r["images_per_s"]) | {"max_difference": r["max_difference"]}
+            for way, r in rows.items()
+            if way not in (OURS, "latent_verse, float")
+        ],
+        unit="image (CPU time)",
+        same=rows[OURS]["max_difference"] <= 2,
+        goal=">= 1.5x the original's pipeline",
+        met=plain / ours >= 1.5,
+        figures={"images_per_s": 1 / ours, "max_difference": rows[OURS]["max_difference"]},
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -14,13 +14,14 @@ import os
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.measure import Row, peak_bytes, peer, race, row, seconds
+from benchmarks.measure import Case, Row, Step, against, measured, peak_bytes, race, row, seconds
 from latent_verse.augvae.model import AugVAE
 from latent_verse.biart.model import BiART
 from latent_verse.config import PRESETS, AugVAEConfig, BiARTConfig
@@ -62,43 +63,52 @@ SIZES = {
         "vocabulary": (2**10, 2**12, 2**14, 2**16),
         "preset": PRESETS["12x768"],
         "fixed": {"text_len": 64},
-        "samples": tuple(10**i for i in range(2, 8)),
+        "samples": tuple(10**i for i in range(2, 7)),
         "files": 10**4,
-        "loader_batches": 2000,
+        "loader_batches": 500,
         "repeats": 3,
     },
 }
 
 
-def suite(device: str, size: str) -> Iterator[Row]:
-    """Rows of each law, in order of their x."""
-    s = SIZES[size]
-    for law, points in (
-        ("image (px, forward)", [(x, lambda x=x: _forward(s, x, 1, device)) for x in s["pixels"]]),
-        ("codes (training step)", [(x, lambda x=x: _step(s, device, image_len=x)) for x in s["codes"]]),
-        ("batch (training step)", [(x, lambda x=x: _step(s, device, batch=x)) for x in s["batch"]]),
-        ("vocabulary (training step)", [(x, lambda x=x: _step(s, device, image_vocab=x)) for x in s["vocabulary"]]),
+def cases(device: str, size: str) -> list[Case]:
+    """The points of each law, in order of their x; then datasets."""
+    s, found = SIZES[size], []
+    for law, values, make in (
+        ("image (px, forward)", s["pixels"], lambda x: _forward(s, x, 1, device)),
+        ("codes (training step)", s["codes"], lambda x: _step(s, device, image_len=x)),
+        ("batch (training step)", s["batch"], lambda x: _step(s, device, batch=x)),
+        ("vocabulary (training step)", s["vocabulary"], lambda x: _step(s, device, image_vocab=x)),
     ):
-        before = None
-        for x, make in points:
-            run = make()
-            taken, held = race({"ours": run}, device, s["repeats"])["ours"], peak_bytes(run, device)
-            results = {}
-            if before:
-                results["exponent"] = math.log(taken / before[1]) / math.log(x / before[0])
-            before = (x, taken)
-            ours = {"seconds": taken, "bytes": held}
-            name = {"name": f"growth: {law}", "series": "ours", "x": x}
-            yield row("growth", f"{law.split(' (')[0]} {x}", ours, [], unit="call", figures=results, law=name)
+        before: list[tuple[float, float]] = []  # (x, seconds) of the points measured in this process
+        for x in values:
+            name = f"{law.split(' (')[0]} {x}"
+            found.append(Case(name, partial(_point, name, law, x, make, before, device, s["repeats"])))
     for samples in s["samples"]:
-        yield _listing(samples)
-    yield _files(s["files"])
-    yield _loader(s["samples"][-2], s["loader_batches"])
+        name = f"dataset of {samples} samples, listed"
+        found.append(Case(name, partial(_listing, name, samples)))
+    name = f"folder of {s['files']} files, walked"
+    found.append(Case(name, partial(_files, name, s["files"])))
+    name = f"loader process over {s['samples'][-2]} samples, {s['loader_batches']} batches of 64"
+    return [*found, Case(name, partial(_loader, name, s["samples"][-2], s["loader_batches"]))]
+
+
+def _point(
+    name: str, law: str, x: float, make: Callable[[float], Step], before: list, device: str, repeats: int
+) -> Iterator[Row]:
+    ours, results = measured(make(x), device, repeats), {}
+    if before:
+        last_x, taken = before[-1]
+        results["exponent"] = math.log(ours["seconds"] / taken) / math.log(x / last_x)
+    before.append((x, ours["seconds"]))
+    point = {"name": f"growth: {law}", "series": "ours", "x": x}
+    yield row("growth", name, ours, [], unit="call", figures=results, law=point)
 
 
 def _forward(s: dict, pixels: int, batch: int, device: str):
     config = AugVAEConfig(**s["width"], resolution=pixels, ch_mult=(1, 2, 2), attn_resolutions=(pixels // 4,))
-    model = AugVAE(config).to(device).eval().to(memory_format=torch.channels_last)
+    with torch.device(device):
+        model = AugVAE(config).eval().to(memory_format=torch.channels_last)
     x_BCHW = torch.rand(batch, 3, pixels, pixels, device=device) * 2 - 1
 
     @torch.no_grad()
@@ -113,11 +123,12 @@ def _step(s: dict, device: str, batch: int = 2, image_len: int | None = None, im
 
     sizes = {**s["preset"], **s["fixed"], "image_len": image_len or s["codes"][-2]}
     sizes["image_vocab"] = image_vocab or s["vocabulary"][1]
-    model = BiART(BiARTConfig(**sizes)).to(device)
+    with torch.device(device):
+        model = BiART(BiARTConfig(**sizes))
     return our_step(model, sequences_of(model, batch, device), bf16=device == "cuda", compile=False)
 
 
-def _listing(samples: int) -> Row:
+def _listing(name: str, samples: int) -> Iterator[Row]:
     """Names of `samples` files into a PathList, and a first batch of a shuffled epoch."""
     held: dict[str, object] = {}
 
@@ -141,9 +152,9 @@ def _listing(samples: int) -> Row:
         peers = [
             {"name": "a list of str", "seconds": None, "ratio": None, "bytes": size, "memory_ratio": size / stored}
         ]
-    return row(
+    yield row(
         "growth",
-        f"dataset of {samples} samples, listed",
+        name,
         {"seconds": taken, "bytes": stored},
         peers,
         unit="listing",
@@ -185,21 +196,21 @@ def _private_bytes(pid: int) -> int:
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Private_"))
 
 
-def _loader(samples: int, batches: int) -> Row:
+def _loader(name: str, samples: int, batches: int) -> Iterator[Row]:
     """What a loader process comes to own while it reads on: nothing of a PathList, its pages of a list of str."""
     made = PathList("/data", (f"n{i % 1000:08d}/n{i % 1000:08d}_{i}.JPEG" for i in range(samples)))
     growth, first = {}, min(100, batches // 4)  # the first batches fill the process's own buffers
-    for name, paths in (("ours", made), ("a list of str", [made[i] for i in range(samples)])):
+    for way, paths in (("ours", made), ("a list of str", [made[i] for i in range(samples)])):
         order = _Batches(samples, batches)
         loader = DataLoader(_Lengths(paths), batch_sampler=order, num_workers=1, multiprocessing_context="fork")
         iterator, held = iter(loader), []
         for number, _ in enumerate(iterator):
             if number in (first, batches - 3):
                 held.append(_private_bytes(iterator._workers[0].pid))
-        growth[name] = held[1] - held[0]
-    return row(
+        growth[way] = held[1] - held[0]
+    yield row(
         "growth",
-        f"loader process over {samples} samples, {batches} batches of 64",
+        name,
         {"seconds": None, "bytes": growth["ours"]},
         [{"name": "a list of str", "seconds": None, "ratio": None, "bytes": growth["a list of str"]}],
         unit="growth of its own memory",
@@ -208,7 +219,7 @@ def _loader(samples: int, batches: int) -> Row:
     )
 
 
-def _files(count: int) -> Row:
+def _files(name: str, count: int) -> Iterator[Row]:
     """Walking a folder of empty files, against os.walk alone."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -216,18 +227,16 @@ def _files(count: int) -> Row:
             if i % 1000 == 0:
                 (root / f"{i // 1000:04d}").mkdir()
             (root / f"{i // 1000:04d}" / f"{i:08d}.jpg").touch()
-        ways = {
-            "ours": lambda: PathList(folder, walk(folder, EXTENSIONS, Counter())),
-            "os.walk": lambda: sorted(os.path.join(at, f) for at, _, files in os.walk(folder) for f in files),
-        }
-        times = race(ways, "cpu", 3)
-        same = len(ways["ours"]()) == count
-    return row(
-        "growth",
-        f"folder of {count} files, walked",
-        {"seconds": times["ours"], "bytes": None},
-        [peer("os.walk and a sorted list", times["ours"], times["os.walk"])],
-        unit="walk",
-        same=same,
-        figures={"files_per_s": count / times["ours"]},
-    )
+
+        def ours() -> PathList:
+            return PathList(folder, walk(folder, EXTENSIONS, Counter()))
+
+        def plain() -> list[str]:
+            return sorted(os.path.join(at, f) for at, _, files in os.walk(folder) for f in files)
+
+        taken = race({"ours": ours}, "cpu", 3)["ours"]
+        result = row("growth", name, {"seconds": taken, "bytes": None}, [], unit="walk", same=len(ours()) == count)
+        result["figures"] = {"files_per_s": count / taken}
+        yield result
+        against(result, "os.walk and a sorted list", ours, lambda: plain, "cpu", 3)
+        yield result

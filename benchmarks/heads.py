@@ -20,6 +20,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.measure import Row, peak_bytes, peer, race, row
+from benchmarks.measure import Case, Row, against, measured, row
 from latent_verse.biart.model import BiART, loss_weights
 from latent_verse.biart.sequence import DIRECTIONS, IGNORE, Sequences
 from latent_verse.config import BiARTConfig
@@ -63,7 +64,8 @@ def full_loss(model: BiART, features_BTC: torch.Tensor, sequences: Sequences) ->
 def make_step(variant: str, sizes: dict, batch: int, device: str, dtype: str, chunk: int):
     """A function of no arguments that computes the loss and its gradients by `variant` and returns the loss."""
     torch.manual_seed(0)
-    model = BiART(BiARTConfig(**sizes, n_layer=1)).to(device, getattr(torch, dtype))
+    with torch.device(device):
+        model = BiART(BiARTConfig(**sizes, n_layer=1)).to(getattr(torch, dtype))
     vocab = model.vocab
     text_BL = torch.randint(vocab.text_vocab, (batch, vocab.text_len))
     text_BL[:, vocab.text_len // 4 :] = vocab.pad  # captions are short
@@ -105,22 +107,29 @@ def run_variant(variant: str, sizes: dict, batch: int, device: str, dtype: str, 
     return {"variant": variant, "seconds": sorted(times[1:])[repeats // 2], "bytes": peak - before, "loss": loss}
 
 
-def rows(device: str, n_embd: int, batch: int, dtype: str, repeats: int, chunk: int = 1024, **sizes) -> Iterator[Row]:
-    """For run.py's area biart: the heads alone, as a row for each of our implementations, in this process."""
-    sizes = {"n_embd": n_embd, "n_head": 1, **sizes}
-    steps = {v: make_step(v, sizes, batch, device, dtype, chunk) for v in ("full", "modality", "modality, chunked")}
-    losses = {name: step() for name, step in steps.items()}
-    times = race(steps, device, repeats)
-    memory = {name: peak_bytes(step, device) for name, step in steps.items()}
-    for name in list(steps)[1:]:
-        yield row(
-            "biart",
-            f"heads by {name}, batch {batch}, n_embd {n_embd}, {dtype}",
-            {"seconds": times[name], "bytes": memory[name]},
-            [peer("full masked softmax", times[name], times["full"], memory["full"], memory[name])],
-            unit="loss and gradients",
-            same=math.isclose(losses[name], losses["full"], rel_tol=1e-4 if dtype == "float32" else 1e-2),
-        )
+def cases(device: str, n_embd: int, batch: int, dtype: str, repeats: int, chunk: int = 1024, **sizes) -> list[Case]:
+    """For run.py's area biart: each of our implementations of the heads alone."""
+    arguments = ({"n_embd": n_embd, "n_head": 1, **sizes}, batch, device, dtype, chunk)
+    found = []
+    for variant in ("modality", "modality, chunked"):
+        name = f"heads by {variant}, batch {batch}, n_embd {n_embd}, {dtype}"
+        found.append(Case(name, partial(_case, name, variant, arguments, device, dtype, repeats)))
+    return found
+
+
+def _case(name: str, variant: str, arguments: tuple, device: str, dtype: str, repeats: int) -> Iterator[Row]:
+    ours = make_step(variant, *arguments)
+    loss = ours()
+    result = row("biart", name, measured(ours, device, repeats), [], unit="loss and gradients")
+    yield result
+
+    def full():
+        step = make_step("full", *arguments)
+        result["same"] = math.isclose(loss, step(), rel_tol=1e-4 if dtype == "float32" else 1e-2)
+        return step
+
+    against(result, "full masked softmax", ours, full, device, repeats)
+    yield result
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -8,14 +8,16 @@ import os
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from benchmarks.measure import Row, absent, peer, row
+from benchmarks.data import PLAIN, made_images, measured_ways, one_thread
+from benchmarks.measure import Case, Row, absent, peer, row
 from latent_verse.config.train import ImageDataConfig
 from latent_verse.data.datasets import open_images
 from latent_verse.data.images import ImageDataset
@@ -73,54 +75,68 @@ def cpu_seconds(run, rounds: int = 3) -> float:
     return best
 
 
-def layouts(files: list[bytes], resolution: int, plain: float) -> Iterator[Row]:
-    """CPU time of a training sample from class folders, tar shards and codes, against the plain pipeline's `plain`."""
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        images = ImageDataset(class_folders(files, root / "images"), resolution, as_uint8=True)
-        ways = {"class folders": lambda: [images[(0, i)] for i in range(len(images))]}
-        errors = {}
+def of_folders(files: list[bytes], resolution: int, root: Path) -> Callable[[], list]:
+    """A pass over training samples of class folders."""
+    images = ImageDataset(class_folders(files, root), resolution, as_uint8=True)
+    return lambda: [images[(0, i)] for i in range(len(images))]
+
+
+def of_shards(files: list[bytes], resolution: int, root: Path) -> Callable[[], list]:
+    """The same of a tar shard. ImportError without webdataset."""
+    tar_shard(files, root)
+    settings = {"dataset": "webdataset", "web_dataset": True, "train_dir": str(root), "dataset_size": len(files)}
+    config = ImageDataConfig(**settings, batch_size=1, num_workers=0)
+    module = ImageDataModule(open_images(config, resolution), config)
+    return lambda: list(itertools.islice(module.train_dataloader(), len(files)))
+
+
+def of_codes(files: list[bytes], resolution: int, root: Path) -> Callable[[], list]:
+    """The same of a shard of codes."""
+    from latent_verse.data.codes import CodesDataset
+
+    codes = CodesDataset(codes_shard(max(64, len(files)), 1024, root))
+    return lambda: [codes[(0, i)] for i in range(len(codes))]
+
+
+def cases(device: str, size: str, s: dict) -> list[Case]:
+    """The layouts, and AugVAE fed from JPEGs."""
+    found = []
+    for layout, make in (("class folders", of_folders), ("tar shards", of_shards), ("codes", of_codes)):
+        name = f"{layout}, training samples, one core"
+        found.append(Case(name, partial(_layout, name, make, s)))
+    shape = {"toy": "toy", "cpu": "tiny", "cuda": "released"}[size]
+    workers = min(os.cpu_count() or 1, 16) if device == "cuda" else 1
+    name = f"AugVAE ({shape}) fed from JPEGs, batch {s['batch']}, {workers} loader processes"
+    return [*found, Case(name, partial(_beside_a_step, name, device, shape, workers, s))]
+
+
+def _layout(name: str, make: Callable, s: dict) -> Iterator[Row]:
+    """CPU time of a training sample, against the plain pipeline's."""
+    plain = 1 / measured_ways("train", s["images"], s["resolution"], s["rounds"])[PLAIN]["images_per_s"]
+    with tempfile.TemporaryDirectory() as folder, one_thread():
         try:
-            from latent_verse.data.shards import EvalShards  # noqa: F401
-
-            tar_shard(files, root / "shards")
-            config = ImageDataConfig(
-                dataset="webdataset",
-                web_dataset=True,
-                train_dir=str(root / "shards"),
-                dataset_size=len(files),
-                batch_size=1,
-                num_workers=0,
-            )
-            module = ImageDataModule(open_images(config, resolution), config)
-            ways["tar shards"] = lambda: list(itertools.islice(module.train_dataloader(), len(files)))
+            run = make(made_images(s["images"]), s["resolution"], Path(folder))
         except ImportError as error:
-            errors["tar shards"] = error
-        from latent_verse.data.codes import CodesDataset
-
-        codes = CodesDataset(codes_shard(max(64, len(files)), 1024, root / "codes"))
-        ways["codes"] = lambda: [codes[(0, i)] for i in range(len(codes))]
-        for name, run in ways.items():
-            each = cpu_seconds(run) / (len(codes) if name == "codes" else len(files))
-            yield row(
-                "data",
-                f"{name}, training samples, one core",
-                {"seconds": each, "bytes": None},
-                [peer("plain: PIL + v1, float", each, plain)],
-                unit="sample (CPU time)",
-                goal=">= 1.5x the original's pipeline",
-                met=plain / each >= 1.5,
-                figures={"samples_per_s": 1 / each},
-            )
-        for name, error in errors.items():
-            yield row("data", f"{name}, training samples, one core", {}, [absent("ours", error)], unit="sample")
+            yield row("data", name, {}, [absent("ours", error)], unit="sample")
+            return
+        each = cpu_seconds(run) / len(run())
+    yield row(
+        "data",
+        name,
+        {"seconds": each, "bytes": None},
+        [peer("plain: PIL + v1, float", each, plain)],
+        unit="sample (CPU time)",
+        goal=">= 1.5x the original's pipeline",
+        met=plain / each >= 1.5,
+        figures={"samples_per_s": 1 / each},
+    )
 
 
-def beside_a_step(device: str, size: str, files: list[bytes], s: dict) -> Iterator[Row]:
+def _beside_a_step(name: str, device: str, shape: str, workers: int, s: dict) -> Iterator[Row]:
     """The share of a training loop that waits for the loader: AugVAE's step, fed from class folders of JPEGs."""
     from benchmarks import augvae
 
-    shape = {"toy": "toy", "cpu": "tiny", "cuda": "released"}[size]
+    files = made_images(s["images"])
     with tempfile.TemporaryDirectory() as folder:
         module = augvae.lit(shape, compile=False, device=device)
         resolution = module.model.config.resolution
@@ -129,7 +145,7 @@ def beside_a_step(device: str, size: str, files: list[bytes], s: dict) -> Iterat
             dataset="imagefolder",
             train_dir=str(class_folders(enough, Path(folder))),
             batch_size=s["batch"],
-            num_workers=min(os.cpu_count() or 1, 16) if device == "cuda" else 1,
+            num_workers=workers,
         )
         data = ImageDataModule(open_images(config, resolution), config)
         batches, waited, begin = iter(data.train_dataloader()), 0.0, 0.0
@@ -149,7 +165,7 @@ def beside_a_step(device: str, size: str, files: list[bytes], s: dict) -> Iterat
         del batches
     yield row(
         "data",
-        f"AugVAE ({shape}) fed from JPEGs, batch {s['batch']}, {config.num_workers} loader processes",
+        name,
         {"seconds": whole / s["steps"], "bytes": None},
         [],
         unit="training step",

@@ -1,6 +1,7 @@
 """How the benchmarks measure: implementations timed alternately, medians, peak memory, and the machine's limits.
 
-A result is a *row*, a plain dictionary that goes to JSON as it is:
+An area of the suite is a module with `cases(device, size) -> list[Case]`. A case measures one *row*, a plain dictionary
+that goes to JSON as it is:
 
     area, case            what was measured
     ours                  {"seconds", "bytes"}: median time and peak extra memory, for the work that `unit` names
@@ -8,20 +9,23 @@ A result is a *row*, a plain dictionary that goes to JSON as it is:
     figures               further results: tokens/s, mfu, share of the bandwidth bound, ...
     same                  whether ours gave what the plain one gave (null where there is nothing to compare)
     goal, met             the goal in words, and whether it is met (null: no goal on this device)
-    law                   {"name", "x"}: the scaling law that the row is a point of
+    law                   {"name", "series", "x"}: the scaling law that the row is a point of
+    failed                why the case ended early; what had been measured by then is in the row
 """
 
 from __future__ import annotations
 
+import functools
+import gc
 import os
 import platform
 import subprocess
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -31,6 +35,22 @@ ROOT = Path(__file__).resolve().parents[1]
 PEAK_BF16 = 989e12  # FLOP/s, dense, of H100 and H200 (NVIDIA's data sheet): what MFU is held against
 PACKAGES = ("torch", "torchvision", "vector-quantize-pytorch", "transformers", "x-transformers", "dalle-pytorch")
 Row = dict[str, Any]
+Step = Callable[[], Any]
+
+
+class Case(NamedTuple):
+    """One row of an area.
+
+    run: yields the row as soon as ours is measured, and the same row again after each peer and each further figure, so
+        that whatever ends the process later keeps what is there.
+    seconds: after which it is stopped; None: run.py's own limit.
+    compiles: whether torch.compile has work to do; a warm-up run fills the compiler's cache with such cases.
+    """
+
+    name: str
+    run: Callable[[], Iterator[Row]]
+    seconds: float | None = None
+    compiles: bool = False
 
 
 def synchronise(device: str) -> None:
@@ -44,7 +64,7 @@ def clock(device: str) -> Callable[[], float]:
     return time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
 
 
-def seconds(run: Callable[[], Any], device: str) -> float:
+def seconds(run: Step, device: str) -> float:
     """Seconds of one call by `clock`, the device's work included."""
     now = clock(device)
     synchronise(device)
@@ -57,7 +77,7 @@ def seconds(run: Callable[[], Any], device: str) -> float:
 ENOUGH = 0.2  # seconds of measuring after which a race of quick steps ends
 
 
-def race(ways: dict[str, Callable[[], Any]], device: str, repeats: int, warm: int = 1) -> dict[str, float]:
+def race(ways: dict[str, Step], device: str, repeats: int, warm: int = 1) -> dict[str, float]:
     """Median seconds of each implementation. They are timed alternately, so that a busy machine slows all of them.
 
     Quick ones get up to ten times as many rounds, as long as that lasts no more than ENOUGH seconds.
@@ -104,10 +124,14 @@ class PeakBytes(TorchDispatchMode):
         self.live -= size
 
 
-def peak_bytes(run: Callable[[], Any], device: str) -> int:
-    """Bytes that a call adds to the peak: of the allocator (CUDA), or of what tensors hold (CPU, see PeakBytes)."""
+def peak_bytes(run: Step, device: str, first: bool = False) -> int:
+    """Bytes that a call adds to the peak: of the allocator (CUDA), or of what tensors hold (CPU, see PeakBytes).
+
+    first: count the first call, with whatever it makes and keeps for later ones.
+    """
     if device == "cuda":
-        run()  # libraries keep a workspace from their first call on
+        if not first:
+            run()  # libraries keep a workspace from their first call on
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -119,7 +143,47 @@ def peak_bytes(run: Callable[[], Any], device: str) -> int:
     return count.peak
 
 
-def peer(name: str, ours: float, theirs: float, bytes_: int | None = None, our_bytes: int | None = None) -> Row:
+def release(device: str) -> None:
+    """Give back a GPU's memory that nothing uses any longer. Raises what went wrong on it, if something did."""
+    if device == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.synchronize()
+
+
+# ------------------------------------------------------------------------------------------------------------- results
+
+
+def measured(step: Step, device: str, repeats: int, warm: int = 1) -> Row:
+    """Ours: median seconds and peak bytes of a step."""
+    return {"seconds": race({"ours": step}, device, repeats, warm)["ours"], "bytes": peak_bytes(step, device)}
+
+
+def against(
+    result: Row, name: str, ours: Step, make: Callable[[], Step], device: str, repeats: int, apart=False, scale=1.0
+) -> Row:
+    """Race a peer with ours and add it to the row. One that fails costs its own entry only, which says why.
+
+    Args:
+        make: makes the peer's step.
+        apart: time the peer alone, where the device's memory does not hold both.
+        scale: how many steps of the peer do the work of one of ours.
+    """
+    try:
+        theirs = make()
+        times = race({name: theirs} if apart else {"ours": ours, name: theirs}, device, repeats)
+        our_seconds, our_bytes = times.get("ours", result["ours"]["seconds"]), result["ours"].get("bytes")
+        held = our_bytes and peak_bytes(theirs, device)
+        entry = peer(name, our_seconds, times[name] * scale, held, our_bytes and our_bytes / scale)
+    except Exception as error:
+        entry = absent(name, error)
+    result["peers"].append(entry)
+    theirs = None
+    release(device)
+    return entry
+
+
+def peer(name: str, ours: float, theirs: float, bytes_: int | None = None, our_bytes: float | None = None) -> Row:
     """A peer's entry: seconds for the same work, and how many times ours they are."""
     entry = {"name": name, "seconds": theirs, "ratio": theirs / ours}
     if bytes_ is not None:
@@ -129,9 +193,14 @@ def peer(name: str, ours: float, theirs: float, bytes_: int | None = None, our_b
     return entry
 
 
+def cause(error: BaseException) -> str:
+    """An exception in one line."""
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:160]
+
+
 def absent(name: str, error: BaseException) -> Row:
     """The entry of a peer that cannot be measured here, with the reason."""
-    return {"name": name, "absent": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:160]}
+    return {"name": name, "absent": cause(error)}
 
 
 def row(area: str, case: str, ours: Row, peers: list[Row], **more: Any) -> Row:
@@ -143,6 +212,7 @@ def row(area: str, case: str, ours: Row, peers: list[Row], **more: Any) -> Row:
 # ----------------------------------------------------------------------------------------------------- what is possible
 
 
+@functools.cache
 def copy_bandwidth(device: str) -> float:
     """Bytes per second of a large copy, read and written bytes counted."""
     size = 2**30 if device == "cuda" else 2**26
@@ -151,6 +221,7 @@ def copy_bandwidth(device: str) -> float:
     return 2 * size / race({"copy": lambda: target.copy_(source)}, device, 9, warm=2)["copy"]
 
 
+@functools.cache
 def matmul_rate(device: str, dtype: torch.dtype) -> float:
     """FLOP/s of a large matrix product on random data."""
     n = 8192 if device == "cuda" and dtype != torch.float32 else 4096 if device == "cuda" else 768

@@ -59,7 +59,8 @@ def enlarge_then_convolve(layer: Upsample, x_BCHW: Tensor) -> Tensor:
 
 def plain_augvae(model: AugVAE) -> AugVAE:
     """A copy of AugVAE with the one-hot quantiser and convolutions of upsampled maps, contiguous (NCHW)."""
-    copy = AugVAE(model.config).to(model.pre_quants[0].weight.device)
+    with model.pre_quants[0].weight.device:
+        copy = AugVAE(model.config)
     copy.load_state_dict(model.state_dict())
     quantizer = copy.quantizers[0]
     quantizer.forward = lambda z_BDHW: one_hot_forward(
@@ -143,12 +144,13 @@ class MinGPT(nn.Module):
     def __init__(self, model: BiART):
         super().__init__()
         config, length = model.config, model.vocab.input_len
-        self.tok_emb = nn.Embedding(model.vocab.size, config.n_embd)
-        self.seg_emb = nn.Embedding(2, config.n_embd)
-        self.pos_emb = nn.Parameter(torch.zeros(1, length, config.n_embd))
-        self.blocks = nn.ModuleList(MinBlock(config, length) for _ in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd)
-        self.head = nn.Linear(config.n_embd, model.vocab.size, bias=False)
+        with model.pos_emb.device:
+            self.tok_emb = nn.Embedding(model.vocab.size, config.n_embd)
+            self.seg_emb = nn.Embedding(2, config.n_embd)
+            self.pos_emb = nn.Parameter(torch.zeros(1, length, config.n_embd))
+            self.blocks = nn.ModuleList(MinBlock(config, length) for _ in range(config.n_layer))
+            self.ln_f = nn.LayerNorm(config.n_embd)
+            self.head = nn.Linear(config.n_embd, model.vocab.size, bias=False)
         weights = {}
         for name, value in model.state_dict().items():
             if ".attn.qkv." in name:
@@ -158,7 +160,7 @@ class MinGPT(nn.Module):
                 weights[name] = value
         missing = self.load_state_dict(weights, strict=False)
         assert not missing.unexpected_keys and all(key.endswith("mask") for key in missing.missing_keys), missing
-        self.to(model.pos_emb.device, model.pos_emb.dtype)
+        self.to(model.pos_emb.dtype)
 
     def forward(self, idx_BT: Tensor, seg_BT: Tensor) -> Tensor:
         """Joint ids and segments -> logits_BTV over the joint vocabulary."""
@@ -173,21 +175,21 @@ def gpt2(model: BiART) -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = model.config
-    peer = GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=model.vocab.size,
-            n_positions=model.vocab.input_len,
-            n_embd=config.n_embd,
-            n_layer=config.n_layer,
-            n_head=config.n_head,
-            activation_function="gelu",
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            tie_word_embeddings=False,
-            attn_implementation="sdpa",
-        )
+    shape = GPT2Config(
+        vocab_size=model.vocab.size,
+        n_positions=model.vocab.input_len,
+        n_embd=config.n_embd,
+        n_layer=config.n_layer,
+        n_head=config.n_head,
+        activation_function="gelu",
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        tie_word_embeddings=False,
+        attn_implementation="sdpa",
     )
+    with model.pos_emb.device:
+        peer = GPT2LMHeadModel(shape)
     weights = {"transformer.wte.weight": model.tok_emb.weight, "transformer.wpe.weight": model.pos_emb[0]}
     weights |= {f"transformer.ln_f.{n}": p for n, p in model.ln_f.named_parameters()}
     weights["lm_head.weight"] = model.head.weight
@@ -206,7 +208,7 @@ def gpt2(model: BiART) -> nn.Module:
             weights[f"transformer.h.{i}.{name}.bias"] = part.bias
     missing = peer.load_state_dict({k: v.detach().clone() for k, v in weights.items()}, strict=False)
     assert not missing.unexpected_keys and not [k for k in missing.missing_keys if "attn.bias" not in k], missing
-    return peer.to(model.pos_emb.device, model.pos_emb.dtype)
+    return peer.to(model.pos_emb.dtype)
 
 
 def embeddings(model: BiART, idx_BT: Tensor, seg_BT: Tensor) -> Tensor:
@@ -219,6 +221,8 @@ def x_transformer(model: BiART) -> nn.Module:
     from x_transformers import Decoder, TransformerWrapper
 
     c = model.config
-    layers = Decoder(dim=c.n_embd, depth=c.n_layer, heads=c.n_head, attn_dim_head=c.n_embd // c.n_head, attn_flash=True)
-    peer = TransformerWrapper(num_tokens=model.vocab.size, max_seq_len=model.vocab.input_len, attn_layers=layers)
+    shape = {"dim": c.n_embd, "depth": c.n_layer, "heads": c.n_head, "attn_dim_head": c.n_embd // c.n_head}
+    with model.pos_emb.device:
+        layers = Decoder(**shape, attn_flash=True)
+        peer = TransformerWrapper(num_tokens=model.vocab.size, max_seq_len=model.vocab.input_len, attn_layers=layers)
     return peer.to(model.pos_emb.device, model.pos_emb.dtype)

@@ -16,6 +16,7 @@ from collections import defaultdict
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+MET = {True: "met", False: "**missed**", None: "not known"}
 
 
 def laws(rows: list[dict]) -> dict[str, dict[str, list[tuple[float, dict]]]]:
@@ -79,7 +80,7 @@ def markdown(rows: list[dict]) -> list[str]:
         for i, peer in enumerate(peers):
             ratio = "" if peer["ratio"] is None else f"{peer['ratio']:.2f}x"
             memory = f"1/{peer['memory_ratio']:.1f}" if peer.get("memory_ratio") else ""
-            goal = f"{'met' if row['met'] else '**missed**'}: {row['goal']}" if i == 0 else ""
+            goal = f"{MET[row['met']]}: {row['goal']}" if i == 0 else ""
             case = (row["area"], row["case"]) if i == 0 else ("", "")
             lines.append(f"| {case[0]} | {case[1]} | {peer['name']} | {ratio} | {memory} | {goal} |")
     return lines

@@ -5,6 +5,7 @@ Nothing here depends on how long something took.
 
 from __future__ import annotations
 
+import importlib
 import json
 
 import pytest
@@ -22,45 +23,61 @@ from tests.messages import naming
 
 SMALL = BiARTConfig(text_vocab=20, image_vocab=12, text_len=3, image_len=8, n_layer=2, n_head=2, n_embd=16)
 COMPARED = {"quantizer", "augvae", "biart", "sampling", "data", "codes", "growth"}
+TIMED_AT_ONCE = {"data", "startup", "growth"}  # areas of rows that wait for nothing that could fail
+
+
+def rows_of(messages) -> dict[str, dict]:
+    """case -> its row. No case may fail, and ours has to be there before any peer, a case's own failure excepted."""
+    rows = {}
+    for message in messages:
+        assert "failed" not in message, message
+        if "row" in message:
+            new = json.loads(json.dumps(message["row"]))
+            assert new["case"] in rows or new["ours"]
+            assert new["case"] in rows or not new["peers"] or new["area"] in TIMED_AT_ONCE
+            rows[new["case"]] = new
+    return rows
 
 
 @pytest.mark.parametrize("area", run.AREAS)
-def test_each_area_runs_and_gives_the_same_as_the_plain_way(area, tmp_path, capsys):
+def test_each_area_runs_and_gives_the_same_as_the_plain_way(area):
+    with torch.compiler.set_stance("force_eager"):  # of compiled ways, the slow test compiles
+        rows = rows_of(run.measure(f"benchmarks.{area}", "cpu", "toy"))
+    assert rows and all(r["area"] == area and r["ours"] for r in rows.values())
+    assert not [case for case, r in rows.items() if r["same"] is False]
+    assert area not in COMPARED or any(r["same"] for r in rows.values())
+    cases = importlib.import_module(f"benchmarks.{area}").cases("cpu", "toy")
+    assert [case.name for case in cases] == list(rows)  # failures are named as rows are
+    assert all(case in "\n".join(run.table(r)) for case, r in rows.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("area", run.COMPILED)
+def test_compiled_ways_are_measured(area):
+    rows = rows_of(run.measure(f"benchmarks.{area}", "cpu", "toy", compiled_only=True))
+    assert rows and all("compiled" in case for case in rows)
+    if area != "sampling":  # on a CPU no decoder is kept, so each call compiles
+        assert all(r["figures"]["first_step_s"] > r["ours"]["seconds"] for r in rows.values())
+
+
+@pytest.mark.parametrize("area", run.AREAS)
+def test_each_area_has_cases_for_a_gpu(area):
+    cases = importlib.import_module(f"benchmarks.{area}").cases("cuda", "cuda")
+    names = [case.name for case in cases]
+    assert names and len(set(names)) == len(names)
+    compiled = [case.compiles for case in cases]
+    assert any(compiled) == (area in run.COMPILED)
+    assert compiled == sorted(compiled)  # these come last
+
+
+def test_an_area_is_measured_in_a_child_process(tmp_path, capsys):
     file = tmp_path / "results" / "toy.json"
-    assert run.main([area, "--size", "toy", "--here", "--json", str(file)]) == 0
-    content = json.loads(file.read_text())
-    assert {"device", "packages", "commit", "python"} <= content["about"].keys()
-    assert content["about"]["packages"]["torch"]
-    rows = content["rows"]
-    assert rows and all(r["area"] == area and r["ours"] for r in rows)
-    assert not [r["case"] for r in rows if r["same"] is False]
-    assert area not in COMPARED or any(r["same"] for r in rows)
-    said = capsys.readouterr().out
-    assert area.upper() in said and all(r["case"] in said for r in rows)
-
-
-def test_a_child_process_measures_and_a_failure_becomes_a_row(tmp_path, capsys):
-    file = tmp_path / "one.json"
     assert run.main(["quantizer", "--size", "toy", "--json", str(file)]) == 0
-    assert len(json.loads(file.read_text())["rows"]) == 3
-    lines = tmp_path / "rows.jsonl"
-    run.in_child("nothing", "cpu", "toy", 60, lines)
-    failed = json.loads(lines.read_text())
-    assert failed["failed"] and "nothing" in failed["case"]
-    capsys.readouterr()
-
-
-def test_rows_that_do_not_fit_into_the_time_are_named(monkeypatch):
-    class Endless:
-        @staticmethod
-        def suite(device, size):
-            while True:
-                yield row("endless", "one", {"seconds": 1.0}, [])
-
-    monkeypatch.setattr(run.importlib, "import_module", lambda name: Endless)
-    rows = list(run.measure_area("endless", "cpu", "toy", 0.02))
-    assert len(rows) > 1 and "left out" in rows[-1]["case"]
-    assert "left out" in "\n".join(run.table(rows))
+    content = json.loads(file.read_text())
+    assert {"device", "packages", "commit", "python", "seconds"} <= content["about"].keys()
+    assert content["about"]["packages"]["torch"]
+    said = capsys.readouterr().out
+    assert "QUANTIZER" in said and [row["case"] in said for row in content["rows"]] == [True, True]
 
 
 def test_an_unknown_area_is_refused(capsys):
@@ -71,9 +88,38 @@ def test_an_unknown_area_is_refused(capsys):
 
 def test_an_absent_peer_is_named_in_the_table():
     entry = measure.absent("some-peer", ModuleNotFoundError("No module named 'some_peer'"))
-    said = "\n".join(run.table([row("codes", "a case", {"seconds": 2.0, "bytes": 2**20}, [entry], unit="step")]))
+    said = "\n".join(run.table(row("codes", "a case", {"seconds": 2.0, "bytes": 2**20}, [entry], unit="step")))
     assert "some-peer: absent, ModuleNotFoundError: No module named 'some_peer'" in said
     assert "2.00 s" in said and "1.0 MiB" in said
+
+
+def test_a_goal_is_met_missed_or_not_known():
+    rows = [row("codes", "a case", {"seconds": 2.0}, [], goal=">= 2x", met=met) for met in (True, False, None)]
+    table = ["\n".join(run.table(r)) for r in rows]
+    assert "met: >= 2x" in table[0] and "MISSED: >= 2x" in table[1] and "not known: >= 2x" in table[2]
+    markdown = plot.markdown(rows)
+    assert "| met: " in markdown[2] and "**missed**: " in markdown[3] and "not known: " in markdown[4]
+
+
+def test_a_peer_that_fails_costs_its_own_entry():
+    result = row("codes", "a case", {"seconds": 1.0, "bytes": 100}, [])
+
+    def none_left():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 GiB.")
+
+    def ours():
+        return torch.zeros(10)
+
+    measure.against(result, "big", ours, none_left, "cpu", 1)
+    entry = measure.against(result, "small", ours, lambda: ours, "cpu", 1, scale=2)
+    assert naming("OutOfMemoryError", "8 GiB").search(result["peers"][0]["absent"])
+    assert result["peers"][1] is entry and entry["bytes"] == 40 and entry["memory_ratio"] == pytest.approx(0.8)
+
+
+def test_a_peer_is_timed_apart_where_memory_does_not_hold_both():
+    result = row("codes", "a case", {"seconds": 1e-9, "bytes": None}, [])
+    entry = measure.against(result, "it", lambda: pytest.fail("ours runs"), lambda: list, "cpu", 1, apart=True)
+    assert entry["ratio"] == entry["seconds"] / 1e-9
 
 
 @pytest.mark.parametrize(("seconds_each", "turns"), [(0.0, 30), (0.03, 4), (1.0, 3)])
