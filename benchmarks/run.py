@@ -42,14 +42,14 @@ if Path(sys.path[0] or ".").resolve() == ROOT / "benchmarks":  # run as a script
 
 # area -> seconds that it may take on a GPU, from cheap to dear: the last one gets what the others leave
 AREAS = {
-    "quantizer": 45.0,
-    "codes": 30.0,
-    "growth": 35.0,
-    "data": 45.0,
-    "startup": 40.0,
-    "biart": 100.0,
-    "sampling": 150.0,
-    "augvae": 260.0,
+    "quantizer": 35.0,
+    "codes": 25.0,
+    "growth": 25.0,
+    "data": 30.0,
+    "startup": 25.0,
+    "biart": 75.0,
+    "sampling": 100.0,
+    "augvae": 225.0,
 }
 COMPILED = ("biart", "sampling", "augvae")  # areas with cases that torch.compile works on
 PACKAGE = "benchmarks"  # that the areas are modules of

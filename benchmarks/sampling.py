@@ -180,8 +180,9 @@ def gpt2_seconds(model: BiART, text_BL: torch.Tensor, tokens: int, device: str) 
 def cases(device: str, size: str) -> list[Case]:
     """One for each preset and batch."""
     s, found = SIZES[size], []
-    plain = [(*case, False) for case in s["cases"]]
-    for preset, batch, positions, gpt2_tokens, compiled in plain + [(*case, 0, 0, True) for case in s["compiled"]]:
+    both = [*((*case, False) for case in s["cases"]), *((*case, 0, 0, True) for case in s["compiled"])]
+    # large batches last: they take longest, and have no goal
+    for preset, batch, positions, gpt2_tokens, compiled in sorted(both, key=lambda case: case[1] > 8):
         config = BiARTConfig(**{**PRESETS[preset], **s["shape"]})
         name = f"{preset}, {config.image_len} codes, batch {batch}{', compiled' if compiled else ''}"
         repeats = s["repeats"] if batch <= 8 else 1

@@ -67,7 +67,7 @@ def test_each_area_has_cases_for_a_gpu(area):
     assert names and len(set(names)) == len(names)
     compiled = [case.compiles for case in cases]
     assert any(compiled) == (area in run.COMPILED)
-    assert compiled == sorted(compiled)  # these come last
+    assert not compiled[0]  # compiling takes long, so something is measured before it
 
 
 def test_an_area_is_measured_in_a_child_process(tmp_path, capsys):

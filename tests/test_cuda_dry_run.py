@@ -412,14 +412,13 @@ def test_bytes_that_an_eager_block_keeps(again, most):
 
 @pytest.mark.slow
 def test_compiled_blocks_make_each_sum_and_its_norm_in_one_pass():
-    sm90 = pytest.importorskip("tests.sm90")
     shape, size = (32, 1089, 1024), 32 * 1089 * 1024
 
     def make():
         inputs = (torch.empty(shape, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
         return BiART(BiARTConfig(**{**PRESETS["24x1024"], "n_layer": 1, "text_vocab": 9})).blocks[0], tuple(inputs)
 
-    forward, _ = sm90.generate(make, autocast=torch.bfloat16, grad=False)
+    forward, _ = generate(make, autocast=torch.bfloat16, grad=False)
     passes = [name for name, moved in zip(forward.launches, forward.bytes, strict=True) if moved > size]
     assert len(passes) == 3  # the first sum and norm, the second, and GELU; the rest are casts of weights
     assert sum(name.startswith(("triton_per", "triton_red")) for name in passes) == 2

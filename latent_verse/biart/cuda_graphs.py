@@ -7,12 +7,15 @@ graph holds them all and is launched once.
 from __future__ import annotations
 
 import functools
+import gc
+import threading
 import warnings
 from collections.abc import Callable
 
 import torch
 from torch import nn
 
+_one_at_a_time = threading.RLock()  # what another thread runs on the stream of captures would be captured too
 _a_capture_failed = False  # in this process: before PyTorch 2.12 another one may crash it (pytorch issue 180395)
 
 
@@ -36,8 +39,8 @@ class CUDAGraphs:
 
     The first call with a number of slots runs the step itself, which initialises what a capture must not wait for. The
     second call captures it, and all later ones replay the graph, whatever step they are given. So a step must keep what
-    changes between calls in tensors, update them in place, and not wait for the device. If a capture fails, this
-    process makes no other, with a warning.
+    changes between calls in tensors, update them in place, and not wait for the device. If a capture fails, the process
+    warns once and captures nothing afterwards.
     """
 
     def __init__(self, device: torch.device, capture: bool):
@@ -56,7 +59,7 @@ class CUDAGraphs:
                 self._capture(slots, step)
             if slots in self._graphs:
                 self._graphs[slots].replay()
-            elif _a_capture_failed:
+            elif slots in self._warm:  # capturing it failed
                 step()
             else:
                 self._warm.add(slots)
@@ -65,10 +68,11 @@ class CUDAGraphs:
     def _aside(self, run: Callable[[], None]) -> None:
         """Run on the stream of captures, between what the current stream was given before and will be afterwards."""
         stream, current = _stream(self.device), torch.cuda.current_stream()
-        stream.wait_stream(current)
-        with torch.cuda.stream(stream):
-            run()
-        current.wait_stream(stream)
+        with _one_at_a_time:
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
+                run()
+            current.wait_stream(stream)
 
     def _capture(self, slots: int, step: Callable[[], None]) -> None:
         """Record a step without running it."""
@@ -84,10 +88,15 @@ class CUDAGraphs:
             finally:
                 graph.capture_end()
 
+        collecting = gc.isenabled()
+        gc.disable()  # to destroy another graph during a capture makes it fail (pytorch issue 161037)
         try:
             self._aside(capture)
         except RuntimeError as error:
             warnings.warn(f"Decoding runs without CUDA graphs: capturing a step failed: {error}", stacklevel=4)
             _a_capture_failed = True
-            return
-        self._graphs[slots] = graph
+        else:
+            self._graphs[slots] = graph
+        finally:
+            if collecting:
+                gc.enable()

@@ -4,24 +4,15 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Hashable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 
-MOST = 4  # decoders kept
-# Of a GPU's memory, that all of them may take. A larger cache means more rows, so that its graphs cost little, and the
-# memory is wanted for decoding images and for metrics.
+MOST = 4  # decoders kept on a device
+# Share of a GPU's memory that all kept decoders may use. Larger caches belong to larger batches, where capturing costs
+# relatively little, and decoding images and metrics need the memory.
 MOST_SHARE = 0.25
-
-
-class Sized(Protocol):
-    """What can be kept, and what it takes on its device."""
-
-    device: torch.device
-
-    @property
-    def bytes(self) -> int: ...
 
 
 def _addresses(model: nn.Module) -> list[tuple[int, torch.dtype, torch.device]]:
@@ -32,8 +23,8 @@ def _addresses(model: nn.Module) -> list[tuple[int, torch.dtype, torch.device]]:
 class Kept:
     """Decoders by model and plan, within `MOST` and `MOST_SHARE`; the least recently used goes first.
 
-    One that is in use is not among them, so that no two calls share it. Models are not held, copied or saved: with a
-    model its decoders go, and so do they when its weights move.
+    A decoder has a `device`, and `bytes` that it takes there. One that is in use is not among them, so that no two
+    calls share it. Models are held weakly: a model's decoders are dropped when it is freed or its weights move.
     """
 
     def __init__(self) -> None:
@@ -48,20 +39,25 @@ class Kept:
         _, decoder = self._kept.pop((weakref.ref(model), plan), (None, None))
         return decoder
 
-    def put(self, model: nn.Module, plan: Hashable, decoder: Sized) -> None:
+    def put(self, model: nn.Module, plan: Hashable, decoder: Any) -> None:
         """Keep a decoder whose use has ended."""
         self._kept[weakref.ref(model, self._drop_dead), plan] = (_addresses(model), decoder)
-        while len(self._kept) > MOST or self.bytes(decoder.device) > MOST_SHARE * memory(decoder.device)[1]:
-            self._drop_oldest()
+        most = MOST_SHARE * memory(decoder.device)[1]
+        while len(self._on(decoder.device)) > MOST or self.bytes(decoder.device) > most:
+            self._drop_oldest(decoder.device)
 
     def make_room(self, device: torch.device, size: int) -> None:
         """Drop decoders until a GPU has `size` bytes free, as far as that helps."""
         while self.bytes(device) and memory(device)[0] < size:
-            self._drop_oldest()
+            self._drop_oldest(device)
 
     def bytes(self, device: torch.device) -> int:
         """How much of a device's memory would be free without them."""
-        return sum(decoder.bytes for _, decoder in list(self._kept.values()) if decoder.device == device)
+        return sum(decoder.bytes for _, (_, decoder) in self._on(device))
+
+    def _on(self, device: torch.device) -> list[tuple[Any, Any]]:
+        """Those on a device with their keys, the least recently used first."""
+        return [(key, value) for key, value in list(self._kept.items()) if value[1].device == device]
 
     def drop(self, model: nn.Module | None = None) -> None:
         """Drop the decoders of a model, or all."""
@@ -74,8 +70,9 @@ class Kept:
             if key[0] is dead:
                 self._kept.pop(key, None)
 
-    def _drop_oldest(self) -> None:
-        self._kept.pop(next(iter(self._kept)), None)
+    def _drop_oldest(self, device: torch.device) -> None:
+        for key, _ in self._on(device)[:1]:
+            self._kept.pop(key, None)
 
     def __len__(self) -> int:
         return len(self._kept)

@@ -56,16 +56,22 @@ def check_settings(
 
 
 def choose(
-    logits_BV: Tensor, u_B: Tensor | None, temperature: float, top_k: int | None = None, top_p: float | None = None
+    logits_BV: Tensor,
+    u_B: Tensor | None,
+    temperature: float,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    by_kernel: bool = False,
 ) -> Tensor:
     """Sample class_B from logits: invert the cumulative distribution at u_B, one uniform number in [0, 1) per row.
 
     top_k keeps the k likeliest classes. top_p then keeps the smallest set of them whose probability reaches p (Holtzman
-    et al., 2020). At temperature 0, or without u_B, the likeliest class is taken.
+    et al., 2020). At temperature 0, or without u_B, the likeliest class is taken. `by_kernel` needs
+    `has_sampling_kernel`.
     """
     if temperature == 0 or u_B is None:
         return logits_BV.argmax(dim=-1)
-    if has_sampling_kernel(logits_BV.device, logits_BV.shape[-1]):
+    if by_kernel:
         return sample_classes(logits_BV, u_B, temperature, top_k, top_p)
     logits_BV = logits_BV.float()
     # The maximum is subtracted first: a tiny temperature then gives a sharp distribution rather than inf - inf.
@@ -172,10 +178,12 @@ class Decoder:
         self.bad = torch.empty((), dtype=torch.bool, device=device)  # whether logits were not finite
         self.pos_1 = torch.empty(1, dtype=torch.long, device=device)  # of the last token in the sequence ...
         self.step_1 = torch.empty(1, dtype=torch.long, device=device)  # ... and of the next one in the target
+        self._by_kernel = has_sampling_kernel(device, self.vocab.num_classes(self.modality))
         self._run = CUDAGraphs(device, can_capture(model, device))
         self._sample, self._decode_block = Decoder._sample_token, BiART.decode_block
         if plan.compiled:
-            torch.compiler.assume_constant_result(has_sampling_kernel)  # which looks for files; not when it is imported
+            # Dynamo compiles a function only so often, for all decoders together: twice for each number of rows
+            torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
             self._sample = torch.compile(self._sample, dynamic=False)
             self._decode_block = torch.compile(self._decode_block, dynamic=False)
 
@@ -200,7 +208,9 @@ class Decoder:
             self.u_BN.copy_(uniforms(seeds, total))
         if self.modality == "text":  # a copy, of weights that may have changed
             self.weight_VC.copy_(model.head_weight("text"))
-        self._sample(self, model.prefill(idx_RT, seg_RT, self.cache)[:, -1].contiguous())  # as a step's
+        feature_RC = model.prefill(idx_RT, seg_RT, self.cache)[:, -1]
+        # a copy with the strides of a step's, or sampling would be compiled twice
+        self._sample(self, feature_RC.clone(memory_format=torch.contiguous_format))
 
     def step(self, model: BiART) -> None:
         """Read the token just sampled, and sample the next one."""
@@ -222,7 +232,7 @@ class Decoder:
             logits_BV = guide(logits_BV, plan.guidance)
         self.bad.logical_or_(~logits_BV.isfinite().all())
         u_B = None if self.u_BN is None else self.u_BN.index_select(1, self.step_1)[:, 0]
-        class_B = choose(logits_BV, u_B, plan.temperature, plan.top_k, plan.top_p)
+        class_B = choose(logits_BV, u_B, plan.temperature, plan.top_k, plan.top_p, self._by_kernel)
         if self.modality == "text":
             class_B = class_B.masked_fill(self.done_B, end)
             self.done_B.logical_or_(class_B == end)
@@ -297,8 +307,8 @@ def generate(
         reference_dropout_trained: whether training dropped references, which guidance needs.
         progress: is called with (step, total) after every token.
         compiled: compile a step for this batch and these settings, which takes some seconds and pays for many batches.
-            `latent_verse.nn.compilation` says whether a machine can.
-        bucket: see `KVCache`.
+            `latent_verse.nn.compilation` says whether a machine can. On a CPU, where nothing is kept, for each call.
+        bucket: see `KVCache`; ignored if compiled.
 
     Raises:
         NotFinite: the logits are not finite.
@@ -334,8 +344,8 @@ def generate(
             decoder.step(model)
             if progress is not None:
                 progress(step + 1, total)
+        target_BN = decoder.target_BN.clone()  # before waiting for it: another thread may take the decoder afterwards
         _check_finite(decoder.bad)
-        target_BN = decoder.target_BN.clone()
         if can_capture(model, device):
             _kept.put(model, plan, decoder)
     return target_BN

@@ -1,4 +1,4 @@
-"""Two kernels for sampling on a GPU, in Triton, each with a plain way to the same result that is the reference.
+"""Two kernels for sampling on a GPU, in Triton, each with a plain PyTorch reference.
 
 `decode_attention` is a decoding step's attention, the same launch at every position. `sample_classes` samples from rows
 of logits without sorting them. Their source is in `triton_source`, so that importing this file does not import Triton.
@@ -8,6 +8,8 @@ Shape suffixes: B rows, H heads, D channels of a head, S slots, V classes.
 
 from __future__ import annotations
 
+import functools
+import warnings
 from typing import Optional
 
 import torch
@@ -22,10 +24,6 @@ MOST_CLASSES = 16384  # a row of more does not fit in the registers
 PROGRAMS_PER_SM = 3  # so that about 25 KB are on their way to each, which hides the memory's latency
 
 
-# By the number of the GPU. A dictionary, because torch.compile follows a look-up but not the search for a compiler.
-_served: dict[int | None, bool] = {}
-
-
 def has_kernels(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """Whether `decode_attention` has a kernel for a cache on `device` with this dtype and width of a head."""
     return dtype in DTYPES and head_dim in WIDTHS and _triton_serves(device)
@@ -36,13 +34,19 @@ def has_sampling_kernel(device: torch.device, classes: int) -> bool:
     return classes <= MOST_CLASSES and _triton_serves(device)
 
 
+@functools.cache
 def _triton_serves(device: torch.device) -> bool:
-    if device.type != "cuda":
+    """Whether Triton works on a GPU. A kernel is tried, as a driver, compiler or cache may be there and still fail."""
+    if device.type != "cuda" or not torch.cuda.is_available():
         return False
-    if device.index not in _served:
-        new = torch.cuda.is_available() and torch.cuda.get_device_capability(device) >= (8, 0)
-        _served[device.index] = new and not why_not_compiled(device)
-    return _served[device.index]
+    if torch.cuda.get_device_capability(device) < (8, 0) or why_not_compiled(device):
+        return False
+    try:
+        sample_classes(torch.zeros(1, 16, device=device), torch.zeros(1, device=device), 1.0, None, None)
+    except Exception as error:  # Triton's, the compiler's and the file system's
+        warnings.warn(f"Sampling runs without Triton's kernels, which fail here: {error}", stacklevel=3)
+        return False
+    return True
 
 
 @torch.library.custom_op("latent_verse::decode_attention", mutates_args=("k_BHSD", "v_BHSD"), device_types="cuda")

@@ -25,9 +25,9 @@ from latent_verse.data.transforms import mix_seed
 from latent_verse.nn.compilation import why_not_compiled
 from latent_verse.progress import progress_bar
 
-BATCH_BYTES = 4 * 2**30  # that the largest tensors of one batch may take, except on a GPU, where it is this
+BATCH_BYTES = 4 * 2**30  # most that one batch's largest tensors may take; a GPU uses FREE_SHARE instead
 FREE_SHARE = 0.8  # of the memory that is free: small tensors, workspaces and CUDA graphs need the rest
-LARGEST_BATCH = 256  # reading the weights, which a larger one does less often, is then 5 % of the work or less
+LARGEST_BATCH = 256  # beyond it, reading the weights is at most 5 % of the work
 # Decoding steps of one call from which on a GPU compiles its step. From estimates, not measured yet: a compiled step is
 # 0.1 to 0.15 ms faster, and compiling takes 20 s, or 2 s where Inductor has it in its cache.
 COMPILED_FROM = 2**16
@@ -98,7 +98,8 @@ class Sampler:
 
             def run(rows: slice) -> Tensor:
                 def show(step: int, _: int) -> None:
-                    bar.update(rows.start * tokens + step * (rows.stop - rows.start) - bar.n)
+                    done = rows.start * tokens + step * (rows.stop - rows.start)
+                    bar.update(max(0, done - bar.n))  # rows that the batch before had too do not count again
 
                 target_BT = generate(
                     self.biart,

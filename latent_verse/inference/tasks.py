@@ -47,7 +47,7 @@ def load(config: GenerateConfig) -> LVerse:
     device = best_device() if config.write.gpus else "cpu"
     if config.write.gpus and device == "cpu":
         print("No GPU on this machine: using the CPU.", file=sys.stderr)
-    # bfloat16 changes scores by more than close texts differ in
+    # bfloat16 changes scores by more than close texts differ in, which matters where they are printed
     dtype = None if config.what.score and config.write.dtype == "auto" else config.write.dtype
     model = LVerse.from_pretrained(config.what.model, device=device, dtype=dtype)
     model.progress, model.too_long = True, config.draw.text_too_long

@@ -113,7 +113,7 @@ class LitBiART(pl.LightningModule):
         self._tokens, self._since = 0, time.perf_counter()
 
     def codes(self, x: Tensor) -> Tensor:
-        """Images (B, C, H, W) in [-1, 1], or codes -> codes (B, N) int64. AugVAE encodes in float32 always."""
+        """Images (B, C, H, W) in [-1, 1], or codes -> codes (B, N) int64. AugVAE always encodes in float32."""
         if not x.is_floating_point():
             return x.long()
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):

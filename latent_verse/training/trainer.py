@@ -200,7 +200,7 @@ def uncompiled(compiled: bool) -> AbstractContextManager:
 
 @contextmanager
 def untuned(wanted: bool = True) -> Iterator[None]:
-    """A context for batches of another size than training's, and if `wanted` is False, one without effect.
+    """Turn cuDNN's tuning off, if `wanted`, for batches whose size differs from training's.
 
     `benchmark` lets cuDNN time many ways to compute each convolution of a new shape, which takes longer than it saves
     where few batches have that shape. Batches of training's size find what was timed in training.

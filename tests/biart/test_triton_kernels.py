@@ -26,9 +26,9 @@ SETTINGS = [(None, None), (50, None), (None, 0.9), (200, 0.7)]
 @pytest.fixture(autouse=True)
 def asked_anew():
     """What a test pretends about the machine must not be remembered."""
-    triton_kernels._served.clear()
+    triton_kernels._triton_serves.cache_clear()
     yield
-    triton_kernels._served.clear()
+    triton_kernels._triton_serves.cache_clear()
 
 
 def interpret(marks: str) -> None:
@@ -334,27 +334,34 @@ def test_kernels_need_a_new_gpu_that_triton_serves_a_type_and_a_width(monkeypatc
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability[0])
     monkeypatch.setattr(triton_kernels, "why_not_compiled", lambda device: lacks[0])
+    monkeypatch.setattr(torch, "zeros", lambda *size, device: torch.empty(size))
+    monkeypatch.setattr(triton_kernels, "sample_classes", lambda *arguments: None)
+    triton_kernels._triton_serves.cache_clear()
     assert has_kernels(device, torch.bfloat16, 64) and has_sampling_kernel(device, 8192)
     assert not has_kernels(device, torch.float64, 64) and not has_kernels(device, torch.bfloat16, 48)
     assert not has_sampling_kernel(device, triton_kernels.MOST_CLASSES + 1)
     for lacks[0], capability[0] in (("no compiler", (9, 0)), ("", (7, 5))):
-        triton_kernels._served.clear()
+        triton_kernels._triton_serves.cache_clear()
         assert not has_kernels(device, torch.bfloat16, 64) and not has_sampling_kernel(device, 8192)
+    lacks[0], capability[0] = "", (9, 0)
+    triton_kernels._triton_serves.cache_clear()
+
+    def fails(*arguments):
+        raise RuntimeError("libcuda.so cannot be found")
+
+    monkeypatch.setattr(triton_kernels, "sample_classes", fails)
+    with pytest.warns(UserWarning, match="libcuda.so cannot be found"):
+        assert not has_kernels(device, torch.bfloat16, 64)
+    assert not has_sampling_kernel(device, 8192)  # without another warning
+    triton_kernels._triton_serves.cache_clear()
 
 
 def test_choosing_takes_the_kernel_where_there_is_one(monkeypatch):
-    monkeypatch.setattr(sampling, "has_sampling_kernel", lambda device, classes: classes == 8)
     monkeypatch.setattr(sampling, "sample_classes", lambda *arguments: arguments[2:])
     logits_BV, u_B = torch.randn(2, 8), torch.rand(2)
-    assert choose(logits_BV, u_B, 0.5, 3, 0.9) == (0.5, 3, 0.9)
-    assert torch.equal(choose(logits_BV, None, 0.5), logits_BV.argmax(-1))
-    assert choose(logits_BV[:, :7], u_B, 0.5).shape == (2,)
-
-
-def test_a_compiled_function_takes_the_answer_of_an_earlier_call(monkeypatch):
-    monkeypatch.setitem(triton_kernels._served, None, True)  # without a GPU, only an earlier answer can be true
-    asks = torch.compile(lambda x: x + has_sampling_kernel(torch.device("cuda"), 8), fullgraph=True, backend="eager")
-    assert asks(torch.ones(1)) == 2
+    assert choose(logits_BV, u_B, 0.5, 3, 0.9, by_kernel=True) == (0.5, 3, 0.9)
+    assert torch.equal(choose(logits_BV, None, 0.5, by_kernel=True), logits_BV.argmax(-1))
+    assert choose(logits_BV, u_B, 0.5).shape == (2,)
 
 
 def test_importing_the_kernels_does_not_import_triton():
