@@ -24,8 +24,9 @@ TINY = {
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put dry runs of CUDA last: see `fake_cuda.fake_cuda`."""
-    items.sort(key=lambda item: item.path.name == "test_cuda_dry_run.py")
+    """Put files with dry runs of CUDA last: see `fake_cuda.fake_cuda`."""
+    dry = {"tests.fake_cuda", "tests.sm90"}
+    items.sort(key=lambda item: any(getattr(v, "__module__", "") in dry for v in vars(item.module).values()))
 
 
 @pytest.fixture

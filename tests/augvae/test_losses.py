@@ -220,7 +220,7 @@ def test_on_a_gpu_lpips_is_channels_last_and_keeps_nothing_of_the_target(monkeyp
             with Kept(lpips.net) as held:
                 lpips(a, b)
             kept[needed] = held.bytes
-    assert not waits.seen
+    assert set(waits.seen) <= {"to"}  # which moves the network; calls copy nothing
     assert len(seen) == 2 * (2 * 13 + 5)
     assert all(out.is_contiguous(memory_format=torch.channels_last) for out in seen)
     assert kept[True, False] < 0.7 * kept[True, True]  # the features of the target and of what is compared with it

@@ -40,6 +40,8 @@ def interpret(marks: str) -> None:
         capture_output=True,
         text=True,
     )
+    if "only 0-dimensional arrays can be converted" in done.stdout:
+        pytest.skip("Triton's interpreter before 3.8 does not work with this NumPy")
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
     assert "skipped" not in done.stdout, done.stdout
 
