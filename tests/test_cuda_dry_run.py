@@ -20,6 +20,7 @@ from latent_verse.biart import model as network
 from latent_verse.biart import sampling
 from latent_verse.biart.model import BiART, loss_weights
 from latent_verse.biart.sequence import DIRECTIONS, TEXT_TO_IMAGE
+from latent_verse.biart.triton_kernels import decode_attention
 from latent_verse.config import PRESETS, AugVAEConfig, BiARTConfig
 from latent_verse.config.train import (
     BiARTLossConfig,
@@ -248,6 +249,13 @@ def test_operators_and_kernels_of_a_token(preset, kernels, at_most, monkeypatch)
             )  # fmt: skip
     operators, launches = (after - before for before, after in zip(counts[1], counts[2], strict=True))
     assert operators <= at_most[0] and launches <= at_most[1]
+
+
+def test_the_operator_of_decoding_says_what_it_changes():
+    q, k, v = torch.randn(2, 3, 3, 16).unbind(1)
+    caches = (torch.randn(2, 3, 7, 16) for _ in "kv")
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(decode_attention, (q, k, v, *caches, torch.tensor([6])), test_utils=checks)
 
 
 @pytest.mark.parametrize("preset", ["12x768", "24x1024"])
