@@ -20,7 +20,7 @@ from latent_verse.nn.compilation import why_not_compiled
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDTHS = (16, 32, 64, 128, 256)
-MOST_CLASSES = 16384  # a row of more does not fit in the registers
+MOST_CLASSES = 32768  # of which a row's classes beyond 16,384 leave the registers for the cache
 PROGRAMS_PER_SM = 3  # so that about 25 KB are on their way to each, which hides the memory's latency
 
 

@@ -194,7 +194,7 @@ def _sample(
     PADDED: tl.constexpr,
     BITS: tl.constexpr,
 ):
-    """Sample one row's class, the row in registers."""
+    """Sample one row's class, the row in registers as far as they reach."""
     row = tl.program_id(0)
     class_V = tl.arange(0, PADDED)
     real_V = class_V < classes
@@ -226,8 +226,11 @@ def _sample(
 
 
 def sampling_warps(padded: int) -> int:
-    """Warps of 32 threads with 32 classes each: with fewer, or with more warps, some of them leave the registers."""
-    return max(4, min(16, padded // 1024))
+    """Warps of 32 threads with 32 classes each: with fewer, or with more warps, some of them leave the registers.
+
+    So do some of 32,768 classes, with any number. It remains one kernel, where sorting takes several.
+    """
+    return max(4, min(32, padded // 1024))
 
 
 def key_bits(padded: int, by_probability: bool) -> int:

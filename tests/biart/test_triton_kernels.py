@@ -206,6 +206,7 @@ def test_sampling_of_more_rows_in_the_interpreter():
     settings = [*SETTINGS, (None, 1.0), (None, 1e-6), (1, None), (1000, None), (1000, 0.99)]
     samples_as_by_sorting(triton_source.sample_classes, 4, 1000, settings)
     samples_as_by_sorting(triton_source.sample_classes, 1, 8192, SETTINGS)
+    samples_as_by_sorting(triton_source.sample_classes, 1, 16385, SETTINGS[2:], scales=(3.0,))
     edge_cases(triton_source.sample_classes)
 
 
@@ -299,13 +300,13 @@ SAMPLING_SHAPES = [
     (8192, False, True),
     *(
         pytest.param(*shape, marks=pytest.mark.slow)
-        for shape in itertools.product((1024, 8192, 16384), (False, True), (False, True))
+        for shape in itertools.product((1024, 8192, 16384, 32768), (False, True), (False, True))
     ),
 ]
 
 
 @pytest.mark.parametrize("V, top_k, top_p", SAMPLING_SHAPES)
-def test_sampling_compiles_for_an_h100_with_the_row_in_registers(V, top_k, top_p):
+def test_sampling_compiles_for_an_h100_with_rows_of_16384_classes_in_registers(V, top_k, top_p):
     pytest.importorskip("triton")
     from latent_verse.biart import triton_source
 
@@ -315,7 +316,7 @@ def test_sampling_compiles_for_an_h100_with_the_row_in_registers(V, top_k, top_p
     constants["BITS"] = triton_source.key_bits(V, top_k or top_p)
     warps = triton_source.sampling_warps(V)
     registers, spilled, shared, ptx = compiled_for_an_h100(triton_source._sample, types, constants, warps)
-    assert spilled == 0 and shared < 48 * 1024, (registers, spilled, shared)
+    assert (spilled == 0 or V > 16384) and shared < 48 * 1024, (registers, spilled, shared)
     assert "ld.global.v4.b32" in ptx
     print(f"V {V}, top_k {top_k}, top_p {top_p}: {registers} registers, {warps} warps, {shared} bytes shared")
 
