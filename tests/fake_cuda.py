@@ -87,7 +87,7 @@ class Waits(TorchDispatchMode):
         return name
 
 
-def _convert(module: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+def convert(module: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
     """nn.Module._apply, but by assigning data: swapping fake tensors, as it does, is forbidden."""
     for child in module.children() if recurse else ():
         child._apply(fn)
@@ -110,7 +110,7 @@ def fake_cuda(says: dict[str, object] | None = None, autocast: torch.dtype | Non
     if _why_not():
         pytest.skip(_why_not())
     before, dtype = nn.Module._apply, torch.get_autocast_dtype("cuda")
-    nn.Module._apply = _convert
+    nn.Module._apply = convert
     FakeTensor.__deepcopy__ = lambda tensor, memo: tensor.detach().clone()  # a plain tensor's reads its memory
     torch.set_autocast_enabled("cuda", autocast is not None)  # torch.autocast refuses without a driver
     torch.set_autocast_dtype("cuda", autocast or torch.bfloat16)

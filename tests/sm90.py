@@ -109,7 +109,8 @@ def _pretending() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for patch in patches:
             stack.enter_context(patch)
-        DeviceProperties.create.cache_clear() if hasattr(DeviceProperties.create, "cache_clear") else None
+        if hasattr(DeviceProperties.create, "cache_clear"):
+            DeviceProperties.create.cache_clear()
         yield
 
 
@@ -172,7 +173,7 @@ def generate(make: Callable[[], tuple[Callable, tuple]], autocast: torch.dtype |
     from torch.fx.experimental.proxy_tensor import make_fx
 
     with FakeTensorMode(), torch.device(DEVICE):
-        with mock.patch.object(nn.Module, "_apply", fake_cuda._convert):
+        with mock.patch.object(nn.Module, "_apply", fake_cuda.convert):
             fn, inputs = make()
         names, values = (
             zip(*fn.named_parameters(), strict=True)

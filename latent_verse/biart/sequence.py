@@ -254,7 +254,7 @@ class Vocabulary:
         if validate:
             self.check_text(text_BL)
             self.check_codes(codes_BN)
-        # Random numbers are drawn on the device: masks made on the CPU would be copied there, and each copy waits.
+        # Random numbers are made on the device: masks made on the CPU would have to be copied, and each copy waits.
         batch, device = len(text_BL), text_BL.device
         if len(codes_BN) != batch:
             raise ValueError(f"There are {batch} texts but codes of {len(codes_BN)} images: they must come in pairs.")

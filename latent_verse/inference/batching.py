@@ -17,7 +17,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from latent_verse.biart.kept import memory
-from latent_verse.biart.model import BiART
+from latent_verse.biart.model import BiART, KVCache
 from latent_verse.biart.sampling import beam_search, check_settings, generate, kept_bytes, log_likelihood
 from latent_verse.biart.sequence import Direction, Modality, target_modality
 from latent_verse.config import ConfigError, SamplingSettings
@@ -198,8 +198,8 @@ class Sampler:
 
     def _cache_bytes(self, prompt: int, copies: int) -> int:
         """Of `copies` sequences: keys and values, and what the MLP of one block takes to read the prompt's tokens."""
-        c, vocab, weight = self.biart.config, self.biart.vocab, self.biart.head.weight
-        return copies * c.n_embd * weight.element_size() * (2 * c.n_layer * vocab.input_len + 10 * prompt)
+        c, dtype = self.biart.config, self.biart.head.weight.dtype
+        return copies * (KVCache.row_bytes(c, dtype) + 10 * prompt * c.n_embd * dtype.itemsize)
 
 
 def batch_bytes(device: torch.device, kept: int = 0) -> int:

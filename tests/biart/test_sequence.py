@@ -89,7 +89,7 @@ def test_reference_dropout_is_per_sample_with_the_probability_and_the_generator(
 
 
 def test_random_choices_are_drawn_in_a_fixed_order():
-    """A run that goes on with another version of the code goes on with the same numbers."""
+    """A run that is resumed with another version of the code has the same numbers."""
     text_BL, codes_BN = torch.randint(10, (60, 3)), torch.randint(6, (60, 4))
     generator = torch.Generator().manual_seed(5)
     packed = VOCAB.pack(text_BL, codes_BN, 20, 0.3, generator, word_dropout=0.4, code_dropout=0.2)

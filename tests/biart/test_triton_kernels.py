@@ -293,7 +293,6 @@ def test_attention_compiles_for_an_h100_without_spills_and_reads_16_bytes_at_a_t
     wide = re.findall(r"ld\.global\.v(\d)\.b(\d+)", ptx)
     tiles = [1 for count, bits in wide if int(count) * int(bits) == 128]
     assert len(tiles) >= 2 * max(1, tile * D * dtype.itemsize // (16 * threads)), wide
-    print(f"D {D}, {dtype}: {registers} registers, {shared} bytes shared, {len(tiles)} loads of 16 bytes")
 
 
 SAMPLING_SHAPES = [
@@ -318,7 +317,6 @@ def test_sampling_compiles_for_an_h100_with_rows_of_16384_classes_in_registers(V
     registers, spilled, shared, ptx = compiled_for_an_h100(triton_source._sample, types, constants, warps)
     assert (spilled == 0 or V > 16384) and shared < 48 * 1024, (registers, spilled, shared)
     assert "ld.global.v4.b32" in ptx
-    print(f"V {V}, top_k {top_k}, top_p {top_p}: {registers} registers, {warps} warps, {shared} bytes shared")
 
 
 def test_there_are_no_kernels_on_a_cpu():

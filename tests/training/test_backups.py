@@ -11,7 +11,7 @@ from latent_verse.training.backups import random_state, set_random_state
 
 
 def test_random_numbers_go_on_where_they_were_saved_on_a_gpu_too(monkeypatch):
-    gpu = torch.Generator().manual_seed(7)  # stands in for the GPU's, from which dropout is drawn there
+    gpu = torch.Generator().manual_seed(7)  # stands in for the GPU's, which dropout uses there
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_rng_state", gpu.get_state)
     monkeypatch.setattr(torch.cuda, "set_rng_state", gpu.set_state)
