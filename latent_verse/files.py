@@ -1,4 +1,4 @@
-"""Writing files so that they appear whole or not at all, and naming what differs between two sets of settings."""
+"""Writing files so that they appear whole or not at all; reading text; naming what differs between two settings."""
 
 from __future__ import annotations
 
@@ -8,6 +8,77 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+
+from latent_verse.config import UserError
+
+
+class FileError(UserError):
+    """A file cannot be read as what it should be. The message names it, the place in it and the remedy."""
+
+
+def read_bytes(path: str | os.PathLike) -> bytes:
+    """The content of a regular file.
+
+    Raises:
+        FileError: it is absent, a folder, a pipe or device (which might never end), or cannot be read.
+    """
+    try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            kind = "a folder" if os.path.isdir(path) else "a pipe or device"
+            raise FileError(f"{path} is {kind}; a file is needed.")
+        return Path(path).read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a path with a null character
+        if isinstance(error, FileError):
+            raise
+        raise FileError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
+
+
+def decode_text(data: bytes, name: object) -> str:
+    """The text of a file called `name` in messages: UTF-8, with or without a byte order mark.
+
+    Raises:
+        FileError: it is not UTF-8.
+    """
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise FileError(f"{name} is not UTF-8 (line {line}, byte {error.start}). Save it as UTF-8.") from error
+
+
+def read_text(path: str | os.PathLike) -> str:
+    """The text of a file. Raises as `read_bytes` and `decode_text`."""
+    return decode_text(read_bytes(path), path)
+
+
+def lines_of(text: str) -> list[str]:
+    """The lines of a text, which end at \\n or \\r\\n and at no other character: str.splitlines knows ten more."""
+    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []
+
+
+def parse_json(text: str, name: object) -> object:
+    """The content of a JSON file or line called `name` in messages.
+
+    Raises:
+        FileError: it is not valid JSON, or nested too deeply.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"{name} is not valid JSON ({error}). Was it written or downloaded completely?") from error
+
+
+def read_json(path: str | os.PathLike) -> object:
+    """The content of a JSON file. Raises as `read_text` and `parse_json`."""
+    return parse_json(read_text(path), path)
+
+
+def read_json_object(path: str | os.PathLike) -> dict[str, object]:
+    """As `read_json`, of a file that has to hold an object, {...}."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise FileError(f"{path} holds a {type(content).__name__} where an object, {{...}}, is expected.")
+    return content
 
 
 def unfinished_at(path: Path) -> Path:

@@ -1,4 +1,4 @@
-"""files.py: whatever interrupts a write, a path holds all that was there before or all that is new."""
+"""files.py: an interrupted write leaves all that was there or all that is new; text is read by one rule."""
 
 from __future__ import annotations
 
@@ -7,7 +7,21 @@ import os
 
 import pytest
 
-from latent_verse.files import differences, replacing, write_bytes, write_json, write_text
+from latent_verse.files import (
+    FileError,
+    decode_text,
+    differences,
+    lines_of,
+    parse_json,
+    read_bytes,
+    read_json_object,
+    read_text,
+    replacing,
+    write_bytes,
+    write_json,
+    write_text,
+)
+from tests.messages import naming
 
 
 def names(folder) -> list[str]:
@@ -91,3 +105,33 @@ def test_differences_name_the_setting_and_both_values():
         "name: None then, 'a' now",
     ]
     assert differences(old, {"same": 1}) == []
+
+
+def test_text_is_utf8_with_or_without_a_byte_order_mark(tmp_path):
+    for data in ("é\u2028b\n".encode(), "\ufeffé\u2028b\n".encode()):
+        (tmp_path / "a.txt").write_bytes(data)
+        assert read_text(tmp_path / "a.txt") == "é\u2028b\n"
+    with pytest.raises(FileError, match=naming("shard.tar: a.txt", "UTF-8", "line 2", "byte 3")):
+        decode_text(b"ok\n\xe9", "shard.tar: a.txt")
+
+
+def test_lines_end_at_newlines_only():
+    assert lines_of("a\u2028b\x0bc\x85d\r\n\ne\n") == ["a\u2028b\x0bc\x85d", "", "e"]
+    assert lines_of("") == [] and lines_of("\n") == [""] and lines_of("a") == ["a"]
+
+
+@pytest.mark.parametrize("text", ["{", "[" * 100_000, '{"a": ' + "9" * 5000 + "}"])
+def test_damaged_json_is_one_line(text):
+    with pytest.raises(FileError, match=naming("captions.json", "not valid JSON")) as caught:
+        parse_json(text, "captions.json")
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_file_is_refused_without_waiting(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for name, word in (("absent", "No such file"), (".", "a folder"), ("pipe", "a pipe"), ("a\0b", "null")):
+        with pytest.raises(FileError, match=word):
+            read_bytes(tmp_path / name)
+    write_json(tmp_path / "list.json", [1])
+    with pytest.raises(FileError, match=naming("list.json", "a list", "object")):
+        read_json_object(tmp_path / "list.json")

@@ -20,7 +20,9 @@ WITHIN = {"at least": operator.ge, "above": operator.gt, "at most": operator.le,
 
 
 class UserError(ValueError):
-    """A mistake of the user, which a program reports as one line and exit code 2. The message says what to do."""
+    """What a program reports as one line: a mistake of the user, mostly. The message says what to do."""
+
+    exit_code = 2  # of the program
 
 
 class ConfigError(UserError):
