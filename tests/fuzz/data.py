@@ -1,0 +1,519 @@
+"""Images, folders, tars and captions, read as training, evaluation and generation read them."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import socket
+import struct
+import tarfile
+import zlib
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from latent_verse.config.cli import one_line_errors
+from latent_verse.config.evaluate import EvalDataConfig
+from latent_verse.config.train import ImageDataConfig, PairDataConfig
+from latent_verse.data.datasets import open_images, open_pairs
+from latent_verse.data.pairs import CaptionEncoder, all_captions
+from latent_verse.data.shards import EvalShards, Shards, TrainShards
+from latent_verse.data.text import BPETokenizer, ClipTokenizer, Tokenizer
+from latent_verse.evaluation.pairs import Pairs
+from latent_verse.inference.tasks import read_images
+from tests.fuzz.cases import Area, Bench, Case
+from tests.fuzz.mutations import CHARACTERS, TEXTS, Mutator
+from tests.fuzz.valid import MODES, NAMES, image_bytes
+
+RESOLUTION = 16
+SAMPLES = 40  # read of a stream
+# names that file systems allow, as bytes
+ODD_NAMES = (
+    *(
+        b"._a.png",
+        b".hidden.png",
+        b"Thumbs.db",
+        b".DS_Store",
+        b"lat\xe9.jpg",
+        b"\xff.txt",
+        b"two\nlines.png",
+        b"\x1b[2J.png",
+    ),
+    *(
+        b" .png",
+        b"a b.png",
+        b"a,b.png",
+        b"{a,b}.png",
+        b"*.png",
+        b"[a].png",
+        b"~.png",
+        b"~",
+        b"$HOME.png",
+        b"%s.png",
+        b"-.png",
+    ),
+    *(b"a.b.c.png", b"A.PNG", b"a.JPEG", b".png", b"png", b"a.png.txt", b"a.txt.png", b"a.tar", b"x" * 251 + b".png"),
+    *("größe.png".encode(), "赤.png".encode(), "a\u2028b.png".encode(), "a\u202eb.png".encode(), b"pipe:echo x.png"),
+)
+FOREIGN = (
+    "GIF",
+    "ICO",
+    "PDF",
+    "EPS",
+    "TGA",
+    "PCX",
+    "SGI",
+    "JPEG2000",
+    "ICNS",
+    "DDS",
+    "MSP",
+    "XBM",
+    "IM",
+    "SPIDER",
+    "MPO",
+)
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def checked(image, resolution: int = RESOLUTION) -> None:
+    """What every image that is read has to be."""
+    assert image.dtype == torch.uint8, image.dtype
+    assert tuple(image.shape) == (3, resolution, resolution), image.shape
+
+
+def read_all_images(config: ImageDataConfig) -> None:
+    """Every image of both splits that a dataset opens, in two epochs of training."""
+    for split, dataset in open_images(config, RESOLUTION, seed=1).items():
+        for item in _items(dataset, train=split == "train"):
+            if item is not None:
+                checked(item[0])
+                assert isinstance(item[1], int), item[1]
+
+
+def read_all_pairs(config: PairDataConfig, tokenizer: Tokenizer | None = None) -> None:
+    """Every image and caption, and a tokenizer that is trained on the captions and encodes them."""
+    opened = open_pairs(config, RESOLUTION, seed=1)
+    tokenizer = tokenizer or BPETokenizer.train(all_captions(opened["train"]), 300)
+    encode = CaptionEncoder(tokenizer, 8, "truncate", tokenizer.vocab_size)
+    for split, dataset in opened.items():
+        for item in _items(dataset, train=split == "train"):
+            if item is not None:
+                checked(item[0])
+                assert encode([item[1]]).shape == (1, 8)
+                assert item[1].strip() and "\n" not in item[1], repr(item[1])
+
+
+def _items(dataset, train: bool) -> Iterator:
+    if isinstance(dataset, Shards):
+        yield from TrainShards(dataset, 3, 4) if train else islice(EvalShards(dataset, 4), SAMPLES)
+        return
+    for epoch in range(2 if train else 1):
+        for i in range(min(len(dataset), SAMPLES)):
+            yield dataset[(epoch, i)]
+
+
+def loader_case(read, replayed: str) -> Case:
+    """A case of a function of the library, whose errors are printed as a command prints them."""
+    return Case(one_line_errors(lambda: read() or 0), replayed)
+
+
+# -------------------------------------------------------------------------------------------------------------- images
+
+
+def make_images(bench: Bench) -> Case:
+    """One image file, damaged or odd, beside a good one: read for training, for evaluation and for generation."""
+    m = bench.mutate
+    extension = m.pick(MODES)
+    mode = m.pick(MODES[extension])
+    data = image_bytes(extension, mode, m.rng.randrange(100))
+    m.note(f"{mode} {extension}")
+    odd = not bench.unchanged and m.chance(0.3)
+    data = odd_image(m) if odd else bench.bytes(data)
+    if not bench.unchanged and m.chance(0.1):
+        extension = m.pick(MODES)
+    place = bench.given / "images"
+    place.mkdir()
+    (place / "good.png").write_bytes(image_bytes(".png", seed=1))
+    file = place / f"tried{extension}"
+    file.write_bytes(data)
+
+    def read() -> None:
+        read_all_images(ImageDataConfig(dataset="flat", train_dir=str(place), val_dir=str(place)))
+        found = list(read_images([str(place)], RESOLUTION))
+        assert all(torch.isfinite(x).all() and x.abs().max() <= 1 for _, x in found)
+        list(read_images([str(file)], RESOLUTION))
+
+    return loader_case(read, f"open_images and read_images of {place}")
+
+
+def odd_image(m: Mutator) -> bytes:
+    """A file that no change to a valid image makes: of another format, huge, or empty."""
+    kind = m.pick(("foreign", "foreign", "huge png", "huge header", "text", "frames", "thin", "metadata"))
+    m.note("an odd image:", kind)
+    if kind == "foreign":
+        name = m.pick(FOREIGN)
+        m.note(name)
+        mode = {"XBM": "1", "MSP": "1", "SPIDER": "F", "GIF": "P"}.get(name, "RGB")
+        Image.new(mode, (20, 24)).save(data := io.BytesIO(), name)
+        return data.getvalue()
+    if kind == "huge png":
+        return png(*m.pick(((13000, 13000), (1, 100_000), (100_000, 1), (30_000, 3000), (2**31 - 1, 1), (9000, 9000))))
+    if kind == "huge header":
+        header = m.pick(
+            (b"P6 %d %d 255\n", b"P5 %d %d 65535\n", b"P3 %d %d 255\n", b"#define im_width %d\n#define im_height %d\n")
+        )
+        return header % (m.pick((0, 20, 2**31 - 1, 99999, 2**70)), m.pick((1, 24, 10**6))) + bytes(1000)
+    if kind == "text":
+        return m.pick(
+            (
+                b"",
+                b"\0" * 100,
+                b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+                b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+            )
+        )
+    if kind == "frames":
+        frames = [Image.new("RGB", (20, 24), colour) for colour in ("red", "blue")] * m.pick((1, 500))
+        form = m.pick(("GIF", "TIFF", "WEBP", "PNG"))
+        frames[0].save(data := io.BytesIO(), form, save_all=True, append_images=frames[1:])
+        return m.bytes(data.getvalue()) if m.chance(0.5) else data.getvalue()
+    if kind == "thin":
+        Image.new("RGB", m.pick(((1, 1), (1, 5000), (5000, 1), (2, 1)))).save(data := io.BytesIO(), "PNG")
+        return data.getvalue()
+    chunk = m.pick((b"tEXt", b"zTXt", b"iTXt", b"iCCP", b"eXIf", b"acTL", b"gAMA", b"tRNS", b"PLTE"))
+    body = m.pick((m.rng.randbytes(50), b"a\0" + b"x" * 2_000_000, b"a\0\0" + zlib.compress(bytes(200_000_000))))
+    return png(20, 24, [(chunk, body)])
+
+
+def png(width: int, height: int, more: Iterable[tuple[bytes, bytes]] = ()) -> bytes:
+    """A PNG of that size, written without its pixels in memory; `more` chunks come before them."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    pack, rows, left = zlib.compressobj(1), [], min(height * (3 * width + 1), 600_000_000)
+    zeros = bytes(1 << 20)
+    while left > 0:
+        rows.append(pack.compress(zeros[:left]))
+        left -= len(zeros)
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), *more]
+    chunks += [(b"IDAT", b"".join(rows) + pack.flush()), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*one) for one in chunks)
+
+
+# ------------------------------------------------------------------------------------------------------------- folders
+
+
+def make_folders(bench: Bench) -> Case:
+    """A folder of images or pairs with odd names, and with what is no file."""
+    m = bench.mutate
+    kind = m.pick(("imagefolder", "flat", "pairs", "image"))
+    place = bench.given / m.pick(("images", "images", "größe", "a b", "x,y", "{x}"))
+    shutil.copytree(bench.valid.pairs() if kind == "pairs" else bench.valid.images(), place)
+    for file in (*place.glob("*/[2-9]*"), *place.glob("*/1[0-9]*")):
+        file.unlink()
+    for _ in range(m.pick((1, 1, 2, 4))) if not bench.unchanged else ():
+        _odd_entry(m, os.fsencode(m.pick([place, *(p for p in place.iterdir() if p.is_dir() and not p.is_symlink())])))
+    root = str(place)
+    if not bench.unchanged and m.chance(0.2):
+        root = m.pick(
+            (root + "/", root + "//.", f"{root}/../{place.name}", root + "/nothing", f"{root},{root}", root + "*", "")
+        )
+        m.note("given as", root)
+
+    def read() -> None:
+        if kind == "pairs":
+            read_all_pairs(PairDataConfig(dataset="pairs", train_dir=root, val_dir=root))
+            read_for_evaluation(EvalDataConfig(dataset="pairs", test_dir=root))
+        elif kind == "image":
+            found = list(read_images([root], RESOLUTION))
+            print(*(name for name, _ in found), sep="\n")
+        else:
+            read_all_images(ImageDataConfig(dataset=kind, train_dir=root, val_dir=root))
+
+    return loader_case(read, f"{kind}: {root!r}")
+
+
+def _odd_entry(m: Mutator, folder: bytes) -> None:
+    """Put something odd into a folder."""
+    name = m.pick(ODD_NAMES)
+    path = os.path.join(folder, name)
+    kind = m.pick(
+        (
+            "image",
+            "image",
+            "text",
+            "folder",
+            "pipe",
+            "socket",
+            "broken link",
+            "loop",
+            "device",
+            "empty",
+            "locked",
+            "many",
+        )
+    )
+    m.note(kind, name)
+    if os.path.lexists(path):
+        return
+    if kind in ("image", "text", "empty", "locked"):
+        data = {"image": image_bytes(".png", seed=5), "text": "größe".encode("latin-1"), "empty": b""}.get(kind, b"x")
+        with open(path, "wb") as file:
+            file.write(data)
+        stem = os.path.splitext(path)[0]
+        if kind == "image" and not os.path.lexists(stem + b".txt"):
+            with open(stem + b".txt", "wb") as file:
+                file.write(
+                    m.pick((b"a caption", b"", b"\xef\xbb\xbfwith a mark", "größe".encode("latin-1"), b"a\0b", b"\n\n"))
+                )
+        if kind == "locked":
+            os.chmod(path, 0)
+    elif kind == "folder":
+        os.mkdir(path)
+        with open(os.path.join(path, b"inside.png"), "wb") as file:
+            file.write(image_bytes(".png", seed=6))
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "socket" and len(path) < 90:
+        with socket.socket(socket.AF_UNIX) as here:
+            here.bind(path)
+    elif kind == "many":
+        os.makedirs(os.path.join(path, *[b"deep"] * m.pick((3, 60))))
+    elif kind in ("broken link", "loop", "device"):
+        os.symlink({"broken link": b"nowhere.png", "loop": b".", "device": b"/dev/zero"}[kind], path)
+
+
+def read_for_evaluation(config: EvalDataConfig) -> None:
+    """The pairs as eval_biart.py reads them."""
+    pairs = Pairs(config, RESOLUTION, seed=1)
+    for sample in pairs.sample(SAMPLES, seed=1):
+        if (image := pairs.image(sample.index)) is not None:
+            checked(image)
+        pairs.identity(sample.index)
+    pairs.image_ids()
+    assert pairs.about(pairs.sample(4, 1), 1)["sha256"]
+
+
+# ---------------------------------------------------------------------------------------------------------------- tars
+
+
+def make_tars(bench: Bench) -> Case:
+    """Tar shards with damaged bytes, odd members or an odd source."""
+    m = bench.mutate
+    place = bench.given / "shards"
+    place.mkdir()
+    good = bench.valid.pairs() / "shard.tar"
+    data = good.read_bytes()
+    pairs = m.chance(0.6)
+    way = "none" if bench.unchanged else m.pick(("bytes", "bytes", "members", "members", "members", "source"))
+    m.note(way)
+    if way == "bytes":
+        data = m.bytes(data)
+    elif way == "members":
+        data = odd_tar(m)
+    name = m.pick(("tried.tar", "tried.tar", "tried.tgz", "tried.tar.gz")) if way != "none" else "tried.tar"
+    (place / name).write_bytes(data)
+    source = str(place)
+    if way == "source":
+        source = odd_source(m, place, name)
+        m.note("given as", source)
+    elif m.chance(0.5):
+        shutil.copy(good, place / "good.tar")
+    config = {"dataset": "webdataset", "train_dir": source, "val_dir": source, "shuffle_buffer": 3}
+
+    def read() -> None:
+        if pairs:
+            read_all_pairs(PairDataConfig(**config))
+        else:
+            read_all_images(ImageDataConfig(**config))
+
+    return loader_case(read, f"webdataset{' with captions' if pairs else ''}: {source!r}")
+
+
+def odd_tar(m: Mutator) -> bytes:
+    """A tar with members that are odd in name, kind, size or content."""
+    members = {}
+    for i, name in enumerate(NAMES):
+        image, text = image_bytes(".png", seed=i), f"a caption {i}".encode()
+        how = (
+            "plain"
+            if m.chance(0.4)
+            else m.pick(("dots", "json", "cls", "text", "image", "name", "lonely", "case", "twice"))
+        )
+        m.note(how)
+        if how == "dots":
+            members |= {f"{name}.b.png": image, f"{name}.b.txt": text}
+        elif how == "json":
+            about = {"caption": f"caption {i}", "captions": ["a", "b"]}
+            members |= {f"{name}.png": image, f"{name}.json": m.encoded(m.json(m.tree(about)))}
+        elif how == "cls":
+            members |= {f"{name}.png": image, f"{name}.txt": text, f"{name}.cls": m.pick(TEXTS).encode()}
+        elif how == "text":
+            members |= {f"{name}.png": image, f"{name}.txt": m.encoded(m.text("a red circle"))}
+        elif how == "image":
+            members |= {f"{name}.{m.pick(('png', 'jpg', 'gif', 'PNG'))}": m.bytes(image), f"{name}.txt": text}
+        elif how == "name":
+            odd = m.pick(ODD_NAMES).decode("utf-8", "surrogateescape").replace("\0", "")
+            members |= {
+                f"{m.pick(('', '/', '../', './', 'a/', '__'))}{odd}": image,
+                f"{os.path.splitext(odd)[0]}.txt": text,
+            }
+        elif how == "lonely":
+            members |= {
+                f"{name}.{m.pick(('txt', 'json', 'pyd', 'pkl', 'npy', 'pth', 'mp4', 'gz'))}": m.rng.randbytes(30)
+            }
+        elif how == "case":
+            members |= {f"{name}.PNG": image, f"{name.upper()}.txt": text}
+        else:
+            members |= {f"{name}.png": image, f"{name}.txt": text}
+    mode = m.pick(("w", "w", "w", "w:gz", "w:bz2", "w:xz"))
+    with tarfile.open(fileobj=(data := io.BytesIO()), mode=mode, errors="surrogateescape") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+            if m.chance(0.1):
+                tar.addfile(info, io.BytesIO(content))
+            if m.chance(0.1):
+                _odd_member(m, tar)
+    return data.getvalue() if m.chance(0.8) or mode != "w" else _with_size(m, data.getvalue())
+
+
+def _odd_member(m: Mutator, tar: tarfile.TarFile) -> None:
+    info = tarfile.TarInfo(m.pick(("z.png", "z.txt", "a.png", "..", "/etc/passwd", "z" * 300 + ".png", "")))
+    info.type = m.pick((tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, b"Z"))
+    info.linkname = m.pick(("a.png", "/etc/passwd", "z.png", "../up", ""))
+    m.note("member of type", info.type, info.name)
+    tar.addfile(info)
+
+
+def _with_size(m: Mutator, data: bytes) -> bytes:
+    """A tar whose first header declares another size, with its checksum."""
+    size = m.pick(
+        (b"77777777777\0", b"00000000001\0", b"-0000000001\0", b"\x80" + b"\0" * 3 + b"\xff" * 8, b"\xff" * 12)
+    )
+    header = bytearray(data[:512])
+    header[124:136], header[148:156] = size, b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    m.note("declares the size", size)
+    return bytes(header) + data[512:]
+
+
+def odd_source(m: Mutator, place: Path, name: str) -> str:
+    """Another way to name the shards of a folder: patterns, lists, URLs."""
+    lines = [
+        name,
+        str(place / name),
+        "pipe:echo x",
+        "http://127.0.0.1:9/x.tar",
+        "",
+        "# note",
+        "é",
+        "../up.tar",
+        "a\0b",
+        "list.txt",
+    ]
+    (place / "list.txt").write_bytes(m.encoded("\n".join(m.pick(lines) for _ in range(3)) + "\n"))
+    file = place / name
+    return m.pick(
+        (
+            *(
+                str(file),
+                f"{file},{file}",
+                f"{place}/*.tar",
+                f"{place}/tri{{ed,xx}}.tar",
+                f"{place}/{{0..9}}.tar",
+                f"{place}/x.tar",
+            ),
+            *(
+                str(place / "list.txt"),
+                str(place / "list.txt"),
+                f"pipe:cat {file}",
+                "pipe:",
+                "pipe:exit 1",
+                f"file://{file}",
+            ),
+            *(
+                f"{place}/{{0..99999999}}.tar",
+                f"{place}/{{0..{10**18}}}.tar",
+                f"{place}/{{{{a}}",
+                "::",
+                ",",
+                f"file:{file}",
+                "x://y",
+            ),
+            *(
+                "http://127.0.0.1:9/{0..3}.tar",
+                "s3://bucket/x.tar",
+                "gs://b/x.tar",
+                "hf://datasets/a/b/x.tar",
+                "ftp://a/b.tar",
+            ),
+            *(
+                f"{file}\n",
+                f" {file} ",
+                f"{file}?x",
+                m.pick(TEXTS)[:300].replace("\0", ""),
+                str(place) + m.pick(CHARACTERS).replace("\0", ""),
+            ),
+        )
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ captions
+
+
+def make_captions(bench: Bench) -> Case:
+    """A captions file of each kind, changed; read for training and for evaluation."""
+    m = bench.mutate
+    place = bench.given / "pairs"
+    shutil.copytree(bench.valid.pairs(), place)
+    kind = m.pick(("pairs", "coco", "karpathy", "csv", "tsv", "jsonl"))
+    dataset = {"csv": "table", "tsv": "table", "jsonl": "table"}.get(kind, kind)
+    m.note(kind)
+    file = place / {"pairs": "a.txt", "coco": "coco.json", "karpathy": "karpathy.json"}.get(kind, f"table.{kind}")
+    old = file.read_text(encoding="utf-8")
+    if kind in ("coco", "karpathy"):
+        file.write_bytes(bench.json(json.loads(old)))
+    elif kind == "jsonl" and not bench.unchanged and m.chance(0.7):
+        rows = m.tree([json.loads(line) for line in old.splitlines()])
+        rows = rows if isinstance(rows, list) else [rows]
+        file.write_bytes(m.encoded("".join(m.json(row) + "\n" for row in rows)))
+    else:
+        file.write_bytes(bench.text(old))
+    if not bench.unchanged and m.chance(0.05):
+        file.unlink()
+        m.pick(
+            (file.mkdir, lambda: os.mkfifo(file), lambda: file.symlink_to("/dev/zero"), lambda: file.write_bytes(b""))
+        )()
+        m.note("no regular file with text")
+    captions = {"train_captions": str(file), "val_captions": str(file)} if kind != "pairs" else {}
+    folders = {"train_dir": str(place), "val_dir": str(place)} if dataset != "table" else {}
+    clip = ClipTokenizer() if m.chance(0.1) else None
+
+    def read() -> None:
+        read_all_pairs(PairDataConfig(dataset=dataset, **folders, **captions), clip)
+        test = {"test_captions": str(file)} if captions else {}
+        read_for_evaluation(EvalDataConfig(dataset=dataset, test_dir=str(place) if folders else None, **test))
+
+    if kind == "karpathy":  # it has no test split
+        return loader_case(
+            lambda: read_all_pairs(PairDataConfig(dataset=dataset, **folders, **captions), clip), str(file)
+        )
+    return loader_case(read, f"dataset {dataset}: {file}{' with the clip tokenizer' if clip else ''}")
+
+
+AREAS = {
+    "images": Area(make_images, 250, ("images",)),
+    "folders": Area(make_folders, 120, ("images", "pairs")),
+    "tars": Area(make_tars, 200, ("pairs",)),
+    "captions": Area(make_captions, 250, ("pairs",)),
+}

@@ -1,0 +1,318 @@
+"""What holds weights or a run's state: checkpoints, bundles, run folders and folders of codes."""
+
+from __future__ import annotations
+
+import io
+import json
+import shlex
+import shutil
+import struct
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from latent_verse.checkpoints.augvae import load_augvae
+from latent_verse.checkpoints.biart import load_pretrained
+from latent_verse.checkpoints.ckpt_files import check_resumable
+from latent_verse.commands import generate, train_biart, train_vae
+from latent_verse.data.codes import CodesDataset
+from latent_verse.inference.pipeline import LVerse
+from tests.fuzz.cases import Area, Bench, Case
+from tests.fuzz.data import loader_case
+from tests.fuzz.mutations import Mutator
+from tests.fuzz.valid import BIART, MACHINE, VAE, tar_bytes
+
+
+def best(run: Path) -> Path:
+    """The checkpoint of a run folder that is named best, or else its last."""
+    files = sorted((run / "checkpoints").glob("*.ckpt"))
+    return next((file for file in files if file.name.startswith("best-")), files[-1])
+
+
+# --------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def make_checkpoints(bench: Bench) -> Case:
+    """A checkpoint of either stage with damaged bytes or other content: loaded, started from, resumed, exported."""
+    m = bench.mutate
+    kind = m.pick(("augvae", "biart"))
+    run = bench.valid.vae_run() if kind == "augvae" else bench.valid.biart_run()
+    file = bench.given / best(run).name
+    shutil.copyfile(best(run), file)
+    bench.either(lambda: _damage(m, file), *[lambda: _change_content(m, file)] * 2)
+    damaged = bool(m.notes) and m.notes[-1].startswith("damaged")
+    vae = bench.valid.vae_run()
+    pairs = f"--train_dir {bench.valid.pairs()} --val_dir {bench.valid.pairs()}"
+    images = f"{VAE} {MACHINE} --train_dir {bench.valid.images()} --dataset flat --max_steps 3"
+    flags = {
+        ("augvae", "start"): f"{images} --pretrained_path {file}",
+        ("augvae", "resume"): f"{images} --resume --ckpt_path {file}",
+        ("biart", "start"): f"{BIART} {MACHINE} {pairs} --pretrained_path {file} --vae_path {vae}",
+        ("biart", "resume"): f"{BIART} {MACHINE} {pairs} --resume --ckpt_path {file} --vae_path {vae} --max_steps 3",
+        ("biart", "export"): f"--export bundle --ckpt_path {file} --vae_path {vae}",
+    }
+    use = m.pick(("load", "load", "load", "check", "start", "resume", *(["export"] if kind == "biart" else [])))
+    if use == "load":
+        load = load_augvae if kind == "augvae" else load_pretrained
+        original = best(run) if damaged else None
+        return loader_case(lambda: _try(load(file), original and load(original)), f"{load.__name__}({str(file)!r})")
+    if use == "check":
+        return loader_case(lambda: _only(check_resumable(file, kind), int), f"check_resumable({str(file)!r}, {kind!r})")
+    command = train_vae if kind == "augvae" else train_biart
+    return command_case(command, flags[kind, use])
+
+
+def command_case(command, flags: str) -> Case:
+    """A whole command."""
+    argv = shlex.split(flags)
+    return Case(lambda: command.main(argv), f"{command.__name__.rpartition('.')[2]}.py {flags}")
+
+
+def _try(loaded, original=None) -> None:
+    """Check what was loaded: its weights are finite and, if the file was only damaged, those of the original."""
+    weights = getattr(loaded, "biart", loaded).state_dict()
+    assert all(torch.isfinite(weight).all() for weight in weights.values()), "the weights are not finite"
+    if original is not None:
+        there = getattr(original, "biart", original).state_dict()
+        assert all(torch.equal(weights[name], there[name]) for name in there), "other weights than before the damage"
+
+
+def _only(value, kind: type) -> None:
+    assert isinstance(value, kind), value
+
+
+def _replace(m: Mutator, file: Path, link: str) -> None:
+    """Remove a file, and perhaps put something else in its place."""
+    file.unlink()
+    way = m.pick(("nothing", "folder", "empty", "link"))
+    m.note("is now", way)
+    if way == "folder":
+        file.mkdir()
+    elif way == "empty":
+        file.touch()
+    elif way == "link":
+        file.symlink_to(link)
+
+
+def _damage(m: Mutator, file: Path) -> None:
+    file.write_bytes(m.bytes(file.read_bytes()))
+    m.note("damaged")
+
+
+def _change_content(m: Mutator, file: Path) -> None:
+    """Load a checkpoint, change one or a few entries of its tree or its tensors, and save it again."""
+    content = torch.load(file, map_location="cpu", weights_only=True)
+    for _ in m.few():
+        way = m.pick(("tensor", "tensor", "settings", "settings", "tree"))
+        if way == "tensor":
+            holder, key, path = m.pick(_tensors(content, ()))
+            holder[key] = odd_tensor(m, holder[key])
+            m.note("at", "/".join(map(str, path)))
+        elif way == "settings" and isinstance(content.get("latent_verse"), dict):
+            content["latent_verse"] = m.tree(content["latent_verse"])
+        elif way == "tree":
+            content = m.tree(content)
+        if not isinstance(content, dict) or not list(_tensors(content, ())):
+            break
+    torch.save(content, data := io.BytesIO(), _use_new_zipfile_serialization=m.chance(0.9))
+    file.write_bytes(data.getvalue())
+
+
+def _tensors(tree, path: tuple):
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    return [
+        found
+        for key, value in items
+        for found in ([(tree, key, (*path, key))] if isinstance(value, torch.Tensor) else _tensors(value, (*path, key)))
+    ]
+
+
+def odd_tensor(m: Mutator, old: torch.Tensor) -> object:
+    """Another tensor in the place of one: of another shape, type or layout, or with numbers that are none."""
+    way = m.pick(
+        ("nan", "inf", "huge", "shape", "shape", "flat", "empty", "dtype", "dtype", "sparse", "complex", "list", "none")
+    )
+    m.note(way, tuple(old.shape))
+    new = old.clone()
+    if way in ("nan", "inf", "huge"):
+        if new.is_floating_point() and new.numel():
+            new.view(-1)[m.rng.randrange(new.numel())] = {"nan": float("nan"), "inf": float("inf"), "huge": 3e38}[way]
+        return new
+    if way == "shape":
+        return m.pick(
+            (new[None], torch.cat([new.reshape(-1), new.reshape(-1)]), new.reshape(-1)[:-1], new.expand(1, *new.shape))
+        )
+    if way == "dtype":
+        return new.to(m.pick((torch.float64, torch.float16, torch.int64, torch.bool, torch.uint8)))
+    if way == "list":
+        return new.reshape(-1)[:10].tolist()
+    others = {"flat": new.reshape(-1), "empty": torch.empty(0), "none": None}
+    others |= {"sparse": new.to_sparse() if new.dim() else new, "complex": new.to(torch.complex64)}
+    return others[way]
+
+
+# ------------------------------------------------------------------------------------------------------------- bundles
+
+
+def make_bundles(bench: Bench) -> Case:
+    """A bundle with one or a few changed files: loaded, generated with."""
+    m = bench.mutate
+    folder = bench.given / "bundle"
+    shutil.copytree(bench.valid.bundle(), folder)
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    for file in m.some(files) if not bench.unchanged else ():
+        m.note(file.relative_to(folder))
+        if m.chance(0.1):
+            _replace(m, file, "/dev/zero")
+        elif file.suffix == ".json":
+            file.write_bytes(bench.json(json.loads(file.read_text(encoding="utf-8"))))
+        elif file.suffix == ".safetensors" and m.chance(0.6):
+            file.write_bytes(odd_safetensors(m, file.read_bytes()))
+        else:
+            file.write_bytes(m.bytes(file.read_bytes()))
+    if m.chance(0.25):
+        return command_case(generate, f"--model {folder} --text 'a red circle' --gpus 0 --out out --seed 1")
+    if m.chance(0.3):
+        return loader_case(lambda: _try(load_augvae(folder / "vae")), f"load_augvae({str(folder / 'vae')!r})")
+    return loader_case(lambda: _use(LVerse.from_pretrained(folder, "cpu")), f"LVerse.from_pretrained({str(folder)!r})")
+
+
+def _use(model: LVerse) -> None:
+    [[image]] = model.text_to_image(["a red circle"], seed=1)
+    [[caption]] = model.image_to_text([image])
+    assert isinstance(caption, str)
+
+
+def odd_safetensors(m: Mutator, data: bytes) -> bytes:
+    """A safetensors file with another header, or with other numbers."""
+    (size,) = struct.unpack("<Q", data[:8])
+    header, body = json.loads(data[8 : 8 + size]), data[8 + size :]
+    way = m.pick(("tree", "shape", "dtype", "offsets", "size", "nan"))
+    m.note("safetensors:", way)
+    name = m.pick(name for name in header if name != "__metadata__")
+    entry = header[name]
+    if way == "nan":
+        at = m.rng.randrange(len(body) // 4) * 4
+        body = body[:at] + m.pick((b"\0\0\xc0\x7f", b"\0\0\x80\xff")) + body[at + 4 :]
+    elif way == "shape":
+        entry["shape"] = m.pick(([10**12], [], [*entry["shape"], 1], entry["shape"][::-1], [2**63, 2], [-1], [0]))
+    elif way == "dtype":
+        entry["dtype"] = m.pick(("F64", "I64", "BF16", "F8_E5M2", "U8", "BOOL", "X", ""))
+    elif way == "offsets":
+        entry["data_offsets"] = m.pick(([0, 10**12], [0, 0], [4, 0], [-1, 3], [0, len(body)], [2**63, 2**64 - 1]))
+    text = m.json(m.tree(header) if way == "tree" else header).encode("utf-8", "surrogatepass")
+    declared = m.pick((0, 1, 2**63, 2**64 - 1, len(text) * 2, 10**9)) if way == "size" else len(text)
+    return struct.pack("<Q", declared) + text + body
+
+
+# ---------------------------------------------------------------------------------------------------------------- runs
+
+
+def make_runs(bench: Bench) -> Case:
+    """A run folder that was interrupted, with changed or missing files; the command is rerun, with --backup."""
+    m = bench.mutate
+    kind = m.pick(("augvae", "augvae", "biart"))
+    run = bench.valid.vae_run() if kind == "augvae" else bench.valid.biart_run()
+    folder = bench.place / "runs" / run.name
+    shutil.copytree(run, folder)
+    name = f"unfinished-{run.name}"  # as it was called when it was made
+    folder = folder.rename(folder.with_name(name))
+    for file in (*folder.glob("checkpoints/*"), *folder.glob("bundle")):  # the end of the run is not there yet
+        shutil.rmtree(file) if file.is_dir() else file.unlink()
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    for file in m.some([*files, *[folder / "run.json"] * 3, *folder.glob("backups/*")]) if not bench.unchanged else ():
+        m.note(file.relative_to(folder))
+        if m.chance(0.2):
+            _replace(m, file, "nowhere")
+        elif file.suffix == ".json":
+            file.write_bytes(bench.json(json.loads(file.read_text(encoding="utf-8"))))
+        elif file.suffix == ".ckpt":
+            m.pick((_damage, _change_content))(m, file)
+        else:
+            file.write_bytes(m.bytes(file.read_bytes()))
+    if not bench.unchanged and m.chance(0.2):
+        odd = m.pick(
+            (".step=1.ckpt.tmp", "step=99.ckpt", "step=x.ckpt", "step=-1.ckpt", f"step={10**30}.ckpt", "a.ckpt", "lock")
+        )
+        (folder / "backups").mkdir(exist_ok=True)
+        (folder / "backups" / odd).write_bytes(b"half")
+        m.note("there is", odd)
+    runs = f"--log_dir runs --name {name} --backup --backup_steps 1"
+    if kind == "augvae":
+        return command_case(train_vae, f"{VAE} {MACHINE} --train_dir {bench.valid.images()} --dataset flat {runs}")
+    pairs = f"--train_dir {bench.valid.pairs()} --val_dir {bench.valid.pairs()} --vae_path {bench.valid.vae_run()}"
+    return command_case(train_biart, f"{BIART} {MACHINE} {pairs} {runs}")
+
+
+# --------------------------------------------------------------------------------------------------------------- codes
+
+
+def make_codes(bench: Bench) -> Case:
+    """A folder of codes with changed files: opened and read whole, sometimes by a run."""
+    m = bench.mutate
+    folder = bench.given / "codes"
+    shutil.copytree(bench.valid.codes(), folder)
+    train = folder / "train"
+    files = sorted(file for file in train.rglob("*") if file.is_file())
+    for file in m.some([*files, train / "codes.json"]) if not bench.unchanged else ():
+        m.note(file.relative_to(train))
+        if m.chance(0.1):
+            file.rename(file.with_name("unfinished.json"))
+            m.note("renamed to unfinished.json")
+        elif file.suffix == ".json":
+            file.write_bytes(bench.json(json.loads(file.read_text(encoding="utf-8"))))
+        elif m.chance(0.7):
+            file.write_bytes(_odd_codes(m, file.read_bytes()))
+        else:
+            file.write_bytes(m.bytes(file.read_bytes()))
+    if m.chance(0.3):
+        flags = f"{BIART} {MACHINE} --dataset codes --train_dir {train} --vae_path {bench.valid.vae_run()}"
+        return command_case(train_biart, flags)
+
+    def read() -> None:
+        dataset = CodesDataset(train)
+        for i in range(min(len(dataset), 40)):
+            codes, caption = dataset[(1, i)]
+            assert 0 <= codes.min() <= codes.max() < dataset.meta["codebook_size"]
+            assert caption.text.strip() and all(0 <= t < dataset.meta["text_vocab"] for t in caption.ids)
+
+    return loader_case(read, f"CodesDataset({str(train)!r})")
+
+
+def _odd_codes(m: Mutator, data: bytes) -> bytes:
+    """A shard of codes with a changed member."""
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        members = {member.name: tar.extractfile(member).read() for member in tar}
+    name = m.pick(members)
+    m.note("member", name)
+    if name.endswith(".json"):
+        members[name] = m.encoded(m.json(m.tree(json.loads(members[name]))))
+    elif m.chance(0.5):
+        members[name] = m.bytes(members[name])
+    else:
+        codes = np.load(io.BytesIO(members[name]))
+        way = m.pick(("float", "negative", "shape", "objects", "large", "empty"))
+        m.note(way)
+        changed = {
+            "float": codes.astype(np.float32) + 0.5,
+            "negative": codes.astype(np.int64) - 5,
+            "shape": codes.reshape(-1),
+            "objects": np.array([{"a": 1}], dtype=object),
+            "large": codes.astype(np.uint64) + m.pick((1000, 2**40)),
+            "empty": codes[:, :0],
+        }
+        np.save(new := io.BytesIO(), changed[way])
+        members[name] = new.getvalue()
+    if m.chance(0.15):
+        del members[m.pick(members)]
+    return tar_bytes(members)
+
+
+AREAS = {
+    "checkpoints": Area(make_checkpoints, 200, ("vae_run", "biart_run")),
+    "bundles": Area(make_bundles, 150, ("bundle",)),
+    "runs": Area(make_runs, 60, ("vae_run", "biart_run"), changes_given=True),
+    "codes": Area(make_codes, 100, ("codes",)),
+}
