@@ -27,14 +27,16 @@ def main() -> int:
     first, _, last = (flags.seeds or f"0-{area.cases - 1}").partition("-")
     folder = flags.folder or Path(tempfile.mkdtemp(prefix="fuzz-"))
     endings: Counter[str] = Counter()
+    seconds, grown = 0.0, 0
     with Servers(folder.absolute(), flags.processes) as servers:
         for seed, answer in servers.run(flags.area, range(int(first), int(last or first) + 1)):
             endings[answer["ended"]] += 1
+            seconds, grown = seconds + answer["seconds"], max(grown, answer.get("grown", 0))
             if answer["ended"] not in ("accepted", "refused") or flags.all:
                 print(f"{flags.area} {seed}: {answer['ended']} {answer['why']} ({answer['seconds']} s)")
                 print(f"  changed: {answer['changed']}")
                 print("\n".join(f"    {line}" for line in answer.get("printed", "").splitlines()), flush=True)
-    print(dict(endings), folder)
+    print(f"{dict(endings)}: {seconds:.0f} s in all, memory grew by at most {grown} MiB; {folder}")
     return int(any(ending not in ("accepted", "refused") for ending in endings))
 
 

@@ -61,7 +61,7 @@ class Area:
     make: Callable[[Bench], Case]
     cases: int  # in the slow tests
     needs: tuple[str, ...] = ()  # valid inputs, by the names of methods of `Valid`, to make before the first case
-    seconds: float = 40  # for one case, on a machine with other work
+    seconds: float = 40  # of processor time, for one case
     changes_given: bool = False  # whether what is given is to be written to, as a run folder is by a rerun
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -28,11 +29,13 @@ class Servers:
 
     def __init__(self, folder: Path, count: int):
         self.folder = folder
-        command = [sys.executable, "-m", "tests.fuzz.server", str(folder)]
+        self._servers = [self._start() for _ in range(count)]
+
+    def _start(self) -> subprocess.Popen:
+        command = [sys.executable, "-m", "tests.fuzz.server", str(self.folder)]
+        environment = {**os.environ, **ENVIRONMENT}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
-        self._servers = [
-            subprocess.Popen(command, cwd=REPO, env={**os.environ, **ENVIRONMENT}, **pipes) for _ in range(count)
-        ]
+        return subprocess.Popen(command, cwd=REPO, env=environment, **pipes)
 
     def __enter__(self) -> Servers:
         return self
@@ -67,11 +70,13 @@ class Servers:
             yield answers.get()
 
     def _ask(self, number: int, what: str) -> dict:
-        server = self._servers[number]
-        server.stdin.write(what + "\n")
-        line = server.stdout.readline()
-        return (
-            json.loads(line)
-            if line
-            else {"ended": "crash", "why": "the server of cases ended", "changed": what, "seconds": 0}
-        )
+        server, line = self._servers[number], ""
+        with contextlib.suppress(OSError):
+            server.stdin.write(what + "\n")
+            line = server.stdout.readline()
+        if line:
+            return json.loads(line)
+        server.kill()
+        server.communicate()
+        self._servers[number] = self._start()
+        return {"ended": "crash", "why": "the server of cases ended", "changed": what, "seconds": 0}

@@ -183,6 +183,6 @@ HEAVY = (
 )
 
 AREAS = {
-    "outputs": Area(make_outputs, 120, ("outputs", "pairs", "images")),
-    "commands": Area(make_commands, 60, ("outputs", "vae_run", "images", "pairs"), seconds=90),
+    "outputs": Area(make_outputs, 60, ("outputs", "pairs", "images")),
+    "commands": Area(make_commands, 30, ("outputs", "vae_run", "images", "pairs"), seconds=90),
 }

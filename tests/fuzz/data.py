@@ -220,7 +220,7 @@ def make_folders(bench: Bench) -> Case:
     for file in (*place.glob("*/[2-9]*"), *place.glob("*/1[0-9]*")):
         file.unlink()
     for _ in range(m.pick((1, 1, 2, 4))) if not bench.unchanged else ():
-        _odd_entry(m, os.fsencode(m.pick([place, *(p for p in place.iterdir() if p.is_dir() and not p.is_symlink())])))
+        _odd_entry(m, os.fsencode(m.pick([place, *sorted(p for p in place.glob("class*") if p.is_dir())])))
     root = str(place)
     if not bench.unchanged and m.chance(0.2):
         root = m.pick(
@@ -512,8 +512,8 @@ def make_captions(bench: Bench) -> Case:
 
 
 AREAS = {
-    "images": Area(make_images, 250, ("images",)),
-    "folders": Area(make_folders, 120, ("images", "pairs")),
-    "tars": Area(make_tars, 200, ("pairs",)),
-    "captions": Area(make_captions, 250, ("pairs",)),
+    "images": Area(make_images, 150, ("images",)),
+    "folders": Area(make_folders, 80, ("images", "pairs")),
+    "tars": Area(make_tars, 120, ("pairs",)),
+    "captions": Area(make_captions, 150, ("pairs",)),
 }

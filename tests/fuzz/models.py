@@ -44,13 +44,16 @@ def make_checkpoints(bench: Bench) -> Case:
     bench.either(lambda: _damage(m, file), *[lambda: _change_content(m, file)] * 2)
     damaged = bool(m.notes) and m.notes[-1].startswith("damaged")
     vae = bench.valid.vae_run()
-    pairs = f"--train_dir {bench.valid.pairs()} --val_dir {bench.valid.pairs()}"
-    images = f"{VAE} {MACHINE} --train_dir {bench.valid.images()} --dataset flat --max_steps 3"
+    longer = "--max_steps 3 --epochs 3"
+    images = f"{VAE} {MACHINE} --train_dir {bench.valid.images()} --dataset flat {longer}"
+    pairs = (
+        f"{BIART} {MACHINE} --train_dir {bench.valid.pairs()} --val_dir {bench.valid.pairs()} --vae_path {vae} {longer}"
+    )
     flags = {
         ("augvae", "start"): f"{images} --pretrained_path {file}",
         ("augvae", "resume"): f"{images} --resume --ckpt_path {file}",
-        ("biart", "start"): f"{BIART} {MACHINE} {pairs} --pretrained_path {file} --vae_path {vae}",
-        ("biart", "resume"): f"{BIART} {MACHINE} {pairs} --resume --ckpt_path {file} --vae_path {vae} --max_steps 3",
+        ("biart", "start"): f"{pairs} --pretrained_path {file}",
+        ("biart", "resume"): f"{pairs} --resume --ckpt_path {file}",
         ("biart", "export"): f"--export bundle --ckpt_path {file} --vae_path {vae}",
     }
     use = m.pick(("load", "load", "load", "check", "start", "resume", *(["export"] if kind == "biart" else [])))
@@ -222,7 +225,9 @@ def make_runs(bench: Bench) -> Case:
     for file in (*folder.glob("checkpoints/*"), *folder.glob("bundle")):  # the end of the run is not there yet
         shutil.rmtree(file) if file.is_dir() else file.unlink()
     files = sorted(file for file in folder.rglob("*") if file.is_file())
-    for file in m.some([*files, *[folder / "run.json"] * 3, *folder.glob("backups/*")]) if not bench.unchanged else ():
+    for file in (
+        m.some([*files, *[folder / "run.json"] * 3, *sorted(folder.glob("backups/*"))]) if not bench.unchanged else ()
+    ):
         m.note(file.relative_to(folder))
         if m.chance(0.2):
             _replace(m, file, "nowhere")
@@ -311,8 +316,8 @@ def _odd_codes(m: Mutator, data: bytes) -> bytes:
 
 
 AREAS = {
-    "checkpoints": Area(make_checkpoints, 200, ("vae_run", "biart_run")),
-    "bundles": Area(make_bundles, 150, ("bundle",)),
-    "runs": Area(make_runs, 60, ("vae_run", "biart_run"), changes_given=True),
-    "codes": Area(make_codes, 100, ("codes",)),
+    "checkpoints": Area(make_checkpoints, 110, ("vae_run", "biart_run")),
+    "bundles": Area(make_bundles, 80, ("bundle",)),
+    "runs": Area(make_runs, 40, ("vae_run", "biart_run"), changes_given=True),
+    "codes": Area(make_codes, 60, ("codes",)),
 }

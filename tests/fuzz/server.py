@@ -23,6 +23,7 @@ import traceback
 from pathlib import Path
 
 MEMORY = 1 << 30  # bytes by which the memory of a case may grow
+PATIENCE = 3  # times its limit of processor time that a case may take
 ADDRESSES = 4 << 30  # and its address space
 STARTS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.startfile", "pty.spawn")
 ALLOWED = ("git", "uname")  # what describes the machine and the commit of a result
@@ -80,6 +81,7 @@ def _in_a_fork(seconds: float, place: Path, work) -> dict:
     if number == 0:
         try:
             os.setsid()
+            _limit(resource.RLIMIT_CPU, int(seconds))
             _to_files(place)
             content = work(place)
         except BaseException:
@@ -89,16 +91,18 @@ def _in_a_fork(seconds: float, place: Path, work) -> dict:
             result.write_text(json.dumps(content))
         os._exit(0)
     status = None
-    while status is None and time.monotonic() - began < seconds:
+    while status is None and time.monotonic() - began < PATIENCE * seconds:
         done, code = os.waitpid(number, os.WNOHANG)
         status = code if done else time.sleep(0.003)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(number, signal.SIGKILL)  # what it has left running, too
     if status is None:
         os.waitpid(number, 0)
-        answer = {"ended": "hang", "why": f"not done after {seconds:g} s"}
+        answer = {"ended": "hang", "why": f"not done after {PATIENCE * seconds:g} s"}
     elif result.is_file():
         answer = json.loads(result.read_text())
+    elif os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU:
+        answer = {"ended": "hang", "why": f"not done after {seconds:g} s of the processor's time"}
     else:
         answer = {"ended": "crash", "why": f"wait status {status}: signal {os.WTERMSIG(status)}"}
     notes = place / "changed.txt"

@@ -156,4 +156,4 @@ def read_back(config) -> int:
     return 0
 
 
-AREAS = {"flags": Area(make_flags, 400), "yaml": Area(make_yaml, 250)}
+AREAS = {"flags": Area(make_flags, 300), "yaml": Area(make_yaml, 200)}

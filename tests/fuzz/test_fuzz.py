@@ -16,7 +16,7 @@ FINE = ("accepted", "refused")
 SHOWN = 20  # failed cases in a message
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def servers(tmp_path_factory):
     """One server for each of two processors."""
     with Servers(tmp_path_factory.mktemp("fuzz"), min(2, os.cpu_count() or 1)) as started:
@@ -30,8 +30,9 @@ def run(servers: Servers, area: str, count: int) -> Counter[str]:
         ended[answer["ended"]] += 1
         if answer["ended"] not in FINE:
             failed.append((seed, answer))
+    again = f"python -m tests.fuzz --folder {servers.folder} {area}"
     messages = [
-        f"{it['ended']}: {it['why']}\n  changed: {it['changed']}\n  again: python -m tests.fuzz {area} {seed}\n"
+        f"{it['ended']}: {it['why']}\n  changed: {it['changed']}\n  again: {again} {seed}\n"
         + "\n".join(f"    {line}" for line in it.get("printed", "").splitlines()[-12:])
         for seed, it in sorted(failed, key=lambda one: one[0])
     ]
