@@ -62,6 +62,7 @@ class Area:
     cases: int  # in the slow tests
     needs: tuple[str, ...] = ()  # valid inputs, by the names of methods of `Valid`, to make before the first case
     seconds: float = 40  # of processor time, for one case
+    codes: tuple[int, ...] = (2,)  # exit codes of what is refused; 1, where training may diverge or a disk is written
     changes_given: bool = False  # whether what is given is to be written to, as a run folder is by a rerun
 
 

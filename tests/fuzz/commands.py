@@ -184,5 +184,5 @@ HEAVY = (
 
 AREAS = {
     "outputs": Area(make_outputs, 60, ("outputs", "pairs", "images")),
-    "commands": Area(make_commands, 30, ("outputs", "vae_run", "images", "pairs"), seconds=90),
+    "commands": Area(make_commands, 30, ("outputs", "vae_run", "images", "pairs"), seconds=90, codes=(1, 2)),
 }

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from latent_verse.config.cli import one_line_errors
+from latent_verse.commands.generate import one_line_errors  # as every program reports errors
 from latent_verse.config.evaluate import EvalDataConfig
 from latent_verse.config.train import ImageDataConfig, PairDataConfig
 from latent_verse.data.datasets import open_images, open_pairs

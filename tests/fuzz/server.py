@@ -150,7 +150,7 @@ def _case(folder: Path, place: Path, area, name: str, seed: str) -> dict:
     addresses = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     _limit(resource.RLIMIT_AS, addresses + ADDRESSES)
     _limit(resource.RLIMIT_FSIZE, MEMORY)
-    ended, why = _run(case)
+    ended, why = _run(case, area.codes)
     sys.stdout.flush()
     sys.stderr.flush()
     _limit(resource.RLIMIT_AS, None)
@@ -174,7 +174,7 @@ def _limit(what: int, value: int | None) -> None:
     resource.setrlimit(what, (highest if value is None else value, highest))
 
 
-def _run(case) -> tuple[str, str]:
+def _run(case, codes: tuple[int, ...]) -> tuple[str, str]:
     from latent_verse.config import UserError
 
     try:
@@ -189,6 +189,8 @@ def _run(case) -> tuple[str, str]:
     except BaseException as error:
         traceback.print_exc()
         return "traceback", _shortened(f"{type(error).__name__}: {error}")
+    if code and code not in codes:
+        return "wrong", f"exit code {code}"
     return "refused" if code else "accepted", ""
 
 
