@@ -7,6 +7,7 @@ its processes; one that crashes ends alone.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import hashlib
 import json
@@ -81,6 +82,7 @@ def _in_a_fork(seconds: float, place: Path, work) -> dict:
     if number == 0:
         try:
             os.setsid()
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG: it ends with the server
             _limit(resource.RLIMIT_CPU, int(seconds))
             _to_files(place)
             content = work(place)
