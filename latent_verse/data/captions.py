@@ -46,6 +46,7 @@ from latent_verse.data.transforms import mix_seed
 
 log = logging.getLogger(__name__)
 
+SHOWN = 500  # characters of a name in messages
 NAMED = 100  # unreadable texts that are logged one by one; the rest are only counted
 CROP_SEED, CAPTION_SEED = 0, 1  # a sample's crop and its caption are chosen by separate random numbers
 
@@ -129,7 +130,9 @@ class PairFiles(PairDataset, ImageFiles):
         """
         self.source = source
         self.left_out = {what: len(names) for what, names in left_out.items()}
-        found = "; ".join(f"{len(n)} {what} (the first: {printable(n[0])})" for what, n in left_out.items() if n)
+        found = "; ".join(
+            f"{len(n)} {what} (the first: {printable(n[0][:SHOWN])})" for what, n in left_out.items() if n
+        )
         if not pairs:
             raise DataError(f"{key}: no image with a caption in {source}{': ' + found if found else ''}. {remedy}")
         if found:

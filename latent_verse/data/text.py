@@ -69,7 +69,6 @@ class Tokenizer:
         self.vocab_size: int = bpe.get_vocab_size()
         model = json.loads(bpe.to_str())["model"]
         ordered = sorted(model["vocab"].items(), key=lambda item: item[1])
-        self._longest = max(map(len, model["vocab"]))  # bytes of the longest token, and so at most as many characters
         self.fingerprint = hashlib.sha256(json.dumps([ordered, model["merges"]]).encode()).hexdigest()[:16]
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
@@ -113,8 +112,8 @@ class Tokenizer:
     ) -> list[tuple[list[int], int]]:
         """As `encode_batch`, with the number of tokens that each caption has before it is cut.
 
-        Of a caption of more than LONG characters, and more than `length` tokens could have, only the beginning is
-        tokenized, up to the end of a word. The number is then that of the beginning, which is above `length`.
+        Of a caption of more than LONG characters (or 8 x `length`, if that is more) only a beginning that has more than
+        `length` tokens is tokenized, up to the end of a word. The number is then that of the beginning.
         """
         if too_long not in TOO_LONG:
             raise TokenizerError(f"too_long is {too_long!r}; it must be one of {', '.join(TOO_LONG)}.")
@@ -138,11 +137,11 @@ class Tokenizer:
 
     def _enough(self, texts: list[str], length: int) -> list[list[int]]:
         """All ids of each caption, or of a very long one those of a beginning that has more than `length`."""
-        most = max(LONG, (length + 1) * self._longest)
+        most = max(LONG, 8 * length)
         batch = self._ids([beginning(text, most) for text in texts])
         for i, text in enumerate(texts):
             end = most
-            while len(text) > end and len(batch[i]) <= length:  # most of it were spaces, HTML entities or the like
+            while len(text) > end and len(batch[i]) <= length:  # long tokens, or spaces, HTML entities and the like
                 end *= 4
                 [batch[i]] = self._ids([beginning(text, end)])
         return batch
