@@ -140,7 +140,7 @@ def _find_images(names: Sequence[str]) -> list[tuple[str, bool]]:
     for name in names:
         path, others = Path(name), Counter[str]()
         if not path.exists():
-            raise DataError(f"{name} does not exist. Give an image or a folder of images.")
+            raise DataError(f"{printable(name)} does not exist. Give an image or a folder of images.")
         inside = [str(path / file) for file in walk(str(path), EXTENSIONS, others)] if path.is_dir() else []
         if path.is_dir() and not inside:
             raise DataError(f"no image below {name}: looked for {' '.join(EXTENSIONS)}, {describe_files(others)}.")

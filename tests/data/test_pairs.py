@@ -15,6 +15,8 @@ from PIL import Image
 from latent_verse.config import ConfigError
 from latent_verse.config.train import PairDataConfig, resolve_pairs
 from latent_verse.data import DataError, pairs
+from latent_verse.data.captions import EncodedCaption
+from latent_verse.data.codes import STORED_IDS
 from latent_verse.data.datasets import open_pairs
 from latent_verse.data.modules import PairDataModule
 from latent_verse.data.pairs import CaptionEncoder, PairShards, all_captions, captions_of, work_of_shards
@@ -164,6 +166,15 @@ def test_too_long_captions_are_cut_or_refused(files, tokenizer):
     data = module(tokenizer, text_len=2, too_long="error", **layouts(files)["pairs"])
     with pytest.raises(TokenizerError, match=naming("text_len", 2, "text_too_long")):
         next(iter(data.train_dataloader()))
+
+
+@pytest.mark.parametrize("text_len", [4, STORED_IDS - 4, STORED_IDS - 3, STORED_IDS + 500])
+def test_stored_ids_of_a_very_long_caption_are_a_beginning_and_training_takes_what_it_needs(tokenizer, text_len):
+    text = "the 7 th image é字 " * 2000
+    stored = EncodedCaption(text, tokenizer.encode_batch([text], STORED_IDS)[0])
+    assert STORED_IDS - 4 < len(stored.ids) <= STORED_IDS
+    encode = CaptionEncoder(tokenizer, text_len, "truncate", PAD)
+    assert torch.equal(encode([stored]), encode([text]))
 
 
 def equal(a, b):
