@@ -185,6 +185,12 @@ def test_a_tsv_takes_open_quotes_literally_and_swallows_nothing(tmp_path, line, 
     ]
 
 
+def test_a_line_after_an_open_quote_in_a_tsv_is_a_row_of_its_own(tmp_path):
+    table = write(tmp_path / "t.tsv", 'image\tcaption\na.png\t"big dog\nno row\n')
+    with pytest.raises(DataError, match=naming("train_captions", table, "line 3", 1, 2)):
+        rows(table)
+
+
 @pytest.mark.parametrize(
     ("text", "facts"),
     [
