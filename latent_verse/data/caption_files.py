@@ -41,6 +41,8 @@ def clean(caption: str) -> str:
     if found := NO_TEXT.search(caption):
         raise DataError(f"holds the character {found[0]!a} at {found.start()}, which is not text")
     text = " ".join(caption.split())
+    if text[:1].isalnum():  # nearly all are: this saves looking on
+        return text
     return text if any(unicodedata.category(letter) not in INVISIBLE for letter in text) else ""
 
 
@@ -274,11 +276,12 @@ def _separated_rows(path: str, key: str) -> Iterator[tuple[str, object, object]]
             of_row.append(line)
             yield line + "\n"
 
+    reader = csv.reader(lines(), delimiter=delimiter, strict=True)
     number = 0  # of lines before the row
     while True:
         of_row.clear()
         try:
-            row = next(csv.reader(lines(), delimiter=delimiter, strict=True), None)
+            row = next(reader, None)
         except (_OpenQuote, csv.Error) as error:
             where = f"{path} line {number + 1}"
             if not tabs:
@@ -289,6 +292,7 @@ def _separated_rows(path: str, key: str) -> Iterator[tuple[str, object, object]]
             waiting.extendleft(reversed(of_row[1:]))
             del of_row[1:]
             row = of_row[0].split(delimiter)
+            reader = csv.reader(lines(), delimiter=delimiter, strict=True)
         if row is None:
             return
         number += len(of_row)
