@@ -203,5 +203,5 @@ def fingerprint_files(files: Sequence[Path]) -> str:
     """16 hexadecimal digits of the files' names and contents, which identify what was evaluated."""
     digest = hashlib.sha256()
     for file in files:
-        digest.update(os.fsencode(os.path.basename(file)) + hashlib.sha256(file.read_bytes()).digest())
+        digest.update(os.path.basename(file).encode() + hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()[:16]

@@ -51,7 +51,7 @@ def run(ranks: Ranks, config: EvalBiARTConfig, tasks: tuple[str, ...], yaml_text
                     print(f"{task} ...", flush=True)
                 about[task] = WORK[task](context)
             context.pairs.unreadable = set().union(*ranks.gather({ranks.rank: context.pairs.unreadable}).values())
-        except (ValueError, OSError):  # keep the results of the tasks before it, which may have taken hours
+        except BaseException:  # keep the results of the tasks before it, which may have taken hours
             if ranks.is_first and about:
                 write(context, tuple(about), about, yaml_text)
             raise
