@@ -8,8 +8,12 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from latent_verse.config import UserError
+
+LINE_BYTES = 1 << 26  # of one line of a text file that is read line by line: 64 MiB
+JSON_BYTES = 1 << 32  # of a JSON file, which is read whole: 4 GiB
 
 
 class FileError(UserError):
@@ -22,13 +26,21 @@ def read_bytes(path: str | os.PathLike) -> bytes:
     Raises:
         FileError: it is absent, a folder, a pipe or device (which might never end), or cannot be read.
     """
+    with _regular(path) as file:
+        return file.read()
+
+
+@contextmanager
+def _regular(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """A regular file, open. What goes wrong inside is a FileError that names it."""
     try:
         if os.path.exists(path) and not os.path.isfile(path):
             kind = "a folder" if os.path.isdir(path) else "a pipe or device"
             raise FileError(f"{path} is {kind}; a file is needed.")
-        return Path(path).read_bytes()
+        with open(path, "rb") as file:
+            yield file
     except (OSError, ValueError) as error:  # ValueError: a path with a null character
-        if isinstance(error, FileError):
+        if isinstance(error, UserError):
             raise
         raise FileError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
 
@@ -56,6 +68,26 @@ def lines_of(text: str) -> list[str]:
     return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []
 
 
+def text_lines(path: str | os.PathLike) -> Iterator[str]:
+    """The lines of a text file, by the rules of `decode_text` and `lines_of`; only one of them is in memory.
+
+    Raises:
+        FileError: as `read_bytes`; a line is not UTF-8, or longer than LINE_BYTES.
+    """
+    start = 0
+    with _regular(path) as file:
+        for number, line in enumerate(iter(lambda: file.readline(LINE_BYTES + 1), b""), start=1):
+            if len(line) > LINE_BYTES:
+                raise FileError(f"{path} line {number} is longer than {LINE_BYTES} bytes. Is it a text file?")
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                place = f"line {number}, byte {start + error.start}"
+                raise FileError(f"{path} is not UTF-8 ({place}). Save it as UTF-8.") from error
+            start += len(line)
+            yield text.removesuffix("\n").removesuffix("\r")
+
+
 def parse_json(text: str, name: object) -> object:
     """The content of a JSON file or line called `name` in messages.
 
@@ -69,7 +101,9 @@ def parse_json(text: str, name: object) -> object:
 
 
 def read_json(path: str | os.PathLike) -> object:
-    """The content of a JSON file. Raises as `read_text` and `parse_json`."""
+    """The content of a JSON file of at most JSON_BYTES. Raises as `read_text` and `parse_json`."""
+    if os.path.isfile(path) and os.path.getsize(path) > JSON_BYTES:
+        raise FileError(f"{path} is larger than {JSON_BYTES} bytes, which is what is read of a JSON file. Split it.")
     return parse_json(read_text(path), path)
 
 
@@ -119,8 +153,12 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file in UTF-8, whole or not at all."""
-    write_bytes(path, text.encode())
+    """Write a text file in UTF-8, whole or not at all.
+
+    The names of files may hold lone surrogates, which stand for bytes that are not UTF-8. They are written as \\udcXX:
+    JSON gives them back.
+    """
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def write_json(path: Path, content: object) -> None:

@@ -14,9 +14,11 @@ from latent_verse.files import (
     lines_of,
     parse_json,
     read_bytes,
+    read_json,
     read_json_object,
     read_text,
     replacing,
+    text_lines,
     write_bytes,
     write_json,
     write_text,
@@ -135,3 +137,25 @@ def test_what_is_no_file_is_refused_without_waiting(tmp_path):
     write_json(tmp_path / "list.json", [1])
     with pytest.raises(FileError, match=naming("list.json", "a list", "object")):
         read_json_object(tmp_path / "list.json")
+
+
+def test_lines_are_read_one_at_a_time_by_the_same_rules(tmp_path):
+    for text in ("a\u2028b\x0bc\x85d\r\n\ne\n", "", "\n", "a", "a\r", "a\rb\n\n", "\ufeffa\n\ufeffb"):
+        (tmp_path / "a.txt").write_bytes(text.encode())
+        assert list(text_lines(tmp_path / "a.txt")) == lines_of(read_text(tmp_path / "a.txt"))
+    (tmp_path / "a.txt").write_bytes(b"ok\nno: \xe9\n")
+    lines = text_lines(tmp_path / "a.txt")
+    assert next(lines) == "ok"
+    with pytest.raises(FileError, match=naming(tmp_path / "a.txt", "UTF-8", "line 2", "byte 7")):
+        next(lines)
+    with pytest.raises(FileError, match=naming(tmp_path, "a folder")):
+        next(text_lines(tmp_path))
+
+
+def test_names_that_are_not_utf8_are_written_so_that_json_gives_them_back(tmp_path):
+    name = os.fsdecode(b"lat\xe9 \\ \xff.jpg")
+    for text in (json.dumps({"image": name}, ensure_ascii=False), json.dumps({"image": name})):
+        write_text(tmp_path / "a.json", text)
+        assert read_json(tmp_path / "a.json") == {"image": name}
+    write_json(tmp_path / "a.json", {"image": name})
+    assert os.fsencode(read_json(tmp_path / "a.json")["image"]) == b"lat\xe9 \\ \xff.jpg"

@@ -12,13 +12,14 @@ import contextlib
 import dataclasses
 import functools
 import gc
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-from latent_verse.config.settings import ConfigError, UserError, as_plain, check_value, closest, expand_paths
+from latent_verse.config.settings import ConfigError, UserError, as_plain, check_value, closest, expand_paths, printable
 
 Config = TypeVar("Config")
 RECIPES = (Path(__file__).parents[1] / "configs", Path(__file__).parents[2] / "configs")  # installed; in the repository
@@ -249,10 +250,13 @@ def one_line_errors(program: Callable[..., int]) -> Callable[..., int]:
 
     @functools.wraps(program)
     def wrapped(*args, **kwargs) -> int:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # nothing is lost because a name or caption cannot be printed
+                stream.reconfigure(errors="backslashreplace")
         try:
             return program(*args, **kwargs)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print("error: " + "\n".join(map(printable, str(error).split("\n"))), file=sys.stderr)
             return 2
 
     return wrapped

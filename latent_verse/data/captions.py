@@ -3,7 +3,7 @@
 All give `(image, caption)`: the image as in images.py (float32 (3, R, R) in [-1, 1], or uint8), the caption a string.
 An image may have several captions. Which of them, and which crop, index i shows in epoch e is a pure function of
 (seed, e, i). `dataset.captions(i)` gives all of them. `dataset.describe()` counts what was found and what was left out:
-images without a caption, captions without an image, empty captions.
+images without a caption, captions without an image, empty captions, captions that cannot be read.
 """
 
 from __future__ import annotations
@@ -17,8 +17,20 @@ from typing import NamedTuple
 
 import numpy as np
 
+from latent_verse.config import printable
 from latent_verse.data import DataError
-from latent_verse.data.caption_files import Pair, caption_lines, check_file, entries, read_json, sorted_out, table_rows
+from latent_verse.data.caption_files import (
+    Pair,
+    caption_lines,
+    check_file,
+    entries,
+    identifier,
+    ids_of,
+    read_json,
+    short,
+    sorted_out,
+    table_rows,
+)
 from latent_verse.data.images import (
     EXTENSIONS,
     FakeDataset,
@@ -34,6 +46,8 @@ from latent_verse.data.transforms import mix_seed
 
 log = logging.getLogger(__name__)
 
+SHOWN = 500  # characters of a name in messages
+NAMED = 100  # unreadable texts that are logged one by one; the rest are only counted
 CROP_SEED, CAPTION_SEED = 0, 1  # a sample's crop and its caption are chosen by separate random numbers
 
 
@@ -52,8 +66,7 @@ class CaptionList:
 
         def texts() -> Iterator[str]:
             for of_one in captions:
-                for caption in of_one:
-                    yield caption.encode("utf-8", "replace").decode()  # a JSON file can hold lone surrogates
+                yield from of_one
                 starts.append(starts[-1] + len(of_one))
 
         self._texts = Strings(texts())
@@ -97,17 +110,31 @@ class PairDataset(MapImages):
 class PairFiles(PairDataset, ImageFiles):
     """Pairs whose images are files. A subclass finds the pairs and hands them to `_hold`.
 
+    Args:
+        captions_key: the setting that messages about the captions file mention, as `key` in those about the images.
+
     Raises:
         DataError: a folder or file is missing or damaged, no image has a caption, or none can be read.
     """
 
-    def _hold(self, source: str, pairs: list[Pair], left_out: dict[str, list[str]], remedy: str) -> None:
-        """Keep the pairs. `left_out`: what was skipped -> its names; `remedy`: what to do if nothing is left."""
+    def __init__(self, resolution: int, captions_key: str | None = None, **options):
+        super().__init__(resolution, **options)
+        self.captions_key = captions_key or self.key.removesuffix("_dir") + "_captions"
+
+    def _hold(self, source: str, pairs: list[Pair], left_out: dict[str, list[str]], key: str, remedy: str) -> None:
+        """Keep the pairs.
+
+        Args:
+            left_out: what was skipped -> its names.
+            key, remedy: if nothing is left, the setting to name, and what to do.
+        """
         self.source = source
         self.left_out = {what: len(names) for what, names in left_out.items()}
-        found = "; ".join(f"{len(n)} {what} (the first: {n[0]})" for what, n in left_out.items() if n)
+        found = "; ".join(
+            f"{len(n)} {what} (the first: {printable(n[0][:SHOWN])})" for what, n in left_out.items() if n
+        )
         if not pairs:
-            raise DataError(f"{self.key}: no image with a caption in {source}{': ' + found if found else ''}. {remedy}")
+            raise DataError(f"{key}: no image with a caption in {source}{': ' + found if found else ''}. {remedy}")
         if found:
             log.warning("%s: %d pairs; left out: %s", source, len(pairs), found)
         self._captions = CaptionList(captions for _, captions in pairs)
@@ -130,47 +157,82 @@ class PairFolder(PairFiles):
         super().__init__(resolution, **options)
         root = check_folder(root, self.key)
         others: Counter = Counter()
-        images, texts = [], {}
+        images, second = [], list[str]()
+        texts: dict[str, str] = {}
         for name in walk(root, (*EXTENSIONS, ".txt"), others):
             stem, extension = os.path.splitext(name)
-            if extension.lower() == ".txt":
-                texts[stem] = os.path.join(root, name)
-            else:
+            if extension.lower() != ".txt":
                 images.append((stem, os.path.join(root, name)))
+            elif stem in texts:
+                second.append(os.path.join(root, name))  # a.TXT and a.txt
+            else:
+                texts[stem] = os.path.join(root, name)
         if not images:
             others[".txt"] += len(texts)
             raise DataError(f"{self.key}: no image below {root}: {nothing_found(others)} Put name.txt beside name.jpg.")
-        captions = {stem: caption_lines(texts[stem]) for stem, _ in images if stem in texts}
+        captions: dict[str, list[str]] = {}
+        unreadable = {}
+        for stem in dict.fromkeys(stem for stem, _ in images if stem in texts):
+            try:
+                captions[stem] = caption_lines(texts[stem])
+            except DataError as error:
+                unreadable[stem] = str(error)
+                if len(unreadable) <= NAMED:
+                    log.warning("skipped unreadable captions: %s", printable(error))
         pairs = [(path, captions[stem]) for stem, path in images if captions.get(stem)]
-        bare = [path for stem, path in images if stem not in captions]
+        bare = [path for stem, path in images if stem not in texts]
         empty = [path for stem, path in images if captions.get(stem) == []]
-        lonely = [path for stem, path in texts.items() if stem not in captions]
+        with_image = {stem for stem, _ in images}
+        lonely = [path for stem, path in texts.items() if stem not in with_image]
         left_out = {"images without a .txt": bare, "texts without an image": lonely, "empty captions": empty}
-        self._hold(root, pairs, left_out, "Put the captions of name.jpg into name.txt beside it, one per line.")
+        left_out |= {"unreadable texts": list(unreadable.values())} if unreadable else {}
+        left_out |= {"second texts of an image": second} if second else {}
+        remedy = "Put the captions of name.jpg into name.txt beside it, one per line."
+        self._hold(root, pairs, left_out, self.key, remedy)
 
 
 class CocoCaptions(PairFiles):
-    """COCO's captions_*.json: {"images": [{id, file_name}], "annotations": [{image_id, caption}]}, and its images."""
+    """COCO's captions_*.json: {"images": [{id, file_name}], "annotations": [{image_id, caption}]}, and its images.
+
+    Ids are ints or strings; 139 and "139" are the same. An image that is listed twice has the captions of both entries.
+
+    Raises:
+        DataError: as PairFiles; two different files have one id.
+    """
 
     def __init__(self, path: str | os.PathLike, image_dir: str | os.PathLike, resolution: int, **options):
         super().__init__(resolution, **options)
-        content, path = read_json(path, self.key)
+        key = self.captions_key
+        content, path = read_json(path, key)
         image_dir = check_folder(image_dir, self.key)
-        images = entries(content, "images", {"id": (int, str), "file_name": str}, path, self.key)
-        annotations = entries(content, "annotations", {"image_id": (int, str), "caption": object}, path, self.key)
-        files = {image["id"]: os.path.join(image_dir, image["file_name"]) for image in images}
-        captions: dict[object, list[str]] = {i: [] for i in files}
+        images = entries(content, "images", {"id": object, "file_name": str}, path, key)
+        annotations = entries(content, "annotations", {"image_id": object, "caption": object}, path, key)
+        files: dict[int | str, str] = {}
+        ids = ids_of(images, "id", "images", path, key)
+        for image, i in zip(images, ids, strict=True):
+            file = os.path.join(image_dir, image["file_name"])
+            if files.setdefault(i, file) != file:
+                raise DataError(f"{key}: {path}: {files[i]} and {file} have one id, {i!r}. Give each image its own.")
+        captions: dict[str, list[str]] = {file: [] for file in files.values()}
         lonely = []
-        for annotation in annotations:
-            if annotation["image_id"] in captions:
-                captions[annotation["image_id"]].append(annotation["caption"])
+        for annotation, i in zip(annotations, ids_of(annotations, "image_id", "annotations", path, key), strict=True):
+            if i in files:
+                captions[files[i]].append(annotation["caption"])
             else:
-                lonely.append(f"image_id {annotation['image_id']}")
+                lonely.append(f"image_id {i}")
         if not self.train:
-            self.ids = {file: i for i, file in files.items()}
-        kept, left_out = sorted_out(((file, captions[i]) for i, file in files.items()), path)
+            self.ids = {files[i]: image["id"] for image, i in zip(reversed(images), reversed(ids), strict=True)}
+        kept, left_out = sorted_out(captions.items(), path, key)
         left_out["captions without an image"] = lonely
-        self._hold(path, kept, left_out, f"Are the images below {image_dir}?")
+        if len(captions) < len(images):
+            left_out["second entries of an image"] = _repeated(image["file_name"] for image in images)
+        self._hold(path, kept, left_out, key, f"Are the images below {image_dir}?")
+
+
+def _repeated(names: Iterable[str]) -> list[str]:
+    """The names that have come before."""
+    seen: set[str] = set()
+    return [name for name in names if name in seen or seen.add(name)]
 
 
 class KarpathyCaptions(PairFiles):
@@ -178,6 +240,10 @@ class KarpathyCaptions(PairFiles):
 
     Image paths are image_dir/filepath/filename; filepath and cocoid may be left out. `split` may join several with +,
     such as train+restval, the usual training set. Only COCO's file has a restval: files without it are read without it.
+    An image that is listed twice has the sentences of both entries.
+
+    Raises:
+        DataError: as PairFiles; no such split, or a cocoid is no int or str.
     """
 
     def __init__(
@@ -189,35 +255,59 @@ class KarpathyCaptions(PairFiles):
         **options,
     ):
         super().__init__(resolution, **options)
-        content, path = read_json(path, self.key)
+        key = self.captions_key
+        content, path = read_json(path, key)
         image_dir = check_folder(image_dir, self.key)
-        images = entries(content, "images", {"filename": str, "split": str, "sentences": list}, path, self.key)
+        images = entries(content, "images", {"filename": str, "split": str, "sentences": list}, path, key)
         for i, image in enumerate(images):
             image.setdefault("filepath", "")
             for sentence in image["sentences"]:
                 if not isinstance(sentence, dict) or "raw" not in sentence:
                     raise DataError(
-                        f"{self.key}: images[{i}] of {path} has the sentence {sentence!r}; Karpathy's file holds "
+                        f"{key}: images[{i}] of {path} has the sentence {short(sentence)}; Karpathy's file holds "
                         'captions as {"raw": "..."}.'
                     )
-        entries(content, "images", {"filepath": str}, path, self.key)
+        entries(content, "images", {"filepath": str}, path, key)
         splits = Counter(image["split"] for image in images)
         names = [name for name in split.split("+") if name in splits or name != "restval"] or [split]
         for name in names:
             if name not in splits:
                 known = ", ".join(f"{s} ({n})" for s, n in splits.items()) or "none at all"
-                raise DataError(f"{self.key}: {path} has no split {name!r}; its splits are {known}.")
+                raise DataError(f"{key}: {path} has no split {name!r}; its splits are {known}.")
         chosen = [image for image in images if image["split"] in names]
         files = [os.path.join(image_dir, image["filepath"], image["filename"]) for image in chosen]
+        captions: dict[str, list[str]] = {}
+        for file, image in zip(files, chosen, strict=True):
+            captions.setdefault(file, []).extend(sentence["raw"] for sentence in image["sentences"])
         if not self.train:
-            self.ids = {file: image.get("cocoid") for file, image in zip(files, chosen, strict=True)}
-        captions = [[sentence["raw"] for sentence in image["sentences"]] for image in chosen]
-        kept, left_out = sorted_out(zip(files, captions, strict=True), path)
-        self._hold(f"{path} ({'+'.join(names)})", kept, left_out, f"Are the images below {image_dir}?")
+            self.ids = self._cocoids(files, chosen, path)
+        kept, left_out = sorted_out(captions.items(), path, key)
+        if len(captions) < len(chosen):
+            left_out["second entries of an image"] = _repeated(files)
+        self._hold(f"{path} ({'+'.join(names)})", kept, left_out, key, f"Are the images below {image_dir}?")
+
+    def _cocoids(self, files: list[str], images: list[dict], path: str) -> dict[str, int | str | None]:
+        """The id of each file, None where the file has none."""
+        ids: dict[str, int | str | None] = {}
+        of_id: dict[int | str, str] = {}
+        repeated = ""
+        for file, image in zip(files, images, strict=True):
+            given = image.get("cocoid")
+            if given is not None:
+                found = identifier(given)
+                if found is None:
+                    raise DataError(f"{self.captions_key}: {path}: cocoid of {file} is {short(given)}, no int or str.")
+                if of_id.setdefault(found, file) != file:
+                    two = f"{of_id[found]} and {file}"
+                    repeated = repeated or f"{two} have one cocoid, {found!r}: images are identified by their names"
+            ids.setdefault(file, given)
+        if repeated:
+            log.warning("%s: %s", path, printable(repeated))
+        return ids
 
 
 class TableCaptions(PairFiles):
-    """.csv, .tsv or .jsonl with an image path (absolute, or relative to the table) and a caption in each row.
+    """.csv, .tsv or .jsonl with an image path (absolute, below ~, or relative to the table) and a caption in each row.
 
     Columns are found by name: image, image_path, filepath, file_name, filename or path; caption, captions, text or
     title. Rows of the same image are its captions; in .jsonl a caption may also be a list of them.
@@ -225,18 +315,21 @@ class TableCaptions(PairFiles):
 
     def __init__(self, path: str | os.PathLike, resolution: int, **options):
         super().__init__(resolution, **options)
-        path = check_file(path, self.key)
+        key = self.key = self.captions_key  # there is no other setting
+        path = check_file(path, key)
         folder = os.path.dirname(path)
         by_image: dict[str, list[str]] = {}
         nameless = []
-        for where, image, captions in table_rows(path, self.key):
+        for where, image, captions in table_rows(path, key):
             if image:
-                by_image.setdefault(os.path.join(folder, image), []).extend(captions)
+                by_image.setdefault(os.path.join(folder, os.path.expanduser(image)), []).extend(captions)
             else:
                 nameless.append(where)
-        kept, left_out = sorted_out(by_image.items(), path)
+        kept, left_out = sorted_out(by_image.items(), path, key)
         left_out["rows without an image"] = nameless
-        self._hold(path, kept, left_out, f"Image paths in it are relative to {folder or '.'}, or absolute.")
+        backslash = os.sep == "/" and any("\\" in name for name in left_out["missing image files"])
+        remedy = f"Image paths in it are relative to {folder or '.'}, or absolute."
+        self._hold(path, kept, left_out, key, remedy + (" Write / between folders." if backslash else ""))
 
 
 class FakePairs(PairDataset, FakeDataset):

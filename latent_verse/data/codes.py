@@ -37,6 +37,7 @@ from latent_verse.progress import progress_bar
 
 FORMAT = "latent_verse/codes"
 META, UNFINISHED, TOKENIZER = "codes.json", "unfinished.json", "tokenizer"
+STORED_IDS = 4096  # of a caption at most: training tokenizes anew what has more than it takes
 SHAPES_CAPTIONS = 8  # of each scene, as the grammar samples them: frequent ones more than once
 
 Work = tuple[str, Callable[[], Tensor | None], list[str]]  # name, loader of its crops (c, 3, R, R) uint8, captions
@@ -138,7 +139,7 @@ def _write_shard(path: Path, work: Iterator[Work], encode, tokenizer, plan, batc
                 codes = codes.cpu().numpy().astype(smallest_type(plan["codebook_size"]))
                 codes = codes.reshape(len(kept), -1, codes.shape[-1])
                 for (name, _, captions), of_one in zip(kept, codes, strict=True):
-                    about = {"captions": captions, "ids": tokenizer.encode_batch(captions)}
+                    about = {"captions": captions, "ids": tokenizer.encode_batch(captions, STORED_IDS)}
                     np.save(npy := io.BytesIO(), of_one, allow_pickle=False)
                     tar.write({"__key__": name, "npy": npy.getvalue(), "json": json.dumps(about).encode()})
                     counts["pairs"] += 1

@@ -76,14 +76,14 @@ def open_coco(split: Split) -> CocoCaptions:
         captions = place.parent / "annotations" / f"captions_{place.name}.json"  # beside train2017/
         if not captions.is_file():
             raise DataError(f"{split.captions.setting} is not given, and COCO's own {captions} does not exist.")
-    return CocoCaptions(captions, folder, key=split.captions.setting, **split.files)
+    return CocoCaptions(captions, folder, key=split.folder.setting, captions_key=split.captions.setting, **split.files)
 
 
 def open_karpathy(split: Split) -> KarpathyCaptions:
     """A split of Karpathy's file, which holds them all."""
     name = "train+restval" if split.name == "train" else split.name
-    setting, file = split.captions
-    return KarpathyCaptions(file, split.folder.value, split=name, key=setting, **split.files)
+    keys = {"key": split.folder.setting, "captions_key": split.captions.setting}
+    return KarpathyCaptions(split.captions.value, split.folder.value, split=name, **keys, **split.files)
 
 
 def open_shapes(split: Split) -> ShapesDataset:
@@ -114,7 +114,7 @@ PAIRS: dict[str, Callable[[Split], PairData]] = {
     "pairs": lambda s: PairFolder(s.folder.value, key=s.folder.setting, **s.files),
     "coco": open_coco,
     "karpathy": open_karpathy,
-    "table": lambda s: TableCaptions(s.captions.value, key=s.captions.setting, **s.files),
+    "table": lambda s: TableCaptions(s.captions.value, captions_key=s.captions.setting, **s.files),
     "webdataset": lambda s: PairShards(s.folder.value, **s.stream),
     "codes": lambda s: CodesDataset(s.folder.value, s.augment, s.seed, s.folder.setting),
     "shapes": open_shapes,

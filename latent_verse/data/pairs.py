@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,14 +10,17 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from latent_verse.config import UserError
 from latent_verse.data import DataError
+from latent_verse.data.caption_files import clean, short
 from latent_verse.data.captions import CAPTION_SEED, CROP_SEED, EncodedCaption, PairDataset
-from latent_verse.data.codes import CodesDataset, Work
+from latent_verse.data.codes import STORED_IDS, CodesDataset, Work
 from latent_verse.data.images import SkipLog
 from latent_verse.data.shapes import ShapesDataset
 from latent_verse.data.shards import SKIP_SLOTS, Shards, read_shards
 from latent_verse.data.text import Tokenizer
 from latent_verse.data.transforms import UnreadableImage, centre_crop, mix_seed, random_crop, sample_generator
+from latent_verse.files import decode_text, parse_json
 
 TOKENIZER_CAPTIONS = 500_000  # a vocabulary learns nothing from more
 
@@ -61,7 +63,8 @@ class CaptionEncoder:
             TokenizerError: a caption cannot be encoded, or is too long and `too_long` is "error".
         """
         ids = [caption.ids if isinstance(caption, EncodedCaption) else None for caption in captions]
-        new = [i for i, known in enumerate(ids) if known is None or len(known) > self.text_len]
+        whole = min(self.text_len, STORED_IDS - 4)  # ids that were cut when they were stored are no more than 3 fewer
+        new = [i for i, known in enumerate(ids) if known is None or len(known) > whole]
         encoded = self.tokenizer.encode_batch([text_of(captions[i]) for i in new], self.text_len, self.too_long)
         for i, tokens in zip(new, encoded, strict=True):
             ids[i] = tokens
@@ -71,24 +74,40 @@ class CaptionEncoder:
         return text_BL
 
 
-def captions_of(raw: dict) -> list[str]:
-    """The captions of a raw sample: its .txt unless blank, else `caption` (or `captions`, a list) in its .json."""
-    found = raw.get("txt", b"").decode("utf-8", "replace")
-    if not found.strip():
-        try:
-            about = json.loads(raw.get("json", b"{}"))
-            found = about.get("captions") or about.get("caption") or []
-        except (ValueError, AttributeError):
-            found = []
-    found = found if isinstance(found, list) else [found]
-    texts = [" ".join(text.split()) for text in found if isinstance(text, str)]
+class NoCaption(UnreadableImage):
+    """A sample of tar shards without a caption, or with one that cannot be read."""
+
+    remedy = "They have no caption: put one beside each image, as name.txt or under `caption` in name.json."
+
+
+def read_captions(raw: dict) -> list[str]:
+    """The captions of a raw sample: its .txt unless blank, else `caption` (or `captions`, a list) in its .json.
+
+    Raises:
+        NoCaption: it has none, or its text cannot be read by the rules of files.py; with the reason.
+    """
+    try:
+        text = clean(decode_text(raw.get("txt", b""), "its .txt"))
+        if text:
+            return [text]
+        about = parse_json(decode_text(raw.get("json", b"{}"), "its .json"), "its .json")
+        found = (about.get("captions") or about.get("caption") or []) if isinstance(about, dict) else []
+        found = found if isinstance(found, list) else [found]
+        texts = [clean(text) for text in found if isinstance(text, str)]
+    except UserError as error:
+        raise NoCaption(f"its caption cannot be read: {error}") from error
+    if not any(texts):
+        why = f"the caption in its .json is {short(found)}" if found else "neither a .txt nor a .json with `caption`"
+        raise NoCaption(f"no caption: {why}")
     return [text for text in texts if text]
 
 
-class NoCaption(UnreadableImage):
-    """A sample of tar shards without a caption."""
-
-    remedy = "They have no caption: put one beside each image, as name.txt or under `caption` in name.json."
+def captions_of(raw: dict) -> list[str]:
+    """As `read_captions`; none where there is no caption."""
+    try:
+        return read_captions(raw)
+    except NoCaption:
+        return []
 
 
 class PairShards(Shards):
@@ -104,18 +123,19 @@ class PairShards(Shards):
         super().__init__(source, resolution, *args, key=key, **options)
         if self.remote:
             return
-        samples = 0
+        samples, reason = 0, None
         for raw in read_shards(self.shards, SkipLog(1)):  # up to the first one that has a caption
-            if captions_of(raw):
+            try:
+                read_captions(raw)
                 return
-            samples += 1
+            except NoCaption as error:
+                samples, reason = samples + 1, reason or f"The first, {raw['__key__']}: {error}."
         if samples:
-            source = self.describe()["source"]
-            raise DataError(f"{key}: none of the {samples} samples in {source} can be used. {NoCaption.remedy}")
+            none = f"none of the {samples} samples in {self.describe()['source']} can be used"
+            raise DataError(f"{key}: {none}. {reason} {NoCaption.remedy}")
 
     def decode(self, raw: dict) -> Tensor:
-        if not captions_of(raw):
-            raise NoCaption("no caption: neither a .txt nor a .json with `caption`")
+        read_captions(raw)
         return super().decode(raw)
 
     def target(self, raw: dict, epoch: int | None = None) -> str:
@@ -129,14 +149,18 @@ PairData = PairDataset | CodesDataset | ShapesDataset | PairShards  # what has c
 
 def _number(raw: dict) -> int:
     """What distinguishes a sample's randomness from that of others: a hash of its name."""
-    return zlib.crc32(raw["__key__"].encode())
+    return zlib.crc32(raw["__key__"].encode("utf-8", "surrogateescape"))  # names in tars are any bytes
 
 
 def work_of_shards(source: PairShards, crops: int) -> list[Iterator[Work]]:
     """As `codes.work_of`, for tar shards: one shard of codes for each of them."""
 
-    def load(raw: dict) -> Tensor:
-        image = source.decode(raw)
+    def load(raw: dict) -> Tensor | None:
+        try:
+            image = source.decode(raw)
+        except UnreadableImage as error:
+            source.skipped.add(_number(raw), f"{raw['__key__']} in {raw['__url__']}", error)
+            return None
         images = [centre_crop(image, source.resolution)]
         for k in range(1, crops):
             rng = sample_generator(source.seed, k, _number(raw), CROP_SEED)

@@ -29,6 +29,7 @@ from latent_verse.config import UserError
 VOCABULARY_FILE = "tokenizer.json"
 META_FILE = "tokenizer_config.json"
 TOO_LONG = ("truncate", "error")
+LONG = 10_000  # characters: a longer caption is tokenized only as far as it is needed, and learnt from no further
 BYTES = 256  # a byte-level vocabulary holds every byte, so that no text is unknown
 
 CLIP_VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"  # in the package open_clip: a header, then one merge per line
@@ -104,6 +105,16 @@ class Tokenizer:
         Raises:
             TokenizerError: a caption is too long, is no string, or holds a lone surrogate, which UTF-8 cannot encode.
         """
+        return [ids for ids, _ in self.encode_counted(texts, length, too_long)]
+
+    def encode_counted(
+        self, texts: Sequence[str], length: int | None = None, too_long: str = "truncate"
+    ) -> list[tuple[list[int], int]]:
+        """As `encode_batch`, with the number of tokens that each caption has before it is cut.
+
+        Of a caption of more than LONG characters (or 8 x `length`, if that is more) only a beginning that has more than
+        `length` tokens is tokenized, up to the end of a word. The number is then that of the beginning.
+        """
         if too_long not in TOO_LONG:
             raise TokenizerError(f"too_long is {too_long!r}; it must be one of {', '.join(TOO_LONG)}.")
         if length is not None and length < 1:
@@ -111,16 +122,28 @@ class Tokenizer:
         if isinstance(texts, str):
             raise TokenizerError("encode_batch takes a list of captions; for a single one call encode(text).")
         texts = [_checked(text, i) for i, text in enumerate(texts)]
-        batch = self._ids(texts)
-        for i, ids in enumerate(batch):
-            if length is None or len(ids) <= length:
+        batch = self._ids(texts) if length is None else self._enough(texts, length)
+        found = [(ids, len(ids)) for ids in batch]
+        for i, (ids, count) in enumerate(found):
+            if length is None or count <= length:
                 continue
             if too_long == "error":
                 raise TokenizerError(
-                    f"Caption {i}, {_shortened(texts[i])}, is {len(ids)} tokens long and the limit text_len is "
-                    f"{length}. Shorten it, set text_too_long: truncate, or train with text_len: {len(ids)} or more."
+                    f"Caption {i}, {_shortened(texts[i])}, is {count} tokens long and the limit text_len is "
+                    f"{length}. Shorten it, set text_too_long: truncate, or train with text_len: {count} or more."
                 )
-            batch[i] = self._cut(ids, length)
+            found[i] = self._cut(ids, length), count
+        return found
+
+    def _enough(self, texts: list[str], length: int) -> list[list[int]]:
+        """All ids of each caption, or of a very long one those of a beginning that has more than `length`."""
+        most = max(LONG, 8 * length)
+        batch = self._ids([beginning(text, most) for text in texts])
+        for i, text in enumerate(texts):
+            end = most
+            while len(text) > end and len(batch[i]) <= length:  # long tokens, or spaces, HTML entities and the like
+                end *= 4
+                [batch[i]] = self._ids([beginning(text, end)])
         return batch
 
     def _cut(self, ids: list[int], length: int) -> list[int]:
@@ -204,6 +227,8 @@ class BPETokenizer(Tokenizer):
     def train(cls, captions: Iterable[str], vocab_size: int) -> BPETokenizer:
         """Learn merges from captions, for at most `vocab_size` ids: fewer if no more pairs occur twice.
 
+        A caption counts up to LONG characters.
+
         Raises:
             TokenizerError: `vocab_size` is below 256, or no caption holds any text.
         """
@@ -211,7 +236,7 @@ class BPETokenizer(Tokenizer):
             raise TokenizerError(f"vocab_size is {vocab_size}; it must be at least {BYTES}, one id for every byte.")
         if isinstance(captions, str):
             raise TokenizerError("train takes a list of captions, and was given a single string.")
-        captions = [text for i, text in enumerate(captions) if _checked(text, i).strip()]
+        captions = [beginning(text, LONG) for i, text in enumerate(captions) if _checked(text, i).strip()]
         if not captions:
             raise TokenizerError("There is no caption to train a tokenizer on: the list is empty or all are blank.")
         bpe = tokenizers.Tokenizer(models.BPE())
@@ -314,6 +339,14 @@ def _clip_vocabulary() -> Path:
         if (Path(folder) / CLIP_VOCABULARY).is_file():
             return Path(folder) / CLIP_VOCABULARY
     raise TokenizerError(f"The clip tokenizer needs {CLIP_VOCABULARY} of open_clip_torch: pip install open_clip_torch.")
+
+
+def beginning(text: str, most: int) -> str:
+    """The first `most` characters, up to the end of a word if there is one; all of a text that is not longer."""
+    if len(text) <= most:
+        return text
+    words = text[:most].rsplit(maxsplit=1)
+    return words[0] if len(words) > 1 else text[:most]
 
 
 def _checked(text: str, i: int) -> str:

@@ -70,7 +70,7 @@ class Context:
     def cut(self, texts: Sequence[str]) -> int:
         """The number of texts that are longer than the model takes: only their beginning is scored."""
         longest = self.model.biart.config.text_len
-        return sum(len(ids) > longest for ids in self.model.tokenizer.encode_batch(list(texts)))
+        return sum(count > longest for _, count in self.model.tokenizer.encode_counted(list(texts), longest))
 
     def add_gallery(
         self, title: str, scored: str, scores: list[float], case_of: Callable[[int], tuple[Image.Image, str, str]]

@@ -12,7 +12,6 @@ import hashlib
 import itertools
 import json
 import os
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -20,10 +19,10 @@ from torch import Tensor
 
 from latent_verse.config.evaluate import EvalDataConfig
 from latent_verse.config.train import PairDataConfig
+from latent_verse.data.caption_files import coco_number, identifier
 from latent_verse.data.datasets import PAIRS, Given, Split
 
 GENERATED_SIZES = {"shapes": 256, "fake": 32}  # pairs where test_size does not say
-COCO_NAME = re.compile(r"(?:^|_)(\d{12})$")  # 000000391895.jpg, COCO_val2014_000000391895.jpg
 RULE = "images by SHA-256 of seed/name, one caption each by SHA-256 of seed/name/number; then the next captions"
 
 
@@ -42,6 +41,7 @@ class Pairs:
         names: of each image: its file's name, with the folders that distinguish it from others; a number if made up.
         ids: of each image, in the captions file; empty if they do not identify all images.
         made_up: whether there are no files.
+        left_out: how many images and captions the data has that cannot be used, by reason.
         unreadable: numbers of images that could not be read; complete once all have been asked for.
     """
 
@@ -64,10 +64,11 @@ class Pairs:
         self.made_up = made = None in paths
         known = getattr(self.dataset, "ids", {})
         ids = [known.get(path) for path in paths]
-        self.ids = ids if None not in ids and len(set(ids)) == len(ids) else []
+        self.ids = ids if None not in ids and len(set(map(identifier, ids))) == len(ids) else []
         root = None if made else os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
         self.names = [str(i) if made else os.path.relpath(os.path.abspath(path), root) for i, path in enumerate(paths)]
         self.source = self.dataset.describe()["source"]
+        self.left_out = {what: n for what, n in getattr(self.dataset, "left_out", {}).items() if n}
 
     def __len__(self) -> int:
         return len(self.names)
@@ -93,13 +94,10 @@ class Pairs:
         """The captions file's ids, or those in COCO's file names; else the names, or numbers for made-up images."""
         if self.ids:
             return self.ids
-        stems = [os.path.splitext(os.path.basename(name))[0] for name in self.names]
-        matches = [COCO_NAME.search(stem) for stem in stems]
-        if all(matches):
-            ids = [int(match[1]) for match in matches]
-            if len(set(ids)) == len(ids):
-                return ids
-        return [int(name) if name.isdigit() else name for name in self.names]
+        numbers = [coco_number(name) for name in self.names]
+        if None not in numbers and len(set(numbers)) == len(numbers):
+            return numbers
+        return [int(name) for name in self.names] if self.made_up else self.names
 
     def sample(self, count: int, seed: int) -> list[Sample]:
         """The first `count` captions of the fixed sample, or all there are."""

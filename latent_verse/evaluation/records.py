@@ -5,14 +5,15 @@ Protocols are compared word by word between runs: rewording one makes them "not 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, TypedDict
 
 from latent_verse import __version__
+from latent_verse.config import printable
 from latent_verse.data import DataError
+from latent_verse.files import FileError, read_json_object
 
 OWN = f"latent_verse {__version__}"
 SAME = ("library", "samples", "protocol", "seed", "dtype", "drawn")  # what two records must share to be comparable
@@ -82,7 +83,7 @@ class Records:
         """All metrics as lines to print, the missing ones with the reason."""
         rows = [(name, shown(record["value"]), _notes(record)) for name, record in self.values.items()]
         width = max((len(name) for name, _, _ in rows), default=0)
-        lines = [title, *(f"  {n:<{width}}  {v:>10}  {note}".rstrip() for n, v, note in rows)]
+        lines = [printable(title), *(f"  {n:<{width}}  {v:>10}  {note}".rstrip() for n, v, note in rows)]
         for reason in dict.fromkeys(self.missing.values()):
             names = ", ".join(name for name, why in self.missing.items() if why == reason)
             lines += [f"  missing: {names}", f"    {reason}"]
@@ -124,13 +125,15 @@ def _read_metrics(place: str) -> dict[str, dict]:
     if not path.is_file():
         raise DataError(f"compare: {path} does not exist. Give a run folder of eval_biart.py, or its metrics.json.")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json_object(path)
         for name, record in content["figures"].items():
             record["value"] = float(record["value"])
             for old, new in REWORDED.items() if not name.startswith("zero_shot/") else ():  # quotes the user's prompt
                 record["protocol"] = record["protocol"].replace(old, new)
         return {"figures": content["figures"], "missing": dict(content.get("missing", {}))}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:  # not JSON, or not of this form
+    except FileError as error:
+        raise DataError(f"compare: {error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:  # not of this form
         raise DataError(f"compare: {path} is not a metrics.json of eval_biart.py ({error!r}).") from error
 
 
@@ -142,7 +145,7 @@ def compare(first: str, second: str) -> str:
     """
     runs = [_read_metrics(place) for place in (first, second)]
     names = list(dict.fromkeys(name for run in runs for kind in ("figures", "missing") for name in run[kind]))
-    lines = [("", first, second, "difference", "")]
+    lines = [("", printable(first), printable(second), "difference", "")]
     for name in names:
         a, b = (run["figures"].get(name) for run in runs)
         cells = [shown(record["value"]) if record else "missing" for record in (a, b)]
@@ -153,7 +156,7 @@ def compare(first: str, second: str) -> str:
             both = (key for key in SAME if key in a and key in b)  # another system's outputs have no dtype
             other = [f"{key} {a[key]!r} and {b[key]!r}" for key in both if a[key] != b[key]]
             note = f"not comparable: {'; '.join(other)}" if other else ""
-        lines.append((name, *cells, difference, note))
+        lines.append((printable(name), *cells, difference, printable(note)))
     widths = [max(len(line[column]) for line in lines) for column in range(4)]
     rows = ([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:]), note] for name, *cells, note in lines)
     return "\n".join("  ".join(row).rstrip() for row in rows)

@@ -11,12 +11,13 @@ from PIL import Image
 from torch import Tensor
 
 from latent_verse.data import DataError
+from latent_verse.data.caption_files import setting_named
 from latent_verse.data.images import ImageDataset
 from latent_verse.evaluation import samples
 from latent_verse.evaluation.context import Context
 from latent_verse.evaluation.pairs import ordered
 from latent_verse.evaluation.records import OWN
-from latent_verse.files import write_text
+from latent_verse.files import text_lines, write_text
 from latent_verse.machine import versions
 from latent_verse.metrics import captions, likelihood
 from latent_verse.metrics.image_quality import as_pil
@@ -145,15 +146,16 @@ def class_names(folders: list[str], file: str | None) -> list[str]:
     """A name for each folder: its own, underscores as spaces, or that in the lines `folder<TAB>name` of `file`.
 
     Raises:
-        DataError: the file cannot be read, or lacks a folder.
+        DataError: the file cannot be read, lacks a folder, or gives it two names.
     """
     if file is None:
         return [folder.replace("_", " ") for folder in folders]
-    try:
-        lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"class_names: {file} cannot be read as UTF-8 text: {error}") from error
-    known = dict(line.split("\t", 1) for line in lines if "\t" in line)
+    known: dict[str, str] = {}
+    with setting_named("class_names"):
+        for number, line in enumerate(text_lines(file), start=1):
+            folder, tab, name = line.partition("\t")
+            if tab and known.setdefault(folder, name) != name:
+                raise DataError(f"class_names: {file} line {number} names {folder} a second time. Keep one name.")
     without = [folder for folder in folders if not known.get(folder, "").strip()]
     if without:
         raise DataError(f"class_names: {file} has no line `{without[0]}<TAB>name` ({len(without)} folders lack one).")

@@ -51,7 +51,7 @@ def run(ranks: Ranks, config: EvalBiARTConfig, tasks: tuple[str, ...], yaml_text
                     print(f"{task} ...", flush=True)
                 about[task] = WORK[task](context)
             context.pairs.unreadable = set().union(*ranks.gather({ranks.rank: context.pairs.unreadable}).values())
-        except ValueError:  # keep the results of the tasks before it, which may have taken hours
+        except BaseException:  # keep the results of the tasks before it, which may have taken hours
             if ranks.is_first and about:
                 write(context, tuple(about), about, yaml_text)
             raise
@@ -107,14 +107,17 @@ def _open_folder(config: EvalBiARTConfig) -> Path:
     return folder
 
 
-def _keep_earlier(folder: Path, settings: dict[str, dict]) -> None:
-    """Rename results of different settings in the folder, so that they are not overwritten: metrics-1.json, ..."""
+def _keep_earlier(folder: Path, settings: dict[str, dict]) -> str:
+    """Rename results of different settings in the folder, so that they are not overwritten: metrics-1.json, ...
+
+    Returns what to say about it.
+    """
     file = folder / "metrics.json"
     if not file.is_file():
-        return
+        return ""
     try:
         if json.loads(file.read_text(encoding="utf-8"))["settings"] == json.loads(json.dumps(settings)):
-            return
+            return ""
     except (ValueError, KeyError, TypeError):
         pass  # another program's: kept as well
     number = next(n for n in itertools.count(1) if not (folder / f"metrics-{n}.json").exists())
@@ -122,7 +125,7 @@ def _keep_earlier(folder: Path, settings: dict[str, dict]) -> None:
         old = folder / name
         if old.is_file():
             old.rename(folder / f"{old.stem}-{number}{old.suffix}")
-    print(f"{file} had different settings: kept as metrics-{number}.json")
+    return f"{file} had different settings: kept as metrics-{number}.json\n"
 
 
 def write(c: Context, tasks: tuple[str, ...], about: dict[str, dict | None], yaml_text: str) -> None:
@@ -135,17 +138,18 @@ def write(c: Context, tasks: tuple[str, ...], about: dict[str, dict | None], yam
         "judged": evaluated,
         "tasks": list(tasks),
         "checkpoint": c.records.checkpoint,
-        "data": {"source": c.pairs.source, "pictures": len(c.pairs), "unreadable": len(c.pairs.unreadable)},
+        "data": {"source": c.pairs.source, "pictures": len(c.pairs), "unreadable": len(c.pairs.unreadable)}
+        | ({"left_out": c.pairs.left_out} if c.pairs.left_out else {}),
         "draw": draw,
         "about": {task: said for task, said in about.items() if said},
         "facts": facts,
         "settings": as_plain(c.config),
     }
-    _keep_earlier(c.folder, content["settings"])
+    kept = _keep_earlier(c.folder, content["settings"])
     write_text(c.folder / "metrics.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     write_text(c.folder / "config.yaml", yaml_text)
     title = f"{evaluated} on {c.pairs.source}"
     about_run = facts | {"captions": draw, "checkpoint": c.records.checkpoint}
     page.write(c.folder / "index.html", title, c.records, c.galleries, about_run, yaml_text)
-    print(c.records.table(title))
+    print(kept + c.records.table(title))  # all is written by now: printing may fail
     print(f"Written to {c.folder}: metrics.json and index.html")

@@ -73,7 +73,7 @@ def save_png(image: Image.Image, path: Path, about: dict[str, str]) -> None:
     """Write a PNG, whole or not at all, with `about` as its text metadata (`Image.open(path).text`)."""
     info = PngInfo()
     for key, value in about.items():
-        info.add_text(key, value)
+        info.add_text(key, value.encode("utf-8", "backslashreplace").decode())  # names that are not UTF-8
     with replacing(path) as unfinished:
         image.save(unfinished, format="PNG", pnginfo=info)
 

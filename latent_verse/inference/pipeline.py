@@ -327,13 +327,12 @@ class LVerse:
         """
         items: list[str] = _listed(texts, str, "texts")
         length = self.biart.config.text_len
-        whole = self.tokenizer.encode_batch(items, too_long=self.too_long)
-        ids = self.tokenizer.encode_batch(items, length, self.too_long) if max(map(len, whole)) > length else whole
-        for i, (all_of_it, kept) in enumerate(zip(whole, ids, strict=True)):
-            if len(all_of_it) > length:
+        found = self.tokenizer.encode_counted(items, length, self.too_long)
+        for i, (kept, count) in enumerate(found):
+            if count > length:
                 cut = f"text_len is {length}: cut to {self.tokenizer.decode(kept)!r}"
-                warnings.warn(f"text {i} has {len(all_of_it)} tokens, {cut}", stacklevel=3)
-        return self.biart.vocab.pad_text(ids)
+                warnings.warn(f"text {i} has {count} tokens, {cut}", stacklevel=3)
+        return self.biart.vocab.pad_text([kept for kept, _ in found])
 
     def _images(self, codes_RSN: Tensor) -> list[list[Image.Image]]:
         R, S, _ = codes_RSN.shape

@@ -13,17 +13,18 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
-from latent_verse.config import ConfigError
+from latent_verse.config import ConfigError, printable
 from latent_verse.config.generate import GenerateConfig
 from latent_verse.data import DataError
 from latent_verse.data.images import EXTENSIONS, describe_files, walk
-from latent_verse.files import write_text
+from latent_verse.files import FileError, text_lines, write_text
 from latent_verse.inference.image_io import grid, load_image, save_png, to_images
 from latent_verse.inference.pipeline import LVerse, best_device
 from latent_verse.training import runs
 
 GROUP = 1024  # images in memory at a time
 GRID_ROWS = 64  # of grid.png
+TEXT_FILE_BYTES = 1 << 26  # 64 MiB: the images of more texts would not fit into memory
 
 
 def _open_folder(out: str | None, overwrite: bool) -> Path:
@@ -95,9 +96,10 @@ def caption_images(model: LVerse, config: GenerateConfig, folder: Path) -> None:
         captions = model.image_to_text([image for _, image in group], config.draw.num, **settings)
         for (name, _), found in zip(group, captions, strict=True):
             lines.append({"image": name, "captions": found, "settings": settings, **_about(model)})
-            print("\n".join(f"{name}: {text}" for text in found))
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "captions.jsonl", _jsonl(lines))  # after each group: a later image may be an error
+        for (name, _), found in zip(group, captions, strict=True):  # written first: printing may fail too
+            print("\n".join(f"{printable(name)}: {printable(text)}" for text in found))
     print(f"Written to {folder / 'captions.jsonl'}")
 
 
@@ -107,11 +109,12 @@ def print_scores(model: LVerse, config: GenerateConfig) -> None:
     images = list(read_images([name], model.vae.config.resolution))
     tensors = [image for _, image in images]
     of_text, of_image = (model.score(tensors, texts, given=given).tolist() for given in ("image", "text"))
-    width = max(len("image"), *(len(name) for name, _ in images))
+    shown = [printable(name) for name, _ in images]
+    width = max(len("image"), *map(len, shown))
     print(f"{'log p(text | image)':>19}  {'log p(image | text)':>19}  {'image':<{width}}  text")
-    for i, (name, _) in enumerate(images):
+    for i, name in enumerate(shown):
         for j, text in enumerate(texts):
-            print(f"{of_text[i][j]:>19.3f}  {of_image[i][j]:>19.3f}  {name:<{width}}  {text}")
+            print(f"{of_text[i][j]:>19.3f}  {of_image[i][j]:>19.3f}  {name:<{width}}  {printable(text)}")
 
 
 def _read_texts(config: GenerateConfig) -> list[str]:
@@ -120,9 +123,11 @@ def _read_texts(config: GenerateConfig) -> list[str]:
     if name is None:
         return list(config.what.text)
     try:
-        texts = [line.strip() for line in Path(name).read_text(encoding="utf-8-sig").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"text_file: {name} cannot be read as UTF-8 text: {error}") from error
+        if os.path.isfile(name) and os.path.getsize(name) > TEXT_FILE_BYTES:
+            raise ConfigError(f"text_file: {name} is larger than {TEXT_FILE_BYTES} bytes. Split it.")
+        texts = [line.strip() for line in text_lines(name)]
+    except FileError as error:
+        raise ConfigError(f"text_file: {error}") from error
     texts = [text for text in texts if text]
     if not texts:
         raise ConfigError(f"text_file: {name} holds no text; write one text per line.")
@@ -135,7 +140,7 @@ def _find_images(names: Sequence[str]) -> list[tuple[str, bool]]:
     for name in names:
         path, others = Path(name), Counter[str]()
         if not path.exists():
-            raise DataError(f"{name} does not exist. Give an image or a folder of images.")
+            raise DataError(f"{printable(name)} does not exist. Give an image or a folder of images.")
         inside = [str(path / file) for file in walk(str(path), EXTENSIONS, others)] if path.is_dir() else []
         if path.is_dir() and not inside:
             raise DataError(f"no image below {name}: looked for {' '.join(EXTENSIONS)}, {describe_files(others)}.")
@@ -156,7 +161,7 @@ def read_images(names: Sequence[str], resolution: int) -> Iterator[tuple[str, Te
         except DataError as error:
             if named:
                 raise
-            print(f"left out: {error}", file=sys.stderr)
+            print(f"left out: {printable(error)}", file=sys.stderr)
             unreadable += 1
         else:
             yield file, x_CHW

@@ -18,6 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from latent_verse.data import DataError
+from latent_verse.data.caption_files import coco_number, identifier, setting_named, short
+from latent_verse.data.text import LONG, beginning
+from latent_verse.files import parse_json, read_json, text_lines
 
 PTB = "PTBTokenizer (Stanford CoreNLP 3.4.1), lower case, punctuation removed"
 PLAIN = "a regular expression in place of PTBTokenizer: lower case, words and clitics, punctuation removed"
@@ -41,6 +44,8 @@ class CaptionScores:
 
 def score(generated: Sequence[str], references: Sequence[Sequence[str]], java: bool = True) -> CaptionScores:
     """All metrics of one caption per image against the image's references; without those in Java if `java` is False.
+
+    Of a text of more than LONG characters the beginning counts: ROUGE-L takes time and memory by the square.
 
     Raises:
         DataError: no captions, or an image without references.
@@ -144,8 +149,9 @@ def _tokenize(
     no_java = "" if java else "needs Java, which java: false turns off"
     if java and not shutil.which("java"):
         no_java = "needs Java, and there is no `java` on this machine's PATH"
-    res = {i: [" ".join(text.split())] for i, text in enumerate(generated)}
-    gts = {i: [" ".join(text.split()) for text in texts] for i, texts in enumerate(references)}
+    line = lambda text: " ".join(beginning(text, LONG).split())  # noqa: E731
+    res = {i: [line(text)] for i, text in enumerate(generated)}
+    gts = {i: [line(text) for text in texts] for i, texts in enumerate(references)}
     if not no_java:
         try:
             return _ptb(res), _ptb(gts), PTB, ""
@@ -203,51 +209,95 @@ def read_captions_file(path: Path, ids: Sequence[int | str], names: Sequence[str
     Args:
         path: COCO results JSON ([{"image_id", "caption"}]), or JSON lines with `image` and `captions` (the first
             counts) or `caption`, as generate.py writes them.
-        ids, names: of the data's images; entries are matched by id, by name, or by the name without folders.
+        ids, names: of the data's images; entries are matched by id, by the id in a name like COCO's, by name, or by as
+            many of its last folders as both have.
 
     Raises:
-        DataError: no such file, another format, an image without a caption, or no caption of an image of the data.
+        DataError: no such file, another format, an image without a caption, one with two different captions or whose
+            name could be that of several images, or no caption of an image of the data.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"captions_file: {path} cannot be read as UTF-8 text: {error}") from error
-    try:
-        if text.lstrip().startswith("["):
-            entries = json.loads(text)
-        else:
-            entries = [json.loads(line) for line in text.splitlines() if line.strip()]
-    except ValueError as error:
-        raise DataError(f"captions_file: {path} is neither COCO results JSON nor JSON lines ({error}).") from error
-    places = {os.path.basename(name): i for i, name in reversed(list(enumerate(names)))}  # of equal ones, the first
-    places |= {name: i for i, name in enumerate(names)} | {found: i for i, found in enumerate(ids)}
+    with setting_named("captions_file"):
+        entries = _read_entries(path)
+    places = _Places(ids, names)
     captions: dict[int, str] = {}
+    came: dict[int, int] = {}  # the entry that gave each image its caption
     unknown = []
     for number, entry in enumerate(entries):
+        where = f"captions_file: entry {number} of {path}"
         try:
-            key = entry["image_id"] if "image_id" in entry else entry["image"]
-            caption = entry["caption"] if "caption" in entry else entry["captions"][0]
+            field = "image_id" if "image_id" in entry else "image"
+            key, caption = entry[field], entry["caption"] if "caption" in entry else entry["captions"][0]
         except (TypeError, KeyError, IndexError) as error:
-            raise DataError(
-                f"captions_file: entry {number} of {path} is {str(entry)[:80]!r}; it needs image_id (or image) and "
-                "caption (or captions)."
-            ) from error
+            needed = "it needs image_id (or image) and caption (or captions)"
+            raise DataError(f"{where} is {short(entry)}; {needed}.") from error
         if not isinstance(caption, str):
-            raise DataError(f"captions_file: the caption of entry {number} of {path} is {caption!r}, not a text.")
-        place = places.get(key, places.get(os.path.basename(str(key))))
+            raise DataError(f"captions_file: the caption of entry {number} of {path} is {short(caption)}, not a text.")
+        if identifier(key) is None:
+            raise DataError(f"{where}: {field} is {short(key)}, which is no int or str.")
+        place = places.find(key, where)
         if place is None:
             unknown.append(key)
+        elif captions.setdefault(place, caption) != caption:
+            raise DataError(f"{where}: the image {short(key)} has another caption in entry {came[place]}. Keep one.")
         else:
-            captions.setdefault(place, caption)
+            came.setdefault(place, number)
     without = [str(ids[i]) for i in range(len(ids)) if i not in captions]
     if unknown and len(unknown) == len(entries):
-        raise DataError(f"captions_file: none of its images ({unknown[0]!r}, ...) is in the data ({names[0]!r}, ...).")
+        raise DataError(
+            f"captions_file: none of its images ({short(unknown[0])}, ...) is in the data ({names[0]!r}, ...)."
+        )
     if without:
         raise DataError(
             f"captions_file: {path} has no caption for {len(without)} of {len(ids)} images (the first: {without[0]}). "
             "The field's metrics are over all images: complete the file, or limit both with caption_pictures."
         )
     return [captions[i] for i in range(len(ids))]
+
+
+def _read_entries(path: Path) -> list:
+    """The entries of COCO results JSON, which begins with a bracket, or of JSON lines."""
+    first = next((line for line in text_lines(path) if line.strip()), "")
+    if not first.lstrip().startswith("["):
+        lines = enumerate(text_lines(path), start=1)
+        return [parse_json(line, f"{path} line {number}") for number, line in lines if line.strip()]
+    content = read_json(path)
+    assert isinstance(content, list)  # its first character says so
+    return content
+
+
+class _Places:
+    """Which image of the data an id or a name in a captions file means."""
+
+    def __init__(self, ids: Sequence[int | str], names: Sequence[str]):
+        self.names = names
+        self.by_id = {identifier(found): i for i, found in enumerate(ids)}
+        whole = {name: i for i, name in reversed(list(enumerate(names)))}  # of equal ones, the first
+        self.by_name = {name: [i] for name, i in whole.items()}
+        for name, i in whole.items():
+            for ending in _endings(name)[1:]:
+                if ending not in whole:
+                    self.by_name.setdefault(ending, []).append(i)
+
+    def find(self, key: int | str, where: str) -> int | None:
+        """The number of the image; None if it is not in the data.
+
+        Raises:
+            DataError: several images have this name.
+        """
+        for found in (identifier(key), coco_number(str(key))):
+            if found in self.by_id:
+                return self.by_id[found]
+        places = next((self.by_name[ending] for ending in _endings(str(key)) if ending in self.by_name), [])
+        if len(places) > 1:
+            both = " and ".join(self.names[i] for i in places[:2])
+            raise DataError(f"{where}: {short(key)} could be {both}. Give the path with its folders.")
+        return places[0] if places else None
+
+
+def _endings(name: str) -> list[str]:
+    """a/b/c -> a/b/c, b/c, c."""
+    parts = name.replace(os.sep, "/").split("/")
+    return ["/".join(parts[start:]) for start in range(len(parts))]
 
 
 def coco_results(ids: Sequence[int | str], captions: Sequence[str]) -> str:

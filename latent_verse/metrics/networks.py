@@ -172,7 +172,10 @@ class ClipNetwork:
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> Tensor:
         """The vectors of texts; the model's tokenizer truncates those that exceed its context."""
-        return self.model.encode_text(self.tokenizer(list(texts)).to(self.device), normalize=True).float().cpu()
+        from latent_verse.data.text import LONG, beginning  # imports tokenizers, which no other network needs
+
+        tokens = self.tokenizer([beginning(text, LONG) for text in texts])
+        return self.model.encode_text(tokens.to(self.device), normalize=True).float().cpu()
 
 
 def open_clip_network(model: str, pretrained: str, device: str = "cpu") -> ClipNetwork:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import json
+import os
 import subprocess
 import sys
 import time
@@ -16,7 +19,7 @@ import torch
 from PIL import Image
 
 from latent_verse.commands import generate
-from latent_verse.config import ConfigError, cli, setting
+from latent_verse.config import ConfigError, cli, printable, setting
 from latent_verse.config.generate import TASKS, USED, GenerateConfig, GenerateSamplingConfig, WhatConfig, WriteConfig
 from latent_verse.inference import tasks
 from latent_verse.inference.pipeline import LVerse
@@ -49,7 +52,7 @@ def run(bundle, *argv):
 
 
 def lines(file):
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
 
 
 # --------------------------------------------------------------------------------------------------------------- tasks
@@ -84,6 +87,20 @@ def test_text_file_holds_one_text_a_line(bundle, tmp_path):
     assert [entry["text"] for entry in lines(tmp_path / "out" / "pictures.jsonl")] == TEXTS
 
 
+def test_a_line_of_a_text_file_ends_at_its_newline_only(bundle, tmp_path, capsys):
+    file = tmp_path / "texts.txt"
+    file.write_bytes("a\u2028b\x85c\r\nd\x0be\n".encode())
+    assert run(bundle, "--text_file", file, "--out", tmp_path / "out", "--temperature", 0) == 0
+    assert [entry["text"] for entry in lines(tmp_path / "out" / "pictures.jsonl")] == ["a\u2028b\x85c", "d\x0be"]
+    file.write_bytes(b"fine\nB\xe4r\n")
+    assert run(bundle, "--text_file", file) == 2
+    assert naming("text_file", file, "UTF-8", "line 2", "byte 6").search(capsys.readouterr().err)
+    with open(file, "wb") as empty:
+        empty.truncate(1 << 40)  # no byte of it is read
+    assert run(bundle, "--text_file", file) == 2
+    assert naming("text_file", file, tasks.TEXT_FILE_BYTES).search(capsys.readouterr().err)
+
+
 def test_image_gives_captions(bundle, images, tmp_path, capsys):
     out = tmp_path / "out"
     argv = ["--image", images, images / "a.png", "--out", out, "--num", 2, "--temperature", 0.8, "--seed", 3]
@@ -95,7 +112,7 @@ def test_image_gives_captions(bundle, images, tmp_path, capsys):
     expected = model.image_to_text(files, 2, temperature=0.8, seed=3)
     assert [entry["captions"] for entry in found] == expected
     assert found[0]["settings"]["temperature"] == 0.8 and found[0]["model"] == model.fingerprints
-    assert f"{files[1]}: {expected[1][0]}" in capsys.readouterr().out
+    assert f"{files[1]}: {printable(expected[1][0])}" in capsys.readouterr().out
 
 
 def test_captions_are_greedy_by_default_or_by_beams(bundle, images, tmp_path):
@@ -148,6 +165,41 @@ def test_complete_writes_images_and_shows_the_given_one(bundle, images, tmp_path
     about = Image.open(out / "0000_00.png").text
     assert about["rows"] == "2" and about["completed"].endswith("a.png") and about["text"] == "".join(texts)
     assert Image.open(out / "grid.png").width > 3 * 128
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_names_that_are_not_utf8_survive_and_nothing_printed_moves_the_cursor(bundle, tmp_path, monkeypatch, encoding):
+    names = [b"lat\xe9.png", "é.png".encode(), b"\x1b[2J.png", b"two\nlines.png"]
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name in names:
+        with open(os.path.join(os.fsencode(folder), name), "wb") as file:
+            photo().save(file, "PNG")
+    files = [os.path.join(folder, os.fsdecode(name)) for name in names]
+    out = tmp_path / "out"
+    for argv in (["--image", folder, "--out", out], ["--score", folder, "a\x1b[2Jb", "é"]):
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding))
+        assert run(bundle, *argv) == 0
+        sys.stdout.flush()
+        printed = sys.stdout.buffer.getvalue()
+        assert b"lat\\udce9.png" in printed and b"two\\nlines.png" in printed and b"\x1b" not in printed
+    assert sorted(entry["image"] for entry in lines(out / "captions.jsonl")) == sorted(files)
+    assert all(os.path.exists(entry["image"]) for entry in lines(out / "captions.jsonl"))
+    out = tmp_path / "out2"
+    assert run(bundle, "--complete", files[0], "--rows", 2, "--out", out) == 0
+    assert lines(out / "pictures.jsonl")[0]["completed"] == files[0]
+    assert Image.open(out / "0000_00.png").text["completed"].endswith("lat\\udce9.png")
+
+
+def test_what_cannot_be_printed_is_written(bundle, images, tmp_path, monkeypatch):
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sys, "stdout", Full())
+    with contextlib.suppress(OSError):
+        assert run(bundle, "--image", images, "--out", tmp_path / "out") != 0
+    assert len(lines(tmp_path / "out" / "captions.jsonl")) == 2
 
 
 # ------------------------------------------------------------------------------------------------------------- folders

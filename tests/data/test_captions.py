@@ -159,19 +159,19 @@ def test_coco(coco):
 
 def test_coco_errors(coco, tmp_path):
     path, images = coco
-    with pytest.raises(DataError, match=naming("train_dir", tmp_path / "captions.json")):
+    with pytest.raises(DataError, match=naming("train_captions", tmp_path / "captions.json")):
         CocoCaptions(tmp_path / "captions.json", images, R)
-    with pytest.raises(DataError, match=naming("train_dir", images, "folder")):
+    with pytest.raises(DataError, match=naming("train_captions", images, "folder")):
         CocoCaptions(images, images, R)
-    with pytest.raises(DataError, match=naming("train_dir", tmp_path / "empty.json", "0 bytes")):
+    with pytest.raises(DataError, match=naming("train_captions", tmp_path / "empty.json", "0 bytes")):
         CocoCaptions(write(tmp_path / "empty.json", ""), images, R)
-    with pytest.raises(DataError, match=naming("train_dir", tmp_path / "cut.json", "JSON")):
+    with pytest.raises(DataError, match=naming("train_captions", tmp_path / "cut.json", "JSON")):
         CocoCaptions(write(tmp_path / "cut.json", path.read_text()[:50]), images, R)
-    facts = ["train_dir", tmp_path / "instances.json", "annotations[0]", "caption", "image_id", "bbox"]
+    facts = ["train_captions", tmp_path / "instances.json", "annotations[0]", "caption", "image_id", "bbox"]
     with pytest.raises(DataError, match=naming(*facts)):
         instances = {"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": [{"image_id": 1, "bbox": []}]}
         CocoCaptions(write(tmp_path / "instances.json", json.dumps(instances)), images, R)
-    with pytest.raises(DataError, match=naming("train_dir", tmp_path / "list.json", "images", "list")):
+    with pytest.raises(DataError, match=naming("train_captions", tmp_path / "list.json", "images", "list")):
         CocoCaptions(write(tmp_path / "list.json", "[]"), images, R)
     (tmp_path / "elsewhere").mkdir()
     with pytest.raises(DataError, match=naming(3, "1.jpg", tmp_path / "elsewhere")):
@@ -264,13 +264,13 @@ def test_json_lines(tmp_path):
         ("t.csv", "img,words\na.png,x\n", ["img", "words", "image", "image_path"]),
         ("t.csv", "image,words\na.png,x\n", ["image", "words", "caption", "captions", "text", "title"]),
         ("t.csv", "image,caption\na.png,red, green\n", ["line 2", 2, "image, caption"]),
-        ("t.csv", "image,caption\n", ["train_dir", "no image"]),
-        ("t.csv", "image,caption\ngone.png,x\n", ["train_dir", 1, "gone.png"]),
-        ("t.csv", "", ["train_dir", "0 bytes"]),
+        ("t.csv", "image,caption\n", ["train_captions", "no image"]),
+        ("t.csv", "image,caption\ngone.png,x\n", ["train_captions", 1, "gone.png"]),
+        ("t.csv", "", ["train_captions", "0 bytes"]),
         ("t.jsonl", '{"image": "a.png", "caption": "x"}\n{"image": ', ["line 2", "JSON"]),
         ("t.jsonl", "[1]\n", ["line 1", "list"]),
         ("t.jsonl", '{"image": "a.png", "caption": 5}', ["a.png", 5]),
-        ("t.parquet", "x", ["train_dir", ".csv", ".tsv", ".jsonl"]),
+        ("t.parquet", "x", ["train_captions", ".csv", ".tsv", ".jsonl"]),
     ],
 )
 def test_table_errors(tmp_path, name, text, facts):

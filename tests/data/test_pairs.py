@@ -15,9 +15,11 @@ from PIL import Image
 from latent_verse.config import ConfigError
 from latent_verse.config.train import PairDataConfig, resolve_pairs
 from latent_verse.data import DataError, pairs
+from latent_verse.data.captions import EncodedCaption
+from latent_verse.data.codes import STORED_IDS
 from latent_verse.data.datasets import open_pairs
 from latent_verse.data.modules import PairDataModule
-from latent_verse.data.pairs import CaptionEncoder, PairShards, all_captions, captions_of
+from latent_verse.data.pairs import CaptionEncoder, PairShards, all_captions, captions_of, work_of_shards
 from latent_verse.data.shards import TrainShards
 from latent_verse.data.text import BPETokenizer, TokenizerError
 from tests.messages import naming
@@ -166,6 +168,15 @@ def test_too_long_captions_are_cut_or_refused(files, tokenizer):
         next(iter(data.train_dataloader()))
 
 
+@pytest.mark.parametrize("text_len", [4, STORED_IDS - 4, STORED_IDS - 3, STORED_IDS + 500])
+def test_stored_ids_of_a_very_long_caption_are_a_beginning_and_training_takes_what_it_needs(tokenizer, text_len):
+    text = "the 7 th image é字 " * 2000
+    stored = EncodedCaption(text, tokenizer.encode_batch([text], STORED_IDS)[0])
+    assert STORED_IDS - 4 < len(stored.ids) <= STORED_IDS
+    encode = CaptionEncoder(tokenizer, text_len, "truncate", PAD)
+    assert torch.equal(encode([stored]), encode([text]))
+
+
 def equal(a, b):
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
@@ -246,6 +257,62 @@ def test_samples_without_a_caption_are_counted(tmp_path, tokenizer):
     assert captions_of({"json": json.dumps({"captions": ["a  b", "", 3]}).encode()}) == ["a b"]
     both = {"txt": b" \n", "json": b'{"caption": "found"}'}
     assert captions_of(both) == ["found"] and captions_of({**both, "txt": b"first"}) == ["first"]
+
+
+@pytest.mark.parametrize(
+    ("members", "reason"),
+    [
+        ({"txt": "Bär".encode("latin-1")}, ["UTF-8", "line 1", "byte 1"]),
+        ({"txt": "a dog".encode("utf-16")}, ["UTF-8"]),
+        ({"txt": b"a\0 \0d\0"}, ["not text"]),
+        ({"json": b'{"caption": "B\xe4r"}'}, ["UTF-8"]),
+        ({"json": b"{"}, ["JSON"]),
+        ({"json": b"[" * 100_000}, ["JSON"]),
+        ({"json": b'{"caption": "\\ud83d"}'}, ["not text"]),
+        ({"json": b'{"caption": 3}'}, ["3"]),
+        ({"json": b'{"caption": {"en": "x"}}'}, ["{'en': 'x'}"]),
+        ({"json": b'{"captions": [3, null]}'}, ["[3, None]"]),
+        ({"txt": b" \n\xe3\x80\x80\xe2\x80\x8b"}, ["caption"]),
+        ({}, ["caption"]),
+    ],
+)
+def test_a_bad_caption_in_shards_is_left_out_logged_and_counted(tmp_path, tokenizer, caplog, members, reason):
+    """As in a folder, in training, evaluation and extraction of codes alike."""
+    write_tar(tmp_path / "a.tar", range(4))
+    write_tar(tmp_path / "b.tar", [4], text=None)
+    with tarfile.open(tmp_path / "b.tar", "a") as tar:
+        for kind, data in members.items():
+            member = tarfile.TarInfo(f"0004.{kind}")
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    given = {"dataset": "webdataset", "train_dir": str(tmp_path), "val_dir": str(tmp_path)}
+    with pytest.raises(DataError, match=naming("train_dir", 1, tmp_path / "b.tar", "0004", *reason)):
+        module(tokenizer, **{**given, "train_dir": str(tmp_path / "b.tar")})
+    data = module(tokenizer, **given)
+    assert len(list(all_captions(data.datasets["train"]))) == 4
+    for loader in (data.val_dataloader(), data.train_dataloader()):
+        caplog.clear()
+        assert sum(len(batch[0]) for batch in loader) == 4
+        assert [naming("0004", *reason).search(record.message) is not None for record in caplog.records] == [True]
+    assert data.skipped == 2  # of training and of validation
+    caplog.clear()
+    shards = PairShards(str(tmp_path), R)
+    loaded = [load() for part in work_of_shards(shards, 1) for _, load, _ in part]
+    assert [image is not None for image in loaded] == [True] * 4 + [False]
+    assert shards.skipped.count == len(caplog.records) == 1
+
+
+def test_names_in_shards_need_not_be_utf8(tmp_path, tokenizer):
+    write_tar(tmp_path / "a.tar", range(2))
+    data = (tmp_path / "a.tar").read_bytes()
+    with tarfile.open(tmp_path / "b.tar", "w") as out, tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        for member in tar:
+            content = tar.extractfile(member)
+            member.name = "lat\udce9" + member.name
+            out.addfile(member, content)
+    data = module(tokenizer, dataset="webdataset", train_dir=str(tmp_path / "b.tar"), val_dir=str(tmp_path / "b.tar"))
+    for loader in (data.train_dataloader(), data.val_dataloader()):
+        assert sum(len(batch[0]) for batch in loader) == 2
 
 
 def test_shards_without_any_caption_are_named(tmp_path, tokenizer, monkeypatch):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from latent_verse.data import text as text_module
 from latent_verse.data.text import BPETokenizer, ClipTokenizer, TokenizerError, load_tokenizer
 from tests.messages import naming
 
@@ -235,3 +236,51 @@ def test_load_errors_name_the_file(bpe, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"name": "word"}))
     with pytest.raises(TokenizerError, match=naming(tmp_path / "tokenizer_config.json", "word", "clip", "bpe")):
         load_tokenizer(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------- long captions
+
+
+@pytest.fixture
+def tokenized(monkeypatch):
+    """The longest text that a tokenizer was given, in characters."""
+    seen = []
+    for kind in (text_module.BPETokenizer, text_module.ClipTokenizer):
+        ids = kind._ids
+        monkeypatch.setattr(kind, "_ids", lambda self, texts, ids=ids: seen.extend(map(len, texts)) or ids(self, texts))
+    return seen
+
+
+@pytest.mark.parametrize("which", ["bpe", "clip"])
+def test_a_very_long_caption_is_tokenized_only_as_far_as_it_is_needed(which, request, tokenized):
+    tokenizer = request.getfixturevalue(which)
+    long = "a red circle above two blue squares, " * 30_000  # 1.1 million characters
+    short = long[:5000]
+    [(ids, count), (of_short, count_of_short)] = tokenizer.encode_counted([long, short], 24)
+    assert ids == of_short == tokenizer.encode_batch([short])[0][:24]
+    assert max(tokenized) <= text_module.LONG and count > 24
+    assert count_of_short == len(tokenizer.encode(short))  # exact for ordinary ones
+    with pytest.raises(TokenizerError, match=naming("text_len", 24, count)):
+        tokenizer.encode_batch([long], 24, "error")
+    assert len(tokenizer.encode(long[:50_000])) > 10_000  # without a limit, all of it
+
+
+@pytest.mark.parametrize("which", ["bpe", "clip"])
+def test_what_comes_late_in_a_long_caption_counts_where_it_is_needed(which, request):
+    """Spaces give no tokens: the caption is not too long, however many characters it has."""
+    tokenizer = request.getfixturevalue(which)
+    caption = "a red circle" + " \u3000" * 100_000 + " and a blue square"
+    [ids] = tokenizer.encode_batch([caption], 12, "error")
+    assert ids == tokenizer.encode(caption) and tokenizer.decode(ids).endswith("blue square")
+
+
+def test_a_cut_never_falls_into_a_word_if_there_is_another():
+    assert text_module.beginning("one two three", 9) == "one two" and text_module.beginning("one two", 7) == "one two"
+    assert text_module.beginning("onetwothree", 6) == "onetwo" and text_module.beginning("   ", 2) == "  "
+
+
+def test_bpe_learns_from_the_beginning_of_a_very_long_caption():
+    words = "a red circle and a blue square " * 400
+    assert len(words) > text_module.LONG
+    one = BPETokenizer.train([words], 300)
+    assert one.fingerprint == BPETokenizer.train([words + "zebra crossing " * 10_000], 300).fingerprint

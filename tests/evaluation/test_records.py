@@ -101,3 +101,23 @@ def test_files_that_hold_no_records_are_named(tmp_path, capsys, content):
 )
 def test_best_median_and_worst(scores, count, expected):
     assert tuple(choose(scores, count).values()) == expected
+
+
+@pytest.mark.parametrize(
+    "data", [b'\xef\xbb\xbf{"figures": {"x": {"value": "B\xe4r"}}}', b"[" * 100_000, b'{"a": ' + b"9" * 5000 + b"}"]
+)
+def test_a_damaged_metrics_file_is_one_line(tmp_path, capsys, data):
+    (tmp_path / "a.json").write_bytes(data)
+    assert eval_biart.main(["--compare", str(tmp_path / "a.json"), str(tmp_path / "a.json")]) == 2
+    said = capsys.readouterr().err
+    assert naming("compare", tmp_path / "a.json").search(said) and said.count("\n") == 1
+
+
+def test_a_byte_order_mark_is_no_text_and_what_is_printed_cannot_move_the_cursor(tmp_path, capsys):
+    records = Records({}, 0)
+    records.add("x", 1.0, samples=3, library="l 1.0", protocol="p")
+    content = json.loads(json.dumps(records.as_json()).replace('"x"', '"\\u001b[2Jx"'))
+    (tmp_path / "a.json").write_text("\ufeff" + json.dumps(content), encoding="utf-8")
+    assert eval_biart.main(["--compare", str(tmp_path / "a.json"), str(tmp_path / "a.json")]) == 0
+    printed = capsys.readouterr().out
+    assert "\x1b" not in printed and r"\x1b[2Jx" in printed

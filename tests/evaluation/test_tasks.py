@@ -40,3 +40,15 @@ def test_class_names_of_a_file_and_of_folders(tmp_path):
         class_names(["n01", "n03"], str(file))
     with pytest.raises(DataError, match=naming("class_names", tmp_path / "none")):
         class_names(["n01"], str(tmp_path / "none"))
+
+
+def test_lines_of_class_names_end_at_newlines_only(tmp_path):
+    file = tmp_path / "names.txt"
+    file.write_bytes("\ufeffn01\tred\u2028fox\r\nn02\tdog\nn02\tdog\n".encode())
+    assert class_names(["n01", "n02"], str(file)) == ["red\u2028fox", "dog"]
+    file.write_bytes(b"n01\tfox\nn01\tdog\n")
+    with pytest.raises(DataError, match=naming("class_names", file, "line 2", "n01")):
+        class_names(["n01"], str(file))
+    file.write_bytes(b"n01\tfox\nn02\tB\xe4r\n")
+    with pytest.raises(DataError, match=naming("class_names", file, "UTF-8", "line 2", "byte 13")):
+        class_names(["n01"], str(file))

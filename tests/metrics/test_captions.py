@@ -215,3 +215,69 @@ def test_files_that_are_none(tmp_path):
     (tmp_path / "x.json").write_text("[{")
     with pytest.raises(DataError, match=naming("captions_file", tmp_path / "x.json", "JSON")):
         read_captions_file(tmp_path / "x.json", IDS, NAMES)
+
+
+@pytest.mark.parametrize(
+    "key", [42, "42", 42.0, "000000000042", "COCO_val2014_000000000042.jpg", "x/COCO_000000000042.png"]
+)
+@pytest.mark.parametrize("field", ["image_id", "image"])
+def test_an_id_is_found_in_all_its_forms(tmp_path, key, field):
+    rows = [{field: key, "caption": "a"}, {"image_id": "7", "caption": "b"}, {"image": "c.jpg", "caption": "c"}]
+    assert read_captions_file(write(tmp_path, rows), IDS, NAMES) == ["a", "b", "c"]
+    assert read_captions_file(write(tmp_path, rows), ["42", "7", 9], NAMES) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("key", [[1], {"a": 1}, True, 1.5, None])
+def test_an_id_of_another_kind_is_named(tmp_path, key):
+    rows = [{"image_id": 1, "caption": "x"}, {"image_id": key, "caption": "x"}]
+    with pytest.raises(DataError, match=naming("captions_file", tmp_path / "captions.json", "entry 1", key)):
+        read_captions_file(write(tmp_path, rows), [1], ["a.jpg"])
+
+
+def test_two_captions_of_an_image_are_an_error_unless_they_are_the_same(tmp_path):
+    rows = [{"image_id": i, "caption": "x"} for i in IDS]
+    assert read_captions_file(write(tmp_path, [*rows, *rows]), IDS, NAMES) == ["x", "x", "x"]
+    with pytest.raises(DataError, match=naming("captions_file", "entry 3", "7", "entry 1")):
+        read_captions_file(write(tmp_path, [*rows, {"image_id": "7", "caption": "y"}]), IDS, NAMES)
+
+
+def test_a_name_in_two_folders_needs_its_folder(tmp_path):
+    names = ["one/a.jpg", "two/a.jpg", "b.jpg"]
+    rows = [{"image": f"/data/{name}", "caption": name} for name in names]
+    assert read_captions_file(write(tmp_path, rows), names, names) == names
+    rows[1]["image"] = "a.jpg"
+    with pytest.raises(DataError, match=naming("captions_file", "entry 1", "a.jpg", "one/a.jpg", "two/a.jpg")):
+        read_captions_file(write(tmp_path, rows), names, names)
+
+
+@pytest.mark.parametrize(
+    ("data", "facts"),
+    [
+        (b"[" * 100_000, ["JSON"]),
+        (b'{"image": 1, "caption": ' + b"[" * 100_000, ["line 1", "JSON"]),
+        (b'[{"image_id": 42, "caption": "B\xe4r"}]', ["UTF-8", "line 1", "byte 31"]),
+        (b'{"image": "c.jpg", "caption": "x"}\n{"image": "B\xe4r"}', ["UTF-8", "line 2"]),
+        (b'{"image_id": ' + b"9" * 5000 + b', "caption": "x"}', ["line 1", "JSON"]),
+    ],
+)
+def test_damaged_files_are_one_line(tmp_path, data, facts):
+    (tmp_path / "x.json").write_bytes(data)
+    with pytest.raises(DataError, match=naming("captions_file", tmp_path / "x.json", *facts)) as caught:
+        read_captions_file(tmp_path / "x.json", IDS, NAMES)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+def test_a_line_of_a_captions_file_ends_at_its_newline_only(tmp_path):
+    rows = [{"image_id": i, "caption": f"a\u2028b\x85{i}"} for i in IDS]
+    text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    for before in ("", "\ufeff", "\n\n"):
+        (tmp_path / "x.json").write_text(before + text, encoding="utf-8")
+        assert read_captions_file(tmp_path / "x.json", IDS, NAMES) == [row["caption"] for row in rows]
+
+
+def test_of_a_very_long_text_the_beginning_is_scored(no_java, monkeypatch):
+    long = "a red bus " * 100_000
+    seen = []
+    monkeypatch.setattr(captions, "plain_words", lambda text: seen.append(len(text)) or plain_words(text))
+    out = score([long, "b"], [[long], ["b"]], java=False)
+    assert max(seen) <= 10_000 and out.metrics["rouge_l"] == pytest.approx(1)
