@@ -15,7 +15,7 @@ from typing import TypeVar
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
-from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
@@ -26,6 +26,8 @@ from latent_verse.config.train import TrainBiARTConfig, TrainerConfig, TrainVAEC
 from latent_verse.nn.compilation import why_not_compiled
 from latent_verse.training import runs
 from latent_verse.training.backups import Backup, Interrupted, ProcessState, RunFolder
+from latent_verse.training.divergence import Best, Divergence
+from latent_verse.training.logs import CSVLog
 from latent_verse.training.progress_bar import ProgressBar
 from latent_verse.training.runs import Run
 
@@ -89,15 +91,23 @@ def ease_smoke_test(config: Training, given: Mapping[str, str]) -> Training:
 
 
 @as_config_error()
-def make_trainer(t: TrainerConfig, folder: RunFolder, has_val: bool, more: Sequence[pl.Callback] = ()) -> pl.Trainer:
+def make_trainer(
+    t: TrainerConfig,
+    folder: RunFolder,
+    has_val: bool,
+    more: Sequence[pl.Callback] = (),
+    start_from: Path | None = None,
+) -> pl.Trainer:
     """A Trainer that logs to the run folder, keeps the best and last checkpoints, saves backups and can be interrupted.
 
-    The best is known if there is validation data (`has_val`). `more` callbacks join those of every run.
+    The best is known if there is validation data (`has_val`). `more` callbacks join those of every run. Its logs
+    continue those that the run has up to the step of `start_from`.
     """
     accelerator, devices = choose_devices(t)
     run = folder.run
     callbacks = [
         folder,
+        Divergence(folder),
         *more,
         ProcessState(),
         LearningRateMonitor("step"),
@@ -127,7 +137,7 @@ def make_trainer(t: TrainerConfig, folder: RunFolder, has_val: bool, more: Seque
         benchmark=not t.deterministic,  # cuDNN times its convolutions at the first step and takes the fastest
         deterministic=t.deterministic or None,  # False would import the compiler to tell it so
         default_root_dir=run.folder,
-        logger=make_logger(t, run),
+        logger=make_logger(t, run, (start_from and runs.step_of(start_from)) or 0),
         callbacks=callbacks,
     )
 
@@ -216,7 +226,7 @@ def untuned(wanted: bool = True) -> Iterator[None]:
 def checkpoints(run: Run, has_val: bool) -> list[ModelCheckpoint]:
     """Best (by val/total_loss) and last; `last` also without validation data."""
     last = ModelCheckpoint(run.checkpoints, "last-{epoch}-{step}", every_n_epochs=1, save_on_train_epoch_end=True)
-    best = ModelCheckpoint(run.checkpoints, "best-{epoch}-{step}", monitor="val/total_loss", save_top_k=1)
+    best = Best(run.checkpoints, "best-{epoch}-{step}", monitor="val/total_loss", save_top_k=1)
     return [best, last] if has_val else [last]
 
 
@@ -235,13 +245,16 @@ def choose_strategy(t: TrainerConfig, accelerator: str, devices: int) -> str | S
     return DDPStrategy(gradient_as_bucket_view=True, process_group_backend=backend, **{no_sync: False})
 
 
-def make_logger(t: TrainerConfig, run: Run) -> Logger:
-    """TensorBoard, Weights & Biases (offline with WANDB_MODE=offline) or CSV, into the run folder."""
+def make_logger(t: TrainerConfig, run: Run, first_step: int = 0) -> Logger:
+    """TensorBoard, Weights & Biases (offline with WANDB_MODE=offline) or CSV, into the run folder.
+
+    CSV and TensorBoard have each step once: what an interrupted run had logged of `first_step` (which counts from 0)
+    and later is removed from the file, or hidden. Weights & Biases shows both.
+    """
     if t.logger == "tensorboard":
-        return TensorBoardLogger(run.folder, name="", version="logs")
+        return TensorBoardLogger(run.folder, name="", version="logs", purge_step=first_step)
     if t.logger == "csv":
-        # CSVLogger overwrites its file: a resumed run gets a folder of its own
-        return CSVLogger(run.folder, name="", version=runs.free(run.folder / "logs").name)
+        return CSVLog(run.folder / "logs", first_step)
     name, offline = run.folder.name, os.environ.get("WANDB_MODE") == "offline"
     return WandbLogger(name, run.folder, project="l-verse", id=run.id, resume="allow", offline=offline)
 
