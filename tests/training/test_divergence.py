@@ -31,9 +31,9 @@ from tests.two_processes import WORLD, in_two_processes
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 BIART = shlex.split(
-    "--fake_data --epochs 1 --limit_train_batches 4 --limit_val_batches 1 --n_layer 1 --n_head 2 --n_embd 16 --tokenizer bpe "
-    "--bpe_vocab_size 300 --text_len 8 --batch_size 4 --num_workers 0 --gpus 0 --logger csv --log_every_n_steps 1 "
-    "--refresh_rate 0 --num_samples 2"
+    "--fake_data --epochs 1 --limit_train_batches 4 --limit_val_batches 1 --n_layer 1 --n_head 2 --n_embd 16 "
+    "--tokenizer bpe --bpe_vocab_size 300 --text_len 8 --batch_size 4 --num_workers 0 --gpus 0 --logger csv "
+    "--log_every_n_steps 1 --refresh_rate 0 --num_samples 2"
 )
 
 
