@@ -26,6 +26,7 @@ from latent_verse.config.train import TrainBiARTConfig, TrainerConfig, TrainVAEC
 from latent_verse.nn.compilation import why_not_compiled
 from latent_verse.training import runs
 from latent_verse.training.backups import Backup, Interrupted, ProcessState, RunFolder
+from latent_verse.training.changes import AppliedSettings, changes
 from latent_verse.training.divergence import Best, Divergence
 from latent_verse.training.logs import CSVLog
 from latent_verse.training.progress_bar import ProgressBar
@@ -110,13 +111,14 @@ def make_trainer(
         Divergence(folder),
         *more,
         ProcessState(),
+        AppliedSettings(),
         LearningRateMonitor("step"),
         Backup(folder, t.backup_steps if t.backup else None),
         *([ProgressBar(refresh_rate=t.refresh_rate)] if t.refresh_rate else []),
         *checkpoints(run, has_val),
     ]
     quiet_lightning()
-    return pl.Trainer(
+    trainer = pl.Trainer(
         accelerator=accelerator,
         devices=devices,
         num_nodes=t.nodes,
@@ -140,6 +142,10 @@ def make_trainer(
         logger=make_logger(t, run, (start_from and runs.step_of(start_from)) or 0),
         callbacks=callbacks,
     )
+    # With max_steps, Lightning would resume from an epoch's end as if within the next one, which has no batches then.
+    # tests/training/test_trainer.py pins this private method.
+    trainer.fit_loop._iteration_based_training = lambda: False
+    return trainer
 
 
 def announce(t: TrainerConfig, run: Run, start_from: Path | None, idle: list[str]) -> None:
@@ -155,7 +161,13 @@ def announce(t: TrainerConfig, run: Run, start_from: Path | None, idle: list[str
 
 @as_config_error()
 def fit(trainer: pl.Trainer, t: TrainerConfig, run: Run, module: pl.LightningModule, data, start_from) -> bool:
-    """Train to the end; False if the run was interrupted and saved. Prints that, or that it was finished already."""
+    """Train to the end; False if the run was interrupted and saved. Prints that, or which limit ended it.
+
+    Raises:
+        CheckpointError: training cannot resume from `start_from` with these settings.
+    """
+    for line in changes(start_from, module.config) if start_from else []:
+        say(f"Changed since the checkpoint: {line}")
     failed = True
     try:
         trainer.fit(module, datamodule=data, ckpt_path=start_from, weights_only=True)
@@ -170,9 +182,14 @@ def fit(trainer: pl.Trainer, t: TrainerConfig, run: Run, module: pl.LightningMod
             import wandb
 
             wandb.finish(exit_code=int(failed))
-    if start_from and trainer.global_step == runs.step_of(start_from):
+    step, epoch = trainer.global_step, trainer.current_epoch
+    if start_from and step == runs.step_of(start_from):
         limit = "max_steps" if 0 <= t.max_steps <= trainer.global_step else "epochs"
         say(f"{run.folder} was finished already. Raise --{limit} to train longer, or give another --name.")
+    elif t.max_steps > 0:
+        reached, limit = (f"{t.epochs} epochs", "epochs") if step < t.max_steps else (f"{step} steps", "max_steps")
+        said = f"Stopped after {reached}: epoch {epoch} of {t.epochs}, step {step} of {t.max_steps}"
+        say(f"{said}. Raise --{limit} to train longer.")
     return True
 
 
