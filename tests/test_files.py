@@ -135,3 +135,9 @@ def test_what_is_no_file_is_refused_without_waiting(tmp_path):
     write_json(tmp_path / "list.json", [1])
     with pytest.raises(FileError, match=naming("list.json", "a list", "object")):
         read_json_object(tmp_path / "list.json")
+
+
+def test_json_has_no_number_that_is_not_finite(tmp_path):
+    write_json(tmp_path / "a.json", {"psnr": float("nan"), "more": [1.5, float("-inf"), {"n": (2, float("inf"))}]})
+    found = json.loads((tmp_path / "a.json").read_text(), parse_constant=pytest.fail)
+    assert found == {"psnr": None, "more": [1.5, None, {"n": [2, None]}]}

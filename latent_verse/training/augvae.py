@@ -12,6 +12,7 @@ from torch import nn
 from latent_verse.augvae.losses import LOSSES, ReconstructionLoss, fetch_vgg16
 from latent_verse.augvae.model import AugVAE, Encoded
 from latent_verse.augvae.quantizer import count, perplexity, world_size
+from latent_verse.checkpoints.ckpt_files import CheckpointError
 from latent_verse.config import as_plain
 from latent_verse.config.train import EvalVAEConfig, TrainVAEConfig
 from latent_verse.metrics.codebook_usage import CodebookUsage
@@ -245,6 +246,7 @@ class LitAugVAEEvaluation(LitAugVAE):
         c = model.config
         networks = not config.data.fake_data
         self.metrics = ReconstructionMetrics(model.levels, c.num_tokens, c.resolution, with_networks=networks)
+        self.not_finite = Mean()  # the share of reconstructions
         self.limit = config.eval.eval_images
         self.results: dict = {}
 
@@ -258,9 +260,21 @@ class LitAugVAEEvaluation(LitAugVAE):
         if self._nothing_in(x_BCHW):
             return None
         encoded, reconstruction_BCHW = self.reconstruct(x_BCHW)
+        self.not_finite.update((~reconstruction_BCHW.isfinite().flatten(1).all(1)).float())
         self.metrics.update(x_BCHW, reconstruction_BCHW, encoded.indices)
         return {"x": x_BCHW, "xrec": reconstruction_BCHW.float().clamp(-1, 1)}
 
     def on_test_epoch_end(self) -> None:
-        """Compute the metrics while they are on the device: after the test, Lightning moves them to the CPU."""
+        """Compute the metrics while they are on the device: after the test, Lightning moves them to the CPU.
+
+        Raises:
+            CheckpointError: reconstructions are not finite, so that no metric would mean anything.
+        """
+        share = float(self.not_finite.compute())
+        if share > 0:
+            t = self.config.trainer
+            raise CheckpointError(
+                f"{share:.2%} of the reconstructions of {t.ckpt_path} are not finite: its weights are damaged, or "
+                f"overflow in precision {t.precision}. Try --precision 32, or another checkpoint."
+            )
         self.results = self.metrics.compute()
