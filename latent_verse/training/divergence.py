@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from latent_verse.config import UserError
 from latent_verse.config.train import TrainVAEConfig
+from latent_verse.nn.precision import LOW_PRECISION
 from latent_verse.training import runs
 from latent_verse.training.backups import Backup, RunFolder, made_step, random_state, set_random_state
 
@@ -177,15 +179,15 @@ class Best(ModelCheckpoint):
         return current is not None and finite([current]) and super().check_monitor_top_k(trainer, current)
 
 
+@torch.no_grad()
 def finite(tensors: Iterable[Tensor | None]) -> bool:
     """Whether all numbers are finite. Sums, since a CPU takes twenty times as long to look at each number."""
     for tensor in tensors:
         if tensor is None or not tensor.is_floating_point():
             continue
-        local = tensor.detach()
-        local = local.to_local() if hasattr(local, "to_local") else local  # this process's shard
-        low = local.dtype in (torch.float16, torch.bfloat16)
-        if not local.sum(dtype=torch.float32 if low else None).isfinite() and not local.isfinite().all():
+        local = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # this process's shard
+        total = local.sum(dtype=torch.float32) if local.dtype in LOW_PRECISION else local.sum()
+        if not math.isfinite(total.item()) and not local.isfinite().all():  # the sum of large numbers overflows
             return False
     return True
 
