@@ -187,9 +187,9 @@ def fit(trainer: pl.Trainer, t: TrainerConfig, run: Run, module: pl.LightningMod
         limit = "max_steps" if 0 <= t.max_steps <= trainer.global_step else "epochs"
         say(f"{run.folder} was finished already. Raise --{limit} to train longer, or give another --name.")
     elif t.max_steps > 0:
-        reached, limit = (f"{t.epochs} epochs", "epochs") if step < t.max_steps else (f"{step} steps", "max_steps")
-        said = f"Stopped after {reached}: epoch {epoch} of {t.epochs}, step {step} of {t.max_steps}"
-        say(f"{said}. Raise --{limit} to train longer.")
+        limit = "epochs" if step < t.max_steps else "max_steps"
+        at = f"epoch {epoch} of {t.epochs}, step {step} of {t.max_steps}"
+        say(f"Stopped by {limit}: {at}. Raise --{limit} to train longer.")
     return True
 
 
