@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -163,7 +164,16 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, content: object) -> None:
     """Write a JSON file for people to read too, whole or not at all."""
-    write_text(path, json.dumps(content, indent=1) + "\n")
+    write_text(path, json.dumps(valid_json(content), indent=1, allow_nan=False) + "\n")
+
+
+def valid_json(content: object) -> object:
+    """The same with None in place of numbers that are not finite: JSON has neither NaN nor Infinity."""
+    if isinstance(content, Mapping):
+        return {key: valid_json(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [valid_json(item) for item in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def differences(old: Mapping[str, object], new: Mapping[str, object]) -> list[str]:

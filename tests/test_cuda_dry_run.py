@@ -34,6 +34,7 @@ from latent_verse.metrics.reconstruction import ReconstructionMetrics
 from latent_verse.nn.activation_checkpointing import checkpoint_activations
 from latent_verse.training.augvae import LitAugVAE
 from latent_verse.training.biart import LitBiART
+from latent_verse.training.divergence import Divergence
 from latent_verse.training.optimizer import MuonAdamW, adamw, warm_up_then_cosine
 from tests.fake_cuda import DEVICE, Kept, fake_cuda
 from tests.sm90 import generate
@@ -431,3 +432,24 @@ def test_compiled_blocks_make_each_sum_and_its_norm_in_one_pass():
     assert len(passes) == 3  # the first sum and norm, the second, and GELU; the rest are casts of weights
     assert sum(name.startswith(("triton_per", "triton_red")) for name in passes) == 2
     assert forward.triton_bytes < 35 * size  # 16 for both sums and norms, 16 for GELU
+
+
+def test_a_loss_that_is_not_finite_is_noted_without_waiting_and_read_where_metrics_are():
+    with fake_cuda({"_stop_if_noted": 2**62}) as waits:
+        divergence = Divergence(None)
+        device = SimpleNamespace(root_device=torch.device(DEVICE))
+        trainer = SimpleNamespace(
+            strategy=device, world_size=1, global_step=0, max_steps=-1, log_every_n_steps=10, is_last_batch=False,
+            accumulate_grad_batches=1,
+        )  # fmt: skip
+        divergence.setup(trainer, None, "fit")
+        parameter = torch.nn.Parameter(torch.empty(3))
+        parameter.grad, loss = torch.empty(3), torch.empty(())
+        with waits.during_a_run():
+            for batch_idx in range(20):
+                divergence.on_before_backward(trainer, None, loss)
+                divergence.on_before_optimizer_step(trainer, None, torch.optim.SGD([parameter]))
+                trainer.global_step += 1
+                divergence.on_train_batch_end(trainer, None, None, None, batch_idx)
+            assert on_gpu(divergence._first)
+    assert waits.seen == {"_stop_if_noted": 2}

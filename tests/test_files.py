@@ -159,3 +159,9 @@ def test_names_that_are_not_utf8_are_written_so_that_json_gives_them_back(tmp_pa
         assert read_json(tmp_path / "a.json") == {"image": name}
     write_json(tmp_path / "a.json", {"image": name})
     assert os.fsencode(read_json(tmp_path / "a.json")["image"]) == b"lat\xe9 \\ \xff.jpg"
+
+
+def test_json_has_no_number_that_is_not_finite(tmp_path):
+    write_json(tmp_path / "a.json", {"psnr": float("nan"), "more": [1.5, float("-inf"), {"n": (2, float("inf"))}]})
+    found = json.loads((tmp_path / "a.json").read_text(), parse_constant=pytest.fail)
+    assert found == {"psnr": None, "more": [1.5, None, {"n": [2, None]}]}

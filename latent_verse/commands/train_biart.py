@@ -53,7 +53,8 @@ def run(config: TrainBiARTConfig, given: Mapping[str, str]) -> int:
     model = biart_setup.new_biart(config, vae, tokenizer, start_from, pretrained)
     del pretrained  # its weights would stay in memory as long as the run lasts
     folder = RunFolder(run, config)
-    trainer = make_trainer(t, folder, data.has_val, [TextImageSamples(folder, config.sampling, tokenizer)])
+    samples = TextImageSamples(folder, config.sampling, tokenizer)
+    trainer = make_trainer(t, folder, data.has_val, [samples], start_from)
     announce(t, run, start_from, idle_flags_biart(config, given))
     say(biart_setup.summary(config, model, tokenizer))
     module = LitBiART(model, vae, config, about, compiles(config))

@@ -41,7 +41,7 @@ def run(config: TrainVAEConfig, given: Mapping[str, str]) -> int:
     data = ImageDataModule(open_images(config.data, model.config.resolution, t.seed), config.data, t.seed)
     folder = RunFolder(run, config)
     grids = [ImageGrids(folder, t.image_log_steps)] if t.log_images else []
-    trainer = make_trainer(t, folder, data.has_val, grids)
+    trainer = make_trainer(t, folder, data.has_val, grids, start_from)
     announce(t, run, start_from, idle_flags_vae(config, given, LOSSES[config.loss.loss_type].uses_lpips))
     if not start_from:
         base, size, processes = config.optim.learning_rate, config.data.batch_size, trainer.world_size

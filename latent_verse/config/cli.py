@@ -246,7 +246,7 @@ def quick_imports() -> Iterator[None]:
 
 
 def one_line_errors(program: Callable[..., int]) -> Callable[..., int]:
-    """Decorate a program that returns its exit code: a UserError becomes one line on stderr and the code 2."""
+    """Decorate a program that returns its exit code: a UserError becomes one line on stderr and its code."""
 
     @functools.wraps(program)
     def wrapped(*args, **kwargs) -> int:
@@ -256,8 +256,8 @@ def one_line_errors(program: Callable[..., int]) -> Callable[..., int]:
         try:
             return program(*args, **kwargs)
         except UserError as error:
-            print("error: " + "\n".join(map(printable, str(error).split("\n"))), file=sys.stderr)
-            return 2
+            print(f"error: {error}", file=sys.stderr)
+            return error.exit_code
 
     return wrapped
 

@@ -17,7 +17,7 @@ from latent_verse.evaluation.context import Context
 from latent_verse.evaluation.distributed import device
 from latent_verse.evaluation.pairs import Pairs
 from latent_verse.evaluation.records import Records
-from latent_verse.files import write_text
+from latent_verse.files import valid_json, write_text
 from latent_verse.inference.pipeline import LVerse
 from latent_verse.machine import commit, machine
 from latent_verse.metrics import likelihood
@@ -146,7 +146,9 @@ def write(c: Context, tasks: tuple[str, ...], about: dict[str, dict | None], yam
         "settings": as_plain(c.config),
     }
     kept = _keep_earlier(c.folder, content["settings"])
-    write_text(c.folder / "metrics.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    text = json.dumps(valid_json(content), indent=1, ensure_ascii=False, allow_nan=False)
+    write_text(c.folder / "metrics.json", text + "
+")
     write_text(c.folder / "config.yaml", yaml_text)
     title = f"{evaluated} on {c.pairs.source}"
     about_run = facts | {"captions": draw, "checkpoint": c.records.checkpoint}

@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from latent_verse.biart.sampling import NotFinite
 from latent_verse.data import DataError
 from latent_verse.data.transforms import centre_crop, decode_rgb, to_unit_range
 from latent_verse.files import replacing
@@ -60,7 +61,13 @@ def load_image(image: ImageLike, resolution: int) -> Tensor:
 
 
 def to_images(x_BCHW: Tensor) -> list[Image.Image]:
-    """Tensors (B, 3, H, W) in [-1, 1] -> RGB images."""
+    """Tensors (B, 3, H, W) in [-1, 1] -> RGB images.
+
+    Raises:
+        NotFinite: they hold numbers that are not finite.
+    """
+    if not x_BCHW.isfinite().all():
+        raise NotFinite("AugVAE's images are not finite: its weights are damaged, or overflow in this precision.")
     x_BHWC = rearrange(_to_uint8(x_BCHW), "B C H W -> B H W C").contiguous().cpu()
     return [Image.fromarray(x_HWC.numpy()) for x_HWC in x_BHWC]
 

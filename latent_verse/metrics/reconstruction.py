@@ -9,6 +9,7 @@ Shapes: B batch, C channels, H height, W width.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -106,7 +107,9 @@ def table(results: dict[str, Any], title: str) -> str:
     """The metrics as lines to print; missing ones with the reason."""
     lines = [title]
     for name, value in results.items():
-        if isinstance(value, (int, float)):
+        if isinstance(value, float) and not math.isfinite(value):
+            lines.append(f"  {name:<16} {'n/a':>12}  came out as {value}")
+        elif isinstance(value, (int, float)):
             shown = f"{value:.0f}" if isinstance(value, int) or name.startswith("codes_used") else f"{value:.4f}"
             lines.append(f"  {name:<16} {shown:>12}  {UNITS.get(name, '')}".rstrip())
     lines += [f"  {k:<16} {'missing':>12}  {why}" for k, why in results.get("missing", {}).items()]

@@ -11,12 +11,15 @@ from torch import nn
 
 from latent_verse.augvae.losses import LOSSES, ReconstructionLoss, fetch_vgg16
 from latent_verse.augvae.model import AugVAE, Encoded
+from latent_verse.augvae.quantizer import count, perplexity, world_size
+from latent_verse.checkpoints.ckpt_files import CheckpointError
 from latent_verse.config import as_plain
 from latent_verse.config.train import EvalVAEConfig, TrainVAEConfig
 from latent_verse.metrics.codebook_usage import CodebookUsage
 from latent_verse.metrics.reconstruction import ReconstructionMetrics
 from latent_verse.metrics.running import Mean
 from latent_verse.nn.activation_checkpointing import checkpoint_activations
+from latent_verse.training.logs import over_processes
 from latent_verse.training.optimizer import MuonAdamW, adamw, warm_up_then_cosine
 from latent_verse.training.trainer import before_compiling, uncompiled, untuned
 
@@ -113,19 +116,21 @@ class LitAugVAE(pl.LightningModule):
             self.reconstruct(x_BCHW.new_zeros(1, *x_BCHW.shape[1:]))
         return len(x_BCHW) == 0
 
-    def _losses(self, x_BCHW: torch.Tensor, stage: str) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """({name: value ()} of all that is logged, the reconstruction)."""
+    def _losses(
+        self, x_BCHW: torch.Tensor, stage: str
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor, list[torch.Tensor]]:
+        """({name: value ()} of all that is logged, the reconstruction, the codes of each level)."""
         encoded, reconstruction_BCHW = self.reconstruct(x_BCHW)
         parts = self.loss(reconstruction_BCHW, x_BCHW)
         total = sum(parts.values()) + self.config.loss.codebook_weight * encoded.embed_loss
         self.usage[f"{stage}_usage"].update(encoded.indices)
         parts |= {"total_loss": total, "embed_loss": encoded.embed_loss, "perplexity": encoded.perplexity}
-        return parts, reconstruction_BCHW
+        return parts, reconstruction_BCHW, encoded.indices
 
     def training_step(self, batch, batch_idx: int):
         """One step; returns the loss and, if images are logged, input and reconstruction."""
-        parts, reconstruction_BCHW = self._losses(batch[0], "train")
-        for name, value in parts.items():
+        parts, reconstruction_BCHW, indices = self._losses(batch[0], "train")
+        for name, value in self._over_processes(parts, indices).items():
             self.log(f"train/{name}", value, prog_bar=name in ("total_loss", "rec_loss", "perplexity"))
         total = parts["total_loss"]
         self.epoch_loss = self.epoch_loss.to(total.device)
@@ -134,6 +139,14 @@ class LitAugVAE(pl.LightningModule):
         if self.config.trainer.log_images:
             out |= {"x": batch[0].detach(), "xrec": reconstruction_BCHW.detach()}
         return out
+
+    def _over_processes(self, parts: dict[str, torch.Tensor], indices: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What is logged of a step: means over processes; the perplexity of all their codes, of which it is no mean."""
+        if world_size() == 1:
+            return parts
+        counts_K = count(torch.cat([level.flatten() for level in indices]), self.model.config.num_tokens)
+        found = over_processes(self.trainer, parts, {"counts": counts_K})
+        return found | {"perplexity": perplexity(found.pop("counts")).to(parts["perplexity"])}
 
     def on_train_batch_end(self, outputs, batch, batch_idx: int) -> None:
         """At max_steps, even in the middle of an epoch, let Lightning validate before it stops."""
@@ -146,7 +159,7 @@ class LitAugVAE(pl.LightningModule):
         if self._nothing_in(x_BCHW):
             return None
         with uncompiled(self.compiled), untuned(len(x_BCHW) != self.config.data.batch_size):
-            parts, reconstruction_BCHW = self._losses(x_BCHW, "val")
+            parts, reconstruction_BCHW, _ = self._losses(x_BCHW, "val")
         for name, mean in self.val_means.items():
             mean.update(parts[name], weight=len(x_BCHW))
         return {"x": x_BCHW, "xrec": reconstruction_BCHW} if self.config.trainer.log_images else None
@@ -218,6 +231,7 @@ class LitAugVAE(pl.LightningModule):
         """Restore what `process_state` returned."""
         self.epoch_loss = state["epoch_loss"].to(self.device)
         usage = self.usage["train_usage"]
+        usage.reset()
         usage.update([usage.counts_LK.new_empty(0)] * len(self.model.levels))  # torchmetrics warns of one without any
         usage.counts_LK += state["train_counts"].to(usage.counts_LK.device)
 
@@ -232,6 +246,7 @@ class LitAugVAEEvaluation(LitAugVAE):
         c = model.config
         networks = not config.data.fake_data
         self.metrics = ReconstructionMetrics(model.levels, c.num_tokens, c.resolution, with_networks=networks)
+        self.not_finite = Mean()  # the share of reconstructions
         self.limit = config.eval.eval_images
         self.results: dict = {}
 
@@ -245,9 +260,21 @@ class LitAugVAEEvaluation(LitAugVAE):
         if self._nothing_in(x_BCHW):
             return None
         encoded, reconstruction_BCHW = self.reconstruct(x_BCHW)
+        self.not_finite.update((~reconstruction_BCHW.isfinite().flatten(1).all(1)).float())
         self.metrics.update(x_BCHW, reconstruction_BCHW, encoded.indices)
         return {"x": x_BCHW, "xrec": reconstruction_BCHW.float().clamp(-1, 1)}
 
     def on_test_epoch_end(self) -> None:
-        """Compute the metrics while they are on the device: after the test, Lightning moves them to the CPU."""
+        """Compute the metrics while they are on the device: after the test, Lightning moves them to the CPU.
+
+        Raises:
+            CheckpointError: reconstructions are not finite, so that no metric would mean anything.
+        """
+        share = float(self.not_finite.compute())
+        if share > 0:
+            t = self.config.trainer
+            raise CheckpointError(
+                f"{share:.2%} of the reconstructions of {t.ckpt_path} are not finite: its weights are damaged, or "
+                f"overflow in precision {t.precision}. Try --precision 32, or another checkpoint."
+            )
         self.results = self.metrics.compute()

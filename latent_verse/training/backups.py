@@ -71,6 +71,7 @@ class Backup(pl.Callback):
         self.folder = folder
         self.every = every
         self.told_to_stop = False
+        self._interrupted: Interrupted | None = None
         self._handlers: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}  # before these
         self._pid = os.getpid()
 
@@ -99,9 +100,14 @@ class Backup(pl.Callback):
         if trainer.is_last_batch or trainer.global_step == trainer.max_steps or not made_step(trainer, batch_idx):
             return
         if stop:
-            raise Interrupted(f"stopped at step {trainer.global_step}; saved {self.save(trainer)}")
+            self._interrupted = Interrupted(f"stopped at step {trainer.global_step}; saved {self.save(trainer)}")
+            return
         if self.every and trainer.global_step % self.every == 0:
             self.save(trainer)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch, batch_idx) -> None:
+        if self._interrupted is not None:  # not sooner: Lightning logs the step only after on_train_batch_end
+            raise self._interrupted
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         stop = self.told_to_stop

@@ -30,6 +30,7 @@ from latent_verse.config import as_plain
 from latent_verse.config.train import TrainBiARTConfig
 from latent_verse.metrics.running import Mean
 from latent_verse.nn.activation_checkpointing import checkpoint_activations
+from latent_verse.training.logs import over_processes
 from latent_verse.training.optimizer import MuonAdamW, adamw, warm_up_then_cosine
 from latent_verse.training.trainer import before_compiling, uncompiled, untuned
 
@@ -158,8 +159,12 @@ class LitBiART(pl.LightningModule):
             word_dropout=c.word_dropout,
             code_dropout=c.code_dropout,
         )
-        total, means = self.loss(self.model, sequences, self.token_share(sequences))
-        self.log("train/total_loss", total.detach(), prog_bar=True)
+        shares = self.token_share(sequences)
+        total, means = self.loss(self.model, sequences, shares)
+        if shares is not None:  # means over the tokens of all processes
+            weighted = {name: shares[name] * value for name, value in means.items()}
+            means = over_processes(self.trainer, {"total": total} | weighted)
+        self.log("train/total_loss", means.pop("total", total).detach(), prog_bar=True)
         for name, value in means.items():
             direction, modality = name.split("/")
             self.log(f"train/{name}_loss", value, prog_bar=modality == target_modality(direction))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 
 from latent_verse.biart import sampling
 from latent_verse.biart.sequence import IMAGE_TO_TEXT, TEXT_TO_IMAGE
-from latent_verse.config import UserError
 from latent_verse.config.train import SamplingConfig
 from latent_verse.data.text import Tokenizer
 from latent_verse.files import replacing, write_text
@@ -83,20 +85,14 @@ class SavedImages(pl.Callback):
             save_image(grid, self.folder / "grid.png")
 
 
-class Diverged(UserError):
-    """The outputs of the network in training are no longer finite."""
-
-
 class TextImageSamples(pl.Callback):
     """Generate an image for each of a few validation captions, and a caption for each of their images.
 
     After every `sample_every_n_epochs`-th validation, and with --log_images every image_log_steps steps. Images go to
     <run>/images as a grid (validation images above, generated ones below), captions to a text file beside it, both to
     the logger. On shapes, whose truth is known, the share of correct ones in each direction is logged too. The seed is
-    fixed, so that samples change only with the model. The tokenizer is saved in the run folder.
-
-    Raises:
-        Diverged: while sampling, the logits are not finite.
+    fixed, so that samples change only with the model. The tokenizer is saved in the run folder. Logits that are not
+    finite, or a file that cannot be written, cost the samples and not the run.
     """
 
     def __init__(self, folder: RunFolder, settings: SamplingConfig, tokenizer: Tokenizer):
@@ -144,11 +140,9 @@ class TextImageSamples(pl.Callback):
                 network, text_BL, TEXT_TO_IMAGE, seed=0, reference_dropout_trained=null_trained, **s.arguments()
             )
             sampled_BL = sampling.generate(network, codes_BN, IMAGE_TO_TEXT, temperature=0)
-        except sampling.NotFinite as error:
-            raise Diverged(
-                f"training has diverged: logits are not finite after step {trainer.global_step}. Lower learning_rate "
-                "(or muon_learning_rate), raise warmup_steps, set gradient_clip_val, or train with precision: 32."
-            ) from error
+        except sampling.NotFinite as error:  # whether training has diverged too is for Divergence to find
+            rank_zero_warn(f"no samples after step {trainer.global_step}: {error}")
+            return {}
         finally:
             sampling.forget_decoders(network)  # training needs the memory, and samples seldom
         x_BCHW = pl_module.vae.decode_codes(sampled_BN).float().cpu()
@@ -176,7 +170,8 @@ class TextImageSamples(pl.Callback):
     def _write(self, trainer: pl.Trainer, rows_BCHW: list[Tensor], lines: list[str]) -> None:
         name = f"samples_step={trainer.global_step}"
         _write_grid(trainer, self.folder, name, "val/drawn", rows_BCHW)
-        write_text(self.folder.run.images / f"{name}.txt", "\n".join(lines) + "\n")
+        with _warned(trainer):
+            write_text(self.folder.run.images / f"{name}.txt", "\n".join(lines) + "\n")
         for logger in trainer.loggers:
             if isinstance(logger, pl.loggers.TensorBoardLogger):
                 logger.experiment.add_text("val/written", "\n\n".join(lines), trainer.global_step)
@@ -184,13 +179,23 @@ class TextImageSamples(pl.Callback):
                 logger.log_text("val/written", columns=["sample"], data=[[line] for line in lines])
 
 
+@contextmanager
+def _warned(trainer: pl.Trainer) -> Iterator[None]:
+    """Warn of a file of the run folder's images/ that cannot be written: a full disk costs the images, not the run."""
+    try:
+        yield
+    except OSError as error:
+        rank_zero_warn(f"images after step {trainer.global_step} are not written: {error}")
+
+
 def _write_grid(trainer: pl.Trainer, folder: RunFolder, name: str, tag: str, rows_BCHW: list[Tensor]) -> None:
     """Write rows of as many images each, in [-1, 1], as <run>/images/<name>.png, and give them to the loggers."""
     from torchvision.utils import make_grid, save_image
 
     grid_CHW = make_grid(torch.cat(rows_BCHW), nrow=len(rows_BCHW[0]), normalize=True, value_range=(-1, 1))
-    folder.run.images.mkdir(parents=True, exist_ok=True)
-    save_image(grid_CHW, folder.run.images / f"{name}.png")
+    with _warned(trainer):
+        folder.run.images.mkdir(parents=True, exist_ok=True)
+        save_image(grid_CHW, folder.run.images / f"{name}.png")
     for logger in trainer.loggers:
         if isinstance(logger, pl.loggers.TensorBoardLogger):
             logger.experiment.add_image(tag, grid_CHW, trainer.global_step)

@@ -15,7 +15,7 @@ from typing import TypeVar
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
-from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
@@ -26,6 +26,9 @@ from latent_verse.config.train import TrainBiARTConfig, TrainerConfig, TrainVAEC
 from latent_verse.nn.compilation import why_not_compiled
 from latent_verse.training import runs
 from latent_verse.training.backups import Backup, Interrupted, ProcessState, RunFolder
+from latent_verse.training.changes import AppliedSettings, changes
+from latent_verse.training.divergence import Best, Divergence
+from latent_verse.training.logs import CSVLog
 from latent_verse.training.progress_bar import ProgressBar
 from latent_verse.training.runs import Run
 
@@ -89,24 +92,33 @@ def ease_smoke_test(config: Training, given: Mapping[str, str]) -> Training:
 
 
 @as_config_error()
-def make_trainer(t: TrainerConfig, folder: RunFolder, has_val: bool, more: Sequence[pl.Callback] = ()) -> pl.Trainer:
+def make_trainer(
+    t: TrainerConfig,
+    folder: RunFolder,
+    has_val: bool,
+    more: Sequence[pl.Callback] = (),
+    start_from: Path | None = None,
+) -> pl.Trainer:
     """A Trainer that logs to the run folder, keeps the best and last checkpoints, saves backups and can be interrupted.
 
-    The best is known if there is validation data (`has_val`). `more` callbacks join those of every run.
+    The best is known if there is validation data (`has_val`). `more` callbacks join those of every run. Its logs
+    continue those that the run has up to the step of `start_from`.
     """
     accelerator, devices = choose_devices(t)
     run = folder.run
     callbacks = [
         folder,
+        Divergence(folder),
         *more,
         ProcessState(),
+        AppliedSettings(),
         LearningRateMonitor("step"),
         Backup(folder, t.backup_steps if t.backup else None),
         *([ProgressBar(refresh_rate=t.refresh_rate)] if t.refresh_rate else []),
         *checkpoints(run, has_val),
     ]
     quiet_lightning()
-    return pl.Trainer(
+    trainer = pl.Trainer(
         accelerator=accelerator,
         devices=devices,
         num_nodes=t.nodes,
@@ -127,9 +139,13 @@ def make_trainer(t: TrainerConfig, folder: RunFolder, has_val: bool, more: Seque
         benchmark=not t.deterministic,  # cuDNN times its convolutions at the first step and takes the fastest
         deterministic=t.deterministic or None,  # False would import the compiler to tell it so
         default_root_dir=run.folder,
-        logger=make_logger(t, run),
+        logger=make_logger(t, run, (start_from and runs.step_of(start_from)) or 0),
         callbacks=callbacks,
     )
+    # With max_steps, Lightning would resume from an epoch's end as if within the next one, which has no batches then.
+    # tests/training/test_trainer.py pins this private method.
+    trainer.fit_loop._iteration_based_training = lambda: False
+    return trainer
 
 
 def announce(t: TrainerConfig, run: Run, start_from: Path | None, idle: list[str]) -> None:
@@ -145,7 +161,13 @@ def announce(t: TrainerConfig, run: Run, start_from: Path | None, idle: list[str
 
 @as_config_error()
 def fit(trainer: pl.Trainer, t: TrainerConfig, run: Run, module: pl.LightningModule, data, start_from) -> bool:
-    """Train to the end; False if the run was interrupted and saved. Prints that, or that it was finished already."""
+    """Train to the end; False if the run was interrupted and saved. Prints that, or which limit ended it.
+
+    Raises:
+        CheckpointError: training cannot resume from `start_from` with these settings.
+    """
+    for line in changes(start_from, module.config) if start_from else []:
+        say(f"Changed since the checkpoint: {line}")
     failed = True
     try:
         trainer.fit(module, datamodule=data, ckpt_path=start_from, weights_only=True)
@@ -160,9 +182,14 @@ def fit(trainer: pl.Trainer, t: TrainerConfig, run: Run, module: pl.LightningMod
             import wandb
 
             wandb.finish(exit_code=int(failed))
-    if start_from and trainer.global_step == runs.step_of(start_from):
+    step, epoch = trainer.global_step, trainer.current_epoch
+    if start_from and step == runs.step_of(start_from):
         limit = "max_steps" if 0 <= t.max_steps <= trainer.global_step else "epochs"
         say(f"{run.folder} was finished already. Raise --{limit} to train longer, or give another --name.")
+    elif t.max_steps > 0:
+        limit = "epochs" if step < t.max_steps else "max_steps"
+        at = f"epoch {epoch} of {t.epochs}, step {step} of {t.max_steps}"
+        say(f"Stopped by {limit}: {at}. Raise --{limit} to train longer.")
     return True
 
 
@@ -216,7 +243,7 @@ def untuned(wanted: bool = True) -> Iterator[None]:
 def checkpoints(run: Run, has_val: bool) -> list[ModelCheckpoint]:
     """Best (by val/total_loss) and last; `last` also without validation data."""
     last = ModelCheckpoint(run.checkpoints, "last-{epoch}-{step}", every_n_epochs=1, save_on_train_epoch_end=True)
-    best = ModelCheckpoint(run.checkpoints, "best-{epoch}-{step}", monitor="val/total_loss", save_top_k=1)
+    best = Best(run.checkpoints, "best-{epoch}-{step}", monitor="val/total_loss", save_top_k=1)
     return [best, last] if has_val else [last]
 
 
@@ -235,13 +262,16 @@ def choose_strategy(t: TrainerConfig, accelerator: str, devices: int) -> str | S
     return DDPStrategy(gradient_as_bucket_view=True, process_group_backend=backend, **{no_sync: False})
 
 
-def make_logger(t: TrainerConfig, run: Run) -> Logger:
-    """TensorBoard, Weights & Biases (offline with WANDB_MODE=offline) or CSV, into the run folder."""
+def make_logger(t: TrainerConfig, run: Run, first_step: int = 0) -> Logger:
+    """TensorBoard, Weights & Biases (offline with WANDB_MODE=offline) or CSV, into the run folder.
+
+    CSV and TensorBoard have each step once: what an interrupted run had logged of `first_step` (which counts from 0)
+    and later is removed from the file, or hidden. Weights & Biases shows both.
+    """
     if t.logger == "tensorboard":
-        return TensorBoardLogger(run.folder, name="", version="logs")
+        return TensorBoardLogger(run.folder, name="", version="logs", purge_step=first_step)
     if t.logger == "csv":
-        # CSVLogger overwrites its file: a resumed run gets a folder of its own
-        return CSVLogger(run.folder, name="", version=runs.free(run.folder / "logs").name)
+        return CSVLog(run.folder / "logs", first_step)
     name, offline = run.folder.name, os.environ.get("WANDB_MODE") == "offline"
     return WandbLogger(name, run.folder, project="l-verse", id=run.id, resume="allow", offline=offline)
 

@@ -222,3 +222,17 @@ def test_two_processes_give_the_metrics_of_one(tmp_path, model, one_thread):
         for i in range(11):
             ours, theirs = (p / name / f"{i:06d}.png" for p in (one["run"], tmp_path / "runs" / "two"))
             assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_reconstructions_that_are_not_finite_are_an_error(tmp_path, tiny_augvae, capsys):
+    """Its weights are finite, and overflow: no metric is printed or written as if it were one."""
+    model = tiny_augvae()
+    with torch.no_grad():
+        model.decoders[-1].conv_out.weight.mul_(3e38)
+    model.save_pretrained(tmp_path / "model")
+    images = write_pictures(tmp_path / "images", 5)
+    flags = ["--ckpt_path", str(tmp_path / "model"), "--log_dir", str(tmp_path / "runs"), *FLAGS]
+    assert eval_vae.main([*flags, "--test_dir", str(images), "--batch_size", "4"]) == 2
+    said = capsys.readouterr()
+    assert naming(tmp_path / "model", "not finite", "--precision").search(said.err) and said.err.count("\n") == 1
+    assert "psnr" not in said.out and not list((tmp_path / "runs").rglob("metrics.json"))

@@ -692,8 +692,14 @@ def test_mistakes_are_one_line_on_stderr(world, tmp_path, capsys):
 
 
 def test_a_diverged_run_says_so(world, tmp_path, capsys):
-    assert train_biart.main([*world, "--learning_rate", "1e30", "--max_steps", "1"]) == 2
-    assert naming("diverged", "step 1", "learning_rate").search(capsys.readouterr().err)
+    flags = [*world, "--learning_rate", "1e30", "--max_steps"]
+    assert train_biart.main([*flags, "2"]) == 1
+    assert naming("diverged", "step 2", "--learning_rate").search(capsys.readouterr().err)
+    with pytest.warns(UserWarning) as said:  # a step less: only validation and samples show it
+        assert train_biart.main([*flags, "1", "--name", "one"]) == 0
+    for facts in (("val/total_loss", "step 1"), ("samples", "step 1")):
+        assert [w for w in said if naming(*facts).search(str(w.message))]
+    assert [p.name for p in (tmp_path / "runs/one/checkpoints").iterdir()] == ["last-epoch=0-step=1.ckpt"]
 
 
 def test_tar_shards_without_a_member_are_named(world, tmp_path, capsys):

@@ -18,7 +18,7 @@ from latent_verse.config.cli import leaves, one_line_errors, parse, to_yaml
 from latent_verse.config.train import EvalVAEConfig, TrainVAEConfig
 from latent_verse.data import DataError
 from latent_verse.data.text import TokenizerError
-from latent_verse.training.image_logging import Diverged
+from latent_verse.training.divergence import Diverged
 from tests.messages import naming
 
 ROOT = Path(__file__).parents[2]
@@ -431,7 +431,7 @@ def test_a_mistake_of_the_user_is_one_line_and_any_other_error_keeps_its_traceba
     wrapped = one_line_errors(program)
     assert wrapped(None) == 0
     for kind in (ConfigError, CheckpointError, DataError, TokenizerError, Diverged):
-        assert wrapped(kind("what to do")) == 2
+        assert wrapped(kind("what to do")) == kind.exit_code
         assert capsys.readouterr().err == "error: what to do\n"
     for kind in (ValueError, RuntimeError, KeyboardInterrupt):
         with pytest.raises(kind):

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 import latent_verse
 from latent_verse.augvae.model import AugVAE
 from latent_verse.biart.model import BiART
-from latent_verse.biart.sampling import beam_search, log_likelihood
+from latent_verse.biart.sampling import NotFinite, beam_search, log_likelihood
 from latent_verse.checkpoints.augvae import load_augvae
 from latent_verse.checkpoints.bundle import BUNDLE_FILES
 from latent_verse.checkpoints.ckpt_files import CheckpointError, fingerprint
@@ -551,3 +551,11 @@ def test_the_package_gives_its_public_names():
     with pytest.raises(AttributeError, match="LVers"):
         latent_verse.LVers  # noqa: B018
     assert (Path(latent_verse.__file__).parent / "py.typed").is_file()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_images_that_are_not_finite_are_refused(bad):
+    x_BCHW = torch.zeros(2, 3, 4, 4)
+    x_BCHW[1, 2, 3, 3] = bad
+    with pytest.raises(NotFinite, match="not finite"):
+        to_images(x_BCHW)

@@ -221,3 +221,8 @@ def test_metrics_survive_a_run_in_half_precision(dtype):
     assert out["mse"] == pytest.approx((0.25**2 + 0.125**2) / 2, rel=1e-4)
     metrics.psnr.reset()
     assert metrics.psnr.sum.dtype == torch.float32
+
+
+def test_a_metric_that_is_not_finite_is_not_printed_as_a_figure():
+    (_, psnr, ssim) = table({"psnr": float("nan"), "ssim": 0.5}, "title").splitlines()
+    assert psnr.split()[:2] == ["psnr", "n/a"] and ssim.split()[:2] == ["ssim", "0.5000"]

@@ -262,6 +262,7 @@ def test_the_bar_is_for_terminals(monkeypatch, out, err):
 
 def test_a_signal_is_not_broadcast_before_every_step_and_one_before_training_counts():
     made = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    assert callable(made.fit_loop._iteration_based_training)  # Lightning's; see make_trainer
     loop = made.fit_loop.epoch_loop
     assert callable(loop._broadcast_sigterm_tensor)  # Lightning's, which would wait for the device
     backup = Backup(None, None)

@@ -1,0 +1,201 @@
+"""Stopping a run whose numbers are no longer finite, before any of them is saved."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.distributed as dist
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.utilities import rank_zero_warn
+from torch import Tensor
+
+from latent_verse.config import UserError
+from latent_verse.config.train import TrainVAEConfig
+from latent_verse.nn.precision import LOW_PRECISION
+from latent_verse.training import runs
+from latent_verse.training.backups import Backup, RunFolder, made_step, random_state, set_random_state
+
+WHAT = ("the loss is", "gradients are", "weights are", "the optimizer's state is")  # in the order of a step
+LOSS, GRADIENTS, WEIGHTS, OPTIMIZER = range(len(WHAT))
+NEVER = 2**62  # later than any step; with a step added it is still an int64
+
+
+class Diverged(UserError):
+    """Training came to numbers that are not finite. The message names the step, what it was, remedies, and the state.
+
+    Nothing that is not finite has been saved.
+    """
+
+    exit_code = 1
+
+
+@dataclass
+class Before:
+    """What a step changes before its loss is known. Weights and the optimiser's state it changes afterwards."""
+
+    loops: dict[str, Any]  # Lightning's counters, and how far the data has come
+    random: dict[str, Any]
+    process: dict[str, Any]  # the module's process_state
+    buffers: list[Tensor]  # among them the codebook, which learns in the forward pass
+
+
+class Divergence(pl.Callback):
+    """Stop at the step whose loss or gradients are not finite, and refuse to save what is not. For both stages.
+
+    A CPU looks at every loss and at all gradients. Reading a value would make the program wait for a GPU: there the
+    step of the first loss that is not finite is noted on the device, and read where the program waits anyway: every
+    log_every_n_steps, at the end of an epoch and before anything is saved. Gradients that are not finite become weights
+    that are not, and then a loss. fp16's scaled gradients may overflow, and its scaler leaves such steps out.
+
+    The state before the step is saved as a backup if the run has saved nothing yet; on a GPU it is gone by then.
+
+    Raises:
+        Diverged: in every process, after the same step.
+    """
+
+    def __init__(self, folder: RunFolder):
+        self.folder = folder
+        self._first = torch.tensor(NEVER)  # 4 x step + place in WHAT, of what was not finite first
+        self._before: Before | None = None
+        self._before_first_save = True
+        self._saving_it = False
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        device = trainer.strategy.root_device
+        self._first = self._first.to(device)
+        self._at_once = device.type == "cpu"
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        self._note(LOSS, trainer.global_step + 1, loss.detach().isfinite())
+        if self._at_once and trainer.world_size == 1:  # others first exchange gradients: one alone may not leave
+            self._stop_if_noted(trainer, pl_module)
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer) -> None:
+        if not self._at_once:
+            return
+        if getattr(trainer.precision_plugin, "scaler", None) is None:
+            gradients = (p.grad for group in optimizer.param_groups for p in group["params"])
+            self._note(GRADIENTS, trainer.global_step + 1, finite(gradients))
+        self._stop_if_noted(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs, batch, batch_idx) -> None:
+        if not made_step(trainer, batch_idx):
+            return
+        step = trainer.global_step
+        if not self._at_once:
+            if trainer.is_last_batch or step == trainer.max_steps or step % trainer.log_every_n_steps == 0:
+                self._stop_if_noted(trainer, pl_module)
+        elif self._before_first_save and self._last_saved(trainer) is None:
+            state = getattr(pl_module, "process_state", dict)()
+            buffers = [buffer.clone() for buffer in pl_module.buffers()]
+            self._before = Before(*copy.deepcopy((trainer.fit_loop.state_dict(), random_state(), state)), buffers)
+        else:
+            self._before, self._before_first_save = None, False
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
+        self._note(WEIGHTS, trainer.global_step, finite(tensors_in(checkpoint["state_dict"])))
+        self._note(OPTIMIZER, trainer.global_step, finite(tensors_in(checkpoint.get("optimizer_states", []))))
+        self._stop_if_noted(trainer, pl_module)
+        if self._saving_it and self._before is not None:
+            checkpoint["loops"]["fit_loop"] = self._before.loops
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        value = trainer.callback_metrics.get("val/total_loss")
+        if value is not None and not trainer.sanity_checking and not finite([value]):
+            rank_zero_warn(
+                f"val/total_loss is {value.item()} after step {trainer.global_step}, though training's loss is finite: "
+                "this state is not taken for the best. Look at the images in val_dir, or train with --precision 32."
+            )
+
+    def _note(self, place: int, step: int, is_finite: Tensor | bool) -> None:
+        """Remember a value that is not finite, if none was noted before. On a GPU nothing waits."""
+        self._first = torch.minimum(self._first, is_finite * torch.full_like(self._first, NEVER) + (4 * step + place))
+
+    def _stop_if_noted(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop if a process has noted something. A collective, which waits for the device."""
+        first = self._first
+        if trainer.world_size > 1:
+            first = first.clone()
+            dist.all_reduce(first, dist.ReduceOp.MIN)
+        if int(first) < NEVER:
+            step, place = divmod(int(first), 4)
+            raise Diverged(self._message(trainer, step, place, self._last_finite(trainer, pl_module, place)))
+
+    def _last_saved(self, trainer: pl.Trainer) -> Path | str | None:
+        """The newest state of the run, or what it resumed from; the same in every process."""
+        saved = runs.states(self.folder.run)
+        return saved[0] if saved else trainer.ckpt_path
+
+    def _last_finite(self, trainer: pl.Trainer, pl_module: pl.LightningModule, place: int) -> Path | str | None:
+        """The newest state on the disk, which is finite as all that is saved; the one before this step if none was."""
+        saved = trainer.strategy.broadcast(self._last_saved(trainer))
+        before, self._before = self._before, None
+        if saved is not None or before is None or place not in (LOSS, GRADIENTS):
+            return saved
+        self._first.fill_(NEVER)
+        with torch.no_grad():
+            for buffer, old in zip(pl_module.buffers(), before.buffers, strict=True):
+                buffer.copy_(old)
+        set_random_state(before.random)
+        if before.process:
+            pl_module.load_process_state(before.process)
+        self._before, self._saving_it = before, True
+        (backup,) = (callback for callback in trainer.callbacks if isinstance(callback, Backup))
+        try:
+            return backup.save(trainer)
+        except (Diverged, OSError):  # it was not finite either, or cannot be written: what to say first is this step
+            return None
+
+    def _message(self, trainer: pl.Trainer, step: int, place: int, saved: Path | str | None) -> str:
+        config = self.folder.config
+        warm_up = "--lr_cosine with --warmup_steps" if isinstance(config, TrainVAEConfig) else "more --warmup_steps"
+        precision = "--precision bf16 or 32" if "16-" in config.trainer.precision[:3] else "--precision 32"
+        remedies = [f"a lower --learning_rate (it is {config.optim.learning_rate:g})", warm_up]
+        remedies += ["--gradient_clip_val 1"] if config.trainer.gradient_clip_val is None else []
+        remedies += [precision] if config.trainer.precision[:2] in ("16", "bf") else []
+        state = (
+            f"Resume from the last finite state with --resume --ckpt_path {saved}"
+            if saved
+            else "Nothing was saved before it"
+        )
+        when = "after" if place > GRADIENTS else "at"
+        tries = ", ".join(remedies)
+        return (
+            f"training diverged: {when} step {step} {WHAT[place]} not finite. {state}. Try {tries}, or mend bad data."
+        )
+
+
+class Best(ModelCheckpoint):
+    """Lightning's, which would take the first validation for the best even if its loss is not finite."""
+
+    def check_monitor_top_k(self, trainer: pl.Trainer, current: Tensor | None = None) -> bool:
+        return current is not None and finite([current]) and super().check_monitor_top_k(trainer, current)
+
+
+@torch.no_grad()
+def finite(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether all numbers are finite. Sums, since a CPU takes twenty times as long to look at each number."""
+    for tensor in tensors:
+        if tensor is None or not tensor.is_floating_point():
+            continue
+        local = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # this process's shard
+        total = local.sum(dtype=torch.float32) if local.dtype in LOW_PRECISION else local.sum()
+        if not math.isfinite(total.item()) and not local.isfinite().all():  # the sum of large numbers overflows
+            return False
+    return True
+
+
+def tensors_in(content: Any) -> Iterator[Tensor]:
+    """All tensors in nested dicts and lists."""
+    if isinstance(content, Tensor):
+        yield content
+    elif isinstance(content, dict | list | tuple):
+        for item in content.values() if isinstance(content, dict) else content:
+            yield from tensors_in(item)

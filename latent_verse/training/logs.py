@@ -1,0 +1,116 @@
+"""What is logged: means over all processes, and the CSV file of them, which loses no row when a run is interrupted."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.distributed as dist
+from pytorch_lightning.loggers import Logger
+from pytorch_lightning.utilities import rank_zero_only, rank_zero_warn
+from torch import Tensor
+
+from latent_verse.files import read_text, write_text
+
+
+class CSVLog(Logger):
+    """<folder>/metrics.csv: a row for each time that something is logged, on the disk at once.
+
+    Lightning's CSVLogger overwrites the file of an interrupted run. A resumed run appends to this one, so that each
+    step is there once: rows of `first_step` and later, which it computes again, are removed. Steps count from 0.
+    """
+
+    def __init__(self, folder: Path, first_step: int = 0):
+        super().__init__()
+        self.folder, self.first_step = folder, first_step
+        self._columns: list[str] | None = None  # None before the first row
+        self._waiting: list[dict[str, Any]] = []  # rows that are not on the disk yet
+
+    @property
+    def name(self) -> str:
+        return ""
+
+    @property
+    def version(self) -> str:
+        return self.folder.name
+
+    @property
+    def log_dir(self) -> str:
+        return str(self.folder)
+
+    @property
+    def file(self) -> Path:
+        return self.folder / "metrics.csv"
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """They are in config.yaml."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Write a row. If the disk is full it waits for the next one."""
+        self._waiting.append({**metrics, "step": step})
+        size = None
+        try:
+            rows, columns = self._waiting, self._columns
+            if columns is None:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                rows = [row for row in self._rows() if int(row["step"]) < self.first_step] + rows
+            elif set().union(*rows) - set(columns):
+                rows = self._rows() + rows
+            else:
+                size = self.file.stat().st_size
+                with self.file.open("a", encoding="utf-8", newline="") as file:
+                    file.write(as_text(rows, columns))
+            if size is None:
+                columns = sorted(set().union(*rows))
+                write_text(self.file, ",".join(columns) + "\n" + as_text(rows, columns))
+            self._columns, self._waiting = columns, []
+        except OSError as error:
+            if len(self._waiting) == 1:
+                rank_zero_warn(f"{self.file} cannot be written: {error}. Training goes on, and tries again.")
+            if size is not None:
+                with suppress(OSError):
+                    os.truncate(self.file, size)  # so that no half row stays
+
+    def _rows(self) -> list[dict[str, Any]]:
+        """The rows of the file; a last one that a killed process did not end is left out."""
+        text = read_text(self.file) if self.file.exists() else ""
+        found = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))
+        return [{key: value for key, value in row.items() if value} for row in found]
+
+
+def as_text(rows: list[dict[str, Any]], columns: list[str]) -> str:
+    """Lines of a CSV file."""
+    out = io.StringIO()
+    csv.DictWriter(out, columns, lineterminator="\n").writerows(rows)
+    return out.getvalue()
+
+
+def is_logged(trainer: pl.Trainer) -> bool:
+    """Whether the training step that is being computed is one that Lightning logs."""
+    step = trainer.global_step + 1
+    return step % trainer.log_every_n_steps == 0 or step == trainer.max_steps
+
+
+def over_processes(
+    trainer: pl.Trainer, means: Mapping[str, Tensor], sums: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Values of one training step, of any shapes -> their `means` and `sums` over all processes, in one all-reduce.
+
+    At steps that are logged only, since all processes wait for each other; at others they are this process's own.
+    """
+    values = {name: value.detach() for name, value in {**means, **(sums or {})}.items()}
+    if trainer.world_size == 1 or not is_logged(trainer):
+        return values
+    flat = torch.cat([value.float().flatten() for value in values.values()])
+    dist.all_reduce(flat)
+    parts = zip(values.items(), flat.split([value.numel() for value in values.values()]), strict=True)
+    total = {name: part.view(value.shape) for (name, value), part in parts}
+    return total | {name: total[name] / trainer.world_size for name in means}
