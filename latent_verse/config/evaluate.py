@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Optional, Tuple  # OmegaConf reads these annotations at run time
+from typing import Optional, Tuple
 
 from latent_verse.config.datasets import EVAL_DATASETS, PAIR_DATASETS, check_effects, check_files
 from latent_verse.config.settings import ConfigError, SamplingSettings, Settings, check_rules, require, same, setting
@@ -36,7 +36,7 @@ NEEDS |= dict.fromkeys(("classes_dir", "dtype"), "model")
 class EvaluatedConfig(Settings):
     """What to evaluate: a model, another system's outputs, or two finished evaluations side by side."""
 
-    model: Optional[str] = setting(None, "model to evaluate: bundle of train_biart.py, or hub id", path=True)
+    model: Optional[str] = setting(None, "model to evaluate: bundle of train_biart.py, or hub id", path="hub")
     generated_dir: Optional[str] = setting(None, "evaluate the images in this folder, generate none", path=True)
     captions_file: Optional[str] = setting(None, "captions: COCO results, or captions.jsonl of generate.py", path=True)
     tasks: Tuple[str, ...] = setting((), f"tasks to run, of {' '.join(TASKS)}; default all that are possible", TASKS)

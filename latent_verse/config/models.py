@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, fields
-from typing import Optional, Tuple  # OmegaConf reads these annotations at run time
+from typing import Optional, Tuple
 
 from latent_verse.config.settings import ConfigError, Settings, same, setting
 

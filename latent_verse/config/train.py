@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Optional, Tuple, TypeVar  # OmegaConf reads these annotations at run time
+from typing import Optional, Tuple, TypeVar
 
 from latent_verse.config.datasets import IMAGE_DATASETS, PAIR_DATASETS, check_effects, check_files
 from latent_verse.config.models import AugVAEConfig, BiARTConfig, BiARTModelConfig
@@ -29,9 +29,13 @@ ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps", "tpu")
 class ImageDataConfig(Settings):
     """The images, and how they are loaded."""
 
-    train_dir: Optional[str] = setting(None, "training images: folder; webdataset: folder, pattern or URL", path=True)
-    val_dir: Optional[str] = setting(None, "validation images, in the same form as train_dir; default none", path=True)
-    test_dir: Optional[str] = setting(None, "images for eval_vae.py; default val_dir", path=True)
+    train_dir: Optional[str] = setting(
+        None, "training images: folder; webdataset: folder, pattern or URL", path="shards"
+    )
+    val_dir: Optional[str] = setting(
+        None, "validation images, in the same form as train_dir; default none", path="shards"
+    )
+    test_dir: Optional[str] = setting(None, "images for eval_vae.py; default val_dir", path="shards")
     dataset: Optional[str] = setting(
         None, "layout: class folders, any folder, tar shards or generated; default imagefolder", IMAGE_DATASETS
     )
@@ -79,7 +83,7 @@ class TrainerConfig(Settings):
     backup_steps: int = setting(1000, "steps between backups", at_least=1)
     backup_dir: Optional[str] = setting(None, "folder for backups of runs; default in the run folder", path=True)
     resume: bool = setting(False, "resume training from ckpt_path; reruns with backup need neither")
-    ckpt_path: Optional[str] = setting(None, "checkpoint or run folder to resume, evaluate or export", path=True)
+    ckpt_path: Optional[str] = setting(None, "checkpoint or run folder to resume, evaluate or export", path="hub")
     debug: bool = setting(False, "100 batches per epoch, backups and grids every 10 steps, anomaly detection")
 
 
@@ -95,7 +99,7 @@ class VAEOptimConfig(Settings):
     weight_decay: float = setting(1e-5, "weight decay of either optimizer", at_least=0)
     betas: Tuple[float, float] = setting((0.9, 0.999), "beta1 and beta2 of AdamW", at_least=0, below=1)
     codebook_init: str = setting("normal", "normal: noise, as released; data: encoder outputs", ("normal", "data"))
-    pretrained_path: Optional[str] = setting(None, "AugVAE to start from: checkpoint, folder or hub id", path=True)
+    pretrained_path: Optional[str] = setting(None, "AugVAE to start from: checkpoint, folder or hub id", path="hub")
     finetune: bool = setting(False, "train AugVAE-SL at the one level in attn_resolutions, from pretrained_path")
 
 
@@ -138,7 +142,7 @@ class EvalVAEConfig(TrainVAEConfig):
 class FrozenVAEConfig(Settings):
     """The AugVAE whose codes BiART reads and writes. It is not trained."""
 
-    vae_path: Optional[str] = setting(None, "AugVAE: run folder, checkpoint, saved folder or hub id", path=True)
+    vae_path: Optional[str] = setting(None, "AugVAE: run folder, checkpoint, saved folder or hub id", path="hub")
 
 
 @dataclass(frozen=True)
