@@ -16,6 +16,8 @@ import contextlib
 import dataclasses
 import functools
 import gc
+import glob
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -65,7 +67,8 @@ class Parser(argparse.ArgumentParser):
         self._negative_number_matcher = re.compile(r"-\.?\d|-inf|-nan", re.IGNORECASE)
 
     def error(self, message: str):
-        raise ConfigError(f"{message}. See --help.")
+        dash = " A value that begins with - is written --flag=value." if "expected" in message else ""
+        raise ConfigError(f"{message}.{dash} See --help.")
 
 
 class Once(argparse.Action):
@@ -156,7 +159,7 @@ def find_config(name: str) -> str:
         ConfigError: a bare name that is neither a file nor a recipe.
     """
     name = expand(name, True, "config")
-    if Path(name).is_file() or Path(name).name != name or Path(name).suffix:
+    if os.path.isfile(name) or Path(name).name != name or Path(name).suffix:
         return name
     folder = next((folder for folder in RECIPES if folder.is_dir()), RECIPES[0])
     recipes = {file.stem: str(file) for file in sorted(folder.glob("*.yaml"))}
@@ -209,18 +212,17 @@ def _compose(path: str) -> Node:
     """
     import yaml
 
-    file = Path(path)
-    if file.is_dir():
+    if os.path.isdir(path):
         raise ConfigError(f"config {path} is a folder; name a YAML file in it.")
-    if not file.is_file():
-        near = sorted(p.name for p in file.parent.glob("*.y*ml")) if file.parent.is_dir() else []
+    if not os.path.isfile(path):
+        near = sorted(map(os.path.basename, glob.glob(f"{glob.escape(os.path.dirname(path) or '.')}/*.y*ml")))
         there = f" That folder holds: {', '.join(near)}." if near else ""
-        kind = "is a pipe or device; a file is needed" if file.exists() else "does not exist"
+        kind = "is a pipe or device; a file is needed" if os.path.exists(path) else "does not exist"
         raise ConfigError(f"config file {path} {kind}.{there}")
-    if (size := file.stat().st_size) > LARGEST_FILE:
+    if (size := os.path.getsize(path)) > LARGEST_FILE:
         raise ConfigError(f"config file {path} has {size:,} bytes, more than {LARGEST_FILE:,}. Is it a YAML file?")
     try:
-        data = file.read_bytes()
+        data = Path(path).read_bytes()
         root = yaml.compose(data.decode("utf-8-sig"), yaml.BaseLoader)  # types no value: each is a text
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
@@ -244,7 +246,9 @@ def _compose(path: str) -> Node:
 def _pairs(path: str, mapping: Node) -> list[tuple[Node, Node]]:
     """The (key, value) of a mapping, each key once, which YAML libraries do not check."""
     seen: dict[str, Node] = {}
+    _check_tag(path, mapping)
     for key, _ in mapping.value:
+        _check_tag(path, key)
         if key.id != "scalar":
             raise ConfigError(f"{_at(path, key)}: a key is the name of a setting, not a list or mapping.")
         if key.value in seen:
@@ -257,14 +261,18 @@ def _pairs(path: str, mapping: Node) -> list[tuple[Node, Node]]:
 def _value(path: str, leaf: str, node: Node) -> str | list[str] | None:
     """What a node says of a setting."""
     for part in (node, *(node.value if node.id == "sequence" else ())):
-        if part.tag not in TAGS:
-            raise ConfigError(f"{_at(path, part)}: {leaf} has the tag {_name(part.tag)}, which no setting needs.")
+        _check_tag(path, part)
     if node.id == "scalar":
         return _scalar(node)
     if node.id == "sequence" and all(item.id == "scalar" for item in node.value):
         return [_scalar(item) or "" for item in node.value]
     nested = "a mapping" if node.id == "mapping" else "a list of lists or mappings"
     raise ConfigError(f"{_at(path, node)}: {leaf} is {nested}; a setting is one value or a list of values.")
+
+
+def _check_tag(path: str, node: Node) -> None:
+    if node.tag not in TAGS:
+        raise ConfigError(f"{_at(path, node)}: the tag {_name(node.tag)} has no meaning here. Remove it.")
 
 
 def _scalar(node: Node) -> str | None:
@@ -349,10 +357,10 @@ def to_yaml(config: Any) -> str:
     import yaml
 
     class Dumper(yaml.SafeDumper):
-        """Quotes the texts that would be read as null."""
+        """Puts in quotes what would be read as null, and what YAML's other forms break or fold at odd characters."""
 
     def represent(dumper: Dumper, text: str) -> yaml.Node:
-        quote = "'" if _lower(text) in NULL else None
+        quote = '"' if _lower(text) in NULL or not text.isprintable() else None
         return dumper.represent_scalar(f"{YAML_TAG}str", text, style=quote)
 
     Dumper.add_representer(str, represent)

@@ -31,10 +31,12 @@ class WhatConfig(Settings):
 class GenerateSamplingConfig(SamplingSettings):
     """How images and captions are sampled."""
 
-    num: int = setting(1, "images per text, or captions per image", at_least=1)
+    num: int = setting(1, "images per text, or captions per image", at_least=1, at_most=2**16)
     temperature: float = same(SamplingSettings, "temperature", 1.0, "temperature; 0: greedy, the default for captions")
     seed: Optional[int] = same(EvalWriteConfig, "seed", None, "seed for sampling; default random, and recorded")
-    rerank: int = setting(0, "candidates per image; the one that makes its text likeliest is kept; 0: off", at_least=0)
+    rerank: int = setting(
+        0, "candidates per image; the one that makes its text likeliest is kept; 0: off", at_least=0, at_most=4096
+    )
     beams: int = same(CaptionConfig, "beams")
     text_too_long: str = same(TextConfig, "text_too_long", "truncate", "cut texts that are too long, or raise an error")
 

@@ -21,8 +21,8 @@ from typing import Any, Literal, Optional, get_args, get_origin, get_type_hints
 
 PathKind = Literal[True, "hub", "shards", "first"]
 LARGEST = 2**63 - 1  # what PyTorch takes for an integer
+LONGEST_NAME = 255  # bytes of a file's or folder's name, in all common file systems
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
-SHARDS = re.compile(r",(?![^{]*\})")  # commas, but not those within braces
 WITHIN = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
 
 
@@ -93,7 +93,9 @@ class SamplingSettings(Settings):
     temperature: float = setting(1.0, "sampling temperature for images; 0 takes the most likely code", at_least=0)
     top_k: Optional[int] = setting(None, "sample only from the k most likely tokens", at_least=1)
     top_p: Optional[float] = setting(None, "nucleus sampling: top tokens of this total probability", above=0, at_most=1)
-    guidance: float = setting(1.0, "scale of classifier-free guidance towards the input; 1 is off", at_least=0)
+    guidance: float = setting(
+        1.0, "scale of classifier-free guidance towards the input; 1 is off", at_least=0, at_most=1e4
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -141,6 +143,18 @@ def type_name(hint: Any) -> str:
     if is_list(hint):
         return "a list of texts" if item_type(hint) is str else "a list of numbers"
     return item_type(hint).__name__
+
+
+def check(section: Any, called: str = "", **values: Any) -> None:
+    """Refuse values that are out of the range that a section declares: arguments of a function, named as its settings.
+
+    Raises:
+        ConfigError: as `checked`, with the name that the value is `called` there.
+    """
+    hints = types_of(section)
+    for f in dataclasses.fields(section):
+        if f.name in values:
+            checked(f, hints[f.name], values[f.name], called and f" ({called})")
 
 
 def expected(f: dataclasses.Field, hint: Any) -> str:
@@ -277,27 +291,41 @@ def expand(path: str | os.PathLike, kind: PathKind, name: str, source: str = "")
         name, source: of the setting, for messages.
 
     Raises:
-        ConfigError: it is empty, holds a line break or null character, is a URL where none can be read, or there is
-            no such user.
+        ConfigError: it is empty, no file can have that name, it is a URL where none can be read, or there is no such
+            user.
     """
     path = os.fspath(path)
     if not path.strip():
         raise ConfigError(f"{name} is empty{source}. Give a path, or leave it out.")
-    if set(path) & set("\0\n\r"):
-        raise ConfigError(f"{name}: {shown(path)}{source} holds a line break or null character, which no path may.")
+    if set(path) & set("\0\n\r") or re.search("[\ud800-\udc7f\udd00-\udfff]", path):
+        raise ConfigError(f"{name}: {shown(path)}{source} holds a character, such as a line break, that no path may.")
     if kind == "shards" and (path.startswith("pipe:") or URL.match(path)):
         return path
-    if kind == "shards" and len(parts := SHARDS.split(path)) > 1:
+    if kind == "shards" and len(parts := split_shards(path)) > 1:
         of_home = {part: expand(part.strip(), kind, name, source) for part in parts if part.lstrip().startswith("~")}
         return ",".join(of_home.get(part, part) for part in parts)
     if URL.match(path):
         remedy = "Give a path, or a hub id as owner/name" if kind == "hub" else "Give a path on this machine"
         raise ConfigError(f"{name}: {shown(path)}{source} is a URL, which cannot be used here. {remedy}.")
+    if kind != "shards" and max(len(os.fsencode(part)) for part in path.split("/")) > LONGEST_NAME:
+        raise ConfigError(f"{name}: {shown(path)}{source} holds a name of more than {LONGEST_NAME} bytes.")
     expanded = os.path.expanduser(path)
     if expanded.startswith("~"):
         home = f"{name}: {shown(path)}{source} is below a home folder that is not known"
         raise ConfigError(f"{home}. If {path.split('/')[0]} is the name of a folder, write ./ before it.")
     return expanded
+
+
+def split_shards(source: str) -> list[str]:
+    """The parts of a text with commas between them, but for commas within braces: "a,{b,c}" is "a" and "{b,c}"."""
+    parts, depth = [""], 0
+    for piece in re.split("([{},])", source):
+        depth = max(0, depth + (piece == "{") - (piece == "}"))
+        if piece == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += piece
+    return parts
 
 
 def expand_paths(paths: str) -> str:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Iterator
 from functools import cache
 
+from latent_verse.config.settings import expand
 from latent_verse.data import DataError
 
 IMAGE_COLUMNS = ("image", "image_path", "filepath", "file_name", "filename", "path")
@@ -56,7 +57,7 @@ def check_file(path: str | os.PathLike, key: str) -> str:
     Raises:
         DataError: it is no file, or an empty one; naming the setting `key`.
     """
-    path = os.path.expanduser(os.fspath(path))
+    path = expand(path, True, key)
     if not os.path.isfile(path):
         kind = "is a folder, not a file" if os.path.isdir(path) else "does not exist"
         raise DataError(f"{key}: {path} {kind}. Give the file that holds the captions.")
