@@ -72,7 +72,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class Once(argparse.Action):
-    """Store the values of a flag that may be given only once: the first of two lists would be lost without a word."""
+    """Store the values of a flag that may be given only once: the first of two lists of texts would be lost."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         if hasattr(namespace, self.dest):
@@ -142,8 +142,8 @@ def make_parser(cls: type, description: str, prog: str | None = None) -> Parser:
             group.add_argument(f"--no-{f.name}", **off)
         elif is_list(hint):
             kinds = {True: "PATH", "first": ("PATH", "TEXT"), False: "TEXT" if item_type(hint) is str else "N"}
-            metavar = kinds[f.metadata["path"]]
-            group.add_argument(f"--{f.name}", nargs="+", action=Once, metavar=metavar, help=text)
+            metavar, action = kinds[f.metadata["path"]], Once if item_type(hint) is str else "store"
+            group.add_argument(f"--{f.name}", nargs="+", action=action, metavar=metavar, help=text)
         else:
             choices = f.metadata["choices"]
             kind = "PATH" if f.metadata["path"] else type_name(hint).upper()

@@ -134,7 +134,6 @@ def test_numbers_and_switches_mean_what_a_person_means(name, word, value, from_y
         (f"--batch_size {'9' * 5000}", ["batch_size", "int"]),
         (f"--learning_rate {'9' * 400}", ["learning_rate", "finite"]),
         ("--no-use_attn=true", ["--no-use_attn", "true"]),
-        ("--ch_mult 1 2 --ch_mult 4", ["--ch_mult", "twice"]),
         ("--config a --config b", ["--config", "twice"]),
         ("--name=", ["name", "empty"]),
         ("--dataset_size=", ["dataset_size", "int"]),
@@ -150,6 +149,7 @@ def test_forms_of_flags():
     assert read(GenerateConfig, "--text", "-5", "a").what.text == ("-5", "a")
     assert read(GenerateConfig, "--text=-x").what.text == ("-x",)
     assert read(TrainVAEConfig, "--batch_size", "3", "--batch_size", "5").data.batch_size == 5  # as a script's "$@"
+    assert read(TrainVAEConfig, "--ch_mult", "1", "2", "--ch_mult", "4").model.ch_mult == (4,)
     with pytest.raises(ConfigError, match=naming("--text", "--flag=value")):
         read(GenerateConfig, "--text", "-x")
     with pytest.raises(ConfigError, match=naming("--text", "twice")):
