@@ -15,6 +15,7 @@ from torch import nn
 from latent_verse.augvae.model import AugVAE
 from latent_verse.checkpoints.ckpt_files import CheckpointError, fetch_from_hub, fill, find_checkpoint, read_ckpt
 from latent_verse.config import AugVAEConfig, ConfigError, as_plain
+from latent_verse.config.settings import expand
 from latent_verse.config.train import TrainVAEConfig, with_pretrained_shape
 from latent_verse.files import replacing, write_json
 
@@ -32,6 +33,7 @@ def load_augvae(path: str | os.PathLike) -> AugVAE:
     Raises:
         CheckpointError: the file is missing, damaged, of another kind, or does not fit.
     """
+    path = expand(path, "hub", "path")
     local = find_checkpoint(Path(path))
     if local.is_file() and local.name == WEIGHTS:
         local = local.parent
@@ -66,7 +68,7 @@ def save_augvae(model: AugVAE, directory: str | os.PathLike) -> None:
     """Write `config.json` and `model.safetensors` to a folder, each whole or not at all; shared tensors only once."""
     from safetensors.torch import save_model
 
-    directory = Path(directory)
+    directory = Path(expand(directory, True, "directory"))
     directory.mkdir(parents=True, exist_ok=True)
     with replacing(directory / WEIGHTS) as unfinished:
         save_model(model, str(unfinished))

@@ -14,6 +14,7 @@ from latent_verse.biart.model import BiART
 from latent_verse.checkpoints.augvae import FORMAT, WEIGHTS, load_augvae, save_augvae
 from latent_verse.checkpoints.ckpt_files import CheckpointError, fetch_from_hub, fill, fingerprint, first_line
 from latent_verse.config import BiARTConfig, ConfigError, as_plain
+from latent_verse.config.settings import expand
 from latent_verse.data.text import Tokenizer, TokenizerError, load_tokenizer
 from latent_verse.files import replacing, write_json
 
@@ -36,7 +37,7 @@ def save_bundle(
     """
     from safetensors.torch import save_file
 
-    directory = Path(directory)
+    directory = Path(expand(directory, True, "directory"))
     if directory.exists() and not _may_become_bundle(directory):
         raise CheckpointError(f"{directory} exists and is not a bundle. Name a new or empty folder.")
     directory.mkdir(parents=True, exist_ok=True)
@@ -56,6 +57,7 @@ def find_bundle(path: str | os.PathLike) -> Path:
     Raises:
         CheckpointError: the path is a file, or does not exist and cannot be fetched.
     """
+    path = expand(path, "hub", "path")
     folder = Path(path)
     if folder.is_file():
         raise CheckpointError(f"{path} is a file; a bundle is the folder that LVerse.save_pretrained writes.")

@@ -3,6 +3,10 @@
 Precedence: dataclass default < YAML < flags given. A YAML file may be sectioned (`model: {hidden_dim: 64}`), flat
 (`hidden_dim: 64`, as the original's) or mixed. Unknown keys and wrong types are errors that name the closest valid one.
 Nothing heavy is imported, so that `--help` answers at once.
+
+A value means the same as a flag and in YAML. Both are texts, which `convert` reads as the type of their setting: YAML's
+own types are not used, so that `name: 001` and `name: on` stay what was written and `batch_size: 010` is 10. `${x}` is
+text too. null, none and ~ (in YAML also nothing) leave an optional setting out; quotes make texts of them.
 """
 
 from __future__ import annotations
@@ -12,25 +16,69 @@ import contextlib
 import dataclasses
 import functools
 import gc
+import glob
 import io
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
-from latent_verse.config.settings import ConfigError, UserError, as_plain, check_value, closest, expand_paths, printable
+from latent_verse.config.settings import (
+    ConfigError,
+    UserError,
+    as_plain,
+    checked,
+    closest,
+    expand,
+    expected,
+    inner,
+    is_list,
+    is_optional,
+    item_type,
+    shown,
+    type_name,
+    types_of,
+)
+
+if TYPE_CHECKING:
+    from yaml import Node
 
 Config = TypeVar("Config")
 RECIPES = (Path(__file__).parents[1] / "configs", Path(__file__).parents[2] / "configs")  # installed; in the repository
-TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+TRUE, FALSE = ("true", "yes", "on", "y", "1"), ("false", "no", "off", "n", "0")
+NULL = ("null", "none", "~")
+YAML_TAG = "tag:yaml.org,2002:"
+TAGS = {f"{YAML_TAG}{name}" for name in ("str", "int", "float", "bool", "null", "seq", "map")}
+LARGEST_FILE = (
+    2_000_000  # bytes of a YAML file, which holds some hundred settings; lists of shards have files of their own
+)
+
+
+class Quoted(str):
+    """A text in quotes, in YAML: `null` in it is no null."""
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that raises ConfigError instead of leaving the program."""
+    """argparse that raises ConfigError instead of leaving the program, and takes -1e-4 for a number."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._negative_number_matcher = re.compile(r"-\.?\d|-inf|-nan", re.IGNORECASE)
 
     def error(self, message: str):
-        raise ConfigError(f"{message}. See --help.")
+        dash = " A value that begins with - is written --flag=value." if "expected" in message else ""
+        raise ConfigError(f"{message}.{dash} See --help.")
+
+
+class Once(argparse.Action):
+    """Store the values of a flag that may be given only once: the first of two lists of texts would be lost."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if hasattr(namespace, self.dest):
+            raise argparse.ArgumentError(self, "given twice; write all values after the first one")
+        setattr(namespace, self.dest, values)
 
 
 def leaves(cls: type) -> Iterator[tuple[str, dataclasses.Field, Any]]:
@@ -41,7 +89,7 @@ def leaves(cls: type) -> Iterator[tuple[str, dataclasses.Field, Any]]:
     """
     seen: dict[str, str] = {}
     for section, section_type in get_type_hints(cls).items():
-        hints = get_type_hints(section_type)
+        hints = types_of(section_type)
         for f in dataclasses.fields(section_type):
             if f.name in seen:
                 raise TypeError(f"{f.name} is a leaf of both {seen[f.name]} and {section}: rename one")
@@ -64,7 +112,9 @@ def parse(
     flags, unknown = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
     if unknown:
         names = [f.name for _, f, _ in leaves(cls)] + ["config"]
-        raise ConfigError(f"unknown argument {unknown[0]}{closest(unknown[0].lstrip('-').split('=')[0], names, '--')}")
+        raise ConfigError(
+            f"unknown argument {_name(unknown[0])}{closest(unknown[0].lstrip('-').split('=')[0], names, '--')}"
+        )
     values = vars(flags)
     path = values.pop("config", None)
     given: dict[str, tuple[Any, str]] = {}
@@ -80,23 +130,24 @@ def make_parser(cls: type, description: str, prog: str | None = None) -> Parser:
     usage = "%(prog)s [--config FILE] [--SETTING VALUE ...]"
     parser = Parser(prog, usage, description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     text = "YAML file of settings, or the name of a shipped recipe; flags override it"
-    parser.add_argument("-c", "--config", "--configs", metavar="FILE", help=text)
+    parser.add_argument("-c", "--config", "--configs", metavar="FILE", action=Once, help=text)
     groups: dict[str, Any] = {}
     for section, f, hint in leaves(cls):
         group = groups.setdefault(section, parser.add_argument_group(section))
         shown = list(f.default) if isinstance(f.default, tuple) else f.default
         text = f.metadata["help"].replace("%", "%%") + ("" if shown in (None, []) else f" (default: {shown})")
         text = argparse.SUPPRESS if f.metadata["hidden"] else text
-        if _is(hint, bool):
+        if inner(hint) is bool:
             group.add_argument(f"--{f.name}", nargs="?", const="true", metavar="true|false", help=text)
             off = {"dest": f.name, "action": "store_const", "const": "false", "help": argparse.SUPPRESS}
             group.add_argument(f"--no-{f.name}", **off)
-        elif _is_sequence(hint):
-            metavar = "PATH" if f.metadata["path"] else "TEXT" if _is_texts(hint) else "N"
-            group.add_argument(f"--{f.name}", nargs="+", metavar=metavar, help=text)
+        elif is_list(hint):
+            kinds = {True: "PATH", "first": ("PATH", "TEXT"), False: "TEXT" if item_type(hint) is str else "N"}
+            metavar, action = kinds[f.metadata["path"]], Once if item_type(hint) is str else "store"
+            group.add_argument(f"--{f.name}", nargs="+", action=action, metavar=metavar, help=text)
         else:
             choices = f.metadata["choices"]
-            kind = "PATH" if f.metadata["path"] else _type_name(hint).upper()
+            kind = "PATH" if f.metadata["path"] else type_name(hint).upper()
             metavar = "{" + ",".join(choices) + "}" if choices else kind
             group.add_argument(f"--{f.name}", metavar=metavar, help=text)
     return parser
@@ -108,8 +159,8 @@ def find_config(name: str) -> str:
     Raises:
         ConfigError: a bare name that is neither a file nor a recipe.
     """
-    name = os.path.expanduser(name)
-    if Path(name).is_file() or Path(name).name != name or Path(name).suffix:
+    name = expand(name, True, "config")
+    if os.path.isfile(name) or Path(name).name != name or Path(name).suffix:
         return name
     folder = next((folder for folder in RECIPES if folder.is_dir()), RECIPES[0])
     recipes = {file.stem: str(file) for file in sorted(folder.glob("*.yaml"))}
@@ -120,48 +171,125 @@ def find_config(name: str) -> str:
 
 
 def read_yaml(cls: type, path: str) -> dict[str, Any]:
-    """A YAML file as {leaf: value}.
+    """A YAML file as {leaf: value}; a value is a text, None, or a list of texts, whatever types YAML would see in it.
 
     Raises:
-        ConfigError: no such file, not YAML, not a mapping, unknown keys, or a key in another section than its own.
+        ConfigError: no such file, not YAML, not a mapping, unknown keys, a key that is given twice or in another
+            section than its own, or a value that no setting has.
     """
-    from omegaconf import OmegaConf
-
-    file = Path(path)
-    if file.is_dir():
-        raise ConfigError(f"config {path} is a folder; name a YAML file in it.")
-    if not file.is_file():
-        near = sorted(p.name for p in file.parent.glob("*.y*ml")) if file.parent.is_dir() else []
-        there = f" That folder holds: {', '.join(near)}." if near else ""
-        raise ConfigError(f"config file {path} does not exist.{there}")
-    try:
-        tree: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=True)
-    except Exception as error:  # OmegaConf and PyYAML raise a dozen kinds
-        raise ConfigError(f"config file {path} is not readable YAML: {error}") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(f"config file {path} holds no settings; it should be lines of `key: value`.")
     sections = {f.name: section for section, f, _ in leaves(cls)}
     out: dict[str, Any] = {}
 
-    def take(leaf, value, section=None):
+    def take(key: Node, value: Node, section: str | None = None) -> None:
+        leaf = key.value
         if leaf not in sections:
             known = [*sections, *sections.values()]
-            raise ConfigError(f"{path}: unknown key {leaf}{closest(str(leaf), known)}")
+            raise ConfigError(f"{_at(path, key)}: unknown key {_name(leaf)}{closest(leaf, known)}")
         if section not in (None, sections[leaf]):
-            raise ConfigError(f"{path}: {leaf} belongs to section {sections[leaf]}, not {section}.")
+            raise ConfigError(f"{_at(path, key)}: {leaf} belongs to section {sections[leaf]}, not {section}.")
         if leaf in out:
-            raise ConfigError(f"{path}: {leaf} is given twice, in a section and outside. Keep one.")
-        out[leaf] = value
+            raise ConfigError(f"{_at(path, key)}: {leaf} is given twice, in a section and outside. Keep one.")
+        out[leaf] = _value(path, leaf, value)
 
-    for key, value in tree.items():
-        if key in sections.values() and not (isinstance(value, dict) or value is None):
-            raise ConfigError(f"{path}: {key} is a section; write its settings indented under it, not {value!r}.")
-        if key in sections.values():
-            for leaf, leaf_value in (value or {}).items():
-                take(leaf, leaf_value, key)
-        else:
+    for key, value in _pairs(path, _compose(path)):
+        if key.value not in sections.values():
             take(key, value)
+        elif value.id == "mapping":
+            for leaf, leaf_value in _pairs(path, value):
+                take(leaf, leaf_value, key.value)
+        elif value.id == "sequence" or not _is_null(_scalar(value)):
+            found = "a list" if value.id == "sequence" else shown(str(value.value))
+            raise ConfigError(
+                f"{_at(path, value)}: {key.value} is a section; write its settings indented under it, not {found}."
+            )
     return out
+
+
+def _compose(path: str) -> Node:
+    """The nodes of a YAML file: each a text, a list or a mapping, with its line.
+
+    Raises:
+        ConfigError: no such file, too large, not UTF-8, not YAML, or not a mapping.
+    """
+    import yaml
+
+    if os.path.isdir(path):
+        raise ConfigError(f"config {path} is a folder; name a YAML file in it.")
+    if not os.path.isfile(path):
+        near = sorted(map(os.path.basename, glob.glob(f"{glob.escape(os.path.dirname(path) or '.')}/*.y*ml")))
+        there = f" That folder holds: {', '.join(near)}." if near else ""
+        kind = "is a pipe or device; a file is needed" if os.path.exists(path) else "does not exist"
+        raise ConfigError(f"config file {path} {kind}.{there}")
+    if (size := os.path.getsize(path)) > LARGEST_FILE:
+        raise ConfigError(f"config file {path} has {size:,} bytes, more than {LARGEST_FILE:,}. Is it a YAML file?")
+    try:
+        data = Path(path).read_bytes()
+        root = yaml.compose(data.decode("utf-8-sig"), yaml.BaseLoader)  # types no value: each is a text
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"config file {path} is not YAML in UTF-8 (line {line}). Save it as UTF-8.") from error
+    except yaml.MarkedYAMLError as error:
+        where = f" (line {error.problem_mark.line + 1})" if error.problem_mark else ""
+        what = " ".join(str(error.problem or error.context).split())
+        raise ConfigError(f"config file {path} is not readable YAML{where}: {what}.") from error
+    except RecursionError as error:
+        raise ConfigError(f"config file {path} is nested too deeply; settings are at most in a section.") from error
+    except (yaml.YAMLError, ValueError, OverflowError, OSError) as error:  # of escapes and directives out of range, too
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"config file {path} is not readable YAML: {reason}.") from error
+    if root is None or (root.id == "scalar" and _is_null(_scalar(root))):
+        return yaml.MappingNode(f"{YAML_TAG}map", [])  # an empty file
+    if root.id != "mapping":
+        raise ConfigError(f"config file {path} holds no settings; it should be lines of `key: value`.")
+    return root
+
+
+def _pairs(path: str, mapping: Node) -> list[tuple[Node, Node]]:
+    """The (key, value) of a mapping, each key once, which YAML libraries do not check."""
+    seen: dict[str, Node] = {}
+    _check_tag(path, mapping)
+    for key, _ in mapping.value:
+        _check_tag(path, key)
+        if key.id != "scalar":
+            raise ConfigError(f"{_at(path, key)}: a key is the name of a setting, not a list or mapping.")
+        if key.value in seen:
+            first = seen[key.value].start_mark.line + 1
+            raise ConfigError(f"{_at(path, key)}: {_name(key.value)} is given twice, first on line {first}. Keep one.")
+        seen[key.value] = key
+    return mapping.value
+
+
+def _value(path: str, leaf: str, node: Node) -> str | list[str] | None:
+    """What a node says of a setting."""
+    for part in (node, *(node.value if node.id == "sequence" else ())):
+        _check_tag(path, part)
+    if node.id == "scalar":
+        return _scalar(node)
+    if node.id == "sequence" and all(item.id == "scalar" for item in node.value):
+        return [_scalar(item) or "" for item in node.value]
+    nested = "a mapping" if node.id == "mapping" else "a list of lists or mappings"
+    raise ConfigError(f"{_at(path, node)}: {leaf} is {nested}; a setting is one value or a list of values.")
+
+
+def _check_tag(path: str, node: Node) -> None:
+    if node.tag not in TAGS:
+        raise ConfigError(f"{_at(path, node)}: the tag {_name(node.tag)} has no meaning here. Remove it.")
+
+
+def _scalar(node: Node) -> str | None:
+    """The text of a scalar; None for nothing at all."""
+    if node.style:
+        return Quoted(node.value)
+    return node.value or None
+
+
+def _at(path: str, node: Node) -> str:
+    return f"{path}, line {node.start_mark.line + 1}"
+
+
+def _name(text: str) -> str:
+    """A key or flag as messages show it: as it is, unless that would not be one short line."""
+    return text if text.isprintable() and 0 < len(text) < 100 else shown(str(text))
 
 
 def build(cls: type[Config], given: dict[str, tuple[Any, str]]) -> Config:
@@ -174,57 +302,70 @@ def build(cls: type[Config], given: dict[str, tuple[Any, str]]) -> Config:
     return cls(**{section: get_type_hints(cls)[section](**values) for section, values in arguments.items()})
 
 
-def convert(f: dataclasses.Field, value: Any, hint: Any, source: str) -> Any:
-    """One value from YAML or a flag as its annotated type, by OmegaConf's rules, in range, `~` in paths expanded.
+def convert(f: dataclasses.Field, value: str | list[str] | None, hint: Any, source: str) -> Any:
+    """A text, or a list of them, as a flag or YAML gives it, as the setting's type; in range, `~` in paths expanded.
 
     Raises:
         ConfigError: naming the setting, the value, what was expected and where it was given.
     """
-    converted = _typed(f.name, value, hint, source)
-    check_value(f, converted, f" (from {source})")
-    return _expanded(converted) if f.metadata["path"] else converted
-
-
-def _expanded(paths: Any) -> Any:
-    """None, a path, paths with commas between them (shards) or a tuple of paths, with `~` expanded in each."""
-    if isinstance(paths, tuple):
-        return tuple(_expanded(path) for path in paths)
-    return paths and expand_paths(paths)
-
-
-def _typed(name: str, value: Any, hint: Any, source: str) -> Any:
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    if isinstance(value, str) and value.lower() in ("null", "none", "~") and _optional(hint):
+    where, kind = f" (from {source})", item_type(hint)
+    if is_optional(hint) and _is_null(value):
         return None
-    if _is(hint, bool) and isinstance(value, (str, int)) and str(value).lower() in TRUE + FALSE:
-        return str(value).lower() in TRUE
-    if _is(hint, int) and not isinstance(value, bool):
-        value = _whole(value[0] if isinstance(value, list) and len(value) == 1 else value)
-    if _is_texts(hint):  # whole, whatever they hold: OmegaConf would read "${x}" and "???" as its own syntax
-        return None if value is None and _optional(hint) else _texts(name, value, source)
-    if _is(hint, str) and isinstance(value, list) and value and all(isinstance(v, str) for v in value):
-        value = ",".join(value)  # a YAML list of shards
-    if _is_sequence(hint):
-        value = _items(value)
-    try:
-        leaf_type = OmegaConf.structured(dataclasses.make_dataclass("Leaf", [("leaf", hint)]))
-        leaf: Any = OmegaConf.to_container(OmegaConf.merge(leaf_type, {"leaf": value}))
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{name}: {value!r} (from {source}) is invalid; expected {_type_name(hint)}.") from error
-    converted = leaf["leaf"]
-    if _is_sequence(hint) and Ellipsis not in _inner(hint).__args__ and len(converted) != len(_inner(hint).__args__):
-        wanted = len(_inner(hint).__args__)
-        raise ConfigError(f"{name}: {converted} (from {source}) has {len(converted)} items, not {wanted}.")
-    return tuple(converted) if isinstance(converted, list) else converted
+    if value is None:
+        raise ConfigError(f"{f.name} has no value{where}; expected {expected(f, hint)}. Give one, or leave it out.")
+    texts = value if isinstance(value, list) else [value]
+    if f.metadata["path"] == "shards":
+        texts = [",".join(texts)]
+    elif is_list(hint) and kind is not str:
+        texts = _items(texts)
+    read = [_read(text, kind) for text in texts]
+    if None in read or not (is_list(hint) or len(read) == 1):
+        found = shown([*map(str, texts)] if isinstance(value, list) else str(value))
+        odd = next((c for c in "".join(texts) if not c.isascii()), None) if kind is not str else None
+        remedy = f" It holds {odd!r} (U+{ord(odd):04X}), which no number has." if odd else ""
+        raise ConfigError(f"{f.name}: {found}{where} is invalid; expected {expected(f, hint)}.{remedy}")
+    return checked(f, hint, read if is_list(hint) else read[0], where)
+
+
+def _read(text: str, kind: type) -> Any:
+    """A text as a bool, int, float or str; None if it is none."""
+    if kind is str:
+        return str(text)
+    if kind is bool:
+        return True if _lower(text) in TRUE else False if _lower(text) in FALSE else None
+    if not text.isascii():  # float would read digits of all scripts, and skip their spaces
+        return None
+    with contextlib.suppress(ValueError, OverflowError):
+        if kind is float:
+            return float(text)
+        with contextlib.suppress(ValueError):  # in full, which a float would round
+            return int(text)
+        return int(float(text)) if float(text).is_integer() else None  # 1e6 is an integer to a person
+    return None
+
+
+def _is_null(value: str | list[str] | None) -> bool:
+    """Whether nothing is given, or a word for it; in YAML not in quotes."""
+    return value is None or (isinstance(value, str) and not isinstance(value, Quoted) and _lower(value) in NULL)
+
+
+def _lower(text: str) -> str:
+    return text.strip().lower()
 
 
 def to_yaml(config: Any) -> str:
-    """The effective configuration as sectioned YAML, readable by `--config` again."""
-    from omegaconf import OmegaConf
+    """The effective configuration as sectioned YAML, which `--config` reads as the same again, whatever it holds."""
+    import yaml
 
-    return OmegaConf.to_yaml(OmegaConf.create(as_plain(config)))
+    class Dumper(yaml.SafeDumper):
+        """Puts in quotes what would be read as null, and what YAML's other forms break or fold at odd characters."""
+
+    def represent(dumper: Dumper, text: str) -> yaml.Node:
+        quote = '"' if _lower(text) in NULL or not text.isprintable() else None
+        return dumper.represent_scalar(f"{YAML_TAG}str", text, style=quote)
+
+    Dumper.add_representer(str, represent)
+    return yaml.dump(as_plain(config), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=sys.maxsize)
 
 
 @contextlib.contextmanager
@@ -262,51 +403,6 @@ def one_line_errors(program: Callable[..., int]) -> Callable[..., int]:
     return wrapped
 
 
-def _optional(hint: Any) -> bool:
-    return type(None) in getattr(hint, "__args__", ())
-
-
-def _inner(hint: Any) -> Any:
-    return next(a for a in hint.__args__ if a is not type(None)) if _optional(hint) else hint
-
-
-def _is(hint: Any, kind: type) -> bool:
-    return _inner(hint) is kind
-
-
-def _is_sequence(hint: Any) -> bool:
-    return getattr(_inner(hint), "__origin__", None) is tuple
-
-
-def _is_texts(hint: Any) -> bool:
-    return _is_sequence(hint) and _inner(hint).__args__[0] is str
-
-
-def _texts(name: str, value: Any, source: str) -> tuple[str, ...]:
-    """A text, or a list of texts, with their commas and spaces. A number in YAML is a text of digits."""
-    items = value if isinstance(value, (list, tuple)) else [value]
-    for item in items:
-        if isinstance(item, bool) or not isinstance(item, (str, int, float)):
-            raise ConfigError(f"{name}: {item!r} (from {source}) is not a text. Put it in quotes.")
-    return tuple(str(item) for item in items)
-
-
-def _type_name(hint: Any) -> str:
-    inner = _inner(hint)
-    return "a list of numbers" if _is_sequence(hint) else getattr(inner, "__name__", str(inner))
-
-
-def _whole(value: Any) -> Any:
-    """1e6 and "1e6" are integers to a person."""
-    with contextlib.suppress(TypeError, ValueError, OverflowError):
-        if isinstance(value, (str, float)) and float(value) == int(float(value)):
-            return int(float(value))
-    return value
-
-
-def _items(value: Any) -> Any:
-    """[1, 2], ["1", "2"], ["1,2"], "[1,2]" and 1 are lists to a person."""
-    items = list(value) if isinstance(value, (list, tuple)) else [value]
-    if len(items) == 1 and isinstance(items[0], str):
-        items = items[0].strip("[]() ").replace(",", " ").split()
-    return items
+def _items(texts: list[str]) -> list[str]:
+    """["1", "2"], ["1,2"], ["[1,2]"] and ["1"] are lists of numbers to a person."""
+    return texts[0].strip("[]() ").replace(",", " ").split() if len(texts) == 1 else texts

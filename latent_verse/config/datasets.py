@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from latent_verse.config.settings import ConfigError, Settings
+from latent_verse.config.settings import URL, ConfigError, Settings, shown
 
 SPLIT_SETTINGS = ("dir", "captions", "size")
 
@@ -73,6 +73,21 @@ def check_files(layouts: Mapping[str, Layout], data: Settings, split: str) -> No
             what = layout.captions_file if need == "captions" else f"the images of the {split} split"
             missing = f"{setting_of(split, need)} is not given; dataset {given['dataset']} needs it: {what}"
             raise ConfigError(f"{missing}. For a smoke test try --fake_data.")
+
+
+def check_local(data: Settings, dataset: str, *names: str) -> None:
+    """Refuse a URL in the settings of these names where the dataset reads files: it would be taken for a folder.
+
+    Raises:
+        ConfigError: naming the setting and the dataset.
+    """
+    if dataset == "webdataset" or (dataset in PAIR_DATASETS and PAIR_DATASETS[dataset].generated):
+        return
+    for name in names:
+        value = getattr(data, name)
+        if value and URL.match(value):
+            remedy = "Give a path on this machine, or tar shards with --dataset webdataset"
+            raise ConfigError(f"{name}: {shown(value)} is a URL, which dataset {dataset} cannot read. {remedy}.")
 
 
 def check_effects(layouts: Mapping[str, Layout], data: Settings, split: str, names: Iterable[str]) -> None:

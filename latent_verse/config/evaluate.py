@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Optional, Tuple  # OmegaConf reads these annotations at run time
+from typing import Optional, Tuple
 
-from latent_verse.config.datasets import EVAL_DATASETS, PAIR_DATASETS, check_effects, check_files
+from latent_verse.config.datasets import EVAL_DATASETS, PAIR_DATASETS, check_effects, check_files, check_local
 from latent_verse.config.settings import ConfigError, SamplingSettings, Settings, check_rules, require, same, setting
-from latent_verse.config.train import ImageDataConfig, PairDataConfig, TrainerConfig
+from latent_verse.config.train import ImageDataConfig, PairDataConfig, TrainerConfig, check_processes
 
 TASKS = ("likelihood", "generation", "captions", "retrieval", "zero_shot", "round_trip", "shapes")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -36,7 +36,7 @@ NEEDS |= dict.fromkeys(("classes_dir", "dtype"), "model")
 class EvaluatedConfig(Settings):
     """What to evaluate: a model, another system's outputs, or two finished evaluations side by side."""
 
-    model: Optional[str] = setting(None, "model to evaluate: bundle of train_biart.py, or hub id", path=True)
+    model: Optional[str] = setting(None, "model to evaluate: bundle of train_biart.py, or hub id", path="hub")
     generated_dir: Optional[str] = setting(None, "evaluate the images in this folder, generate none", path=True)
     captions_file: Optional[str] = setting(None, "captions: COCO results, or captions.jsonl of generate.py", path=True)
     tasks: Tuple[str, ...] = setting((), f"tasks to run, of {' '.join(TASKS)}; default all that are possible", TASKS)
@@ -55,7 +55,9 @@ class EvalDataConfig(Settings):
     test_captions: Optional[str] = same(PairDataConfig, "train_captions")
     world: str = same(PairDataConfig, "world")
     split: str = setting("val", "shapes: unseen scenes, or held-out pairs of colour and shape", ("val", "heldout"))
-    test_size: Optional[int] = setting(None, "test pairs for shapes (default 256) or fake (32)", at_least=1)
+    test_size: Optional[int] = setting(
+        None, "test pairs for shapes (default 256) or fake (32)", at_least=1, at_most=10**7
+    )
 
 
 @dataclass(frozen=True)
@@ -63,16 +65,26 @@ class GenerationConfig(SamplingSettings):
     """Text to image: which captions, how images are sampled, and what they are compared with."""
 
     eval_captions: int = setting(30000, "number of captions to generate images for, at most all there are", at_least=1)
-    candidates: int = setting(1, "images per caption; several are also re-ranked by the model and by CLIP", at_least=1)
-    blur_radii: Tuple[int, ...] = setting((0, 1, 2, 4, 8), "radii k of FID-k, which blurs both image sets", at_least=0)
-    fid_resolution: Optional[int] = setting(None, "resolution for FID; default the model's, else 256", at_least=1)
+    candidates: int = setting(
+        1, "images per caption; several are also re-ranked by the model and by CLIP", at_least=1, at_most=4096
+    )
+    blur_radii: Tuple[int, ...] = setting(
+        (0, 1, 2, 4, 8), "radii k of FID-k, which blurs both image sets", at_least=0, at_most=1024
+    )
+    fid_resolution: Optional[int] = setting(
+        None, "resolution for FID; default the model's, else 256", at_least=1, at_most=2**14
+    )
     reference: str = setting("all", "FID's reference images: all, or those of the sampled captions", ("all", "drawn"))
     reference_stats: Optional[str] = setting(
         None, "statistics of FID's reference set: read if there, else written; default in the run folder", path=True
     )
-    prc_pictures: int = setting(10000, "largest number of images per set for precision and recall", at_least=2)
-    prc_neighbours: int = setting(3, "nearest neighbours that define the manifold for precision and recall", at_least=1)
-    is_splits: int = setting(10, "splits for the mean and deviation of Inception Score", at_least=1)
+    prc_pictures: int = setting(
+        10000, "largest number of images per set for precision and recall", at_least=2, at_most=10**6
+    )
+    prc_neighbours: int = setting(
+        3, "nearest neighbours that define the manifold for precision and recall", at_least=1, at_most=10**4
+    )
+    is_splits: int = setting(10, "splits for the mean and deviation of Inception Score", at_least=1, at_most=10**4)
 
 
 @dataclass(frozen=True)
@@ -80,7 +92,7 @@ class CaptionConfig(Settings):
     """Image to text."""
 
     caption_pictures: Optional[int] = setting(None, "largest number of images to caption; default all", at_least=1)
-    beams: int = setting(1, "beam search for captions with this many beams; 1 is greedy", at_least=1)
+    beams: int = setting(1, "beam search for captions with this many beams; 1 is greedy", at_least=1, at_most=1024)
     java: bool = setting(True, "use Java if installed, for the standard caption tokenizer, METEOR and SPICE")
 
 
@@ -89,8 +101,12 @@ class LikelihoodConfig(Settings):
     """What is measured with log p(text | image) and log p(image | text)."""
 
     likelihood_pairs: int = setting(1000, "sampled pairs to measure the held-out likelihood on", at_least=1)
-    retrieval_pictures: int = setting(100, "images in the retrieval pool, each scored with every caption", at_least=2)
-    retrieval_captions: int = setting(1, "captions per image in the retrieval pool (Karpathy: 5)", at_least=1)
+    retrieval_pictures: int = setting(
+        100, "images in the retrieval pool, each scored with every caption", at_least=2, at_most=10**5
+    )
+    retrieval_captions: int = setting(
+        1, "captions per image in the retrieval pool (Karpathy: 5)", at_least=1, at_most=1000
+    )
     length_power: float = setting(0.0, "divide log p(text | image) by tokens^this: 0 gives sum, 1 mean", at_least=0)
     prior_weight: float = setting(0.0, "subtract this x the candidate's prior log p; 1: mutual information", at_least=0)
     prior: str = setting("null", "null: log p without a reference; pool: mean over the pool", ("null", "pool"))
@@ -117,12 +133,16 @@ class EvalWriteConfig(Settings):
     name: Optional[str] = same(TrainerConfig, "name", None, "run folder; default eval-[fake-]<model>-<tasks given>")
     log_dir: str = same(TrainerConfig, "log_dir")
     seed: int = setting(0, "seed for the choice of pairs and for sampling", at_least=0)
-    gpus: int = same(TrainerConfig, "gpus", 1, "number of processes, each with one GPU; 0 is the CPU")
+    gpus: int = same(
+        TrainerConfig, "gpus", 1, "number of processes, each with a GPU of CUDA_VISIBLE_DEVICES; 0 is the CPU"
+    )
     accelerator: str = setting("auto", "auto, or cpu (then gpus is the number of processes)", ("auto", "cpu"))
     dtype: str = setting("float32", "precision of BiART on every device; if not float32, each metric says so", DTYPES)
-    num_workers: Optional[int] = setting(None, "threads that read and blur images; default by machine", at_least=1)
+    num_workers: Optional[int] = setting(
+        None, "threads that read and blur images; default by machine", at_least=1, at_most=512
+    )
     batch_size: int = same(ImageDataConfig, "batch_size", 64, "batch size for generating and for evaluating")
-    page_cases: int = setting(8, "examples on the page, for each of best, median and worst", at_least=0)
+    page_cases: int = setting(8, "examples on the page, for each of best, median and worst", at_least=0, at_most=1000)
 
 
 @dataclass(frozen=True)
@@ -154,6 +174,7 @@ def resolve_eval_biart(config: EvalBiARTConfig, given: Mapping[str, str]) -> tup
         return config, ()
     require([j], "model", "generated_dir", "captions_file", "compare")
     check_rules(vars(config).values(), NEEDS)
+    check_processes(config.write.gpus, config.write.accelerator)
     config = replace(config, data=_resolve_data(config.data))
     if len(set(config.generation.blur_radii)) < len(config.generation.blur_radii):
         raise ConfigError(f"blur_radii is {list(config.generation.blur_radii)}; give different radii.")
@@ -202,5 +223,6 @@ def _resolve_data(d: EvalDataConfig) -> EvalDataConfig:
     d = replace(d, dataset=dataset, fake_data=dataset == "fake")
     layouts = {name: PAIR_DATASETS[name] for name in EVAL_DATASETS}
     check_files(layouts, d, "test")
+    check_local(d, dataset, "test_dir")
     check_effects(layouts, d, "test", ("dir", "captions", "size", "world", "split"))
     return d

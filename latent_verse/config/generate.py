@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Optional, Tuple  # OmegaConf reads these annotations at run time
+from typing import Any, Optional, Tuple
 
 from latent_verse.config.evaluate import DTYPES, CaptionConfig, EvaluatedConfig, EvalWriteConfig
 from latent_verse.config.settings import ConfigError, SamplingSettings, Settings, check_rules, require, same, setting
@@ -23,7 +22,7 @@ class WhatConfig(Settings):
     text: Tuple[str, ...] = setting((), "generate images for these texts, one argument each")
     text_file: Optional[str] = setting(None, "generate images for the texts in this file, one per line", path=True)
     image: Tuple[str, ...] = setting((), "generate captions for these images (files or folders)", path=True)
-    score: Tuple[str, ...] = setting((), "score an image (or folder) against one or more texts")
+    score: Tuple[str, ...] = setting((), "score an image (or folder) against one or more texts", path="first")
     complete: Optional[str] = setting(None, "keep the top of an image (or of a folder's), generate the rest", path=True)
     rows: Optional[int] = setting(None, "number of rows of codes, from the top, that complete keeps", at_least=1)
 
@@ -32,10 +31,12 @@ class WhatConfig(Settings):
 class GenerateSamplingConfig(SamplingSettings):
     """How images and captions are sampled."""
 
-    num: int = setting(1, "images per text, or captions per image", at_least=1)
+    num: int = setting(1, "images per text, or captions per image", at_least=1, at_most=2**16)
     temperature: float = same(SamplingSettings, "temperature", 1.0, "temperature; 0: greedy, the default for captions")
     seed: Optional[int] = same(EvalWriteConfig, "seed", None, "seed for sampling; default random, and recorded")
-    rerank: int = setting(0, "candidates per image; the one that makes its text likeliest is kept; 0: off", at_least=0)
+    rerank: int = setting(
+        0, "candidates per image; the one that makes its text likeliest is kept; 0: off", at_least=0, at_most=4096
+    )
     beams: int = same(CaptionConfig, "beams")
     text_too_long: str = same(TextConfig, "text_too_long", "truncate", "cut texts that are too long, or raise an error")
 
@@ -100,6 +101,4 @@ def resolve_generate(config: GenerateConfig, given: Mapping[str, str]) -> tuple[
         sampling = replace(sampling, temperature=0.0)
     if sampling.seed is None:
         sampling = replace(sampling, seed=random.randrange(2**31))
-    if task == "score":  # the image; texts follow it
-        what = replace(what, score=(os.path.expanduser(what.score[0]), *what.score[1:]))
-    return replace(config, what=what, draw=sampling), task
+    return replace(config, draw=sampling), task

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, fields
-from typing import Optional, Tuple  # OmegaConf reads these annotations at run time
+from typing import Optional, Tuple
 
 from latent_verse.config.settings import ConfigError, Settings, same, setting
 
@@ -13,20 +13,24 @@ from latent_verse.config.settings import ConfigError, Settings, same, setting
 class AugVAEConfig(Settings):
     """Shape of AugVAE, multi-level (-ML) or, with `single_level`, its one-level fine-tune (-SL); paper section 3.1."""
 
-    in_channels: int = setting(3, "channels of the input image", at_least=1, hidden=True)
-    out_channels: int = setting(3, "channels of the reconstruction", at_least=1, hidden=True)
-    hidden_dim: int = setting(128, "width of the first convolution; a multiple of 32 with norm: group", at_least=1)
-    ch_mult: Tuple[int, ...] = setting((1, 2, 4), "width multipliers of the outer networks, one per stage", at_least=1)
-    num_res_blocks: int = setting(2, "residual blocks per stage", at_least=1)
-    resolution: int = setting(256, "height and width of the images, in pixels", at_least=1)
+    in_channels: int = setting(3, "channels of the input image", at_least=1, at_most=1024, hidden=True)
+    out_channels: int = setting(3, "channels of the reconstruction", at_least=1, at_most=1024, hidden=True)
+    hidden_dim: int = setting(
+        128, "width of the first convolution; a multiple of 32 with norm: group", at_least=1, at_most=2**14
+    )
+    ch_mult: Tuple[int, ...] = setting(
+        (1, 2, 4), "width multipliers of the outer networks, one per stage", at_least=1, at_most=1024
+    )
+    num_res_blocks: int = setting(2, "residual blocks per stage", at_least=1, at_most=1000)
+    resolution: int = setting(256, "height and width of the images, in pixels", at_least=1, at_most=2**14)
     attn_resolutions: Tuple[int, ...] = setting((64, 32, 16, 8), "sides of the code grids (levels), largest first")
     norm: str = setting("group", "group: GroupNorm(32), as released; pixel: LayerNorm per pixel", ("group", "pixel"))
     use_attn: bool = setting(False, "use self-attention at the levels and in the middle of each network")
     dropout: float = setting(0.0, "dropout in the residual blocks", training_only=True, at_least=0, at_most=1)
     double_z: bool = setting(False, "the original's flag for KL models; must be false with a codebook", hidden=True)
-    z_channels: int = setting(256, "channels of the feature maps between the networks", at_least=1)
-    codebook_dim: int = setting(256, "length of a code vector", at_least=1)
-    num_tokens: int = setting(8192, "codes in the codebook", at_least=1)
+    z_channels: int = setting(256, "channels of the feature maps between the networks", at_least=1, at_most=2**16)
+    codebook_dim: int = setting(256, "length of a code vector", at_least=1, at_most=2**16)
+    num_tokens: int = setting(8192, "codes in the codebook", at_least=1, at_most=2**24)
     quantizer: str = setting("ema", "how vectors become codes; ema: a codebook of moving averages, as released")
     quant_beta: float = setting(0.25, "weight of the commitment loss", training_only=True, at_least=0)
     quant_ema_decay: float = setting(0.99, "EMA decay of the codebook", training_only=True, at_least=0, at_most=1)
@@ -65,6 +69,14 @@ class AugVAEConfig(Settings):
         if self.single_level is not None and self.single_level not in levels:
             raise ConfigError(f"single_level {self.single_level} is not one of the levels {list(levels)}.")
 
+    @property
+    def least_weights(self) -> int:
+        """Weights that the network has at the least: a 3x3 convolution per residual block, both ends, the codebook."""
+        stages = sum((self.hidden_dim * multiplier) ** 2 for multiplier in self.ch_mult)
+        codebook = self.num_tokens * self.codebook_dim if self.quantizer == "ema" else 0
+        ends = 2 * 9 * self.hidden_dim * self.ch_mult[-1] * self.z_channels
+        return 2 * 9 * self.num_res_blocks * stages + ends + codebook
+
 
 @dataclass(frozen=True)
 class BiARTVariant(Settings):
@@ -80,18 +92,23 @@ class BiARTVariant(Settings):
 class BiARTConfig(BiARTVariant):
     """The joint transformer (paper section 3.2). Vocabulary and lengths follow from the tokenizer and the AugVAE."""
 
-    text_vocab: int = setting(49408, "text ids the tokenizer can produce", at_least=1)
-    image_vocab: int = setting(8192, "codes in the AugVAE's codebook", at_least=1)
-    text_len: int = setting(64, "length of a caption in tokens; shorter captions are padded", at_least=1)
-    image_len: int = setting(1024, "codes of one image", at_least=1)
-    n_layer: int = setting(12, "transformer blocks", at_least=1)
-    n_head: int = setting(12, "attention heads", at_least=1)
-    n_embd: int = setting(768, "width of the residual stream, a multiple of n_head", at_least=1)
+    text_vocab: int = setting(49408, "text ids the tokenizer can produce", at_least=1, at_most=2**24)
+    image_vocab: int = setting(8192, "codes in the AugVAE's codebook", at_least=1, at_most=2**24)
+    text_len: int = setting(64, "length of a caption in tokens; shorter captions are padded", at_least=1, at_most=2**16)
+    image_len: int = setting(1024, "codes of one image", at_least=1, at_most=2**24)
+    n_layer: int = setting(12, "transformer blocks", at_least=1, at_most=1024)
+    n_head: int = setting(12, "attention heads", at_least=1, at_most=2**16)
+    n_embd: int = setting(768, "width of the residual stream, a multiple of n_head", at_least=1, at_most=2**16)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.n_embd % self.n_head:
             raise ConfigError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}.")
+
+    @property
+    def least_weights(self) -> int:
+        """Weights that the network has at the least: the matrices of the blocks, and one vector for each token."""
+        return 12 * self.n_layer * self.n_embd**2 + (self.text_vocab + self.image_vocab) * self.n_embd
 
 
 # Layers x channels. They are our choice: no source we could read gives the depth and width of the paper's BiART.

@@ -9,14 +9,20 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
+import numbers
 import operator
 import os
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Optional  # OmegaConf reads these annotations at run time
+from typing import Any, Literal, Optional, get_args, get_origin, get_type_hints
 
+PathKind = Literal[True, "hub", "shards", "first"]
+LARGEST = 2**63 - 1  # what PyTorch takes for an integer
+LONGEST_NAME = 255  # bytes of a file's or folder's name, in all common file systems
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 WITHIN = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
 
 
@@ -51,7 +57,7 @@ def setting(
     above: float | None = None,
     at_most: float | None = None,
     below: float | None = None,
-    path: bool = False,
+    path: PathKind | Literal[False] = False,
     training_only: bool = False,
     hidden: bool = False,
 ) -> Any:
@@ -59,7 +65,8 @@ def setting(
 
     Args:
         choices: the allowed values, where they are a fixed set.
-        path: a file or folder, of which `~` is expanded when flags and YAML are read; or several.
+        path: a file or folder, of which `~` is expanded; each item of a list. "hub": or a hub id; "shards": or a URL,
+            or several with commas between them; "first": of the items, only the first is a path.
         training_only: of a model's setting: it changes how the model trains, not which weights it has.
         hidden: left out of --help: a name of the original's that has no use here, but works.
     """
@@ -78,11 +85,17 @@ def same(section: type, name: str, default: Any = dataclasses.MISSING, help: str
 
 @dataclass(frozen=True)
 class Settings:
-    """Base of a section of settings: frozen, and a value out of its range is refused whenever one is made."""
+    """Base of a section of settings: frozen, of the annotated types, in range, `~` in paths expanded, however made.
+
+    Raises:
+        ConfigError: on creation, for a value of another type or out of its range.
+    """
 
     def __post_init__(self) -> None:
+        section: Any = type(self)
+        hints = types_of(section)
         for f in dataclasses.fields(self):
-            check_value(f, getattr(self, f.name))
+            object.__setattr__(self, f.name, checked(f, hints[f.name], getattr(self, f.name)))
 
 
 @dataclass(frozen=True)
@@ -92,7 +105,9 @@ class SamplingSettings(Settings):
     temperature: float = setting(1.0, "sampling temperature for images; 0 takes the most likely code", at_least=0)
     top_k: Optional[int] = setting(None, "sample only from the k most likely tokens", at_least=1)
     top_p: Optional[float] = setting(None, "nucleus sampling: top tokens of this total probability", above=0, at_most=1)
-    guidance: float = setting(1.0, "scale of classifier-free guidance towards the input; 1 is off", at_least=0)
+    guidance: float = setting(
+        1.0, "scale of classifier-free guidance towards the input; 1 is off", at_least=0, at_most=1e4
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -109,28 +124,120 @@ class SamplingSettings(Settings):
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(SamplingSettings)}
 
 
-def check_value(f: dataclasses.Field, value: Any, source: str = "") -> None:
-    """Refuse a value out of the range that its setting declares; None is never out of range.
+@functools.cache
+def types_of(section: Any) -> dict[str, Any]:
+    """{setting: annotated type} of a section."""
+    return get_type_hints(section)
+
+
+def is_optional(hint: Any) -> bool:
+    """Whether a setting of this annotated type may be None."""
+    return type(None) in get_args(hint)
+
+
+def inner(hint: Any) -> Any:
+    """The annotated type without the None that `Optional` adds."""
+    return next(a for a in get_args(hint) if a is not type(None)) if is_optional(hint) else hint
+
+
+def item_type(hint: Any) -> Any:
+    """The type of the items of a list, or of the one value: int, float, bool or str."""
+    return get_args(inner(hint))[0] if is_list(hint) else inner(hint)
+
+
+def is_list(hint: Any) -> bool:
+    """Whether a setting of this annotated type has several items."""
+    return get_origin(inner(hint)) is tuple
+
+
+def type_name(hint: Any) -> str:
+    """The annotated type as messages and --help name it."""
+    if is_list(hint):
+        return "a list of texts" if item_type(hint) is str else "a list of numbers"
+    return item_type(hint).__name__
+
+
+def check(section: Any, called: str = "", **values: Any) -> None:
+    """Refuse values that are out of the range that a section declares: arguments of a function, named as its settings.
 
     Raises:
-        ConfigError: naming the setting, the value, its `source`, as ` (from --flag)`, and the range.
+        ConfigError: as `checked`, with the name that the value is `called` there.
     """
-    listed = isinstance(value, (list, tuple))
-    items = value if listed else () if value is None else (value,)
-    shown = list(value) if listed else repr(value)
-    choices, bounds = f.metadata["choices"], f.metadata["bounds"]
-    if listed and not value and f.default != ():
+    hints = types_of(section)
+    for f in dataclasses.fields(section):
+        if f.name in values:
+            checked(f, hints[f.name], values[f.name], called and f" ({called})")
+
+
+def expected(f: dataclasses.Field, hint: Any) -> str:
+    """What messages say of a value of another type: the setting's type, and what the setting is."""
+    return f"{type_name(hint)} ({f.metadata['help']})"
+
+
+def checked(f: dataclasses.Field, hint: Any, value: Any, source: str = "") -> Any:
+    """A value of the type and range that its setting declares, with `~` in paths expanded; a list becomes a tuple.
+
+    Raises:
+        ConfigError: naming the setting, the value, its `source`, as ` (from --flag)`, and what is expected.
+    """
+    if value is None and is_optional(hint):
+        return None
+    if not is_list(hint):
+        (value,) = _checked_items(f, hint, [value], source)
+        return value
+    if not isinstance(value, (list, tuple)):
+        raise ConfigError(f"{f.name}: {shown(value)}{source} is invalid; expected {expected(f, hint)}.")
+    if not value and f.default != ():
         raise ConfigError(f"{f.name} is []{source}; give at least one.")
-    for item in items if choices else ():
-        if item not in choices:
+    wanted = len(get_args(inner(hint)))
+    if Ellipsis not in get_args(inner(hint)) and len(value) != wanted:
+        default: Any = f.default
+        example = " ".join(map(str, default))
+        raise ConfigError(f"{f.name} is {shown(list(value))}{source}; it needs {wanted} values, such as {example}.")
+    return tuple(_checked_items(f, hint, list(value), source))
+
+
+def _checked_items(f: dataclasses.Field, hint: Any, items: list[Any], source: str) -> list[Any]:
+    """As `checked`, of the items of a list, or of one value alone."""
+    kind, choices, bounds, path = item_type(hint), f.metadata["choices"], f.metadata["bounds"], f.metadata["path"]
+    whole = shown(items if is_list(hint) else items[0])
+    subject = "each" if is_list(hint) else "it"
+    items = [os.fspath(item) if path and isinstance(item, os.PathLike) else item for item in items]
+    for item in items:
+        if not is_a(item, kind):
+            raise ConfigError(f"{f.name}: {whole}{source} is invalid; expected {expected(f, hint)}.")
+        if choices and item not in choices:
             near = closest(str(item), choices, otherwise=".")
-            raise ConfigError(f"{f.name}: {item!r}{source} is not one of {', '.join(choices)}{near}")
-    numbers = [item for item in items if isinstance(item, (int, float))]
-    if not all(math.isfinite(number) for number in numbers):
-        raise ConfigError(f"{f.name} is {shown}{source}; it must be a finite number.")
-    if not all(WITHIN[name](number, bound) for number in numbers for name, bound in bounds.items()):
+            raise ConfigError(f"{f.name}: {shown(item)}{source} is not one of {', '.join(choices)}{near}")
+    if kind is str:
+        if not path and not is_list(hint) and not items[0].strip():
+            raise ConfigError(f"{f.name} is empty{source}. Give it a value, or leave it out.")
+        last = 1 if path == "first" else len(items)
+        return [expand(item, path, f.name, source) if path and i < last else item for i, item in enumerate(items)]
+    if kind is float and not all(math.isfinite(item) for item in items if isinstance(item, float)):
+        raise ConfigError(f"{f.name} is {whole}{source}; {subject} must be a finite number.")
+    if not all(WITHIN[name](item, bound) for item in items for name, bound in bounds.items()):
         wanted = " and ".join(f"{name} {bound}" for name, bound in bounds.items())
-        raise ConfigError(f"{f.name} is {shown}{source}; {'each' if listed else 'it'} must be {wanted}.")
+        raise ConfigError(f"{f.name} is {whole}{source}; {subject} must be {wanted}.")
+    if any(isinstance(item, int) and abs(item) > LARGEST for item in items):
+        raise ConfigError(f"{f.name} is {whole}{source}; {subject} must be at most {LARGEST}.")
+    return [item if isinstance(item, (int, float)) else kind(item) for item in items]  # numpy's numbers become plain
+
+
+def is_a(value: Any, kind: type) -> bool:
+    """Whether a value is of a setting's type: numpy's numbers are numbers, an int is a float, a bool is neither."""
+    if kind in (int, float):
+        return isinstance(value, numbers.Integral if kind is int else numbers.Real) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+def shown(value: Any) -> str:
+    """A value as messages show it: on one line, not longer than a line."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of more than 4300 digits
+        return f"a {type(value).__name__} too long to show"
+    return text if len(text) <= 100 else f"{text[:80]}... ({len(text)} characters)"
 
 
 def by_name(sections: Iterable[Settings]) -> dict[str, tuple[dataclasses.Field, Any]]:
@@ -176,7 +283,7 @@ def require(sections: Iterable[Settings], *names: str, hint: str = "See --help."
 
 def closest(name: str, valid: Iterable[str], prefix: str = "", otherwise: str = ". See --help.") -> str:
     """'. Did you mean X?' for the nearest valid names, or `otherwise`."""
-    near = difflib.get_close_matches(name, list(valid), n=2, cutoff=0.6)
+    near = difflib.get_close_matches(name[:100], list(valid), n=2, cutoff=0.6)
     return f". Did you mean {' or '.join(prefix + n for n in dict.fromkeys(near))}?" if near else otherwise
 
 
@@ -185,8 +292,56 @@ def training_only(cls: type) -> frozenset[str]:
     return frozenset(f.name for f in dataclasses.fields(cls) if f.metadata["training_only"])
 
 
+def expand(path: str | os.PathLike, kind: PathKind, name: str, source: str = "") -> str:
+    """A path with `~` or `~user` at its start expanded, else as it was written: relative ones stay so.
+
+    Every path comes through here once: those of settings when a section of them is made, and those that the library's
+    functions take.
+
+    Args:
+        kind: of `setting`.
+        name, source: of the setting, for messages.
+
+    Raises:
+        ConfigError: it is empty, no file can have that name, it is a URL where none can be read, or there is no such
+            user.
+    """
+    path = os.fspath(path)
+    if not path.strip():
+        raise ConfigError(f"{name} is empty{source}. Give a path, or leave it out.")
+    if set(path) & set("\0\n\r") or re.search("[\ud800-\udc7f\udd00-\udfff]", path):
+        raise ConfigError(f"{name}: {shown(path)}{source} holds a character, such as a line break, that no path may.")
+    if kind == "shards" and (path.startswith("pipe:") or URL.match(path)):
+        return path
+    if kind == "shards" and len(parts := split_shards(path)) > 1:
+        of_home = {part: expand(part.strip(), kind, name, source) for part in parts if part.lstrip().startswith("~")}
+        return ",".join(of_home.get(part, part) for part in parts)
+    if URL.match(path):
+        remedy = "Give a path, or a hub id as owner/name" if kind == "hub" else "Give a path on this machine"
+        raise ConfigError(f"{name}: {shown(path)}{source} is a URL, which cannot be used here. {remedy}.")
+    if kind != "shards" and max(len(os.fsencode(part)) for part in path.split("/")) > LONGEST_NAME:
+        raise ConfigError(f"{name}: {shown(path)}{source} holds a name of more than {LONGEST_NAME} bytes.")
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        home = f"{name}: {shown(path)}{source} is below a home folder that is not known"
+        raise ConfigError(f"{home}. If {path.split('/')[0]} is the name of a folder, write ./ before it.")
+    return expanded
+
+
+def split_shards(source: str) -> list[str]:
+    """The parts of a text with commas between them, but for commas within braces: "a,{b,c}" is "a" and "{b,c}"."""
+    parts, depth = [""], 0
+    for piece in re.split("([{},])", source):
+        depth = max(0, depth + (piece == "{") - (piece == "}"))
+        if piece == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += piece
+    return parts
+
+
 def expand_paths(paths: str) -> str:
-    """`~` expanded in a path, or in each of several with commas between them."""
+    """`~` expanded in what earlier versions recorded, a path or several with commas between them, where it can be."""
     return ",".join(os.path.expanduser(path) for path in paths.split(","))
 
 

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Optional, Tuple, TypeVar  # OmegaConf reads these annotations at run time
+from typing import Optional, Tuple, TypeVar
 
-from latent_verse.config.datasets import IMAGE_DATASETS, PAIR_DATASETS, check_effects, check_files
+from latent_verse.config.datasets import (
+    IMAGE_DATASETS,
+    PAIR_DATASETS,
+    Layout,
+    check_effects,
+    check_files,
+    check_local,
+)
 from latent_verse.config.models import AugVAEConfig, BiARTConfig, BiARTModelConfig
 from latent_verse.config.settings import (
     ConfigError,
@@ -22,6 +30,8 @@ from latent_verse.config.settings import (
 # short names of precision, and Lightning's
 PRECISIONS = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true"}
 PRECISION_NAMES = (*PRECISIONS, *PRECISIONS.values(), "16-true", "bf16-true", "transformer-engine")
+CPU_PROCESSES = 16  # that any machine may start
+GENERATED = 10**8  # images of a generated dataset
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps", "tpu")
 
 
@@ -29,21 +39,29 @@ ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps", "tpu")
 class ImageDataConfig(Settings):
     """The images, and how they are loaded."""
 
-    train_dir: Optional[str] = setting(None, "training images: folder; webdataset: folder, pattern or URL", path=True)
-    val_dir: Optional[str] = setting(None, "validation images, in the same form as train_dir; default none", path=True)
-    test_dir: Optional[str] = setting(None, "images for eval_vae.py; default val_dir", path=True)
+    train_dir: Optional[str] = setting(
+        None, "training images: folder; webdataset: folder, pattern or URL", path="shards"
+    )
+    val_dir: Optional[str] = setting(
+        None, "validation images, in the same form as train_dir; default none", path="shards"
+    )
+    test_dir: Optional[str] = setting(None, "images for eval_vae.py; default val_dir", path="shards")
     dataset: Optional[str] = setting(
         None, "layout: class folders, any folder, tar shards or generated; default imagefolder", IMAGE_DATASETS
     )
     fake_data: bool = setting(False, "same as --dataset fake: a short smoke test without any images")
     web_dataset: bool = setting(False, "same as --dataset webdataset", hidden=True)
-    dataset_size: Optional[int] = setting(None, "images per epoch: webdataset (default all), fake (512)", at_least=1)
+    dataset_size: Optional[int] = setting(
+        None, "images per epoch: webdataset (default all), fake (512)", at_least=1, at_most=10**12
+    )
     img_size: Optional[int] = setting(None, "the original's second name for resolution; must equal it", hidden=True)
     resize_ratio: float = setting(0.75, "least share of the largest square in a training crop", above=0, at_most=1)
-    batch_size: int = setting(8, "images per step and process", at_least=1)
-    num_workers: Optional[int] = setting(None, "loader processes per training process; default by machine", at_least=0)
-    prefetch_factor: int = setting(2, "batches that each loader process prefetches", at_least=1)
-    shuffle_buffer: int = setting(1000, "size of webdataset's shuffle buffer, in samples", at_least=1)
+    batch_size: int = setting(8, "images per step and process", at_least=1, at_most=2**16)
+    num_workers: Optional[int] = setting(
+        None, "loader processes per training process; default by machine", at_least=0, at_most=512
+    )
+    prefetch_factor: int = setting(2, "batches that each loader process prefetches", at_least=1, at_most=1024)
+    shuffle_buffer: int = setting(1000, "size of webdataset's shuffle buffer, in samples", at_least=1, at_most=10**7)
 
 
 @dataclass(frozen=True)
@@ -53,8 +71,10 @@ class TrainerConfig(Settings):
     name: Optional[str] = setting(None, "run folder in log_dir; default the config file's name (eval_vae: eval-<run>)")
     log_dir: str = setting("results", "folder that holds the run folders", path=True)
     seed: int = setting(42, "seed for weights, data order and augmentation", at_least=0, below=2**32)
-    gpus: int = setting(1, "GPUs on each node; 0 is the CPU", at_least=0)
-    nodes: int = setting(1, "number of machines", at_least=1)
+    gpus: int = setting(
+        1, "number of GPUs on each node, which CUDA_VISIBLE_DEVICES chooses; 0 is the CPU", at_least=0, at_most=128
+    )
+    nodes: int = setting(1, "number of machines", at_least=1, at_most=2**16)
     gpu_dist: Optional[bool] = setting(None, "the original's flag for several GPUs; follows from gpus", hidden=True)
     accelerator: str = setting("auto", "device type; with cpu, gpus is the number of processes", ACCELERATORS)
     strategy: str = setting("auto", "auto, ddp: a copy of the model per process; fsdp: shards", ("auto", "ddp", "fsdp"))
@@ -79,7 +99,7 @@ class TrainerConfig(Settings):
     backup_steps: int = setting(1000, "steps between backups", at_least=1)
     backup_dir: Optional[str] = setting(None, "folder for backups of runs; default in the run folder", path=True)
     resume: bool = setting(False, "resume training from ckpt_path; reruns with backup need neither")
-    ckpt_path: Optional[str] = setting(None, "checkpoint or run folder to resume, evaluate or export", path=True)
+    ckpt_path: Optional[str] = setting(None, "checkpoint or run folder to resume, evaluate or export", path="hub")
     debug: bool = setting(False, "100 batches per epoch, backups and grids every 10 steps, anomaly detection")
 
 
@@ -95,7 +115,7 @@ class VAEOptimConfig(Settings):
     weight_decay: float = setting(1e-5, "weight decay of either optimizer", at_least=0)
     betas: Tuple[float, float] = setting((0.9, 0.999), "beta1 and beta2 of AdamW", at_least=0, below=1)
     codebook_init: str = setting("normal", "normal: noise, as released; data: encoder outputs", ("normal", "data"))
-    pretrained_path: Optional[str] = setting(None, "AugVAE to start from: checkpoint, folder or hub id", path=True)
+    pretrained_path: Optional[str] = setting(None, "AugVAE to start from: checkpoint, folder or hub id", path="hub")
     finetune: bool = setting(False, "train AugVAE-SL at the one level in attn_resolutions, from pretrained_path")
 
 
@@ -138,7 +158,7 @@ class EvalVAEConfig(TrainVAEConfig):
 class FrozenVAEConfig(Settings):
     """The AugVAE whose codes BiART reads and writes. It is not trained."""
 
-    vae_path: Optional[str] = setting(None, "AugVAE: run folder, checkpoint, saved folder or hub id", path=True)
+    vae_path: Optional[str] = setting(None, "AugVAE: run folder, checkpoint, saved folder or hub id", path="hub")
 
 
 @dataclass(frozen=True)
@@ -146,7 +166,7 @@ class TextConfig(Settings):
     """From captions to ids."""
 
     tokenizer: str = setting("clip", "CLIP's vocabulary, or a BPE vocabulary trained on the captions", ("clip", "bpe"))
-    bpe_vocab_size: int = setting(4096, "largest vocabulary of a bpe tokenizer", at_least=256)
+    bpe_vocab_size: int = setting(4096, "largest vocabulary of a bpe tokenizer", at_least=256, at_most=2**20)
     text_len: int = same(BiARTConfig, "text_len")
     text_too_long: str = setting("truncate", "cut captions that are too long, or raise an error", ("truncate", "error"))
 
@@ -170,7 +190,9 @@ class PairDataConfig(ImageDataConfig):
     dataset_size: Optional[int] = same(
         ImageDataConfig, "dataset_size", None, "pairs per epoch: shapes (default 10000), fake (512), webdataset (all)"
     )
-    val_size: Optional[int] = setting(None, "validation pairs for shapes (default 256) or fake (64)", at_least=1)
+    val_size: Optional[int] = setting(
+        None, "validation pairs for shapes (default 256) or fake (64)", at_least=1, at_most=10**7
+    )
 
 
 @dataclass(frozen=True)
@@ -211,8 +233,10 @@ class BiARTLossConfig(Settings):
 class SamplingConfig(SamplingSettings):
     """Samples that are generated and logged during training; they have no effect on training."""
 
-    num_samples: int = setting(8, "validation pairs to generate from, both ways; 0 for none", at_least=0)
-    num_judged: int = setting(32, "shapes: scenes whose samples are checked against the truth; 0: none", at_least=0)
+    num_samples: int = setting(8, "validation pairs to generate from, both ways; 0 for none", at_least=0, at_most=4096)
+    num_judged: int = setting(
+        32, "shapes: scenes whose samples are checked against the truth; 0: none", at_least=0, at_most=10**5
+    )
     sample_every_n_epochs: int = setting(1, "epochs between samples; log_images: every image_log_steps too", at_least=1)
 
 
@@ -221,8 +245,10 @@ class CodesConfig(Settings):
     """Encoding a dataset once, so that training reads codes (--dataset codes) and runs no AugVAE."""
 
     extract_codes: Optional[str] = setting(None, "do not train: write train/ and val/ codes to this folder", path=True)
-    crops_per_image: int = setting(1, "crops per training image: centre, then random ones (resize_ratio)", at_least=1)
-    shard_size: int = setting(10000, "images per shard of codes", at_least=1)
+    crops_per_image: int = setting(
+        1, "crops per training image: centre, then random ones (resize_ratio)", at_least=1, at_most=1000
+    )
+    shard_size: int = setting(10000, "images per shard of codes", at_least=1, at_most=10**7)
 
 
 @dataclass(frozen=True)
@@ -282,6 +308,7 @@ def resolve_trainer(t: TrainerConfig, optimizer: str = "adamw") -> TrainerConfig
         raise ConfigError(f"gpu_dist: false contradicts gpus {t.gpus} on {t.nodes} node(s). Drop it, or set gpus: 1.")
     if optimizer == "muon" and t.strategy == "fsdp":
         raise ConfigError("optimizer: muon needs whole matrices, which strategy: fsdp shards. Use ddp, or adamw.")
+    check_processes(t.gpus, t.accelerator)
     limit_train = batch_limit("limit_train_batches", t.limit_train_batches)
     limit_val = batch_limit("limit_val_batches", t.limit_val_batches)
     if t.val_percent_check < 100:
@@ -298,6 +325,17 @@ def resolve_trainer(t: TrainerConfig, optimizer: str = "adamw") -> TrainerConfig
         backup_steps=min(t.backup_steps, 10) if t.debug else t.backup_steps,
         image_log_steps=min(t.image_log_steps, 10) if t.debug else t.image_log_steps,
     )
+
+
+def check_processes(gpus: int, accelerator: str) -> None:
+    """Refuse more processes on the CPU than it has any use for: each takes the memory of a whole run.
+
+    Raises:
+        ConfigError: naming both numbers.
+    """
+    most = max(CPU_PROCESSES, os.cpu_count() or 1)
+    if accelerator == "cpu" and gpus > most:
+        raise ConfigError(f"gpus: {gpus} processes with accelerator: cpu, but {most} are the most on this machine.")
 
 
 def batch_limit(name: str, value: float | None) -> float | int | None:
@@ -323,6 +361,9 @@ def resolve_data(d: Data, resolution: int | None, default: str = "imagefolder") 
         raise ConfigError(f"img_size {d.img_size} contradicts resolution {resolution}; they must be equal: give one.")
     # fake_data goes first: the smoke test of any recipe
     dataset = "fake" if d.fake_data else "webdataset" if d.web_dataset else d.dataset or default
+    if PAIR_DATASETS.get(dataset, Layout(("dir",))).generated and (d.dataset_size or 0) > GENERATED:
+        raise ConfigError(f"dataset_size is {d.dataset_size}; of dataset {dataset} it must be at most {GENERATED}.")
+    check_local(d, dataset, "train_dir", "val_dir", "test_dir")
     return replace(d, dataset=dataset, fake_data=dataset == "fake", web_dataset=dataset == "webdataset")
 
 

@@ -17,6 +17,7 @@ from functools import cache
 
 from latent_verse import files
 from latent_verse.config import printable
+from latent_verse.config.settings import expand
 from latent_verse.data import DataError
 from latent_verse.data.images import EXTENSIONS
 from latent_verse.files import FileError, lines_of, parse_json, text_lines
@@ -111,7 +112,7 @@ def check_file(path: str | os.PathLike, key: str) -> str:
     Raises:
         DataError: it is no file, or an empty one; naming the setting `key`.
     """
-    path = os.path.expanduser(os.fspath(path))
+    path = expand(path, True, key)
     if not os.path.isfile(path):
         kind = "is a folder, not a file" if os.path.isdir(path) else "does not exist"
         raise DataError(f"{key}: {path} {kind}. Give the file that holds the captions.")

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from latent_verse.config.settings import expand_paths
+from latent_verse.config.settings import expand, expand_paths
 from latent_verse.data import DataError
 from latent_verse.data.captions import CAPTION_SEED, CROP_SEED, CaptionList, EncodedCaption, PairDataset
 from latent_verse.data.images import SkipLog
@@ -182,7 +182,7 @@ def read_meta(folder: str | os.PathLike, key: str) -> dict[str, Any]:
     Raises:
         DataError: it is absent, damaged or unfinished; naming the setting `key`.
     """
-    folder = Path(os.path.expanduser(folder))
+    folder = Path(expand(folder, True, key))
     if (folder / META).is_file():
         return _read_json(folder / META)
     if (folder / UNFINISHED).is_file():
@@ -222,7 +222,7 @@ class CodesDataset(Dataset):
 
     def __init__(self, folder: str | os.PathLike, train: bool = True, seed: int = 0, key: str = "train_dir"):
         self.meta = read_meta(folder, key)
-        self.folder, self.train, self.seed = Path(os.path.expanduser(folder)), train, seed
+        self.folder, self.train, self.seed = Path(expand(folder, True, key)), train, seed
         shape = (self.meta["pairs"], self.meta["crops_per_image"], self.meta["image_len"])
         self.shape = shape[2:]  # of one item
         self._codes = np.empty(shape, smallest_type(self.meta["codebook_size"]))

@@ -7,7 +7,6 @@ it needs to config/datasets.py (docs/extending.md).
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +71,7 @@ def open_coco(split: Split) -> CocoCaptions:
     """The captions file that is given, or the one that COCO puts beside the folder of images."""
     folder, captions = split.folder.value, split.captions.value
     if not captions:
-        place = Path(os.path.expanduser(folder))
+        place = Path(folder)
         captions = place.parent / "annotations" / f"captions_{place.name}.json"  # beside train2017/
         if not captions.is_file():
             raise DataError(f"{split.captions.setting} is not given, and COCO's own {captions} does not exist.")

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from latent_verse.config.settings import expand
 from latent_verse.data import DataError
 from latent_verse.data.transforms import (
     UnreadableImage,
@@ -128,7 +129,7 @@ def check_folder(root: str | os.PathLike, key: str) -> str:
     Raises:
         DataError: it is no folder; naming the setting `key`.
     """
-    root = os.path.expanduser(os.fspath(root))
+    root = expand(root, True, key)
     if not os.path.isdir(root):
         kind = "is a file, not a folder" if os.path.exists(root) else "does not exist"
         raise DataError(f"{key}: {root} {kind}. Give the folder that holds the images.")

@@ -25,7 +25,6 @@ import itertools
 import math
 import os
 import random
-import re
 import tarfile
 import zlib
 from collections import Counter, deque
@@ -36,6 +35,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
+from latent_verse.config.settings import split_shards
 from latent_verse.data import DataError
 from latent_verse.data.images import EXTENSIONS, MAX_SKIPS, SkipLog, describe_files, walk
 from latent_verse.data.transforms import (
@@ -81,7 +81,7 @@ def _expand(source: str | os.PathLike | Sequence[str], key: str) -> list[str]:
     source = os.fspath(source).strip()
     if source.startswith("pipe:"):
         return expand_urls(source)
-    parts = [part.strip() for part in re.split(r",(?![^{]*\})", source)]  # commas, but not those within braces
+    parts = [part.strip() for part in split_shards(source)]
     if len(parts) > 1 and not os.path.exists(source):
         return [shard for part in parts if part for shard in _expand(part, key)]
     path = os.path.expanduser(source.removeprefix("file://"))

@@ -25,9 +25,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Optional, TypeVar
 
-from latent_verse.config.cli import one_line_errors, parse, read_yaml
+from latent_verse.config.cli import one_line_errors, parse
 from latent_verse.config.generate import GenerateSamplingConfig, WriteConfig
-from latent_verse.config.settings import ConfigError, Settings, same, setting
+from latent_verse.config.settings import ConfigError, Settings, as_plain, same, setting
 from latent_verse.config.train import PairDataConfig, TrainBiARTConfig, TrainVAEConfig
 from latent_verse.data.shapes import World
 from latent_verse.files import write_json
@@ -133,8 +133,9 @@ def plan(s: DemoSettings, out: Path) -> list[Stage]:
 
 def _read_recipe(cls: type[Recipe], file: Path) -> tuple[Recipe, str]:
     """The settings of a recipe, and a digest of those that it names: of its values, not its comments."""
-    config, _ = parse(cls, ["--config", str(file)], "")
-    values = json.dumps(read_yaml(cls, str(file)), sort_keys=True)
+    config, given = parse(cls, ["--config", str(file)], "")
+    settings = {leaf: value for section in as_plain(config).values() for leaf, value in section.items()}
+    values = json.dumps({leaf: settings[leaf] for leaf in given}, sort_keys=True)
     return config, hashlib.sha256(values.encode()).hexdigest()[:16]
 
 

@@ -120,7 +120,7 @@ def _notes(record: Record) -> str:
 
 def _read_metrics(place: str) -> dict[str, dict]:
     """metrics.json of a run folder of eval_biart.py, or that file."""
-    path = Path(place).expanduser()
+    path = Path(place)
     path = path / "metrics.json" if path.is_dir() else path
     if not path.is_file():
         raise DataError(f"compare: {path} does not exist. Give a run folder of eval_biart.py, or its metrics.json.")

@@ -147,8 +147,7 @@ def write(c: Context, tasks: tuple[str, ...], about: dict[str, dict | None], yam
     }
     kept = _keep_earlier(c.folder, content["settings"])
     text = json.dumps(valid_json(content), indent=1, ensure_ascii=False, allow_nan=False)
-    write_text(c.folder / "metrics.json", text + "
-")
+    write_text(c.folder / "metrics.json", text + "\n")
     write_text(c.folder / "config.yaml", yaml_text)
     title = f"{evaluated} on {c.pairs.source}"
     about_run = facts | {"captions": draw, "checkpoint": c.records.checkpoint}

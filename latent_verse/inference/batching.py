@@ -21,12 +21,16 @@ from latent_verse.biart.model import BiART, KVCache
 from latent_verse.biart.sampling import beam_search, check_settings, generate, kept_bytes, log_likelihood
 from latent_verse.biart.sequence import Direction, Modality, target_modality
 from latent_verse.config import ConfigError, SamplingSettings
+from latent_verse.config.generate import GenerateSamplingConfig
+from latent_verse.config.settings import check
 from latent_verse.data.transforms import mix_seed
 from latent_verse.nn.compilation import why_not_compiled
+from latent_verse.nn.memory import machine_bytes
 from latent_verse.progress import progress_bar
 
 BATCH_BYTES = 4 * 2**30  # most that one batch's largest tensors may take; a GPU uses FREE_SHARE instead
 FREE_SHARE = 0.8  # of the memory that is free: small tensors, workspaces and CUDA graphs need the rest
+LARGEST_CALL = 2**22  # samples, of which all codes are in memory at once
 LARGEST_BATCH = 256  # beyond it, reading the weights is at most 5 % of the work
 # Decoding steps of one call from which on a GPU compiles its step. From estimates, not measured yet: a compiled step is
 # 0.1 to 0.15 ms faster, and compiling takes 20 s, or 2 s where Inductor has it in its cache.
@@ -54,12 +58,10 @@ class Sampler:
             check_settings(**sampling.arguments(), num_classes=classes, null_trained=self.null_trained)
         except ValueError as error:
             raise ConfigError(str(error)) from None
-        name = f"num_{'images' if modality == 'image' else 'captions'} (generate.py: num)"
-        if num < 1:
-            raise ConfigError(f"{name} is {num}; it must be at least 1.")
-        if rerank < 0:
-            raise ConfigError(f"rerank is {rerank}; give the number of images to choose each from, or 0.")
-        for setting, value in ((name, num), ("rerank", rerank)):
+        name = f"num_{'images' if modality == 'image' else 'captions'}"
+        check(GenerateSamplingConfig, name, num=num)
+        check(GenerateSamplingConfig, rerank=rerank)
+        for setting, value in ((f"{name} (generate.py: num)", num), ("rerank", rerank)):
             if sampling.is_greedy and value > 1:
                 raise ConfigError(f"{setting} has no effect at temperature 0, which is greedy: raise temperature.")
 
@@ -83,6 +85,9 @@ class Sampler:
             ConfigError: the seed or batch_size is out of range.
         """
         samples = num * max(rerank, 1)
+        if (total := samples * len(reference_RT)) > LARGEST_CALL:
+            of = f"{len(reference_RT)} x num {num}" + (f" x rerank {rerank}" if rerank > 1 else "")
+            raise ConfigError(f"{of} is {total} samples; one call makes at most {LARGEST_CALL}. Make several.")
         keys_RT = reference_RT if prefix_RK is None else torch.cat([reference_RT, prefix_RK], dim=1)
         seeds = sample_seeds(seed, keys_RT, samples)
         reference_BT = repeat(reference_RT, "R T -> (R S) T", S=samples)
@@ -124,8 +129,17 @@ class Sampler:
         return target_RWCT.take_along_dim(best_RW1[..., None], dim=2).squeeze(2)
 
     def beam_search(self, codes_BN: Tensor, beams: int) -> Tensor:
-        """The likeliest caption that beam search finds for each image's codes, text_BL on the CPU."""
+        """The likeliest caption that beam search finds for each image's codes, text_BL on the CPU.
+
+        Raises:
+            ConfigError: one image's beams take more memory than there is.
+        """
         bytes_each = self._cache_bytes(codes_BN.shape[1], beams + 1)  # the cache of the image, then of its beams
+        device = self.biart.device
+        most = memory(device)[1] if device.type == "cuda" else machine_bytes()
+        if bytes_each > most:
+            need = f"{bytes_each / 2**30:.0f} GiB of memory for one image, and there are {most / 2**30:.0f} GiB"
+            raise ConfigError(f"beams is {beams}, which takes {need}. Lower it.")
         with progress_bar(what="searching captions", total=len(codes_BN), unit="image", shown=self.progress) as bar:
 
             def run(rows: slice) -> Tensor:

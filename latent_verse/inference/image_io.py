@@ -16,6 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from latent_verse.biart.sampling import NotFinite
+from latent_verse.config.settings import expand
 from latent_verse.data import DataError
 from latent_verse.data.transforms import centre_crop, decode_rgb, to_unit_range
 from latent_verse.files import replacing
@@ -36,7 +37,7 @@ def load_image(image: ImageLike, resolution: int) -> Tensor:
     """
     if isinstance(image, (str, os.PathLike)):
         try:
-            return to_unit_range(centre_crop(decode_rgb(Path(image).expanduser().read_bytes()), resolution))
+            return to_unit_range(centre_crop(decode_rgb(Path(expand(image, True, "image")).read_bytes()), resolution))
         except (OSError, DataError) as error:
             raise DataError(f"image {image} cannot be read: {error}. Give a whole JPEG, PNG or WebP file.") from error
     if isinstance(image, Image.Image):

@@ -26,6 +26,8 @@ from latent_verse.biart.sequence import IMAGE_TO_TEXT, TEXT_TO_IMAGE, Modality
 from latent_verse.checkpoints.bundle import fingerprints, load_bundle, save_bundle
 from latent_verse.checkpoints.ckpt_files import CheckpointError
 from latent_verse.config import ConfigError, SamplingSettings
+from latent_verse.config.evaluate import CaptionConfig
+from latent_verse.config.settings import check
 from latent_verse.data.text import Tokenizer
 from latent_verse.inference.batching import Sampler
 from latent_verse.inference.image_io import ImageLike, load_image, to_images
@@ -266,8 +268,7 @@ class LVerse:
         """
         sampling = SamplingSettings(temperature, top_k, top_p, guidance)
         self.sampler.check(IMAGE_TO_TEXT, num_captions, sampling)
-        if beams < 1:
-            raise ConfigError(f"beams is {beams}; it must be at least 1.")
+        check(CaptionConfig, beams=beams)
         if beams > 1 and (temperature > 0 or num_captions > 1 or guidance != 1):
             raise ConfigError("beams search for one caption: leave out temperature, num_captions and guidance.")
         codes_RN = self.codes(images)

@@ -561,7 +561,7 @@ def test_import_is_light():
 
     code = (
         "import sys, latent_verse.biart.sampling;"
-        "heavy = {'pytorch_lightning', 'torchvision', 'transformers', 'omegaconf', 'latent_verse.augvae'};"
+        "heavy = {'pytorch_lightning', 'torchvision', 'transformers', 'yaml', 'latent_verse.augvae'};"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

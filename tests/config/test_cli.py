@@ -265,12 +265,15 @@ def test_wrong_types_name_the_setting_the_value_and_its_source(name, value, kind
 
 
 def test_a_required_number_is_not_none(yaml_file):
-    mistake("-c", yaml_file("batch_size: null"), names=["batch_size", None, "int"])
+    mistake("-c", yaml_file("batch_size: null"), names=["batch_size", "null", "int"])
+    mistake("-c", yaml_file("batch_size:"), names=["batch_size", "no value", "int"])
 
 
 def test_a_list_where_one_value_belongs(yaml_file):
-    mistake("-c", yaml_file("learning_rate: [1, 2]"), names=["learning_rate", [1, 2], "float"])
-    mistake("-c", yaml_file("batch_size: {a: 1}"), names=["batch_size", {"a": 1}, "int"])
+    mistake("-c", yaml_file("learning_rate: [1, 2]"), names=["learning_rate", ["1", "2"], "float"])
+    file = yaml_file("epochs: 3\nbatch_size: {a: 1}")
+    mistake("-c", file, names=["batch_size", "a mapping", f"{file}, line 2"])
+    mistake("-c", yaml_file("ch_mult: [1, [2, 4]]"), names=["ch_mult", "list of lists"])
 
 
 @pytest.mark.parametrize(
@@ -377,7 +380,7 @@ import {script.removesuffix(".py")} as script
 try:
     script.main()
 finally:
-    heavy = sorted({{"torch", "torchvision", "pytorch_lightning", "torchmetrics", "omegaconf"}} & set(sys.modules))
+    heavy = sorted({{"torch", "torchvision", "pytorch_lightning", "torchmetrics", "yaml"}} & set(sys.modules))
     print("heavy:", heavy)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)

@@ -354,7 +354,10 @@ def test_several_levels_of_codes_work_both_ways(tiny_augvae):
         ({"temperature": -0.1}, ["temperature", -0.1]),
         ({"top_k": 25}, ["top_k", 25, [1, 24]]),
         ({"num_images": 0}, ["num_images", "num", 0]),
+        ({"num_images": 100_000_000}, ["num_images", "num", 100_000_000, 65536]),
         ({"rerank": -1}, ["rerank", -1]),
+        ({"rerank": 5000}, ["rerank", 5000, 4096]),
+        ({"num_images": 60_000, "rerank": 4000}, [60_000, 4000, 240_000_000, 2**22]),
         ({"seed": -5}, ["seed", -5]),
         ({"temperature": 0, "num_images": 2}, ["num_images", "num", "temperature", 0]),
         ({"temperature": 0, "rerank": 2}, ["rerank", "temperature", 0]),
@@ -369,11 +372,19 @@ def test_settings_of_captions_that_make_no_sense_are_refused(model):
     for settings, facts in (
         ({"num_captions": 3}, ["num_captions", "num", "temperature", 0]),
         ({"beams": 0}, ["beams", 0]),
+        ({"beams": 100_000}, ["beams", 100_000, 1024]),
         ({"beams": 2, "temperature": 1.0}, ["beams", "temperature"]),
         ({"temperature": 1.0, "top_k": 999}, ["top_k", 999]),
     ):
         with pytest.raises(ConfigError, match=naming(*facts)):
             model.image_to_text([photo()], **settings)
+
+
+def test_beams_that_take_more_memory_than_there_is_are_refused(model, monkeypatch):
+    monkeypatch.setattr("latent_verse.inference.batching.machine_bytes", lambda: 2_000_000)
+    assert model.image_to_text([photo()], beams=2)
+    with pytest.raises(ConfigError, match=naming("beams", 1000, "GiB")):
+        model.image_to_text([photo()], beams=1000)
 
 
 def test_a_mistyped_setting_is_named(model):

@@ -1,0 +1,221 @@
+"""Every path is expanded once, wherever it comes from; what can be no path is refused where it is given."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from latent_verse import LVerse, load_augvae
+from latent_verse.config import ConfigError, UserError
+from latent_verse.config.cli import leaves, parse, to_yaml
+from latent_verse.config.evaluate import EvalBiARTConfig, resolve_eval_biart
+from latent_verse.config.generate import GenerateConfig, WhatConfig, WriteConfig, resolve_generate
+from latent_verse.config.settings import expand, expand_paths, split_shards
+from latent_verse.config.train import (
+    EvalVAEConfig,
+    TrainBiARTConfig,
+    TrainerConfig,
+    TrainVAEConfig,
+    resolve_train_biart,
+    resolve_train_vae,
+)
+from latent_verse.data.caption_files import check_file
+from latent_verse.data.codes import read_meta
+from latent_verse.data.images import FlatImages
+from latent_verse.demo.run import DemoConfig
+from latent_verse.evaluation.shapes_truth import ShapesEvalConfig
+from latent_verse.inference.image_io import load_image
+from latent_verse.training import runs
+from tests.messages import naming
+
+PROGRAMS = [
+    TrainVAEConfig,
+    EvalVAEConfig,
+    TrainBiARTConfig,
+    EvalBiARTConfig,
+    GenerateConfig,
+    ShapesEvalConfig,
+    DemoConfig,
+]
+HUB = {"model", "vae_path", "ckpt_path", "pretrained_path"}
+SHARDS = {"train_dir", "val_dir", "test_dir"}
+# each of PROGRAMS' settings that names a file or folder
+PATHS = (
+    HUB
+    | SHARDS
+    | set(
+        "log_dir backup_dir train_captions val_captions test_captions extract_codes export generated_dir captions_file "
+        "compare reference_stats classes_dir class_names clip_weights text_file image score complete out json "
+        "recipes".split()
+    )
+)
+each_program = pytest.mark.parametrize("cls", PROGRAMS)
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "home"
+
+
+def paths_of(cls) -> dict[str, dataclasses.Field]:
+    return {f.name: f for _, f, _ in leaves(cls) if f.metadata["path"]}
+
+
+def value_of(config, name: str):
+    (found,) = (vars(section)[name] for section in vars(config).values() if name in vars(section))
+    return found
+
+
+def test_every_path_is_declared_as_one():
+    found = {name: f.metadata["path"] for cls in PROGRAMS for name, f in paths_of(cls).items()}
+    assert found.keys() == PATHS
+    assert {name for name, kind in found.items() if kind == "hub"} == HUB
+    assert {name for name, kind in found.items() if kind == "shards"} == SHARDS
+
+
+@each_program
+def test_flags_yaml_and_python_expand_the_home_folder_once(cls, home, tmp_path):
+    for name in paths_of(cls):
+        (tmp_path / "a.yaml").write_text(f"{name}: ~/a\n")
+        for argv in ([f"--{name}", "~/a"], ["-c", "~/../a.yaml"]):
+            config = parse(cls, argv, "")[0]
+            assert value_of(config, name) in (f"{home}/a", (f"{home}/a",)), name
+            (tmp_path / "saved.yaml").write_text(to_yaml(config))
+            assert parse(cls, ["-c", str(tmp_path / "saved.yaml")], "")[0] == config
+
+
+def test_sections_made_in_python_are_expanded_too(home):
+    assert TrainerConfig(log_dir="~/runs").log_dir == f"{home}/runs"
+    assert WriteConfig(out=Path("~/out")).out == f"{home}/out"
+    assert WhatConfig(score=("~/a.png", "~/a")).score == (f"{home}/a.png", "~/a")
+    assert dataclasses.replace(TrainerConfig(), backup_dir="~/b").backup_dir == f"{home}/b"
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ("~/a,~/b", "{home}/a,{home}/b"),
+        ("~/a, ~/b", "{home}/a,{home}/b"),
+        ("x y,z", "x y,z"),
+        ("cats, dogs", "cats, dogs"),
+        ("s/{a,~b}.tar", "s/{a,~b}.tar"),
+        ("https://x.org/{0..9}.tar,~/b", "https://x.org/{0..9}.tar,~/b"),
+        ("~/{0..9}.tar,s3://b/a.tar", "{home}/{0..9}.tar,s3://b/a.tar"),
+        ("pipe:cat ~/a, ~/b", "pipe:cat ~/a, ~/b"),
+        ("a/~/b", "a/~/b"),
+        ("./~a", "./~a"),
+        ("../a/./b/", "../a/./b/"),
+        ("$HOME/a", "$HOME/a"),
+    ],
+)
+def test_lists_of_shards_and_what_stays_as_it_was_written(written, read, home):
+    assert expand(written, "shards", "train_dir") == read.replace("{home}", str(home))
+
+
+def test_shards_are_split_at_commas_outside_of_braces_in_one_pass():
+    assert split_shards("a,{b,c},{d,{e,f}}.tar,,g") == ["a", "{b,c}", "{d,{e,f}}.tar", "", "g"]
+    assert len(split_shards("," * 300_000)) == 300_001
+
+
+def test_the_home_of_another_user(home):
+    assert expand("~root/a", True, "out") == os.path.expanduser("~root/a") != "~root/a"
+
+
+NO_PATHS = ["~nobody-of-this-name/a", "", " ", "a\nb", "a\rb", "a\0b", "\ud800"]
+TOO_LONG = ["n" * 256, "é" * 128, "a/" + "n" * 300]  # but for patterns of shards
+
+
+@pytest.mark.parametrize(
+    ("kind", "path"),
+    [(kind, path) for kind in (True, "hub") for path in NO_PATHS + TOO_LONG] + [("shards", path) for path in NO_PATHS],
+)
+def test_what_can_be_no_path_is_one_line(kind, path):
+    with pytest.raises(ConfigError, match=naming("train_dir")) as caught:
+        expand(path, kind, "train_dir", " (from --train_dir)")
+    assert "\n" not in str(caught.value) and "--train_dir" in str(caught.value) and len(str(caught.value)) < 300
+
+
+def test_names_up_to_the_longest_and_those_that_are_not_utf8_are_paths():
+    for path in ("n" * 255, "é" * 127, "lat\udce9.jpg", "a/" * 1000, "tab\there"):
+        assert expand(path, True, "image") == path
+
+
+@each_program
+def test_an_empty_path_is_refused_not_left_out(cls):
+    for name in paths_of(cls):
+        with pytest.raises(ConfigError, match=naming(name, "empty")):
+            parse(cls, [f"--{name}="], "")
+
+
+@each_program
+@pytest.mark.parametrize("url", ["file:///data/x", "s3://bucket/x", "https://huggingface.co/owner/name"])
+def test_a_url_is_refused_where_none_can_be_read(cls, url):
+    for name in paths_of(cls).keys() - SHARDS:
+        hint = "owner/name" if name in HUB else "path"
+        with pytest.raises(ConfigError, match=naming(name, url, "URL", hint)):
+            parse(cls, [f"--{name}", url], "")
+
+
+def test_only_tar_shards_are_read_from_urls():
+    for url in ("s3://bucket/x", "https://x.org/a.tar"):
+        for cls, resolve, more in (
+            (TrainVAEConfig, resolve_train_vae, []),
+            (TrainBiARTConfig, resolve_train_biart, ["--vae_path", "v"]),
+        ):
+            config, given = parse(cls, ["--train_dir", url, "--dataset", "webdataset", *more], "")
+            assert resolve(config, given).data.train_dir == url
+            config, given = parse(cls, ["--train_dir", url, *more], "")
+            with pytest.raises(ConfigError, match=naming("train_dir", url, "URL", "webdataset")):
+                resolve(config, given)
+            config, given = parse(cls, ["--train_dir", "x", "--val_dir", url, *more], "")
+            with pytest.raises(ConfigError, match=naming("val_dir", url)):
+                resolve(config, given)
+            config, given = parse(cls, ["--train_dir", url, "--fake_data"], "")
+            resolve(config, given)  # a smoke test reads none of it
+        config, given = parse(EvalBiARTConfig, ["--model", "m", "--test_dir", url], "")
+        with pytest.raises(ConfigError, match=naming("test_dir", url)):
+            resolve_eval_biart(config, given)
+
+
+def test_generate_scores_the_expanded_image(home):
+    config, _ = resolve_generate(*parse(GenerateConfig, ["--model", "m", "--score", "~/a.png", "~/a"], ""))
+    assert config.what.score == (f"{home}/a.png", "~/a")
+
+
+def test_a_run_that_an_earlier_version_recorded_with_a_home_folder_is_resumed(home):
+    """Its run.json holds `~`."""
+    recorded = {"data": {"train_dir": "~/a,~/b"}, "trainer": {"seed": 42}, "model": {}}
+    now = {"data": {"train_dir": f"{home}/a,{home}/b"}, "trainer": {"seed": 42}, "model": {}}
+    run = runs.open_run("results", "old", True, None, recorded)
+    runs.start(run, recorded, "")
+    (run.checkpoints).mkdir(exist_ok=True)
+    (run.checkpoints / "last-epoch=0-step=1.ckpt").write_bytes(b"")
+    assert runs.open_run("results", "old", True, None, now).id == run.id
+    assert json.loads((run.folder / "run.json").read_text())["config"] == recorded
+    assert expand_paths("~/a,~nobody-of-this-name") == f"{home}/a,~nobody-of-this-name"  # never an error
+
+
+def test_the_librarys_functions_expand_the_home_folder(home, tiny_augvae):
+    from PIL import Image
+
+    tiny_augvae().save_pretrained("~/vae")
+    assert sorted(os.listdir(home / "vae")) == ["config.json", "model.safetensors"] and not os.path.exists("~")
+    load_augvae("~/vae")
+    (home / "images").mkdir()
+    Image.new("RGB", (8, 8)).save(home / "images" / "a.png")
+    assert load_image("~/images/a.png", 8).shape == (3, 8, 8)
+    assert len(FlatImages("~/images", resolution=8)) == 1
+    (home / "a.json").write_text("{}")
+    assert check_file("~/a.json", "captions") == str(home / "a.json")
+    for call in (load_augvae, LVerse.from_pretrained, lambda path: read_meta(path, "train_dir")):
+        with pytest.raises(UserError, match=naming(str(home / "absent"))):
+            call("~/absent")
+        with pytest.raises(UserError, match=naming("https://x.org/y", "URL")):
+            call("https://x.org/y")
