@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
+from pytorch_lightning.callbacks import LearningRateMonitor
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_only
@@ -25,7 +25,7 @@ from latent_verse.config import ConfigError
 from latent_verse.config.train import TrainBiARTConfig, TrainerConfig, TrainVAEConfig
 from latent_verse.nn.compilation import why_not_compiled
 from latent_verse.training import runs
-from latent_verse.training.backups import Backup, Interrupted, ProcessState, RunFolder
+from latent_verse.training.backups import Backup, BestAndLast, Interrupted, ProcessState, RunFolder, WholeFiles
 from latent_verse.training.progress_bar import ProgressBar
 from latent_verse.training.runs import Run
 
@@ -89,10 +89,10 @@ def ease_smoke_test(config: Training, given: Mapping[str, str]) -> Training:
 
 
 @as_config_error()
-def make_trainer(t: TrainerConfig, folder: RunFolder, has_val: bool, more: Sequence[pl.Callback] = ()) -> pl.Trainer:
+def make_trainer(t: TrainerConfig, folder: RunFolder, more: Sequence[pl.Callback] = ()) -> pl.Trainer:
     """A Trainer that logs to the run folder, keeps the best and last checkpoints, saves backups and can be interrupted.
 
-    The best is known if there is validation data (`has_val`). `more` callbacks join those of every run.
+    `more` callbacks join those of every run.
     """
     accelerator, devices = choose_devices(t)
     run = folder.run
@@ -103,7 +103,7 @@ def make_trainer(t: TrainerConfig, folder: RunFolder, has_val: bool, more: Seque
         LearningRateMonitor("step"),
         Backup(folder, t.backup_steps if t.backup else None),
         *([ProgressBar(refresh_rate=t.refresh_rate)] if t.refresh_rate else []),
-        *checkpoints(run, has_val),
+        BestAndLast(folder),
     ]
     quiet_lightning()
     return pl.Trainer(
@@ -129,6 +129,7 @@ def make_trainer(t: TrainerConfig, folder: RunFolder, has_val: bool, more: Seque
         default_root_dir=run.folder,
         logger=make_logger(t, run),
         callbacks=callbacks,
+        plugins=[WholeFiles()],
     )
 
 
@@ -213,13 +214,6 @@ def untuned(wanted: bool = True) -> Iterator[None]:
         torch.backends.cudnn.benchmark = before
 
 
-def checkpoints(run: Run, has_val: bool) -> list[ModelCheckpoint]:
-    """Best (by val/total_loss) and last; `last` also without validation data."""
-    last = ModelCheckpoint(run.checkpoints, "last-{epoch}-{step}", every_n_epochs=1, save_on_train_epoch_end=True)
-    best = ModelCheckpoint(run.checkpoints, "best-{epoch}-{step}", monitor="val/total_loss", save_top_k=1)
-    return [best, last] if has_val else [last]
-
-
 def choose_strategy(t: TrainerConfig, accelerator: str, devices: int) -> str | Strategy:
     """auto and ddp: a copy on each process; fsdp: parameters, gradients and optimiser sharded over all processes."""
     processes = devices * t.nodes
@@ -262,6 +256,7 @@ def quiet_lightning() -> None:
         ".*The number of training batches.*",
         ".*Total length of `list` across ranks is zero.*",
         ".*ModelParallelStrategy.*experimental.*",
+        ".*callbacks used to create the checkpoint need to be provided.*",  # earlier versions had others
         ".*It is recommended to use .*sync_dist=True.*",  # the modules log values that are summed already
     ):
         warnings.filterwarnings("ignore", message)

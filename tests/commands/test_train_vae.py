@@ -19,6 +19,7 @@ from PIL import Image
 
 from latent_verse.checkpoints.augvae import load_augvae
 from latent_verse.commands import train_vae
+from latent_verse.training import image_logging
 from latent_verse.training.augvae import LitAugVAE
 from latent_verse.training.backups import Backup
 from tests.image_runs import SMALL, write_pictures
@@ -346,7 +347,7 @@ def test_no_gpu_is_said_in_one_line(tmp_path, images, caplog):
 def test_a_grid_is_written_once_a_step(tmp_path, images, killed, monkeypatch):
     """Not once for each accumulated batch, nor again by a run that resumes from a backup at such a step."""
     written = []
-    monkeypatch.setattr("torchvision.utils.save_image", lambda grid_CHW, path: written.append(path.stem))
+    monkeypatch.setattr(image_logging, "write_png", lambda grid_CHW, path: written.append(path.stem))
     flags = ["--log_images", "--image_log_steps", "1", "--batch_size", "1", "--accumulate_grad_batches", "5"]
     flags = small(tmp_path, *on(images), *flags, "--backup", "--backup_steps", "1")
     with killed(LitAugVAE, step=2):
