@@ -326,7 +326,8 @@ def _room(path: Path) -> str:
     """How much space is free where `path` would be."""
     for place in path.absolute().parents:
         with suppress(OSError, ValueError):
-            return f" ({shutil.disk_usage(place).free / 1e9:.3g} GB free)"
+            free = shutil.disk_usage(place).free
+            return f" ({free / 1e9:.1f} GB free)" if free >= 1e9 else f" ({free / 1e6:.1f} MB free)"
     return ""
 
 

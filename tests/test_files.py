@@ -235,7 +235,7 @@ def test_a_full_folder_is_refused_before_the_work(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    told = pytest.raises(FileError, match=naming("out", tmp_path / "a", "No space left", "GB free"))
+    told = pytest.raises(FileError, match=naming("out", tmp_path / "a", "No space left", "free"))
     with told, made_folder(tmp_path / "a", "out"):
         raise AssertionError
     assert names(tmp_path) == []
