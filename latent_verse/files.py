@@ -349,7 +349,14 @@ def write_json(path: Path, content: object) -> None:
 
 def differences(old: Mapping[str, object], new: Mapping[str, object]) -> list[str]:
     """One line for each entry of `new` that `old` lacks or has another value of: `lr: 0.1 then, 0.2 now`."""
-    return [f"{name}: {old.get(name)!r} then, {value!r} now" for name, value in new.items() if old.get(name) != value]
+    changed = {name: (old.get(name), value) for name, value in new.items() if old.get(name) != value}
+    return [f"{name}: {_short(before)} then, {_short(now)} now" for name, (before, now) in changed.items()]
+
+
+def _short(value: object) -> str:
+    """For a message: it may hold what a damaged file held."""
+    text = repr(value)
+    return text if len(text) <= 300 else f"{text[:300]}..."
 
 
 def _sync(path: Path) -> None:

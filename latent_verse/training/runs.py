@@ -79,7 +79,7 @@ def open_run(log_dir: str, name: str, backup: bool, backup_dir: str | None, conf
         about = read_json_object(folder / "run.json")
         run_id, old = about["id"], about["config"]
         if not isinstance(run_id, str) or not SAFE_ID.fullmatch(run_id):
-            raise TypeError(f"id: {run_id!r}")
+            raise TypeError("id: another kind of text")
         if not all(isinstance(old.get(name, {}), dict) for name in (*COMPUTES, "trainer")):
             raise TypeError("config: a section is none")
     except (FileError, KeyError, TypeError, AttributeError) as error:
