@@ -224,8 +224,7 @@ def only_writer(folder: Path, setting: str) -> Iterator[None]:
             yield
         finally:
             with suppress(OSError):
-                if os.listdir(folder) == [file.name]:
-                    file.unlink()
+                file.unlink()
             lock.let_go()
 
 

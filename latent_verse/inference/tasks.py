@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,7 +31,7 @@ def _open_folder(out: str | None, overwrite: bool) -> Path:
     if out is None and not overwrite:
         return runs.new_folder(".", "generated")
     folder = Path(out or "generated")
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+    if os.path.isdir(folder) and os.listdir(folder) and not overwrite:
         raise ConfigError(f"out: {folder} holds files already. Give another folder, or --overwrite to replace them.")
     return folder
 

@@ -222,3 +222,16 @@ def test_two_processes_give_the_metrics_of_one(tmp_path, model, one_thread):
         for i in range(11):
             ours, theirs = (p / name / f"{i:06d}.png" for p in (one["run"], tmp_path / "runs" / "two"))
             assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_a_folder_in_which_nothing_can_be_written_is_refused_before_the_data_is_read(tmp_path, model, capsys):
+    (tmp_path / "file").touch()
+    before = set(tmp_path.iterdir())
+    for place, fact in ((tmp_path / "file" / "runs", "file is no folder"), (tmp_path / ("a" * 300), "too long")):
+        argv = ["--ckpt_path", str(model), *FLAGS, "--test_dir", "absent", "--log_dir", str(place)]
+        assert eval_vae.main(argv) == 2
+        said = capsys.readouterr().err
+        assert naming("log_dir", fact).search(said) and said.count("\n") == 1
+    argv = ["--ckpt_path", str(model), *FLAGS, "--test_dir", "absent", "--log_dir", str(tmp_path / "runs")]
+    assert eval_vae.main(argv) == 2 and naming("absent").search(capsys.readouterr().err)
+    assert set(tmp_path.iterdir()) == before  # and nothing is left of it
