@@ -1,24 +1,35 @@
-"""Writing files so that they appear whole or not at all; reading text; naming what differs between two settings."""
+"""Writing files whole or not at all, locking folders; reading text; naming what differs between two settings."""
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import re
 import shutil
+import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import BinaryIO
+from types import ModuleType
+from typing import BinaryIO, ClassVar
 
 from latent_verse.config import UserError
+
+fcntl: ModuleType | None
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows
+    fcntl = None
 
 LINE_BYTES = 1 << 26  # of one line of a text file that is read line by line: 64 MiB
 JSON_BYTES = 1 << 32  # of a JSON file, which is read whole: 4 GiB
 
 
 class FileError(UserError):
-    """A file cannot be read as what it should be. The message names it, the place in it and the remedy."""
+    """A file cannot be read as what it should be, or written. The message names it, the place in it and the remedy."""
 
 
 def read_bytes(path: str | os.PathLike) -> bytes:
@@ -116,9 +127,8 @@ def read_json_object(path: str | os.PathLike) -> dict[str, object]:
     return content
 
 
-def unfinished_at(path: Path) -> Path:
-    """Where `replacing` writes until all is there; a killed process leaves it behind. Also for a glob pattern."""
-    return path.with_name(f".{path.name}.tmp")
+class InUse(FileError):
+    """Another process holds the lock of a folder."""
 
 
 @contextmanager
@@ -126,25 +136,232 @@ def replacing(path: Path) -> Iterator[Path]:
     """A path to write a file or folder to; once the block has ended, it takes the place of `path`.
 
     A process that is killed, or a machine that loses power, leaves either what was there before or all that is new. (A
-    folder is removed before the new one takes its name.) On an exception the unfinished file is removed. Only one
-    process may write a path at a time.
+    folder is absent between two renames. If that is where it ended, the next write beside it puts the new one there.)
+    Nothing passes through a temporary folder elsewhere. On an exception the unfinished file is removed; after a kill,
+    the next process that writes to that folder removes it. Several processes may write the same path at once: one of
+    their files stays, whole.
 
-    The path given is hidden and ends in `.tmp`, so that no pattern such as `*.ckpt` finds it. To libraries that choose
-    the format by a name's end, name the format or give an open file.
+    The path given has another name than `path`, in a hidden folder beside it. To libraries that choose the format by a
+    name's end, name the format or give an open file.
+
+    Raises:
+        FileError: it cannot be written. The message says why, and how much space is free.
     """
-    unfinished = unfinished_at(path)
-    _remove(unfinished)  # of a process that was killed
+    path = Path(path)
+    with _refusing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):
+            os.lstat(path)  # an impossible name is found before the work, not after it
+        if (folder := path.parent.absolute()) not in _tidied:
+            _tidied.add(folder)
+            remove_leftovers(folder)
+        place, lock = _place_beside(path)
+        try:
+            new, old = place / "new", place / "old" / path.name
+            yield new
+            for file in (*new.rglob("*"), new) if new.is_dir() else (new,):
+                _sync(file)
+            if new.is_dir() and os.path.lexists(path):  # a folder can only take the place of an empty one
+                old.parent.mkdir()
+                os.rename(path, old)
+            try:
+                os.replace(new, path)
+            except BaseException:
+                if os.path.lexists(old):
+                    os.rename(old, path)
+                raise
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
+            lock.let_go()
+        _sync(path.parent)
+
+
+_tidied: set[Path] = set()  # folders in which this process has looked for what killed ones have left
+_LEFTOVER = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")  # what `_place_beside` makes
+
+
+def _place_beside(path: Path) -> tuple[Path, _Lock]:
+    """A new hidden folder beside `path`, and its lock."""
+    while True:
+        place = Path(tempfile.mkdtemp(".tmp", f".{path.name[:50]}.", path.parent))
+        with suppress(FileNotFoundError, BlockingIOError):
+            lock = _Lock(place)
+            if place.exists():  # else another process took it for a leftover, before it was locked
+                return place, lock
+            lock.let_go()
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes were writing to a folder with `replacing`; not what is still being written.
+
+    A folder that was renamed and has no successor yet gets it. On a file system without locks all is left as it is.
+    """
+    for place in folder.glob(".*.tmp"):
+        if not _LEFTOVER.fullmatch(place.name) or place.is_symlink() or not place.is_dir():
+            continue
+        with suppress(FileNotFoundError, BlockingIOError):
+            lock = _Lock(place)
+            if lock.works:
+                for old in place.glob("old/*"):
+                    if (place / "new").exists() and not os.path.lexists(folder / old.name):
+                        os.rename(place / "new", folder / old.name)
+                shutil.rmtree(place, ignore_errors=True)
+            lock.let_go()
+
+
+@contextmanager
+def made_folder(folder: Path, setting: str) -> Iterator[None]:
+    """Make a folder and try it: a file is written there and removed. If it is empty in the end, it is removed again.
+
+    Args:
+        setting: the name of the setting that names the folder, for the message.
+
+    Raises:
+        FileError: there can be no such folder, or nothing can be written there.
+    """
+    absent: list[Path] = []
     try:
-        yield unfinished
-        for file in (*unfinished.rglob("*"), unfinished) if unfinished.is_dir() else (unfinished,):
-            _sync(file)
-        if unfinished.is_dir():
-            _remove(path)  # a folder can only take the place of an empty one
-        os.replace(unfinished, path)
-    except BaseException:
-        _remove(unfinished)
+        with _refusing(folder, f"{setting}: "):
+            absent += [place for place in (folder, *folder.parents) if not os.path.lexists(place)]
+            folder.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(folder)  # they may hold the space
+            with tempfile.TemporaryFile(dir=folder, prefix=".", suffix=".tmp", buffering=0) as file:
+                file.write(bytes(4096))
+                os.fsync(file.fileno())
+        yield
+    finally:
+        with suppress(OSError, ValueError):  # of a folder that holds something, or an impossible one
+            for place in absent:
+                place.rmdir()
+
+
+@contextmanager
+def only_writer(folder: Path, setting: str) -> Iterator[None]:
+    """As `made_folder`, and hold the folder's lock (the file .lock in it), which no other process gets meanwhile.
+
+    A killed process leaves no lock behind. Where the file system has none, a warning says so.
+
+    Raises:
+        InUse: another process holds it.
+        FileError: as `made_folder`.
+    """
+    file = folder / ".lock"
+    with made_folder(folder, setting):
+        with _refusing(file, f"{setting}: "):
+            lock = _lock_of(file, setting)
+            if lock.works:
+                file.write_text(f"{os.getpid()} {os.uname().nodename}", encoding="utf-8")
+            else:
+                remedy = "see to it that no other process writes there"
+                warnings.warn(f"{setting}: the file system of {folder} has no locks; {remedy}.", stacklevel=3)
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                file.unlink()
+            lock.let_go()
+
+
+def _lock_of(file: Path, setting: str) -> _Lock:
+    """The lock of a file, which is made if it does not exist."""
+    while True:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = _Lock(file, os.O_RDWR | os.O_CREAT)
+        except FileNotFoundError:  # its last holder has removed the folder
+            continue
+        except BlockingIOError:
+            with open(file, encoding="utf-8", errors="replace") as holder:
+                found = re.fullmatch(r"(\d+) ([\w.-]+)", holder.read(300))
+            by = f"process {found[1]} on {found[2]}" if found else "another process"
+            raise InUse(f"{setting}: {file.parent} is in use by {by}. Wait for it, or name another.") from None
+        with suppress(FileNotFoundError):
+            if not lock.works or os.path.samestat(os.stat(file), os.fstat(lock.number)):
+                return lock
+        lock.let_go()  # of a file that its last holder has removed
+
+
+class _Lock:
+    """A lock of a file or folder, held until it is let go or the process ends, however it ends. Forks do not hold it.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
+
+    WITHOUT = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EBADF)
+    held: ClassVar[set[int]] = set()
+
+    def __init__(self, path: Path, flags: int = os.O_RDONLY):
+        self.works = False  # whether there are locks, in this operating system and file system
+        self.number = -1
+        if fcntl is None:
+            return
+        self.number = os.open(path, flags, 0o666)
+        self.held.add(self.number)
+        try:
+            fcntl.flock(self.number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.works = True
+        except OSError as error:
+            if error.errno not in self.WITHOUT:  # some network file systems
+                self.let_go()
+                raise
+
+    def let_go(self) -> None:
+        if self.number in self.held:
+            self.held.discard(self.number)
+            os.close(self.number)
+
+    @classmethod
+    def close_all(cls) -> None:
+        """In a forked process: a data loader's would hold the lock for seconds after its parent was killed."""
+        while cls.held:
+            os.close(cls.held.pop())
+
+
+if fcntl is not None:
+    os.register_at_fork(after_in_child=_Lock.close_all)
+
+
+@contextmanager
+def _refusing(path: Path, of: str = "") -> Iterator[None]:
+    """Turn the error of writing `path`, or of a folder on the way to it, into a FileError; others are left as they are.
+
+    torch and safetensors wrap the operating system's errors in their own.
+    """
+    try:
+        yield
+    except UserError:
         raise
-    _sync(path.parent)
+    except Exception as error:
+        cause = error.__context__ if type(error) is RuntimeError else error  # torch.save
+        number = re.search(r"\(os error (\d+)\)", str(error))  # safetensors
+        if number:
+            cause = OSError(int(number[1]), os.strerror(int(number[1])))
+        if isinstance(cause, ValueError) and "embedded null" in str(cause):  # in the path
+            cause = OSError(errno.EINVAL, str(cause))
+        if not isinstance(cause, OSError) or not _concerns(path.absolute(), cause.filename):
+            raise
+        reason = cause.strerror or str(cause)
+        if cause.errno in (errno.EEXIST, errno.ENOTDIR):
+            reason = next((f"{p} is no folder" for p in (path, *path.parents) if p.exists() and not p.is_dir()), reason)
+        raise FileError(f"{of}{path} cannot be written: {reason}{_room(path)}.") from error
+
+
+def _concerns(path: Path, named: str | bytes | int | None) -> bool:
+    """Whether an error that names a file, or none, is about writing `path`: not about a file that was to be read."""
+    if named is None or isinstance(named, int):
+        return True
+    named_path = Path(os.fsdecode(named)).absolute()
+    return named_path in (path, *path.parents) or path.parent in named_path.parents
+
+
+def _room(path: Path) -> str:
+    """How much space is free where `path` would be."""
+    for place in path.absolute().parents:
+        with suppress(OSError, ValueError):
+            free = shutil.disk_usage(place).free
+            return f" ({free / 1e9:.1f} GB free)" if free >= 1e9 else f" ({free / 1e6:.1f} MB free)"
+    return ""
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -178,14 +395,14 @@ def valid_json(content: object) -> object:
 
 def differences(old: Mapping[str, object], new: Mapping[str, object]) -> list[str]:
     """One line for each entry of `new` that `old` lacks or has another value of: `lr: 0.1 then, 0.2 now`."""
-    return [f"{name}: {old.get(name)!r} then, {value!r} now" for name, value in new.items() if old.get(name) != value]
+    changed = {name: (old.get(name), value) for name, value in new.items() if old.get(name) != value}
+    return [f"{name}: {_short(before)} then, {_short(now)} now" for name, (before, now) in changed.items()]
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+def _short(value: object) -> str:
+    """For a message: it may hold what a damaged file held."""
+    text = repr(value)
+    return text if len(text) <= 300 else f"{text[:300]}..."
 
 
 def _sync(path: Path) -> None:

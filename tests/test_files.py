@@ -1,17 +1,30 @@
-"""files.py: an interrupted write leaves all that was there or all that is new; text is read by one rule."""
+"""files.py: an interrupted write leaves all that was there or all that is new; locks; text is read by one rule."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
 
+import numpy as np
 import pytest
+import safetensors.torch
+import torch
 
+from latent_verse import files
 from latent_verse.files import (
     FileError,
+    InUse,
     decode_text,
     differences,
     lines_of,
+    made_folder,
+    only_writer,
     parse_json,
     read_bytes,
     read_json,
@@ -51,7 +64,8 @@ def test_an_interrupted_write_leaves_what_was_there(tmp_path, monkeypatch, step,
 
     if step != "write":
         monkeypatch.setattr(os, step, fail)
-    with pytest.raises(error), replacing(tmp_path / "a.txt") as unfinished:
+    told = FileError if error is OSError else error
+    with pytest.raises(told), replacing(tmp_path / "a.txt") as unfinished:
         unfinished.write_text("half")
         assert (tmp_path / "a.txt").read_text() == "old"
         if step == "write":
@@ -70,14 +84,225 @@ def test_it_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     assert events == [(tmp_path / "a.txt").stat().st_ino, "replace", tmp_path.stat().st_ino]
 
 
-def test_an_unfinished_file_is_not_found_by_patterns_and_does_not_hinder_the_next_write(tmp_path):
-    with replacing(tmp_path / "step=1.ckpt") as unfinished:
-        unfinished.write_text("half")
-        assert not list(tmp_path.glob("*.ckpt"))
-        left = unfinished
-    left.mkdir()  # whatever a killed process left
-    write_text(tmp_path / "step=1.ckpt", "whole")
-    assert names(tmp_path) == ["step=1.ckpt"]
+CHILD = """
+import os, sys, time
+from pathlib import Path
+from latent_verse import files
+folder = Path(sys.argv[1])
+def wait():
+    print("ready", flush=True)
+    time.sleep(60)
+"""
+
+
+def start(folder, lines: str) -> subprocess.Popen:
+    """A process that runs these lines and has come to `wait()`."""
+    process = subprocess.Popen([sys.executable, "-c", CHILD + lines, str(folder)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def kill(process: subprocess.Popen) -> None:
+    process.kill()
+    process.wait(30)
+    process.stdout.close()
+
+
+def test_what_a_killed_process_was_writing_goes_and_what_a_living_one_writes_stays(tmp_path, monkeypatch):
+    lines = (
+        "with files.replacing(folder / 'step=1.ckpt') as unfinished:\n    unfinished.write_bytes(b'half')\n    wait()"
+    )
+    killed, living = start(tmp_path, lines), start(tmp_path, lines)
+    try:
+        kill(killed)
+        assert not list(tmp_path.glob("*")) or all(name.startswith(".") for name in names(tmp_path))
+        assert not list(tmp_path.rglob("*.ckpt"))
+        assert len(names(tmp_path)) == 2
+        (tmp_path / ".mine.tmp").mkdir()  # of the user's
+        (tmp_path / ".mine.abcdefgh.tmp").write_text("a file")
+        monkeypatch.setattr(files, "_tidied", set())
+        write_text(tmp_path / "other", "new")
+        left = [name for name in names(tmp_path) if name.startswith(".step=1")]
+        assert len(left) == 1 and list((tmp_path / left[0]).iterdir())
+        write_text(tmp_path / "step=1.ckpt", "whole")  # while the other writes the same
+        assert (tmp_path / "step=1.ckpt").read_text() == "whole" and (tmp_path / left[0]).is_dir()
+        assert {".mine.tmp", ".mine.abcdefgh.tmp", "other"} <= set(names(tmp_path))
+    finally:
+        kill(living)
+
+
+def test_two_writers_of_one_path_do_not_disturb_each_other(tmp_path):
+    with replacing(tmp_path / "a") as first:
+        first.write_text("1")
+        with replacing(tmp_path / "a") as second:
+            second.write_text("2")
+        assert (tmp_path / "a").read_text() == "2" and first.read_text() == "1"
+    assert (tmp_path / "a").read_text() == "1" and names(tmp_path) == ["a"]
+
+
+def test_a_folder_killed_between_its_two_renames_gets_its_new_content(tmp_path, monkeypatch):
+    with replacing(tmp_path / "folder") as unfinished:
+        unfinished.mkdir()
+        (unfinished / "old").touch()
+    lines = """
+with files.replacing(folder / "folder") as unfinished:
+    unfinished.mkdir()
+    (unfinished / "new").touch()
+    os.replace = lambda *paths: wait()
+"""
+    kill(start(tmp_path, lines))
+    assert not (tmp_path / "folder").exists()
+    monkeypatch.setattr(files, "_tidied", set())
+    write_text(tmp_path / "beside", "")
+    assert names(tmp_path) == ["beside", "folder"] and names(tmp_path / "folder") == ["new"]
+
+
+def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "old").touch()
+    monkeypatch.setattr(os, "replace", lambda *paths: (_ for _ in ()).throw(OSError(errno.EIO, "disk error")))
+    with pytest.raises(FileError, match="disk error"), replacing(tmp_path / "folder") as unfinished:
+        unfinished.mkdir()
+    assert names(tmp_path) == ["folder"] and names(tmp_path / "folder") == ["old"]
+
+
+BIG = {"weight": torch.zeros(300_000)}
+SAVE = {
+    "torch": lambda path: torch.save(BIG, path.open("wb")),
+    "safetensors": lambda path: safetensors.torch.save_file(BIG, str(path)),
+    "numpy": lambda path: np.savez(path.open("wb"), a=np.zeros(300_000)),
+    "text": lambda path: path.write_text("a" * 2_000_000),
+}
+
+
+@pytest.mark.parametrize("how", SAVE)
+def test_a_file_for_which_there_is_no_room_is_one_line_and_leaves_nothing(tmp_path, how):
+    resource = pytest.importorskip("resource")
+    write_text(tmp_path / "kept", "old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))  # as a full disk, but for the number of the error
+    try:
+        told = pytest.raises(FileError, match=naming(tmp_path / "kept", "too large", "free"))
+        with told as caught, replacing(tmp_path / "kept") as unfinished:
+            SAVE[how](unfinished)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(caught.value)
+    assert names(tmp_path) == ["kept"] and (tmp_path / "kept").read_text() == "old"
+
+
+def test_nothing_passes_through_a_temporary_folder_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))
+    for kind, save in SAVE.items():
+        with replacing(tmp_path / "deep" / "er" / kind) as unfinished:
+            save(unfinished)
+    with only_writer(tmp_path / "run", "log_dir"):
+        pass
+    assert names(tmp_path / "deep" / "er") == sorted(SAVE) and names(tmp_path) == ["deep"]
+
+
+def test_what_is_not_about_writing_is_left_as_it_is(tmp_path):
+    for fail, error in (
+        (lambda: (tmp_path / "elsewhere" / "read.txt").read_text(), FileNotFoundError),
+        (lambda: int("a"), ValueError),
+        (lambda: read_text(tmp_path / "absent"), FileError),
+    ):
+        with pytest.raises(error), replacing(tmp_path / "here" / "a"):
+            fail()
+    assert names(tmp_path / "here") == []
+
+
+IMPOSSIBLE = {
+    "too long": (lambda folder: folder / ("a" * 300), "too long"),
+    "below a file": (lambda folder: folder / "file" / "b", "file is no folder"),
+    "null": (lambda folder: folder / "a\0b", "null"),
+    "a file": (lambda folder: folder / "file", "file is no folder"),
+}
+
+
+@pytest.mark.parametrize(("place", "reason"), IMPOSSIBLE.values(), ids=IMPOSSIBLE)
+def test_impossible_folders_are_one_line(tmp_path, place, reason):
+    (tmp_path / "file").touch()
+    for context in (made_folder, only_writer):
+        with pytest.raises(FileError, match=naming("log_dir", reason)), context(place(tmp_path), "log_dir"):
+            raise AssertionError
+    if place(tmp_path).name != "file":
+        with pytest.raises(FileError, match=reason), replacing(place(tmp_path)):
+            raise AssertionError  # it is found before the work
+    assert names(tmp_path) == ["file"]
+
+
+def test_a_full_folder_is_refused_before_the_work(tmp_path, monkeypatch):
+    def full(number):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    told = pytest.raises(FileError, match=naming("out", tmp_path / "a", "No space left", "free"))
+    with told, made_folder(tmp_path / "a", "out"):
+        raise AssertionError
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("context", [made_folder, only_writer])
+def test_a_folder_that_stays_empty_is_removed_with_those_above_it(tmp_path, context):
+    (tmp_path / "there").mkdir()
+    with context(tmp_path / "there" / "a" / "b", "out"):
+        assert (tmp_path / "there" / "a" / "b").is_dir()
+    with pytest.raises(KeyError), context(tmp_path / "there", "out"):
+        raise KeyError
+    assert names(tmp_path) == ["there"] and names(tmp_path / "there") == []  # that one was there before
+    with context(tmp_path / "made" / "c", "out"):
+        write_text(tmp_path / "made" / "c" / "results", "")
+    assert names(tmp_path / "made" / "c") == ["results"]
+
+
+def test_a_folder_has_one_writer_at_a_time(tmp_path):
+    other = start(tmp_path, "with files.only_writer(folder / 'run', 'log_dir'):\n    wait()")
+    try:
+        told = pytest.raises(InUse, match=naming("log_dir", tmp_path / "run", other.pid, os.uname().nodename))
+        with told as caught, only_writer(tmp_path / "run", "log_dir"):
+            raise AssertionError
+        assert "\n" not in str(caught.value)
+    finally:
+        kill(other)
+    run = tmp_path / "run"  # a killed process leaves no lock
+    with only_writer(run, "log_dir"), pytest.raises(InUse), only_writer(run, "log_dir"):
+        raise AssertionError
+    with only_writer(run, "log_dir"):
+        pass
+
+
+def test_a_forked_process_does_not_hold_the_lock(tmp_path):
+    """A data loader's lives on for seconds after its parent was killed; the rerun must not be refused."""
+    lines = """
+with files.only_writer(folder / "run", "log_dir"):
+    if os.fork() == 0:
+        time.sleep(20)
+        os._exit(0)
+    print(os.getpid(), flush=True)
+    wait()
+"""
+    process = subprocess.Popen([sys.executable, "-c", CHILD + lines, tmp_path], stdout=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    process.stdout.readline()
+    time.sleep(0.2)  # until the fork has run its first line
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait(30)
+    with only_writer(tmp_path / "run", "log_dir"):
+        pass
+    process.stdout.close()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP])
+def test_without_locks_there_is_a_warning(tmp_path, monkeypatch, number):
+    def refuse(*args):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(files.fcntl, "flock", refuse)
+    told = pytest.warns(UserWarning, match=naming("log_dir", tmp_path / "run", "locks"))
+    with told, only_writer(tmp_path / "run", "log_dir"):
+        write_text(tmp_path / "run" / "a", "")
+    assert names(tmp_path / "run") == ["a"]
 
 
 def test_a_folder_is_replaced_whole(tmp_path):
@@ -87,7 +312,7 @@ def test_a_folder_is_replaced_whole(tmp_path):
             for name, text in content.items():
                 (unfinished / "deeper" / name).write_text(text)
         assert {p.name: p.read_text() for p in (tmp_path / "folder" / "deeper").iterdir()} == content
-    with pytest.raises(OSError), replacing(tmp_path / "folder") as unfinished:
+    with pytest.raises(FileError), replacing(tmp_path / "folder") as unfinished:
         unfinished.mkdir()
         raise OSError
     assert names(tmp_path) == ["folder"] and names(tmp_path / "folder") == ["deeper"]
@@ -107,6 +332,8 @@ def test_differences_name_the_setting_and_both_values():
         "name: None then, 'a' now",
     ]
     assert differences(old, {"same": 1}) == []
+    (line,) = differences({"lr": "a" * 100_000}, {"lr": 1})
+    assert len(line) < 400 and line.endswith(", 1 now")
 
 
 def test_text_is_utf8_with_or_without_a_byte_order_mark(tmp_path):

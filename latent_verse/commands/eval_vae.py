@@ -36,33 +36,32 @@ def run(config: EvalVAEConfig, given: Mapping[str, str]) -> int:
     model = load_augvae(t.ckpt_path)
     config = with_evaluated_shape(config, model.config, given)
     accelerator, devices = choose_devices(t)
-    folder = runs.new_folder(t.log_dir, t.name or f"eval-{runs.stem(t.ckpt_path)}")
-    data = ImageDataModule(open_images(config.data, model.config.resolution, t.seed, ["test"]), config.data, t.seed)
-    lit, n = LitAugVAEEvaluation(model, config), config.eval.eval_images
-    quiet_lightning()
-    bar = [ProgressBar(t.refresh_rate)] if t.refresh_rate else []
-    limit = math.ceil(n / (devices * t.nodes * config.data.batch_size)) if n else t.limit_val_batches
-    with as_config_error():
-        trainer = pl.Trainer(
-            accelerator=accelerator,
-            devices=devices,
-            num_nodes=t.nodes,
-            strategy=choose_strategy(t, accelerator, devices),
-            precision=t.precision,
-            limit_test_batches=limit,
-            use_distributed_sampler=False,
-            benchmark=False,  # it would tune cuDNN for the last, smaller batch as well
-            enable_progress_bar=bool(bar),
-            enable_model_summary=False,
-            logger=False,
-            callbacks=[SavedImages(folder, config.eval.save_images), *bar],
-        )
-        trainer.test(lit, datamodule=data, verbose=False)
-    results = lit.results | {"checkpoint": str(t.ckpt_path), "skipped": data.skipped}
-    if trainer.is_global_zero:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "metrics.json", results)
-        write_text(folder / "config.yaml", to_yaml(config))
-        print(table(results, f"{t.ckpt_path}: {results['images']} images"))
-        print(f"Written to {folder}")
+    with runs.hold_new_folder(t.log_dir, t.name or f"eval-{runs.stem(t.ckpt_path)}") as folder:
+        data = ImageDataModule(open_images(config.data, model.config.resolution, t.seed, ["test"]), config.data, t.seed)
+        lit, n = LitAugVAEEvaluation(model, config), config.eval.eval_images
+        quiet_lightning()
+        bar = [ProgressBar(t.refresh_rate)] if t.refresh_rate else []
+        limit = math.ceil(n / (devices * t.nodes * config.data.batch_size)) if n else t.limit_val_batches
+        with as_config_error():
+            trainer = pl.Trainer(
+                accelerator=accelerator,
+                devices=devices,
+                num_nodes=t.nodes,
+                strategy=choose_strategy(t, accelerator, devices),
+                precision=t.precision,
+                limit_test_batches=limit,
+                use_distributed_sampler=False,
+                benchmark=False,  # it would tune cuDNN for the last, smaller batch as well
+                enable_progress_bar=bool(bar),
+                enable_model_summary=False,
+                logger=False,
+                callbacks=[SavedImages(folder, config.eval.save_images), *bar],
+            )
+            trainer.test(lit, datamodule=data, verbose=False)
+        results = lit.results | {"checkpoint": str(t.ckpt_path), "skipped": data.skipped}
+        if trainer.is_global_zero:
+            write_json(folder / "metrics.json", results)
+            write_text(folder / "config.yaml", to_yaml(config))
+            print(table(results, f"{t.ckpt_path}: {results['images']} images"))
+            print(f"Written to {folder}")
     return 0

@@ -7,9 +7,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from latent_verse.config.cli import one_line_errors, parse, quick_imports
 from latent_verse.config.train import TrainBiARTConfig, idle_flags_biart, resolve_train_biart
+from latent_verse.files import made_folder
 
 
 @one_line_errors
@@ -32,12 +34,13 @@ def run(config: TrainBiARTConfig, given: Mapping[str, str]) -> int:
         from latent_verse.training.code_extraction import extract_codes
         from latent_verse.training.image_logging import TextImageSamples
         from latent_verse.training.resume import starting_point
-        from latent_verse.training.runs import open_run
+        from latent_verse.training.runs import hold_run
         from latent_verse.training.trainer import announce, compiles, ease_smoke_test, fit, make_trainer, run_name, say
 
     t = config.trainer
     if config.bundle.export:
-        file = export_bundle(t.ckpt_path, config.bundle.export, config.vae.vae_path)
+        with made_folder(Path(config.bundle.export), "export"):
+            file = export_bundle(t.ckpt_path, config.bundle.export, config.vae.vae_path)
         print(f"Bundle of {file}: {config.bundle.export}")
         return 0
     config, pretrained = take_over(config, given)
@@ -46,19 +49,19 @@ def run(config: TrainBiARTConfig, given: Mapping[str, str]) -> int:
         return extract_codes(config, vae, pretrained)
     config = ease_smoke_test(config, given)
     name = run_name(config, given, "biart")
-    run = open_run(t.log_dir, name, t.backup, t.backup_dir, as_plain(config))
-    start_from = starting_point(run, t.ckpt_path if t.resume else None, "biart")
-    pl.seed_everything(t.seed, verbose=False)
-    data, tokenizer, about = biart_setup.open_data(config, vae, start_from, pretrained)
-    model = biart_setup.new_biart(config, vae, tokenizer, start_from, pretrained)
-    del pretrained  # its weights would stay in memory as long as the run lasts
-    folder = RunFolder(run, config)
-    samples = TextImageSamples(folder, config.sampling, tokenizer)
-    trainer = make_trainer(t, folder, data.has_val, [samples], start_from)
-    announce(t, run, start_from, idle_flags_biart(config, given))
-    say(biart_setup.summary(config, model, tokenizer))
-    module = LitBiART(model, vae, config, about, compiles(config))
-    if fit(trainer, t, run, module, data, start_from) and trainer.is_global_zero:
-        file = export_bundle(run.folder, run.folder / "bundle", vae=vae)
-        print(f"Bundle of {file}: {run.folder / 'bundle'}")
+    with hold_run(t.log_dir, name, t.backup, t.backup_dir, as_plain(config)) as run:
+        start_from = starting_point(run, t.ckpt_path if t.resume else None, "biart")
+        pl.seed_everything(t.seed, verbose=False)
+        data, tokenizer, about = biart_setup.open_data(config, vae, start_from, pretrained)
+        model = biart_setup.new_biart(config, vae, tokenizer, start_from, pretrained)
+        del pretrained  # its weights would stay in memory as long as the run lasts
+        folder = RunFolder(run, config)
+        samples = TextImageSamples(folder, config.sampling, tokenizer)
+        trainer = make_trainer(t, folder, [samples], start_from)
+        announce(t, run, start_from, idle_flags_biart(config, given))
+        say(biart_setup.summary(config, model, tokenizer))
+        module = LitBiART(model, vae, config, about, compiles(config))
+        if fit(trainer, t, run, module, data, start_from) and trainer.is_global_zero:
+            file = export_bundle(run.folder, run.folder / "bundle", vae=vae)
+            print(f"Bundle of {file}: {run.folder / 'bundle'}")
     return 0

@@ -32,7 +32,7 @@ from latent_verse.data.images import SkipLog
 from latent_verse.data.shapes import Scene, ShapesDataset, World
 from latent_verse.data.text import Tokenizer
 from latent_verse.data.transforms import UnreadableImage, mix_seed, to_unit_range
-from latent_verse.files import differences, replacing, unfinished_at, write_json
+from latent_verse.files import differences, replacing, write_json
 from latent_verse.progress import progress_bar
 
 FORMAT = "latent_verse/codes"
@@ -100,11 +100,11 @@ def extract(
     state = {**plan, "shards": {}}
     if (folder / UNFINISHED).is_file():
         state = _read_same(folder / UNFINISHED, plan)
-    elif folder.is_dir() and any(file != unfinished_at(folder / UNFINISHED) for file in folder.iterdir()):
+    elif folder.is_dir() and any(not file.name.endswith(".tmp") for file in folder.iterdir()):
         raise DataError(f"extract_codes: {folder} holds something else; it is left alone. Name a new or empty folder.")
-    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / UNFINISHED, state)
-    tokenizer.save(folder / TOKENIZER)
+    with replacing(folder / TOKENIZER) as unfinished:
+        tokenizer.save(unfinished)
     bar = progress_bar(what=f"codes to {folder}", total=total, unit="image", shown=progress)
     bar.update(sum(shard["pairs"] + shard["skipped"] for shard in state["shards"].values()))
     with bar, ThreadPoolExecutor(max(1, threads)) as pool:

@@ -30,7 +30,7 @@ from latent_verse.config.generate import GenerateSamplingConfig, WriteConfig
 from latent_verse.config.settings import ConfigError, Settings, as_plain, same, setting
 from latent_verse.config.train import PairDataConfig, TrainBiARTConfig, TrainVAEConfig
 from latent_verse.data.shapes import World
-from latent_verse.files import write_json
+from latent_verse.files import made_folder, write_json
 
 ROOT = Path(__file__).parents[2]
 Recipe = TypeVar("Recipe", TrainVAEConfig, TrainBiARTConfig)
@@ -195,8 +195,10 @@ def _only_one(out: Path) -> Iterator[int]:
     with open(out / ".lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise ConfigError(f"out: another demo, or its stage, is still running in {out}. Wait for it.") from None
+        except OSError:  # a network file system without locks
+            print(f"{out} has no locks: see to it that no other demo runs there.", file=sys.stderr)
         yield lock.fileno()
 
 
@@ -253,8 +255,7 @@ def run(s: DemoSettings) -> Path:
 
     out = Path(s.out).resolve()
     stages = plan(s, out)
-    out.mkdir(parents=True, exist_ok=True)
-    with _only_one(out) as lock:
+    with made_folder(out, "out"), _only_one(out) as lock:
         record = StagesFile(out / "stages.json")
         record.check_same(stages)
         first = next((i for i, stage in enumerate(stages) if not record.finished(stage)), len(stages))

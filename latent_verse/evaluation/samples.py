@@ -114,7 +114,6 @@ def calls(
 
 def _claim(folder: Path, about: dict[str, object]) -> None:
     """Write the settings into a new folder; one that holds images must have the same settings."""
-    folder.mkdir(parents=True, exist_ok=True)
     file = folder / ABOUT
     if not file.is_file():
         if any(folder.glob("*.png")):

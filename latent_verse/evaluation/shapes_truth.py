@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
@@ -147,17 +148,17 @@ def _counts(reports: list[dict[str, bool]]) -> dict[str, Any]:
 
 def write_json(path: Path, results: dict[str, Any], cases: list[Case], samples: int) -> None:
     """Write the results and every case's texts and marks; the images of the first `samples` cases beside it."""
+    from latent_verse.inference.image_io import save_png
+
     place = path.with_name(f"{path.stem}_samples")
-    path.parent.mkdir(parents=True, exist_ok=True)
     listed = []
     for i, case in enumerate(cases):
         about: dict[str, Any] = {"text": case.text, "written": case.caption, "right": case.right}
         if i < samples:
-            place.mkdir(exist_ok=True)
             images = {"picture": case.image, "reconstruction": case.reconstruction, "drawn": case.generated}
             for name, image in (images | {"reranked": case.reranked}).items():
                 if image is not None:
-                    image.save(place / f"{i:04d}_{name}.png")
+                    save_png(image, place / f"{i:04d}_{name}.png", {})
                     about[name] = f"{place.name}/{i:04d}_{name}.png"
         listed.append(about)
     files.write_json(path, results | {"cases": listed})
@@ -198,21 +199,22 @@ def main(argv: list[str] | None = None) -> int:
     from latent_verse.evaluation.distributed import device
     from latent_verse.inference.pipeline import LVerse
 
-    w = config.what
-    model = LVerse.from_pretrained(w.model, device=device(config.write.gpus))
-    world = World.preset(w.world)
-    if model.vae.config.resolution != world.image_size:
-        raise ConfigError(
-            f"world: {w.world} has images of {world.image_size} px, but {w.model} generates "
-            f"{model.vae.config.resolution} px: it was trained on another world or data set."
-        )
-    model.progress = True
-    started = time.perf_counter()
-    results, cases = evaluate(model, world, w.split, w.count, w.seed, config.draw)
-    about = asdict(config.what) | {"draw": asdict(config.draw), "seconds": round(time.perf_counter() - started, 1)}
-    print(table(results, f"{w.model}: {w.count} scenes of {w.world}/{w.split}"))
-    if config.write.json:
-        write_json(Path(config.write.json), about | results, cases, config.write.samples)
+    w, json = config.what, config.write.json
+    with files.made_folder(Path(json).parent, "json") if json else nullcontext():
+        model = LVerse.from_pretrained(w.model, device=device(config.write.gpus))
+        world = World.preset(w.world)
+        if model.vae.config.resolution != world.image_size:
+            raise ConfigError(
+                f"world: {w.world} has images of {world.image_size} px, but {w.model} generates "
+                f"{model.vae.config.resolution} px: it was trained on another world or data set."
+            )
+        model.progress = True
+        started = time.perf_counter()
+        results, cases = evaluate(model, world, w.split, w.count, w.seed, config.draw)
+        about = asdict(config.what) | {"draw": asdict(config.draw), "seconds": round(time.perf_counter() - started, 1)}
+        print(table(results, f"{w.model}: {w.count} scenes of {w.world}/{w.split}"))
+        if json:
+            write_json(Path(json), about | results, cases, config.write.samples)
     return 0
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 
 from latent_verse.config import ConfigError, as_plain
@@ -17,7 +19,7 @@ from latent_verse.evaluation.context import Context
 from latent_verse.evaluation.distributed import device
 from latent_verse.evaluation.pairs import Pairs
 from latent_verse.evaluation.records import Records
-from latent_verse.files import valid_json, write_text
+from latent_verse.files import made_folder, only_writer, valid_json, write_text
 from latent_verse.inference.pipeline import LVerse
 from latent_verse.machine import commit, machine
 from latent_verse.metrics import likelihood
@@ -39,10 +41,20 @@ RESOLUTION = 256  # to compare another system's images at, unless a setting says
 @one_line_errors
 def run(ranks: Ranks, config: EvalBiARTConfig, tasks: tuple[str, ...], yaml_text: str) -> int:
     """Evaluate; 0, or 2 for a mistake in the settings, the model or the data, which the first process prints."""
+    folder, statistics = _folder(config), config.generation.reference_stats
+    with ExitStack() as held:
+        if ranks.is_first:
+            held.enter_context(only_writer(folder, "log_dir"))
+            if statistics and not os.path.isfile(statistics):
+                held.enter_context(made_folder(Path(statistics).parent, "reference_stats"))
+        return _run(ranks, config, folder, tasks, yaml_text)
+
+
+def _run(ranks: Ranks, config: EvalBiARTConfig, folder: Path, tasks: tuple[str, ...], yaml_text: str) -> int:
     with warnings.catch_warnings():
         # captions of other datasets are often too long: they are counted, not reported one by one
         warnings.filterwarnings("ignore", r"text \d+ has \d+ tokens")
-        context = _open_context(config, ranks)
+        context = _open_context(config, ranks, folder)
         _check_model(context, tasks)
         about: dict[str, dict | None] = {}
         try:
@@ -60,7 +72,7 @@ def run(ranks: Ranks, config: EvalBiARTConfig, tasks: tuple[str, ...], yaml_text
     return 0
 
 
-def _open_context(config: EvalBiARTConfig, ranks: Ranks) -> Context:
+def _open_context(config: EvalBiARTConfig, ranks: Ranks, folder: Path) -> Context:
     """The model and the data."""
     j, w = config.judged, config.write
     place = device(w.gpus, w.accelerator, ranks.rank)
@@ -73,7 +85,6 @@ def _open_context(config: EvalBiARTConfig, ranks: Ranks) -> Context:
             f"fid_resolution {resolution}, but {j.model} generates images of {natural} px. Leave it out, or evaluate "
             "the images that it has generated with --generated_dir."
         )
-    folder = _open_folder(config)
     pairs = Pairs(config.data, resolution, w.seed)
     records = Records(model.fingerprints if model else {}, w.seed)
     if model and w.dtype != "float32":
@@ -94,17 +105,15 @@ def _check_model(c: Context, tasks: tuple[str, ...]) -> None:
                 raise ConfigError(f"test_size: the task shapes evaluates both splits: {error}") from error
 
 
-def _open_folder(config: EvalBiARTConfig) -> Path:
-    """Make <log_dir>/<name>, where a rerun resumes."""
+def _folder(config: EvalBiARTConfig) -> Path:
+    """<log_dir>/<name>, where a rerun resumes."""
     j, w = config.judged, config.write
     evaluated = j.model or j.generated_dir or j.captions_file
     stem = runs.stem(evaluated.rstrip("/")).removesuffix(".jsonl").removesuffix(".json")
     if stem == "bundle":  # as training names it, in the run's folder
         stem = Path(evaluated).resolve().parent.name or stem
     stem = f"fake-{stem}" if config.data.fake_data else stem  # a smoke test keeps out of the real results' folder
-    folder = runs.run_folder(w.log_dir, w.name or "-".join(["eval", stem, *j.tasks]))
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    return runs.run_folder(w.log_dir, w.name or "-".join(["eval", stem, *j.tasks]))
 
 
 def _keep_earlier(folder: Path, settings: dict[str, dict]) -> str:

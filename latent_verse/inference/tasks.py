@@ -17,7 +17,7 @@ from latent_verse.config import ConfigError, printable
 from latent_verse.config.generate import GenerateConfig
 from latent_verse.data import DataError
 from latent_verse.data.images import EXTENSIONS, describe_files, walk
-from latent_verse.files import FileError, text_lines, write_text
+from latent_verse.files import FileError, made_folder, text_lines, write_text
 from latent_verse.inference.image_io import grid, load_image, save_png, to_images
 from latent_verse.inference.pipeline import LVerse, best_device
 from latent_verse.training import runs
@@ -32,12 +32,7 @@ def _open_folder(out: str | None, overwrite: bool) -> Path:
     if out is None and not overwrite:
         return runs.new_folder(".", "generated")
     folder = Path(out or "generated")
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise ConfigError(f"out: {there} is a file; give a folder.")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ConfigError(f"out: {there} is not writable; give another folder.")
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+    if os.path.isdir(folder) and os.listdir(folder) and not overwrite:
         raise ConfigError(f"out: {folder} holds files already. Give another folder, or --overwrite to replace them.")
     return folder
 
@@ -62,7 +57,8 @@ def run(config: GenerateConfig, task: str) -> None:
         return
     folder = _open_folder(config.write.out, config.write.overwrite)
     tasks = {"text": generate_images, "complete": complete_images, "image": caption_images}
-    tasks[task](load(config), config, folder)
+    with made_folder(folder, "out"):
+        tasks[task](load(config), config, folder)
 
 
 def generate_images(model: LVerse, config: GenerateConfig, folder: Path) -> None:
@@ -96,7 +92,6 @@ def caption_images(model: LVerse, config: GenerateConfig, folder: Path) -> None:
         captions = model.image_to_text([image for _, image in group], config.draw.num, **settings)
         for (name, _), found in zip(group, captions, strict=True):
             lines.append({"image": name, "captions": found, "settings": settings, **_about(model)})
-        folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "captions.jsonl", _jsonl(lines))  # after each group: a later image may be an error
         for (name, _), found in zip(group, captions, strict=True):  # written first: printing may fail too
             print("\n".join(f"{printable(name)}: {printable(text)}" for text in found))
@@ -178,7 +173,6 @@ def _write_images(
     originals: Sequence[Sequence[Image.Image]] | None = None,
 ) -> None:
     """PNG files with metadata, pictures.jsonl and grid.png, whose rows begin with `originals`."""
-    folder.mkdir(parents=True, exist_ok=True)
     lines, rows = [], []
     for i, (source, row) in enumerate(zip(about, images, strict=True)):
         for j, image in enumerate(row):

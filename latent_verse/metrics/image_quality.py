@@ -162,7 +162,6 @@ def save_reference(path: Path, reference: ImageFeatures, about: dict[str, object
         mean_F = m.sum_F / m.count
         sigma_FF = (m.outer_FF - m.count * torch.outer(mean_F, mean_F)) / max(m.count - 1, 1)
         arrays |= {f"mu_{k}": mean_F.numpy(), f"sigma_{k}": sigma_FF.numpy(), "count": m.count}
-    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as unfinished, unfinished.open("wb") as file:
         np.savez(file, **arrays)
 

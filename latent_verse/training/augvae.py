@@ -215,7 +215,7 @@ class LitAugVAE(pl.LightningModule):
         """Let the file describe itself, in plain types only."""
         about = {"kind": "augvae", "model": as_plain(self.model.config), "run": as_plain(self.config)}
         plateau = None if self.plateau is None else self.plateau.state_dict()
-        checkpoint["latent_verse"] = {**about, "plateau": plateau}
+        checkpoint.setdefault("latent_verse", {}).update(about, plateau=plateau)
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         """Keep the state of lr_decay's schedule until the optimiser exists."""

@@ -1,14 +1,13 @@
-"""Saving what a rerun needs: the run's folder, backups, stopping on a signal, and the state of each process."""
+"""Saving what a rerun needs: the run folder, best, last and backups, stopping on a signal, each process's state."""
 
 from __future__ import annotations
 
-import dataclasses
+import math
 import os
 import random
 import signal
 import threading
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,13 +16,15 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
+from pytorch_lightning.callbacks import Checkpoint
+from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 
-from latent_verse.checkpoints.ckpt_files import step_of
+from latent_verse.checkpoints.ckpt_files import CheckpointError, read_ckpt, step_of
 from latent_verse.config import as_plain
 from latent_verse.config.cli import to_yaml
 from latent_verse.config.train import TrainBiARTConfig, TrainVAEConfig
-from latent_verse.files import replacing, unfinished_at
+from latent_verse.files import FileError, replacing
 from latent_verse.training import runs
 from latent_verse.training.runs import Run
 
@@ -52,9 +53,113 @@ class RunFolder(pl.Callback):
         self.config = config
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self.run = dataclasses.replace(self.run, id=trainer.strategy.broadcast(self.run.id))
+        self.run = trainer.strategy.broadcast(self.run)
         if trainer.is_global_zero:
             runs.start(self.run, as_plain(self.config), to_yaml(self.config))
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Lightning's reader and writer of checkpoints; but each is written beside its place, whole or not at all.
+
+    An error is kept, not raised: the other processes of the run wait for this one. See `save_state`.
+    """
+
+    error: str | None = None  # why the last one was not written
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options: Any = None) -> None:
+        self.error = None
+        try:
+            with replacing(Path(path)) as unfinished, unfinished.open("wb") as file:
+                torch.save(checkpoint, file)
+        except FileError as error:
+            self.error = str(error)
+
+
+def save_state(trainer: pl.Trainer, file: Path) -> None:
+    """Write the whole state of a run, with the optimiser, for an exact resume; called by all processes together.
+
+    Raises:
+        FileError: it could not be written; in all processes alike.
+    """
+    trainer.save_checkpoint(file, weights_only=False)
+    writer = trainer.strategy.checkpoint_io
+    assert isinstance(writer, WholeFiles)
+    if error := trainer.strategy.broadcast(writer.error):
+        raise FileError(error)
+
+
+class BestAndLast(Checkpoint):
+    """After every epoch, keep the weights of the lowest val/total_loss so far, and the last ones.
+
+    A checkpoint's own entry "latent_verse" records the loss of its weights, {"score": {"val/total_loss": 0.1}}, or None
+    where there was no validation. So nothing depends on where the folder is, or on what it was named. The folder may
+    hold more than one of a kind, of an earlier version, or copied: once a new one is there, the others are deleted.
+
+    Raises:
+        FileError: the last attempt of the run to write one of them failed. Before, a failure is a warning.
+    """
+
+    def __init__(self, folder: RunFolder):
+        self.folder = folder
+        self.lowest = math.inf  # loss of the best file; known to the first process
+        self.score: dict[str, float] | None = None  # of the weights that are being saved
+        self.saved_at = 0  # step
+        self.unsaved: dict[str, str] = {}  # kind: why
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero:
+            self.lowest = min(map(score_of, self.folder.run.checkpoints.glob("best-*.ckpt")), default=math.inf)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.global_step == self.saved_at:
+            return
+        self.saved_at = trainer.global_step
+        loss = trainer.callback_metrics.get(LOSS)
+        loss = math.nan if loss is None else float(loss)
+        self.score = {LOSS: loss} if math.isfinite(loss) else None
+        if trainer.strategy.broadcast(self.score is not None and loss < self.lowest) and self._save(trainer, "best"):
+            self.lowest = loss
+        self._save(trainer, "last")
+        self.score = None  # of a backup's weights, none is known
+
+    def _save(self, trainer: pl.Trainer, kind: str) -> bool:
+        folder = self.folder.run.checkpoints
+        file = folder / f"{kind}-epoch={trainer.current_epoch}-step={trainer.global_step}.ckpt"
+        self.unsaved.pop(kind, None)
+        try:
+            save_state(trainer, file)
+        except FileError as error:
+            self.unsaved[kind] = str(error)
+            rank_zero_warn(f"The {kind} checkpoint is not saved: {error} Training goes on.")
+            return False
+        if trainer.is_global_zero:
+            for other in folder.glob(f"{kind}-*.ckpt"):
+                if other != file:
+                    other.unlink()
+        return True
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
+        checkpoint.setdefault("latent_verse", {})["score"] = self.score
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for kind, error in self.unsaved.items():
+            raise FileError(f"The run ended at step {trainer.global_step}, but its {kind} checkpoint is lost: {error}")
+
+
+LOSS = "val/total_loss"
+
+
+def score_of(file: Path) -> float:
+    """The validation loss that a best checkpoint records; infinite if it cannot be read or records none."""
+    try:
+        content = read_ckpt(file)
+        score = (content.get("latent_verse") or {}).get("score")
+        if score is None:  # of an earlier version, which Lightning's own callback wrote
+            states = [state for key, state in content["callbacks"].items() if key.startswith("ModelCheckpoint")]
+            score = {LOSS: next(state["current_score"] for state in states if state.get("monitor") == LOSS)}
+        return float(score[LOSS])
+    except (CheckpointError, KeyError, TypeError, ValueError, AttributeError, StopIteration):
+        return math.inf
 
 
 class Backup(pl.Callback):
@@ -103,7 +208,10 @@ class Backup(pl.Callback):
             self._interrupted = Interrupted(f"stopped at step {trainer.global_step}; saved {self.save(trainer)}")
             return
         if self.every and trainer.global_step % self.every == 0:
-            self.save(trainer)
+            try:
+                self.save(trainer)
+            except FileError as error:
+                rank_zero_warn(f"{error} Training goes on.")
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch, batch_idx) -> None:
         if self._interrupted is not None:  # not sooner: Lightning logs the step only after on_train_batch_end
@@ -119,20 +227,22 @@ class Backup(pl.Callback):
             raise Interrupted(f"stopped at step {trainer.global_step}; {found}")
 
     def save(self, trainer: pl.Trainer) -> Path:
-        """Write a backup; called by all processes together. Returns its path."""
-        place = self.folder.run.backups()
-        file = place / f"step={trainer.global_step}.ckpt"
+        """Write a backup, by all processes together. Returns its path.
+
+        Raises:
+            FileError: it could not be written.
+        """
+        file = self.folder.run.backups() / f"step={trainer.global_step}.ckpt"
+        try:
+            save_state(trainer, file)
+        except FileError as error:
+            raise FileError(f"There is no backup of step {trainer.global_step}: {error}") from error
         if trainer.is_global_zero:
-            place.mkdir(parents=True, exist_ok=True)
-        # the first process writes the file; the others only help to gather what it holds
-        with replacing(file) if trainer.is_global_zero else nullcontext(file) as unfinished:
-            trainer.save_checkpoint(unfinished, weights_only=False)  # with the optimiser, for an exact resume
-        if trainer.is_global_zero:
-            for old in sorted(place.glob("step=*.ckpt"), key=step_of)[:-2]:  # two, in case the newest is damaged
+            # two, in case the newest is damaged; of later steps are those that this run could not resume from
+            steps = {old: step_of(old) or 0 for old in file.parent.glob("step=*.ckpt")}
+            kept = sorted((old for old in steps if steps[old] <= trainer.global_step), key=lambda old: steps[old])[-2:]
+            for old in steps.keys() - set(kept):
                 old.unlink()
-            for leftover in place.glob(unfinished_at(place / "step=*.ckpt").name):  # of a process killed while it saved
-                leftover.unlink()
-        trainer.strategy.barrier()
         return file
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

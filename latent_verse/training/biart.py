@@ -234,4 +234,4 @@ class LitBiART(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make the file describe itself, in plain types."""
         about = {"kind": "biart", "model": as_plain(self.model.config), "run": as_plain(self.config)}
-        checkpoint["latent_verse"] = about | self.about
+        checkpoint.setdefault("latent_verse", {}).update(about | self.about)

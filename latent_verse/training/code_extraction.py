@@ -14,6 +14,7 @@ from latent_verse.data.codes import FORMAT, extract, work_of
 from latent_verse.data.datasets import open_pairs, source_of
 from latent_verse.data.modules import loader_processes
 from latent_verse.data.pairs import PairShards, work_of_shards
+from latent_verse.files import only_writer
 from latent_verse.training.biart_setup import choose_tokenizer
 from latent_verse.training.trainer import choose_devices
 
@@ -23,7 +24,13 @@ def extract_codes(config: TrainBiARTConfig, vae: AugVAE, pretrained: Pretrained 
 
     Raises:
         DataError: see `data.codes.extract`.
+        FileError: nothing can be written there, or (InUse) another process writes there.
     """
+    with only_writer(Path(config.codes.extract_codes), "extract_codes"):
+        return _extract(config, vae, pretrained)
+
+
+def _extract(config: TrainBiARTConfig, vae: AugVAE, pretrained: Pretrained | None) -> int:
     d, c, t = config.data, config.codes, config.trainer
     accelerator, _ = choose_devices(t)
     device = torch.device({"gpu": "cuda", "mps": "mps"}.get(accelerator, "cpu"))

@@ -12,12 +12,12 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
-from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 
 from latent_verse.config import UserError
 from latent_verse.config.train import TrainVAEConfig
+from latent_verse.files import FileError
 from latent_verse.nn.precision import LOW_PRECISION
 from latent_verse.training import runs
 from latent_verse.training.backups import Backup, RunFolder, made_step, random_state, set_random_state
@@ -150,7 +150,7 @@ class Divergence(pl.Callback):
         (backup,) = (callback for callback in trainer.callbacks if isinstance(callback, Backup))
         try:
             return backup.save(trainer)
-        except (Diverged, OSError):  # it was not finite either, or cannot be written: what to say first is this step
+        except (Diverged, FileError):  # it was not finite either, or cannot be written: what to say first is this step
             return None
 
     def _message(self, trainer: pl.Trainer, step: int, place: int, saved: Path | str | None) -> str:
@@ -170,13 +170,6 @@ class Divergence(pl.Callback):
         return (
             f"training diverged: {when} step {step} {WHAT[place]} not finite. {state}. Try {tries}, or mend bad data."
         )
-
-
-class Best(ModelCheckpoint):
-    """Lightning's, which would take the first validation for the best even if its loss is not finite."""
-
-    def check_monitor_top_k(self, trainer: pl.Trainer, current: Tensor | None = None) -> bool:
-        return current is not None and finite([current]) and super().check_monitor_top_k(trainer, current)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ from latent_verse.biart import sampling
 from latent_verse.biart.sequence import IMAGE_TO_TEXT, TEXT_TO_IMAGE
 from latent_verse.config.train import SamplingConfig
 from latent_verse.data.text import Tokenizer
-from latent_verse.files import replacing, write_text
+from latent_verse.files import FileError, replacing, write_text
 from latent_verse.training.backups import RunFolder, made_step
 from latent_verse.training.trainer import untuned
 
@@ -58,11 +59,12 @@ class SavedImages(pl.Callback):
         self.at_most = at_most
         self._pairs: list[Tensor] = []
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self.folder = trainer.strategy.broadcast(self.folder)  # the first process has made it
+
     def on_test_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs, batch, batch_idx, dataloader_idx=0
     ) -> None:
-        from torchvision.utils import save_image
-
         if outputs is None:
             return
         first = batch_idx * pl_module.config.data.batch_size
@@ -72,17 +74,16 @@ class SavedImages(pl.Callback):
                 break
             pair_CHW = [image_CHW.float().cpu() for image_CHW in pair]
             for name, image_CHW in zip(("original_images", "generated_images"), pair_CHW, strict=True):
-                (self.folder / name).mkdir(parents=True, exist_ok=True)
-                save_image((image_CHW + 1) / 2, self.folder / name / f"{number:06d}.png")
+                write_png((image_CHW + 1) / 2, self.folder / name / f"{number:06d}.png")
             if trainer.is_global_zero and len(self._pairs) < 32:
                 self._pairs.append(torch.cat(pair_CHW, dim=2))
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        from torchvision.utils import make_grid, save_image
+        from torchvision.utils import make_grid
 
         if self._pairs:
             grid = make_grid(torch.stack(self._pairs), nrow=4, normalize=True, value_range=(-1, 1), pad_value=1)
-            save_image(grid, self.folder / "grid.png")
+            write_png(grid, self.folder / "grid.png")
 
 
 class TextImageSamples(pl.Callback):
@@ -170,7 +171,7 @@ class TextImageSamples(pl.Callback):
     def _write(self, trainer: pl.Trainer, rows_BCHW: list[Tensor], lines: list[str]) -> None:
         name = f"samples_step={trainer.global_step}"
         _write_grid(trainer, self.folder, name, "val/drawn", rows_BCHW)
-        with _warned(trainer):
+        with _going_on():
             write_text(self.folder.run.images / f"{name}.txt", "\n".join(lines) + "\n")
         for logger in trainer.loggers:
             if isinstance(logger, pl.loggers.TensorBoardLogger):
@@ -179,25 +180,32 @@ class TextImageSamples(pl.Callback):
                 logger.log_text("val/written", columns=["sample"], data=[[line] for line in lines])
 
 
-@contextmanager
-def _warned(trainer: pl.Trainer) -> Iterator[None]:
-    """Warn of a file of the run folder's images/ that cannot be written: a full disk costs the images, not the run."""
-    try:
-        yield
-    except OSError as error:
-        rank_zero_warn(f"images after step {trainer.global_step} are not written: {error}")
-
-
 def _write_grid(trainer: pl.Trainer, folder: RunFolder, name: str, tag: str, rows_BCHW: list[Tensor]) -> None:
     """Write rows of as many images each, in [-1, 1], as <run>/images/<name>.png, and give them to the loggers."""
-    from torchvision.utils import make_grid, save_image
+    from torchvision.utils import make_grid
 
     grid_CHW = make_grid(torch.cat(rows_BCHW), nrow=len(rows_BCHW[0]), normalize=True, value_range=(-1, 1))
-    with _warned(trainer):
-        folder.run.images.mkdir(parents=True, exist_ok=True)
-        save_image(grid_CHW, folder.run.images / f"{name}.png")
+    with _going_on():
+        write_png(grid_CHW, folder.run.images / f"{name}.png")
     for logger in trainer.loggers:
         if isinstance(logger, pl.loggers.TensorBoardLogger):
             logger.experiment.add_image(tag, grid_CHW, trainer.global_step)
         elif isinstance(logger, pl.loggers.WandbLogger):
             logger.log_image(tag, [grid_CHW], caption=[f"step {trainer.global_step}"])
+
+
+def write_png(image_CHW: Tensor, path: Path) -> None:
+    """Write an image of values in [0, 1], whole or not at all."""
+    from torchvision.utils import save_image
+
+    with replacing(path) as unfinished, unfinished.open("wb") as file:
+        save_image(image_CHW, file, format="png")
+
+
+@contextmanager
+def _going_on() -> Iterator[None]:
+    """Training does not end because an image of it cannot be written, on a full disk for example: a warning says so."""
+    try:
+        yield
+    except FileError as error:
+        warnings.warn(f"{error} Training goes on.", stacklevel=3)

@@ -1,26 +1,41 @@
 """Run folders: where a run writes, and which checkpoints a rerun can resume from. Files and names only, no Lightning.
 
 `<log_dir>/<name>/` holds config.yaml, run.json (the run's id), checkpoints/, backups/, images/, the logger's files and
-metrics.json. All processes of a run decide the same: each reads files that none of them writes before all have met.
+metrics.json, and .lock, which the first of its processes holds. That one decides where the run writes; the others learn
+it once all have met (backups.RunFolder).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
+import re
 import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from latent_verse.checkpoints.ckpt_files import step_of
 from latent_verse.config import ConfigError
 from latent_verse.config.settings import expand_paths
-from latent_verse.files import differences, write_json, write_text
+from latent_verse.files import (
+    FileError,
+    InUse,
+    differences,
+    made_folder,
+    only_writer,
+    read_json_object,
+    remove_leftovers,
+    write_json,
+    write_text,
+)
 
 # sections of a configuration that decide what is computed; a rerun with others would be another run
 COMPUTES = ("model", "data", "optim", "loss", "vae", "text")
 TRAINER_COMPUTES = ("seed", "precision", "accumulate_grad_batches", "gradient_clip_val", "limit_train_batches")
+LONGEST_NAME = 200  # bytes: most file systems take 255, of which `free` and `Run.backups` need some
+SAFE_ID = re.compile(r"[0-9A-Za-z_-]{1,40}")  # it becomes part of a path
 MACHINE_ONLY = ("num_workers", "prefetch_factor", "test_dir")
 
 
@@ -29,7 +44,7 @@ class Run:
     """A run's place."""
 
     folder: Path  # <log_dir>/<name>
-    id: str  # unique; every process of a new run makes one, of which the first process's is used (backups.RunFolder)
+    id: str  # unique; every process of a new run makes one, of which the first process's is used
     backup_dir: Path | None = None  # the folder for backups of several runs, None for inside the run folder
 
     @property
@@ -58,12 +73,16 @@ def open_run(log_dir: str, name: str, backup: bool, backup_dir: str | None, conf
     """
     folder = run_folder(log_dir, name)
     place = None if backup_dir is None else Path(backup_dir)
-    if not (backup and folder.exists()):
-        return Run(free(folder), uuid.uuid4().hex[:12], place)
+    if not backup or not os.path.lexists(folder) or _holds_nothing(folder):
+        return Run(folder if backup else free(folder), uuid.uuid4().hex[:12], place)
     try:
-        about = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        about = read_json_object(folder / "run.json")
         run_id, old = about["id"], about["config"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if not isinstance(run_id, str) or not SAFE_ID.fullmatch(run_id):
+            raise TypeError("id: another kind of text")
+        if not all(isinstance(old.get(name, {}), dict) for name in (*COMPUTES, "trainer")):
+            raise TypeError("config: a section is none")
+    except (FileError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{folder} exists but is not a run of this program ({error!r}). Choose --name.") from error
     run = Run(folder, run_id, place)
     before, now = _what_decides(old), _what_decides(config)
@@ -76,6 +95,58 @@ def open_run(log_dir: str, name: str, backup: bool, backup_dir: str | None, conf
     return run
 
 
+@contextmanager
+def hold_run(log_dir: str, name: str, backup: bool, backup_dir: str | None, config: dict[str, Any]) -> Iterator[Run]:
+    """`open_run`, for as long as the run lasts: its folders are made, tried and locked, in the first process.
+
+    What killed processes were writing there is removed.
+
+    Raises:
+        InUse: another process runs there.
+        FileError: nothing can be written there.
+        ConfigError: as `open_run`.
+    """
+    with ExitStack() as held:
+        while True:
+            run = open_run(log_dir, name, backup, backup_dir, config)
+            if not is_first_process():
+                break
+            try:
+                held.enter_context(only_writer(run.folder, "log_dir"))
+                break
+            except InUse:
+                if backup:
+                    raise
+        if is_first_process():
+            for folder in (run.folder, run.checkpoints, run.images, run.folder / "backups"):
+                remove_leftovers(folder)
+                for file in folder.glob(".*.tmp"):  # of an earlier version
+                    if file.is_file():
+                        file.unlink()
+            if backup and run.backup_dir is not None:
+                held.enter_context(only_writer(run.backups(), "backup_dir"))
+        yield run
+
+
+@contextmanager
+def hold_new_folder(log_dir: str, name: str) -> Iterator[Path]:
+    """`new_folder`, made and tried in the first process. If it is empty in the end, it is removed again.
+
+    Raises:
+        FileError: nothing can be written there.
+        ConfigError: as `run_folder`.
+    """
+    folder = new_folder(log_dir, name)
+    with made_folder(folder, "log_dir") if is_first_process() else ExitStack():
+        yield folder
+
+
+def is_first_process() -> bool:
+    """Whether this is the first of a run's processes, before they meet: what torchrun, Lightning and SLURM set says."""
+    names = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
+    return all(os.environ.get(name, "0") in ("0", "") for name in names)
+
+
 def states(run: Run) -> list[Path]:
     """The checkpoints a run can resume from, newest first by step: its `last`, then, at the same step, its backup."""
     files = [*run.backups().glob("step=*.ckpt"), *run.checkpoints.glob("last-*.ckpt")]
@@ -83,8 +154,7 @@ def states(run: Run) -> list[Path]:
 
 
 def start(run: Run, config: dict[str, Any], yaml_text: str) -> None:
-    """Make the folder and write run.json and config.yaml. For one process, after all have called `open_run`."""
-    run.folder.mkdir(parents=True, exist_ok=True)
+    """Write run.json and config.yaml. For one process, after all have called `open_run`."""
     write_json(run.folder / "run.json", {"id": run.id, "config": config})
     write_text(run.folder / "config.yaml", yaml_text)
 
@@ -95,10 +165,12 @@ def run_folder(log_dir: str, name: str) -> Path:
     Raises:
         ConfigError: log_dir is a file, or the name cannot be a folder's.
     """
-    if Path(log_dir).exists() and not Path(log_dir).is_dir():
+    if os.path.exists(log_dir) and not os.path.isdir(log_dir):
         raise ConfigError(f"log_dir: {log_dir} is a file; name a folder.")
-    if not name or name in (".", "..") or "/" in name or os.sep in name:
-        raise ConfigError(f"name: {name!r} cannot be a folder name. Choose letters, digits, - and _.")
+    if not name or name in (".", "..") or "/" in name or os.sep in name or not name.isprintable():
+        raise ConfigError(f"name: {name!a} cannot be a folder name. Choose letters, digits, - and _.")
+    if len(os.fsencode(name)) > LONGEST_NAME:
+        raise ConfigError(f"name: {name[:20]}... has more than {LONGEST_NAME} bytes. Choose a shorter one.")
     return Path(log_dir) / name
 
 
@@ -118,10 +190,18 @@ def stem(checkpoint: str) -> str:
 def free(folder: Path) -> Path:
     """`folder`, or `<folder>-2`, `<folder>-3`, ... where it exists."""
     candidate, n = folder, 1
-    while candidate.exists():
+    while os.path.lexists(candidate):
         n += 1
         candidate = folder.with_name(f"{folder.name}-{n}")
     return candidate
+
+
+def _holds_nothing(folder: Path) -> bool:
+    """Whether a folder is empty, or holds no more than what `hold_run` makes before a run begins."""
+    try:
+        return all(name == ".lock" or name.endswith(".tmp") for name in os.listdir(folder))
+    except OSError:
+        return False
 
 
 def _what_decides(config: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
+from pytorch_lightning.callbacks import LearningRateMonitor
 from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_only
@@ -25,9 +25,9 @@ from latent_verse.config import ConfigError
 from latent_verse.config.train import TrainBiARTConfig, TrainerConfig, TrainVAEConfig
 from latent_verse.nn.compilation import why_not_compiled
 from latent_verse.training import runs
-from latent_verse.training.backups import Backup, Interrupted, ProcessState, RunFolder
+from latent_verse.training.backups import Backup, BestAndLast, Interrupted, ProcessState, RunFolder, WholeFiles
 from latent_verse.training.changes import AppliedSettings, changes
-from latent_verse.training.divergence import Best, Divergence
+from latent_verse.training.divergence import Divergence
 from latent_verse.training.logs import CSVLog
 from latent_verse.training.progress_bar import ProgressBar
 from latent_verse.training.runs import Run
@@ -93,16 +93,11 @@ def ease_smoke_test(config: Training, given: Mapping[str, str]) -> Training:
 
 @as_config_error()
 def make_trainer(
-    t: TrainerConfig,
-    folder: RunFolder,
-    has_val: bool,
-    more: Sequence[pl.Callback] = (),
-    start_from: Path | None = None,
+    t: TrainerConfig, folder: RunFolder, more: Sequence[pl.Callback] = (), start_from: Path | None = None
 ) -> pl.Trainer:
     """A Trainer that logs to the run folder, keeps the best and last checkpoints, saves backups and can be interrupted.
 
-    The best is known if there is validation data (`has_val`). `more` callbacks join those of every run. Its logs
-    continue those that the run has up to the step of `start_from`.
+    `more` callbacks join those of every run. Its logs continue those that the run has up to the step of `start_from`.
     """
     accelerator, devices = choose_devices(t)
     run = folder.run
@@ -115,7 +110,7 @@ def make_trainer(
         LearningRateMonitor("step"),
         Backup(folder, t.backup_steps if t.backup else None),
         *([ProgressBar(refresh_rate=t.refresh_rate)] if t.refresh_rate else []),
-        *checkpoints(run, has_val),
+        BestAndLast(folder),
     ]
     quiet_lightning()
     trainer = pl.Trainer(
@@ -141,6 +136,7 @@ def make_trainer(
         default_root_dir=run.folder,
         logger=make_logger(t, run, (start_from and runs.step_of(start_from)) or 0),
         callbacks=callbacks,
+        plugins=[WholeFiles()],
     )
     # With max_steps, Lightning would resume from an epoch's end as if within the next one, which has no batches then.
     # tests/training/test_trainer.py pins this private method.
@@ -240,13 +236,6 @@ def untuned(wanted: bool = True) -> Iterator[None]:
         torch.backends.cudnn.benchmark = before
 
 
-def checkpoints(run: Run, has_val: bool) -> list[ModelCheckpoint]:
-    """Best (by val/total_loss) and last; `last` also without validation data."""
-    last = ModelCheckpoint(run.checkpoints, "last-{epoch}-{step}", every_n_epochs=1, save_on_train_epoch_end=True)
-    best = Best(run.checkpoints, "best-{epoch}-{step}", monitor="val/total_loss", save_top_k=1)
-    return [best, last] if has_val else [last]
-
-
 def choose_strategy(t: TrainerConfig, accelerator: str, devices: int) -> str | Strategy:
     """auto and ddp: a copy on each process; fsdp: parameters, gradients and optimiser sharded over all processes."""
     processes = devices * t.nodes
@@ -292,6 +281,7 @@ def quiet_lightning() -> None:
         ".*The number of training batches.*",
         ".*Total length of `list` across ranks is zero.*",
         ".*ModelParallelStrategy.*experimental.*",
+        ".*callbacks used to create the checkpoint need to be provided.*",  # earlier versions had others
         ".*It is recommended to use .*sync_dist=True.*",  # the modules log values that are summed already
     ):
         warnings.filterwarnings("ignore", message)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -22,6 +23,7 @@ from latent_verse.config.cli import parse
 from latent_verse.config.evaluate import EvalBiARTConfig, EvalDataConfig
 from latent_verse.data.shapes import World
 from latent_verse.evaluation.pairs import Pairs, ordered
+from latent_verse.files import only_writer
 from latent_verse.inference.image_io import load_image
 from latent_verse.inference.pipeline import LVerse
 from latent_verse.metrics import networks
@@ -450,3 +452,19 @@ def test_two_processes_give_the_metrics_of_one(bundle, pairs, tmp_path):
     )  # fmt: skip
     assert broken.returncode == 2 and naming("guidance", 1.0, 2.0).search(broken.stderr)
     assert "Traceback" not in broken.stderr
+
+
+def test_the_folder_is_tried_and_held_before_the_model_is_loaded(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    runs, absent = tmp_path / "runs", ["--model", "absent", "--test_dir", "absent", "--gpus", "0"]
+    with only_writer(runs / "held", "log_dir"):
+        for flags, facts in (
+            (["--log_dir", runs, "--name", "held"], ["log_dir", runs / "held", os.getpid()]),
+            (["--log_dir", tmp_path / "file" / "runs"], ["log_dir", "file is no folder"]),
+            (["--log_dir", runs, "--name", "a" * 300], ["name", "a" * 20 + "..."]),
+            (["--log_dir", runs, "--reference_stats", tmp_path / "file" / "a.npz"], ["reference_stats", "no folder"]),
+        ):
+            assert eval_biart.main([*absent, *map(str, flags)]) == 2
+            said = capsys.readouterr().err
+            assert naming(*facts).search(said) and said.count("\n") == 1, said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]

@@ -236,3 +236,16 @@ def test_reconstructions_that_are_not_finite_are_an_error(tmp_path, tiny_augvae,
     said = capsys.readouterr()
     assert naming(tmp_path / "model", "not finite", "--precision").search(said.err) and said.err.count("\n") == 1
     assert "psnr" not in said.out and not list((tmp_path / "runs").rglob("metrics.json"))
+
+
+def test_a_folder_in_which_nothing_can_be_written_is_refused_before_the_data_is_read(tmp_path, model, capsys):
+    (tmp_path / "file").touch()
+    before = set(tmp_path.iterdir())
+    for place, fact in ((tmp_path / "file" / "runs", "file is no folder"), (tmp_path / ("a" * 300), "too long")):
+        argv = ["--ckpt_path", str(model), *FLAGS, "--test_dir", "absent", "--log_dir", str(place)]
+        assert eval_vae.main(argv) == 2
+        said = capsys.readouterr().err
+        assert naming("log_dir", fact).search(said) and said.count("\n") == 1
+    argv = ["--ckpt_path", str(model), *FLAGS, "--test_dir", "absent", "--log_dir", str(tmp_path / "runs")]
+    assert eval_vae.main(argv) == 2 and naming("absent").search(capsys.readouterr().err)
+    assert set(tmp_path.iterdir()) == before  # and nothing is left of it

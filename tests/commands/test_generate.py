@@ -416,3 +416,16 @@ def test_a_yaml_file_gives_settings_and_a_saved_configuration_can_be_read(bundle
     file.write_text(cli.to_yaml(config))
     assert cli.parse(GenerateConfig, ["-c", str(file)], "")[0] == config
     assert torch.get_num_threads() == 1
+
+
+def test_the_folder_is_tried_before_the_model_is_loaded(tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    for place, fact in ((tmp_path / "file" / "out", "file is no folder"), (tmp_path / ("a" * 300), "too long")):
+        assert run("absent", "--text", "a", "--out", place) == 2
+        said = capsys.readouterr().err
+        assert naming("out", fact).search(said) and "absent" not in said
+    for flags in (["--out", tmp_path / "new" / "out"], []):
+        assert run("absent", "--text", "a", *flags) == 2
+        assert naming("absent").search(capsys.readouterr().err)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]  # nothing is left of it

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import shlex
 import shutil
 import subprocess
@@ -26,7 +27,7 @@ from latent_verse.config import ConfigError
 from latent_verse.config.train import PairDataConfig, TrainBiARTConfig, resolve_train_biart
 from latent_verse.data.codes import CodesDataset
 from latent_verse.data.text import ClipTokenizer, load_tokenizer
-from latent_verse.files import write_text
+from latent_verse.files import only_writer, write_text
 from latent_verse.inference.pipeline import LVerse
 from latent_verse.training.biart import LitBiART
 from latent_verse.training.biart_setup import FAKE_VAE
@@ -689,6 +690,23 @@ def test_mistakes_are_one_line_on_stderr(world, tmp_path, capsys):
         text.write_text("\n")
     assert train_biart.main(world) == 2
     assert naming("train_dir", tmp_path / "train", 12, "empty").search(capsys.readouterr().err)
+
+
+def test_folders_are_tried_and_held_before_anything_is_computed(world, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    before = set(tmp_path.iterdir())
+    with only_writer(tmp_path / "codes", "extract_codes"):
+        for flags, facts in (
+            (["--extract_codes", tmp_path / "codes"], ["extract_codes", tmp_path / "codes", os.getpid()]),
+            (["--extract_codes", tmp_path / "file" / "x"], ["extract_codes", "file is no folder"]),
+            (["--export", tmp_path / ("a" * 300), "--ckpt_path", "absent"], ["export", "too long"]),
+            (["--log_dir", tmp_path / "file" / "runs"], ["log_dir", "file is no folder"]),
+        ):
+            assert train_biart.main([*world, "--train_dir", "absent", *map(str, flags)]) == 2
+            said = capsys.readouterr().err
+            assert naming(*facts).search(said) and said.count("\n") == 1, said
+    assert train_biart.main([*world, "--export", str(tmp_path / "new"), "--ckpt_path", "absent"]) == 2
+    assert set(tmp_path.iterdir()) == before
 
 
 def test_a_diverged_run_says_so(world, tmp_path, capsys):

@@ -19,6 +19,8 @@ from PIL import Image
 
 from latent_verse.checkpoints.augvae import load_augvae
 from latent_verse.commands import train_vae
+from latent_verse.files import only_writer
+from latent_verse.training import image_logging
 from latent_verse.training.augvae import LitAugVAE
 from latent_verse.training.backups import Backup
 from tests.image_runs import SMALL, write_pictures
@@ -339,7 +341,7 @@ def test_no_gpu_is_said_in_one_line(tmp_path, images, caplog):
 def test_a_grid_is_written_once_a_step(tmp_path, images, killed, monkeypatch):
     """Not once for each accumulated batch, nor again by a run that resumes from a backup at such a step."""
     written = []
-    monkeypatch.setattr("torchvision.utils.save_image", lambda grid_CHW, path: written.append(path.stem))
+    monkeypatch.setattr(image_logging, "write_png", lambda grid_CHW, path: written.append(path.stem))
     flags = ["--log_images", "--image_log_steps", "1", "--batch_size", "1", "--accumulate_grad_batches", "5"]
     flags = small(tmp_path, *on(images), *flags, "--backup", "--backup_steps", "1")
     with killed(LitAugVAE, step=2):
@@ -446,3 +448,39 @@ def test_precisions(tmp_path, images, precision):
     losses = values(tmp_path / "runs" / "run")
     assert len(losses) == 3 and all(0 < v < 10 for v in losses.values())
     assert load_augvae(tmp_path / "runs" / "run").quantizer.embedding.weight.dtype == torch.float32
+
+
+FOLDERS = {
+    "name too long": (["--name", "a" * 300], ["name", "a" * 20 + "..."]),
+    "name of control characters": (["--name", "a\nb"], ["name", r"'a\nb'"]),
+    "name that is not UTF-8": (["--name", "lat\udce9"], ["name", r"'lat\udce9'"]),
+    "log_dir below a file": (["--log_dir", "{there}/file/runs"], ["log_dir", "{there}/file"]),
+    "log_dir too long": (["--log_dir", "{there}/" + "a" * 300], ["log_dir", "too long"]),
+    "backup_dir below a file": (["--backup", "--backup_dir", "{there}/file/b"], ["backup_dir", "{there}/file"]),
+}
+
+
+@pytest.mark.parametrize(("flags", "facts"), FOLDERS.values(), ids=FOLDERS.keys())
+def test_folders_in_which_nothing_can_be_written_are_refused_before_the_data_is_read(tmp_path, capsys, flags, facts):
+    (tmp_path / "file").touch()
+    flags, facts = ([text.format(there=tmp_path) for text in texts] for texts in (flags, facts))
+    assert train_vae.main([*small(tmp_path), "--train_dir", "absent", *flags]) == 2
+    said = capsys.readouterr().err
+    assert naming(*facts).search(said) and said.startswith("error: ") and said.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]  # and nothing is left of it
+
+
+def test_a_second_run_of_a_name_is_refused_and_one_without_backup_gets_another_folder(tmp_path, images, capsys):
+    with only_writer(tmp_path / "runs" / "run", "log_dir"):
+        assert train_vae.main(small(tmp_path, *on(images), "--backup")) == 2
+        said = capsys.readouterr().err
+        assert naming(tmp_path / "runs" / "run", os.getpid()).search(said) and said.count("\n") == 1
+        assert train_vae.main(small(tmp_path, *on(images))) == 0
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["run-2"]
+    assert train_vae.main(small(tmp_path, *on(images), "--backup")) == 0
+
+
+def test_a_run_needs_no_folder_for_temporary_files(tmp_path, images, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "absent"))
+    assert train_vae.main(small(tmp_path, *on(images), "--backup", "--backup_steps", "1", "--log_images")) == 0
+    assert len(list((tmp_path / "runs" / "run").rglob("*.ckpt"))) == 4

@@ -158,7 +158,7 @@ def run_with_lightning(rank: int, folder: str, vae: AugVAE, stage: str) -> dict:
             return found
 
         module.token_share = noted
-    trainer = make_trainer(t, RunFolder(Run(folder, "0"), config), has_val=True, more=[watch])
+    trainer = make_trainer(t, RunFolder(Run(folder, "0"), config), more=[watch])
     loader = torch.utils.data.DataLoader([batch] * 2, batch_size=None)
     trainer.fit(module, loader, loader)
     torch._dynamo.config.optimize_ddp = True

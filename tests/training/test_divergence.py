@@ -297,7 +297,7 @@ def one_bad_rank(rank: int, folder: str, vae: AugVAE, stage: str, strategy: str)
         return scaled(out, torch.inf) if rank == 1 and batch_idx == 2 else out
 
     module.training_step = training_step
-    trainer = make_trainer(t, RunFolder(Run(Path(folder), "0"), config), has_val=True)
+    trainer = make_trainer(t, RunFolder(Run(Path(folder), "0"), config))
     loader = torch.utils.data.DataLoader([batch] * 5, batch_size=None)
     try:
         trainer.fit(module, loader, loader)

@@ -191,7 +191,7 @@ def in_part(rank: int, folder: str, vae: AugVAE, stage: str, strategy: str) -> d
         __import__(f"latent_verse.training.{name}", fromlist=["x"]).over_processes = over_processes
     t = TrainerConfig(gpus=WORLD, accelerator="cpu", epochs=1, log_every_n_steps=2, logger="csv", refresh_rate=0,
                       strategy=strategy)  # fmt: skip
-    trainer = make_trainer(t, RunFolder(Run(Path(folder), "0"), module.config), has_val=False)
+    trainer = make_trainer(t, RunFolder(Run(Path(folder), "0"), module.config))
     trainer.fit(module, torch.utils.data.DataLoader(batches, batch_size=None))
     return {"at_step": at_step}
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 
 import pytest
 
 from latent_verse.config import ConfigError, as_plain
 from latent_verse.config.train import TrainVAEConfig
+from latent_verse.files import FileError, InUse
 from latent_verse.training import runs
-from latent_verse.training.runs import Run, new_folder, open_run, run_folder, states, stem
+from latent_verse.training.runs import Run, hold_new_folder, hold_run, new_folder, open_run, run_folder, states, stem
 from tests.messages import naming
 
 CONFIG = as_plain(TrainVAEConfig())
@@ -63,13 +65,28 @@ def test_without_backup_an_interrupted_run_is_not_resumes_from(tmp_path):
     assert not states(run)
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/a"])
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/a", "a\nb", "a\0", "\x1b[1m", "lat\udce9", "\u2028"])
 def test_names_that_are_no_folder_names(tmp_path, name):
-    with pytest.raises(ConfigError, match=naming("name", repr(name))):
-        new_folder(str(tmp_path), name)
-    for backup in (False, True):
-        with pytest.raises(ConfigError, match=naming("name", repr(name))):
-            open_run(str(tmp_path), name, backup, None, CONFIG)
+    for make in (new_folder, lambda *place: open_run(*place, False, None, CONFIG), run_folder):
+        with pytest.raises(ConfigError, match=naming("name", ascii(name))) as caught:
+            make(str(tmp_path), name)
+        assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("name", ["-a", "a b", " ", "é字", "a" * 200])
+def test_unusual_names(tmp_path, name):
+    for backup in (True, False):
+        with hold_run(str(tmp_path), name, backup, str(tmp_path / "backups"), CONFIG) as run:
+            runs.start(run, CONFIG, "model: {}\n")
+            run.backups().joinpath("step=1.ckpt").touch() if backup else None
+    assert (tmp_path / name / "run.json").is_file() and (tmp_path / f"{name}-2" / "run.json").is_file()
+
+
+@pytest.mark.parametrize("letter", ["a", "é"])
+def test_a_name_that_is_too_long_is_one_short_line(tmp_path, letter):
+    with pytest.raises(ConfigError, match=naming("name", letter * 20 + "...", 200)) as caught:
+        open_run(str(tmp_path), letter * 300, True, None, CONFIG)
+    assert len(str(caught.value)) < 200
 
 
 def test_a_new_folder_is_the_first_free_name(tmp_path):
@@ -77,6 +94,89 @@ def test_a_new_folder_is_the_first_free_name(tmp_path):
     (tmp_path / "a").mkdir()
     assert new_folder(str(tmp_path), "a") == tmp_path / "a-2"
     assert run_folder(str(tmp_path), "a") == tmp_path / "a"
+
+
+# ------------------------------------------------------------------------------------------------------------- holding
+
+
+def hold(log_dir, name="a", backup=True, backup_dir=None):
+    return hold_run(str(log_dir), name, backup, backup_dir and str(backup_dir), CONFIG)
+
+
+def test_a_run_of_one_name_with_backup_has_one_process(tmp_path):
+    with hold(tmp_path) as run:
+        with pytest.raises(InUse, match=naming("log_dir", tmp_path / "a", os.getpid())), hold(tmp_path):
+            raise AssertionError
+        runs.start(run, CONFIG, "")
+    with hold(tmp_path) as again:
+        assert again.id == run.id
+
+
+def test_runs_of_one_name_without_backup_get_folders_of_their_own(tmp_path):
+    with hold(tmp_path, backup=False) as first, hold(tmp_path, backup=False) as second:
+        assert [run.folder.name for run in (first, second)] == ["a", "a-2"]
+
+
+def test_a_copied_run_does_not_share_a_backup_folder_with_its_original(tmp_path):
+    shared = tmp_path / "shared"
+    original = begin(tmp_path / "one", "a", str(shared), steps=[3])
+    shutil.copytree(original.folder, tmp_path / "two" / "a")
+    told = pytest.raises(InUse, match=naming("backup_dir", original.backups()))
+    with hold(tmp_path / "one", backup_dir=shared), told, hold(tmp_path / "two", backup_dir=shared):
+        raise AssertionError
+
+
+def test_the_other_processes_of_a_run_hold_nothing(tmp_path, monkeypatch):
+    with hold(tmp_path) as run:
+        for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"):
+            with monkeypatch.context() as patch:
+                patch.setenv(name, "1")
+                with hold(tmp_path) as other, hold(tmp_path, backup=False) as elsewhere:
+                    assert other.folder == run.folder and elsewhere.folder.name == "a-2"
+                    assert not elsewhere.folder.exists()  # it learns of the first one's once they have met
+                with hold_new_folder(str(tmp_path), "new") as folder:
+                    assert not folder.exists()
+    for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"):
+        monkeypatch.setenv(name, "0")
+    with hold_new_folder(str(tmp_path), "new") as folder:
+        assert folder.is_dir()
+
+
+def test_a_run_that_wrote_nothing_leaves_nothing(tmp_path):
+    for backup in (True, False):
+        with pytest.raises(KeyError), hold(tmp_path / "runs", backup=backup, backup_dir=tmp_path / "backups"):
+            raise KeyError
+        assert not list(tmp_path.iterdir())
+    (tmp_path / "runs" / "a").mkdir(parents=True)  # of a process that was killed there
+    (tmp_path / "runs" / "a" / ".lock").touch()
+    with hold(tmp_path / "runs") as run:
+        assert run.folder == tmp_path / "runs" / "a" and not states(run)
+
+
+def test_what_killed_processes_were_writing_is_removed_before_anything_is_written(tmp_path):
+    run = begin(tmp_path, steps=[3], last=[4], best=[4])
+    for folder in (run.folder, run.checkpoints, run.backups(), run.images):
+        (folder / ".best-epoch=0-step=8.ckpt.abcdefgh.tmp").mkdir(parents=True)
+        (folder / ".best-epoch=0-step=8.ckpt.abcdefgh.tmp" / "new").touch()
+        (folder / ".step=5.ckpt.tmp").touch()  # of an earlier version
+    with hold(tmp_path):
+        assert not list(run.folder.rglob("*.tmp"))
+    assert [path.name for path in states(run)] == ["last-epoch=0-step=4.ckpt", "step=3.ckpt"]
+
+
+@pytest.mark.parametrize("setting", ["log_dir", "backup_dir"])
+def test_folders_where_nothing_can_be_written(tmp_path, monkeypatch, setting):
+    (tmp_path / "file").touch()
+    places = {"log_dir": tmp_path / "runs", "backup_dir": tmp_path / "backups"}
+    for place, reason in ((tmp_path / "file" / "below", "file is no folder"), (tmp_path / ("a" * 300), "too long")):
+        at = places | {setting: place}
+        with pytest.raises(FileError, match=naming(setting, reason)), hold(at["log_dir"], "a", True, at["backup_dir"]):
+            raise AssertionError
+    if setting == "log_dir":
+        told = pytest.raises(FileError, match=naming(setting, "too long"))
+        with told, hold_new_folder(str(tmp_path / ("a" * 300)), "a"):
+            raise AssertionError
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 # ------------------------------------------------------------------------------------------------------------ resuming
@@ -175,14 +275,21 @@ def test_length_and_machine_may_change(tmp_path, section, leaf, value):
     assert resumes_from(tmp_path, config=changed(section, leaf, value)) == "step=5.ckpt"
 
 
-@pytest.mark.parametrize("content", [None, "", "{"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(None, "", "{", "[]", "1", "\xff", "[" * 100_000, '{"id": "a"}', '{"id": "a", "config": []}'),
+        *('{"id": "a", "config": {"trainer": 1}}', '{"id": "../b", "config": {}}', '{"id": 3, "config": {}}'),
+    ],
+)
 def test_a_folder_of_something_else_is_refused(tmp_path, content):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "photo.txt").touch()
     if content is not None:
-        (tmp_path / "a" / "run.json").write_text(content)
-    with pytest.raises(ConfigError, match=naming(tmp_path / "a", "--name")):
+        (tmp_path / "a" / "run.json").write_text(content, encoding="latin-1")
+    with pytest.raises(ConfigError, match=naming(tmp_path / "a", "--name")) as caught:
         open_run(str(tmp_path), "a", True, None, CONFIG)
+    assert "\n" not in str(caught.value)
 
 
 def test_run_json_of_another_program_is_refused(tmp_path):
@@ -213,8 +320,6 @@ def test_at_the_same_step_last_is_before_a_backup_wherever_that_is(tmp_path):
 
 
 def test_a_deleted_and_begun_again_run_does_not_find_its_old_backups(tmp_path):
-    import shutil
-
     shared = str(tmp_path / "backups")
     shutil.rmtree(begin(tmp_path, "a", shared, steps=[999]).folder)
     begin(tmp_path, "a", shared)

@@ -54,7 +54,7 @@ from tests.messages import naming
 )
 def test_settings_reach_the_trainer(setting, value, attribute, found, tmp_path):
     t = TrainerConfig(gpus=0, logger="csv", refresh_rate=0, **{setting: value})
-    made = make_trainer(t, RunFolder(Run(tmp_path / "run", "0"), TrainVAEConfig(trainer=t)), has_val=True)
+    made = make_trainer(t, RunFolder(Run(tmp_path / "run", "0"), TrainVAEConfig(trainer=t)))
     assert getattr(made, attribute) == found
     assert not (tmp_path / "run").exists()  # nothing is written before all processes have met
 
@@ -64,7 +64,7 @@ def test_what_lightning_refuses_is_a_mistake_of_the_user(tmp_path):
         pytest.skip("this machine has what the test asks for")
     t = TrainerConfig(accelerator="mps", logger="csv", refresh_rate=0)
     with pytest.raises(ConfigError, match="MPS"):
-        make_trainer(t, RunFolder(Run(tmp_path / "run", "0"), TrainVAEConfig(trainer=t)), has_val=True)
+        make_trainer(t, RunFolder(Run(tmp_path / "run", "0"), TrainVAEConfig(trainer=t)))
 
 
 def run_with(fake_data=False, **settings) -> TrainVAEConfig:
@@ -136,7 +136,7 @@ class Graphs(list):
 def fit(module, train: list, val: list, folder, **settings):
     """Two epochs, each with a validation, by the Trainer that the programs make."""
     t = replace(module.config.trainer, gpus=0, logger="csv", refresh_rate=0, epochs=2, **settings)
-    made = make_trainer(t, RunFolder(Run(folder / "run", "0"), module.config), has_val=True)
+    made = make_trainer(t, RunFolder(Run(folder / "run", "0"), module.config))
     made.fit(module, *(torch.utils.data.DataLoader(batches, batch_size=None) for batches in (train, val)))
 
 
