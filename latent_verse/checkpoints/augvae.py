@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from latent_verse.augvae.model import AugVAE
-from latent_verse.checkpoints.checks import check_fits, json_object, read_safetensors, settings_from, skeleton
+from latent_verse.checkpoints.checks import check_fits, crc32, json_object, read_safetensors, settings_from, skeleton
 from latent_verse.checkpoints.ckpt_files import CheckpointError, fetch_from_hub, find_checkpoint, read_named
 from latent_verse.config import AugVAEConfig, as_plain
 from latent_verse.config.train import TrainVAEConfig, with_pretrained_shape
@@ -71,7 +71,8 @@ def save_augvae(model: AugVAE, directory: str | os.PathLike) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     with replacing(directory / WEIGHTS) as unfinished:
         save_model(model, str(unfinished))
-    write_json(directory / "config.json", {"format": FORMAT, "config": as_plain(model.config)})
+    about = {"format": FORMAT, "config": as_plain(model.config), "crc32": crc32(directory / WEIGHTS)}
+    write_json(directory / "config.json", about)
 
 
 AugVAE.from_pretrained = staticmethod(load_augvae)
@@ -92,7 +93,11 @@ def _augvae_from_folder(directory: Path) -> AugVAE:
         raise CheckpointError(f"{about} has {what}, not {FORMAT!r}.")
     if "config" not in content:
         raise CheckpointError(f"{about} is damaged: it lacks the model's settings, config.")
-    return _build(content["config"], read_safetensors(weights), about, weights, once=True)
+    model = _build(content["config"], read_safetensors(weights), about, weights, once=True)
+    if content.get("crc32") not in (None, crc32(weights)):  # earlier versions recorded none
+        remedy = "Copy or export it again; if its weights were changed on purpose, remove crc32 there."
+        raise CheckpointError(f"{weights} is damaged: its checksum is not what {about} records. {remedy}")
+    return model
 
 
 def _augvae_from_ckpt(file: Path) -> AugVAE:

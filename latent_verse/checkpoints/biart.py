@@ -87,7 +87,7 @@ def load_checkpoint(file: Path) -> Pretrained:
         settings, run, vae = about["model"], about["run"], about["vae"]
         prefix = "ema." if run["optim"]["ema_decay"] else "model."
         info = {"reference_dropout": run["loss"]["reference_dropout"], "text_too_long": run["text"]["text_too_long"]}
-        tokenizer, print_, path = unpack_tokenizer(about["tokenizer"]), vae["fingerprint"], vae["path"]
+        tokenizer, print_, path = unpack_tokenizer(about["tokenizer"], file), vae["fingerprint"], vae["path"]
     except (KeyError, TypeError, TokenizerError) as error:
         raise CheckpointError(f"{file} does not say what this version needs to read it: {error}") from error
     if not isinstance(print_, str) or not isinstance(path, (str, type(None))):

@@ -118,7 +118,7 @@ def build_biart(settings: object, state: dict[str, torch.Tensor], about: Path, w
     kinds = {tensor.dtype for tensor in state.values()}
     if len(kinds) > 1:
         raise CheckpointError(f"{weights} is damaged: its weights are of several types, {', '.join(map(str, kinds))}.")
-    biart.to_empty(device="cpu").to(*kinds)
+    biart.to_empty(device="cpu").to(kinds.pop())
     biart.load_state_dict(state)
     return biart.eval()
 

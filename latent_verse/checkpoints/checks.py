@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import typing
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -92,8 +93,8 @@ def _is_a(value: object, kind: Any) -> bool:
     if type(None) in parts:
         return value is None or _is_a(value, parts[0])
     if parts:  # Tuple[int, ...]
-        listed = isinstance(value, (list, tuple)) and len(value) <= LONGEST
-        return listed and all(_is_a(item, parts[0]) for item in value)
+        short = isinstance(value, (list, tuple)) and len(value) <= LONGEST
+        return short and all(_is_a(item, parts[0]) for item in typing.cast(list, value))
     if kind is str:
         return isinstance(value, str) and len(value) <= LONGEST
     if kind is float:
@@ -141,6 +142,15 @@ def is_finite(tensor: torch.Tensor) -> bool:
         return True
     low, high = torch.aminmax(tensor.detach())  # NaN if one element is
     return all(math.isfinite(end.float().item()) for end in (low, high))
+
+
+def crc32(file: Path) -> int:
+    """The checksum of a file's bytes; read a part at a time."""
+    found = 0
+    with file.open("rb") as opened:
+        while part := opened.read(2**20):
+            found = zlib.crc32(part, found)
+    return found
 
 
 def read_safetensors(file: Path) -> dict[str, torch.Tensor]:

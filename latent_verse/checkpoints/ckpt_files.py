@@ -164,12 +164,16 @@ def find_checkpoint(path: Path) -> Path:
         best = [p for p in files if p.name.startswith("best-")]
         for group in (best, [p for p in files if p not in best]):
             ordered = in_order(group, skipped, best=group is best)
-            found = first_usable(ordered, lambda file: read_ckpt(file) and file, skipped)
-            if found is not None:
+            if found := first_usable(ordered, _if_whole, skipped):
                 return found
     if skipped:
         raise next(iter(skipped.values()))
     return path
+
+
+def _if_whole(file: Path) -> Path:
+    read_ckpt(file)
+    return file
 
 
 def in_order(files: Iterable[Path], skipped: dict[Path, CheckpointError], best: bool = False) -> list[Path]:
@@ -232,7 +236,7 @@ def score_of(content: dict[str, Any]) -> float | None:
     for score in found:
         if isinstance(score, torch.Tensor) and score.numel() == 1 and score.device.type == "cpu":
             score = score.item()
-        if is_number(score):
+        if score is not None and is_number(score):
             return float(score)
     return None
 

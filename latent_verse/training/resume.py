@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import random
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -111,6 +112,11 @@ def check_state(
         model = augvae_skeleton(settings_from(AugVAEConfig, own.get("model"), file), state, file)
     else:
         model = biart_skeleton(settings_from(BiARTConfig, own.get("model"), file), state, file)
+        vae = own.get("vae")
+        if not isinstance(vae, dict) or not isinstance(vae.get("fingerprint"), str) or "path" not in vae:
+            raise _damaged(file, "it does not say which AugVAE it was trained with")
+        if "tokenizer" not in own:
+            raise _damaged(file, "it holds no tokenizer")
     check_fits(model, networks["model."], file)
     if networks["ema."]:
         check_fits(model, networks["ema."], file)
@@ -125,6 +131,11 @@ def check_state(
     _check_progress(content, file)
     _check_callbacks(content, file)
     _check_processes(content, model, file)
+    version, scaler = content.get("pytorch-lightning_version"), content.get("MixedPrecision", {})
+    if not isinstance(version, str) or not re.fullmatch(r"\d+(\.\w+)+", version):
+        raise _damaged(file, "it does not say which Lightning wrote it")
+    if not isinstance(scaler, dict) or not all(map(is_number, scaler.values())):
+        raise _damaged(file, "the scale of its gradients (MixedPrecision) is no number")
 
 
 def _check_optimizer(
@@ -138,7 +149,7 @@ def _check_optimizer(
     if not isinstance(states_of, dict):
         raise _damaged(file, "its optimiser has no state")
     name = "muon" if groups[0].get("muon") is True else "adamw"
-    if optim is not None and optim.optimizer != name:
+    if optim is not None and optim.optimizer != name:  # of two, one has a group of parameters more
         remedy = f"Give --optimizer {name}, or start from its weights alone: --pretrained_path."
         raise CheckpointError(f"{file} holds the state of the optimizer {name}, not of {optim.optimizer}. {remedy}")
     wanted = make_optimizer(model, name, 1e-3, 1e-3, 0.0).param_groups
@@ -239,6 +250,10 @@ def _check_progress(content: Mapping[str, Any], file: Path) -> None:
     if not isinstance(fit, dict):
         raise _damaged(file, "it does not say how far training was (loops)")
     _check_counts(fit, file)
+    loaders = fit.get("state_dict", {})
+    for loader in loaders.get("combined_loader", []) if isinstance(loaders, dict) else [None]:
+        if not isinstance(loader, dict) or not {"epoch", "samples", "slots"} <= loader.keys():
+            raise _damaged(file, "its loops do not say where the data were")
     for name in ("epoch_progress", "epoch_loop.batch_progress", "epoch_loop.val_loop.batch_progress"):
         for part in ("total", "current"):
             counts = fit.get(name, {}).get(part) if isinstance(fit.get(name, {}), dict) else None
@@ -252,12 +267,17 @@ def _check_progress(content: Mapping[str, Any], file: Path) -> None:
         raise _damaged(file, f"its global_step is {content.get('global_step')}, but its optimiser made {steps} steps")
 
 
-def _check_counts(tree: object, file: Path, depth: int = 0) -> None:
-    if isinstance(tree, (dict, list)) and depth < 10 and len(tree) < 1000:
-        for item in tree.values() if isinstance(tree, dict) else tree:
-            _check_counts(item, file, depth + 1)
-    elif not (tree is None or isinstance(tree, bool) or is_whole_number(tree)):
-        raise _damaged(file, f"its loops hold a {type(tree).__name__} where a count is expected")
+def _check_counts(tree: dict[str, Any], file: Path) -> None:
+    waiting: list[object] = [tree]
+    seen = set()  # a list may hold another a thousand times, and that one another
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, (dict, list)):
+            if id(item) not in seen:
+                waiting.extend(item.values() if isinstance(item, dict) else item)
+            seen.add(id(item))
+        elif not (item is None or isinstance(item, bool) or is_whole_number(item)):
+            raise _damaged(file, f"its loops hold a {type(item).__name__} where a count is expected")
 
 
 def _check_callbacks(content: Mapping[str, Any], file: Path) -> None:
