@@ -25,18 +25,9 @@ from latent_verse.config import ConfigError, as_plain
 from latent_verse.config.train import EvalVAEConfig, TrainerConfig, TrainVAEConfig, VAEOptimConfig, with_evaluated_shape
 from latent_verse.training.augvae import LitAugVAE
 from tests.messages import naming
+from tests.small_checkpoints import own_ckpt
 
 SINGLE = pytest.mark.parametrize("single_level", [None, 8, 4, 2])
-
-
-def own_ckpt(model: AugVAE, file: Path, **changes) -> Path:
-    """A file as LitAugVAE under Lightning writes it: the module's state dict, and what describes it."""
-    lit = LitAugVAE(model, TrainVAEConfig(model=model.config))
-    content = {"state_dict": lit.state_dict(), "global_step": 1, "optimizer_states": [{}]}
-    lit.on_save_checkpoint(content)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(content | changes, file)
-    return file
 
 
 def released_ckpt(model: AugVAE, file: Path, **changes) -> Path:
