@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
-import json
 import os
 from collections.abc import Collection
 from pathlib import Path
@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from latent_verse.augvae.model import AugVAE
-from latent_verse.checkpoints.ckpt_files import CheckpointError, fetch_from_hub, fill, find_checkpoint, read_ckpt
-from latent_verse.config import AugVAEConfig, ConfigError, as_plain
+from latent_verse.checkpoints.checks import check_fits, crc32, json_object, read_safetensors, settings_from, skeleton
+from latent_verse.checkpoints.ckpt_files import CheckpointError, fetch_from_hub, find_checkpoint, read_named
+from latent_verse.config import AugVAEConfig, as_plain
 from latent_verse.config.settings import expand
 from latent_verse.config.train import TrainVAEConfig, with_pretrained_shape
 from latent_verse.files import replacing, write_json
@@ -35,11 +36,11 @@ def load_augvae(path: str | os.PathLike) -> AugVAE:
     """
     path = expand(path, "hub", "path")
     local = find_checkpoint(Path(path))
-    if local.is_file() and local.name == WEIGHTS:
+    if os.path.isfile(local) and local.name == WEIGHTS:
         local = local.parent
-    if local.is_file() or (local.suffix == ".ckpt" and not local.is_dir()):  # if missing: the error names others
+    if not os.path.isdir(local) and (os.path.exists(local) or local.suffix == ".ckpt"):  # if missing: others are named
         return _augvae_from_ckpt(local)
-    if not local.is_dir():
+    if not os.path.isdir(local):
         local = fetch_from_hub(str(path), ("config.json", WEIGHTS))
     return _augvae_from_folder(local)
 
@@ -72,7 +73,8 @@ def save_augvae(model: AugVAE, directory: str | os.PathLike) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     with replacing(directory / WEIGHTS) as unfinished:
         save_model(model, str(unfinished))
-    write_json(directory / "config.json", {"format": FORMAT, "config": as_plain(model.config)})
+    about = {"format": FORMAT, "config": as_plain(model.config), "crc32": crc32(directory / WEIGHTS)}
+    write_json(directory / "config.json", about)
 
 
 AugVAE.from_pretrained = staticmethod(load_augvae)
@@ -80,69 +82,87 @@ AugVAE.save_pretrained = save_augvae
 
 
 def _augvae_from_folder(directory: Path) -> AugVAE:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    for name in ("config.json", WEIGHTS):
-        if not (directory / name).is_file():
-            raise CheckpointError(f"{directory} holds no {name}; AugVAE.save_pretrained writes both files.")
-    try:
-        content = json.loads((directory / "config.json").read_text())
-        if content.get("format") != FORMAT:
-            raise CheckpointError(f"{directory}/config.json has format {content.get('format')!r}, not {FORMAT!r}.")
-        model = AugVAE(_config(content["config"], directory / "config.json"))
-        stored = load_file(directory / WEIGHTS)
-    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{directory} is damaged: {error}") from error
-    shared = _shared_keys(model)
-    state = {key: stored[name] for key, names in shared.items() for name in names if name in stored}
-    state.update({key: value for key, value in stored.items() if key not in shared})
-    fill(model, state, directory / WEIGHTS)
-    return model.eval()
+    about, weights = directory / "config.json", directory / WEIGHTS
+    content = json_object(about) if os.path.isfile(about) else {}
+    if isinstance(content.get("vae"), dict) and os.path.isdir(directory / "vae"):
+        raise CheckpointError(f"{directory} is a bundle, not an AugVAE; its AugVAE is {directory / 'vae'}.")
+    for file in (about, weights):
+        if not os.path.isfile(file):
+            raise CheckpointError(f"{directory} holds no {file.name}; AugVAE.save_pretrained writes both files.")
+    if content.get("format") != FORMAT:
+        found = content.get("format")
+        what = f"format {found!r}" if isinstance(found, (str, type(None))) else "a format that is no text"
+        raise CheckpointError(f"{about} has {what}, not {FORMAT!r}.")
+    if "config" not in content:
+        raise CheckpointError(f"{about} is damaged: it lacks the model's settings, config.")
+    model = _build(content["config"], read_safetensors(weights), about, weights, once=True)
+    if content.get("crc32") not in (None, crc32(weights)):  # earlier versions recorded none
+        remedy = "Copy or export it again; if its weights were changed on purpose, remove crc32 there."
+        raise CheckpointError(f"{weights} is damaged: its checksum is not what {about} records. {remedy}")
+    return model
 
 
 def _augvae_from_ckpt(file: Path) -> AugVAE:
-    content = read_ckpt(file)
-    own = content.get("latent_verse")
+    content = read_named(file)
+    own, stored = content.get("latent_verse"), content["state_dict"]
     if own is not None:
         if own.get("kind") != "augvae":
             raise CheckpointError(f"{file} is a checkpoint of {own.get('kind')}, not of an AugVAE.")
-        model = AugVAE(_config(own.get("model") or {}, file))
-        state = {k.removeprefix("model."): v for k, v in content["state_dict"].items() if k.startswith("model.")}
-    elif "hyper_parameters" in content and any(k.startswith("quantizers.") for k in content["state_dict"]):
-        state = {k: v for k, v in content["state_dict"].items() if not k.startswith("loss.")}  # frozen LPIPS
-        model = AugVAE(_released_config(content["hyper_parameters"], state, file))
+        settings = own.get("model") or {}
+        state = {k.removeprefix("model."): v for k, v in stored.items() if k.startswith("model.")}
+    elif content.get("hyper_parameters") is not None and any(k.startswith("quantizers.") for k in stored):
+        state = {k: v for k, v in stored.items() if not k.startswith("loss.")}  # frozen LPIPS
+        settings = _released_settings(content["hyper_parameters"], state, file)
     else:
         raise CheckpointError(f"{file} is a checkpoint, but neither this project's nor a released AugVAE.")
-    fill(model, state, file)
+    return _build(settings, state, file, file)
+
+
+def _build(settings: object, state: dict[str, torch.Tensor], about: Path, weights: Path, once: bool = False) -> AugVAE:
+    """An AugVAE of the settings in the file `about` and the `state` in the file `weights`, in evaluation mode.
+
+    Args:
+        once: tensors that the levels share are in `state` once, under one of their names, as safetensors demand.
+    """
+    config = settings_from(AugVAEConfig, settings, about)
+    planned = augvae_skeleton(config, state, about)
+    if once:
+        shared = {key: name for key, names in _shared_keys(planned).items() for name in names if name in state}
+        state = state | {key: state[name] for key, name in shared.items()}
+    check_fits(planned, state, weights)
+    model = AugVAE(config)
+    model.load_state_dict(state)
     return model.eval()
 
 
-def _released_config(hyper_parameters: dict[str, Any], state: dict[str, torch.Tensor], file: Path) -> AugVAEConfig:
-    """The configuration of a released file. Levels are counted in the weights: -SL files kept -ML's settings."""
+def augvae_skeleton(config: AugVAEConfig, state: dict[str, torch.Tensor], file: str | os.PathLike) -> AugVAE:
+    """An AugVAE without memory; see `checks.skeleton`."""
+    blocks = (len(config.ch_mult) + len(config.attn_resolutions)) * config.num_res_blocks
+    try:
+        return skeleton(AugVAE, config, blocks, state, file)
+    except CheckpointError:
+        if config.quantizer == "ema":
+            raise
+        return AugVAE(config)  # another quantiser may compute with the numbers in tensors when it is made
+
+
+def _released_settings(hyper_parameters: dict[str, Any], state: dict[str, torch.Tensor], file: Path) -> dict[str, Any]:
+    """The settings of a released file. Levels are counted in the weights: -SL files kept -ML's settings."""
     args = hyper_parameters.get("args", hyper_parameters)
-    args = args if isinstance(args, dict) else vars(args)
-    values = {f.name: args[f.name] for f in dataclasses.fields(AugVAEConfig) if f.name in args}
+    values = args if isinstance(args, dict) else vars(args) if isinstance(args, argparse.Namespace) else {}
+    values = {f.name: values[f.name] for f in dataclasses.fields(AugVAEConfig) if f.name in values}
     missing = {"resolution", "ch_mult"} - values.keys()
     if missing:
         raise CheckpointError(f"{file}: its hyper_parameters lack {', '.join(sorted(missing))}.")
-    first = values["resolution"] // 2 ** (len(values["ch_mult"]) - 1)
+    of_file = settings_from(AugVAEConfig, values, file)
+    first = of_file.resolution // 2 ** (len(of_file.ch_mult) - 1)
 
     def count(prefix: str) -> int:
         return len({k.split(".")[1] for k in state if k.startswith(prefix)})
 
     levels = [first // 2**i for i in range(count("pre_quants."))]
-    single = levels[count("encoders.") - 1] if count("connectors.") else None
-    return _config({**values, "attn_resolutions": levels, "single_level": single}, file)
-
-
-def _config(values: dict[str, Any], file: Path) -> AugVAEConfig:
-    try:
-        config = AugVAEConfig(**values)
-        config.validate()
-    except (TypeError, ConfigError) as error:
-        raise CheckpointError(f"{file}: its settings are not of an AugVAE this version can build: {error}") from error
-    return config
+    single = levels[min(count("encoders."), len(levels)) - 1] if levels and count("connectors.") else None
+    return {**values, "attn_resolutions": levels, "single_level": single}
 
 
 def _shared_keys(model: nn.Module) -> dict[str, list[str]]:

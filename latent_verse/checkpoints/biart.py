@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -11,9 +12,9 @@ from typing import Any
 from latent_verse.augvae.model import AugVAE
 from latent_verse.biart.model import BiART
 from latent_verse.checkpoints.augvae import load_augvae
-from latent_verse.checkpoints.bundle import find_bundle, load_bundle, save_bundle
-from latent_verse.checkpoints.ckpt_files import CheckpointError, fill, find_checkpoint, fingerprint, read_ckpt
-from latent_verse.config import PRESETS, BiARTConfig, ConfigError, training_only
+from latent_verse.checkpoints.bundle import build_biart, check_info, find_bundle, load_bundle, save_bundle
+from latent_verse.checkpoints.ckpt_files import CheckpointError, find_checkpoint, fingerprint, read_named
+from latent_verse.config import PRESETS, ConfigError, training_only
 from latent_verse.config.models import BiARTModelConfig
 from latent_verse.config.train import TrainBiARTConfig
 from latent_verse.data.text import Tokenizer, TokenizerError, unpack_tokenizer
@@ -39,16 +40,27 @@ class Pretrained:
         """
         if self.bundled is not None:
             return self.bundled
-        beside = self.where.absolute().parents[1] / "bundle" / "vae"
-        if beside.is_dir() and not (self.vae_path and Path(self.vae_path).exists()):
-            return load_augvae(beside)
         remedy = "Name it with --vae_path, or give the bundle that its run has written."
-        if self.vae_path is None:
+        places = [place for place in self._augvae_places() if os.path.exists(place)]
+        for place in places if len(places) > 1 else ():  # of several, the first that is the one it was trained with
+            with contextlib.suppress(CheckpointError):
+                if fingerprint(vae := load_augvae(place)) == self.vae_fingerprint:
+                    return vae
+        if not places and self.vae_path is None:
             raise CheckpointError(f"{self.where} is from a smoke test, whose random AugVAE is not kept. {remedy}")
         try:
-            return load_augvae(self.vae_path)
+            return load_augvae(places[0] if places else str(self.vae_path))
         except CheckpointError as error:
             raise CheckpointError(f"The AugVAE that {self.where} was trained with is gone: {error} {remedy}") from error
+
+    def _augvae_places(self) -> list[Path]:
+        """Where its AugVAE may be, also after folders of runs were moved together."""
+        run = self.where.absolute().parents[1]
+        if self.vae_path is None:
+            return [run / "bundle" / "vae"]
+        path = Path(self.vae_path)
+        ends = [Path(*path.parts[i:]) for i in range(len(path.parts)) if path.parts[i] not in (path.anchor, "..")]
+        return [path, run / "bundle" / "vae", *(run.parent / end for end in ends)]
 
 
 def load_pretrained(path: str | os.PathLike) -> Pretrained:
@@ -58,7 +70,7 @@ def load_pretrained(path: str | os.PathLike) -> Pretrained:
         CheckpointError: the file is missing, damaged or of another kind; the message names it.
     """
     file = find_checkpoint(Path(path))
-    if file.is_file() or file.suffix == ".ckpt":
+    if not os.path.isdir(file) and (os.path.exists(file) or file.suffix == ".ckpt"):
         return load_checkpoint(file)
     folder = find_bundle(path)
     vae, biart, tokenizer, info, prints = load_bundle(folder)
@@ -67,19 +79,22 @@ def load_pretrained(path: str | os.PathLike) -> Pretrained:
 
 def load_checkpoint(file: Path) -> Pretrained:
     """As `load_pretrained`, from a checkpoint of train_biart.py."""
-    content = read_ckpt(file)
-    about = content.get("latent_verse", {})
+    content = read_named(file)
+    about = content.get("latent_verse") or {}
     if about.get("kind") != "biart":
         raise CheckpointError(f"{file} is not a checkpoint of train_biart.py.")
     try:
-        biart, run, vae = BiART(BiARTConfig(**about["model"])), about["run"], about["vae"]
+        settings, run, vae = about["model"], about["run"], about["vae"]
         prefix = "ema." if run["optim"]["ema_decay"] else "model."
         info = {"reference_dropout": run["loss"]["reference_dropout"], "text_too_long": run["text"]["text_too_long"]}
-        tokenizer, print_, path = unpack_tokenizer(about["tokenizer"]), vae["fingerprint"], vae["path"]
-    except (KeyError, TypeError, ConfigError, TokenizerError) as error:
+        tokenizer, print_, path = unpack_tokenizer(about["tokenizer"], file), vae["fingerprint"], vae["path"]
+    except (KeyError, TypeError, TokenizerError) as error:
         raise CheckpointError(f"{file} does not say what this version needs to read it: {error}") from error
-    fill(biart, {k.removeprefix(prefix): v for k, v in content["state_dict"].items() if k.startswith(prefix)}, file)
-    return Pretrained(file, biart.eval(), tokenizer, print_, path, info)
+    if not isinstance(print_, str) or not isinstance(path, (str, type(None))):
+        raise CheckpointError(f"{file} is damaged: it does not say which AugVAE it was trained with.")
+    check_info(info, file)
+    state = {k.removeprefix(prefix): v for k, v in content["state_dict"].items() if k.startswith(prefix)}
+    return Pretrained(file, build_biart(settings, state, file, file).float(), tokenizer, print_, path, info)
 
 
 def take_over(config: TrainBiARTConfig, given: Mapping[str, str]) -> tuple[TrainBiARTConfig, Pretrained | None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,18 @@ import torch
 from latent_verse.augvae.model import AugVAE
 from latent_verse.biart.model import BiART
 from latent_verse.checkpoints.augvae import FORMAT, WEIGHTS, load_augvae, save_augvae
-from latent_verse.checkpoints.ckpt_files import CheckpointError, fetch_from_hub, fill, fingerprint, first_line
-from latent_verse.config import BiARTConfig, ConfigError, as_plain
+from latent_verse.checkpoints.checks import (
+    check_fits,
+    is_number,
+    json_object,
+    read_safetensors,
+    settings_from,
+    skeleton,
+)
+from latent_verse.checkpoints.ckpt_files import CheckpointError, fetch_from_hub, fingerprint
+from latent_verse.config import BiARTConfig, as_plain
 from latent_verse.config.settings import expand
-from latent_verse.data.text import Tokenizer, TokenizerError, load_tokenizer
+from latent_verse.data.text import TOO_LONG, Tokenizer, TokenizerError, load_tokenizer
 from latent_verse.files import replacing, write_json
 
 BUNDLE = "latent_verse/bundle"
@@ -59,9 +66,9 @@ def find_bundle(path: str | os.PathLike) -> Path:
     """
     path = expand(path, "hub", "path")
     folder = Path(path)
-    if folder.is_file():
+    if os.path.exists(folder) and not os.path.isdir(folder):
         raise CheckpointError(f"{path} is a file; a bundle is the folder that LVerse.save_pretrained writes.")
-    if not folder.exists():
+    if not os.path.exists(folder):
         folder = fetch_from_hub(str(path), ("config.json", "vae/*", BIART_WEIGHTS, "tokenizer/*"))
     return folder
 
@@ -72,32 +79,68 @@ def load_bundle(path: str | os.PathLike) -> tuple[AugVAE, BiART, Tokenizer, dict
     Raises:
         CheckpointError: the folder is missing, incomplete, damaged or of another kind; the message names the file.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     folder = find_bundle(path)
+    file = folder / "config.json"
     content = _bundle_config(folder)
     for name in BUNDLE_FILES:
-        if not (folder / name).is_file():
+        if not os.path.isfile(folder / name):
             raise CheckpointError(f"{folder} is an incomplete bundle: it holds no {name}. Copy or export it again.")
+    for name in ("biart", "info", "fingerprints"):
+        if not isinstance(content.get(name), dict):
+            raise CheckpointError(f"{folder} is a damaged bundle: in {file}, {name} is no object.")
+    info, recorded = content["info"], content["fingerprints"]
+    check_info(info, file)
     with torch.random.fork_rng(devices=[]):  # initial weights are random, and replaced at once
         vae = load_augvae(folder / "vae")
     try:
         tokenizer = load_tokenizer(folder / "tokenizer")
-        with torch.device("meta"):  # initialising a large transformer would take a while
-            biart = BiART(BiARTConfig(**content["biart"]))
-        stored = load_file(folder / BIART_WEIGHTS)
-        info, recorded = dict(content["info"]), dict(content["fingerprints"])
-    except (KeyError, TypeError, ConfigError, TokenizerError, SafetensorError) as error:
-        raise CheckpointError(f"{folder} is a damaged bundle: {first_line(error)}") from error
-    biart.to_empty(device="cpu").to(next(iter(stored.values()), torch.empty(0)).dtype)
-    fill(biart, stored, folder / BIART_WEIGHTS)
+    except TokenizerError as error:
+        raise CheckpointError(f"{folder} is a damaged bundle: {error}") from error
+    weights = folder / BIART_WEIGHTS
+    biart = build_biart(content["biart"], read_safetensors(weights), file, weights)
     found = fingerprints(vae, biart, tokenizer)
     changed = [name for name in found if found[name] != recorded.get(name)]
     if changed:
         parts = " and ".join(changed)
         raise CheckpointError(f"{folder} is mixed or damaged: {parts} is not what config.json records. Export again.")
-    return vae, biart.eval(), tokenizer, info, recorded
+    return vae, biart, tokenizer, info, recorded
+
+
+def build_biart(settings: object, state: dict[str, torch.Tensor], about: Path, weights: Path) -> BiART:
+    """A BiART of the settings in the file `about` and the `state` in the file `weights`, in evaluation mode.
+
+    Its weights are of the type that they are stored in.
+
+    Raises:
+        CheckpointError: they do not belong together, or are damaged.
+    """
+    config = settings_from(BiARTConfig, settings, about)
+    biart = biart_skeleton(config, state, about)  # initialising a large one would take a while
+    check_fits(biart, state, weights)
+    kinds = {tensor.dtype for tensor in state.values()}
+    if len(kinds) > 1:
+        raise CheckpointError(f"{weights} is damaged: its weights are of several types, {', '.join(map(str, kinds))}.")
+    biart.to_empty(device="cpu").to(kinds.pop())
+    biart.load_state_dict(state)
+    return biart.eval()
+
+
+def biart_skeleton(config: BiARTConfig, state: dict[str, torch.Tensor], file: str | os.PathLike) -> BiART:
+    """A BiART without memory; see `checks.skeleton`."""
+    return skeleton(BiART, config, config.n_layer, state, file)
+
+
+def check_info(info: dict[str, Any], file: Path) -> None:
+    """Check what `file` says of how a BiART was trained: see `inference.pipeline.LVerse`.
+
+    Raises:
+        CheckpointError: a value is of the wrong kind, or out of its range.
+    """
+    dropout, too_long = info.get("reference_dropout", 0.0), info.get("text_too_long", TOO_LONG[0])
+    if not (is_number(dropout) and 0 <= dropout <= 1):
+        raise CheckpointError(f"{file} is damaged: its reference_dropout is no probability.")
+    if too_long not in TOO_LONG:
+        raise CheckpointError(f"{file} is damaged: its text_too_long is not one of {', '.join(TOO_LONG)}.")
 
 
 def fingerprints(vae: AugVAE, biart: BiART, tokenizer: Tokenizer) -> dict[str, str]:
@@ -112,23 +155,21 @@ def _may_become_bundle(path: Path) -> bool:
     if not any(path.iterdir()):
         return True
     try:
-        return json.loads((path / "config.json").read_text()).get("format") == BUNDLE
-    except (OSError, ValueError, AttributeError):
+        return json_object(path / "config.json").get("format") == BUNDLE
+    except CheckpointError:
         return False
 
 
 def _bundle_config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
-    if not file.is_file():
+    if not os.path.isfile(file):
         inside = sorted(str(c.parent) for c in folder.glob("*/config.json") if _may_become_bundle(c.parent))
         hint = f" Did you mean {inside[0]}?" if inside else " LVerse.save_pretrained writes one."
         raise CheckpointError(f"{folder} is no bundle: it holds no config.json.{hint}")
-    try:
-        content = json.loads(file.read_text())
-        found = content.get("format")
-    except (ValueError, AttributeError) as error:
-        raise CheckpointError(f"{file} is damaged: {first_line(error)}") from error
+    content = json_object(file)
+    found = content.get("format")
     if found != BUNDLE:
-        what = "an AugVAE, the first half of a bundle" if found == FORMAT else f"of format {found!r}"
+        shown = repr(found) if isinstance(found, (str, type(None))) else "that is no text"
+        what = "an AugVAE, the first half of a bundle" if found == FORMAT else f"of format {shown}"
         raise CheckpointError(f"{folder} is {what}, not a bundle ({BUNDLE}) with AugVAE, BiART and tokenizer.")
     return content

@@ -1,46 +1,62 @@
 """Reading any Lightning checkpoint: which file of a folder to take, what it holds, whether a run can resume from it.
 
 Files are read with `weights_only=True`, so nothing in them can run code. Beyond tensors and plain types, only
-argparse.Namespace is allowed: released files keep their settings in one.
+argparse.Namespace is allowed: released files keep their settings in one. A file is used only if its checksums are
+right and its tensors are ordinary and finite (`checks.py`).
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import contextlib
+import functools
 import hashlib
 import os
 import re
+import warnings
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
 
-from latent_verse.config import AugVAEConfig, BiARTConfig, UserError, as_plain, training_only
+from latent_verse.checkpoints.checks import (
+    CheckpointError,
+    check_tensors,
+    first_line,
+    is_number,
+    is_whole_number,
+    settings_from,
+)
+from latent_verse.config import AugVAEConfig, BiARTConfig, as_plain, training_only
+from latent_verse.config.settings import closest
 from latent_verse.files import differences
 
 Kind = Literal["augvae", "biart"]  # what a checkpoint says of itself
-STEP = re.compile(r"step=(\d+)\.ckpt$")
-
-
-class CheckpointError(UserError):
-    """A checkpoint is missing, damaged, of another kind, or does not fit. The message names the file and the remedy."""
+Result = TypeVar("Result")
+STEP = re.compile(r"step=(\d+)[^=/]*\.ckpt$")  # also of `step=4-v1.ckpt` and `step=4 (copy).ckpt`
+MONITOR = "val/total_loss"  # the best checkpoint has the smallest
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 def read_ckpt(file: str | os.PathLike) -> dict[str, Any]:
-    """A Lightning checkpoint's content, on the CPU, memory-mapped.
+    """A Lightning checkpoint's content, on the CPU, memory-mapped. All of the file has been checked.
 
     Raises:
-        CheckpointError: the file is missing, truncated, not a checkpoint, or cannot be read without running code.
+        CheckpointError: the file is missing, damaged, not a checkpoint, cannot be read without running code, or holds
+            weights that are not finite.
     """
     file = Path(file)
+    if os.path.exists(file) and not os.path.isfile(file) and not os.path.isdir(file):  # would never end, or never begin
+        raise CheckpointError(f"{file} is a pipe or device; expected a Lightning .ckpt.")
     if file.suffix == ".safetensors" and os.path.exists(file):  # PyTorch reads it, or takes it for a pickle of code
-        raise CheckpointError(f"{file} contains only weights; expected a Lightning .ckpt.")
+        remedy = "To train from its weights, give it as --pretrained_path."
+        raise CheckpointError(f"{file} contains only weights; expected a Lightning .ckpt. {remedy}")
     try:
-        file.open("rb").close()
+        with file.open("rb") as opened:
+            about = os.fstat(opened.fileno())
     except (FileNotFoundError, NotADirectoryError) as error:
         near = ", ".join(sorted(p.name for p in file.parent.glob("*.ckpt"))) or "none"
         raise CheckpointError(f"checkpoint {file} does not exist; checkpoints beside it: {near}") from error
@@ -49,52 +65,159 @@ def read_ckpt(file: str | os.PathLike) -> dict[str, Any]:
         raise CheckpointError(f"{file} is a folder without a checkpoint; it holds {there}.") from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from error
+    _check_whole(file, (about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns))
+    return _content(file)
+
+
+def read_named(file: Path) -> dict[str, Any]:
+    """As `read_ckpt`, of a file that the user named: if it is damaged, the message names whole ones beside it."""
+    try:
+        return read_ckpt(file)
+    except CheckpointError as error:
+        whole, near = [], []
+        with contextlib.suppress(CheckpointError):
+            near = checkpoints_in(file.parent) if os.path.isfile(file) else []
+        for other in near:
+            with contextlib.suppress(CheckpointError):
+                if other != file and read_ckpt(other):
+                    whole.append(other.name)
+        if whole:
+            raise CheckpointError(f"{error} Whole beside it: {', '.join(whole)}.") from error
+        raise
+
+
+@functools.lru_cache(maxsize=64)  # a command asks several times; reading a file takes seconds per gigabyte
+def _check_whole(file: Path, identity: tuple[int, ...]) -> None:
+    """Read all of a file, which `identity` tells from what the path held before: its checksums and its weights."""
+    if zipfile.is_zipfile(file):
+        _check_archive(file)
+    check_tensors(_content(file)["state_dict"], file)
+
+
+def _check_archive(file: Path) -> None:
+    """Compare the checksums of a zip archive, which torch.save writes and torch.load does not read."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+            if any(e.compress_type != zipfile.ZIP_STORED for e in entries):
+                raise CheckpointError(f"{file} is refused: it is compressed, which torch.save does not do.")
+            if sum(e.file_size for e in entries) > os.path.getsize(file):
+                raise CheckpointError(f"{file} is damaged: its parts are larger than the file.")
+            damaged = archive.testzip()
+    except CheckpointError:
+        raise
+    except Exception as error:  # zipfile raises many for a damaged file
+        raise _unreadable(file, error) from error
+    if damaged is not None:
+        part = damaged.partition("/")[2]
+        raise CheckpointError(f"{file} is not a complete checkpoint: it was damaged after it was written ({part}).")
+
+
+def _content(file: Path) -> dict[str, Any]:
+    """The content of a file, whose kind is checked, but not its checksums and tensors: quick."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file) or None)
     except Exception as error:  # pickle, zipfile and torch each raise their own for a damaged file
-        cause: BaseException = error
-        what = "is not a complete checkpoint; was it cut off? Or is it another file?"
-        if type(error).__name__ == "UnpicklingError":  # pickle's; nothing here imports pickle
-            what = "is refused: it is not complete, or holds more than tensors and plain types, which could run code"
-            cause = error.__context__ or error
-        # the first sentence: torch adds advice, such as to allow the code
-        reason = f"{type(cause).__name__}: {first_line(cause).split('. ')[0]}".removesuffix(": ")
-        raise CheckpointError(f"{file} {what} ({reason})") from error
+        raise _unreadable(file, error) from error
     if not isinstance(content, dict) or "state_dict" not in content:
         raise CheckpointError(f"{file} holds no state_dict; expected a Lightning checkpoint.")
+    for name in ("state_dict", "latent_verse", "hyper_parameters", "callbacks"):
+        if not isinstance(found := content.get(name) or {}, dict):
+            raise CheckpointError(f"{file} is damaged, or of another program: its {name} is a {type(found).__name__}.")
+    for name in ("global_step", "epoch"):
+        if not is_whole_number(content.get(name, 0)):
+            kind = type(content[name]).__name__
+            raise CheckpointError(f"{file} is damaged: its {name} is no count ({kind}).")
+    kind = (content.get("latent_verse") or {}).get("kind", "")
+    if not isinstance(kind, str):
+        raise CheckpointError(f"{file} is damaged: its kind is a {type(kind).__name__}.")
     return content
+
+
+def _unreadable(file: Path, error: Exception) -> CheckpointError:
+    cause: BaseException = error
+    what = "is not a complete checkpoint; was it cut off? Or is it another file?"
+    if type(error).__name__ == "UnpicklingError":  # pickle's; nothing here imports pickle
+        what = "is refused: it is not complete, or holds more than tensors and plain types, which could run code"
+        cause = error.__context__ or error
+    # the first sentence: torch adds advice, such as to allow the code
+    reason = f"{type(cause).__name__}: {first_line(cause).split('. ')[0]}".removesuffix(": ")
+    return CheckpointError(f"{file} {what} ({reason})")
 
 
 def find_checkpoint(path: Path) -> Path:
     """The best checkpoint of a run folder, or its newest if none is named best; any other path unchanged.
 
+    The best has the smallest score, the newest the highest step that is stored. A damaged one is skipped with a
+    warning.
+
     Raises:
-        CheckpointError: the folder cannot be read, or see `newest`.
+        CheckpointError: the folder cannot be read, all are damaged, or nothing says which is the newest.
     """
-    try:
-        for folder in (path / "checkpoints", path):
-            files = list(folder.glob("*.ckpt")) if folder.is_dir() else []
-            stepped = [p for p in files if step_of(p) is not None]
-            if stepped or (folder / "config.json").is_file():  # a saved AugVAE, whose weights are in another file
-                files = stepped
-            if chosen := newest(p for p in files if p.name.startswith("best-")) or newest(files):
-                return chosen
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    skipped: dict[Path, CheckpointError] = {}
+    for folder in (path / "checkpoints", path):
+        files = checkpoints_in(folder)
+        stepped = [p for p in files if step_of(p) is not None]
+        if stepped or os.path.isfile(folder / "config.json"):  # a saved AugVAE, whose weights are in another file
+            files = stepped
+        best = [p for p in files if p.name.startswith("best-")]
+        for group in (best, [p for p in files if p not in best]):
+            ordered = in_order(group, skipped, best=group is best)
+            if found := first_usable(ordered, _if_whole, skipped):
+                return found
+    if skipped:
+        raise next(iter(skipped.values()))
     return path
 
 
-def newest(files: Iterable[Path]) -> Path | None:
-    """The checkpoint with the highest step in its name (`...step=N.ckpt`), or the only one. None if there is none.
+def _if_whole(file: Path) -> Path:
+    read_ckpt(file)
+    return file
+
+
+def in_order(files: Iterable[Path], skipped: dict[Path, CheckpointError], best: bool = False) -> list[Path]:
+    """Checkpoints, the newest first by the step that they store, or the `best` first by their score.
+
+    Those that cannot be read are left out, and noted in `skipped`. Equals are in the order given.
 
     Raises:
-        CheckpointError: there are several, and no name has a step.
+        CheckpointError: neither says which of several is the newest.
     """
-    ordered = sorted(files, key=lambda p: (step_of(p) is not None, step_of(p) or 0, str(p)))
-    if len(ordered) > 1 and all(step_of(p) is None for p in ordered):
-        raise CheckpointError(f"No step=N says which is the newest; give one of {', '.join(map(str, ordered))}.")
-    return ordered[-1] if ordered else None
+    keys: dict[Path, tuple] = {}
+    for file in files:
+        try:
+            content = _content(file)
+        except CheckpointError as error:
+            skipped[file] = error
+            continue
+        named, score = step_of(file), score_of(content) if best else None
+        step = (content.get("global_step", 0), -1 if named is None else named)
+        keys[file] = (score is not None, -(score or 0.0), *step)
+    ordered = sorted(keys, key=lambda file: keys[file], reverse=True)
+    if len(ordered) > 1 and step_of(ordered[0]) is None and keys[ordered[0]] == keys[ordered[1]]:
+        shown = ", ".join(map(str, sorted(ordered)))
+        raise CheckpointError(f"No step=N says which is the newest; give one of {shown}.")
+    return ordered
+
+
+def first_usable(
+    files: Iterable[Path], use: Callable[[Path], Result], skipped: dict[Path, CheckpointError]
+) -> Result | None:
+    """What `use` gives for the first file that it does not refuse; a warning names those that were `skipped` for it.
+
+    None, without a warning, if it refuses all; they are added to `skipped`.
+    """
+    for file in files:
+        try:
+            result = use(file)
+        except CheckpointError as error:
+            skipped[file] = error
+            continue
+        for reason in skipped.values():
+            warnings.warn(f"{reason} Taking {file} in its place.", stacklevel=3)
+        return result
+    return None
 
 
 def step_of(checkpoint: Path) -> int | None:
@@ -103,8 +226,37 @@ def step_of(checkpoint: Path) -> int | None:
     return int(match[1]) if match else None
 
 
-def check_resumable(file: str | os.PathLike, kind: Kind, model: AugVAEConfig | BiARTConfig | None = None) -> int:
-    """Refuse a file that training of `kind` cannot resume from. Returns its step.
+def score_of(content: dict[str, Any]) -> float | None:
+    """The validation loss of a checkpoint when it was saved; older ones have it in the state of ModelCheckpoint."""
+    scores = (content.get("latent_verse") or {}).get("score")
+    found = [scores.get(MONITOR)] if isinstance(scores, dict) else []
+    for state in (content.get("callbacks") or {}).values():
+        if isinstance(state, dict) and state.get("monitor") == MONITOR:
+            found.append(state.get("current_score"))
+    for score in found:
+        if isinstance(score, torch.Tensor) and score.numel() == 1 and score.device.type == "cpu":
+            score = score.item()
+        if score is not None and is_number(score):
+            return float(score)
+    return None
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The .ckpt files of a folder, sorted backwards; none if it is no folder.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    try:
+        return sorted((p for p in folder.glob("*.ckpt") if p.is_file()), reverse=True) if os.path.isdir(folder) else []
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be read: {error}") from error
+
+
+def check_resumable(
+    file: str | os.PathLike, kind: Kind, model: AugVAEConfig | BiARTConfig | None = None
+) -> dict[str, Any]:
+    """Refuse a file that training of `kind` cannot resume from. Returns its content.
 
     Raises:
         CheckpointError: the file is damaged, of another kind or shape, or lacks the optimiser's state.
@@ -119,50 +271,33 @@ def check_resumable(file: str | os.PathLike, kind: Kind, model: AugVAEConfig | B
             remedy = "Give one of train_biart.py; an AugVAE belongs to --vae_path, a bundle to --pretrained_path."
         raise CheckpointError(f"{file} is {what}; training of {kind} cannot resume from it. {remedy}")
     if model is not None:
-        wanted, there = as_plain(model), own.get("model", {})
-        shape = {name: value for name, value in wanted.items() if name not in training_only(type(model))}
-        defaults = {f.name: f.default for f in dataclasses.fields(model)}  # of settings newer than the file
-        if changed := differences(defaults | there, shape):
+        there = as_plain(settings_from(type(model), own.get("model"), file))  # or newer defaults
+        shape = {name: value for name, value in as_plain(model).items() if name not in training_only(type(model))}
+        if changed := differences(there, shape):
             raise CheckpointError(f"{file} is of a model with different settings:\n  " + "\n  ".join(changed))
-    return int(content.get("global_step", 0))
-
-
-def fill(model: nn.Module, state: dict[str, torch.Tensor], file: Path) -> None:
-    """Load `state`, which `file` holds, into `model`; keys and shapes must be the same.
-
-    Raises:
-        CheckpointError: keys are missing, unknown or of another shape; the message lists them.
-    """
-    wanted = model.state_dict()
-    problems = [f"missing {k}" for k in wanted if k not in state]
-    problems += [f"unknown {k}" for k in state if k not in wanted]
-    shapes = {k: (tuple(state[k].shape), tuple(wanted[k].shape)) for k in wanted if k in state}
-    problems += [f"{k} has shape {there}, not {here}" for k, (there, here) in shapes.items() if there != here]
-    if problems:
-        more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
-        raise CheckpointError(f"{file} does not fit the model:\n  " + "\n  ".join(problems[:20]) + more)
-    model.load_state_dict(state)
+    return content
 
 
 def fetch_from_hub(name: str, files: Iterable[str]) -> Path:
     """Fetch files (names or patterns) of a hub id into Hugging Face's cache. Returns their folder.
 
     Raises:
-        CheckpointError: `name` is an absent path, or cannot be fetched.
+        CheckpointError: `name` is an absent path, or cannot be fetched; the message says what is there instead.
     """
-    if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith((".ckpt", ".safetensors")):
-        raise CheckpointError(f"{name} does not exist; give a .ckpt file, a folder of save_pretrained, or a hub id.")
+    place, there = Path(name), []
+    with contextlib.suppress(OSError, ValueError):  # no folder, not readable, or no path at all
+        there = [p.name for p in place.parent.iterdir() if not p.name.startswith(".")]
+    near = closest(place.name, there, otherwise=".")
+    if not HUB_ID.fullmatch(name) or name.endswith((".ckpt", ".safetensors")):
+        remedy = "Give a .ckpt file, a folder of save_pretrained, or a hub id."
+        raise CheckpointError(f"{name if name.isprintable() else repr(name)} does not exist{near} {remedy}")
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(name, allow_patterns=list(files)))
     except Exception as error:  # huggingface_hub and its HTTP client each raise their own
-        raise CheckpointError(f"{name} is not a file or folder, nor on the hub: {first_line(error)}") from error
-
-
-def first_line(error: BaseException) -> str:
-    """An error's message without the details that follow its first line."""
-    return str(error).strip().split("\n")[0]
+        absent = f"{name} is not a file or folder{near}"
+        raise CheckpointError(f"{absent} Nor can it be fetched from the hub: {first_line(error)}") from error
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -50,7 +50,7 @@ def run(config: TrainBiARTConfig, given: Mapping[str, str]) -> int:
     config = ease_smoke_test(config, given)
     name = run_name(config, given, "biart")
     with hold_run(t.log_dir, name, t.backup, t.backup_dir, as_plain(config)) as run:
-        start_from = starting_point(run, t.ckpt_path if t.resume else None, "biart")
+        start_from = starting_point(run, t.ckpt_path if t.resume else None, "biart", optim=config.optim)
         pl.seed_everything(t.seed, verbose=False)
         data, tokenizer, about = biart_setup.open_data(config, vae, start_from, pretrained)
         model = biart_setup.new_biart(config, vae, tokenizer, start_from, pretrained)

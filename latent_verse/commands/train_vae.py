@@ -37,7 +37,7 @@ def run(config: TrainVAEConfig, given: Mapping[str, str]) -> int:
     config, model = load_for_training(ease_smoke_test(config, given), given)
     name = run_name(config, given, "augvae")
     with runs.hold_run(t.log_dir, name, t.backup, t.backup_dir, as_plain(config)) as run:
-        start_from = starting_point(run, t.ckpt_path if t.resume else None, "augvae", model.config)
+        start_from = starting_point(run, t.ckpt_path if t.resume else None, "augvae", model.config, config.optim)
         data = ImageDataModule(open_images(config.data, model.config.resolution, t.seed), config.data, t.seed)
         folder = RunFolder(run, config)
         grids = [ImageGrids(folder, t.image_log_steps)] if t.log_images else []

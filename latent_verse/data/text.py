@@ -15,7 +15,7 @@ import hashlib
 import html
 import importlib.util
 import json
-import tempfile
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TypedDict
@@ -25,6 +25,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from latent_verse.config import UserError
+from latent_verse.files import FileError, parse_json, read_text
 
 VOCABULARY_FILE = "tokenizer.json"
 META_FILE = "tokenizer_config.json"
@@ -82,12 +83,17 @@ class Tokenizer:
         """
         raise NotImplementedError
 
+    def files(self) -> dict[str, str]:
+        """The text of each file of the folder that `save` writes, by its name."""
+        meta = {"name": self.name, "vocab_size": self.vocab_size, "fingerprint": self.fingerprint}
+        return {META_FILE: json.dumps(meta, indent=2) + "\n"}
+
     def save(self, folder: str | Path) -> None:
         """Write a folder that `load_tokenizer` reads."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        meta = {"name": self.name, "vocab_size": self.vocab_size, "fingerprint": self.fingerprint}
-        (folder / META_FILE).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+        for name, text in self.files().items():
+            (folder / name).write_bytes(text.encode())
 
     def encode(self, text: str) -> list[int]:
         """The ids of one caption, of any length; see `encode_batch`."""
@@ -239,13 +245,7 @@ class BPETokenizer(Tokenizer):
         captions = [beginning(text, LONG) for i, text in enumerate(captions) if _checked(text, i).strip()]
         if not captions:
             raise TokenizerError("There is no caption to train a tokenizer on: the list is empty or all are blank.")
-        bpe = tokenizers.Tokenizer(models.BPE())
-        one_space = normalizers.Replace(tokenizers.Regex(r"\s+"), " ")
-        steps = [normalizers.Lowercase(), normalizers.NFC(), one_space, normalizers.Strip()]
-        bpe.normalizer = normalizers.Sequence(steps)
-        # The prefix space gives a word the same tokens wherever it stands; decode removes it.
-        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-        bpe.decoder = decoders.ByteLevel()
+        bpe = _byte_level()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size, min_frequency=2, show_progress=False, initial_alphabet=alphabet
@@ -265,9 +265,19 @@ class BPETokenizer(Tokenizer):
         """The normalised text; bytes that form no character become U+FFFD."""
         return self._bpe.decode(self._check_ids(ids)).removeprefix(" ")
 
-    def save(self, folder: str | Path) -> None:
-        super().save(folder)
-        self._bpe.save(str(Path(folder) / VOCABULARY_FILE))
+    def files(self) -> dict[str, str]:
+        return super().files() | {VOCABULARY_FILE: self._bpe.to_str(pretty=True)}
+
+
+def _byte_level() -> tokenizers.Tokenizer:
+    """BPETokenizer's normalisation and splitting, without a vocabulary."""
+    bpe = tokenizers.Tokenizer(models.BPE())
+    one_space = normalizers.Replace(tokenizers.Regex(r"\s+"), " ")
+    bpe.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.NFC(), one_space, normalizers.Strip()])
+    # The prefix space gives a word the same tokens wherever it stands; decode removes it.
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    bpe.decoder = decoders.ByteLevel()
+    return bpe
 
 
 def load_tokenizer(name_or_dir: str | Path) -> Tokenizer:
@@ -279,56 +289,84 @@ def load_tokenizer(name_or_dir: str | Path) -> Tokenizer:
     if str(name_or_dir) == ClipTokenizer.name:
         return ClipTokenizer()
     folder = Path(name_or_dir)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise TokenizerError(f"There is no tokenizer {str(name_or_dir)!r}: give clip, or a folder with {META_FILE}.")
-    meta = _read_json(folder / META_FILE)
-    if meta.get("name") == ClipTokenizer.name:
-        tokenizer: Tokenizer = ClipTokenizer()
-    elif meta.get("name") == BPETokenizer.name:
-        tokenizer = _load_bpe(folder / VOCABULARY_FILE)
-    else:
-        raise TokenizerError(f"{folder / META_FILE} names the tokenizer {meta.get('name')!r}; known are clip and bpe.")
-    if tokenizer.fingerprint != meta.get("fingerprint"):
-        raise TokenizerError(
-            f"The tokenizer in {folder} is not the one that was saved: fingerprint {tokenizer.fingerprint}, recorded "
-            f"{meta.get('fingerprint')}. Restore {VOCABULARY_FILE} from the run that trained the model."
-        )
-    return tokenizer
+    files = {}
+    for name in (META_FILE, VOCABULARY_FILE):
+        if os.path.exists(folder / name):
+            try:
+                files[name] = read_text(folder / name)
+            except FileError as error:
+                raise TokenizerError(str(error)) from error
+    return _from_files(files, folder)
 
 
 def pack_tokenizer(tokenizer: Tokenizer) -> PackedTokenizer:
     """A tokenizer as plain types, for checkpoints."""
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save(folder)
-        files = {file.name: file.read_text(encoding="utf-8") for file in Path(folder).iterdir()}
-    return {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint, "files": files}
+    return {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint, "files": tokenizer.files()}
 
 
-def unpack_tokenizer(packed: PackedTokenizer) -> Tokenizer:
-    """The tokenizer that `pack_tokenizer` packed; see `load_tokenizer`."""
-    with tempfile.TemporaryDirectory() as folder:
-        for name, text in packed["files"].items():
-            (Path(folder) / Path(name).name).write_text(text, encoding="utf-8")
-        return load_tokenizer(folder)
+def unpack_tokenizer(packed: PackedTokenizer, where: object = "a checkpoint") -> Tokenizer:
+    """The tokenizer that `pack_tokenizer` packed, which `where` holds; see `load_tokenizer`."""
+    files = packed.get("files") if isinstance(packed, dict) else None
+    if not isinstance(files, dict) or not all(isinstance(text, str) for item in files.items() for text in item):
+        raise TokenizerError(f"The tokenizer in {where} is damaged: it does not hold the text of its files.")
+    return _from_files(files, where)
 
 
-def _load_bpe(path: Path) -> BPETokenizer:
-    _read_json(path)  # for an error that names the file
+def _from_files(files: dict[str, str], where: object) -> Tokenizer:
+    """The tokenizer of the folder or checkpoint `where`, whose files have these texts."""
+    meta = _json_object(files, META_FILE, where)
+    if meta.get("name") == ClipTokenizer.name:
+        tokenizer: Tokenizer = ClipTokenizer()
+    elif meta.get("name") == BPETokenizer.name:
+        tokenizer = _bpe(files, where)
+    else:
+        name = str(meta.get("name"))[:40] if isinstance(meta.get("name"), (str, type(None))) else "that is no text"
+        raise TokenizerError(f"{_named(META_FILE, where)} names the tokenizer {name!r}; known are clip and bpe.")
+    if tokenizer.fingerprint != meta.get("fingerprint"):
+        raise TokenizerError(
+            f"The tokenizer in {where} is not the one that was saved: fingerprint {tokenizer.fingerprint}, recorded "
+            f"{str(meta.get('fingerprint'))[:40]}. Restore {VOCABULARY_FILE} from the run that trained the model."
+        )
+    return tokenizer
+
+
+def _bpe(files: dict[str, str], where: object) -> BPETokenizer:
+    """The fingerprint is of vocabulary and merges: what else would change the ids has to be as `train` makes it."""
+    _json_object(files, VOCABULARY_FILE, where)  # for an error that names the file
     try:
-        return BPETokenizer(tokenizers.Tokenizer.from_file(str(path)))
+        bpe = tokenizers.Tokenizer.from_str(files[VOCABULARY_FILE])
+        found, wanted = json.loads(bpe.to_str()), json.loads(_byte_level().to_str())
     except Exception as error:  # the library raises bare Exception
-        raise TokenizerError(f"{path} is not a BPE tokenizer of the tokenizers library: {error}") from error
+        raise TokenizerError(
+            f"{_named(VOCABULARY_FILE, where)} is not a BPE tokenizer of the tokenizers library: {str(error)[:200]}"
+        ) from error
+    file = _named(VOCABULARY_FILE, where)
+    for part in sorted(wanted.keys() - {"model"}):
+        if found.get(part) != wanted[part]:
+            raise TokenizerError(f"{file} was changed: {part} is not as BPETokenizer writes it.")
+    settings = {name: value for name, value in wanted["model"].items() if name not in ("vocab", "merges")}
+    if {name: found["model"].get(name) for name in settings} != settings:
+        raise TokenizerError(f"{file} was changed: it is not a plain BPE model.")
+    if sorted(found["model"]["vocab"].values()) != list(range(len(found["model"]["vocab"]))):
+        raise TokenizerError(f"{file} is damaged: its ids are not 0, 1, 2 and so on.")
+    return BPETokenizer(bpe)
 
 
-def _read_json(path: Path) -> dict[str, object]:
+def _named(file: str, where: object) -> str:
+    return str(where / file) if isinstance(where, Path) else f"{file} in {where}"
+
+
+def _json_object(files: dict[str, str], name: str, where: object) -> dict[str, object]:
+    if name not in files:
+        raise TokenizerError(f"{where} holds no {name}; the folder of a tokenizer needs it.")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise TokenizerError(f"{path.parent} holds no {path.name}; the folder of a tokenizer needs it.") from None
-    except ValueError as error:
-        raise TokenizerError(f"{path} is not valid JSON: {error}") from error
+        content = parse_json(files[name], _named(name, where))
+    except FileError as error:
+        raise TokenizerError(str(error)) from error
     if not isinstance(content, dict):
-        raise TokenizerError(f"{path} holds a {type(content).__name__} where a JSON object is expected.")
+        raise TokenizerError(f"{_named(name, where)} holds a {type(content).__name__} where a JSON object is expected.")
     return content
 
 

@@ -84,8 +84,8 @@ class LVerse:
         if (v.in_channels, v.out_channels) != (3, 3):
             raise ConfigError(f"AugVAE has {v.in_channels} channels in and {v.out_channels} out; images have 3.")
         dropout = info.get("reference_dropout", 0)
-        if not 0 <= dropout <= 1:
-            raise ConfigError(f"info: reference_dropout is {dropout}; it is a probability.")
+        if not (isinstance(dropout, (int, float)) and 0 <= dropout <= 1):
+            raise ConfigError(f"info: reference_dropout is {dropout!r}; it is a probability.")
         self.vae, self.biart, self.tokenizer, self.info = vae.eval(), biart, tokenizer, dict(info)
         self.null_trained: bool = dropout > 0
         self.batch_size: int | None = None

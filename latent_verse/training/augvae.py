@@ -20,7 +20,7 @@ from latent_verse.metrics.reconstruction import ReconstructionMetrics
 from latent_verse.metrics.running import Mean
 from latent_verse.nn.activation_checkpointing import checkpoint_activations
 from latent_verse.training.logs import over_processes
-from latent_verse.training.optimizer import MuonAdamW, adamw, warm_up_then_cosine
+from latent_verse.training.optimizer import make_optimizer, warm_up_then_cosine
 from latent_verse.training.trainer import before_compiling, uncompiled, untuned
 
 
@@ -193,13 +193,7 @@ class LitAugVAE(pl.LightningModule):
         """AdamW or Muon. As in the original, the rate is learning_rate x processes over all nodes x batch_size."""
         o = self.config.optim
         rate = o.learning_rate * max(1, self.trainer.world_size) * self.config.data.batch_size
-        trainable = [p for p in self.model.parameters() if p.requires_grad]
-        if o.optimizer == "adamw":
-            optimizer = adamw(trainable, lr=rate, betas=o.betas, weight_decay=o.weight_decay)
-        else:
-            kernels = [p for p in trainable if p.ndim == 4]
-            rest = {"params": [p for p in trainable if p.ndim != 4], "weight_decay": o.weight_decay}
-            optimizer = MuonAdamW(kernels, [rest], rate, rate, o.weight_decay, betas=o.betas)
+        optimizer = make_optimizer(self.model, o.optimizer, rate, rate, o.weight_decay, betas=o.betas)
         if o.lr_decay:
             self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
                 optimizer, mode="min", factor=0.5, patience=10, cooldown=10, min_lr=min(1e-6, rate)

@@ -20,7 +20,7 @@ from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 
-from latent_verse.checkpoints.ckpt_files import CheckpointError, read_ckpt, step_of
+from latent_verse.checkpoints.ckpt_files import MONITOR, CheckpointError, read_ckpt, score_of, step_of
 from latent_verse.config import as_plain
 from latent_verse.config.cli import to_yaml
 from latent_verse.config.train import TrainBiARTConfig, TrainVAEConfig
@@ -108,15 +108,15 @@ class BestAndLast(Checkpoint):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.is_global_zero:
-            self.lowest = min(map(score_of, self.folder.run.checkpoints.glob("best-*.ckpt")), default=math.inf)
+            self.lowest = min(map(_loss_of, self.folder.run.checkpoints.glob("best-*.ckpt")), default=math.inf)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.global_step == self.saved_at:
             return
         self.saved_at = trainer.global_step
-        loss = trainer.callback_metrics.get(LOSS)
+        loss = trainer.callback_metrics.get(MONITOR)
         loss = math.nan if loss is None else float(loss)
-        self.score = {LOSS: loss} if math.isfinite(loss) else None
+        self.score = {MONITOR: loss} if math.isfinite(loss) else None
         if trainer.strategy.broadcast(self.score is not None and loss < self.lowest) and self._save(trainer, "best"):
             self.lowest = loss
         self._save(trainer, "last")
@@ -146,20 +146,13 @@ class BestAndLast(Checkpoint):
             raise FileError(f"The run ended at step {trainer.global_step}, but its {kind} checkpoint is lost: {error}")
 
 
-LOSS = "val/total_loss"
-
-
-def score_of(file: Path) -> float:
+def _loss_of(file: Path) -> float:
     """The validation loss that a best checkpoint records; infinite if it cannot be read or records none."""
     try:
-        content = read_ckpt(file)
-        score = (content.get("latent_verse") or {}).get("score")
-        if score is None:  # of an earlier version, which Lightning's own callback wrote
-            states = [state for key, state in content["callbacks"].items() if key.startswith("ModelCheckpoint")]
-            score = {LOSS: next(state["current_score"] for state in states if state.get("monitor") == LOSS)}
-        return float(score[LOSS])
-    except (CheckpointError, KeyError, TypeError, ValueError, AttributeError, StopIteration):
-        return math.inf
+        score = score_of(read_ckpt(file))
+    except CheckpointError:
+        score = None
+    return math.inf if score is None else score
 
 
 class Backup(pl.Callback):

@@ -31,7 +31,7 @@ from latent_verse.config.train import TrainBiARTConfig
 from latent_verse.metrics.running import Mean
 from latent_verse.nn.activation_checkpointing import checkpoint_activations
 from latent_verse.training.logs import over_processes
-from latent_verse.training.optimizer import MuonAdamW, adamw, warm_up_then_cosine
+from latent_verse.training.optimizer import make_optimizer, warm_up_then_cosine
 from latent_verse.training.trainer import before_compiling, uncompiled, untuned
 
 
@@ -208,15 +208,8 @@ class LitBiART(pl.LightningModule):
     def configure_optimizers(self):
         """AdamW, or Muon for the blocks' matrices with AdamW for the rest; a warm-up, then a cosine over the run."""
         o = self.config.optim
-        groups = self.model.parameter_groups(o.weight_decay)
-        if o.optimizer == "adamw":
-            optimizer = adamw(groups, lr=o.learning_rate, betas=o.betas)
-        else:
-            matrices = [p for p in self.model.blocks.parameters() if p.ndim == 2]
-            ids = {id(p) for p in matrices}
-            rest = [{**g, "params": [p for p in g["params"] if id(p) not in ids]} for g in groups]
-            muon_rate = o.muon_learning_rate or o.learning_rate
-            optimizer = MuonAdamW(matrices, rest, o.learning_rate, muon_rate, o.weight_decay, o.muon_momentum, o.betas)
+        rates = (o.learning_rate, o.muon_learning_rate or o.learning_rate)
+        optimizer = make_optimizer(self.model, o.optimizer, *rates, o.weight_decay, o.muon_momentum, o.betas)
         schedule = warm_up_then_cosine(
             optimizer, o.warmup_steps, lambda: self.trainer.estimated_stepping_batches, o.min_lr_ratio
         )

@@ -109,7 +109,7 @@ def choose_tokenizer(
     kind = config.text.tokenizer
     saved = None
     if start_from:
-        saved = unpack_tokenizer(read_ckpt(start_from)["latent_verse"]["tokenizer"])
+        saved = unpack_tokenizer(read_ckpt(start_from)["latent_verse"]["tokenizer"], start_from)
         where = str(start_from)
     elif pretrained is not None:
         saved, where = pretrained.tokenizer, pretrained.where

@@ -16,6 +16,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from latent_verse.augvae.model import AugVAE
+from latent_verse.biart.model import BiART
+
 FUSED_ON = ("cpu", "cuda")  # devices for which torch has one kernel for a whole step of AdamW
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic iteration, as in Jordan's post and in torch.optim.Muon
 
@@ -141,6 +144,31 @@ class MuonAdamW(torch.optim.Optimizer):
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
             longest = max(shape[0], math.prod(shape[1:]))
             torch._foreach_add_(params, updates, alpha=-group["lr"] * 0.2 * math.sqrt(longest))
+
+
+def make_optimizer(
+    model: AugVAE | BiART,
+    name: str,
+    lr: float,
+    muon_lr: float,
+    weight_decay: float,
+    momentum: float = 0.95,
+    betas: tuple[float, float] = (0.9, 0.999),
+) -> torch.optim.Optimizer:
+    """The optimiser of a network that the setting `optimizer` names: adamw, or muon (AugVAE's convolutions, the
+    matrices in BiART's blocks) with AdamW for the rest."""
+    if isinstance(model, BiART):
+        groups = model.parameter_groups(weight_decay)
+        matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
+    else:
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        groups = [{"params": trainable, "weight_decay": weight_decay}]
+        matrices = [p for p in trainable if p.ndim == 4]
+    if name == "adamw":
+        return adamw(groups, lr=lr, betas=betas)
+    ids = {id(p) for p in matrices}
+    rest = [{**group, "params": [p for p in group["params"] if id(p) not in ids]} for group in groups]
+    return MuonAdamW(matrices, rest, lr, muon_lr, weight_decay, momentum, betas)
 
 
 def warm_up_then_cosine(

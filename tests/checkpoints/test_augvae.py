@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import resource
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -19,23 +20,14 @@ from safetensors.torch import load_file, save_file
 from latent_verse.augvae.model import AugVAE
 from latent_verse.checkpoints.augvae import load_augvae, load_for_training
 from latent_verse.checkpoints.biart import export_bundle
-from latent_verse.checkpoints.ckpt_files import CheckpointError, check_resumable, find_checkpoint, newest, read_ckpt
+from latent_verse.checkpoints.ckpt_files import CheckpointError, check_resumable, find_checkpoint, in_order, read_ckpt
 from latent_verse.config import ConfigError, as_plain
 from latent_verse.config.train import EvalVAEConfig, TrainerConfig, TrainVAEConfig, VAEOptimConfig, with_evaluated_shape
 from latent_verse.training.augvae import LitAugVAE
 from tests.messages import naming
+from tests.small_checkpoints import own_ckpt
 
 SINGLE = pytest.mark.parametrize("single_level", [None, 8, 4, 2])
-
-
-def own_ckpt(model: AugVAE, file: Path, **changes) -> Path:
-    """A file as LitAugVAE under Lightning writes it: the module's state dict, and what describes it."""
-    lit = LitAugVAE(model, TrainVAEConfig(model=model.config))
-    content = {"state_dict": lit.state_dict(), "global_step": 1, "optimizer_states": [{}]}
-    lit.on_save_checkpoint(content)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(content | changes, file)
-    return file
 
 
 def released_ckpt(model: AugVAE, file: Path, **changes) -> Path:
@@ -148,13 +140,15 @@ def test_a_run_folder_gives_its_best_or_else_its_newest(tiny_augvae, tmp_path):
     assert torch.equal(load_augvae(tmp_path / "run").quantizer.embedding.weight, expected)
 
 
-def test_the_newest_is_that_of_the_highest_step(tmp_path):
-    names = ["best-epoch=9-step=9.ckpt", "best-epoch=10-step=10.ckpt", "last-epoch=1-step=11.ckpt", "step=12.ckpt.tmp"]
-    files = [tmp_path / name for name in names]
+def test_the_newest_is_that_of_the_highest_step(tiny_augvae, tmp_path):
+    steps = {"best-epoch=9-step=9.ckpt": 9, "last-epoch=1-step=11.ckpt": 11, "best-epoch=10-step=10.ckpt": 10}
+    files = [own_ckpt(tiny_augvae(), tmp_path / name, global_step=step) for name, step in steps.items()]
     for order in (files, files[::-1]):
-        assert newest(order).name == "last-epoch=1-step=11.ckpt"
-    assert newest([]) is None
-    assert newest([tmp_path / "model.ckpt"]).name == "model.ckpt"  # there is no other
+        assert [p.name for p in in_order(order, {})] == sorted(steps, key=steps.__getitem__, reverse=True)
+    assert in_order([], {}) == []
+    assert in_order([own_ckpt(tiny_augvae(), tmp_path / "model.ckpt")], {})[0].name == "model.ckpt"  # there is no other
+    shutil.copy(files[0], tmp_path / "last-epoch=99-step=99.ckpt")  # a name says less than what is stored
+    assert in_order([*files, tmp_path / "last-epoch=99-step=99.ckpt"], {})[0] == files[1]
 
 
 def test_a_folder_gives_its_only_checkpoint_whatever_its_name(tiny_augvae, tiny_images, tmp_path):

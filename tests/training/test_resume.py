@@ -1,0 +1,328 @@
+"""training/resume.py: which checkpoint a rerun takes, and that nothing is restored which does not fit."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from latent_verse.checkpoints.ckpt_files import CheckpointError
+from latent_verse.commands import train_biart, train_vae
+from latent_verse.config.train import BiARTOptimConfig, VAEOptimConfig
+from latent_verse.training.resume import starting_point
+from latent_verse.training.runs import Run
+from tests.image_runs import SMALL, write_pictures
+from tests.messages import naming
+from tests.small_checkpoints import changed, flip, own_ckpt, put
+
+TINY = (
+    "--n_layer 1 --n_head 2 --n_embd 16 --tokenizer bpe --bpe_vocab_size 300 --text_len 8 --batch_size 4 --fake_data "
+    "--num_workers 0 --gpus 0 --logger csv --refresh_rate 0 --num_samples 0"
+).split()
+STATE = ("optimizer_states", 0, "state", 0)
+GROUP = ("optimizer_states", 0, "param_groups", 0)
+LOOPS = ("loops", "fit_loop")
+BEST = "ModelCheckpoint{'monitor': 'val/total_loss', 'mode': 'min', 'every_n_train_steps': 0, 'every_n_epochs': 1, 'train_time_interval': None}"  # noqa: E501
+
+
+def flags(folder: Path, *more: str) -> list[str]:
+    return [*TINY, "--log_dir", str(folder), "--name", "run", "--backup", "--backup_steps", "1", *more]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """The log_dir of a run of train_biart, stopped after its first epoch: a backup at step 1, last at 2."""
+    folder = tmp_path_factory.mktemp("runs")
+    assert train_biart.main(flags(folder)) == 0
+    return folder
+
+
+@pytest.fixture
+def place(trained, tmp_path) -> Path:
+    return Path(shutil.copytree(trained, tmp_path / "copy"))
+
+
+@pytest.fixture
+def run(place) -> Run:
+    return Run(place / "run", "id")
+
+
+@pytest.fixture
+def last(run) -> Path:
+    return run.checkpoints / "last-epoch=0-step=2.ckpt"
+
+
+@pytest.fixture
+def backup(run) -> Path:
+    return run.backups() / "step=1.ckpt"
+
+
+@pytest.fixture(scope="module")
+def trained_vae(tmp_path_factory) -> Path:
+    """The last checkpoint of a run of train_vae with lr_decay."""
+    folder = tmp_path_factory.mktemp("vae")
+    images = write_pictures(folder / "images", 4)
+    places = ["--train_dir", str(images), "--log_dir", str(folder), "--name", "run", "--lr_decay"]
+    assert train_vae.main([*SMALL, *places]) == 0
+    return folder / "run" / "checkpoints" / "last-epoch=0-step=1.ckpt"
+
+
+@pytest.fixture(scope="module", params=["adamw", "muon", "adamw with averaged weights"])
+def trained_biart(request, tmp_path_factory) -> Path:
+    """The last checkpoint of a smoke test of train_biart."""
+    folder = tmp_path_factory.mktemp("biart")
+    optimizer, _, averaged = request.param.partition(" ")
+    more = ["--optimizer", optimizer, "--ema_decay", "0.9" if averaged else "0"]
+    assert train_biart.main([*TINY, *more, "--log_dir", str(folder), "--name", "run"]) == 0
+    (file,) = (folder / "run").glob("checkpoints/last-*.ckpt")
+    return file
+
+
+# ---------------------------------------------------------------------------------------------------- which is taken
+
+
+def test_the_newest_by_its_stored_step_is_taken(run, last, backup):
+    assert starting_point(run, None, "biart") == last
+    last.rename(last.with_name("last-epoch=0-step=0.ckpt"))  # a name says less than the file
+    assert starting_point(run, None, "biart") == last.with_name("last-epoch=0-step=0.ckpt")
+    last.with_name("last-epoch=0-step=0.ckpt").rename(last.with_name("last-epoch=0-step=2-v1.ckpt"))
+    assert starting_point(run, None, "biart") == last.with_name("last-epoch=0-step=2-v1.ckpt")
+    last.with_name("last-epoch=0-step=2-v1.ckpt").unlink()
+    assert starting_point(run, None, "biart") == backup
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:5000])
+
+
+def flipped(file: Path) -> None:
+    flip(file, file.stat().st_size // 3)
+
+
+def not_finite(file: Path) -> None:
+    changed(file, put("state_dict", "model.ln_f.bias", value=lambda weight: weight * torch.nan))
+
+
+def moments_not_finite(file: Path) -> None:
+    changed(file, put(*STATE, "exp_avg", value=lambda moment: moment * torch.nan))
+
+
+@pytest.mark.parametrize("damage", [cut, flipped, not_finite, moments_not_finite])
+def test_a_damaged_newest_yields_to_the_one_before_with_one_warning(run, last, backup, damage):
+    damage(last)
+    with pytest.warns(UserWarning, match=naming(last, backup)) as said:
+        assert starting_point(run, None, "biart") == backup
+    assert len(said) == 1 and "\n" not in str(said[0].message)
+    damage(backup)
+    with pytest.raises(CheckpointError, match=naming(last)):
+        starting_point(run, None, "biart")
+
+
+@pytest.mark.parametrize("damage", [cut, flipped])
+def test_a_folder_that_was_named_gives_its_newest_whole_file(run, last, backup, damage, tmp_path):
+    new = Run(tmp_path / "new", "other")
+    assert starting_point(new, str(run.folder), "biart") == last
+    damage(last)
+    with pytest.warns(UserWarning, match=naming(last)):
+        best = starting_point(new, str(run.folder), "biart")
+    assert best == run.checkpoints / "best-epoch=0-step=2.ckpt"
+    damage(best)
+    with pytest.warns(UserWarning, match=naming(backup)):
+        assert starting_point(new, str(run.folder), "biart") == backup
+
+
+def test_a_damaged_file_that_was_named_is_refused_and_whole_ones_are_named(run, last, tmp_path):
+    cut(last)
+    with pytest.raises(CheckpointError, match=naming(last, "best-epoch=0-step=2.ckpt")) as error:
+        starting_point(Run(tmp_path / "new", "other"), str(last), "biart")
+    assert "\n" not in str(error.value)
+
+
+def test_paths_that_cannot_be_resumed_from(run, tiny_augvae, tmp_path):
+    os.mkfifo(tmp_path / "pipe.ckpt")
+    tiny_augvae().save_pretrained(tmp_path / "saved")
+    for path, *facts in (
+        ("a" * 300, "too long"),
+        ("a" * 300 + ".ckpt", "too long"),
+        ("a\0b",),
+        (tmp_path / "pipe.ckpt", tmp_path / "pipe.ckpt", "pipe"),
+        (tmp_path / "absent.ckpt", tmp_path / "absent.ckpt"),
+        (tmp_path / "saved", tmp_path / "saved", "--pretrained_path"),
+        (tmp_path / "saved" / "model.safetensors", "model.safetensors", "--pretrained_path"),
+        (own_ckpt(tiny_augvae(), tmp_path / "a.ckpt"), tmp_path / "a.ckpt", "augvae"),
+    ):
+        with pytest.raises(CheckpointError, match=naming(*facts)) as error:
+            starting_point(run, str(path), "biart")
+        assert "\n" not in str(error.value)
+
+
+# ------------------------------------------------------------------------------------------- what would be restored
+
+
+def group_of(name: str, value: object):
+    return put(*GROUP, name, value=value)
+
+
+WRONG = {
+    "no optimiser": put("optimizer_states", value=[]),
+    "optimizer_states None": put("optimizer_states", value=None),
+    "optimizer_states text": put("optimizer_states", value="adamw"),
+    "two optimisers": put("optimizer_states", value=lambda states: states * 2),
+    "an optimiser without groups": lambda content: content["optimizer_states"][0].pop("param_groups"),
+    "an optimiser without state": lambda content: content["optimizer_states"][0].pop("state"),
+    "empty state": put("optimizer_states", 0, "state", value={}),
+    "two groups": put("optimizer_states", 0, "param_groups", value=lambda groups: groups * 2),
+    "a parameter less": group_of("params", lambda numbers: numbers[:-1]),
+    "a parameter twice": group_of("params", lambda numbers: [*numbers[:-1], 0]),
+    "parameters text": group_of("params", "all"),
+    "parameters nested": group_of("params", lambda numbers: [[n] for n in numbers]),
+    "a group is a list": put("optimizer_states", 0, "param_groups", 0, value=[1]),
+    "lr text": group_of("lr", "1e-3"),
+    "lr NaN": group_of("lr", float("nan")),
+    "no betas": lambda content: content["optimizer_states"][0]["param_groups"][0].pop("betas"),
+    "one beta": group_of("betas", 0.9),
+    "three betas": group_of("betas", [0.9, 0.9, 0.9]),
+    "amsgrad": group_of("amsgrad", True),
+    "maximize": group_of("maximize", True),
+    "fused text": group_of("fused", "yes"),
+    "a state too many": put("optimizer_states", 0, "state", 10**6, value={}),
+    "a state is a list": put(*STATE, value=[1]),
+    "a smaller average": put(*STATE, "exp_avg", value=torch.zeros(1)),
+    "a larger average": put(*STATE, "exp_avg", value=torch.zeros(10**5)),
+    "a smaller square": put(*STATE, "exp_avg_sq", value=torch.zeros(0)),
+    "another order": lambda content: content["optimizer_states"][0]["state"].update(
+        {0: content["optimizer_states"][0]["state"][1], 1: content["optimizer_states"][0]["state"][0]}
+    ),
+    "whole numbers": put(*STATE, "exp_avg", value=lambda moment: moment.long()),
+    "an average is a number": put(*STATE, "exp_avg", value=0.0),
+    "an average is missing": lambda content: content["optimizer_states"][0]["state"][0].pop("exp_avg"),
+    "an expanded average": put(*STATE, "exp_avg", value=lambda moment: torch.zeros(1).expand(moment.shape)),
+    "a sparse average": put(*STATE, "exp_avg", value=lambda moment: moment.to_sparse()),
+    "NaN": put(*STATE, "exp_avg_sq", value=lambda moment: moment * torch.nan),
+    "a negative square": put(*STATE, "exp_avg_sq", value=lambda moment: -1 - moment),
+    "step text": put(*STATE, "step", value="3"),
+    "step NaN": put(*STATE, "step", value=torch.tensor(torch.nan)),
+    "step negative": put(*STATE, "step", value=torch.tensor(-5.0)),
+    "two steps": put(*STATE, "step", value=torch.tensor([1.0, 2.0])),
+    "lr_schedulers missing": lambda content: content.pop("lr_schedulers"),
+    "lr_schedulers text": put("lr_schedulers", value="cosine"),
+    "a schedule is a list": put("lr_schedulers", value=[[1]]),
+    "a schedule is empty": put("lr_schedulers", value=[{}]),
+    "a schedule's method": put(
+        "lr_schedulers", value=[{"last_epoch": 1, "base_lrs": [0.1], "_last_lr": [0.1], "step": 5}]
+    ),
+    "a schedule's rates": put("lr_schedulers", value=[{"last_epoch": 1, "base_lrs": [0.1] * 3, "_last_lr": [0.1] * 3}]),
+    "loops missing": lambda content: content.pop("loops"),
+    "loops a list": put("loops", value=[1]),
+    "fit_loop text": put("loops", "fit_loop", value="3"),
+    "epoch_progress missing": lambda content: content["loops"]["fit_loop"].pop("epoch_progress"),
+    "epoch text": put(*LOOPS, "epoch_progress", "current", "completed", value="1"),
+    "epoch negative": put(*LOOPS, "epoch_progress", "current", "completed", value=-1),
+    "epoch huge": put(*LOOPS, "epoch_progress", "total", "ready", value=10**30),
+    "batches missing": lambda content: content["loops"]["fit_loop"]["epoch_loop.batch_progress"].pop("current"),
+    "steps that are not the step": put("global_step", value=7),
+    "steps missing": lambda content: content["loops"]["fit_loop"].pop(
+        "epoch_loop.automatic_optimization.optim_progress"
+    ),
+    "data text": put(*LOOPS, "state_dict", "combined_loader", value=["0"]),
+    "data empty": put(*LOOPS, "state_dict", "combined_loader", value=[{}]),
+    "callbacks' names": put("callbacks", 5, value={}),
+    "callbacks' states": put("callbacks", BEST, value=[1]),
+    "a best score of NaN": put("callbacks", BEST, "best_model_score", value=torch.tensor(torch.nan)),
+    "a best score of text": put("callbacks", BEST, "best_model_score", value="0.1"),
+    "best_k_models": put("callbacks", BEST, "best_k_models", value=[1]),
+    "a best path": put("callbacks", BEST, "best_model_path", value=7),
+    "process_states text": put("process_states", value="seed"),
+    "process_states empty": put("process_states", value=[{}]),
+    "random numbers": put("process_states", 0, "rng", "torch", value=torch.zeros(3)),
+    "Python's random numbers": put("process_states", 0, "rng", "python", value=[3, [1, 2], None]),
+    "NumPy's random numbers": put("process_states", 0, "rng", "numpy", value="MT19937"),
+    "Lightning's version": put("pytorch-lightning_version", value="new"),
+    "no version": lambda content: content.pop("pytorch-lightning_version"),
+    "a scale of text": put("MixedPrecision", value={"scale": "65536"}),
+    "a weight of another shape": put("state_dict", "model.ln_f.bias", value=torch.zeros(5)),
+    "a weight more": put("state_dict", "loss.weight", value=torch.zeros(5)),
+    "averaged weights": put("state_dict", "ema.weight", value=torch.zeros(5)),
+    "no AugVAE": put("latent_verse", "vae", value="vae"),
+    "no tokenizer": lambda content: content["latent_verse"].pop("tokenizer"),
+}
+WRONG_VAE = {
+    "plateau text": put("latent_verse", "plateau", value="min"),
+    "plateau's method": put("latent_verse", "plateau", "step", value=5),
+    "plateau's optimiser": put("latent_verse", "plateau", "optimizer", value=5),
+    "plateau's best": put("latent_verse", "plateau", "best", value=float("nan")),
+    "the epoch's loss": put("process_states", 0, "module", "epoch_loss", value=torch.zeros(3)),
+    "codes' counts": put("process_states", 0, "module", "train_counts", value=torch.zeros(1, 1, dtype=torch.int64)),
+    "averaged weights": put("state_dict", "ema.weight", value=torch.zeros(5)),
+    "an average": put(*STATE, "exp_avg", value=torch.zeros(1)),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_does_not_fit_is_not_restored(run, last, tmp_path, case):
+    changed(last, WRONG[case])
+    with pytest.raises(CheckpointError, match=naming(last)) as error:
+        starting_point(Run(tmp_path / "new", "other"), str(last), "biart")
+    assert len(str(error.value)) < 2000
+    with pytest.warns(UserWarning, match=naming(last)):  # among the run's own it is skipped
+        assert starting_point(run, None, "biart").name == "step=1.ckpt"
+
+
+@pytest.mark.parametrize("case", WRONG_VAE)
+def test_what_does_not_fit_an_augvae(trained_vae, tmp_path, case):
+    file = changed(trained_vae, WRONG_VAE[case], to=tmp_path / "wrong.ckpt")
+    with pytest.raises(CheckpointError, match=naming(file)):
+        starting_point(Run(tmp_path / "new", "other"), str(file), "augvae")
+
+
+def test_an_average_of_another_shape_ends_the_command_in_one_line(place, last, backup, capsys):
+    """A fused AdamW would read and write beyond it."""
+    backup.unlink()
+    changed(last, put(*STATE, "exp_avg", value=torch.zeros(1)))
+    assert train_biart.main(flags(place)) == 2
+    said = capsys.readouterr().err
+    assert naming(last, "exp_avg", (1,)).search(said) and "Traceback" not in said
+
+
+def test_a_flipped_byte_in_the_newest_is_noticed_by_the_command(place, run, last, backup, capsys):
+    flipped(last)
+    with pytest.warns(UserWarning, match=naming(last, backup)):
+        assert train_biart.main(flags(place)) == 0
+    assert naming("Resuming", backup).search(capsys.readouterr().out)
+
+
+# ------------------------------------------------------------------------------------------------------------ BiART
+
+
+def test_checkpoints_of_biart(trained_biart, tmp_path):
+    run = Run(tmp_path / "new", "id")
+    assert starting_point(run, str(trained_biart), "biart") == trained_biart
+    content = torch.load(trained_biart, weights_only=True)
+    optim = content["latent_verse"]["run"]["optim"]
+    same = BiARTOptimConfig(optimizer=optim["optimizer"], ema_decay=optim["ema_decay"])
+    assert starting_point(run, str(trained_biart), "biart", optim=same) == trained_biart
+    other = "adamw" if same.optimizer == "muon" else "muon"
+    with pytest.raises(CheckpointError, match=naming(trained_biart, "optimizer", "adamw", "muon", "--optimizer")):
+        changes = BiARTOptimConfig(optimizer=other, ema_decay=optim["ema_decay"])
+        starting_point(run, str(trained_biart), "biart", optim=changes)
+    with pytest.raises(CheckpointError, match=naming(trained_biart, "ema_decay")):
+        changes = BiARTOptimConfig(optimizer=same.optimizer, ema_decay=0 if same.ema_decay else 0.5)
+        starting_point(run, str(trained_biart), "biart", optim=changes)
+    file = changed(trained_biart, wrong_averages, to=tmp_path / "wrong.ckpt")
+    with pytest.raises(CheckpointError, match=naming(file, (3,))):
+        starting_point(run, str(file), "biart")
+
+
+def wrong_averages(content: dict) -> None:
+    for state in content["optimizer_states"][0]["state"].values():
+        state.update({name: torch.zeros(3) for name in state if name != "step"})
+
+
+def test_another_optimizer_of_an_augvae(trained_vae, tmp_path):
+    run, file = Run(tmp_path, "id"), str(trained_vae)
+    assert starting_point(run, file, "augvae", optim=VAEOptimConfig()) == trained_vae
+    with pytest.raises(CheckpointError, match=naming(file, "adamw", "muon", "--optimizer")):
+        starting_point(run, file, "augvae", optim=VAEOptimConfig(optimizer="muon"))
