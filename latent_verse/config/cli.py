@@ -10,15 +10,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import functools
 import gc
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-from latent_verse.config.settings import ConfigError, UserError, as_plain, check_value, closest, expand_paths
+from latent_verse.config.settings import ConfigError, as_plain, check_value, closest, expand_paths
 
 Config = TypeVar("Config")
 RECIPES = (Path(__file__).parents[1] / "configs", Path(__file__).parents[2] / "configs")  # installed; in the repository
@@ -242,20 +241,6 @@ def quick_imports() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
-
-
-def one_line_errors(program: Callable[..., int]) -> Callable[..., int]:
-    """Decorate a program that returns its exit code: a UserError becomes one line on stderr and the code 2."""
-
-    @functools.wraps(program)
-    def wrapped(*args, **kwargs) -> int:
-        try:
-            return program(*args, **kwargs)
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-
-    return wrapped
 
 
 def _optional(hint: Any) -> bool:

@@ -25,8 +25,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Optional, TypeVar
 
-from latent_verse.config.cli import one_line_errors, parse, read_yaml
+from latent_verse.config.cli import parse, read_yaml
 from latent_verse.config.generate import GenerateSamplingConfig, WriteConfig
+from latent_verse.config.program import one_line_errors
 from latent_verse.config.settings import ConfigError, Settings, same, setting
 from latent_verse.config.train import PairDataConfig, TrainBiARTConfig, TrainVAEConfig
 from latent_verse.data.shapes import World

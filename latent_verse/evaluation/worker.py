@@ -8,7 +8,6 @@ import warnings
 from pathlib import Path
 
 from latent_verse.config import ConfigError, as_plain
-from latent_verse.config.cli import one_line_errors
 from latent_verse.config.evaluate import EvalBiARTConfig
 from latent_verse.data import DataError
 from latent_verse.data.shapes import ShapesDataset, World
@@ -36,9 +35,12 @@ WORK = {
 RESOLUTION = 256  # to compare another system's images at, unless a setting says otherwise
 
 
-@one_line_errors
 def run(ranks: Ranks, config: EvalBiARTConfig, tasks: tuple[str, ...], yaml_text: str) -> int:
-    """Evaluate; 0, or 2 for a mistake in the settings, the model or the data, which the first process prints."""
+    """Evaluate; returns 0. If a task fails, or a signal stops it, the results of those before it are written.
+
+    Raises:
+        UserError: a mistake in the settings, the model or the data.
+    """
     with warnings.catch_warnings():
         # captions of other datasets are often too long: they are counted, not reported one by one
         warnings.filterwarnings("ignore", r"text \d+ has \d+ tokens")
@@ -51,7 +53,7 @@ def run(ranks: Ranks, config: EvalBiARTConfig, tasks: tuple[str, ...], yaml_text
                     print(f"{task} ...", flush=True)
                 about[task] = WORK[task](context)
             context.pairs.unreadable = set().union(*ranks.gather({ranks.rank: context.pairs.unreadable}).values())
-        except ValueError:  # keep the results of the tasks before it, which may have taken hours
+        except BaseException:  # keep the results of the tasks before it, which may have taken hours
             if ranks.is_first and about:
                 write(context, tuple(about), about, yaml_text)
             raise

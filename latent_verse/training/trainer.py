@@ -16,7 +16,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
-from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from pytorch_lightning.strategies import Strategy
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
@@ -26,6 +26,7 @@ from latent_verse.config.train import TrainBiARTConfig, TrainerConfig, TrainVAEC
 from latent_verse.nn.compilation import why_not_compiled
 from latent_verse.training import runs
 from latent_verse.training.backups import Backup, Interrupted, ProcessState, RunFolder
+from latent_verse.training.launcher import PATIENCE, WatchedDDP, WatchedFSDP
 from latent_verse.training.progress_bar import ProgressBar
 from latent_verse.training.runs import Run
 
@@ -35,10 +36,10 @@ say = rank_zero_only(print)  # one process speaks for all
 
 @contextmanager
 def as_config_error() -> Iterator[None]:
-    """Turn Lightning's refusal of a setting, or that it lacks a package for it, into a ConfigError."""
+    """Turn Lightning's refusal of a setting into a ConfigError."""
     try:
         yield
-    except (MisconfigurationException, ModuleNotFoundError) as error:
+    except MisconfigurationException as error:
         raise ConfigError(str(error)) from error
 
 
@@ -144,8 +145,12 @@ def announce(t: TrainerConfig, run: Run, start_from: Path | None, idle: list[str
 
 
 @as_config_error()
-def fit(trainer: pl.Trainer, t: TrainerConfig, run: Run, module: pl.LightningModule, data, start_from) -> bool:
-    """Train to the end; False if the run was interrupted and saved. Prints that, or that it was finished already."""
+def fit(trainer: pl.Trainer, t: TrainerConfig, run: Run, module: pl.LightningModule, data, start_from) -> None:
+    """Train to the end. Prints if the run was finished already.
+
+    Raises:
+        Interrupted: a signal stopped the run, and it has saved; the message says how to resume.
+    """
     failed = True
     try:
         trainer.fit(module, datamodule=data, ckpt_path=start_from, weights_only=True)
@@ -153,8 +158,7 @@ def fit(trainer: pl.Trainer, t: TrainerConfig, run: Run, module: pl.LightningMod
     except Interrupted as stopped:
         failed = False
         again = "rerun the command to resume" if t.backup else "resume with --resume --ckpt_path and that file"
-        say(f"{stopped}; {again}.")
-        return False
+        raise Interrupted(stopped.number, f"{stopped}; {again}.") from None
     finally:
         if t.logger == "wandb":  # Lightning leaves it open, and the next run of this process would join it
             import wandb
@@ -163,7 +167,6 @@ def fit(trainer: pl.Trainer, t: TrainerConfig, run: Run, module: pl.LightningMod
     if start_from and trainer.global_step == runs.step_of(start_from):
         limit = "max_steps" if 0 <= t.max_steps <= trainer.global_step else "epochs"
         say(f"{run.folder} was finished already. Raise --{limit} to train longer, or give another --name.")
-    return True
 
 
 def compiles(config: TrainVAEConfig | TrainBiARTConfig) -> bool:
@@ -226,13 +229,15 @@ def choose_strategy(t: TrainerConfig, accelerator: str, devices: int) -> str | S
     backend = "gloo" if accelerator == "cpu" else None
     if t.strategy == "fsdp":
         sizes = {"data_parallel_size": processes, "tensor_parallel_size": 1}
-        return ModelParallelStrategy(save_distributed_checkpoint=False, process_group_backend=backend, **sizes)
+        more = {"process_group_backend": backend, "timeout": PATIENCE}
+        return WatchedFSDP(save_distributed_checkpoint=False, **more, **sizes)
     if processes == 1:
         return "auto"
     # The codebook's buffers are kept equal by all-reduced statistics: broadcasting them each step would be waste.
     known = inspect.signature(torch.nn.parallel.DistributedDataParallel).parameters
     no_sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # torch renamed it
-    return DDPStrategy(gradient_as_bucket_view=True, process_group_backend=backend, **{no_sync: False})
+    more = {"process_group_backend": backend, "timeout": PATIENCE, no_sync: False}
+    return WatchedDDP(gradient_as_bucket_view=True, **more)
 
 
 def make_logger(t: TrainerConfig, run: Run) -> Logger:
