@@ -44,14 +44,14 @@ SHARED = (
     "Give --num_workers 0, a smaller --batch_size, or more shared memory to a container (--shm-size)."
 )
 FAULTS = {  # what PyTorch raises as RuntimeError: what to say
+    rf"Too many open files|items of ancdata|worker .*exit code {errno.EMFILE}\.": (
+        "too many open files. Raise the limit (ulimit -n 4096), or give fewer --num_workers."
+    ),
     r"DataLoader worker .*Bus error|(unable to|could not) .*(shared memory|shm|/torch_)": SHARED,
     r"DataLoader worker .*signal: (?!Killed)([\w ]+)": "a loader process has failed ({0}). " + WORKERS,
-    r"DataLoader worker": "a loader process was killed, often because memory ran out. " + WORKERS,
+    r"DataLoader worker": "a loader process was killed, often because memory or /dev/shm ran out. " + WORKERS,
     r"DataLoader timed out after (\d+)": (
         "the loader processes have given nothing for {0} seconds. Does the disk or network that holds the data answer?"
-    ),
-    r"Too many open files|items of ancdata": (
-        "too many open files. Raise the limit (ulimit -n 4096), or give fewer --num_workers."
     ),
     r"can't start new thread": "no more processes or threads may be started: raise the limit (ulimit -u).",
     r"can't allocate memory|out of memory": "not enough memory. Give a smaller --batch_size or fewer --num_workers.",

@@ -16,6 +16,7 @@ Loader processes end with this one, whatever ends it: `prepare_worker`, `ImageDa
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import logging
 import math
@@ -23,6 +24,7 @@ import multiprocessing.queues
 import os
 import signal
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
@@ -45,6 +47,7 @@ from latent_verse.data.transforms import Collate, labels, sample_generator, to_u
 log = logging.getLogger(__name__)
 
 MAX_WORKERS = 16  # per process; more rarely helps and costs memory
+SHARED = "/dev/shm"  # where Linux keeps shared memory
 PATIENCE = 1800  # seconds without a batch after which a run ends: a disk or network that answers no more
 
 
@@ -114,12 +117,20 @@ def _hand_over_failure(queue: Any, error: Exception, item: Any) -> None:
     queue.put((item[0], PassedOn((type(error), error, error.__traceback__))))
 
 
+def _end_with(kind: type[BaseException], error: BaseException, traceback: object) -> None:
+    """End a loader process whose thread that shares batches has failed: it would try, and print, for ever.
+
+    The exit code is the number of the operating system's error, which program.py names.
+    """
+    os._exit(getattr(error, "errno", None) or 1)
+
+
 class prepare_worker:
     """For loader processes: they end with the process that started them, and hand over what they fail with.
 
     They ignore signals: Slurm and a terminal signal them as well, and if one died the run would end before it has
     saved. So that they cannot outlive the training process, even if that is killed, the kernel kills them with it.
-    tests/data/test_modules.py pins the two private names of Python and torch.
+    tests/data/test_modules.py pins the private names of Python and torch.
     """
 
     def __init__(self) -> None:
@@ -131,6 +142,17 @@ class prepare_worker:
         die_with(self.parent)
         torch.utils.data._utils.worker.ExceptionWrapper = PassedOn
         multiprocessing.queues.Queue._on_queue_feeder_error = _hand_over_failure
+        sys.excepthook = _end_with
+
+
+LOADERS: weakref.WeakSet[_Loader] = weakref.WeakSet()  # of this process
+
+
+@atexit.register
+def _kill_all() -> None:
+    """Python would tell those that still run to end, which they ignore, and wait for ever."""
+    for loader in LOADERS:
+        loader.kill()
 
 
 class _Loader:
@@ -142,6 +164,7 @@ class _Loader:
 
     def __init__(self, loader: DataLoader):
         self._loader = loader
+        LOADERS.add(self)
 
     @property
     def _iterator(self) -> Iterator[list[Tensor]] | None:
@@ -356,6 +379,7 @@ class ImageDataModule(pl.LightningDataModule):
     def _loader(self, dataset: Dataset, **batching: Any) -> DataLoader:
         workers = self.workers
         if workers:
+            self._check_shared_memory(workers)
             batching |= {"prefetch_factor": self.data.prefetch_factor, "persistent_workers": True}
             batching |= {"worker_init_fn": prepare_worker(), "timeout": PATIENCE}
         return DataLoader(
@@ -367,6 +391,27 @@ class ImageDataModule(pl.LightningDataModule):
             generator=torch.Generator(),
             **batching,
         )
+
+    def _check_shared_memory(self, workers: int) -> None:
+        """Refuse, before it hangs or dies, what /dev/shm cannot hold: all batches are there while training pauses.
+
+        Raises:
+            DataError: it has too little space for the batches of this machine's loader processes.
+        """
+        if not os.path.isdir(SHARED):
+            return
+        item = math.prod(self.collate.shape) * (1 if len(self.collate.shape) > 1 else 4)  # uint8 images, int32 codes
+        here = self.trainer.num_devices if self.trainer else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        of_one = self.data.prefetch_factor * self.data.batch_size * item * here
+        disk = os.statvfs(SHARED)
+        free = disk.f_bavail * disk.f_frsize
+        if free < workers * of_one:
+            fits = free // of_one
+            raise DataError(
+                f"{SHARED} has {free / 2**20:.1f} MB free, but {workers * here} loader processes pass batches of "
+                f"{workers * of_one / 2**20:.1f} MB through it. Give --num_workers {fits}{' or fewer' * (fits > 0)}, "
+                "a smaller --batch_size or --prefetch_factor, or more shared memory to a container (--shm-size)."
+            )
 
     def _rank_and_world(self) -> tuple[int, int]:
         """Of the process group if there is one, else of the trainer, else of the launcher's environment."""

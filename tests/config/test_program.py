@@ -191,7 +191,8 @@ def test_a_process_ends_with_its_parent(tmp_path):
     import subprocess
     child = "import os, time; from latent_verse.config.program import die_with; die_with({{}});"
     child += "open({str(tmp_path / "ready")!r}, 'w').write(str(os.getpid())); time.sleep(50)"
-    subprocess.Popen([sys.executable, "-c", child.format(os.getpid())], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = [sys.executable, "-c", child.format(os.getpid())]
+    subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not os.path.exists({str(tmp_path / "ready")!r}) or not os.path.getsize({str(tmp_path / "ready")!r}):
         time.sleep(0.02)
     os.kill(os.getpid(), signal.SIGKILL)
