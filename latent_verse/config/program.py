@@ -24,9 +24,10 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 
-from latent_verse.config.settings import UserError
+from latent_verse.config.settings import UserError, printable
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 GRACE = 10.0  # seconds that a process of several leaves to others, which may say why they failed, or end it
@@ -37,6 +38,8 @@ LOST_CONTACT = (
     "another process of this run has ended or does not answer. If it has not said why above, it was killed, often "
     "because memory ran out, or the network failed."
 )
+
+LONGEST = 2000  # characters of a line
 
 WORKERS = "Give fewer --num_workers or a smaller --batch_size; with --num_workers 0 no such process is needed."
 SHARED = (
@@ -83,7 +86,7 @@ def one_line_errors(program: Callable[..., int]) -> Callable[..., int]:
     @functools.wraps(program)
     def wrapped(*args, **kwargs) -> int:
         _open_streams()
-        with _Signals() as signals:
+        with _Signals() as signals, _short_warnings():
             try:
                 return _flushed(program(*args, **kwargs))
             except SystemExit as leaving:  # --help
@@ -160,6 +163,17 @@ class _Signals:
             raise Stopped(number)
 
 
+@contextlib.contextmanager
+def _short_warnings() -> Iterator[None]:
+    """Print warnings as one line, without the place in the code and its source."""
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {printable(message)}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
+
+
 def _report(error: BaseException) -> int | None:
     """Print why the program ends; its exit code, or None for a fault of ours."""
     said, code = _one_line(error)
@@ -232,9 +246,14 @@ def _rank() -> int:
 
 
 def print_error(said: str) -> None:
-    """One line on stderr, if there is one to take it."""
+    """One line on stderr, if there is one to take it; items of a list follow, indented by two spaces.
+
+    What a name or value in it could do to a terminal is escaped, and a very long line is shortened.
+    """
+    lines = [printable(line) for line in re.split(r"\n(?=  )", said)]
+    lines = [line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}" for line in lines]
     with contextlib.suppress(OSError, ValueError):  # stderr may be closed or full
-        print(f"error: {said}", file=sys.stderr, flush=True)
+        print("error: " + "\n".join(lines), file=sys.stderr, flush=True)
 
 
 def _open_streams() -> None:

@@ -16,6 +16,7 @@ import torch
 
 from latent_verse.config import program
 from latent_verse.config.program import LOST, SIGNALS, Stopped, one_line_errors, verdict
+from latent_verse.config.settings import UserError
 from tests.messages import naming
 
 ROOT = Path(__file__).parents[2]
@@ -65,6 +66,20 @@ def test_faults_of_the_machine_are_one_line(error, code, facts, capsys):
     said = capsys.readouterr().err
     assert said.startswith("error: ") and said.count("\n") == 1
     assert naming(*facts).search(said)
+
+
+def test_a_message_is_one_line_whatever_a_name_in_it_holds(capsys):
+    assert failing(UserError("file two\nlines\x1b[2J\udce9.png:\n  1 then, 2 now\n  3 then, 4 now")) == 2
+    said = capsys.readouterr().err
+    assert said == "error: file two\\nlines\\x1b[2J\\udce9.png:\n  1 then, 2 now\n  3 then, 4 now\n"
+    assert failing(UserError("a" + "x" * 100_000 + "z")) == 2
+    said = capsys.readouterr().err
+    assert len(said) < 2100 and said.startswith("error: ax") and said.endswith("xz\n")
+
+
+def test_a_warning_is_one_line():
+    done = script(MAIN.format("import warnings; warnings.warn('look at x.ckpt')"))
+    assert (done.returncode, done.stderr) == (0, "warning: look at x.ckpt\n")
 
 
 @pytest.mark.parametrize(
