@@ -96,10 +96,10 @@ def one_line_errors(program: Callable[..., int]) -> Callable[..., int]:
                 raise leaving from None
             except BaseException as error:
                 signals.reporting = True
-                code = _report(error)
-                if code is None:
+                reported = _report(error)
+                if reported is None:
                     raise
-                return _flushed(code)
+                return _flushed(reported)
 
     return wrapped
 
