@@ -15,9 +15,8 @@ from contextlib import suppress
 from typing import Any
 
 import pytorch_lightning as pl
-from lightning_fabric.utilities.distributed import _set_num_threads_if_needed
 from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
-from pytorch_lightning.strategies.launchers import _SubprocessScriptLauncher
+from pytorch_lightning.strategies.launchers import _SubprocessScriptLauncher, subprocess_script
 
 from latent_verse.config.program import PARENT, verdict
 
@@ -38,7 +37,7 @@ class Launcher(_SubprocessScriptLauncher):
             os.environ[PARENT] = str(os.getpid())
             self._call_children_scripts()
             threading.Thread(target=self._watch, name="watch", daemon=True).start()
-        _set_num_threads_if_needed(num_processes=self.num_processes)
+        subprocess_script._set_num_threads_if_needed(num_processes=self.num_processes)
         return function(*args, **kwargs)
 
     def _watch(self) -> None:
