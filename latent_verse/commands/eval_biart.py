@@ -7,8 +7,9 @@ metrics.json and index.html. --compare A B prints the metrics of two finished ru
 
 from __future__ import annotations
 
-from latent_verse.config.cli import one_line_errors, parse, quick_imports, to_yaml
+from latent_verse.config.cli import parse, quick_imports, to_yaml
 from latent_verse.config.evaluate import EvalBiARTConfig, resolve_eval_biart
+from latent_verse.config.program import one_line_errors
 
 
 @one_line_errors

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from latent_verse.config.cli import one_line_errors, parse, quick_imports
+from latent_verse.config.cli import parse, quick_imports
 from latent_verse.config.generate import GenerateConfig, resolve_generate
+from latent_verse.config.program import one_line_errors
 
 
 @one_line_errors

@@ -9,14 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from latent_verse.config.cli import one_line_errors, parse, quick_imports
+from latent_verse.config.cli import parse, quick_imports
+from latent_verse.config.program import one_line_errors
 from latent_verse.config.train import TrainBiARTConfig, idle_flags_biart, resolve_train_biart
 from latent_verse.files import made_folder
 
 
 @one_line_errors
 def main(argv: list[str] | None = None, prog: str | None = None) -> int:
-    """Train; 0 when done or interrupted and saved, 2 for a mistake in the settings, data or checkpoint."""
+    """Train; 0 when done, 128 + N when stopped by signal N and saved, 2 for a mistake of the user."""
     config, given = parse(TrainBiARTConfig, argv, __doc__, prog)
     return run(resolve_train_biart(config, given), given)
 
@@ -61,7 +62,8 @@ def run(config: TrainBiARTConfig, given: Mapping[str, str]) -> int:
         announce(t, run, start_from, idle_flags_biart(config, given))
         say(biart_setup.summary(config, model, tokenizer))
         module = LitBiART(model, vae, config, about, compiles(config))
-        if fit(trainer, t, run, module, data, start_from) and trainer.is_global_zero:
+        fit(trainer, t, run, module, data, start_from)
+        if trainer.is_global_zero:
             file = export_bundle(run.folder, run.folder / "bundle", vae=vae)
             print(f"Bundle of {file}: {run.folder / 'bundle'}")
     return 0

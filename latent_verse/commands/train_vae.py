@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from latent_verse.config.cli import one_line_errors, parse, quick_imports
+from latent_verse.config.cli import parse, quick_imports
+from latent_verse.config.program import one_line_errors
 from latent_verse.config.train import TrainVAEConfig, idle_flags_vae, resolve_train_vae
 
 
 @one_line_errors
 def main(argv: list[str] | None = None, prog: str | None = None) -> int:
-    """Train; 0 when done or interrupted and saved, 2 for a mistake in the settings, data or checkpoint."""
+    """Train; 0 when done, 128 + N when stopped by signal N and saved, 2 for a mistake of the user."""
     config, given = parse(TrainVAEConfig, argv, __doc__, prog)
     return run(resolve_train_vae(config, given), given)
 

@@ -14,20 +14,17 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import functools
 import gc
 import glob
-import io
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 from latent_verse.config.settings import (
     ConfigError,
-    UserError,
     as_plain,
     checked,
     closest,
@@ -384,23 +381,6 @@ def quick_imports() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
-
-
-def one_line_errors(program: Callable[..., int]) -> Callable[..., int]:
-    """Decorate a program that returns its exit code: a UserError becomes one line on stderr and its code."""
-
-    @functools.wraps(program)
-    def wrapped(*args, **kwargs) -> int:
-        for stream in (sys.stdout, sys.stderr):
-            if isinstance(stream, io.TextIOWrapper):  # nothing is lost because a name or caption cannot be printed
-                stream.reconfigure(errors="backslashreplace")
-        try:
-            return program(*args, **kwargs)
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return error.exit_code
-
-    return wrapped
 
 
 def _items(texts: list[str]) -> list[str]:

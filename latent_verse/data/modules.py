@@ -10,23 +10,32 @@ Evaluation: every sample comes exactly once. Every rank has the same number of b
 otherwise: a rank that has no samples left gives empty batches (B = 0). A single rank never does.
 
 Build the trainer with `use_distributed_sampler=False`: samples are split over ranks here.
+
+Loader processes end with this one, whatever ends it: `prepare_worker`, `ImageDataModule.on_exception`.
 """
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import logging
 import math
+import multiprocessing.queues
 import os
 import signal
+import sys
+import weakref
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
+from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader, Dataset
 
+from latent_verse.config import UserError
+from latent_verse.config.program import SIGNALS, die_with
 from latent_verse.config.train import ImageDataConfig, PairDataConfig
 from latent_verse.data import DataError
 from latent_verse.data.datasets import MapDataset
@@ -38,6 +47,8 @@ from latent_verse.data.transforms import Collate, labels, sample_generator, to_u
 log = logging.getLogger(__name__)
 
 MAX_WORKERS = 16  # per process; more rarely helps and costs memory
+SHARED = "/dev/shm"  # where Linux keeps shared memory
+PATIENCE = 1800  # seconds without a batch after which a run ends: a disk or network that answers no more
 
 
 class EpochBatches:
@@ -79,9 +90,69 @@ class EvalBatches:
             yield list(self.mine[step * self.batch_size : (step + 1) * self.batch_size])
 
 
-def ignore_sigterm(worker: int) -> None:
-    """For loader processes: Slurm signals them as well, and if one died the run would end before it has saved."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+class PassedOn(ExceptionWrapper):
+    """How a loader process hands over what it failed with: mistakes in the data and faults of the machine as they are.
+
+    torch's own way makes a new exception, whose message holds the whole traceback. So it stays for faults of ours.
+    """
+
+    def __init__(self, exc_info: Any = None, where: str = "in background"):
+        super().__init__(exc_info, where)
+        error = (exc_info or sys.exc_info())[1]
+        self.error = error if isinstance(error, (UserError, OSError, MemoryError)) else None
+
+    def reraise(self) -> None:
+        if self.error is not None:
+            raise self.error
+        super().reraise()
+
+
+def _hand_over_failure(queue: Any, error: Exception, item: Any) -> None:
+    """Answer a batch that could not be sent, for lack of shared memory or open files, with the reason.
+
+    Python only prints it, and the training process would wait for that batch for ever.
+    """
+    if not isinstance(item, tuple):  # it was being sent already
+        os._exit(1)
+    queue.put((item[0], PassedOn((type(error), error, error.__traceback__))))
+
+
+def _end_with(kind: type[BaseException], error: BaseException, traceback: object) -> None:
+    """End a loader process whose thread that shares batches has failed: it would try, and print, for ever.
+
+    The exit code is the number of the operating system's error, which program.py names.
+    """
+    os._exit(getattr(error, "errno", None) or 1)
+
+
+class prepare_worker:
+    """For loader processes: they end with the process that started them, and hand over what they fail with.
+
+    They ignore signals: Slurm and a terminal signal them as well, and if one died the run would end before it has
+    saved. So that they cannot outlive the training process, even if that is killed, the kernel kills them with it.
+    tests/data/test_modules.py pins the private names of Python and torch.
+    """
+
+    def __init__(self) -> None:
+        self.parent = os.getpid()
+
+    def __call__(self, worker: int) -> None:
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        die_with(self.parent)
+        torch.utils.data._utils.worker.ExceptionWrapper = PassedOn
+        multiprocessing.queues.Queue._on_queue_feeder_error = _hand_over_failure
+        sys.excepthook = _end_with
+
+
+LOADERS: weakref.WeakSet[_Loader] = weakref.WeakSet()  # of this process
+
+
+@atexit.register
+def _kill_all() -> None:
+    """Python would tell those that still run to end, which they ignore, and wait for ever."""
+    for loader in LOADERS:
+        loader.kill()
 
 
 class _Loader:
@@ -93,6 +164,7 @@ class _Loader:
 
     def __init__(self, loader: DataLoader):
         self._loader = loader
+        LOADERS.add(self)
 
     @property
     def _iterator(self) -> Iterator[list[Tensor]] | None:
@@ -101,6 +173,26 @@ class _Loader:
     @_iterator.setter
     def _iterator(self, value: Iterator[list[Tensor]] | None) -> None:
         self._loader._iterator = value
+
+    def kill(self) -> None:
+        """Kill the processes at once. torch would ask each one to end and wait 10 seconds for it, and Python for ever.
+
+        Its own end is skipped: one that was killed may hold a lock that torch would wait for.
+        """
+        iterator = self._loader._iterator
+        workers = getattr(iterator, "_workers", [])
+        if not workers or iterator._shutdown:
+            return
+        iterator._shutdown = True
+        torch.utils.data._utils.signal_handling._remove_worker_pids(id(iterator))
+        iterator._worker_pids_set = False
+        if hasattr(iterator, "_pin_memory_thread"):
+            iterator._pin_memory_thread_done_event.set()
+        for worker in workers:
+            worker.kill()
+
+
+AnyLoader = TypeVar("AnyLoader", bound=_Loader)
 
 
 class TrainLoader(_Loader):
@@ -204,6 +296,12 @@ class ImageDataModule(pl.LightningDataModule):
         super().__init__()
         self.datasets, self.data, self.seed = dict(datasets), data, seed
         self.collate = Collate(next(iter(self.datasets.values())).shape, targets)
+        self._loaders: list[_Loader] = []
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Kill the loader processes of a run that has failed or was stopped."""
+        for loader in self._loaders:
+            loader.kill()
 
     @property
     def has_val(self) -> bool:
@@ -252,7 +350,7 @@ class ImageDataModule(pl.LightningDataModule):
         else:
             source = EpochBatches(samples, batch_size, rank, world, self.seed)
             loader, slots = self._loader(dataset, batch_sampler=source), 0  # the order does not depend on workers
-        return TrainLoader(loader, source, steps, batch_size * world, slots)
+        return self._kept(TrainLoader(loader, source, steps, batch_size * world, slots))
 
     def val_dataloader(self) -> EvalLoader | list:
         """This rank's batches of validation; an empty list without validation data."""
@@ -269,15 +367,21 @@ class ImageDataModule(pl.LightningDataModule):
         dataset, batch_size, (rank, world) = self.datasets[split], self.data.batch_size, self._rank_and_world()
         if isinstance(dataset, Shards):
             source = EvalShards(dataset, batch_size, rank, world)
-            return EvalLoader(self._loader(source, batch_size=batch_size), source.steps(self.workers), world)
+            loader = self._loader(source, batch_size=batch_size)
+            return self._kept(EvalLoader(loader, source.steps(self.workers), world))
         batches = EvalBatches(len(dataset), batch_size, rank, world)
-        return EvalLoader(self._loader(dataset, batch_sampler=batches), len(batches), world)
+        return self._kept(EvalLoader(self._loader(dataset, batch_sampler=batches), len(batches), world))
+
+    def _kept(self, loader: AnyLoader) -> AnyLoader:
+        self._loaders.append(loader)
+        return loader
 
     def _loader(self, dataset: Dataset, **batching: Any) -> DataLoader:
         workers = self.workers
         if workers:
+            self._check_shared_memory(workers)
             batching |= {"prefetch_factor": self.data.prefetch_factor, "persistent_workers": True}
-            batching["worker_init_fn"] = ignore_sigterm
+            batching |= {"worker_init_fn": prepare_worker(), "timeout": PATIENCE}
         return DataLoader(
             dataset,
             num_workers=workers,
@@ -287,6 +391,27 @@ class ImageDataModule(pl.LightningDataModule):
             generator=torch.Generator(),
             **batching,
         )
+
+    def _check_shared_memory(self, workers: int) -> None:
+        """Refuse, before it hangs or dies, what /dev/shm cannot hold: all batches are there while training pauses.
+
+        Raises:
+            DataError: it has too little space for the batches of this machine's loader processes.
+        """
+        if not os.path.isdir(SHARED):
+            return
+        item = math.prod(self.collate.shape) * (1 if len(self.collate.shape) > 1 else 4)  # uint8 images, int32 codes
+        here = self.trainer.num_devices if self.trainer else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        of_one = self.data.prefetch_factor * self.data.batch_size * item * here
+        disk = os.statvfs(SHARED)
+        free = disk.f_bavail * disk.f_frsize
+        if free < workers * of_one:
+            fits = free // of_one
+            raise DataError(
+                f"{SHARED} has {free / 2**20:.1f} MB free, but {workers * here} loader processes pass batches of "
+                f"{workers * of_one / 2**20:.1f} MB through it. Give --num_workers {fits}{' or fewer' * (fits > 0)}, "
+                "a smaller --batch_size or --prefetch_factor, or more shared memory to a container (--shm-size)."
+            )
 
     def _rank_and_world(self) -> tuple[int, int]:
         """Of the process group if there is one, else of the trainer, else of the launcher's environment."""

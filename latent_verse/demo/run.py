@@ -25,8 +25,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Optional, TypeVar
 
-from latent_verse.config.cli import one_line_errors, parse
+from latent_verse.config.cli import parse
 from latent_verse.config.generate import GenerateSamplingConfig, WriteConfig
+from latent_verse.config.program import SIGNALS, one_line_errors
 from latent_verse.config.settings import ConfigError, Settings, as_plain, same, setting
 from latent_verse.config.train import PairDataConfig, TrainBiARTConfig, TrainVAEConfig
 from latent_verse.data.shapes import World
@@ -205,7 +206,7 @@ def _only_one(out: Path) -> Iterator[int]:
 def run_stage(stage: Stage, record: StagesFile, lock: int) -> None:
     """Run one stage to its end and show its output as it comes.
 
-    The first SIGINT or SIGTERM is passed on as SIGTERM, at which training saves a checkpoint; a second one kills.
+    The first SIGINT, SIGTERM or SIGHUP is passed on as SIGTERM, at which training saves a checkpoint; the second kills.
 
     Raises:
         Stopped: by a signal, or because the stage failed.
@@ -219,7 +220,7 @@ def run_stage(stage: Stage, record: StagesFile, lock: int) -> None:
     since = time.perf_counter()
     # a session of its own: otherwise Ctrl-C would reach the stage twice, and the second time means "at once"
     process = subprocess.Popen([sys.executable, *stage.command], cwd=ROOT, pass_fds=[lock], start_new_session=True)
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, stop) for number in SIGNALS}
     try:
         code = None
         while code is None:
@@ -235,7 +236,8 @@ def run_stage(stage: Stage, record: StagesFile, lock: int) -> None:
     if received and not done:
         raise Stopped(f"Stopped in stage {stage.title}. Rerun the command to resume.", 128 + received[0])
     if not done:
-        why = f"failed with exit code {code}" if code else "ended early"
+        why = "was stopped by a signal" if (code or 0) - 128 in SIGNALS else f"failed with exit code {code}"
+        why = why if code else "ended early"
         raise Stopped(f"Stage {stage.title} {why}; see above. Rerun the demo to try again:\n  {stage.shown()}", 1)
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from latent_verse.config.cli import one_line_errors, parse
+from latent_verse.config.cli import parse
+from latent_verse.config.program import one_line_errors
 from latent_verse.data.shapes import World, write_pairs
 from latent_verse.demo.run import VAL_PAIRS, DemoConfig, train_pairs
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import datetime
+import multiprocessing.connection
 import os
+import sys
 import tempfile
 from collections.abc import Callable
 
 from latent_verse.config import ConfigError
 from latent_verse.config.evaluate import EvalWriteConfig
+from latent_verse.config.program import PARENT, SIGNALS, Stopped, one_line_errors, verdict
 from latent_verse.metrics.processes import Ranks
 
 PATIENCE = datetime.timedelta(hours=24)  # one process may score captions while the others wait
+LEFT_TO_WRITE = 40  # seconds for the first process to write what is done, when another one has failed
 LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR")  # what torchrun sets
 
 
@@ -49,27 +53,52 @@ def launch(work: Callable[..., int], count: int, *arguments: object) -> int:
         return _joined(work, "env://", int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), arguments)
     if count == 1:
         return work(Ranks(), *arguments)
-    import torch.multiprocessing as mp
-
+    context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
+        meet = f"file://{folder}/meet"
+        processes = [
+            context.Process(target=_process, args=(rank, work, count, meet, arguments)) for rank in range(count)
+        ]
         try:
-            mp.start_processes(_process, (work, count, f"file://{folder}/meet", arguments), nprocs=count)
-        except mp.ProcessExitedException as ended:  # it has said why
-            return ended.exit_code
+            for process in processes:
+                process.start()
+            return _watch(processes)
+        except Stopped as stopped:  # the first one writes what is done and says so; a terminal has told it already
+            if not processes[0].pid:
+                raise
+            processes[0].terminate()
+            processes[0].join(LEFT_TO_WRITE)
+            if processes[0].exitcode in (128 + number for number in SIGNALS):
+                return stopped.exit_code
+            raise
+        finally:
+            for process in processes:
+                if process.pid:
+                    process.kill()
+                    process.join()
+
+
+def _watch(processes: list) -> int:
+    """Wait for all; if one fails, for the first one, which writes what is done. Returns the exit code of the run."""
+    running = list(processes)
+    while running:
+        multiprocessing.connection.wait([process.sentinel for process in running])
+        if any(process.exitcode for process in running):
+            processes[0].join(LEFT_TO_WRITE)
+            return verdict([process.exitcode for process in processes])
+        running = [process for process in running if process.exitcode is None]
     return 0
 
 
 def _process(rank: int, work: Callable[..., int], world: int, meet: str, arguments: tuple) -> None:
-    code = _joined(work, meet, rank, world, arguments)
-    if code:
-        raise SystemExit(code)
+    os.environ |= {PARENT: str(os.getppid()), "RANK": str(rank)}  # for one_line_errors
+    sys.exit(one_line_errors(_joined)(work, meet, rank, world, arguments))
 
 
 def _joined(work: Callable[..., int], meet: str, rank: int, world: int, arguments: tuple) -> int:
     import torch.distributed as dist
 
     dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=world, timeout=PATIENCE)
-    try:
-        return work(Ranks(rank, world), *arguments)
-    finally:
-        dist.destroy_process_group()
+    code = work(Ranks(rank, world), *arguments)
+    dist.destroy_process_group()  # not after a failure: the connections close when the process ends
+    return code

@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any, Optional
 from PIL import Image
 
 from latent_verse import files
-from latent_verse.config.cli import one_line_errors, parse
+from latent_verse.config.cli import parse
 from latent_verse.config.evaluate import EvalDataConfig, EvaluatedConfig, EvalWriteConfig
 from latent_verse.config.generate import GenerateSamplingConfig, WriteConfig
+from latent_verse.config.program import one_line_errors
 from latent_verse.config.settings import ConfigError, SamplingSettings, Settings, check_rules, require, same, setting
 from latent_verse.data.shapes import SPLITS, Scene, ShapesDataset, World
 from latent_verse.metrics.intervals import wilson

@@ -10,7 +10,6 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from latent_verse.config import ConfigError, as_plain
-from latent_verse.config.cli import one_line_errors
 from latent_verse.config.evaluate import EvalBiARTConfig
 from latent_verse.data import DataError
 from latent_verse.data.shapes import ShapesDataset, World
@@ -38,9 +37,12 @@ WORK = {
 RESOLUTION = 256  # to compare another system's images at, unless a setting says otherwise
 
 
-@one_line_errors
 def run(ranks: Ranks, config: EvalBiARTConfig, tasks: tuple[str, ...], yaml_text: str) -> int:
-    """Evaluate; 0, or 2 for a mistake in the settings, the model or the data, which the first process prints."""
+    """Evaluate; returns 0. If a task fails, or a signal stops it, the results of those before it are written.
+
+    Raises:
+        UserError: a mistake in the settings, the model or the data.
+    """
     folder, statistics = _folder(config), config.generation.reference_stats
     with ExitStack() as held:
         if ranks.is_first:

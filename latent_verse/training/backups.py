@@ -23,13 +23,14 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from latent_verse.checkpoints.ckpt_files import MONITOR, CheckpointError, read_ckpt, score_of, step_of
 from latent_verse.config import as_plain
 from latent_verse.config.cli import to_yaml
+from latent_verse.config.program import SIGNALS, Stopped
 from latent_verse.config.train import TrainBiARTConfig, TrainVAEConfig
 from latent_verse.files import FileError, replacing
 from latent_verse.training import runs
 from latent_verse.training.runs import Run
 
 
-class Interrupted(Exception):
+class Interrupted(Stopped):
     """The run was asked to stop (SIGTERM, Ctrl-C) and has saved; the message says where."""
 
 
@@ -158,11 +159,13 @@ def _loss_of(file: Path) -> float:
 class Backup(pl.Callback):
     """Save the whole state every `every` steps (None: never), and when the run has to stop; the two newest are kept.
 
-    After SIGTERM or Ctrl-C, training finishes the current step and saves; a second Ctrl-C stops at once. Nothing is
-    saved at the last step of an epoch or run, where a resumed run would miss the validation: `last` follows soon.
+    After SIGTERM, SIGHUP or Ctrl-C, training finishes the current step and saves; a second Ctrl-C stops at once.
+    Nothing is saved at the last step of an epoch or run, where a resumed run would miss the validation: `last` follows
+    soon.
 
     Raises:
         Interrupted: training was asked to stop, and has saved.
+        Stopped: it was asked twice.
     """
 
     def __init__(self, folder: RunFolder, every: int | None):
@@ -170,8 +173,9 @@ class Backup(pl.Callback):
         self.every = every
         self.told_to_stop = False
         self._interrupted: Interrupted | None = None
+        self.signal: int = signal.SIGTERM  # the last one; in other processes than the one that got it, SIGTERM
         self._handlers: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}  # before these
-        self._pid = os.getpid()
+        self._pid, self._validating = os.getpid(), False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.told_to_stop |= trainer.received_sigterm
@@ -179,16 +183,18 @@ class Backup(pl.Callback):
         # ask less often (on_train_batch_end). tests/training/test_trainer.py pins this private method.
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._handlers[number] = signal.signal(number, self._stop)
+            for number in SIGNALS:
+                if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
+                    self._handlers[number] = signal.signal(number, self._stop)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        if self.told_to_stop and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.told_to_stop = True
         if os.getpid() != self._pid:  # a data loader's process, which inherits this handler
             return
-        rank_zero_info(f"{signal.Signals(number).name}: saving after this step (Ctrl-C again stops at once)")
+        if self.told_to_stop and number == signal.SIGINT:
+            raise Stopped(number, f"stopped at once by a second {signal.Signals(number).name}: nothing more was saved")
+        self.told_to_stop, self.signal = True, number
+        when = "after the validation" if self._validating else "after this step"
+        rank_zero_info(f"{signal.Signals(number).name}: saving {when} (Ctrl-C again stops at once)")
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs, batch, batch_idx) -> None:
         stop = self.told_to_stop
@@ -198,7 +204,9 @@ class Backup(pl.Callback):
         if trainer.is_last_batch or trainer.global_step == trainer.max_steps or not made_step(trainer, batch_idx):
             return
         if stop:
-            self._interrupted = Interrupted(f"stopped at step {trainer.global_step}; saved {self.save(trainer)}")
+            saved = self.save(trainer)
+            said = f"{self._by} at step {trainer.global_step}; saved {saved}"
+            self._interrupted = Interrupted(self.signal, said)
             return
         if self.every and trainer.global_step % self.every == 0:
             try:
@@ -217,7 +225,17 @@ class Backup(pl.Callback):
         if stop:
             saved = runs.states(self.folder.run)
             found = f"saved {saved[0]}" if saved else "there was nothing to save yet"
-            raise Interrupted(f"stopped at step {trainer.global_step}; {found}")
+            raise Interrupted(self.signal, f"{self._by} at step {trainer.global_step}; {found}")
+
+    @property
+    def _by(self) -> str:
+        return f"stopped by {signal.Signals(self.signal).name}"
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._validating = True
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._validating = False
 
     def save(self, trainer: pl.Trainer) -> Path:
         """Write a backup, by all processes together. Returns its path.

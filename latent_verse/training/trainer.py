@@ -16,7 +16,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import LearningRateMonitor
 from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
-from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from pytorch_lightning.strategies import Strategy
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
@@ -28,6 +28,7 @@ from latent_verse.training import runs
 from latent_verse.training.backups import Backup, BestAndLast, Interrupted, ProcessState, RunFolder, WholeFiles
 from latent_verse.training.changes import AppliedSettings, changes
 from latent_verse.training.divergence import Divergence
+from latent_verse.training.launcher import PATIENCE, WatchedDDP, WatchedFSDP
 from latent_verse.training.logs import CSVLog
 from latent_verse.training.progress_bar import ProgressBar
 from latent_verse.training.runs import Run
@@ -38,10 +39,10 @@ say = rank_zero_only(print)  # one process speaks for all
 
 @contextmanager
 def as_config_error() -> Iterator[None]:
-    """Turn Lightning's refusal of a setting, or that it lacks a package for it, into a ConfigError."""
+    """Turn Lightning's refusal of a setting into a ConfigError."""
     try:
         yield
-    except (MisconfigurationException, ModuleNotFoundError) as error:
+    except MisconfigurationException as error:
         raise ConfigError(str(error)) from error
 
 
@@ -156,10 +157,11 @@ def announce(t: TrainerConfig, run: Run, start_from: Path | None, idle: list[str
 
 
 @as_config_error()
-def fit(trainer: pl.Trainer, t: TrainerConfig, run: Run, module: pl.LightningModule, data, start_from) -> bool:
-    """Train to the end; False if the run was interrupted and saved. Prints that, or which limit ended it.
+def fit(trainer: pl.Trainer, t: TrainerConfig, run: Run, module: pl.LightningModule, data, start_from) -> None:
+    """Train to the end. Prints which limit ended the run, or that it was finished already.
 
     Raises:
+        Interrupted: a signal stopped the run, and it has saved; the message says how to resume.
         CheckpointError: training cannot resume from `start_from` with these settings.
     """
     for line in changes(start_from, module.config) if start_from else []:
@@ -171,8 +173,7 @@ def fit(trainer: pl.Trainer, t: TrainerConfig, run: Run, module: pl.LightningMod
     except Interrupted as stopped:
         failed = False
         again = "rerun the command to resume" if t.backup else "resume with --resume --ckpt_path and that file"
-        say(f"{stopped}; {again}.")
-        return False
+        raise Interrupted(stopped.number, f"{stopped}; {again}.") from None
     finally:
         if t.logger == "wandb":  # Lightning leaves it open, and the next run of this process would join it
             import wandb
@@ -186,7 +187,6 @@ def fit(trainer: pl.Trainer, t: TrainerConfig, run: Run, module: pl.LightningMod
         limit = "epochs" if step < t.max_steps else "max_steps"
         at = f"epoch {epoch} of {t.epochs}, step {step} of {t.max_steps}"
         say(f"Stopped by {limit}: {at}. Raise --{limit} to train longer.")
-    return True
 
 
 def compiles(config: TrainVAEConfig | TrainBiARTConfig) -> bool:
@@ -242,13 +242,15 @@ def choose_strategy(t: TrainerConfig, accelerator: str, devices: int) -> str | S
     backend = "gloo" if accelerator == "cpu" else None
     if t.strategy == "fsdp":
         sizes = {"data_parallel_size": processes, "tensor_parallel_size": 1}
-        return ModelParallelStrategy(save_distributed_checkpoint=False, process_group_backend=backend, **sizes)
+        more = {"process_group_backend": backend, "timeout": PATIENCE}
+        return WatchedFSDP(save_distributed_checkpoint=False, **more, **sizes)
     if processes == 1:
         return "auto"
     # The codebook's buffers are kept equal by all-reduced statistics: broadcasting them each step would be waste.
     known = inspect.signature(torch.nn.parallel.DistributedDataParallel).parameters
     no_sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # torch renamed it
-    return DDPStrategy(gradient_as_bucket_view=True, process_group_backend=backend, **{no_sync: False})
+    more = {"process_group_backend": backend, "timeout": PATIENCE, no_sync: False}
+    return WatchedDDP(gradient_as_bucket_view=True, **more)
 
 
 def make_logger(t: TrainerConfig, run: Run, first_step: int = 0) -> Logger:

@@ -189,8 +189,8 @@ def test_interrupted_run_resumes_exactly(tmp_path, uninterrupted, number, capsys
     os.killpg(process.pid, number)  # to the loader processes too, as Slurm and a terminal do
     said = process.communicate(timeout=120)[0]
     if number != signal.SIGKILL:
-        assert process.returncode == 0, said
-        assert naming("rerun").search(said)
+        assert process.returncode == 128 + number, said
+        assert naming("rerun", number.name, run).search(said) and "Traceback" not in said
     saved = max(map(steps, (run / "backups").glob("step=*.ckpt")))
     assert saved < 27, "the run was over before it could be interrupted"
     capsys.readouterr()
@@ -258,8 +258,8 @@ def stopped(monkeypatch):
 def test_stop_at_the_end_of_an_epoch(tmp_path, images, stopped, capsys):
     flags = small(tmp_path, *on(images), "--epochs", "3", "--backup")
     with stopped(lambda trainer: trainer.is_last_batch):
-        assert train_vae.main(flags) == 0
-    assert naming("step 3", tmp_path / "runs/run/checkpoints/last-epoch=0-step=3.ckpt").search(capsys.readouterr().out)
+        assert train_vae.main(flags) == 143
+    assert naming("step 3", tmp_path / "runs/run/checkpoints/last-epoch=0-step=3.ckpt").search(capsys.readouterr().err)
     assert train_vae.main(flags) == 0
     assert sorted(values(tmp_path / "runs" / "run")) == list(range(9))
 
@@ -267,7 +267,7 @@ def test_stop_at_the_end_of_an_epoch(tmp_path, images, stopped, capsys):
 def test_a_damaged_newest_backup_yields_to_the_one_before(tmp_path, images, stopped):
     flags = small(tmp_path, *on(images), "--epochs", "3", "--backup", "--backup_steps", "1")
     with stopped(lambda trainer: trainer.global_step == 5):
-        assert train_vae.main(flags) == 0
+        assert train_vae.main(flags) == 143
     newest = tmp_path / "runs" / "run" / "backups" / "step=5.ckpt"
     newest.write_bytes(newest.read_bytes()[:3000])
     with pytest.warns(UserWarning, match=naming(newest)):

@@ -14,7 +14,8 @@ import yaml
 from latent_verse.__main__ import COMMANDS, main
 from latent_verse.checkpoints.ckpt_files import CheckpointError
 from latent_verse.config import ConfigError, setting
-from latent_verse.config.cli import leaves, one_line_errors, parse, to_yaml
+from latent_verse.config.cli import leaves, parse, to_yaml
+from latent_verse.config.program import one_line_errors
 from latent_verse.config.train import EvalVAEConfig, TrainVAEConfig
 from latent_verse.data import DataError
 from latent_verse.data.text import TokenizerError
@@ -436,9 +437,10 @@ def test_a_mistake_of_the_user_is_one_line_and_any_other_error_keeps_its_traceba
     for kind in (ConfigError, CheckpointError, DataError, TokenizerError, Diverged):
         assert wrapped(kind("what to do")) == kind.exit_code
         assert capsys.readouterr().err == "error: what to do\n"
-    for kind in (ValueError, RuntimeError, KeyboardInterrupt):
+    for kind in (ValueError, RuntimeError, KeyError):
         with pytest.raises(kind):
             wrapped(kind("ours"))
+        assert capsys.readouterr().err.startswith("error: this is a fault of L-Verse's")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -188,14 +188,20 @@ def test_a_failure_says_what_to_do_and_is_tried_again(tmp_path, stages, capsys, 
 
 
 def test_a_stage_without_its_output_is_not_finished(tmp_path, stages):
-    """train_vae.py stopped by someone else's SIGTERM saves and ends with 0."""
     stages.append(python("first", "pass"))
     with pytest.raises(Stopped, match=naming("first", "ended early")):
         demo.run(settings(tmp_path))
     assert not StagesFile(tmp_path / "out" / "stages.json").stages["first"]["finished"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stage_that_somebody_else_stops(tmp_path, stages):
+    """train_vae.py saves at a SIGTERM and ends with 143."""
+    stages.append(python("first", "raise SystemExit(143)"))
+    with pytest.raises(Stopped, match=naming("first", "stopped by a signal", "Rerun")):
+        demo.run(settings(tmp_path))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_stopped_stage_saves_first(tmp_path, stages, number):
     out = tmp_path / "out"
     stages.append(

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +18,8 @@ from latent_verse.config.evaluate import EvalWriteConfig
 from latent_verse.evaluation.distributed import device, launch, processes
 from latent_verse.metrics.processes import Ranks
 from tests.messages import naming
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -60,3 +68,80 @@ def test_processes_that_torchrun_has_started_are_joined(monkeypatch):
     work = lambda ranks, extra: seen.append((ranks, extra, torch.distributed.is_initialized())) or 2  # noqa: E731
     assert launch(work, 4, "x") == 2
     assert seen == [(Ranks(0, 1), "x", True)] and not torch.distributed.is_initialized()
+
+
+# ------------------------------------------------------------------------------------------- when a process fails
+
+
+def work(ranks: Ranks, how: str, place: str) -> int:
+    """Joins the others; then the last process does what `how` says, while the first one waits for it."""
+    ranks.gather({ranks.rank: None})
+    try:
+        if ranks.rank == ranks.world - 1:
+            if how == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if how == "mistake":
+                raise ConfigError("look at the settings")
+            if how == "ours":
+                raise ZeroDivisionError("ours")
+        if how == "all":
+            raise ConfigError("look at the settings")
+        if how == "told":
+            Path(place, f"ready{ranks.rank}").touch()
+            time.sleep(100)
+        ranks.gather({ranks.rank: None})
+    except BaseException:
+        Path(place, f"wrote{ranks.rank}").touch()  # as worker.run writes what is done
+        raise
+    return 0
+
+
+LAUNCH = """
+import sys
+from latent_verse.config.program import one_line_errors
+from latent_verse.evaluation.distributed import launch
+from tests.evaluation.test_distributed import work
+
+if __name__ == "__main__":
+    sys.exit(one_line_errors(lambda: launch(work, 2, *sys.argv[1:]))())
+"""
+
+
+def started(how: str, tmp_path: Path) -> subprocess.Popen:
+    (tmp_path / "launch.py").write_text(LAUNCH)
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(tmp_path / "launch.py"), how, str(tmp_path)]
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("how", "code", "facts"),
+    [
+        ("fine", 0, ()),
+        ("killed", 1, ("process 1 of 2", "SIGKILL")),
+        ("mistake", 2, ("look at the settings",)),
+        ("all", 2, ("look at the settings",)),
+        ("ours", 1, ("ZeroDivisionError", "ours", "report")),
+    ],
+)
+def test_one_line_says_why_all_processes_end(tmp_path, how, code, facts):
+    process = started(how, tmp_path)
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == code, said
+    assert said.count("error: ") == bool(facts) and naming(*facts).search(said)
+    assert ("Traceback" in said) == (how == "ours")
+    assert (tmp_path / "wrote0").exists() == bool(facts)  # the first one keeps what it has
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
+def test_a_signal_ends_all_processes_and_the_first_one_writes(tmp_path, number):
+    process, end = started("told", tmp_path), time.monotonic() + 100
+    while len(list(tmp_path.glob("ready*"))) < 2:
+        assert time.monotonic() < end and process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(number)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + number and said.count("\n") == 1, said
+    assert (tmp_path / "wrote0").exists()

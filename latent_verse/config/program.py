@@ -1,0 +1,283 @@
+"""What every program does around its work: a signal ends it, an error becomes one line, the exit code says which.
+
+| exit code | meaning |
+|---|---|
+| 0 | all was done, and what was printed has arrived |
+| 2 | a mistake in settings, files or data (`UserError`, unless it sets another code) |
+| 1 | the machine failed: disk, memory, a process, a package; or a fault of ours, with its traceback |
+| 129, 130, 143 | stopped by SIGHUP, Ctrl-C (SIGINT) or SIGTERM |
+| 141 | whoever read the output has closed it (`... | head`) |
+
+What counts as the machine's is the table `FAULTS` and the classes in `_fault`; everything else is a fault of ours.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import functools
+import importlib.util
+import os
+import re
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+
+from latent_verse.config.settings import UserError, printable
+
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+GRACE = 10.0  # seconds that a process of several leaves to others, which may say why they failed, or end it
+RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")  # the launchers' names for it; as Lightning's
+PARENT = "LATENT_VERSE_PARENT"  # environment: the process that has started this one, and watches it
+LOST = 75  # exit code of such a process that knows only that it has lost the others
+LOST_CONTACT = (
+    "another process of this run has ended or does not answer. If it has not said why above, it was killed, often "
+    "because memory ran out, or the network failed."
+)
+
+LONGEST = 2000  # characters of a line
+
+WORKERS = "Give fewer --num_workers or a smaller --batch_size; with --num_workers 0 no such process is needed."
+SHARED = (
+    "the loader processes have failed: /dev/shm, through which they pass batches, is full or too small. "
+    "Give --num_workers 0, a smaller --batch_size, or more shared memory to a container (--shm-size)."
+)
+FAULTS = {  # what PyTorch raises as RuntimeError: what to say
+    rf"Too many open files|items of ancdata|worker .*exit code {errno.EMFILE}\.": (
+        "too many open files. Raise the limit (ulimit -n 4096), or give fewer --num_workers."
+    ),
+    r"DataLoader worker .*Bus error|(unable to|could not) .*(shared memory|shm|/torch_)": SHARED,
+    r"DataLoader worker .*signal: (?!Killed)([\w ]+)": "a loader process has failed ({0}). " + WORKERS,
+    r"DataLoader worker": "a loader process was killed, often because memory or /dev/shm ran out. " + WORKERS,
+    r"DataLoader timed out after (\d+)": (
+        "the loader processes have given nothing for {0} seconds. Does the disk or network that holds the data answer?"
+    ),
+    r"can't start new thread": "no more processes or threads may be started: raise the limit (ulimit -u).",
+    r"can't allocate memory|out of memory": "not enough memory. Give a smaller --batch_size or fewer --num_workers.",
+}
+REMEDIES = {  # by errno
+    errno.ENOSPC: " Free some space, or write elsewhere.",
+    errno.EDQUOT: " Free some space, or write elsewhere.",
+    errno.EMFILE: " Raise the limit (ulimit -n 4096), or give fewer --num_workers.",
+    errno.EAGAIN: " Processes may be limited (ulimit -u): raise the limit, or give fewer --num_workers.",
+    errno.ENOMEM: " Give a smaller --batch_size or fewer --num_workers.",
+}
+
+
+class Stopped(BaseException):
+    """A signal asks the program to end. No Exception, so that nothing takes it for a failure and goes on."""
+
+    def __init__(self, number: int, message: str = ""):
+        super().__init__(message or f"stopped by {signal.Signals(number).name} before all was done")
+        self.number, self.exit_code = number, 128 + number
+
+
+def one_line_errors(program: Callable[..., int]) -> Callable[..., int]:
+    """Decorate a program that returns its exit code: what ends it early becomes one line on stderr and the code above.
+
+    A fault of ours keeps its traceback. Of several processes, those after the first wait for `GRACE` seconds before
+    they speak: the first one, or what started them, ends them in that time if all failed alike.
+    """
+
+    @functools.wraps(program)
+    def wrapped(*args, **kwargs) -> int:
+        _open_streams()
+        with _Signals() as signals, _short_warnings():
+            try:
+                return _flushed(program(*args, **kwargs))
+            except SystemExit as leaving:  # --help
+                code = _flushed(0)
+                if code:
+                    return code
+                raise leaving from None
+            except BaseException as error:
+                signals.reporting = True
+                reported = _report(error)
+                if reported is None:
+                    raise
+                return _flushed(reported)
+
+    return wrapped
+
+
+def die_with(parent: int) -> None:
+    """Let the kernel kill this process as soon as its parent is gone, however that ends. Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:  # it was gone before
+            os._exit(1)
+
+
+def verdict(codes: Sequence[int | None]) -> int:
+    """The exit code of a run whose processes ended with `codes` (None: not yet), one of which failed.
+
+    Says what none of them could say: that one was killed, or that all have only lost each other.
+    """
+    for rank, code in enumerate(codes):
+        if code is not None and code < 0:
+            number = -code
+            name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
+            often = ", often because memory ran out" if number == signal.SIGKILL else ""
+            print_error(f"process {rank} of {len(codes)} was killed by {name}{often}.")
+            return 1
+    said = [code for code in codes if code not in (None, 0, LOST)]
+    if not said:
+        print_error(LOST_CONTACT)
+    return max(said, default=1)
+
+
+class _Signals:
+    """While a program runs, a signal raises `Stopped`. While that unwinds, another Ctrl-C ends the process at once."""
+
+    def __init__(self) -> None:
+        self.stopping = self.reporting = False
+        self._before: dict[int, object] = {}
+        self._pid = os.getpid()
+
+    def __enter__(self) -> _Signals:
+        if threading.current_thread() is threading.main_thread():
+            if _is_watched():
+                die_with(os.getppid())
+            for number in SIGNALS:
+                # one that is ignored (nohup, a shell's background job) stays so, a caller's own handler as well
+                if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+                    self._before[number] = signal.signal(number, self._stop)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _stop(self, number: int, frame: object) -> None:
+        if os.getpid() != self._pid:  # a forked process, which inherits this
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        elif self.reporting or (self.stopping and number == signal.SIGINT):
+            os._exit(128 + number)
+        elif not self.stopping:
+            self.stopping = True
+            raise Stopped(number)
+
+
+@contextlib.contextmanager
+def _short_warnings() -> Iterator[None]:
+    """Print warnings as one line, without the place in the code and its source."""
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {printable(message)}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
+
+
+def _report(error: BaseException) -> int | None:
+    """Print why the program ends; its exit code, or None for a fault of ours."""
+    said, code = _one_line(error)
+    if said == LOST_CONTACT and _is_watched():
+        return LOST
+    if said == LOST_CONTACT or _rank():
+        time.sleep(GRACE)
+    if said is None:
+        if isinstance(error, Exception):
+            print_error("this is a fault of L-Verse's. Please report it with the traceback that follows.")
+        return None
+    if not (isinstance(error, Stopped) and _rank()):
+        print_error(said)
+    return code
+
+
+def _one_line(error: BaseException) -> tuple[str | None, int]:
+    """What to say, or None for a fault of ours; and the exit code."""
+    if isinstance(error, (UserError, Stopped)):
+        return str(error), error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return str(Stopped(signal.SIGINT)), 128 + signal.SIGINT
+    if isinstance(error, BrokenPipeError):
+        return "whoever read the output has closed it before all was printed.", 141
+    return LOST_CONTACT if _lost_contact(error) else _fault(error), 1
+
+
+def _fault(error: BaseException) -> str | None:
+    """What to say of an error of the machine's, or None."""
+    text = str(error)
+    if isinstance(error, MemoryError):
+        return FAULTS[r"can't allocate memory|out of memory"]
+    if isinstance(error, ModuleNotFoundError):
+        package = (error.name or "").partition(".")[0]
+        if package and (package in sys.stdlib_module_names or importlib.util.find_spec(package) is not None):
+            return None  # a part of it is missing, which no installation brings
+        return f"{text.rstrip('.')}. Install it: pip install {package or 'it'}, or all of requirements.txt."
+    if isinstance(error, OSError):
+        names = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+        what = error.strerror or f"{type(error).__name__}: {text}"
+        return f"{names + ': ' if names else ''}{what}.{REMEDIES.get(error.errno or 0, '')}"
+    if isinstance(error, UnicodeError):
+        return f"a text cannot be read or written in its encoding: {text}. Use UTF-8, for the terminal too (LANG)."
+    if isinstance(error, RecursionError):
+        return "something given is nested too deeply (RecursionError)."
+    if isinstance(error, RuntimeError):
+        for pattern, said in FAULTS.items():
+            found = re.search(pattern, text)
+            if found:
+                return said.format(*found.groups())
+    return None
+
+
+def _lost_contact(error: BaseException) -> bool:
+    """Whether a collective failed because another process is gone or silent. gloo raises bare RuntimeErrors."""
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(error, RuntimeError) or not torch.distributed.is_available():
+        return False
+    return isinstance(error, torch.distributed.DistError) or bool(
+        re.search(r"gloo|Connection (closed|reset|refused)|Timed out waiting|NCCL", str(error))
+    )
+
+
+def _is_watched() -> bool:
+    return os.environ.get(PARENT) == str(os.getppid())
+
+
+def _rank() -> int:
+    return next((int(os.environ[name]) for name in RANKS if os.environ.get(name, "").isdigit()), 0)
+
+
+def print_error(said: str) -> None:
+    """One line on stderr, if there is one to take it; items of a list follow, indented by two spaces.
+
+    What a name or value in it could do to a terminal is escaped, and a very long line is shortened.
+    """
+    lines = [printable(line) for line in re.split(r"\n(?=  )", said)]
+    lines = [line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}" for line in lines]
+    with contextlib.suppress(OSError, ValueError):  # stderr may be closed or full
+        print("error: " + "\n".join(lines), file=sys.stderr, flush=True)
+
+
+def _open_streams() -> None:
+    """Let standard streams take any text. One that is closed leads nowhere: else the next file would take its place."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        stream = getattr(sys, name)
+        if stream is None:
+            with contextlib.suppress(OSError):
+                setattr(sys, name, open(os.devnull, "r" if number == 0 else "w"))  # noqa: SIM115
+        elif number and hasattr(stream, "reconfigure"):
+            with contextlib.suppress(OSError, ValueError):
+                stream.reconfigure(errors="backslashreplace")
+
+
+def _flushed(code: int) -> int:
+    """The exit code, once what was printed has arrived; if it cannot, no later attempt is made, nor reported."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError) as error:
+        with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        if code:
+            return code
+        broken = isinstance(error, BrokenPipeError)
+        print_error(f"what was printed could not be written: {getattr(error, 'strerror', None) or error}.")
+        return 141 if broken else 1
+    return code

@@ -1,0 +1,130 @@
+"""How the programs end when they are stopped, when their output is closed, and when loader processes are killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.image_runs import SMALL, write_pictures
+from tests.messages import naming
+from tests.stand_ins import write_pairs
+from tests.tiny_lverse import make_lverse
+
+REPO = Path(__file__).parents[2]
+linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+def start(script: str, *flags: object, **more) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, str(REPO / script), *map(str, flags)],
+        cwd=REPO, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, **more,
+    )  # fmt: skip
+
+
+def wait_for(condition, process: subprocess.Popen) -> None:
+    end = time.monotonic() + 240
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, "timed out"
+        time.sleep(0.02)
+
+
+def loads_torch(process: subprocess.Popen) -> bool:
+    """Whether a program has come so far that it imports PyTorch, which takes seconds."""
+    return "libtorch" in Path(f"/proc/{process.pid}/maps").read_text()
+
+
+def loaders(pid: int) -> list[int]:
+    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def training(tmp_path: Path, *more: object) -> list[object]:
+    flags = [
+        *SMALL,
+        "--train_dir",
+        write_pictures(tmp_path / "train", 8),
+        "--val_dir",
+        write_pictures(tmp_path / "v", 8),
+    ]
+    return [*flags, "--log_dir", tmp_path / "runs", "--name", "run", "--epochs", 10_000, "--num_workers", 2, *more]
+
+
+@linux
+@pytest.mark.parametrize(
+    ("script", "number"),
+    [
+        ("train_vae.py", signal.SIGINT),
+        pytest.param("generate.py", signal.SIGHUP, marks=pytest.mark.slow),
+        pytest.param("train_biart.py", signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param("eval_vae.py", signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param("eval_biart.py", signal.SIGTERM, marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_before_the_work_begins(tmp_path, tiny_augvae, script, number):
+    bundle = tmp_path / "bundle"
+    make_lverse(tiny_augvae(single_level=4), text_len=48).save_pretrained(bundle)
+    flags = {
+        "train_vae.py": ["--fake_data"],
+        "train_biart.py": ["--fake_data"],
+        "eval_vae.py": ["--fake_data", "--ckpt_path", bundle],
+        "eval_biart.py": ["--model", bundle, "--test_dir", write_pairs(tmp_path / "pairs", 2)],
+        "generate.py": ["--model", bundle, "--text", "a red circle", "--out", tmp_path / "out"],
+    }[script]
+    process = start(script, *flags, *(["--log_dir", tmp_path / "runs"] if script != "generate.py" else []))
+    wait_for(lambda: loads_torch(process), process)
+    process.send_signal(number)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + number
+    assert naming(number.name).search(said) and said.count("\n") == 1, said
+
+
+@linux
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, None], ids=["KILL", "SEGV", "frozen, Ctrl-C"])
+def test_a_run_ends_when_a_loader_process_does(tmp_path, number):
+    process = start("train_vae.py", *training(tmp_path))
+    wait_for(lambda: list((tmp_path / "runs" / "run").glob("logs*/metrics.csv")), process)
+    workers = loaders(process.pid)
+    os.kill(workers[0], signal.SIGSTOP if number is None else number)
+    if number is None:
+        time.sleep(1)
+        process.send_signal(signal.SIGINT)
+        time.sleep(1)
+        process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == (130 if number is None else 1), said
+    assert said.count("error: ") == 1 and "Traceback" not in said, said
+    assert naming("SIGINT" if number is None else "--num_workers").search(said)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+
+
+@linux
+@pytest.mark.slow
+def test_loader_processes_end_with_a_run_that_is_killed(tmp_path):
+    process = start("train_vae.py", *training(tmp_path))
+    wait_for(lambda: list((tmp_path / "runs" / "run").glob("logs*/metrics.csv")), process)
+    workers = loaders(process.pid)
+    process.kill()
+    process.communicate(timeout=60)
+    end = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}").exists() and " Z " not in Path(f"/proc/{pid}/stat").read_text() for pid in workers):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_output_to_a_file_has_no_bars_and_no_control_characters(tmp_path):
+    flags = training(tmp_path, "--refresh_rate", 1)
+    flags[flags.index("--epochs", len(SMALL)) + 1] = 2
+    process = start("train_vae.py", *flags)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert not any(c < " " and c != "\n" for c in out + err)
+    assert len((out + err).splitlines()) < 15, out + err

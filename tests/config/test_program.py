@@ -1,0 +1,219 @@
+"""What ends a program early: one line, an exit code, and no traceback but for faults of ours."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from latent_verse.config import program
+from latent_verse.config.program import LOST, SIGNALS, Stopped, one_line_errors, verdict
+from latent_verse.config.settings import UserError
+from tests.messages import naming
+
+ROOT = Path(__file__).parents[2]
+
+
+def failing(error: BaseException) -> int:
+    def work() -> int:
+        raise error
+
+    return one_line_errors(work)()
+
+
+WORKER = "DataLoader worker (pid 7) is killed by signal: "
+SHM = "Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback: unable to allocate shared memory(shm)"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "facts"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/x/a.png"), 1, ("/x/a.png", "No space left on device")),
+        (PermissionError(errno.EACCES, "Permission denied", "/x"), 1, ("/x", "Permission denied")),
+        (OSError(errno.EMFILE, "Too many open files", "/x"), 1, ("/x", "ulimit -n", "--num_workers")),
+        (OSError(errno.EAGAIN, "Resource temporarily unavailable"), 1, ("ulimit -u",)),
+        (OSError("no name and no number"), 1, ("OSError", "no name and no number")),
+        (MemoryError(), 1, ("memory", "--batch_size")),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), 1, ("memory", "--batch_size")),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 1, ("memory", "--batch_size")),
+        (RuntimeError(WORKER + "Killed. "), 1, ("memory", "--num_workers")),
+        (RuntimeError(WORKER + "Segmentation fault. "), 1, ("Segmentation fault", "--num_workers")),
+        (RuntimeError(WORKER + "Bus error. It is possible that"), 1, ("/dev/shm", "--num_workers 0")),
+        (RuntimeError(SHM), 1, ("/dev/shm", "--num_workers 0")),
+        (RuntimeError("received 0 items of ancdata"), 1, ("ulimit -n",)),
+        (RuntimeError("can't start new thread"), 1, ("ulimit -u",)),
+        (RuntimeError("DataLoader timed out after 1800 seconds"), 1, (1800,)),
+        (UnicodeEncodeError("ascii", "é", 0, 1, "ordinal not in range"), 1, ("ascii", "UTF-8")),
+        (RecursionError("maximum recursion depth exceeded"), 1, ("nested",)),
+        (ModuleNotFoundError("No module named 'somewhere'", name="somewhere"), 1, ("pip install somewhere",)),
+        (ModuleNotFoundError("Neither a nor b is there. Use pip install a"), 1, ("pip install a",)),
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), 141, ("output",)),
+        (KeyboardInterrupt(), 130, ("SIGINT",)),
+        (Stopped(signal.SIGTERM), 143, ("SIGTERM",)),
+        (Stopped(signal.SIGHUP), 129, ("SIGHUP",)),
+    ],
+)
+def test_faults_of_the_machine_are_one_line(error, code, facts, capsys):
+    assert failing(error) == code
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1
+    assert naming(*facts).search(said)
+
+
+def test_a_message_is_one_line_whatever_a_name_in_it_holds(capsys):
+    assert failing(UserError("file two\nlines\x1b[2J\udce9.png:\n  1 then, 2 now\n  3 then, 4 now")) == 2
+    said = capsys.readouterr().err
+    assert said == "error: file two\\nlines\\x1b[2J\\udce9.png:\n  1 then, 2 now\n  3 then, 4 now\n"
+    assert failing(UserError("a" + "x" * 100_000 + "z")) == 2
+    said = capsys.readouterr().err
+    assert len(said) < 2100 and said.startswith("error: ax") and said.endswith("xz\n")
+
+
+def test_a_warning_is_one_line():
+    done = script(MAIN.format("import warnings; warnings.warn('look at x.ckpt')"))
+    assert (done.returncode, done.stderr) == (0, "warning: look at x.ckpt\n")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ModuleNotFoundError("No module named 'latent_verse.nothing'", name="latent_verse.nothing"),
+        ModuleNotFoundError("No module named 'torch.nothing'", name="torch.nothing"),
+        RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
+        TypeError("ours"),
+        AssertionError(),
+    ],
+)
+def test_faults_of_ours_keep_their_traceback(error, capsys):
+    with pytest.raises(type(error)):
+        failing(error)
+    assert naming("report").search(capsys.readouterr().err)
+
+
+def test_of_several_processes_one_speaks(monkeypatch, capsys):
+    waited = []
+    monkeypatch.setattr(program.time, "sleep", waited.append)
+    monkeypatch.setenv("RANK", "1")
+    lost = RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:5000")
+    assert failing(OSError(errno.ENOSPC, "full", "/x")) == 1 and waited  # the first one may say the same
+    assert failing(Stopped(signal.SIGTERM)) == 143
+    capsys.readouterr()
+    waited.clear()
+    monkeypatch.setenv("RANK", "0")
+    assert failing(lost) == 1 and waited and naming("another process").search(capsys.readouterr().err)
+    waited.clear()
+    monkeypatch.setattr(program, "_is_watched", lambda: True)  # by a process that knows more
+    monkeypatch.setattr(program, "die_with", lambda parent: None)
+    assert failing(lost) == LOST and not waited and not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("codes", "code", "facts"),
+    [
+        ((LOST, -9, None), 1, ("process 1 of 3", "SIGKILL", "memory")),
+        ((LOST, -11), 1, ("process 1 of 2", "SIGSEGV")),
+        ((LOST, 2), 2, ()),
+        ((LOST, LOST), 1, ("another process",)),
+        ((None, 143), 143, ()),
+    ],
+)
+def test_what_started_the_processes_says_what_they_cannot(codes, code, facts, capsys):
+    assert verdict(codes) == code
+    said = capsys.readouterr().err
+    assert naming(*facts).search(said) if facts else not said
+
+
+def script(code: str, *, shell: str = "exec {}", **more) -> subprocess.CompletedProcess:
+    code = "import os, signal, sys, time\nfrom latent_verse.config.program import *\n" + textwrap.dedent(code)
+    command = shell.format(f'{sys.executable} -c "$CODE"')
+    env = {**os.environ, "CODE": code, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, env=env, **more)
+
+
+MAIN = """
+@one_line_errors
+def main():
+    {}
+    return 0
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda n: n.name)
+def test_a_signal_ends_a_program(number):
+    done = script(MAIN.format(f"os.kill(os.getpid(), {number:d}); time.sleep(50)"))
+    assert done.returncode == 128 + number and done.stderr.count("\n") == 1
+    assert naming(number.name).search(done.stderr)
+
+
+def test_signals_that_come_again_while_a_program_saves():
+    """SIGTERM may come twice, from a launcher and its group; a second Ctrl-C means at once."""
+    again = """
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(50)
+    finally:
+        os.kill(os.getpid(), signal.{})
+        print("saved", flush=True)"""
+    done = script(MAIN.format(again.format("SIGTERM")))
+    assert (done.returncode, done.stdout) == (130, "saved\n") and "Traceback" not in done.stderr
+    done = script(MAIN.format(again.format("SIGINT")))
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_an_ignored_signal_stays_ignored():
+    assert script(MAIN.format("os.kill(os.getpid(), signal.SIGHUP)"), shell="trap '' HUP; exec {}").returncode == 0
+
+
+def test_a_forked_process_takes_no_part_in_it():
+    done = script(
+        MAIN.format("""
+    child = os.fork()
+    if not child:
+        os.kill(os.getpid(), signal.SIGTERM); time.sleep(50)
+    print(os.waitpid(child, 0)[1])""")
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{signal.SIGTERM:d}\n", "")
+
+
+@pytest.mark.parametrize("much", [1, 100_000])
+def test_output_that_cannot_be_written(much):
+    printing = MAIN.format(f"print('x' * {much})")
+    full = script(printing, shell="{} > /dev/full")
+    assert full.returncode == 1 and full.stderr.count("\n") == 1 and full.stderr.startswith("error: ")
+    closed = script(MAIN.format(f"time.sleep(0.5); print('x' * {much})"), shell="{} | true; exit ${{PIPESTATUS[0]}}")
+    assert closed.returncode == 141 and closed.stderr.count("\n") == 1
+    none = script(printing + "\n", shell="{} >&- 2>&-")
+    assert none.returncode == 0
+
+
+def test_a_terminal_without_utf_8_takes_every_text():
+    done = script(MAIN.format(r"print('\u00e9')"), shell="export PYTHONIOENCODING=ascii; exec {}")
+    assert (done.returncode, done.stdout) == (0, "\\xe9\n")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux kills the process")
+def test_a_process_ends_with_its_parent(tmp_path):
+    code = f"""
+    import subprocess
+    child = "import os, time; from latent_verse.config.program import die_with; die_with({{}});"
+    child += "open({str(tmp_path / "ready")!r}, 'w').write(str(os.getpid())); time.sleep(50)"
+    command = [sys.executable, "-c", child.format(os.getpid())]
+    subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not os.path.exists({str(tmp_path / "ready")!r}) or not os.path.getsize({str(tmp_path / "ready")!r}):
+        time.sleep(0.02)
+    os.kill(os.getpid(), signal.SIGKILL)
+    """
+    assert script(code).returncode == -signal.SIGKILL
+    pid, end = int((tmp_path / "ready").read_text()), time.monotonic() + 30
+    while (stat := Path(f"/proc/{pid}/stat")).exists() and stat.read_text().rsplit(")", 1)[1].split()[0] != "Z":
+        assert time.monotonic() < end, "it goes on"
+        time.sleep(0.05)

@@ -1,0 +1,96 @@
+"""Several training processes on one machine: if one of them ends early, all do, and one line says why."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from pytorch_lightning.strategies.launchers import _SubprocessScriptLauncher, subprocess_script
+from pytorch_lightning.trainer.connectors.signal_connector import _SignalConnector
+
+from latent_verse.config.train import TrainerConfig
+from latent_verse.training.launcher import PATIENCE, Launcher
+from latent_verse.training.trainer import choose_strategy
+from tests.image_runs import SMALL, write_pictures
+from tests.messages import naming
+
+REPO = Path(__file__).parents[2]
+linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+def test_lightning_has_what_the_launcher_replaces():
+    assert callable(_SubprocessScriptLauncher._call_children_scripts)
+    assert callable(subprocess_script._launch_process_observer)  # the watch that kills all at once, and says nothing
+    assert callable(_SignalConnector._sigterm_notifier_fn)
+
+
+@pytest.mark.parametrize("kind", ["auto", "fsdp"])
+def test_runs_of_several_processes_have_it(kind):
+    strategy = choose_strategy(TrainerConfig(strategy=kind, gpus=2, accelerator="cpu"), "cpu", 2)
+    assert strategy._timeout == PATIENCE
+    strategy.cluster_environment = type("Here", (), {"creates_processes_externally": False})()
+    strategy.parallel_devices = [0, 1]
+    strategy._configure_launcher()
+    assert type(strategy._launcher) is Launcher
+
+
+def others(pid: int) -> list[int]:
+    """The processes that a process has started."""
+    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@linux
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("rank", "number", "code", "facts"),
+    [
+        (1, signal.SIGKILL, 1, ("process 1 of 2", "SIGKILL")),
+        (0, signal.SIGKILL, -signal.SIGKILL, ()),
+        (0, signal.SIGTERM, 143, ("SIGTERM", "saved", "rerun")),
+        (0, signal.SIGINT, 130, ("SIGINT", "saved", "rerun")),
+        (1, signal.SIGTERM, 143, ("saved", "rerun")),
+    ],
+)
+def test_all_processes_end_when_one_does(tmp_path, rank, number, code, facts):
+    flags = [
+        *SMALL,
+        "--train_dir",
+        write_pictures(tmp_path / "train", 8),
+        "--log_dir",
+        tmp_path / "runs",
+        "--name",
+        "a",
+    ]
+    flags += ["--epochs", 1000, "--accelerator", "cpu", "--gpus", 2, "--batch_size", 2, "--num_workers", 1, "--backup"]
+    process = subprocess.Popen(
+        [sys.executable, str(REPO / "train_vae.py"), *map(str, flags)],
+        cwd=REPO, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+    end = time.monotonic() + 240
+    while not list((tmp_path / "runs" / "a").glob("logs*/metrics.csv")):
+        assert time.monotonic() < end and process.poll() is None
+        time.sleep(0.1)
+    started = others(process.pid)
+    [second] = [pid for pid in started if b"train_vae" in Path(f"/proc/{pid}/cmdline").read_bytes() and others(pid)][:1]
+    started += others(second)
+    os.kill([process.pid, second][rank], number)
+    said = process.communicate(timeout=90)[0]
+    assert process.returncode == code, said
+    assert naming(*facts).search(said) and said.count("error: ") == bool(facts) and "Traceback" not in said, said
+    end = time.monotonic() + 30
+    while any(map(runs, started)):
+        assert time.monotonic() < end, "a process goes on"
+        time.sleep(0.1)
