@@ -129,7 +129,7 @@ PairData = PairDataset | CodesDataset | ShapesDataset | PairShards  # what has c
 
 def _number(raw: dict) -> int:
     """What distinguishes a sample's randomness from that of others: a hash of its name."""
-    return zlib.crc32(raw["__key__"].encode())
+    return zlib.crc32(raw["__key__"].encode("utf-8", "surrogateescape"))  # names in tars are any bytes
 
 
 def work_of_shards(source: PairShards, crops: int) -> list[Iterator[Work]]:
