@@ -98,6 +98,7 @@ def walk(root: str, extensions: tuple[str, ...], others: Counter) -> Iterator[st
     in one line: folders that cannot be read, links to nothing, pipes and devices, images of formats that are not read.
     """
     special: Counter = Counter()
+    closed = ""  # the first folder that cannot be read
     folders: list[tuple[str, str, tuple[str, ...]]] = [(root, "", ())]
     while folders:
         folder, prefix, above = folders.pop()
@@ -119,11 +120,13 @@ def walk(root: str, extensions: tuple[str, ...], others: Counter) -> Iterator[st
                     else:
                         special["links to nothing, pipes or devices"] += 1
         except OSError as error:
-            special[f"folders that cannot be read (such as {folder}: {error.strerror})"[:300]] += 1
+            closed = closed or f"{folder}: {error.strerror}"
+            special["folders that cannot be read"] += 1
         folders += reversed(inside)
     special.update({f"{kind} files": others[kind] for kind in NOT_READ if others[kind]})
     if special:
-        log.warning("%s: left out: %s", root, ", ".join(f"{n} {what}" for what, n in special.items()))
+        about = ", ".join(f"{n} {what}" for what, n in special.items())
+        log.warning("%s: left out: %s%s", root, about, closed and f" (the first folder, {closed})")
 
 
 def _is(kind: Callable[[], bool]) -> bool:

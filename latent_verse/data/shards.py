@@ -159,11 +159,11 @@ def _braces(pattern: str, key: str, allow_pipe: bool = False) -> list[str]:
     return shards
 
 
-class _Header(tarfile.TarInfo):
+class Header(tarfile.TarInfo):
     """A member's header that is not believed: tarfile takes a damaged one for the end, and reads what one declares."""
 
     @classmethod
-    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> _Header:
+    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> Header:
         header = super().frombuf(buf, encoding, errors)
         text = header.type in (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, *b"LK".split())
         if header.size < 0 or (text and header.size > MAX_TEXT):
@@ -171,7 +171,7 @@ class _Header(tarfile.TarInfo):
         return header
 
     @classmethod
-    def fromtarfile(cls, tar: tarfile.TarFile) -> _Header:
+    def fromtarfile(cls, tar: tarfile.TarFile) -> Header:
         try:
             return super().fromtarfile(tar)
         except tarfile.HeaderError as error:
@@ -191,7 +191,7 @@ class _Start:
         return data or self.stream.read(size)
 
 
-class _Ending:
+class Ending:
     """A stream that is an error once it has ended: tarfile would ask for ever for what a header declares."""
 
     def __init__(self, stream: BinaryIO):
@@ -213,7 +213,7 @@ def _open_tar(stream: BinaryIO, seek: bool) -> tarfile.TarFile:
         stream.seek(0)
     unpack = next((unpack for mark, unpack in _COMPRESSED.items() if start.startswith(mark)), lambda packed: packed)
     plain = unpack(source)
-    return tarfile.open(fileobj=plain if seek else _Ending(plain), mode="r:" if seek else "r|", tarinfo=_Header)
+    return tarfile.open(fileobj=plain if seek else Ending(plain), mode="r:" if seek else "r|", tarinfo=Header)
 
 
 def _members(
