@@ -10,7 +10,15 @@ cli.py        flags and YAML files -> these dataclasses; the only file that know
 """
 
 from latent_verse.config.models import PRESETS, AugVAEConfig, BiARTConfig
-from latent_verse.config.settings import ConfigError, SamplingSettings, UserError, as_plain, setting, training_only
+from latent_verse.config.settings import (
+    ConfigError,
+    SamplingSettings,
+    UserError,
+    as_plain,
+    printable,
+    setting,
+    training_only,
+)
 
 __all__ = [
     "PRESETS",
@@ -20,6 +28,7 @@ __all__ = [
     "SamplingSettings",
     "UserError",
     "as_plain",
+    "printable",
     "setting",
     "training_only",
 ]

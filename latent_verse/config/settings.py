@@ -12,6 +12,7 @@ import difflib
 import math
 import operator
 import os
+import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Optional  # OmegaConf reads these annotations at run time
@@ -23,6 +24,18 @@ class UserError(ValueError):
     """What a program reports as one line: a mistake of the user, mostly. The message says what to do."""
 
     exit_code = 2  # of the program
+
+
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: object) -> str:
+    """A caption, a file's name or another text from outside as one line that is safe to print.
+
+    Control characters, which could move the cursor or change the terminal, line separators, characters that turn the
+    direction of writing, and lone surrogates, which stand for bytes of a name that are not UTF-8, become escapes.
+    """
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
 
 
 class ConfigError(UserError):

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from latent_verse.config import printable
 from latent_verse.data import DataError
 from latent_verse.data.transforms import (
     UnreadableImage,
@@ -50,7 +51,7 @@ class SkipLog:
         slot %= len(self._flags)
         if not self._flags[slot]:
             self._flags[slot] = 1
-            log.warning("skipped unreadable %s (%s)", name, reason)
+            log.warning("skipped unreadable %s (%s)", printable(name)[:1000], printable(reason)[:1000])
 
     @property
     def count(self) -> int:
@@ -126,7 +127,7 @@ def walk(root: str, extensions: tuple[str, ...], others: Counter) -> Iterator[st
     special.update({f"{kind} files": others[kind] for kind in NOT_READ if others[kind]})
     if special:
         about = ", ".join(f"{n} {what}" for what, n in special.items())
-        log.warning("%s: left out: %s%s", root, about, closed and f" (the first folder, {closed})")
+        log.warning("%s", printable(f"{root}: left out: {about}" + (closed and f" (the first folder, {closed})")))
 
 
 def _is(kind: Callable[[], bool]) -> bool:

@@ -450,6 +450,16 @@ def test_hidden_and_special_files_are_passed_over(tmp_path, kind, caplog):
         assert kind(tmp_path, 16).classes == ["class"]
 
 
+def test_names_are_logged_in_one_line_of_plain_characters(tmp_path, caplog):
+    odd = ["\x1b[2J.png", "two\nlines.png", os.fsdecode(b"\xff.png")]
+    make_folder(tmp_path, ["a.png"])
+    for name in odd:
+        (tmp_path / name).write_bytes(b"no image")
+    dataset = FlatImages(tmp_path, 16, train=False)
+    assert sum(item is None for item in dataset) == 3 == dataset.skipped.count
+    assert all(record.getMessage().isprintable() for record in caplog.records) and len(caplog.records) >= 3
+
+
 def test_folders_that_cannot_be_read_are_said_once(tmp_path, monkeypatch, caplog):
     make_folder(tmp_path, ["a/1.png", "b/2.png", "c/3.png", "d/4.png"])
     scandir = os.scandir
