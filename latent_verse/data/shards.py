@@ -355,7 +355,9 @@ class Shards:
         self.shards = find_shards(source, key, allow_pipe)
         self.resolution, self.shape, self.size = resolution, (3, resolution, resolution), size
         self.resize_ratio, self.seed, self.shuffle_buffer = resize_ratio, seed, shuffle_buffer
-        self.skipped = SkipLog(SKIP_SLOTS)
+        self.skipped, self.key = SkipLog(SKIP_SLOTS), key
+        if not self.remote:
+            self.count(self.shards[:1])  # a wrong layout is seen in the first
 
     @property
     def remote(self) -> bool:
@@ -372,10 +374,13 @@ class Shards:
         return self.size or (None if self.remote else self.count(self.shards))
 
     def count(self, shards: Sequence[str]) -> int:
-        """Samples of local shards. Raises as `read_shards`."""
+        """Samples of local shards. Raises as `read_shards`, naming the setting."""
         counts = list(map(count_images, shards))
-        for _ in read_shards((shard for shard, count in zip(shards, counts, strict=True) if not count), self.skipped):
-            pass  # it raises: nothing is in them
+        try:
+            for _ in read_shards((name for name, n in zip(shards, counts, strict=True) if not n), self.skipped):
+                pass  # it raises: nothing is in them
+        except DataError as error:
+            raise DataError(f"{self.key}: {error}") from error
         return sum(counts)
 
     def decode(self, raw: dict) -> Tensor:

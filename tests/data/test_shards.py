@@ -268,9 +268,9 @@ def test_shards_without_content_are_errors(tmp_path):
     (tmp_path / "no.tar").write_bytes(b"this is no tar file" * 100)
     (tmp_path / "empty.tar").write_bytes(b"")
     for name in ("no.tar", "empty.tar"):
-        for dataset in (evaluate(tmp_path / name), train(tmp_path / name)):
-            with pytest.raises(DataError, match=naming(tmp_path / name)):
-                list(dataset)
+        for dataset in (evaluate, train):
+            with pytest.raises(DataError, match=naming("train_dir", tmp_path / name)):
+                list(dataset(tmp_path / name))
     gone = evaluate(write_shards(tmp_path / "gone", [2]))
     (tmp_path / "gone" / "000.tar").unlink()
     with pytest.raises(DataError, match=naming(tmp_path / "gone" / "000.tar")):
