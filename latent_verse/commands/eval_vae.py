@@ -15,7 +15,7 @@ from latent_verse.files import write_json, write_text
 def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     """Evaluate; 0 when done, 2 for a mistake in the settings, data or checkpoint."""
     config, given = parse(EvalVAEConfig, argv, __doc__, prog)
-    return run(resolve_eval_vae(config), given)
+    return run(resolve_eval_vae(config, given), given)
 
 
 def run(config: EvalVAEConfig, given: Mapping[str, str]) -> int:

@@ -62,6 +62,7 @@ class ImageDataConfig(Settings):
     )
     prefetch_factor: int = setting(2, "batches that each loader process prefetches", at_least=1, at_most=1024)
     shuffle_buffer: int = setting(1000, "size of webdataset's shuffle buffer, in samples", at_least=1, at_most=10**7)
+    allow_pipe: bool = setting(False, "webdataset: run the shell command of --train_dir 'pipe:...'; as a flag only")
 
 
 @dataclass(frozen=True)
@@ -367,6 +368,25 @@ def resolve_data(d: Data, resolution: int | None, default: str = "imagefolder") 
     return replace(d, dataset=dataset, fake_data=dataset == "fake", web_dataset=dataset == "webdataset")
 
 
+def check_pipes(d: ImageDataConfig, given: Mapping[str, str]) -> None:
+    """Refuse shell commands as sources of data unless flags give them, and allow them: a file may be someone else's.
+
+    Raises:
+        ConfigError: naming the setting, and the flag or file that it was given by.
+    """
+    folders = {name: getattr(d, name) or "" for name in ("train_dir", "val_dir", "test_dir")}
+    pipes = [name for name, folder in folders.items() if folder.strip().startswith("pipe:")]
+    if pipes and not d.allow_pipe:
+        command = folders[pipes[0]][:200]
+        raise ConfigError(f"{pipes[0]}: {command} is a shell command, which runs only with --allow_pipe.")
+    for name in [*pipes, *(["allow_pipe"] if d.allow_pipe else [])]:
+        place = given.get(name, "elsewhere")
+        if not place.startswith("--"):
+            raise ConfigError(
+                f"{name}: shell commands are allowed on the command line only, not in {place}. Give --{name} there."
+            )
+
+
 def limit_fake_data(t: TrainerConfig, given: Mapping[str, str]) -> TrainerConfig:
     """Bound a run on generated images to a few batches and keep no backups, unless flags ask otherwise.
 
@@ -389,6 +409,7 @@ def resolve_train_vae(config: TrainVAEConfig, given: Mapping[str, str]) -> Train
     check_rules([o], NEEDS, EXCLUDES)
     t = resolve_trainer(config.trainer, o.optimizer)
     data = resolve_data(config.data, None if o.pretrained_path else config.model.resolution)
+    check_pipes(data, given)
     if data.fake_data:
         t = limit_fake_data(t, given)
     check_files(IMAGE_DATASETS, data, "train")
@@ -405,13 +426,14 @@ def resolve_train_vae(config: TrainVAEConfig, given: Mapping[str, str]) -> Train
     return replace(config, data=data, optim=o, trainer=t)
 
 
-def resolve_eval_vae(config: EvalVAEConfig) -> EvalVAEConfig:
+def resolve_eval_vae(config: EvalVAEConfig, given: Mapping[str, str] | None = None) -> EvalVAEConfig:
     """The configuration of eval_vae; `with_evaluated_shape` adds the model section, which the checkpoint decides.
 
     Raises:
         ConfigError: a configuration that could never work.
     """
     t, d = resolve_trainer(config.trainer), resolve_data(config.data, None)
+    check_pipes(d, given or {})
     require([t], "ckpt_path", hint="Name the checkpoint, folder or hub id of the AugVAE.")
     if not d.fake_data:
         require([d], "test_dir", "val_dir", hint="Name a folder of images, or try --fake_data.")
@@ -512,6 +534,7 @@ def resolve_train_biart(config: TrainBiARTConfig, given: Mapping[str, str]) -> T
     if config.bundle.export:
         return replace(config, trainer=t)
     data = resolve_pairs(config.data)
+    check_pipes(data, given)
     check_rules([o, c, data, config.loss, config.sampling], NEEDS, EXCLUDES)
     if data.fake_data:
         t = limit_fake_data(t, given)

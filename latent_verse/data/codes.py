@@ -11,14 +11,16 @@ from __future__ import annotations
 import copy
 import io
 import json
+import math
 import os
 import tarfile
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -30,9 +32,10 @@ from latent_verse.data import DataError
 from latent_verse.data.captions import CAPTION_SEED, CROP_SEED, CaptionList, EncodedCaption, PairDataset
 from latent_verse.data.images import SkipLog
 from latent_verse.data.shapes import Scene, ShapesDataset, World
+from latent_verse.data.shards import Ending, Header
 from latent_verse.data.text import Tokenizer
 from latent_verse.data.transforms import UnreadableImage, mix_seed, to_unit_range
-from latent_verse.files import differences, replacing, write_json
+from latent_verse.files import differences, parse_json, read_json_object, replacing, write_json
 from latent_verse.progress import progress_bar
 
 FORMAT = "latent_verse/codes"
@@ -110,7 +113,7 @@ def extract(
     with bar, ThreadPoolExecutor(max(1, threads)) as pool:
         for number, part in enumerate(work):
             name = f"codes-{number:05d}.tar"
-            if name not in state["shards"]:
+            if name not in state["shards"] or not (folder / name).is_file():
                 counts = _write_shard(folder / name, part, encode, tokenizer, plan, batch_size, pool, bar)
                 state["shards"][name] = counts
                 write_json(folder / UNFINISHED, state)
@@ -124,7 +127,7 @@ def extract(
 
 
 def _write_shard(path: Path, work: Iterator[Work], encode, tokenizer, plan, batch_size, pool, bar) -> dict[str, int]:
-    """One tar, which gets its name once it is complete. Returns its counts."""
+    """One tar, which gets its name once it is complete. Returns its counts, and its CRC-32."""
     from webdataset import TarWriter
 
     counts = {"pairs": 0, "captions": 0, "skipped": 0}
@@ -145,7 +148,8 @@ def _write_shard(path: Path, work: Iterator[Work], encode, tokenizer, plan, batc
                     counts["pairs"] += 1
                     counts["captions"] += len(captions)
             bar.update(len(batch))
-    return counts
+    with path.open("rb") as file:
+        return counts | {"crc32": _Summed(file).read_on()}
 
 
 def _load(load: Callable[[], Tensor | None]) -> Tensor | None:
@@ -166,14 +170,26 @@ def _read_same(path: Path, plan: dict) -> dict[str, Any]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """What codes.json or unfinished.json holds."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path} is damaged: {error}. Extract the codes again.") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    """What codes.json or unfinished.json holds.
+
+    Raises:
+        DataError: it holds something else.
+    """
+    content = read_json_object(path)
+    if content.get("format") != FORMAT:
         raise DataError(f"{path} does not describe codes of this program.")
+    shards = content.get("shards")
+    counts = shards.values() if isinstance(shards, dict) else [None]
+    named = ("pairs", "captions", "skipped")
+    whole = all(isinstance(of_one, dict) and all(is_count(of_one.get(what)) for what in named) for of_one in counts)
+    if not whole or any(os.path.basename(name) != name for name in shards):
+        raise DataError(f"{path} is damaged: `shards` has to give the counts of each shard. Extract the codes again.")
     return content
+
+
+def is_count(value: object) -> bool:
+    """Whether a value read from JSON is 0, 1, 2, ..."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def read_meta(folder: str | os.PathLike, key: str) -> dict[str, Any]:
@@ -184,7 +200,16 @@ def read_meta(folder: str | os.PathLike, key: str) -> dict[str, Any]:
     """
     folder = Path(expand(folder, True, key))
     if (folder / META).is_file():
-        return _read_json(folder / META)
+        meta = _read_json(folder / META)
+        for name in ("pairs", "captions", "crops_per_image", "image_len", "codebook_size", "text_vocab"):
+            if not is_count(meta.get(name)) or not meta[name]:
+                raise DataError(
+                    f"{key}: {folder / META} is damaged: {name} is {meta.get(name)!r:.80}, which is no count."
+                )
+        for name in ("vae", "tokenizer"):
+            if not isinstance(meta.get(name), str):
+                raise DataError(f"{key}: {folder / META} is damaged: {name} is {meta.get(name)!r:.80}, no fingerprint.")
+        return meta
     if (folder / UNFINISHED).is_file():
         raise DataError(f"{key}: the codes in {folder} are unfinished. Rerun the command that was extracting them.")
     parts = [name for name in ("train", "val") if (folder / name / META).is_file()]
@@ -211,6 +236,42 @@ def check_codes(meta: dict[str, Any], vae_fingerprint: str, tokenizer_fingerprin
         )
 
 
+class _Summed:
+    """A file that is read once, and the CRC-32 of what was read of it."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.sum = file, 0
+
+    def read(self, size: int) -> bytes:
+        data = self.file.read(size)
+        self.sum = zlib.crc32(data, self.sum)
+        return data
+
+    def read_on(self) -> int:
+        """The CRC-32 of the whole file, once the rest is read."""
+        while self.read(1 << 20):
+            pass
+        return self.sum
+
+
+def _check_captions(about: object, vocabulary: int) -> dict[str, list]:
+    """The captions of a pair and their ids.
+
+    Raises:
+        ValueError: they are something else.
+    """
+    captions, ids = (about.get("captions"), about.get("ids")) if isinstance(about, dict) else (None, None)
+    if not isinstance(captions, list) or not captions or not all(isinstance(text, str) for text in captions):
+        raise ValueError("its captions are no list of texts")
+    if not isinstance(ids, list) or len(ids) != len(captions) or not all(isinstance(row, list) for row in ids):
+        raise ValueError("there are not as many lists of ids as captions")
+    if not all(
+        {*map(type, row)} <= {int} and 0 <= min(row, default=0) <= max(row, default=0) < vocabulary for row in ids
+    ):
+        raise ValueError(f"its ids are no numbers below {vocabulary}")
+    return about
+
+
 class CodesDataset(Dataset):
     """A folder of codes in memory, as compact arrays: `dataset[(epoch, i)]` is (codes (N,), EncodedCaption).
 
@@ -225,11 +286,16 @@ class CodesDataset(Dataset):
         self.folder, self.train, self.seed = Path(expand(folder, True, key)), train, seed
         shape = (self.meta["pairs"], self.meta["crops_per_image"], self.meta["image_len"])
         self.shape = shape[2:]  # of one item
-        self._codes = np.empty(shape, smallest_type(self.meta["codebook_size"]))
+        kind = np.dtype(smallest_type(self.meta["codebook_size"]))
+        declared, there = math.prod(shape) * kind.itemsize, sum(self._size(name, key) for name in self.meta["shards"])
+        if declared > there:  # before memory is taken
+            raise DataError(
+                f"{key}: {self.folder / META} declares {shape[0]:,} pairs of {shape[1]} x {shape[2]} codes, but the "
+                f"shards hold only {there:,} bytes. Were all copied? Else extract the codes again."
+            )
+        self._codes = np.empty(shape, kind)
         ids, ends, captions = [], [0], []
-        for i, (codes, about) in enumerate(self._samples(key)):
-            if i >= len(self) or codes.shape != shape[1:] or codes.max() >= self.meta["codebook_size"]:
-                raise DataError(f"{key}: {self.folder} holds codes other than its {META} says. Extract them again.")
+        for i, (codes, about) in enumerate(self._samples(key, shape)):
             self._codes[i] = codes
             captions.append(about["captions"])
             for of_one in about["ids"]:
@@ -249,20 +315,52 @@ class CodesDataset(Dataset):
                 )
             self._shapes = ShapesDataset(world, about["split"], len(self), about["seed"])
 
-    def _samples(self, key: str) -> Iterator[tuple[np.ndarray, dict]]:
-        for name in self.meta["shards"]:
+    def _size(self, shard: str, key: str) -> int:
+        """The bytes of a shard. Raises DataError where it is no file."""
+        if not (self.folder / shard).is_file():
+            raise DataError(f"{key}: shard {self.folder / shard} does not exist. Copy the whole folder.")
+        return (self.folder / shard).stat().st_size
+
+    def _samples(self, key: str, shape: tuple[int, int, int]) -> Iterator[tuple[np.ndarray, dict]]:
+        """The codes of each pair, with its captions and ids. Raises DataError where a shard is not what was written."""
+        done = 0
+        for name, counts in self.meta["shards"].items():
+            where, before = f"{key}: shard {self.folder / name}", done
+            remedy = "Copy it again, or extract the codes again."
             try:
-                with tarfile.open(self.folder / name) as tar:
-                    about = None
-                    for member in tar:
-                        data = tar.extractfile(member).read()
-                        if member.name.endswith(".json"):  # TarWriter sorts: it comes before its .npy
-                            about = json.loads(data)
-                        else:
-                            yield np.load(io.BytesIO(data), allow_pickle=False), about
-                        tar.members = []  # else tarfile keeps them all
-            except (OSError, tarfile.TarError, ValueError, EOFError) as error:
-                raise DataError(f"{key}: shard {self.folder / name} cannot be read: {error}") from error
+                with open(self.folder / name, "rb") as file:
+                    summed = _Summed(file)
+                    for codes, about in self._pairs_of(summed, os.fstat(file.fileno()).st_size):
+                        if done >= shape[0] or codes.shape != shape[1:]:
+                            raise ValueError(f"it holds other codes than {META} says")
+                        done += 1
+                        yield codes, about
+                    same = counts.get("crc32") in (None, summed.read_on())  # earlier versions gave none
+            except Exception as error:  # of damaged bytes, tarfile and numpy raise nearly anything
+                said = " ".join(str(error).split())[:200]
+                raise DataError(f"{where} cannot be read: {said}. {remedy}") from error
+            if done - before != counts["pairs"]:
+                raise DataError(f"{where} holds {done - before} pairs, {META} says {counts['pairs']}. {remedy}")
+            if not same:
+                raise DataError(f"{where} is not as it was written: its checksum is another. {remedy}")
+
+    def _pairs_of(self, shard: _Summed, size: int) -> Iterator[tuple[np.ndarray, dict]]:
+        """The pairs of a shard of so many bytes. Raises nearly anything where it is damaged."""
+        with tarfile.open(fileobj=Ending(shard), mode="r|", tarinfo=Header) as tar:
+            about = None
+            for member in tar:
+                tar.members = []  # else tarfile keeps them all
+                if not member.isreg() or member.size > size:
+                    raise ValueError(f"{member.name} is no file, or larger than the shard")
+                data = tar.extractfile(member).read()
+                if member.name.endswith(".json"):  # TarWriter sorts: it comes before its .npy
+                    about = _check_captions(parse_json(data.decode(), member.name), self.meta["text_vocab"])
+                    continue
+                codes = np.load(io.BytesIO(data), allow_pickle=False)
+                if about is None or codes.dtype.kind != "u" or codes.max(initial=0) >= self.meta["codebook_size"]:
+                    raise ValueError(f"{member.name} has no captions, or other codes than {META} says")
+                yield codes, about
+                about = None
 
     def __len__(self) -> int:
         return self.meta["pairs"]

@@ -64,7 +64,8 @@ class Split:
         """The arguments of tar shards."""
         crops = {"resize_ratio": self.data.resize_ratio, "seed": self.seed, "shuffle_buffer": self.data.shuffle_buffer}
         size = self.size if self.name == "train" else None
-        return {"resolution": self.resolution, "size": size, "key": self.folder.setting, **crops}
+        source = {"key": self.folder.setting, "allow_pipe": self.data.allow_pipe}
+        return {"resolution": self.resolution, "size": size, **source, **crops}
 
 
 def open_coco(split: Split) -> CocoCaptions:

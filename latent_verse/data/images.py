@@ -15,27 +15,29 @@ import logging
 import os
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from latent_verse.config import printable
 from latent_verse.config.settings import expand
 from latent_verse.data import DataError
 from latent_verse.data.transforms import (
     UnreadableImage,
     centre_crop,
-    decode_rgb,
     random_crop,
+    read_rgb,
     sample_generator,
     to_unit_range,
 )
 
 log = logging.getLogger(__name__)
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")  # of transforms.FORMATS
+NOT_READ = (".gif", ".heic", ".heif", ".avif", ".jxl", ".jp2", ".jfif", ".psd", ".svg", ".tga", ".ico", ".eps", ".raw")
 MAX_SKIPS = 1000  # unreadable samples in a row; more means that the storage is broken, not a file
 
 
@@ -50,7 +52,7 @@ class SkipLog:
         slot %= len(self._flags)
         if not self._flags[slot]:
             self._flags[slot] = 1
-            log.warning("skipped unreadable %s (%s)", name, reason)
+            log.warning("skipped unreadable %s (%s)", printable(name)[:1000], printable(reason)[:1000])
 
     @property
     def count(self) -> int:
@@ -86,29 +88,55 @@ class PathList(Strings):
         return os.path.join(self.root, super().__getitem__(i))
 
 
-def walk(
-    root: str, extensions: tuple[str, ...], others: Counter, prefix: str = "", above: tuple[str, ...] = ()
-) -> Iterator[str]:
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is none of the user's data: hidden, or what macOS adds to an archive."""
+    return (name.startswith(".") and name not in (".", "..")) or name == "__MACOSX"
+
+
+def walk(root: str, extensions: tuple[str, ...], others: Counter) -> Iterator[str]:
     """Names of the files below `root` with one of `extensions`, relative to it, in sorted order, links followed.
 
-    Hidden names (leading dot) are skipped. Files of another kind are counted by extension in `others`.
+    Hidden names are skipped. Files of another kind are counted by extension in `others`. What might be missed is logged
+    in one line: folders that cannot be read, links to nothing, pipes and devices, images of formats that are not read.
     """
-    real = os.path.realpath(root)
-    if real in above:  # a link back up would never end
-        return
-    folders = []
-    with os.scandir(root) as entries:
-        for entry in sorted(entries, key=lambda e: e.name):
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                folders.append(entry)
-            elif entry.name.lower().endswith(extensions):
-                yield prefix + entry.name
-            else:
-                others[os.path.splitext(entry.name)[1].lower() or "extensionless"] += 1
-    for entry in folders:
-        yield from walk(entry.path, extensions, others, f"{prefix}{entry.name}/", (*above, real))
+    special: Counter = Counter()
+    closed = ""  # the first folder that cannot be read
+    folders: list[tuple[str, str, tuple[str, ...]]] = [(root, "", ())]
+    while folders:
+        folder, prefix, above = folders.pop()
+        real = os.path.realpath(folder)
+        if real in above:  # a link back up would never end
+            continue
+        inside = []
+        try:
+            with os.scandir(folder) as entries:
+                for entry in sorted(entries, key=lambda e: e.name):
+                    if is_hidden(entry.name):
+                        continue
+                    if _is(entry.is_dir):
+                        inside.append((entry.path, f"{prefix}{entry.name}/", (*above, real)))
+                    elif not entry.name.lower().endswith(extensions):
+                        others[os.path.splitext(entry.name)[1].lower() or "extensionless"] += 1
+                    elif _is(entry.is_file):
+                        yield prefix + entry.name
+                    else:
+                        special["links to nothing, pipes or devices"] += 1
+        except OSError as error:
+            closed = closed or f"{folder}: {error.strerror}"
+            special["folders that cannot be read"] += 1
+        folders += reversed(inside)
+    special.update({f"{kind} files": others[kind] for kind in NOT_READ if others[kind]})
+    if special:
+        about = ", ".join(f"{n} {what}" for what, n in special.items())
+        log.warning("%s", printable(f"{root}: left out: {about}" + (closed and f" (the first folder, {closed})")))
+
+
+def _is(kind: Callable[[], bool]) -> bool:
+    """A directory entry's answer; a link that cannot be followed is nothing."""
+    try:
+        return kind()
+    except OSError:  # links in a circle
+        return False
 
 
 def describe_files(others: Counter) -> str:
@@ -222,12 +250,7 @@ class ImageFiles(MapImages):
         return len(self.paths)
 
     def image(self, index: int) -> Tensor:
-        try:
-            with open(self.paths[index], "rb") as file:
-                data = file.read()
-        except OSError as error:
-            raise UnreadableImage(str(error)) from error
-        return decode_rgb(data)
+        return read_rgb(self.paths[index])
 
     def name(self, index: int) -> str:
         return self.paths[index]
@@ -284,7 +307,7 @@ class ImageDataset(ImageFiles):
         super().__init__(resolution, *args, **options)
         root = check_folder(root, self.key)
         with os.scandir(root) as entries:
-            self.classes = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+            self.classes = sorted(e.name for e in entries if not is_hidden(e.name) and _is(e.is_dir))
         self.class_to_idx = {name: i for i, name in enumerate(self.classes)}
         others: Counter = Counter()
         labels = array("i")

@@ -1,8 +1,12 @@
-"""WebDataset shards: tar files on disk or behind http(s), gs, hf and pipe URLs, streamed by the webdataset library.
+"""WebDataset shards: tar files on disk or behind http(s), gs and hf URLs, streamed by the webdataset library.
 
 One path serves local and remote shards, and every shard is read from front to back. A sample is the run of members that
-share a name up to its first dot: one of jpg, jpeg, png, webp, and optionally `cls` (an integer; the label is -1 without
-it). Nothing is unpickled. Items are `(image, label)`, the image uint8 (3, R, R).
+share a name up to its first dot: an image, under one of IMAGE_KEYS, and optionally `cls` (an integer; the label is -1
+without it). Hidden members are passed over. Nothing is unpickled, and nothing is unpacked to the disk. Items are
+`(image, label)`, the image uint8 (3, R, R).
+
+A shell command (`pipe:cat a.tar`) runs only if the caller hands it over itself and allows it: never one that a list or
+a pattern names.
 
 TrainShards: a slot is one worker of one rank. In each pass the shards are permuted by (seed, epoch, pass), the same on
 all ranks, and each slot takes every slots-th one, or all in an order of its own where there are fewer shards than
@@ -14,22 +18,27 @@ positions, which reads but does not decode.
 EvalShards: every sample comes exactly once over ranks x workers. Workers split by shard, ranks by position in the
 worker's stream: each rank reads all bytes but decodes only its share, and knows how many batches the others make.
 
-A shard that cannot be opened, or has no member, is an error that names it. A member that cannot be decoded, and the
-rest of a truncated shard, are logged, counted and skipped.
+A shard that cannot be opened, or holds no image, is an error that names it. An image that cannot be decoded, members
+that are too large or links, and what follows the damage in a shard, are logged, counted and skipped.
 """
 
 from __future__ import annotations
 
+import bz2
 import glob
+import gzip
 import itertools
+import lzma
 import math
 import os
 import random
+import re
 import tarfile
 import zlib
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
-from functools import cache
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache, partial
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -37,8 +46,9 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from latent_verse.config.settings import split_shards
 from latent_verse.data import DataError
-from latent_verse.data.images import EXTENSIONS, MAX_SKIPS, SkipLog, describe_files, walk
+from latent_verse.data.images import EXTENSIONS, MAX_SKIPS, SkipLog, describe_files, is_hidden, walk
 from latent_verse.data.transforms import (
+    MAX_BYTES,
     UnreadableImage,
     centre_crop,
     decode_rgb,
@@ -46,9 +56,16 @@ from latent_verse.data.transforms import (
     random_crop,
     sample_generator,
 )
+from latent_verse.files import lines_of, read_text
 
-IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")
+IMAGE_KEYS = tuple(kind[1:] for kind in EXTENSIONS)  # of several images in a sample, the first of these is taken
+TEXT_KEYS = ("cls", "txt", "json")
+MAX_TEXT = 16 << 20  # bytes of one of these; MAX_BYTES is the limit of an image
 TARS = (".tar", ".tgz", ".tar.gz")
+SCHEMES = ("http", "https", "gs", "hf")  # webdataset opens them without a shell; it knows more
+MAX_SHARDS = 1_000_000  # of one pattern
+# tarfile's own streams would read only the first of several gzip members
+_COMPRESSED = {b"\x1f\x8b": partial(gzip.GzipFile, None, "rb", 9), b"BZh": bz2.BZ2File, b"\xfd7zXZ\0": lzma.LZMAFile}
 SKIP_SLOTS = 1 << 16  # a stream has no index, so a hash of its name distinguishes an unreadable sample
 
 
@@ -57,34 +74,41 @@ def is_remote(shard: str) -> bool:
     return shard.startswith("pipe:") or ("://" in shard and not shard.startswith("file:"))
 
 
-def find_shards(source: str | os.PathLike | Sequence[str], key: str = "train_dir") -> list[str]:
+def find_shards(
+    source: str | os.PathLike | Sequence[str], key: str = "train_dir", allow_pipe: bool = False
+) -> list[str]:
     """The shards that `source` names: a folder of tars, a brace or * pattern, a comma list, a .txt of them, a URL.
 
+    Args:
+        allow_pipe: `source`, or an item of the sequence, may also be `pipe:` and a shell command that writes a tar.
+
     Raises:
-        DataError: a local shard is no file; naming the setting `key` and the first one missing.
+        DataError: a local shard is no file, or a URL of an unknown kind; naming the setting `key` and the first one.
     """
-    shards = _expand(source, key)
+    sources = [source] if isinstance(source, (str, os.PathLike)) else source
+    shards = [shard for part in sources for shard in _expand(os.fspath(part).strip(), key, allow_pipe)]
     missing = [shard for shard in shards if not is_remote(shard) and not os.path.isfile(shard)]
     if missing:
         raise DataError(
-            f"{key}: {len(missing)} of {len(shards)} shards do not exist, the first is {missing[0]}. "
-            f"Check the pattern {source!r}: it must name existing tar files, or be a folder that holds them."
+            f"{key}: {len(missing)} of {len(shards)} shards do not exist as files, the first is {missing[0]}. "
+            f"Check {str(source)[:200]!r}: it must name existing tar files, or be a folder that holds them."
         )
     return shards
 
 
-def _expand(source: str | os.PathLike | Sequence[str], key: str) -> list[str]:
-    from webdataset.shardlists import expand_urls
-
-    if not isinstance(source, (str, os.PathLike)):
-        return [shard for part in source for shard in _expand(part, key)]
-    source = os.fspath(source).strip()
+def _expand(source: str, key: str, allow_pipe: bool = False, lists: tuple[str, ...] = ()) -> list[str]:
+    """The shards that one source names; `lists` are the .txt files that it stands in."""
     if source.startswith("pipe:"):
-        return expand_urls(source)
+        if not allow_pipe:
+            raise DataError(
+                f"{key}: {source[:200]} is a shell command. It runs only with --allow_pipe, and only if --{key} itself "
+                "gives it: not a list, a pattern or a YAML file."
+            )
+        return _braces(source, key, allow_pipe)
     parts = [part.strip() for part in split_shards(source)]
     if len(parts) > 1 and not os.path.exists(source):
-        return [shard for part in parts if part for shard in _expand(part, key)]
-    path = os.path.expanduser(source.removeprefix("file://"))
+        return [shard for part in parts if part for shard in _expand(part, key, lists=lists)]
+    path = os.path.expanduser(source.removeprefix("file://").removeprefix("file:"))
     if os.path.isdir(path):
         others: Counter = Counter()
         shards = [os.path.join(path, name) for name in walk(path, TARS, others)]
@@ -94,19 +118,136 @@ def _expand(source: str | os.PathLike | Sequence[str], key: str) -> list[str]:
             raise DataError(f"{key}: no shard ({' '.join(TARS)}) below {path}, {describe_files(others)}.{hint}")
         return shards
     if path.endswith(".txt") and os.path.isfile(path):
-        with open(path, encoding="utf-8") as file:
-            lines = [line.strip() for line in file if line.strip() and not line.startswith("#")]
+        if os.path.realpath(path) in lists:
+            raise DataError(f"{key}: {path} lists itself. Put one path or URL of a shard on each line.")
+        lines = [line.strip() for line in lines_of(read_text(path)) if line.strip() and not line.startswith("#")]
         if not lines:
             raise DataError(f"{key}: {path} lists no shard. Put one path or URL on each line.")
-        return [shard for line in lines for shard in _expand(line, key)]
+        return [shard for line in lines for shard in _expand(line, key, lists=(*lists, os.path.realpath(path)))]
     if is_remote(source):
-        return expand_urls(source)
+        return _braces(source, key)
     if "*" in path:
         found = sorted(glob.glob(path))
         if not found:
             raise DataError(f"{key}: no file matches {path}. Check the folder and the pattern.")
         return found
-    return expand_urls(path)
+    return _braces(path, key)
+
+
+def _braces(pattern: str, key: str, allow_pipe: bool = False) -> list[str]:
+    """The shards that a pattern with braces names, or the one it is."""
+    from webdataset.shardlists import expand_urls
+
+    count, rest = 1, pattern
+    while (without := re.sub(r"\{([^{}]*)\}", "", rest)) != rest:  # the innermost ones, level by level
+        for inside in re.findall(r"\{([^{}]*)\}", rest):
+            ends = re.match(r"(-?\d+)\.\.(-?\d+)", inside)
+            count *= abs(int(ends[2]) - int(ends[1])) + 1 if ends else inside.count(",") + 1
+        rest = without
+    if count > MAX_SHARDS:
+        raise DataError(f"{key}: {pattern[:200]} names more than {MAX_SHARDS:,} shards. Check what is in its braces.")
+    try:
+        shards = expand_urls(pattern)
+    except (ValueError, AssertionError) as error:  # AssertionError: no environment variable for ${NAME}
+        raise DataError(f"{key}: the pattern {pattern[:200]} cannot be expanded ({error}).") from error
+    for shard in shards:
+        if shard.startswith("pipe:") and not allow_pipe:
+            raise DataError(f"{key}: {pattern[:200]} hides a shell command, which is never run.")
+        scheme, mark, _ = shard.partition("://")
+        if mark and is_remote(shard) and not shard.startswith("pipe:") and scheme.lower() not in SCHEMES:
+            kinds = ", ".join(f"{kind}://" for kind in SCHEMES)
+            raise DataError(f"{key}: {shard[:200]} is a URL of another kind than {kinds}. Download what it names.")
+    return shards
+
+
+class Header(tarfile.TarInfo):
+    """A member's header that is not believed: tarfile takes a damaged one for the end, and reads what one declares."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> Header:
+        header = super().frombuf(buf, encoding, errors)
+        text = header.type in (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, *b"LK".split())
+        if header.size < 0 or (text and header.size > MAX_TEXT):
+            raise tarfile.ReadError(f"a header declares {header.size:,} bytes")
+        return header
+
+    @classmethod
+    def fromtarfile(cls, tar: tarfile.TarFile) -> Header:
+        try:
+            return super().fromtarfile(tar)
+        except tarfile.HeaderError as error:
+            if isinstance(error, tarfile.EOFHeaderError):  # the mark of the end
+                raise
+            raise tarfile.ReadError(f"{error} at byte {tar.offset:,}: it is damaged or cut off") from error
+
+
+class _Start:
+    """A stream of which the first bytes have been read."""
+
+    def __init__(self, start: bytes, stream: BinaryIO):
+        self.start, self.stream = start, stream
+
+    def read(self, size: int) -> bytes:
+        data, self.start = self.start[:size], self.start[size:]
+        return data or self.stream.read(size)
+
+
+class Ending:
+    """A stream that is an error once it has ended: tarfile would ask for ever for what a header declares."""
+
+    def __init__(self, stream: BinaryIO):
+        self.stream, self.ended = stream, 0
+
+    def read(self, size: int) -> bytes:
+        data = self.stream.read(size)
+        self.ended = 0 if data else self.ended + 1
+        if self.ended > 2:
+            raise EOFError("it ends before the bytes that its last header declares")
+        return data
+
+
+def _open_tar(stream: BinaryIO, seek: bool) -> tarfile.TarFile:
+    """A tar on an open file, whatever it is compressed with. Without `seek` it is read in one go, as a pipe must be."""
+    start = stream.read(6)
+    source: Any = stream if seek else _Start(start, stream)
+    if seek:
+        stream.seek(0)
+    unpack = next((unpack for mark, unpack in _COMPRESSED.items() if start.startswith(mark)), lambda packed: packed)
+    plain = unpack(source)
+    return tarfile.open(fileobj=plain if seek else Ending(plain), mode="r:" if seek else "r|", tarinfo=Header)
+
+
+def _members(
+    stream: BinaryIO, shard: str, note: Callable[[Exception], bool], found: Counter, headers_only: bool = False
+) -> Iterator[dict]:
+    """The members of an open shard, as webdataset's `group_by_keys` takes them; the bytes only of those that are used.
+
+    Hidden members are passed over. Links, devices, and members that are too large go to `note`, as does what is wrong
+    with the archive, and ends it. `found` counts the members by what follows the first dot of their names.
+    """
+    from webdataset.tariterators import base_plus_ext
+
+    try:
+        with _open_tar(stream, seek=headers_only) as tar:
+            for info in tar:
+                tar.members = []  # else tarfile keeps them all
+                parts = info.name.split("/")
+                if info.isdir() or any(map(is_hidden, parts)) or re.fullmatch("__.*__", parts[0]):
+                    continue
+                kind = (base_plus_ext(info.name)[1] or "").lower()
+                limit = MAX_BYTES if kind in IMAGE_KEYS else MAX_TEXT if kind in TEXT_KEYS else None
+                if limit and not info.isreg():
+                    note(ValueError(f"{info.name} is a link or device; pack the file itself"))
+                elif limit and info.size > limit:
+                    note(ValueError(f"{info.name} holds {info.size:,} bytes; at most {limit:,} are read"))
+                else:
+                    found[f".{kind}" if kind else "without an extension"] += 1
+                    data = tar.extractfile(info).read() if limit and not headers_only else b""
+                    yield {"fname": info.name, "data": data, "__url__": shard}
+            if not headers_only and tar.fileobj.read(1 << 20).strip(b"\0"):
+                note(ValueError("more data follows the end of the archive: is it several, joined? Pack them anew"))
+    except Exception as error:  # tarfile raises nearly anything on damaged bytes
+        note(error)
 
 
 def count_images(shard: str) -> int:
@@ -119,17 +260,10 @@ def count_images(shard: str) -> int:
 def _count_images(shard: str, size: int, changed: int) -> int:
     from webdataset.tariterators import group_by_keys
 
-    def headers() -> Iterator[dict]:
-        try:
-            with tarfile.open(shard) as tar:
-                for member in tar:
-                    if member.isreg() and not member.name.startswith("__"):
-                        yield {"fname": member.name, "data": b"", "__url__": shard}
-                    tar.members = []  # else tarfile keeps them all
-        except (tarfile.TarError, OSError, EOFError, zlib.error):
-            return  # reading the samples reports it
-
-    return sum(_image_key(sample) is not None for sample in group_by_keys(headers(), handler=lambda error: True))
+    ignore = lambda error: True  # noqa: E731 - what is wrong is said when the samples are read
+    with open(shard, "rb") as stream:
+        members = _members(stream, shard, ignore, Counter(), headers_only=True)
+        return sum(_image_key(sample) is not None for sample in group_by_keys(members, handler=ignore))
 
 
 def _image_key(raw: dict) -> str | None:
@@ -140,39 +274,49 @@ def read_shards(shards: Iterable[str], skipped: SkipLog) -> Iterator[dict]:
     """Undecoded samples that hold an image: dicts with `__key__`, `__url__` and the bytes of each member.
 
     Raises:
-        DataError: a shard cannot be opened, or nothing in it can be read.
+        DataError: a shard cannot be opened, or no image in it can be read.
     """
     from webdataset.gopen import gopen
-    from webdataset.tariterators import group_by_keys, tar_file_expander
+    from webdataset.tariterators import group_by_keys
 
     for shard in shards:
         errors: list[Exception] = []
-        seen = 0
+        found: Counter = Counter()
+        images = 0
 
         def note(error: Exception, errors: list = errors) -> bool:
-            errors.append(error)
+            errors[1:] = [error]  # the first and the last
             return True  # so webdataset continues
 
         try:
-            stream = gopen(shard)
+            stream = gopen(shard) if is_remote(shard) else open(shard, "rb")  # noqa: SIM115 - closed below
         except Exception as error:
             raise DataError(f"shard {shard} cannot be opened: {error}") from error
         try:
-            files = tar_file_expander([{"url": shard, "stream": stream}], handler=note)
-            for raw in group_by_keys(files, handler=note):
-                seen += 1
+            for raw in group_by_keys(_members(stream, shard, note, found), handler=note):
                 if _image_key(raw):
+                    images += 1
                     yield raw
         finally:
             try:
                 stream.close()
             except OSError as error:  # a pipe's exit status; SIGPIPE and curl's 23 only say that we closed it first
                 if getattr(stream, "status", None) not in (-13, 141, 23):
-                    errors.append(error)
-        if errors and not seen:
+                    note(error)
+        if not images and errors:
             raise DataError(f"shard {shard} cannot be read: {errors[-1]}. Is it a complete tar file?") from errors[-1]
+        if not images:
+            raise DataError(
+                f"shard {shard} holds no image: {describe_files(found)}. A sample is the run of members that share a "
+                f"name up to the first dot, and its image what is called {', '.join(IMAGE_KEYS)} after it (a.b.jpg is "
+                "no image, but a member `b.jpg` of `a`). Pack it with such names."
+            )
         if errors:
-            skipped.add(zlib.crc32(shard.encode()), f"part of shard {shard}", errors[0])
+            skipped.add(_slot(shard), f"part of shard {shard}", errors[0])
+
+
+def _slot(name: str) -> int:
+    return zlib.crc32(name.encode("utf-8", "surrogateescape"))  # names in tars are any bytes
 
 
 def _worker() -> tuple[int, int]:
@@ -188,6 +332,7 @@ class Shards:
         resize_ratio, seed: of training's crops, as in images.MapImages.
         size: samples of a training epoch; None counts those in the shards, which remote ones do not allow.
         key: the setting that error messages mention.
+        allow_pipe: the source may be a shell command, as in `find_shards`.
 
     Attributes:
         shape: of one image, (3, R, R).
@@ -206,11 +351,14 @@ class Shards:
         shuffle_buffer: int = 1000,
         size: int | None = None,
         key: str = "train_dir",
+        allow_pipe: bool = False,
     ):
-        self.shards = find_shards(source, key)
+        self.shards = find_shards(source, key, allow_pipe)
         self.resolution, self.shape, self.size = resolution, (3, resolution, resolution), size
         self.resize_ratio, self.seed, self.shuffle_buffer = resize_ratio, seed, shuffle_buffer
-        self.skipped = SkipLog(SKIP_SLOTS)
+        self.skipped, self.key = SkipLog(SKIP_SLOTS), key
+        if not self.remote:
+            self.count(self.shards[:1])  # a wrong layout is seen in the first
 
     @property
     def remote(self) -> bool:
@@ -219,8 +367,22 @@ class Shards:
 
     @property
     def samples(self) -> int | None:
-        """Samples of an epoch; None where they are neither given nor to be counted."""
-        return self.size or (None if self.remote else sum(map(count_images, self.shards)))
+        """Samples of an epoch; None where they are neither given nor to be counted.
+
+        Raises:
+            DataError: a local shard holds no image, or cannot be read.
+        """
+        return self.size or (None if self.remote else self.count(self.shards))
+
+    def count(self, shards: Sequence[str]) -> int:
+        """Samples of local shards. Raises as `read_shards`, naming the setting."""
+        counts = list(map(count_images, shards))
+        try:
+            for _ in read_shards((name for name, n in zip(shards, counts, strict=True) if not n), self.skipped):
+                pass  # it raises: nothing is in them
+        except DataError as error:
+            raise DataError(f"{self.key}: {error}") from error
+        return sum(counts)
 
     def decode(self, raw: dict) -> Tensor:
         """The whole image of a sample, uint8 (3, H, W).
@@ -251,7 +413,7 @@ class _Stream(IterableDataset):
 
     def _note_unreadable(self, raw: dict, error: Exception) -> None:
         name = f"{raw['__key__']} in {raw['__url__']}"
-        self.source.skipped.add(zlib.crc32(name.encode()), name, error)
+        self.source.skipped.add(_slot(name), name, error)
 
 
 class TrainShards(_Stream):
@@ -315,19 +477,12 @@ class TrainShards(_Stream):
 
         shards, seed = self.source.shards, self.source.seed
         shared = len(shards) >= slots
-        barren = 0  # shards read since the last sample
         for turn in itertools.count():
             parts = (seed, epoch, turn) if shared else (seed, epoch, turn, slot)
             order = random.Random(mix_seed(*parts)).sample(shards, len(shards))
             mine = order[slot::slots] if shared else order
             rng = random.Random(mix_seed(seed, epoch, turn, slot, 1))
-            barren += len(mine)
-            raws = read_shards(mine, self.source.skipped)
-            for raw in webdataset.shuffle(self.source.shuffle_buffer, rng=rng)(raws):
-                barren = 0
-                yield raw
-            if barren >= 4 * len(shards):
-                raise DataError(f"no sample with an image ({' '.join(IMAGE_KEYS)}) in {shards[0]} and the others.")
+            yield from webdataset.shuffle(self.source.shuffle_buffer, rng=rng)(read_shards(mine, self.source.skipped))
 
 
 class EvalShards(_Stream):
@@ -342,7 +497,7 @@ class EvalShards(_Stream):
         if self.source.remote:
             return None
         workers = max(1, workers)
-        return sum(self._batches(sum(map(count_images, self.source.shards[w::workers]))) for w in range(workers))
+        return sum(self._batches(self.source.count(self.source.shards[w::workers])) for w in range(workers))
 
     def __iter__(self) -> Iterator[tuple[Tensor, int | str] | None]:
         worker, workers = _worker()

@@ -5,6 +5,10 @@ Everything else, and everything that decoder refuses, goes through Pillow, as do
 such decoder. Resizing is bilinear with antialiasing, in uint8. The results equal torchvision's transforms on PIL images
 to within 2/255 (a test holds this; usually they are identical).
 
+Only FORMATS are decoded, told by content and not by name: Pillow knows forty more, and starts Ghostscript for one of
+them. Size is bounded before memory is taken: MAX_BYTES of a file, MAX_PIXELS of an image. JPEGs of up to twice as many
+pixels, photos of 100 and 150 megapixels, are read at half their width and height.
+
 Shapes: C = 3 colours, H x W the image's size, R the resolution. uint8 images lie in [0, 255], float in [-1, 1].
 """
 
@@ -12,12 +16,14 @@ from __future__ import annotations
 
 import io
 import math
+import os
+import stat
 import warnings
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2.functional import InterpolationMode, resize_image
 
@@ -29,10 +35,42 @@ except ImportError:
     decode_jpeg = None
 
 
-class UnreadableImage(DataError):
-    """These bytes are no readable image: corrupt, truncated, a decompression bomb, an unknown format."""
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM")  # Pillow's names, of the only formats that are decoded
+FORMATS_TEXT = "jpg, png, bmp, webp, tif, ppm or pgm"  # the same for messages
+MAX_PIXELS = 89_478_485  # of an image: Pillow's own limit, at which it only warns; at most 1 GB while it is decoded
+MAX_BYTES = 1 << 29  # of an image file: 512 MiB, which MAX_PIXELS of 16-bit RGB just fill
+STRIP = 1 << 22  # pixels that are converted at once
 
-    remedy = "Were the shards written with image bytes under jpg, jpeg, png or webp?"  # where many do so in a row
+# What the others begin with, to name them: (offset, bytes, name)
+_OTHER_FORMATS = (
+    (0, b"GIF8", "GIF"),
+    *((8, brand, "HEIC") for brand in (b"heic", b"heix", b"hevc", b"mif1", b"msf1")),
+    *((8, brand, "AVIF") for brand in (b"avif", b"avis")),
+    (0, b"\xff\x0a", "JPEG XL"),
+    (0, b"\x00\x00\x00\x0cJXL ", "JPEG XL"),
+    (0, b"\x00\x00\x00\x0cjP  ", "JPEG 2000"),
+    (0, b"%!PS", "EPS"),
+    (0, b"\xc5\xd0\xd3\xc6", "EPS"),
+    (0, b"%PDF", "PDF"),
+    (0, b"8BPS", "PSD"),
+    (0, b"\x00\x00\x01\x00", "ICO"),
+    (0, b"qoif", "QOI"),
+    (0, b"DDS ", "DDS"),
+    (0, b"<svg", "SVG"),
+    (0, b"<?xml", "XML (SVG?)"),
+    (0, b"<html", "an HTML page"),
+    (0, b"<!DOCTYPE", "an HTML page"),
+    (0, b"<!doctype", "an HTML page"),
+    (0, b"version https://git-lfs", "a Git LFS pointer: fetch the file itself"),
+    (0, b"PK\x03\x04", "a zip archive"),
+    (0, b"\x1f\x8b", "gzip"),
+)
+
+
+class UnreadableImage(DataError):
+    """This is no readable image: absent, corrupt, truncated, too large, of another format."""
+
+    remedy = f"Were the shards written with image bytes under {FORMATS_TEXT}?"  # where many do so in a row
 
 
 # EXIF orientation -> what turns a CHW tensor upright. 1 is upright already.
@@ -47,28 +85,88 @@ _UPRIGHT: dict[int, Callable[[Tensor], Tensor]] = {
 }
 
 
+def read_rgb(path: str | os.PathLike) -> Tensor:
+    """The image in a file as uint8 (3, H, W); see decode_rgb.
+
+    Raises:
+        UnreadableImage: the file is absent, no regular file, of more than MAX_BYTES, or no whole, readable image.
+    """
+    try:
+        info = os.stat(path)
+        if not stat.S_ISREG(info.st_mode):  # reading a pipe or device might never end
+            raise UnreadableImage("it is a folder" if stat.S_ISDIR(info.st_mode) else "it is a pipe or device, no file")
+        check_bytes(info.st_size)
+        with open(path, "rb") as file:
+            data = file.read()
+    except (OSError, ValueError) as error:  # ValueError: a path with a null character
+        if isinstance(error, UnreadableImage):
+            raise
+        raise UnreadableImage(getattr(error, "strerror", None) or str(error)) from error
+    return decode_rgb(data)
+
+
+def check_bytes(size: int) -> None:
+    """Refuse an image file of too many bytes, before it is read.
+
+    Raises:
+        UnreadableImage: there are more than MAX_BYTES, or none.
+    """
+    if not 0 < size <= MAX_BYTES:
+        raise UnreadableImage(f"it holds {size:,} bytes; at most {MAX_BYTES:,} are read" if size else "it is empty")
+
+
 def decode_rgb(data: bytes) -> Tensor:
     """The image in `data` as uint8 (3, H, W), upright by its EXIF orientation.
 
     Transparency is composited over white. 16-bit images are scaled to 8 bits, not clipped. An animation gives its first
-    frame. Colour profiles are not applied.
+    frame. Colour profiles are not applied. H and W are half those of a JPEG of more than MAX_PIXELS.
 
     Raises:
-        UnreadableImage: it is not a whole, readable image; with the decoder's reason.
+        UnreadableImage: it is not a whole, readable image of one of FORMATS, or has more than MAX_PIXELS (a JPEG twice
+            as many); with the reason.
     """
     try:
+        check_bytes(len(data))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of odd metadata; what matters to us is raised
             return _decode(data)
+    except UnreadableImage:
+        raise
     except UnidentifiedImageError as error:  # whose own text names a buffer's address
-        raise UnreadableImage("it is not an image of a known format, or damaged from its first bytes on") from error
+        raise UnreadableImage(_what_else(data)) from error
+    except MemoryError as error:
+        raise UnreadableImage("there is not enough memory to decode it") from error
     except Exception as error:  # decoders raise nearly anything on damaged bytes, from SyntaxError to struct.error
-        raise UnreadableImage(f"{type(error).__name__}: {error}") from error
+        raise UnreadableImage(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
+
+
+def _what_else(data: bytes) -> str:
+    """Why data of none of FORMATS cannot be read: what it is, if that can be told."""
+    start = data[:256].lstrip()
+    for offset, mark, name in _OTHER_FORMATS:
+        if start[offset : offset + len(mark)] == mark:
+            return f"it is {name}; images may be {FORMATS_TEXT}"
+    return f"it is not an image of a known format ({FORMATS_TEXT}), or damaged from its first bytes on"
+
+
+def check_pixels(width: int, height: int) -> None:
+    """Refuse an image of too many pixels, before it is decoded.
+
+    Raises:
+        UnreadableImage: there are more than MAX_PIXELS, or none.
+    """
+    if not 0 < width * height <= MAX_PIXELS:
+        raise UnreadableImage(f"it has {width} x {height} pixels; between 1 and {MAX_PIXELS:,} are decoded")
 
 
 def _decode(data: bytes) -> Tensor:
-    image = Image.open(io.BytesIO(data))  # reads the header only, and refuses decompression bombs
-    if decode_jpeg and image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L"):
+    image = Image.open(io.BytesIO(data), formats=FORMATS)  # reads the header only
+    jpeg = image.format in ("JPEG", "MPO")  # a phone's MPO is a JPEG with more behind it
+    halved = jpeg and MAX_PIXELS < image.width * image.height <= 2 * MAX_PIXELS
+    if halved:
+        image.draft("RGB", (image.width // 2, image.height // 2))
+    check_pixels(*image.size)
+    if decode_jpeg and jpeg and image.mode in ("RGB", "L") and not halved:
         orientation = image.getexif().get(0x0112, 1) if "exif" in image.info or "xmp" in image.info else 1
         try:
             x_CHW = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
@@ -76,7 +174,21 @@ def _decode(data: bytes) -> Tensor:
         except RuntimeError:
             pass  # this torchvision has no libjpeg, or the file is damaged: Pillow decides
     image.load()
-    return _pil_to_tensor(_to_rgb(ImageOps.exif_transpose(image)))
+    check_pixels(*image.size)  # a WebP's or TIFF's header may have said something else
+    return _UPRIGHT.get(image.getexif().get(0x0112, 1), lambda x: x)(_pil_to_tensor(image))
+
+
+def _pil_to_tensor(image: Image.Image) -> Tensor:
+    """An image of any mode as uint8 (3, H, W), made strip by strip: a large one's copies would add up to gigabytes."""
+    width, height = image.size
+    rows = max(1, STRIP // width)
+    if rows >= height:
+        return torch.from_numpy(np.array(_to_rgb(image))).permute(2, 0, 1)
+    x_HWC = np.empty((height, width, 3), np.uint8)
+    for top in range(0, height, rows):
+        bottom = min(top + rows, height)
+        x_HWC[top:bottom] = np.asarray(_to_rgb(image.crop((0, top, width, bottom))))
+    return torch.from_numpy(x_HWC).permute(2, 0, 1)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -95,10 +207,6 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _pil_to_tensor(image: Image.Image) -> Tensor:
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
 def centre_crop(image: Tensor | Image.Image, resolution: int) -> Tensor:
     """The resizing and cropping of all evaluation: shorter side to `resolution` (bilinear, antialiased), centre square.
 
@@ -106,7 +214,7 @@ def centre_crop(image: Tensor | Image.Image, resolution: int) -> Tensor:
     here, the reference statistics of FID included.
     """
     if isinstance(image, Image.Image):
-        image = _pil_to_tensor(_to_rgb(image))
+        image = _pil_to_tensor(image)
     _, height, width = image.shape
     short, long = min(height, width), max(height, width)
     new_long = int(resolution * long / short)  # torchvision's rounding, as in Resize(resolution)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -20,9 +21,17 @@ from torch import Tensor
 
 from latent_verse.config import ConfigError, SamplingSettings
 from latent_verse.data import DataError
-from latent_verse.data.images import EXTENSIONS
-from latent_verse.data.transforms import centre_crop, decode_rgb, mix_seed
-from latent_verse.files import differences, write_json, write_text
+from latent_verse.data.images import EXTENSIONS, describe_files, walk
+from latent_verse.data.transforms import UnreadableImage, centre_crop, check_pixels, mix_seed, read_rgb
+from latent_verse.files import (
+    differences,
+    lines_of,
+    parse_json,
+    read_json_object,
+    read_text,
+    write_json,
+    write_text,
+)
 from latent_verse.inference.image_io import save_png
 from latent_verse.inference.pipeline import LVerse
 from latent_verse.metrics.processes import Ranks
@@ -47,8 +56,8 @@ def read_image(path: Path, resolution: int) -> Tensor:
         DataError: it is absent or cannot be read.
     """
     try:
-        return centre_crop(decode_rgb(path.read_bytes()), resolution)
-    except (OSError, DataError) as error:
+        return centre_crop(read_rgb(path), resolution)
+    except UnreadableImage as error:
         raise DataError(f"image {path} cannot be read: {error}. Generate or copy it again.") from error
 
 
@@ -116,11 +125,11 @@ def _claim(folder: Path, about: dict[str, object]) -> None:
     """Write the settings into a new folder; one that holds images must have the same settings."""
     file = folder / ABOUT
     if not file.is_file():
-        if any(folder.glob("*.png")):
+        if any(walk(str(folder), (".png",), Counter())):
             raise ConfigError(f"{folder} holds images of unknown origin. Give another --name, or remove them.")
         write_json(file, about)
         return
-    changed = differences(json.loads(file.read_text()), about)
+    changed = differences(read_json_object(file), about)
     if changed:
         raise ConfigError(
             f"{folder} holds images of different settings:\n  " + "\n  ".join(changed) + "\nGive the old settings to "
@@ -137,8 +146,10 @@ def write_index(folder: Path, texts: Sequence[str], candidates: int) -> None:
     lines = []
     for i, text in enumerate(texts):
         for j, file in enumerate(_files(folder, i, candidates)):
-            with Image.open(file) as image:
-                log_p = float(image.text["log_p"])
+            try:
+                log_p = float(_png_text(file)["log_p"])
+            except (KeyError, ValueError) as error:
+                raise DataError(f"{file} is no image of this run: it holds no log_p. Remove it, and rerun.") from error
             lines.append(json.dumps({"file": file.name, "text": text, "number": j, "log_p": log_p}, ensure_ascii=False))
     write_text(folder / INDEX, "\n".join(lines) + "\n")
 
@@ -147,60 +158,111 @@ def read_groups(folder: Path) -> list[Group]:
     """The images of a folder, in order, by caption: those of its pictures.jsonl, or any image files.
 
     Without an index every file is a group of its own; its caption is `<name>.txt` beside it, or the PNG's `text`.
+    Hidden and special files are passed over.
 
     Raises:
         DataError: there is no such folder, no image, or an index that does not fit them.
+        FileError: a caption or the index is not UTF-8.
     """
     if not folder.is_dir():
         raise DataError(f"generated_dir: {folder} is no folder. Give one that holds images.")
     if (folder / INDEX).is_file():
         return _read_index(folder)
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS and p.name != "grid.png")
+    others: Counter = Counter()
+    files = sorted(folder / name for name in walk(str(folder), EXTENSIONS, others))
+    files = [file for file in files if file.name != "grid.png"]
     if not files:
-        raise DataError(f"generated_dir: no image below {folder}; looked for {' '.join(EXTENSIONS)}.")
+        looked_for = f"looked for {' '.join(EXTENSIONS)}, {describe_files(others)}"
+        raise DataError(f"generated_dir: no image below {folder}; {looked_for}.")
     return [Group(_text_of(file), [file], [None]) for file in files]
 
 
 def _text_of(file: Path) -> str | None:
     beside = file.with_suffix(".txt")
     if beside.is_file():
-        lines = [line.strip() for line in beside.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        lines = [line.strip() for line in lines_of(read_text(beside)) if line.strip()]
         return lines[0] if lines else None
-    if file.suffix.lower() != ".png":
-        return None
+    return _png_text(file).get("text") if file.suffix.lower() == ".png" else None
+
+
+def _png_text(file: Path) -> dict[str, str]:
+    """The text metadata of a PNG file; none where it cannot be read, which is said when its pixels are needed."""
     try:
-        with Image.open(file) as image:
-            return image.text.get("text")
-    except (OSError, SyntaxError, AttributeError):
-        return None
+        with Image.open(file, formats=["PNG"]) as image:
+            check_pixels(*image.size)  # metadata may stand behind the pixels, which are decoded then
+            return dict(image.text)
+    except (OSError, SyntaxError, ValueError):
+        return {}
 
 
 def _read_index(folder: Path) -> list[Group]:
     groups: list[Group] = []
-    for number, line in enumerate((folder / INDEX).read_text(encoding="utf-8").splitlines(), start=1):
+    named: dict[str, int] = {}
+    for number, line in enumerate(lines_of(read_text(folder / INDEX)), start=1):
         where = f"generated_dir: {folder / INDEX} line {number}"
-        try:
-            entry = json.loads(line)
-            file, text, place = folder / entry["file"], entry.get("text"), int(entry.get("number", 0))
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{where} is not {{file, text, number}}: {error!r}.") from error
+        name, text, place, log_p = _entry(line, where)
+        file = folder / name
+        if os.path.normpath(name) in named:
+            first = named[os.path.normpath(name)]
+            raise DataError(f"{where}: {name} stands in line {first} already. Give each image one line.")
+        named[os.path.normpath(name)] = number
         if not file.is_file():
             raise DataError(f"{where}: {file} does not exist. Copy the whole folder.")
         if place == 0 or not groups:
             groups.append(Group(text))
         groups[-1].files.append(file)
-        groups[-1].log_p.append(entry.get("log_p"))
+        groups[-1].log_p.append(log_p)
     if not groups:
         raise DataError(f"generated_dir: {folder / INDEX} is empty: there is no image to evaluate.")
     counts = {len(group.files) for group in groups}
     if len(counts) > 1:
         raise DataError(f"generated_dir: {folder / INDEX} has {sorted(counts)} images per caption; make them equal.")
+    scored = {value is not None for group in groups for value in group.log_p}
+    if len(scored) > 1:
+        raise DataError(
+            f"generated_dir: {folder / INDEX} has log_p for some images only. Give it for all, or for none."
+        )
     return groups
 
 
+def _entry(line: str, where: str) -> tuple[str, str | None, int, float | None]:
+    """file, text, number and log_p of a line of an index.
+
+    Raises:
+        DataError: it is something else, or the file lies outside the folder.
+    """
+    entry = parse_json(line, where)
+    if not isinstance(entry, dict):
+        raise DataError(f"{where} is not {{file, text, number}}, but {line[:80]!r}.")
+    name, text, place, log_p = (entry.get(key) for key in ("file", "text", "number", "log_p"))
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise DataError(f"{where}: `file` is {name!r}; it has to be the name of an image in the folder.")
+    if os.path.isabs(name) or ".." in Path(name).parts:
+        raise DataError(f"{where}: `file` {name} leads out of the folder. Copy the image into it.")
+    if not isinstance(text, str | None):
+        raise DataError(f"{where}: `text` is {text!r:.80}; captions are strings.")
+    place = 0 if place is None else place
+    if not isinstance(place, int) or isinstance(place, bool) or place < 0:
+        raise DataError(f"{where}: `number` is {place!r:.80}; it has to be 0, 1, ... for each caption's images.")
+    if isinstance(log_p, bool) or not isinstance(log_p, int | float | None) or not math.isfinite(log_p or 0):
+        raise DataError(f"{where}: `log_p` is {log_p!r:.80}; it has to be a number, or left out.")
+    return name, text, place, None if log_p is None else float(log_p)
+
+
 def fingerprint_files(files: Sequence[Path]) -> str:
-    """16 hexadecimal digits of the files' names and contents, which identify what was evaluated."""
+    """16 hexadecimal digits of the files' names and contents, which identify what was evaluated.
+
+    Raises:
+        DataError: one cannot be read.
+    """
     digest = hashlib.sha256()
     for file in files:
-        digest.update(os.path.basename(file).encode() + hashlib.sha256(file.read_bytes()).digest())
+        try:
+            with file.open("rb") as content:
+                inside = hashlib.sha256()
+                while data := content.read(1 << 20):
+                    inside.update(data)
+        except OSError as error:
+            raise DataError(f"{file} cannot be read: {error.strerror}.") from error
+        digest.update(os.path.basename(file).encode("utf-8", "surrogateescape") + inside.digest())
     return digest.hexdigest()[:16]

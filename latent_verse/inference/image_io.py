@@ -18,7 +18,14 @@ from torch import Tensor
 from latent_verse.biart.sampling import NotFinite
 from latent_verse.config.settings import expand
 from latent_verse.data import DataError
-from latent_verse.data.transforms import centre_crop, decode_rgb, to_unit_range
+from latent_verse.data.transforms import (
+    FORMATS_TEXT,
+    UnreadableImage,
+    centre_crop,
+    check_pixels,
+    read_rgb,
+    to_unit_range,
+)
 from latent_verse.files import replacing
 
 ImageLike = Image.Image | str | os.PathLike | Tensor  # what `load_image` takes
@@ -37,13 +44,14 @@ def load_image(image: ImageLike, resolution: int) -> Tensor:
     """
     if isinstance(image, (str, os.PathLike)):
         try:
-            return to_unit_range(centre_crop(decode_rgb(Path(expand(image, True, "image")).read_bytes()), resolution))
-        except (OSError, DataError) as error:
-            raise DataError(f"image {image} cannot be read: {error}. Give a whole JPEG, PNG or WebP file.") from error
+            return to_unit_range(centre_crop(read_rgb(expand(image, True, "image")), resolution))
+        except UnreadableImage as error:
+            raise DataError(f"image {image} cannot be read: {error}. Give a whole file: {FORMATS_TEXT}.") from error
     if isinstance(image, Image.Image):
         try:
+            check_pixels(*image.size)
             return to_unit_range(centre_crop(ImageOps.exif_transpose(image), resolution))
-        except (OSError, ValueError, SyntaxError) as error:
+        except Exception as error:  # it may still have to be decoded, and Pillow raises nearly anything then
             raise DataError(f"the image {image!r} cannot be read: {error}") from error
     if not isinstance(image, Tensor):
         raise DataError(f"{type(image).__name__} is not an image: give a path, a PIL image or a tensor (3, H, W).")
@@ -53,7 +61,8 @@ def load_image(image: ImageLike, resolution: int) -> Tensor:
     if image.dtype == torch.uint8:
         return to_unit_range(centre_crop(image, resolution))
     if not image.is_floating_point() or not bool((image.abs() <= 1.001).all()):  # resizing may overshoot a little
-        found = f"{image.dtype} has values from {image.min():g} to {image.max():g}"
+        real = image.to(torch.complex128).real
+        found = f"{image.dtype} has values from {real.min():g} to {real.max():g}"
         raise DataError(f"an image of {found}; give floats in [-1, 1] (x / 127.5 - 1), or uint8 in [0, 255].")
     image = image.float().clamp(-1, 1)
     if image.shape[1:] == (resolution, resolution):

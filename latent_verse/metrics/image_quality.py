@@ -173,12 +173,10 @@ def load_reference(path: Path, about: dict[str, object], radii: Sequence[int]) -
         DataError: the file is damaged, of another set than `about`, or lacks a radius.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = dict(file)
-        found = json.loads(str(arrays["about"]))
-        count = int(arrays["count"])
-    except (OSError, ValueError, KeyError, EOFError) as error:
-        raise DataError(f"reference_stats: {path} holds no reference statistics ({error!r}). Name another.") from error
+        arrays, found, count = _arrays(path)
+    except Exception as error:  # of a damaged archive numpy and zipfile raise nearly anything
+        said = " ".join(str(error).split())[:200]
+        raise DataError(f"reference_stats: {path} holds no reference statistics ({said}). Name another.") from error
     other = differences(found, about) + [f"blur radius {k} is not in it" for k in radii if f"mu_{k}" not in arrays]
     if other:
         raise DataError(f"reference_stats: {path} is of another set or network ({'; '.join(other)}). Name a new file.")
@@ -188,6 +186,28 @@ def load_reference(path: Path, about: dict[str, object], radii: Sequence[int]) -
         outer_FF = sigma_FF * max(count - 1, 1) + count * torch.outer(mean_F, mean_F)
         moments[k] = Moments(count, mean_F * count, outer_FF)
     return ImageFeatures(moments, dict(enumerate(arrays["features"])))
+
+
+def _arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, object], int]:
+    """The arrays of a file of statistics, whose shapes and values are checked; `about` and `count` of it."""
+    with np.load(path, allow_pickle=False) as file:
+        arrays = dict(file)
+    found, count, features = json.loads(str(arrays["about"])), int(arrays["count"]), arrays["features"]
+    width = features.shape[-1] if features.size else next(v for k, v in arrays.items() if k.startswith("mu_")).shape[-1]
+    shapes = {"mu": (width,), "sigma": (width, width), "features": (len(features), width)}
+    for name, array in arrays.items():
+        kind = name.split("_")[0]
+        if kind not in shapes:
+            continue
+        if array.dtype.kind != "f" or not np.isfinite(array).all():
+            raise ValueError(f"{name} has values that are no finite numbers")
+        if array.shape != shapes[kind] and array.size:
+            raise ValueError(f"{name} has the shape {array.shape}, not {shapes[kind]}")
+        if kind == "mu" and f"sigma{name[2:]}" not in arrays:
+            raise ValueError(f"sigma{name[2:]} is missing")
+    if not isinstance(found, dict) or count < 1:
+        raise ValueError(f"`about` or `count` is damaged: {count}")
+    return arrays, found, count
 
 
 def inception_score(logits: dict[int, np.ndarray], splits: int) -> dict[str, float]:

@@ -164,6 +164,30 @@ def test_settings_that_change_only_how_a_model_trains():
     assert training_only(BiARTConfig) == {"embd_pdrop", "resid_pdrop", "attn_pdrop"}
 
 
+@pytest.mark.parametrize("resolve", [resolve_train_vae, resolve_eval_vae, resolve_train_biart])
+def test_shell_commands_are_taken_from_flags_only(resolve, tmp_path):
+    """A YAML file may be someone else's: neither the command nor the permission counts in it."""
+    kind = {resolve_train_vae: TrainVAEConfig, resolve_eval_vae: EvalVAEConfig}.get(resolve, TrainBiARTConfig)
+    need = ["--vae_path", "v"] if kind is TrainBiARTConfig else ["--ckpt_path", "v"] if kind is EvalVAEConfig else []
+    need += ["--dataset", "webdataset"] + (["--train_dir", "t"] if kind is not EvalVAEConfig else [])
+    pipe, file = "pipe:cat a.tar", tmp_path / "shared.yaml"
+    cases = [
+        ("", ["--val_dir", pipe], ["val_dir", pipe, "--allow_pipe"]),
+        (f"val_dir: '{pipe}'", ["--allow_pipe"], ["val_dir", file]),
+        ("allow_pipe: true", ["--val_dir", pipe], ["allow_pipe", file, "--allow_pipe"]),
+        (f"val_dir: '{pipe}'\nallow_pipe: true", [], ["val_dir", file]),
+        ("", ["--val_dir", pipe, "--allow_pipe"], None),
+    ]
+    for text, flags, facts in cases:
+        file.write_text(text)
+        config, given = parse(kind, ["-c", str(file), *need, *flags], "")
+        if facts is None:
+            assert resolve(config, given).data.allow_pipe
+            continue
+        with pytest.raises(ConfigError, match=naming(*facts)):
+            resolve(config, given)
+
+
 # ------------------------------------------------------------------------------------------------------- shipped files
 
 

@@ -267,6 +267,115 @@ def test_damaged_folders_are_named(made, tmp_path):
         CodesDataset(out)
 
 
+@pytest.mark.parametrize(
+    ("changes", "facts"),
+    [
+        ({"pairs": 10**15}, [f"{10**15:,}"]),  # before memory is taken
+        ({"crops_per_image": 10**9}, [f"{10**9}"]),
+        ({"pairs": "7"}, ["pairs", "'7'"]),
+        ({"pairs": True}, ["pairs", "True"]),
+        ({"pairs": -1}, ["pairs", -1]),
+        ({"image_len": 0}, ["image_len", 0]),
+        ({"codebook_size": None}, ["codebook_size", "None"]),
+        ({"text_vocab": 1.5}, ["text_vocab", 1.5]),
+        ({"text_vocab": 2}, ["codes-00000.tar", "ids"]),
+        ({"image_len": 4}, ["codes-00000.tar", "codes.json"]),
+        ({"vae": ["x"]}, ["vae"]),
+        ({"tokenizer": None}, ["tokenizer"]),
+        ({"shards": []}, ["shards"]),
+        ({"shards": {"codes-00000.tar": 3}}, ["shards"]),
+        ({"shards": {"../codes-00000.tar": {"pairs": 3, "captions": 6, "skipped": 0}}}, ["shards"]),
+        ({"shards": {"gone.tar": {"pairs": 7, "captions": 6, "skipped": 0}}}, ["gone.tar"]),
+    ],
+)
+def test_a_damaged_description_is_named(made, changes, facts):
+    out, _, _ = made()
+    meta = json.loads((out / "codes.json").read_text())
+    (out / "codes.json").write_text(json.dumps(meta | changes))
+    with pytest.raises(DataError, match=naming(out, *facts)):
+        CodesDataset(out)
+
+
+def test_shards_other_than_those_that_were_written_are_named(made):
+    out, _, _ = made()
+    names = [f"codes-0000{i}.tar" for i in range(3)]
+    whole = [(out / name).read_bytes() for name in names]
+    meta = json.loads((out / "codes.json").read_text())
+
+    def refused(name, data, *facts):
+        (out / name).write_bytes(data)
+        with pytest.raises(DataError, match=naming("train_dir", out / name, *facts)):
+            CodesDataset(out)
+        (out / name).write_bytes(whole[names.index(name)])
+
+    refused(names[0], whole[1], "checksum")  # two of one size, exchanged
+    refused(names[2], whole[0])
+    at = whole[1].index(b"NUMPY") + 123  # a bit of a code, which no count shows
+    refused(names[1], whole[1][:at] + bytes([whole[1][at] ^ 1]) + whole[1][at + 1 :])
+    refused(names[1], whole[1][:3000])
+    refused(names[1], whole[1][:1024] + b"rubbish " * 64 + whole[1][1536:])
+    refused(names[1], b"<!DOCTYPE html>" * 100)
+    (out / names[1]).unlink()
+    with pytest.raises(DataError, match=naming("train_dir", out / names[1])):
+        CodesDataset(out)
+    (out / names[1]).write_bytes(whole[1])
+    for counts in meta["shards"].values():
+        del counts["crc32"]  # as earlier versions wrote it
+    (out / "codes.json").write_text(json.dumps(meta))
+    assert len(CodesDataset(out)) == PAIRS
+
+
+@pytest.mark.parametrize(
+    "about",
+    [
+        [],
+        {"captions": ["a"]},
+        {"captions": [], "ids": []},
+        {"captions": ["a", 3], "ids": [[1], [2]]},
+        {"captions": ["a"], "ids": [[1], [2]]},
+        {"captions": ["a"], "ids": [["1"]]},
+        {"captions": ["a"], "ids": [[-1]]},
+        {"captions": ["a"], "ids": [[True]]},
+        {"captions": ["a"], "ids": [[10**9]]},
+    ],
+)
+def test_captions_and_ids_are_checked(tmp_path, about):
+    meta = {"format": "latent_verse/codes", "vae": "a", "tokenizer": "b", "codebook_size": 8, "image_len": 4}
+    meta |= {"text_vocab": 300, "crops_per_image": 1, "pairs": 1, "captions": 1, "skipped": 0}
+    counts = {"pairs": 1, "captions": 1, "skipped": 0}
+    (tmp_path / "codes.json").write_text(json.dumps(meta | {"shards": {"codes-00000.tar": counts}}))
+    np.save(npy := io.BytesIO(), np.zeros((1, 4), np.uint16))
+    for known, content in ((True, {"captions": ["a"], "ids": [[1]]}), (False, about)):
+        with tarfile.open(tmp_path / "codes-00000.tar", "w") as tar:
+            for name, data in (("0.json", json.dumps(content).encode()), ("0.npy", npy.getvalue())):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+        if known:
+            assert len(CodesDataset(tmp_path)) == 1
+            continue
+        with pytest.raises(DataError, match=naming(tmp_path / "codes-00000.tar")):
+            CodesDataset(tmp_path)
+
+
+def test_a_resumed_extraction_writes_shards_that_were_removed_again(made, tiny_augvae, tmp_path):
+    def failing(x, calls=[]):  # noqa: B006 - counts the calls
+        calls.append(x)
+        if len(calls) > 3:
+            raise KeyboardInterrupt
+        return tiny_augvae().codes(x)
+
+    with pytest.raises(KeyboardInterrupt):
+        made(encode=failing)
+    assert sorted(p.name for p in (tmp_path / "codes").iterdir() if p.is_file()) == [
+        "codes-00000.tar",
+        "unfinished.json",
+    ]
+    (tmp_path / "codes" / "codes-00000.tar").unlink()
+    out, _, _ = made()
+    assert len(CodesDataset(out)) == PAIRS
+
+
 def test_unreadable_images_are_left_out_and_counted(made, folder):
     (folder / "2.png").write_bytes(b"no image")
     out, _, _ = made()

@@ -6,10 +6,15 @@ import logging
 import os
 import pickle
 import re
+import shutil
+import socket
 import struct
 import subprocess
 import sys
+import tracemalloc
+import warnings
 import zlib
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +26,16 @@ from torchvision.transforms.functional import pil_to_tensor, resized_crop
 
 from latent_verse import data
 from latent_verse.data import DataError, FakeDataset, FlatImages, ImageDataset
-from latent_verse.data.images import PathList
+from latent_verse.data.images import EXTENSIONS, NOT_READ, PathList, walk
 from latent_verse.data.transforms import (
+    FORMATS,
+    FORMATS_TEXT,
     UnreadableImage,
     centre_crop,
     crop_box,
     decode_rgb,
     random_crop,
+    read_rgb,
     sample_generator,
     to_unit_range,
 )
@@ -198,6 +206,140 @@ def test_rubbish_and_bombs_are_refused(data):
         decode_rgb(data)
 
 
+@pytest.mark.filterwarnings("ignore:IM image format")
+def test_the_formats_that_the_readme_names_are_the_only_ones_decoded(monkeypatch):
+    """Whatever a file is called: Pillow would start Ghostscript for an EPS, and knows forty formats."""
+    Image.init()
+    opened = []
+    for kind, (factory, accept) in list(Image.OPEN.items()):
+        spy = lambda *args, kind=kind, factory=factory: opened.append(kind) or factory(*args)  # noqa: E731
+        monkeypatch.setitem(Image.OPEN, kind, (spy, accept))
+    image = photo(40, 30)
+    for kind in sorted(set(Image.SAVE) - {"PDF"}):
+        try:
+            data = encoded(image, kind)
+        except (OSError, ValueError, KeyError, AttributeError):
+            continue  # it cannot hold such an image, or Pillow has no encoder
+        if kind in (*FORMATS, "MPO"):
+            assert gap(decode_rgb(data), as_tensor(image)) < 80
+        elif kind != "DIB":
+            with pytest.raises(UnreadableImage, match=naming(FORMATS_TEXT)):
+                decode_rgb(data)
+    assert set(opened) <= {*FORMATS, "MPO"} and {"JPEG", "PNG", "TIFF"} <= set(opened)
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    assert FORMATS_TEXT in " ".join(readme.split())
+    known = {Image.registered_extensions()[extension] for extension in EXTENSIONS}
+    assert known == set(FORMATS) and not set(EXTENSIONS) & set(NOT_READ)
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        (encoded(photo(), "GIF"), "GIF"),
+        (b"\0\0\0\x18ftypheic" + bytes(40), "HEIC"),
+        (b"\0\0\0\x1cftypavif" + bytes(40), "AVIF"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "EPS"),
+        (b"%PDF-1.4\n", "PDF"),
+        (b" \n<!DOCTYPE html><html>404</html>", "HTML"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "Git LFS"),
+    ],
+)
+def test_other_formats_are_named(tmp_path, data, name):
+    (tmp_path / "a.png").write_bytes(data)
+    with pytest.raises(UnreadableImage, match=naming(name, FORMATS_TEXT)):
+        read_rgb(tmp_path / "a.png")
+
+
+def test_the_content_decides_and_not_the_name(tmp_path):
+    photo().save(tmp_path / "a.png", "WEBP", lossless=True)
+    assert torch.equal(read_rgb(tmp_path / "a.png"), as_tensor(photo()))
+
+
+def claims(width, height, kind):
+    """A tiny file whose header claims another size."""
+    data = bytearray(encoded(Image.new("RGB", (8, 8)), kind))
+    if kind == "PNG":
+        data[16:24] = struct.pack(">II", width, height)
+        data[29:33] = struct.pack(">I", zlib.crc32(bytes(data[12:29])))
+    elif kind == "BMP":
+        data[18:26] = struct.pack("<ii", width, height)
+    elif kind == "PPM":
+        data = bytearray(b"P6 %d %d 255\n" % (width, height))
+    elif kind == "JPEG":
+        at = data.index(b"\xff\xc0") + 5
+        data[at : at + 4] = struct.pack(">HH", height, width)
+    return bytes(data)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "PPM", "JPEG"])
+@pytest.mark.parametrize("size", [(13_000, 13_800), (60_000, 60_000), (89_478_486, 1), (0, 8)])
+def test_an_image_s_size_is_bounded_before_it_is_decoded(kind, size):
+    if kind == "JPEG" and size[0] > 65_535:
+        size = (60_000, 50_000)
+    tracemalloc.start()
+    with pytest.raises(UnreadableImage):
+        decode_rgb(claims(*size, kind))
+    assert tracemalloc.get_traced_memory()[1] < 20e6
+    tracemalloc.stop()
+
+
+def test_the_limit_names_itself(monkeypatch):
+    monkeypatch.setattr("latent_verse.data.transforms.MAX_PIXELS", 40 * 30)
+    assert decode_rgb(encoded(photo(40, 30), "PNG")).shape == (3, 30, 40)
+    with pytest.raises(UnreadableImage, match=naming("41 x 30", "1,200")):
+        decode_rgb(encoded(photo(41, 30), "PNG"))
+    large = photo(80, 30)
+    halved = decode_rgb(encoded(large, "JPEG", quality=95))
+    assert gap(halved, as_tensor(large.resize((40, 15), Image.Resampling.BOX))) < 20
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert decode_rgb(encoded(large, "JPEG", exif=exif)).shape == (3, 40, 15)
+    with pytest.raises(UnreadableImage, match=naming("81 x 30")):
+        decode_rgb(encoded(photo(81, 30), "JPEG"))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "P", "L", "1", "CMYK", "I;16", "F"])
+def test_strips_change_nothing(mode, monkeypatch):
+    image = photo(37, 53)
+    if mode == "I;16":
+        image = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
+    elif mode == "F":
+        image = Image.fromarray(np.asarray(image.convert("L")).astype(np.float32) / 255)
+    else:
+        image = image.convert(mode)
+    options = {"transparency": 3} if mode == "P" else {}
+    data = encoded(image, "PNG" if mode not in ("CMYK", "F") else "TIFF", **options)
+    whole = decode_rgb(data)
+    monkeypatch.setattr("latent_verse.data.transforms.STRIP", 37 * 5)
+    assert torch.equal(decode_rgb(data), whole)
+
+
+def test_files_are_looked_at_before_they_are_read(tmp_path, monkeypatch):
+    with open(tmp_path / "sparse.jpg", "wb") as file:
+        file.truncate(10 << 30)
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "lost.png").symlink_to("nowhere")
+    (tmp_path / "round.png").symlink_to("round.png")
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "zero.png").symlink_to("/dev/zero")
+    for name, fact in [
+        *[("sparse.jpg", "10,737,418,240"), ("pipe.png", "pipe"), ("folder.png", "folder"), ("zero.png", "device")],
+        *[("lost.png", "No such file"), ("round.png", "symbolic links"), ("empty.png", "empty"), ("a\0.png", "null")],
+    ]:
+        with pytest.raises(UnreadableImage, match=naming(fact)):
+            read_rgb(tmp_path / name)
+
+
+def test_pillows_warnings_stay_inside():
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x05\0" + bytes(4)  # five entries, of which there are none
+    palette = Image.new("P", (20, 10), 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        decode_rgb(encoded(photo(), "WEBP", exif=exif))
+        decode_rgb(encoded(palette, "PNG", transparency=bytes(range(4))))
+
+
 def test_jpegs_are_read_where_torchvision_has_no_libjpeg(monkeypatch):
     def absent(*args):
         raise RuntimeError("decode_jpeg: torchvision not compiled with libjpeg support")
@@ -270,6 +412,82 @@ def test_path_list_keeps_odd_names():
     names = ["a.jpg", "ü/ö 1.png", "b\udcff.jpg", ""]
     paths = PathList("/root", names)
     assert [paths[i] for i in range(len(paths))] == [f"/root/{name}" for name in names]
+
+
+def special(root):
+    """What lies about in folders besides images."""
+    root.mkdir(exist_ok=True)
+    os.mkfifo(root / "a.jpg")
+    (root / "b.png").mkdir()
+    (root / "lost.png").symlink_to("nowhere")
+    (root / "round.png").symlink_to("round.png")
+    (root / "null.png").symlink_to("/dev/null")
+    with socket.socket(socket.AF_UNIX) as there:
+        here = os.getcwd()
+        os.chdir(root)  # a socket's path is short
+        there.bind("socket.jpg")
+        os.chdir(here)
+    for name in ("._c.jpg", ".DS_Store", ".hidden/d.jpg", "__MACOSX/e.jpg", "photo.gif", "photo.HEIC"):
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_bytes(b"no image")
+
+
+@pytest.mark.parametrize("kind", [ImageDataset, FlatImages])
+def test_hidden_and_special_files_are_passed_over(tmp_path, kind, caplog):
+    """None of them is opened: a pipe would hang the program. What a user might miss is said, in one line."""
+    special(tmp_path / "class")
+    make_folder(tmp_path, ["class/b.png/1.png", "class/2.jpg"])
+    make_folder(tmp_path, [os.fsdecode(b"class/\xff.png")])
+    dataset = kind(tmp_path, 16)
+    names = [os.path.relpath(dataset.paths[i], tmp_path) for i in range(len(dataset))]
+    assert names == ["class/2.jpg", os.fsdecode(b"class/\xff.png"), "class/b.png/1.png"]
+    assert all(item is not None for item in dataset) and dataset.skipped.count == 0
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 1 and naming("5 links to nothing", "1 .gif", "1 .heic").search(said[0])
+    if kind is ImageDataset:
+        (tmp_path / "__MACOSX").mkdir()
+        (tmp_path / "round").symlink_to("round")
+        assert kind(tmp_path, 16).classes == ["class"]
+
+
+def test_names_are_logged_in_one_line_of_plain_characters(tmp_path, caplog):
+    odd = ["\x1b[2J.png", "two\nlines.png", os.fsdecode(b"\xff.png")]
+    make_folder(tmp_path, ["a.png"])
+    for name in odd:
+        (tmp_path / name).write_bytes(b"no image")
+    dataset = FlatImages(tmp_path, 16, train=False)
+    assert sum(item is None for item in dataset) == 3 == dataset.skipped.count
+    assert all(record.getMessage().isprintable() for record in caplog.records) and len(caplog.records) >= 3
+
+
+def test_folders_that_cannot_be_read_are_said_once(tmp_path, monkeypatch, caplog):
+    make_folder(tmp_path, ["a/1.png", "b/2.png", "c/3.png", "d/4.png"])
+    scandir = os.scandir
+
+    def closed(path):
+        if os.path.basename(path) in ("b", "c"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr("os.scandir", closed)
+    assert len(FlatImages(tmp_path, 16)) == 2
+    assert len(caplog.records) == 1
+    assert naming("2 folders", tmp_path / "b", "Permission denied").search(caplog.text)
+
+
+def test_folders_may_be_nested_deeper_than_python_recurses(tmp_path):
+    make_folder(tmp_path, ["1.png"])
+    here = os.getcwd()
+    try:
+        os.chdir(tmp_path)
+        for _ in range(1200):
+            os.mkdir("d")
+            os.chdir("d")
+        shutil.copy(tmp_path / "1.png", "2.png")
+        assert len(list(walk(str(tmp_path), (".png",), Counter()))) == 2
+    finally:
+        os.chdir(here)
+        subprocess.run(["rm", "-rf", tmp_path / "d"], check=True)  # shutil.rmtree recurses
 
 
 @pytest.mark.parametrize("kind", [ImageDataset, FlatImages])

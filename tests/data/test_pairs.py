@@ -326,7 +326,7 @@ def test_shards_without_any_caption_are_named(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr("latent_verse.data.shards.MAX_SKIPS", 3)
     write_tar(tmp_path / "c.tar", range(2), bytes_of=lambda i: b"no image")
     for name, missing in (("b", "caption"), ("c", "image bytes")):
-        shards = PairShards(f"pipe:cat {tmp_path / name}.tar", R)
+        shards = PairShards(f"pipe:cat {tmp_path / name}.tar", R, allow_pipe=True)
         with pytest.raises(DataError, match=naming(3, f"pipe:cat {tmp_path / name}.tar", missing)):
             next(iter(TrainShards(shards, steps=1, batch_size=1)))
     data = module(tokenizer, dataset="webdataset", train_dir=str(tmp_path / "a.tar"), val_dir=str(tmp_path / "c.tar"))

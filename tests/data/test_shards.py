@@ -1,8 +1,12 @@
 """Tar shards: found or refused, read over ranks x workers with every sample counted, damaged ones passed over."""
 
+import bz2
 import functools
+import gzip
 import http.server
 import io
+import lzma
+import os
 import random
 import tarfile
 import threading
@@ -15,6 +19,7 @@ import webdataset
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from latent_verse.config import UserError
 from latent_verse.data import DataError, EvalShards, Shards, TrainShards
 from latent_verse.data.shards import count_images, find_shards
 from latent_verse.data.transforms import Collate
@@ -92,7 +97,8 @@ def test_every_way_to_name_shards(tmp_path):
     assert find_shards(f"file://{shards[0]}") == shards[:1]
     assert find_shards("http://host/{00..02}.tar") == [f"http://host/0{i}.tar" for i in range(3)]
     assert find_shards("gs://bucket/a.tar,gs://bucket/b.tar") == ["gs://bucket/a.tar", "gs://bucket/b.tar"]
-    assert find_shards("pipe:curl -s http://host/{0..1}.tar") == [f"pipe:curl -s http://host/{i}.tar" for i in range(2)]
+    pipes = [f"pipe:curl -s http://host/{i}.tar" for i in range(2)]
+    assert find_shards("pipe:curl -s http://host/{0..1}.tar", allow_pipe=True) == pipes
 
 
 def test_missing_shards_are_named(tmp_path):
@@ -262,17 +268,35 @@ def test_shards_without_content_are_errors(tmp_path):
     (tmp_path / "no.tar").write_bytes(b"this is no tar file" * 100)
     (tmp_path / "empty.tar").write_bytes(b"")
     for name in ("no.tar", "empty.tar"):
-        for dataset in (evaluate(tmp_path / name), train(tmp_path / name)):
-            with pytest.raises(DataError, match=naming(tmp_path / name)):
-                list(dataset)
+        for dataset in (evaluate, train):
+            with pytest.raises(DataError, match=naming("train_dir", tmp_path / name)):
+                list(dataset(tmp_path / name))
     gone = evaluate(write_shards(tmp_path / "gone", [2]))
     (tmp_path / "gone" / "000.tar").unlink()
     with pytest.raises(DataError, match=naming(tmp_path / "gone" / "000.tar")):
         list(loader(gone, 1))  # the error comes out of the worker process
-    write_tar(tmp_path / "text.tar", [("a.txt", b"x"), ("b.txt", b"y")])
-    assert list(evaluate(tmp_path / "text.tar")) == []
-    with pytest.raises(DataError, match=naming("jpg jpeg png webp", tmp_path / "text.tar")):
-        list(train(tmp_path / "text.tar"))
+
+
+@pytest.mark.parametrize(
+    ("members", "facts"),
+    [
+        ([("a.txt", b"x"), ("b.txt", b"y")], ["2 .txt"]),
+        ([("a.b.jpg", b"x"), ("c.d.jpg", b"x"), ("a.b.txt", b"x")], ["1 .d.jpg", "1 .b.jpg", "first dot"]),
+        ([("._a.jpg", b"x"), ("__MACOSX/a.jpg", b"x"), ("noname", b"x")], ["1 without an extension"]),
+        ([], ["no file at all"]),
+    ],
+)
+def test_shards_without_images_are_refused_by_whatever_reads_them(tmp_path, members, facts):
+    """One error that names the shard, what is in it and the rule, even where other shards hold images."""
+    shards = write_shards(tmp_path, [3])
+    write_tar(tmp_path / "bare.tar", members)
+    rule = naming(tmp_path / "bare.tar", *facts, "jpg, jpeg, png, webp, bmp")
+    for source in ([str(tmp_path / "bare.tar")], [*shards, str(tmp_path / "bare.tar")]):
+        for read in (list, lambda dataset: dataset.source.samples, lambda dataset: dataset.steps(2)):
+            with pytest.raises(DataError, match=rule):
+                read(evaluate(source))
+    with pytest.raises(DataError, match=rule):
+        list(train(tmp_path / "bare.tar"))
 
 
 def test_members_are_never_unpickled(tmp_path):
@@ -280,18 +304,217 @@ def test_members_are_never_unpickled(tmp_path):
     assert len(list(evaluate(tmp_path / "a.tar"))) == 1
 
 
+def seen(path):
+    """(labels read, parts and samples skipped, samples counted) of a shard, by file and by pipe."""
+    found = []
+    for source in (str(path), f"pipe:cat {path}"):
+        shards = Shards(source, 8, allow_pipe=True)
+        read = [item[1] for item in EvalShards(shards, 1) if item is not None]
+        found.append((read, shards.skipped.count))
+    assert found[0] == found[1]
+    return *found[0], count_images(str(path))
+
+
+def tar_of(samples, pad=0):
+    """The bytes of a tar of samples, with `pad` bytes more in each label's file."""
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        for i in samples:
+            for name, data in ((f"{i}.jpg", image_bytes(i)), (f"{i}.cls", str(i).encode() + b" " * pad)):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    return file.getvalue()
+
+
+def start_of(data, member):
+    """Where in the bytes of a tar its header number `member` is."""
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        return tar.getmembers()[member].offset
+
+
+def with_header(data, member, size):
+    """A tar whose header number `member` declares another size."""
+    offset = start_of(data, member)
+    header = bytearray(data[offset : offset + 512])
+    header[124:136] = (size % (1 << 96)).to_bytes(12, "big")
+    header[124] |= 0x80
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return data[:offset] + bytes(header) + data[offset + 512 :]
+
+
+def test_members_that_are_no_samples_are_passed_over(tmp_path):
+    """As macOS, Linux and Windows pack them; what is counted is what is read."""
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        for name, data in [
+            *[
+                ("x", None),
+                ("x/._0.JPG", b"mac"),
+                ("x/0.JPG", image_bytes(0)),
+                ("x/._0.cls", b"mac"),
+                ("x/0.cls", b"0"),
+            ],
+            *[("./1.jpeg", image_bytes(1)), ("./1.cls", b"1"), ("__MACOSX/x/1.jpg", b"mac"), ("__meta__/1.jpg", b"")],
+            *[("../../2.tif", image_bytes(2, "TIFF")), ("../../2.cls", b"2"), ("/etc/3.bmp", image_bytes(3, "BMP"))],
+            *[("/etc/3.cls", b"3"), (b"\xff4.png".decode("utf-8", "surrogateescape"), image_bytes(4, "PNG"))],
+            *[("5.mp4", bytes(1000)), (".DS_Store", b"mac"), ("README", b"x")],
+        ]:
+            info = tarfile.TarInfo(name)
+            info.type, info.size = (tarfile.DIRTYPE, 0) if data is None else (tarfile.REGTYPE, len(data))
+            tar.addfile(info, io.BytesIO(data or b""))
+    assert seen(tmp_path / "a.tar") == ([0, 1, 2, 3, -1], 0, 5)
+    dataset = train(tmp_path / "a.tar", steps=3)
+    assert len(flat(run(dataset, 0))) == 6 and set(os.listdir(tmp_path)) == {"a.tar"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [(tarfile.LNKTYPE, "9.jpg"), (tarfile.SYMTYPE, "9.jpg"), (tarfile.FIFOTYPE, "9.jpg")]
+)
+def test_links_and_devices_among_the_images_are_counted(tmp_path, kind, name, caplog):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for part in ("1.jpg", "2.jpg"):
+            info = tarfile.TarInfo(part)
+            info.size = len(image_bytes(1))
+            tar.addfile(info, io.BytesIO(image_bytes(1)))
+        info = tarfile.TarInfo(name)
+        info.type, info.linkname = kind, "/etc/passwd"
+        tar.addfile(info)
+    assert seen(tmp_path / "a.tar") == ([-1, -1], 1, 2)
+    assert naming("9.jpg", "link", tmp_path / "a.tar").search(caplog.text)
+
+
+@pytest.mark.parametrize("size", [10**15, 3 << 29, -(10**15), -512])
+@pytest.mark.parametrize("member", [0, 4])
+def test_a_header_that_declares_too_much_ends_the_shard(tmp_path, size, member):
+    (tmp_path / "a.tar").write_bytes(with_header(tar_of(range(4)), member, size))
+    if member:
+        assert seen(tmp_path / "a.tar") == ([0, 1], 1, 2)
+    else:
+        for source in (f"{tmp_path}/a.tar", f"pipe:cat {tmp_path}/a.tar"):
+            with pytest.raises(DataError, match=naming("a.tar", f"{size:,}" if size < 0 else "ends before")):
+                list(EvalShards(Shards(source, 8, allow_pipe=True), 1))
+
+
+def test_members_of_too_many_bytes_are_not_read(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("latent_verse.data.shards.MAX_BYTES", len(image_bytes(1)))
+    write_tar(tmp_path / "a.tar", [("0.jpg", image_bytes(0)), ("1.jpg", image_bytes(0) + bytes(9000)), ("2.cls", b"2")])
+    assert seen(tmp_path / "a.tar") == ([-1], 1, 1)
+    assert naming("1.jpg", f"{len(image_bytes(0)) + 9000:,}").search(caplog.text)
+    with open(tmp_path / "sparse.tar", "wb") as file:
+        file.write(with_header(tar_of(range(2)), 2, 1 << 40)[:2560])
+        file.truncate(1 << 41)  # declared and there: it is skipped by seeking
+    assert count_images(str(tmp_path / "sparse.tar")) == 1
+
+
+@pytest.mark.parametrize("damage", ["header", "middle of a header", "no end", "joined"])
+def test_damage_between_members_is_said(tmp_path, damage, caplog):
+    """tarfile takes each of these for the end of the archive."""
+    data = tar_of(range(4))
+    third = start_of(data, 4)
+    data = {
+        "header": data[:third] + b"rubbish " * 64 + data[third + 512 :],
+        "middle of a header": data[: third + 100],
+        "no end": data[:third],
+        "joined": tar_of(range(2)) + data,
+    }[damage]
+    (tmp_path / "a.tar").write_bytes(data)
+    assert seen(tmp_path / "a.tar") == ([0, 1], 1, 2)
+    assert naming("part", tmp_path / "a.tar").search(caplog.text)
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
+def test_compressed_shards_are_read_whole_or_counted(tmp_path, pack):
+    data = tar_of(range(4), pad=5000)
+    (tmp_path / "a.tar").write_bytes(pack(data))
+    assert seen(tmp_path / "a.tar") == ([0, 1, 2, 3], 0, 4)
+    (tmp_path / "b.tar").write_bytes(pack(data[:9000]) + pack(data[9000:]))  # as pigz and pbzip2 write them
+    assert seen(tmp_path / "b.tar") == ([0, 1, 2, 3], 0, 4)
+    cut = pack(tar_of(range(40)))
+    (tmp_path / "c.tar").write_bytes(cut[: len(cut) * 2 // 3])
+    if pack is bz2.compress:  # which comes in blocks, of which none is whole
+        with pytest.raises(DataError, match=naming(tmp_path / "c.tar", "ended before")):
+            list(evaluate(tmp_path / "c.tar"))
+    else:
+        read, skipped, counted = seen(tmp_path / "c.tar")
+        assert 0 < len(read) <= counted < 40 and skipped == 1
+
+
+def test_repeated_members_are_counted(tmp_path, caplog):
+    names = ["a.jpg", "b.jpg", "b.jpg", "c.jpg", "a.cls"]
+    write_tar(tmp_path / "a.tar", [(name, image_bytes(0) if name.endswith("jpg") else b"7") for name in names])
+    assert seen(tmp_path / "a.tar") == ([-1, -1, -1], 1, 3)
+    assert naming("b.jpg", "duplicate").search(caplog.text)
+
+
 # -------------------------------------------------------------------------------------------------------------- remote
 
 
 def test_pipe_urls(tmp_path):
     write_shards(tmp_path, [4, 3])
-    shards = find_shards(f"pipe:cat {tmp_path}/{{000,001}}.tar")
-    dataset = evaluate(shards)
+    shards = find_shards(f"pipe:cat {tmp_path}/{{000,001}}.tar", allow_pipe=True)
+    dataset = EvalShards(Shards(shards, 8, allow_pipe=True), 2)
     assert sorted(flat(labels(loader(dataset, 2)))) == list(range(7))
     assert dataset.steps(2) is None
-    assert len(flat(run(train(shards, steps=6), 2))) == 12
+    assert len(flat(run(TrainShards(Shards(shards, 8, allow_pipe=True), 6, 2), 2))) == 12
     with pytest.raises(DataError, match=naming("pipe:cat /nowhere.tar 2>/dev/null")):
-        list(evaluate("pipe:cat /nowhere.tar 2>/dev/null"))
+        list(EvalShards(Shards("pipe:cat /nowhere.tar 2>/dev/null", 8, allow_pipe=True), 2))
+
+
+def test_shell_commands_are_only_run_where_they_are_given_and_allowed(tmp_path):
+    ran = tmp_path / "ran"
+    command = f"pipe:touch {ran}"
+    (tmp_path / "list.txt").write_text(f"{command}\n")
+    (tmp_path / "two.txt").write_text(f"{tmp_path}/list.txt\n")
+    with pytest.raises(DataError, match=naming("val_dir", command, "--allow_pipe")):
+        find_shards(command, "val_dir")
+    hidden = [
+        tmp_path / "list.txt",
+        tmp_path / "two.txt",
+        f"{tmp_path}/0.tar,{command}",
+        f"{{{command},http://x/0.tar}}",
+    ]
+    for source in [*map(str, hidden), f"http://x/0.tar::{command}", f" {{a,pipe:touch}} {ran}"]:
+        with pytest.raises(DataError, match=naming("val_dir")):
+            Shards(source, 8, key="val_dir", allow_pipe=True)
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize(
+    "url", ["ssh://h/a.tar", "scp://h/a.tar", "s3://b/a.tar", "ais://b/a", "htgs://b/a", "x://$(id)"]
+)
+def test_only_the_schemes_that_are_named_are_opened(tmp_path, url):
+    (tmp_path / "list.txt").write_text(f"{url}\n")
+    for source in (url, tmp_path / "list.txt", f"a.tar,{url}"):
+        with pytest.raises(DataError, match=naming("train_dir", url, "https://", "gs://", "hf://")):
+            find_shards(source)
+
+
+def test_lists_and_patterns_that_never_end_are_refused(tmp_path):
+    (tmp_path / "list.txt").write_text(f"{tmp_path}/list.txt\n")
+    with pytest.raises(DataError, match=naming(tmp_path / "list.txt", "itself")):
+        find_shards(tmp_path / "list.txt")
+    for pattern in ("{0..99999999999}.tar", "{0..9999}/{0..9999}.tar", "{a,b}" * 40):
+        with pytest.raises(DataError, match=naming(pattern, "1,000,000")):
+            find_shards(pattern)
+    for pattern in ("{0..3.tar", "a${NO_SUCH_VARIABLE}.tar"):
+        with pytest.raises(DataError, match=naming(pattern)):
+            find_shards(pattern)
+    (tmp_path / "bad.txt").write_bytes(b"a.tar\n\xff.tar\n")
+    with pytest.raises(UserError, match=naming(tmp_path / "bad.txt", "line 2")):
+        find_shards(tmp_path / "bad.txt")
+
+
+def test_shards_that_are_no_files_are_refused(tmp_path):
+    write_shards(tmp_path, [1])
+    os.mkfifo(tmp_path / "pipe.tar")
+    (tmp_path / "lost.tar").symlink_to("nowhere")
+    (tmp_path / "folder.tar").mkdir()
+    (tmp_path / "._000.tar").write_bytes(b"x")
+    assert find_shards(tmp_path) == [str(tmp_path / "000.tar")]
+    for name in ("pipe.tar", "lost.tar"):
+        with pytest.raises(DataError, match=naming(tmp_path / name)):
+            find_shards(tmp_path / name)
 
 
 def test_http_urls(tmp_path):
@@ -328,5 +551,5 @@ def test_a_pipe_that_is_closed_before_its_end_is_no_broken_shard(tmp_path):
     (shard,) = write_shards(tmp_path, [3])
     with open(shard, "ab") as file:
         file.write(bytes(1 << 20))  # more than a pipe holds, after the end of the archive
-    dataset = evaluate(f"pipe:cat {shard}", batch_size=1)
+    dataset = EvalShards(Shards(f"pipe:cat {shard}", 8, allow_pipe=True), 1)
     assert len(list(dataset)) == 3 and dataset.source.skipped.count == 0

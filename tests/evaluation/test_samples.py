@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 
 from latent_verse.commands import generate
-from latent_verse.config import ConfigError, SamplingSettings
+from latent_verse.config import ConfigError, SamplingSettings, UserError
 from latent_verse.config.evaluate import EvalDataConfig
 from latent_verse.data import DataError
 from latent_verse.evaluation import samples
@@ -172,17 +173,88 @@ def test_plain_folders_take_captions_from_beside(tmp_path):
     ("content", "facts"),
     [
         ("", ["empty"]),
-        ("{", ["line 1", "file"]),
+        ("{", ["line 1", "JSON"]),
+        ("[" * 100_000, ["line 1", "JSON"]),
+        ("7", ["line 1", "file"]),
         ('{"text": "x"}', ["line 1", "file"]),
         ('{"file": "gone.png", "text": "x"}', ["line 1", "gone.png"]),
-        ('{"file": "p000.png"}\n{"file": "p001.png"}\n{"file": "p001.png", "number": 1}', [[1, 2]]),
+        ('{"file": "p000.png"}\n{"file": "p001.png"}\n{"file": "p002.png", "number": 1}', [[1, 2]]),
+        ('{"file": "p000.png"}\n{"file": "./p000.png"}', ["line 2", "line 1", "p000.png"]),
+        ('{"file": "../outside.png"}', ["line 1", "../outside.png"]),
+        ('{"file": "x/../../outside.png"}', ["line 1", "x/../../outside.png"]),
+        ('{"file": "/etc/passwd"}', ["line 1", "/etc/passwd"]),
+        ('{"file": "p000.png\\u0000"}', ["line 1", "file"]),
+        ('{"file": "p000.png", "text": ["a", "b"]}', ["line 1", "text"]),
+        ('{"file": "p000.png", "number": "0"}', ["line 1", "number", "'0'"]),
+        ('{"file": "p000.png", "number": 0.5}', ["line 1", "number", 0.5]),
+        ('{"file": "p000.png", "number": -1}', ["line 1", "number"]),
+        ('{"file": "p000.png", "log_p": NaN}', ["line 1", "log_p", "nan"]),
+        ('{"file": "p000.png", "log_p": "-3"}', ["line 1", "log_p"]),
+        ('{"file": "p000.png", "log_p": -3}\n{"file": "p001.png"}', ["log_p"]),
     ],
 )
 def test_an_index_that_does_not_fit_is_refused(tmp_path, content, facts):
-    write_pairs(tmp_path, 2)
+    write_pairs(tmp_path, 3)
     (tmp_path / samples.INDEX).write_text(content)
-    with pytest.raises(DataError, match=naming("generated_dir", tmp_path / samples.INDEX, *facts)):
+    with pytest.raises(UserError, match=naming("generated_dir", tmp_path / samples.INDEX, *facts)):
         samples.read_groups(tmp_path)
+
+
+def test_lines_of_an_index_end_at_newlines_only(tmp_path):
+    write_pairs(tmp_path, 1)
+    line = json.dumps({"file": "p000.png", "text": "one\u2028caption", "log_p": -3}, ensure_ascii=False)
+    (tmp_path / samples.INDEX).write_text("\ufeff" + line + "\r\n", encoding="utf-8")
+    assert samples.read_groups(tmp_path) == [samples.Group("one\u2028caption", [tmp_path / "p000.png"], [-3.0])]
+
+
+def test_hidden_and_special_files_are_passed_over(tmp_path):
+    write_pairs(tmp_path, 2)
+    for name in ("._p000.png", ".DS_Store", ".cache/p.png", "__MACOSX/p.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"no image")
+    (tmp_path / "folder.png").mkdir()
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "lost.png").symlink_to("nowhere")
+    groups = samples.read_groups(tmp_path)
+    assert [group.files[0].name for group in groups] == ["p000.png", "p001.png"]
+    assert len(samples.fingerprint_files([group.files[0] for group in groups])) == 16
+
+
+def test_captions_beside_images_are_read_by_the_rule_of_all_text(tmp_path):
+    write_pairs(tmp_path, 2)
+    (tmp_path / "p000.txt").write_bytes("\ufeffone\u2028caption\r\nanother".encode())
+    assert samples.read_groups(tmp_path)[0].text == "one\u2028caption"
+    (tmp_path / "p001.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(UserError, match=naming(tmp_path / "p001.txt", "UTF-8", "line 1")):
+        samples.read_groups(tmp_path)
+
+
+def test_files_whose_metadata_cannot_be_read_have_no_caption(tmp_path):
+    """Whether their pixels can be read is said when they are needed; names are any bytes."""
+    image = Image.new("RGB", (8, 8))
+    odd = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.png")
+    samples.save_png(image, tmp_path / "a.png", {"text": "a caption"})
+    data = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "b.png").write_bytes(data[:60])
+    (tmp_path / "c.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0")
+    image.save(tmp_path / "d.png", "JPEG")
+    shutil.copy(tmp_path / "a.png", odd)
+    groups = samples.read_groups(tmp_path)
+    assert [group.text for group in groups] == ["a caption", None, None, None, "a caption"]
+    assert len(samples.fingerprint_files([group.files[0] for group in groups])) == 16
+    for name in ("b.png", "c.png"):
+        with pytest.raises(DataError, match=naming(tmp_path / name)):
+            samples.read_image(tmp_path / name, 16)
+
+
+def test_damage_in_a_run_s_own_folder_is_one_line(model, tmp_path):
+    generated(model, tmp_path)
+    Image.new("RGB", (8, 8)).save(tmp_path / "000000_00.png")
+    with pytest.raises(DataError, match=naming(tmp_path / "000000_00.png", "log_p")):
+        generated(model, tmp_path)
+    (tmp_path / samples.ABOUT).write_text("[")
+    with pytest.raises(UserError, match=naming(tmp_path / samples.ABOUT, "JSON")):
+        generated(model, tmp_path)
 
 
 def test_no_images(tmp_path):

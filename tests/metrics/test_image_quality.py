@@ -188,6 +188,48 @@ def test_a_file_without_statistics_is_refused(tmp_path):
         image_quality.load_reference(tmp_path / "s.npz", {}, (0,))
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("about", "["),
+        ("about", "[]"),
+        ("about", np.array([{}], dtype=object)),
+        ("count", 0),
+        ("count", np.zeros(3)),
+        ("mu_0", np.full(3, np.nan)),
+        ("mu_0", np.zeros(4)),
+        ("mu_0", np.array(["a", "b", "c"])),
+        ("sigma_0", np.zeros((3, 4))),
+        ("sigma_0", np.full((3, 3), np.inf)),
+        ("sigma_2", None),
+        ("features", np.zeros((5, 4))),
+        ("features", np.zeros(5, dtype=complex)),
+        ("features", None),
+    ],
+)
+def test_damaged_statistics_are_refused(tmp_path, name, value):
+    side = extract_features(images(5).__getitem__, 5, Colours(), Ranks(), **OPTIONS)
+    image_quality.save_reference(tmp_path / "r.npz", side, {})
+    with np.load(tmp_path / "r.npz") as file:
+        arrays = dict(file)
+    assert arrays["mu_0"].shape == (3,) and image_quality.load_reference(tmp_path / "r.npz", {}, (0, 2))
+    arrays[name] = value
+    np.savez(tmp_path / "r.npz", **{key: array for key, array in arrays.items() if array is not None})
+    with pytest.raises(DataError, match=naming("reference_stats", tmp_path / "r.npz")):
+        image_quality.load_reference(tmp_path / "r.npz", {}, (0, 2))
+
+
+def test_statistics_cut_off_or_overwritten_are_refused(tmp_path):
+    side = extract_features(images(5).__getitem__, 5, Colours(), Ranks(), **OPTIONS)
+    image_quality.save_reference(tmp_path / "r.npz", side, {})
+    whole = (tmp_path / "r.npz").read_bytes()
+    at = whole.index(b"features.npy") + 60
+    for data in (whole[: len(whole) // 2], whole[:at] + bytes(300) + whole[at + 300 :], b"PK\x03\x04" + bytes(99), b""):
+        (tmp_path / "r.npz").write_bytes(data)
+        with pytest.raises(DataError, match=naming("reference_stats", tmp_path / "r.npz")):
+            image_quality.load_reference(tmp_path / "r.npz", {}, (0, 2))
+
+
 # ------------------------------------------------------------------------------------------------------- other metrics
 
 

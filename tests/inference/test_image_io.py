@@ -1,0 +1,92 @@
+"""What LVerse takes as an image, and what it says of everything else."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from latent_verse.data import DataError
+from latent_verse.data.transforms import FORMATS_TEXT
+from latent_verse.inference.image_io import load_image, save_png
+from tests.messages import naming
+
+PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 255, (12, 18, 3)).astype(np.uint8))
+
+
+def test_paths_images_and_tensors_give_the_same(tmp_path):
+    PHOTO.save(tmp_path / "a.png")
+    odd = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.jpg")  # a name that is not UTF-8, and content that is no JPEG
+    PHOTO.save(odd, "PNG")
+    tensor = torch.from_numpy(np.array(PHOTO)).permute(2, 0, 1)
+    given = [tmp_path / "a.png", str(tmp_path / "a.png"), odd, PHOTO, tensor]
+    found = [load_image(image, 8) for image in given]
+    assert all(torch.equal(x, found[0]) for x in found) and found[0].shape == (3, 8, 8)
+
+
+def test_home_is_found(tmp_path, monkeypatch):
+    PHOTO.save(tmp_path / "a.png")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_image("~/a.png", 8).shape == (3, 8, 8)
+    with pytest.raises(DataError, match=naming("~nobody-here/a.png")):
+        load_image("~nobody-here/a.png", 8)
+
+
+def test_files_that_are_no_images_are_named(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "eps.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    (tmp_path / "half.png").write_bytes(b"")
+    PHOTO.save(tmp_path / "a.gif")
+    with open(tmp_path / "large.jpg", "wb") as file:
+        file.truncate(1 << 40)
+    for name, fact in [
+        *[("pipe.png", "pipe"), ("folder.png", "folder"), ("eps.png", "EPS"), ("half.png", "empty"), ("a.gif", "GIF")],
+        *[("gone.png", "No such file"), ("large.jpg", f"{1 << 40:,}"), ("a\0b.png", "null"), ("x" * 300, "too long")],
+    ]:
+        with pytest.raises(DataError, match=naming(f"image {tmp_path / name}", fact, FORMATS_TEXT)) as said:
+            load_image(tmp_path / name, 8)
+        assert "\n" not in str(said.value)
+    with pytest.raises(DataError, match=naming("device")):
+        load_image("/dev/zero", 8)
+
+
+def test_pillow_s_own_images_are_checked_too(tmp_path):
+    file = io.BytesIO()
+    PHOTO.save(file, "PNG")
+    with pytest.raises(DataError, match=re.escape("PngImageFile")):
+        load_image(Image.open(io.BytesIO(file.getvalue()[:200])), 8)
+    with pytest.raises(DataError, match=naming("0 x 9")):
+        load_image(Image.new("RGB", (0, 9)), 8)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "facts"),
+    [
+        (torch.zeros(3, 8, 8, dtype=torch.bool), ["torch.bool"]),
+        (torch.zeros(3, 8, 8, dtype=torch.int64), ["torch.int64"]),
+        (torch.zeros(3, 8, 8, dtype=torch.complex64), ["torch.complex64"]),
+        (torch.full((3, 8, 8), torch.nan), ["nan"]),
+        (torch.full((3, 8, 8), 2.0), [2]),
+        (torch.zeros(3, 0, 8), [0]),
+        (torch.zeros(2, 8, 8), [2]),
+        (np.zeros((3, 8, 8)), ["ndarray"]),
+        (b"png", ["bytes"]),
+        (None, ["NoneType"]),
+    ],
+)
+def test_what_is_no_image_is_refused(tensor, facts):
+    with pytest.raises(DataError, match=naming(*facts)):
+        load_image(tensor, 8)
+
+
+def test_a_png_carries_its_text_and_is_whole_or_not_there(tmp_path):
+    save_png(PHOTO, tmp_path / "a.png", {"text": "a caption ✓"})
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.text == {"text": "a caption ✓"}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
