@@ -14,7 +14,7 @@ SCRIPTS = sorted(ROOT.glob("*.py"))
 
 # From the ground up: a room imports rooms before it. The last ones are imported by nothing.
 ROOMS = {
-    "config": {"yaml"},
+    "config": {"omegaconf", "yaml"},
     "shared": {"jinja2", "PIL", "torch", "tqdm"},  # files directly in latent_verse/ that several rooms use
     "nn": {"torch"},
     "augvae": {"torch", "einops", "torchmetrics", "torchvision"},

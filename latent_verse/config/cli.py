@@ -4,9 +4,10 @@ Precedence: dataclass default < YAML < flags given. A YAML file may be sectioned
 (`hidden_dim: 64`, as the original's) or mixed. Unknown keys and wrong types are errors that name the closest valid one.
 Nothing heavy is imported, so that `--help` answers at once.
 
-A value means the same as a flag and in YAML. Both are texts, which `convert` reads as the type of their setting: YAML's
-own types are not used, so that `name: 001` and `name: on` stay what was written and `batch_size: 010` is 10. `${x}` is
-text too. null, none and ~ (in YAML also nothing) leave an optional setting out; quotes make texts of them.
+A value means the same as a flag and in YAML. Both are texts, which `convert` reads as the type of their setting, by
+OmegaConf's rules. YAML's own types are not used, so that `name: 001` and `name: on` stay what was written and
+`batch_size: 010` is 10. `${x}` is text too. null, none and ~ (in YAML also nothing) leave an optional setting out;
+quotes make texts of them.
 """
 
 from __future__ import annotations
@@ -44,13 +45,10 @@ if TYPE_CHECKING:
 
 Config = TypeVar("Config")
 RECIPES = (Path(__file__).parents[1] / "configs", Path(__file__).parents[2] / "configs")  # installed; in the repository
-TRUE, FALSE = ("true", "yes", "on", "y", "1"), ("false", "no", "off", "n", "0")
 NULL = ("null", "none", "~")
 YAML_TAG = "tag:yaml.org,2002:"
 TAGS = {f"{YAML_TAG}{name}" for name in ("str", "int", "float", "bool", "null", "seq", "map")}
-LARGEST_FILE = (
-    2_000_000  # bytes of a YAML file, which holds some hundred settings; lists of shards have files of their own
-)
+LARGEST_FILE = 2_000_000  # bytes of a YAML file of some hundred settings; lists of shards have files of their own
 
 
 class Quoted(str):
@@ -325,19 +323,20 @@ def convert(f: dataclasses.Field, value: str | list[str] | None, hint: Any, sour
 
 
 def _read(text: str, kind: type) -> Any:
-    """A text as a bool, int, float or str; None if it is none."""
+    """A text as a str, or by OmegaConf's rules as a bool, int or float; None if it is none."""
+    from omegaconf import BooleanNode, FloatNode, IntegerNode, OmegaConf
+
     if kind is str:
         return str(text)
-    if kind is bool:
-        return True if _lower(text) in TRUE else False if _lower(text) in FALSE else None
-    if not text.isascii():  # float would read digits of all scripts, and skip their spaces
+    if not text.isascii() or "$" in text or "?" in text:  # digits and spaces of all scripts; OmegaConf's own syntax
         return None
+    if kind is bool and re.fullmatch(r"-?\d+", text.strip()) and text.strip() not in ("0", "1"):
+        return None  # OmegaConf takes every number but 0 for true
+    nodes = {bool: BooleanNode, int: IntegerNode, float: FloatNode}
     with contextlib.suppress(ValueError, OverflowError):
-        if kind is float:
-            return float(text)
-        with contextlib.suppress(ValueError):  # in full, which a float would round
-            return int(text)
-        return int(float(text)) if float(text).is_integer() else None  # 1e6 is an integer to a person
+        return OmegaConf.create([nodes[kind](text.strip())])[0]
+    with contextlib.suppress(ValueError, OverflowError):
+        return int(float(text)) if kind is int and float(text).is_integer() else None  # 1e6 is one to a person
     return None
 
 
