@@ -17,10 +17,11 @@ import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from torch.distributed.fsdp import fully_shard
 
+from latent_verse.checkpoints.ckpt_files import MONITOR, read_ckpt, score_of
 from latent_verse.config.train import TrainerConfig, TrainVAEConfig
 from latent_verse.files import FileError
 from latent_verse.training import runs
-from latent_verse.training.backups import LOSS, RunFolder, random_state, score_of, set_random_state
+from latent_verse.training.backups import RunFolder, random_state, set_random_state
 from latent_verse.training.runs import Run
 from latent_verse.training.trainer import make_trainer
 from tests.messages import naming
@@ -46,7 +47,7 @@ class Tiny(pl.LightningModule):
 
     def validation_step(self, batch, batch_idx):
         if self.losses:
-            self.log(LOSS, self.losses[self.current_epoch], batch_size=1)
+            self.log(MONITOR, self.losses[self.current_epoch], batch_size=1)
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1)
@@ -84,8 +85,8 @@ def test_the_lowest_loss_and_the_last_weights_are_kept_and_say_their_loss(tmp_pa
     kept = tmp_path / "run" / "checkpoints"
     assert names(kept) == ["best-epoch=1-step=8.ckpt", "last-epoch=2-step=12.ckpt"]
     scores = {name: stored(kept / name)["latent_verse"] for name in names(kept)}
-    assert scores["best-epoch=1-step=8.ckpt"] == {"kind": "augvae", "score": {LOSS: 1.0}}
-    assert scores["last-epoch=2-step=12.ckpt"]["score"] == {LOSS: 2.0}
+    assert scores["best-epoch=1-step=8.ckpt"] == {"kind": "augvae", "score": {MONITOR: 1.0}}
+    assert scores["last-epoch=2-step=12.ckpt"]["score"] == {MONITOR: 2.0}
     for backup in (tmp_path / "run" / "backups").iterdir():  # within an epoch, the loss is not known
         assert stored(backup)["latent_verse"]["score"] is None
 
@@ -153,14 +154,14 @@ def test_the_best_of_an_earlier_version_is_known_by_what_lightning_stored(tmp_pa
         enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=[
-            ModelCheckpoint(tmp_path / "run" / "checkpoints", "best-{epoch}-{step}", monitor=LOSS),
+            ModelCheckpoint(tmp_path / "run" / "checkpoints", "best-{epoch}-{step}", monitor=MONITOR),
             ModelCheckpoint(tmp_path / "run" / "checkpoints", "last-{epoch}-{step}", every_n_epochs=1),
         ],
     )
     data = torch.utils.data.DataLoader(torch.ones(STEPS, 2), batch_size=1)
     old.fit(Tiny([2.0]), data, data)
     kept = tmp_path / "run" / "checkpoints"
-    assert score_of(kept / "best-epoch=0-step=4.ckpt") == 2.0
+    assert score_of(read_ckpt(kept / "best-epoch=0-step=4.ckpt")) == 2.0
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         warnings.filterwarnings("ignore", ".*callbacks used to create.*")  # as quiet_lightning does
@@ -175,9 +176,12 @@ def test_the_best_of_an_earlier_version_is_known_by_what_lightning_stored(tmp_pa
     "content", [b"", {"state_dict": {}}, {"state_dict": {}, "latent_verse": "a"}, {"state_dict": {}, "callbacks": []}]
 )
 def test_a_best_file_that_says_nothing_yields_to_any_other(tmp_path, content):
-    file = tmp_path / "best-epoch=0-step=4.ckpt"
+    kept = tmp_path / "run" / "checkpoints"
+    kept.mkdir(parents=True)
+    file = kept / "best-epoch=7-step=99.ckpt"
     torch.save(content, file) if content else file.touch()
-    assert score_of(file) == math.inf
+    fit(tmp_path / "run", [2.0])
+    assert names(kept) == ["best-epoch=0-step=4.ckpt", "last-epoch=0-step=4.ckpt"]
 
 
 # ------------------------------------------------------------------------------------------------------------ backups
