@@ -63,6 +63,7 @@ class Divergence(pl.Callback):
     def __init__(self, folder: RunFolder):
         self.folder = folder
         self._first = torch.tensor(NEVER)  # 4 x step + place in WHAT, of what was not finite first
+        self._last_validation = 0.0
         self._before: Before | None = None
         self._before_first_save = True
         self._saving_it = False
@@ -108,10 +109,21 @@ class Divergence(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         value = trainer.callback_metrics.get("val/total_loss")
-        if value is not None and not trainer.sanity_checking and not finite([value]):
+        if value is None or trainer.sanity_checking:
+            return
+        self._last_validation = value.item()
+        if not math.isfinite(self._last_validation):
             rank_zero_warn(
-                f"val/total_loss is {value.item()} after step {trainer.global_step}, though training's loss is finite: "
-                "this state is not taken for the best. Look at the images in val_dir, or train with --precision 32."
+                f"val/total_loss is {self._last_validation} after step {trainer.global_step}, though training's loss is "
+                "finite: this state is not taken for the best. Look at the images in val_dir, or train with --precision 32."
+            )
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not math.isfinite(self._last_validation):
+            step, loss = trainer.global_step, self._last_validation
+            raise Diverged(
+                f"val/total_loss is {loss} after step {step}, the run's last: no bundle is made. Look at the images in "
+                "val_dir, or train again with a lower --learning_rate or --precision 32."
             )
 
     def _note(self, place: int, step: int, is_finite: Tensor | bool) -> None:

@@ -17,7 +17,7 @@ from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities import rank_zero_only, rank_zero_warn
 from torch import Tensor
 
-from latent_verse.files import read_text, write_text
+from latent_verse.files import FileError, read_text, write_text
 
 
 class CSVLog(Logger):
@@ -72,9 +72,10 @@ class CSVLog(Logger):
                 columns = sorted(set().union(*rows))
                 write_text(self.file, ",".join(columns) + "\n" + as_text(rows, columns))
             self._columns, self._waiting = columns, []
-        except OSError as error:
+        except (OSError, FileError) as error:
             if len(self._waiting) == 1:
-                rank_zero_warn(f"{self.file} cannot be written: {error}. Training goes on, and tries again.")
+                said = error if isinstance(error, FileError) else f"{self.file} cannot be written: {error.strerror}."
+                rank_zero_warn(f"{said} Training continues, and tries again.")
             if size is not None:
                 with suppress(OSError):
                     os.truncate(self.file, size)  # so that no half row stays
@@ -83,7 +84,8 @@ class CSVLog(Logger):
         """The rows of the file; a last one that a killed process did not end is left out."""
         text = read_text(self.file) if self.file.exists() else ""
         found = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))
-        return [{key: value for key, value in row.items() if value} for row in found]
+        rows = [{key: value for key, value in row.items() if value} for row in found]
+        return [row for row in rows if row.get("step", "").isdigit()]
 
 
 def as_text(rows: list[dict[str, Any]], columns: list[str]) -> str:

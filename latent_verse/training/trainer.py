@@ -181,7 +181,9 @@ def fit(trainer: pl.Trainer, t: TrainerConfig, run: Run, module: pl.LightningMod
             wandb.finish(exit_code=int(failed))
     step, epoch = trainer.global_step, trainer.current_epoch
     if start_from and step == runs.step_of(start_from):
-        limit = "max_steps" if 0 <= t.max_steps <= trainer.global_step else "epochs"
+        limit = "max_steps" if 0 <= t.max_steps <= step else "epochs"
+        if start_from not in runs.states(run):
+            raise ConfigError(f"{start_from} has reached {limit} already: nothing is trained. Raise --{limit}.")
         say(f"{run.folder} was finished already. Raise --{limit} to train longer, or give another --name.")
     elif t.max_steps > 0:
         limit = "epochs" if step < t.max_steps else "max_steps"

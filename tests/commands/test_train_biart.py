@@ -714,7 +714,9 @@ def test_a_diverged_run_says_so(world, tmp_path, capsys):
     assert train_biart.main([*flags, "2"]) == 1
     assert naming("diverged", "step 2", "--learning_rate").search(capsys.readouterr().err)
     with pytest.warns(UserWarning) as said:  # a step less: only validation and samples show it
-        assert train_biart.main([*flags, "1", "--name", "one"]) == 0
+        assert train_biart.main([*flags, "1", "--name", "one"]) == 1
+    assert naming("val/total_loss", "step 1", "--learning_rate").search(capsys.readouterr().err)
+    assert not (tmp_path / "runs/one/bundle").exists()
     for facts in (("val/total_loss", "step 1"), ("samples", "step 1")):
         assert [w for w in said if naming(*facts).search(str(w.message))]
     assert [p.name for p in (tmp_path / "runs/one/checkpoints").iterdir()] == ["last-epoch=0-step=1.ckpt"]

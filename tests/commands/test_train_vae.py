@@ -234,6 +234,9 @@ def test_killed_in_the_last_validation_of_a_run_that_ends_within_an_epoch(tmp_pa
     assert train_vae.main(flags) == 0
     said = capsys.readouterr().out
     assert "finished already" in said and "--max_steps" in said and "--epochs" not in said
+    other = small(tmp_path, *on(images), *settings, "--resume", "--ckpt_path", str(cut), name="other")
+    assert train_vae.main(other) == 2  # of another run: there is nothing to train
+    assert naming(cut / "checkpoints" / names[-1], "--max_steps").search(capsys.readouterr().err)
 
 
 @pytest.fixture

@@ -77,12 +77,19 @@ def test_rows_wait_while_the_disk_is_full(tmp_path, monkeypatch):
     assert len(said) == 1
     log.log_metrics({"a": 3.0}, 3)
     assert [row["a"] for row in rows(tmp_path / "logs")] == ["0.0", "1.0", "2.0", "3.0"]
+    with monkeypatch.context() as patch, pytest.warns(UserWarning, match=naming(log.file, "space")):
+        patch.setattr(os, "fsync", full)
+        log.log_metrics({"a": 4.0, "b": 1.0}, 4)  # a new column: the file is written anew
+        CSVLog(tmp_path / "new").log_metrics({"a": 0.0}, 0)
+    log.log_metrics({"a": 5.0}, 5)
+    found = [(row["a"], row.get("b")) for row in rows(tmp_path / "logs")]
+    assert found[3:] == [("3.0", None), ("4.0", "1.0"), ("5.0", None)]
 
 
 def run(module, folder: Path, batches: list, start_from: Path | None = None, more=(), **settings):
     """Train on these batches, each time an epoch, as the programs do."""
     t = replace(module.config.trainer, gpus=0, refresh_rate=0, num_sanity_val_steps=0, **settings)
-    made = make_trainer(t, RunFolder(Run(folder, "0"), module.config), False, more, start_from)
+    made = make_trainer(t, RunFolder(Run(folder, "0"), module.config), more, start_from)
     made.fit(module, Batches(batches), ckpt_path=start_from, weights_only=True)
     return made
 
