@@ -114,8 +114,8 @@ class Divergence(pl.Callback):
         self._last_validation = value.item()
         if not math.isfinite(self._last_validation):
             rank_zero_warn(
-                f"val/total_loss is {self._last_validation} after step {trainer.global_step}, though training's loss is "
-                "finite: this state is not taken for the best. Look at the images in val_dir, or train with --precision 32."
+                f"val/total_loss is {self._last_validation} after step {trainer.global_step}, though training's loss "
+                "is finite: this state is not the best. Look at the images in val_dir, or train with --precision 32."
             )
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
