@@ -119,11 +119,11 @@ class Divergence(pl.Callback):
             )
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not math.isfinite(self._last_validation):
-            step, loss = trainer.global_step, self._last_validation
+        if not math.isfinite(self._last_validation) and not list(self.folder.run.checkpoints.glob("best-*.ckpt")):
             raise Diverged(
-                f"val/total_loss is {loss} after step {step}, the run's last: no bundle is made. Look at the images in "
-                "val_dir, or train again with a lower --learning_rate or --precision 32."
+                f"no validation of the run had a finite loss: after step {trainer.global_step} val/total_loss is "
+                f"{self._last_validation}. Look at the images in val_dir, or train again with a lower --learning_rate "
+                "or --precision 32."
             )
 
     def _note(self, place: int, step: int, is_finite: Tensor | bool) -> None:
