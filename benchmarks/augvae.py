@@ -116,7 +116,7 @@ def our_step(module: LitAugVAE, x_BCHW: torch.Tensor, precision: str, task: str)
                 reconstruction = module.reconstruct(x_BCHW)[1]
                 (reconstruction - x_BCHW).square().mean()
                 return reconstruction
-            parts, reconstruction = module._losses(x_BCHW, "train")
+            parts, reconstruction, _ = module._losses(x_BCHW, "train")
         optimizer.zero_grad(set_to_none=True)
         parts["total_loss"].backward()
         optimizer.step()

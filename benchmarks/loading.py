@@ -60,7 +60,8 @@ def codes_shard(items: int, codes: int, root: Path) -> Path:
                 member.size = len(data)
                 tar.addfile(member, BytesIO(data))
     meta = {"format": FORMAT, "pairs": items, "crops_per_image": 1, "image_len": codes, "codebook_size": 8192}
-    meta |= {"text_vocab": 100, "shards": {"codes-00000.tar": {}}}
+    counts = {"pairs": items, "captions": items, "skipped": 0}
+    meta |= {"text_vocab": 100, "shards": {"codes-00000.tar": counts}, "captions": items, "vae": "", "tokenizer": ""}
     (root / META).write_text(json.dumps(meta))
     return root
 

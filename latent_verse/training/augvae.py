@@ -19,7 +19,7 @@ from latent_verse.metrics.codebook_usage import CodebookUsage
 from latent_verse.metrics.reconstruction import ReconstructionMetrics
 from latent_verse.metrics.running import Mean
 from latent_verse.nn.activation_checkpointing import checkpoint_activations
-from latent_verse.training.logs import over_processes
+from latent_verse.training.logs import is_logged, over_processes
 from latent_verse.training.optimizer import make_optimizer, warm_up_then_cosine
 from latent_verse.training.trainer import before_compiling, uncompiled, untuned
 
@@ -142,7 +142,7 @@ class LitAugVAE(pl.LightningModule):
 
     def _over_processes(self, parts: dict[str, torch.Tensor], indices: list[torch.Tensor]) -> dict[str, torch.Tensor]:
         """What is logged of a step: means over processes; the perplexity of all their codes, of which it is no mean."""
-        if world_size() == 1:
+        if world_size() == 1 or not is_logged(self.trainer):
             return parts
         counts_K = count(torch.cat([level.flatten() for level in indices]), self.model.config.num_tokens)
         found = over_processes(self.trainer, parts, {"counts": counts_K})

@@ -196,14 +196,14 @@ def test_a_file_without_statistics_is_refused(tmp_path):
         ("about", np.array([{}], dtype=object)),
         ("count", 0),
         ("count", np.zeros(3)),
-        ("mu_0", np.full(3, np.nan)),
+        ("mu_0", np.full(12, np.nan)),
         ("mu_0", np.zeros(4)),
-        ("mu_0", np.array(["a", "b", "c"])),
-        ("sigma_0", np.zeros((3, 4))),
-        ("sigma_0", np.full((3, 3), np.inf)),
+        ("mu_0", np.array(["a"] * 12)),
+        ("sigma_0", np.zeros((12, 4))),
+        ("sigma_0", np.full((12, 12), np.inf)),
         ("sigma_2", None),
         ("features", np.zeros((5, 4))),
-        ("features", np.zeros(5, dtype=complex)),
+        ("features", np.zeros((5, 12), dtype=complex)),
         ("features", None),
     ],
 )
@@ -212,7 +212,7 @@ def test_damaged_statistics_are_refused(tmp_path, name, value):
     image_quality.save_reference(tmp_path / "r.npz", side, {})
     with np.load(tmp_path / "r.npz") as file:
         arrays = dict(file)
-    assert arrays["mu_0"].shape == (3,) and image_quality.load_reference(tmp_path / "r.npz", {}, (0, 2))
+    assert arrays["mu_0"].shape == (12,) and image_quality.load_reference(tmp_path / "r.npz", {}, (0, 2))
     arrays[name] = value
     np.savez(tmp_path / "r.npz", **{key: array for key, array in arrays.items() if array is not None})
     with pytest.raises(DataError, match=naming("reference_stats", tmp_path / "r.npz")):
