@@ -208,9 +208,11 @@ def _fault(error: BaseException) -> str | None:
         return FAULTS[r"can't allocate memory|out of memory"]
     if isinstance(error, ModuleNotFoundError):
         package = (error.name or "").partition(".")[0]
-        if package and (package in sys.stdlib_module_names or importlib.util.find_spec(package) is not None):
+        if not package:  # Lightning says itself what to install
+            return text
+        if package in sys.stdlib_module_names or importlib.util.find_spec(package) is not None:
             return None  # a part of it is missing, which no installation brings
-        return f"{text.rstrip('.')}. Install it: pip install {package or 'it'}, or all of requirements.txt."
+        return f"{text.rstrip('.')}. Install it: pip install {package}, or all of requirements.txt."
     if isinstance(error, OSError):
         names = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
         what = error.strerror or f"{type(error).__name__}: {text}"

@@ -178,7 +178,7 @@ def test_what_the_machine_or_its_packages_lack(tmp_path, model, capsys, flags, n
     if importlib.util.find_spec(named) or (named == "mps" and torch.backends.mps.is_available()):
         pytest.skip("this machine has what the test asks for")
     common = ["--ckpt_path", str(model), "--fake_data", *FLAGS, "--log_dir", str(tmp_path / "runs")]
-    assert eval_vae.main([*common, *flags]) == 2
+    assert eval_vae.main([*common, *flags]) == (2 if named == "mps" else 1)  # a package: 1
     said = capsys.readouterr().err
     assert named in said.lower() and said.startswith("error: ") and said.count("\n") == 1
 
@@ -241,7 +241,7 @@ def test_reconstructions_that_are_not_finite_are_an_error(tmp_path, tiny_augvae,
 def test_a_folder_in_which_nothing_can_be_written_is_refused_before_the_data_is_read(tmp_path, model, capsys):
     (tmp_path / "file").touch()
     before = set(tmp_path.iterdir())
-    for place, fact in ((tmp_path / "file" / "runs", "file is no folder"), (tmp_path / ("a" * 300), "too long")):
+    for place, fact in ((tmp_path / "file" / "runs", "file is no folder"), (tmp_path / ("a" * 300), 255)):
         argv = ["--ckpt_path", str(model), *FLAGS, "--test_dir", "absent", "--log_dir", str(place)]
         assert eval_vae.main(argv) == 2
         said = capsys.readouterr().err

@@ -128,7 +128,7 @@ def test_the_home_of_another_user(home):
     assert expand("~root/a", True, "out") == os.path.expanduser("~root/a") != "~root/a"
 
 
-NO_PATHS = ["~nobody-of-this-name/a", "", " ", "a\nb", "a\rb", "a\0b", "\ud800"]
+NO_PATHS = ["~nobody-of-this-name/a", "", " ", "a\0b", "\ud800"]
 TOO_LONG = ["n" * 256, "é" * 128, "a/" + "n" * 300]  # but for patterns of shards
 
 
