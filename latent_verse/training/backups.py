@@ -25,7 +25,7 @@ from latent_verse.config import as_plain
 from latent_verse.config.cli import to_yaml
 from latent_verse.config.program import SIGNALS, Stopped
 from latent_verse.config.train import TrainBiARTConfig, TrainVAEConfig
-from latent_verse.files import FileError, replacing
+from latent_verse.files import FileError, NotWritten, replacing
 from latent_verse.training import runs
 from latent_verse.training.runs import Run
 
@@ -80,13 +80,13 @@ def save_state(trainer: pl.Trainer, file: Path) -> None:
     """Write the whole state of a run, with the optimiser, for an exact resume; called by all processes together.
 
     Raises:
-        FileError: it could not be written; in all processes alike.
+        NotWritten: in all processes alike.
     """
     trainer.save_checkpoint(file, weights_only=False)
     writer = trainer.strategy.checkpoint_io
     assert isinstance(writer, WholeFiles)
     if error := trainer.strategy.broadcast(writer.error):
-        raise FileError(error)
+        raise NotWritten(error)
 
 
 class BestAndLast(Checkpoint):
@@ -97,7 +97,7 @@ class BestAndLast(Checkpoint):
     hold more than one of a kind, of an earlier version, or copied: once a new one is there, the others are deleted.
 
     Raises:
-        FileError: the last attempt of the run to write one of them failed. Before, a failure is a warning.
+        NotWritten: the last attempt of the run to write one of them failed. Before, a failure is a warning.
     """
 
     def __init__(self, folder: RunFolder):
@@ -129,7 +129,7 @@ class BestAndLast(Checkpoint):
         self.unsaved.pop(kind, None)
         try:
             save_state(trainer, file)
-        except FileError as error:
+        except NotWritten as error:
             self.unsaved[kind] = str(error)
             rank_zero_warn(f"The {kind} checkpoint is not saved: {error} Training goes on.")
             return False
@@ -144,7 +144,7 @@ class BestAndLast(Checkpoint):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for kind, error in self.unsaved.items():
-            raise FileError(f"The run ended at step {trainer.global_step}, but its {kind} checkpoint is lost: {error}")
+            raise NotWritten(f"The run ended at step {trainer.global_step}, but its {kind} checkpoint is lost: {error}")
 
 
 def _loss_of(file: Path) -> float:
@@ -211,7 +211,7 @@ class Backup(pl.Callback):
         if self.every and trainer.global_step % self.every == 0:
             try:
                 self.save(trainer)
-            except FileError as error:
+            except NotWritten as error:
                 rank_zero_warn(f"{error} Training goes on.")
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch, batch_idx) -> None:
@@ -241,13 +241,13 @@ class Backup(pl.Callback):
         """Write a backup, by all processes together. Returns its path.
 
         Raises:
-            FileError: it could not be written.
+            NotWritten: the disk is full, for example.
         """
         file = self.folder.run.backups() / f"step={trainer.global_step}.ckpt"
         try:
             save_state(trainer, file)
-        except FileError as error:
-            raise FileError(f"There is no backup of step {trainer.global_step}: {error}") from error
+        except NotWritten as error:
+            raise NotWritten(f"There is no backup of step {trainer.global_step}: {error}") from error
         if trainer.is_global_zero:
             # two, in case the newest is damaged; of later steps are those that this run could not resume from
             steps = {old: step_of(old) or 0 for old in file.parent.glob("step=*.ckpt")}

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 
 from latent_verse.checkpoints.ckpt_files import MONITOR, read_ckpt, score_of
 from latent_verse.config.train import TrainerConfig, TrainVAEConfig
-from latent_verse.files import FileError
+from latent_verse.files import FileError, NotWritten
 from latent_verse.training import runs
 from latent_verse.training.backups import RunFolder, random_state, set_random_state
 from latent_verse.training.runs import Run
@@ -238,7 +238,7 @@ def test_a_run_whose_last_save_fails_says_so_and_fails(tmp_path, monkeypatch, fa
     with (
         pytest.warns(UserWarning, match=naming(kind, "goes on")),
         pytest.raises(
-            FileError, match=naming("step 4", kind, tmp_path / "run" / "checkpoints", "No space left", "free")
+            NotWritten, match=naming("step 4", kind, tmp_path / "run" / "checkpoints", "No space left", "free")
         ),
     ):
         fit(tmp_path / "run", [1.0], backup_steps=1)
