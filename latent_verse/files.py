@@ -338,7 +338,7 @@ if fcntl is not None:
 def _refusing(path: Path, of: str = "") -> Iterator[None]:
     """Turn the error of writing `path`, or of a folder on the way to it, into a FileError; others are left as they are.
 
-    It is NotWritten unless the path is a mistake. torch and safetensors wrap the operating system's errors in their own.
+    It is NotWritten unless the path is a mistake. torch and safetensors wrap the system's errors in their own.
     """
     try:
         yield
