@@ -157,9 +157,9 @@ class _Signals:
         return self
 
     def __exit__(self, *_: object) -> None:
-        sys.unraisablehook = self._unraisable
         if self.reporting and self._is_main:
             return  # while the interpreter ends, Python's own handlers would print tracebacks
+        sys.unraisablehook = self._unraisable
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
@@ -183,7 +183,7 @@ class _Signals:
             again = threading.Timer(0.1, os.kill, (self._pid, what.exc_value.number))
             again.daemon = True
             again.start()
-        else:
+        elif not self.reporting:  # what a program that has failed leaves half made cannot be tidied up either
             self._unraisable(what)
 
 

@@ -149,7 +149,10 @@ def is_first_process() -> bool:
 
 def states(run: Run) -> list[Path]:
     """The checkpoints a run can resume from, newest first by step: its `last`, then, at the same step, its backup."""
-    files = [*run.backups().glob("step=*.ckpt"), *run.checkpoints.glob("last-*.ckpt")]
+    backups = [*run.backups().glob("step=*.ckpt")]
+    if not backups and run.backup_dir is not None:  # the run folder had another name
+        backups = [*run.backup_dir.glob(f"*-{run.id}/step=*.ckpt")]
+    files = [*backups, *run.checkpoints.glob("last-*.ckpt")]
     return sorted(files, key=lambda p: (step_of(p) or 0, p.parent == run.checkpoints, str(p)), reverse=True)
 
 

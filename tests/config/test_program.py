@@ -203,6 +203,17 @@ def test_a_signal_while_the_interpreter_ends_prints_nothing(ends):
     assert done.returncode == 130 and done.stderr.count("\n") == 1, done.stderr
 
 
+def test_what_a_failed_program_leaves_half_made_prints_nothing():
+    half = """class Half:
+        def __del__(self): self.never_made
+    kept = Half()
+    raise MemoryError"""
+    done = script(MAIN.format(half))
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    done = script(MAIN.format(half.replace("raise MemoryError", "del kept")))
+    assert done.returncode == 0 and "never_made" in done.stderr  # a program that works on does say it
+
+
 def test_who_calls_a_program_in_its_own_process_gets_its_handlers_back():
     before = {number: signal.getsignal(number) for number in SIGNALS}, sys.unraisablehook
     assert failing(UserError("x")) == 2 and failing(Stopped(signal.SIGINT)) == 130
