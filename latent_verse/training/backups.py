@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -142,7 +143,8 @@ class BestAndLast(Checkpoint):
         if trainer.is_global_zero:
             for other in folder.glob(f"{kind}-*.ckpt"):
                 if other != file:
-                    other.unlink()
+                    with suppress(OSError):  # the next save tries again; other processes wait for this one
+                        other.unlink()
         return True
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
@@ -275,7 +277,8 @@ class Backup(pl.Callback):
             steps = {old: step_of(old) or 0 for old in file.parent.glob("step=*.ckpt")}
             kept = sorted((old for old in steps if steps[old] <= trainer.global_step), key=lambda old: steps[old])[-2:]
             for old in steps.keys() - set(kept):
-                old.unlink()
+                with suppress(OSError):
+                    old.unlink()
         return file
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

@@ -20,7 +20,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard.writer import FileWriter, SummaryWriter
 
 from latent_verse.files import FileError, append
-from latent_verse.training.logs import LOST, WAITS
+from latent_verse.training.runs import LOST, WAITS
 
 _numbers = itertools.count()  # of this process's event files
 

@@ -18,9 +18,7 @@ from pytorch_lightning.utilities import rank_zero_only, rank_zero_warn
 from torch import Tensor
 
 from latent_verse.files import FileError, append, read_text, write_text
-
-WAITS = "{} Training continues, and tries again."
-LOST = "{} What was logged since is lost."
+from latent_verse.training.runs import LOST, WAITS
 
 
 class CSVLog(Logger):

@@ -36,6 +36,8 @@ COMPUTES = ("model", "data", "optim", "loss", "vae", "text")
 TRAINER_COMPUTES = ("seed", "precision", "accumulate_grad_batches", "gradient_clip_val", "limit_train_batches")
 LONGEST_NAME = 200  # bytes: most file systems take 255, of which `free` and `Run.backups` need some
 SAFE_ID = re.compile(r"[0-9A-Za-z_-]{1,40}")  # it becomes part of a path
+WAITS = "{} Training continues, and tries again."  # of a log that cannot be written
+LOST = "{} What was logged since is lost."
 MACHINE_ONLY = ("num_workers", "prefetch_factor", "allow_pipe", "test_dir")
 
 
