@@ -26,6 +26,11 @@ except ModuleNotFoundError:  # Windows
 
 LINE_BYTES = 1 << 26  # of one line of a text file that is read line by line: 64 MiB
 JSON_BYTES = 1 << 32  # of a JSON file, which is read whole: 4 GiB
+# what is wrong with a path, rather than with the disk
+MISTAKES = tuple(
+    getattr(errno, name)
+    for name in ("EACCES", "EPERM", "EEXIST", "ENOTDIR", "EISDIR", "ENAMETOOLONG", "EINVAL", "EILSEQ", "ELOOP")
+)
 
 
 class FileError(UserError):
@@ -127,6 +132,12 @@ def read_json_object(path: str | os.PathLike) -> dict[str, object]:
     return content
 
 
+class NotWritten(FileError):
+    """The machine cannot write a file that could be there: its disk is full or read-only, or has an error."""
+
+    exit_code = 1
+
+
 class InUse(FileError):
     """Another process holds the lock of a folder."""
 
@@ -145,7 +156,8 @@ def replacing(path: Path) -> Iterator[Path]:
     name's end, name the format or give an open file.
 
     Raises:
-        FileError: it cannot be written. The message says why, and how much space is free.
+        NotWritten: the disk is full, for example. The message says why, and how much space is free.
+        FileError: there can be no such file.
     """
     path = Path(path)
     with _refusing(path):
@@ -326,7 +338,7 @@ if fcntl is not None:
 def _refusing(path: Path, of: str = "") -> Iterator[None]:
     """Turn the error of writing `path`, or of a folder on the way to it, into a FileError; others are left as they are.
 
-    torch and safetensors wrap the operating system's errors in their own.
+    It is NotWritten unless the path is a mistake. torch and safetensors wrap the system's errors in their own.
     """
     try:
         yield
@@ -344,7 +356,8 @@ def _refusing(path: Path, of: str = "") -> Iterator[None]:
         reason = cause.strerror or str(cause)
         if cause.errno in (errno.EEXIST, errno.ENOTDIR):
             reason = next((f"{p} is no folder" for p in (path, *path.parents) if p.exists() and not p.is_dir()), reason)
-        raise FileError(f"{of}{path} cannot be written: {reason}{_room(path)}.") from error
+        kind = FileError if cause.errno in MISTAKES else NotWritten
+        raise kind(f"{of}{path} cannot be written: {reason}{_room(path)}.") from error
 
 
 def _concerns(path: Path, named: str | bytes | int | None) -> bool:
@@ -362,6 +375,26 @@ def _room(path: Path) -> str:
             free = shutil.disk_usage(place).free
             return f" ({free / 1e9:.1f} GB free)" if free >= 1e9 else f" ({free / 1e6:.1f} MB free)"
     return ""
+
+
+def append(path: Path, data: bytes) -> None:
+    """Add to the end of a file, all of `data` or nothing; it is made if it is absent.
+
+    Raises:
+        FileError: as `replacing`.
+    """
+    with _refusing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "ab", buffering=0) as file:
+            size = file.seek(0, os.SEEK_END)
+            left = memoryview(data)
+            try:
+                while left:
+                    left = left[file.write(left) :]
+            except OSError:
+                with suppress(OSError):
+                    file.truncate(size)  # so that no part of it stays
+                raise
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -20,6 +20,8 @@ from latent_verse import files
 from latent_verse.files import (
     FileError,
     InUse,
+    NotWritten,
+    append,
     decode_text,
     differences,
     lines_of,
@@ -182,13 +184,46 @@ def test_a_file_for_which_there_is_no_room_is_one_line_and_leaves_nothing(tmp_pa
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))  # as a full disk, but for the number of the error
     try:
-        told = pytest.raises(FileError, match=naming(tmp_path / "kept", "too large", "free"))
+        told = pytest.raises(NotWritten, match=naming(tmp_path / "kept", "too large", "free"))
         with told as caught, replacing(tmp_path / "kept") as unfinished:
             SAVE[how](unfinished)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "\n" not in str(caught.value)
     assert names(tmp_path) == ["kept"] and (tmp_path / "kept").read_text() == "old"
+
+
+def test_what_is_appended_is_there_whole_or_not_at_all(tmp_path):
+    resource = pytest.importorskip("resource")
+    file = tmp_path / "new" / "a.csv"
+    append(file, b"first\n")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+    try:
+        with pytest.raises(NotWritten, match=naming(file, "too large", "free")):
+            append(file, b"second\n")  # of which 4 bytes have room
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert file.read_bytes() == b"first\n"
+    append(file, b"second\n")
+    assert file.read_bytes() == b"first\nsecond\n"
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        *((number, 1) for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)),
+        *((number, 2) for number in (errno.ENAMETOOLONG, errno.EACCES, errno.ELOOP)),
+    ],
+)
+def test_a_fault_of_the_disk_is_no_mistake_of_the_user(tmp_path, monkeypatch, number, code):
+    def failing(path):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(files, "_sync", failing)
+    with pytest.raises(FileError, match=naming(tmp_path / "a", os.strerror(number))) as caught:
+        write_text(tmp_path / "a", "a")
+    assert caught.value.exit_code == code and isinstance(caught.value, NotWritten) == (code == 1)
 
 
 def test_nothing_passes_through_a_temporary_folder_elsewhere(tmp_path, monkeypatch):

@@ -33,7 +33,7 @@ ROOMS = {
     },
     "metrics": {"torch", "numpy", "PIL", "torchvision", "torchmetrics", "torch_fidelity", "pycocoevalcap", "open_clip"},
     "checkpoints": {"torch", "safetensors", "huggingface_hub"},
-    "training": {"torch", "numpy", "PIL", "pytorch_lightning", "torchmetrics", "torchvision", "wandb"},
+    "training": {"torch", "numpy", "PIL", "pytorch_lightning", "tensorboard", "torchmetrics", "torchvision", "wandb"},
     "inference": {"torch", "einops", "numpy", "PIL"},
     "evaluation": {"torch", "numpy", "PIL"},
     "commands": {"torch", "pytorch_lightning"},

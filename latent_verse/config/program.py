@@ -26,6 +26,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
 
 from latent_verse.config.settings import UserError, printable
 
@@ -131,12 +132,18 @@ def verdict(codes: Sequence[int | None]) -> int:
 
 
 class _Signals:
-    """While a program runs, a signal raises `Stopped`. While that unwinds, another Ctrl-C ends the process at once."""
+    """While a program runs, a signal raises `Stopped`. While that unwinds, another Ctrl-C ends the process at once.
+
+    Where Python would print and forget what a handler raises (in a finalizer, or a callback of C code), the signal
+    comes again a moment later. In `nothing_begun` there is nothing to unwind, so that the process ends there and then.
+    """
 
     def __init__(self) -> None:
         self.stopping = self.reporting = False
         self._before: dict[int, object] = {}
         self._pid = os.getpid()
+        self._is_main = _is_watched() or _runs_the_process()
+        self._unraisable = sys.unraisablehook
 
     def __enter__(self) -> _Signals:
         if threading.current_thread() is threading.main_thread():
@@ -146,9 +153,13 @@ class _Signals:
                 # one that is ignored (nohup, a shell's background job) stays so, a caller's own handler as well
                 if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
                     self._before[number] = signal.signal(number, self._stop)
+            sys.unraisablehook = self._raise_again
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self.reporting and self._is_main:
+            return  # while the interpreter ends, Python's own handlers would print tracebacks
+        sys.unraisablehook = self._unraisable
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
@@ -160,7 +171,42 @@ class _Signals:
             os._exit(128 + number)
         elif not self.stopping:
             self.stopping = True
-            raise Stopped(number)
+            stopped = Stopped(number)
+            if _begun:
+                raise stopped
+            self.reporting = True
+            os._exit(_flushed(_report(stopped) or stopped.exit_code))
+
+    def _raise_again(self, what: sys.UnraisableHookArgs) -> None:
+        if isinstance(what.exc_value, Stopped) and os.getpid() == self._pid:
+            self.stopping = False
+            again = threading.Timer(0.1, os.kill, (self._pid, what.exc_value.number))
+            again.daemon = True
+            again.start()
+        elif not self.reporting:  # what a program that has failed leaves half made cannot be tidied up either
+            self._unraisable(what)
+
+
+_begun = True  # whether a program may have made anything
+
+
+@contextlib.contextmanager
+def nothing_begun() -> Iterator[None]:
+    """Inside, a signal ends the program at once: for imports, in which libraries may swallow what a handler raises."""
+    global _begun
+    before, _begun = _begun, False
+    try:
+        yield
+    finally:
+        _begun = before
+
+
+def _runs_the_process() -> bool:
+    """Whether the program is what the process was started for: a script's call of it, not a test's or notebook's."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("latent_verse."):
+        frame = frame.f_back
+    return frame is not None and frame.f_globals.get("__name__") == "__main__" and not hasattr(sys, "ps1")
 
 
 @contextlib.contextmanager

@@ -7,7 +7,9 @@ import os
 import random
 import signal
 import threading
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -25,7 +27,7 @@ from latent_verse.config import as_plain
 from latent_verse.config.cli import to_yaml
 from latent_verse.config.program import SIGNALS, Stopped
 from latent_verse.config.train import TrainBiARTConfig, TrainVAEConfig
-from latent_verse.files import FileError, replacing
+from latent_verse.files import FileError, NotWritten, replacing
 from latent_verse.training import runs
 from latent_verse.training.runs import Run
 
@@ -41,9 +43,14 @@ def made_step(trainer: pl.Trainer, batch_idx: int) -> bool:
 
 def in_any_process(is_so: bool, device: torch.device) -> bool:
     """Whether `is_so` in one of the processes. A collective on `device`, which waits for all of them."""
-    number = torch.full((), int(is_so), device=device)
-    dist.all_reduce(number)  # Lightning's reduce_boolean_decision has a barrier before it
-    return bool(number)
+    return bool(sums_over_processes([int(is_so)], device)[0])
+
+
+def sums_over_processes(numbers: list[float], device: torch.device) -> list[float]:
+    """Each number's sum over the processes. A collective on `device`, which waits for all of them."""
+    sums = torch.tensor(numbers, dtype=torch.float32, device=device)
+    dist.all_reduce(sums)  # Lightning's reduce_boolean_decision has a barrier before it
+    return sums.tolist()
 
 
 class RunFolder(pl.Callback):
@@ -80,13 +87,13 @@ def save_state(trainer: pl.Trainer, file: Path) -> None:
     """Write the whole state of a run, with the optimiser, for an exact resume; called by all processes together.
 
     Raises:
-        FileError: it could not be written; in all processes alike.
+        NotWritten: in all processes alike.
     """
     trainer.save_checkpoint(file, weights_only=False)
     writer = trainer.strategy.checkpoint_io
     assert isinstance(writer, WholeFiles)
     if error := trainer.strategy.broadcast(writer.error):
-        raise FileError(error)
+        raise NotWritten(error)
 
 
 class BestAndLast(Checkpoint):
@@ -97,7 +104,7 @@ class BestAndLast(Checkpoint):
     hold more than one of a kind, of an earlier version, or copied: once a new one is there, the others are deleted.
 
     Raises:
-        FileError: the last attempt of the run to write one of them failed. Before, a failure is a warning.
+        NotWritten: the last attempt of the run to write one of them failed. Before, a failure is a warning.
     """
 
     def __init__(self, folder: RunFolder):
@@ -129,14 +136,15 @@ class BestAndLast(Checkpoint):
         self.unsaved.pop(kind, None)
         try:
             save_state(trainer, file)
-        except FileError as error:
+        except NotWritten as error:
             self.unsaved[kind] = str(error)
             rank_zero_warn(f"The {kind} checkpoint is not saved: {error} Training goes on.")
             return False
         if trainer.is_global_zero:
             for other in folder.glob(f"{kind}-*.ckpt"):
                 if other != file:
-                    other.unlink()
+                    with suppress(OSError):  # the next save tries again; other processes wait for this one
+                        other.unlink()
         return True
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
@@ -144,7 +152,7 @@ class BestAndLast(Checkpoint):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for kind, error in self.unsaved.items():
-            raise FileError(f"The run ended at step {trainer.global_step}, but its {kind} checkpoint is lost: {error}")
+            raise NotWritten(f"The run ended at step {trainer.global_step}, but its {kind} checkpoint is lost: {error}")
 
 
 def _loss_of(file: Path) -> float:
@@ -156,10 +164,16 @@ def _loss_of(file: Path) -> float:
     return math.inf if score is None else score
 
 
+ASK_SECONDS = 2.0  # between two questions of processes whether one of them was told to stop; each waits for the GPU
+
+MOST_STEPS = 100  # and at the latest after so many steps, should they become slower
+
+
 class Backup(pl.Callback):
     """Save the whole state every `every` steps (None: never), and when the run has to stop; the two newest are kept.
 
     After SIGTERM, SIGHUP or Ctrl-C, training finishes the current step and saves; a second Ctrl-C stops at once.
+    Several processes have to leave after the same step. They ask each other every ASK_SECONDS, whatever a step takes.
     Nothing is saved at the last step of an epoch or run, where a resumed run would miss the validation: `last` follows
     soon.
 
@@ -176,6 +190,8 @@ class Backup(pl.Callback):
         self.signal: int = signal.SIGTERM  # the last one; in other processes than the one that got it, SIGTERM
         self._handlers: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}  # before these
         self._pid, self._validating = os.getpid(), False
+        self._ask_at = self._asked_at = 0  # steps: the next question and the last one
+        self._asked = 0.0  # time of the last one
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.told_to_stop |= trainer.received_sigterm
@@ -197,12 +213,11 @@ class Backup(pl.Callback):
         rank_zero_info(f"{signal.Signals(number).name}: saving {when} (Ctrl-C again stops at once)")
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs, batch, batch_idx) -> None:
-        stop = self.told_to_stop
-        if trainer.world_size > 1:  # all processes must leave after the same step; asking costs, so not at every one
-            ask = trainer.global_step % trainer.log_every_n_steps == 0
-            stop = ask and in_any_process(stop, trainer.strategy.root_device)
         if trainer.is_last_batch or trainer.global_step == trainer.max_steps or not made_step(trainer, batch_idx):
             return
+        stop = self.told_to_stop
+        if trainer.world_size > 1:
+            stop = trainer.global_step >= self._ask_at and self._ask(trainer)
         if stop:
             saved = self.save(trainer)
             said = f"{self._by} at step {trainer.global_step}; saved {saved}"
@@ -211,8 +226,17 @@ class Backup(pl.Callback):
         if self.every and trainer.global_step % self.every == 0:
             try:
                 self.save(trainer)
-            except FileError as error:
+            except NotWritten as error:
                 rank_zero_warn(f"{error} Training goes on.")
+
+    def _ask(self, trainer: pl.Trainer) -> bool:
+        """Whether a process was told to stop; and all agree on the step at which they ask again."""
+        now, step = time.monotonic(), trainer.global_step
+        seconds = (now - self._asked) / max(1, step - self._asked_at) if self._asked else ASK_SECONDS  # of a step
+        stop, seconds = sums_over_processes([int(self.told_to_stop), seconds], trainer.strategy.root_device)
+        self._asked, self._asked_at = now, step
+        self._ask_at = step + max(1, min(MOST_STEPS, int(ASK_SECONDS * trainer.world_size / seconds)))
+        return stop > 0
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch, batch_idx) -> None:
         if self._interrupted is not None:  # not sooner: Lightning logs the step only after on_train_batch_end
@@ -241,19 +265,20 @@ class Backup(pl.Callback):
         """Write a backup, by all processes together. Returns its path.
 
         Raises:
-            FileError: it could not be written.
+            NotWritten: the disk is full, for example.
         """
         file = self.folder.run.backups() / f"step={trainer.global_step}.ckpt"
         try:
             save_state(trainer, file)
-        except FileError as error:
-            raise FileError(f"There is no backup of step {trainer.global_step}: {error}") from error
+        except NotWritten as error:
+            raise NotWritten(f"There is no backup of step {trainer.global_step}: {error}") from error
         if trainer.is_global_zero:
             # two, in case the newest is damaged; of later steps are those that this run could not resume from
             steps = {old: step_of(old) or 0 for old in file.parent.glob("step=*.ckpt")}
             kept = sorted((old for old in steps if steps[old] <= trainer.global_step), key=lambda old: steps[old])[-2:]
             for old in steps.keys() - set(kept):
-                old.unlink()
+                with suppress(OSError):
+                    old.unlink()
         return file
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

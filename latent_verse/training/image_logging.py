@@ -104,7 +104,7 @@ class TextImageSamples(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.is_global_zero:  # a run killed before its first checkpoint may have left another tokenizer
-            with replacing(self.folder.run.folder / "tokenizer") as unfinished:
+            with _going_on(), replacing(self.folder.run.folder / "tokenizer") as unfinished:
                 self.tokenizer.save(unfinished)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs, batch, batch_idx) -> None:

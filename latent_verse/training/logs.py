@@ -1,10 +1,9 @@
-"""What is logged: means over all processes, and the CSV file of them, which loses no row when a run is interrupted."""
+"""What is logged: means over all processes, and the files of them, which lose nothing when a run is interrupted."""
 
 from __future__ import annotations
 
 import csv
 import io
-import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -13,11 +12,13 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
-from pytorch_lightning.loggers import Logger
+from pytorch_lightning.loggers import Logger, TensorBoardLogger
+from pytorch_lightning.loggers.logger import rank_zero_experiment
 from pytorch_lightning.utilities import rank_zero_only, rank_zero_warn
 from torch import Tensor
 
-from latent_verse.files import FileError, read_text, write_text
+from latent_verse.files import FileError, append, read_text, write_text
+from latent_verse.training.runs import LOST, WAITS
 
 
 class CSVLog(Logger):
@@ -56,36 +57,73 @@ class CSVLog(Logger):
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Write a row. If the disk is full it waits for the next one."""
         self._waiting.append({**metrics, "step": step})
-        size = None
         try:
-            rows, columns = self._waiting, self._columns
-            if columns is None:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                rows = [row for row in self._rows() if int(row["step"]) < self.first_step] + rows
-            elif set().union(*rows) - set(columns):
-                rows = self._rows() + rows
-            else:
-                size = self.file.stat().st_size
-                with self.file.open("a", encoding="utf-8", newline="") as file:
-                    file.write(as_text(rows, columns))
-            if size is None:
-                columns = sorted(set().union(*rows))
-                write_text(self.file, ",".join(columns) + "\n" + as_text(rows, columns))
-            self._columns, self._waiting = columns, []
-        except (OSError, FileError) as error:
+            self._write()
+        except FileError as error:
             if len(self._waiting) == 1:
-                said = error if isinstance(error, FileError) else f"{self.file} cannot be written: {error.strerror}."
-                rank_zero_warn(f"{said} Training continues, and tries again.")
-            if size is not None:
-                with suppress(OSError):
-                    os.truncate(self.file, size)  # so that no half row stays
+                rank_zero_warn(WAITS.format(error))
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Write what waits still; a warning says so if it is lost."""
+        try:
+            self._write()
+        except FileError as error:
+            rank_zero_warn(LOST.format(error))
+
+    def _write(self) -> None:
+        """Write the rows that wait.
+
+        Raises:
+            FileError: they cannot be written, or joined with those that the file has.
+        """
+        if not self._waiting:
+            return
+        rows, columns = self._waiting, self._columns
+        if columns is not None and set().union(*rows) <= set(columns):
+            append(self.file, as_text(rows, columns).encode())
+        else:
+            before = [row for row in self._rows() if columns is not None or int(row["step"]) < self.first_step]
+            rows = before + rows
+            columns = sorted(set().union(*rows))
+            write_text(self.file, ",".join(columns) + "\n" + as_text(rows, columns))
+        self._columns, self._waiting = columns, []
 
     def _rows(self) -> list[dict[str, Any]]:
-        """The rows of the file; a last one that a killed process did not end is left out."""
+        """The rows of the file; a last one that a killed process did not end is left out.
+
+        Raises:
+            FileError: it is no CSV file in UTF-8.
+        """
         text = read_text(self.file) if self.file.exists() else ""
-        found = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))
-        rows = [{key: value for key, value in row.items() if value} for row in found]
-        return [row for row in rows if row.get("step", "").isdigit()]
+        try:
+            found = list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
+        except csv.Error as error:
+            raise FileError(f"{self.file} is no CSV file ({error}). Repair it, or move it away.") from error
+        rows = [{key: value for key, value in row.items() if key and value} for row in found]
+        rows = [row for row in rows if row.get("step", "").isdecimal()]
+        if len(rows) < len(found):
+            rank_zero_warn(f"{self.file}: rows without a step are left out: {len(found) - len(rows)} of {len(found)}.")
+        return rows
+
+
+class TensorBoardLog(TensorBoardLogger):
+    """Lightning's, but what cannot be written, on a full disk for example, waits: see `event_files`."""
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """The writer. It is made when something is logged: importing TensorBoard takes a second."""
+        if self._experiment is None:
+            from latent_verse.training.event_files import EventWriter
+
+            self._experiment = EventWriter(self.log_dir, **self._kwargs)
+        return self._experiment
+
+    @rank_zero_only
+    def save(self) -> None:
+        with suppress(OSError):  # of hparams.yaml, an empty file: what it would hold is in config.yaml
+            super().save()
 
 
 def as_text(rows: list[dict[str, Any]], columns: list[str]) -> str:

@@ -128,6 +128,7 @@ def check_state(
         raise CheckpointError(f"{file} holds {holds}, but ema_decay is {optim.ema_decay}. Give the run's own value.")
     _check_optimizer(content, model, file, optim)
     _check_schedules(content, file)
+    _check_settings(own, file)
     _check_progress(content, file)
     _check_callbacks(content, file)
     _check_processes(content, model, file)
@@ -230,6 +231,17 @@ def _check_schedules(content: Mapping[str, Any], file: Path) -> None:
     _check_numbers(plateau, known | {"verbose"}, "lr_decay", file, infinite=("best", "mode_worse"))
 
 
+def _check_settings(own: Mapping[str, Any], file: Path) -> None:
+    """The settings of the run that wrote it are sections; those of earlier versions recorded none."""
+    settings = own.get("run", {})
+    if not isinstance(settings, dict) or not all(isinstance(section, dict) for section in settings.values()):
+        raise _damaged(file, "its run's settings are no sections")
+    if own.get("plateau"):  # its rate follows from that of the settings
+        values = (settings.get("optim", {}).get("learning_rate"), settings.get("data", {}).get("batch_size"))
+        if not all(is_number(value) and value > 0 for value in values):
+            raise _damaged(file, "its run's settings lack learning_rate or batch_size")
+
+
 def _check_numbers(
     state: dict[str, Any], known: set[str], what: str, file: Path, infinite: tuple[str, ...] = ()
 ) -> None:
@@ -259,6 +271,8 @@ def _check_progress(content: Mapping[str, Any], file: Path) -> None:
             counts = fit.get(name, {}).get(part) if isinstance(fit.get(name, {}), dict) else None
             if not isinstance(counts, dict) or not {"ready", "started", "processed", "completed"} <= counts.keys():
                 raise _damaged(file, f"its loops lack {name}")
+    if not isinstance(fit["epoch_loop.batch_progress"].get("is_last_batch"), bool):
+        raise _damaged(file, "its loops do not say whether the epoch was over")
     try:
         steps = fit["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["total"]["completed"]
     except (KeyError, TypeError):

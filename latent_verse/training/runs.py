@@ -36,6 +36,8 @@ COMPUTES = ("model", "data", "optim", "loss", "vae", "text")
 TRAINER_COMPUTES = ("seed", "precision", "accumulate_grad_batches", "gradient_clip_val", "limit_train_batches")
 LONGEST_NAME = 200  # bytes: most file systems take 255, of which `free` and `Run.backups` need some
 SAFE_ID = re.compile(r"[0-9A-Za-z_-]{1,40}")  # it becomes part of a path
+WAITS = "{} Training continues, and tries again."  # of a log that cannot be written
+LOST = "{} What was logged since is lost."
 MACHINE_ONLY = ("num_workers", "prefetch_factor", "allow_pipe", "test_dir")
 
 
@@ -149,7 +151,10 @@ def is_first_process() -> bool:
 
 def states(run: Run) -> list[Path]:
     """The checkpoints a run can resume from, newest first by step: its `last`, then, at the same step, its backup."""
-    files = [*run.backups().glob("step=*.ckpt"), *run.checkpoints.glob("last-*.ckpt")]
+    backups = [*run.backups().glob("step=*.ckpt")]
+    if not backups and run.backup_dir is not None:  # the run folder had another name
+        backups = [*run.backup_dir.glob(f"*-{run.id}/step=*.ckpt")]
+    files = [*backups, *run.checkpoints.glob("last-*.ckpt")]
     return sorted(files, key=lambda p: (step_of(p) or 0, p.parent == run.checkpoints, str(p)), reverse=True)
 
 

@@ -15,7 +15,7 @@ from typing import TypeVar
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import LearningRateMonitor
-from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
+from pytorch_lightning.loggers import Logger, WandbLogger
 from pytorch_lightning.strategies import Strategy
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
@@ -29,7 +29,7 @@ from latent_verse.training.backups import Backup, BestAndLast, Interrupted, Proc
 from latent_verse.training.changes import AppliedSettings, changes
 from latent_verse.training.divergence import Divergence
 from latent_verse.training.launcher import PATIENCE, WatchedDDP, WatchedFSDP
-from latent_verse.training.logs import CSVLog
+from latent_verse.training.logs import CSVLog, TensorBoardLog
 from latent_verse.training.progress_bar import ProgressBar
 from latent_verse.training.runs import Run
 
@@ -262,7 +262,7 @@ def make_logger(t: TrainerConfig, run: Run, first_step: int = 0) -> Logger:
     and later is removed from the file, or hidden. Weights & Biases shows both.
     """
     if t.logger == "tensorboard":
-        return TensorBoardLogger(run.folder, name="", version="logs", purge_step=first_step)
+        return TensorBoardLog(run.folder, name="", version="logs", purge_step=first_step)
     if t.logger == "csv":
         return CSVLog(run.folder / "logs", first_step)
     name, offline = run.folder.name, os.environ.get("WANDB_MODE") == "offline"

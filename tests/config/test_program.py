@@ -169,6 +169,57 @@ def test_signals_that_come_again_while_a_program_saves():
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
+SWALLOWED = {
+    "finalizer": """
+    class Held:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+            for _ in range(1000): pass
+    del_me = Held()
+    del del_me
+    time.sleep(50)""",
+    "import": """
+    with nothing_begun():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(50)
+        except BaseException:
+            pass
+    time.sleep(50)""",
+}
+
+
+@pytest.mark.parametrize("how", SWALLOWED)
+def test_a_signal_is_not_lost_where_exceptions_are_swallowed(how):
+    done = script(MAIN.format(SWALLOWED[how]))
+    assert done.returncode == 143 and done.stderr.count("\n") == 1, done.stderr
+    assert naming("SIGTERM").search(done.stderr)
+
+
+@pytest.mark.parametrize("ends", ["os.kill(os.getpid(), signal.SIGINT); time.sleep(50)", "raise MemoryError"])
+def test_a_signal_while_the_interpreter_ends_prints_nothing(ends):
+    at_exit = "import atexit; atexit.register(lambda: (os.kill(os.getpid(), signal.SIGINT), time.sleep(50)))\n"
+    done = script(at_exit + MAIN.format(ends))
+    assert done.returncode == 130 and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_what_a_failed_program_leaves_half_made_prints_nothing():
+    half = """class Half:
+        def __del__(self): self.never_made
+    kept = Half()
+    raise MemoryError"""
+    done = script(MAIN.format(half))
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    done = script(MAIN.format(half.replace("raise MemoryError", "del kept")))
+    assert done.returncode == 0 and "never_made" in done.stderr  # a program that works on does say it
+
+
+def test_who_calls_a_program_in_its_own_process_gets_its_handlers_back():
+    before = {number: signal.getsignal(number) for number in SIGNALS}, sys.unraisablehook
+    assert failing(UserError("x")) == 2 and failing(Stopped(signal.SIGINT)) == 130
+    assert before == ({number: signal.getsignal(number) for number in SIGNALS}, sys.unraisablehook)
+
+
 def test_an_ignored_signal_stays_ignored():
     assert script(MAIN.format("os.kill(os.getpid(), signal.SIGHUP)"), shell="trap '' HUP; exec {}").returncode == 0
 

@@ -7,6 +7,8 @@ import math
 import os
 import random
 import shutil
+import signal
+import sys
 import warnings
 from pathlib import Path
 
@@ -19,9 +21,10 @@ from torch.distributed.fsdp import fully_shard
 
 from latent_verse.checkpoints.ckpt_files import MONITOR, read_ckpt, score_of
 from latent_verse.config.train import TrainerConfig, TrainVAEConfig
-from latent_verse.files import FileError
-from latent_verse.training import runs
+from latent_verse.files import FileError, NotWritten
+from latent_verse.training import backups, runs
 from latent_verse.training.backups import RunFolder, random_state, set_random_state
+from latent_verse.training.divergence import Diverged
 from latent_verse.training.runs import Run
 from latent_verse.training.trainer import make_trainer
 from tests.messages import naming
@@ -99,7 +102,8 @@ def test_without_validation_there_is_only_the_last(tmp_path):
 
 @pytest.mark.parametrize("wrong", [math.nan, -math.inf, math.inf])
 def test_weights_whose_loss_is_not_finite_are_never_the_best(tmp_path, wrong):
-    fit(tmp_path / "run", [wrong, 2.0, wrong])
+    with pytest.raises(Diverged, match=naming(MONITOR, "step 12")):
+        fit(tmp_path / "run", [wrong, 2.0, wrong])
     kept = tmp_path / "run" / "checkpoints"
     assert names(kept) == ["best-epoch=1-step=8.ckpt", "last-epoch=2-step=12.ckpt"]
     assert stored(kept / names(kept)[1])["latent_verse"]["score"] is None
@@ -238,7 +242,7 @@ def test_a_run_whose_last_save_fails_says_so_and_fails(tmp_path, monkeypatch, fa
     with (
         pytest.warns(UserWarning, match=naming(kind, "goes on")),
         pytest.raises(
-            FileError, match=naming("step 4", kind, tmp_path / "run" / "checkpoints", "No space left", "free")
+            NotWritten, match=naming("step 4", kind, tmp_path / "run" / "checkpoints", "No space left", "free")
         ),
     ):
         fit(tmp_path / "run", [1.0], backup_steps=1)
@@ -266,6 +270,31 @@ def save_in_two(rank: int, folder: Path, strategy: str, fails: set[int]) -> dict
         except FileError as refused:
             error = str(refused)
     return {"error": error, "writes": writes.count}
+
+
+def stop_in_two(rank: int, folder: Path) -> int | None:
+    """The step at which a run of two processes ends, of which the second gets a signal in step 30."""
+    os.environ |= {"TORCHELASTIC_RUN_ID": "0", "LOCAL_WORLD_SIZE": str(WORLD), "WORLD_SIZE": str(WORLD)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+
+    def signalled(module, batch, batch_idx):
+        if rank == 1 and batch_idx == 30:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules[__name__], "STEPS", 2 * backups.MOST_STEPS + 100)
+        patch.setattr(Tiny, "on_train_batch_start", signalled)
+        try:
+            fit(folder / "run", [1.0], backup_steps=10_000, log_every_n_steps=10_000, gpus=WORLD)
+        except backups.Interrupted as stopped:
+            return int(str(stopped).split("step=")[1].split(".ckpt")[0])
+    return None
+
+
+def test_a_signal_to_one_of_two_processes_stops_both_whatever_is_logged(tmp_path):
+    first, second = in_two_processes(tmp_path, stop_in_two, tmp_path)
+    assert first is not None and first == second and 31 <= first <= 31 + backups.MOST_STEPS
+    assert names(tmp_path / "run" / "backups") == [f"step={first}.ckpt"]
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from latent_verse.training import logs
 from latent_verse.training.augvae import LitAugVAE
 from latent_verse.training.backups import Backup, Interrupted, RunFolder
 from latent_verse.training.biart import LitBiART
-from latent_verse.training.logs import CSVLog
+from latent_verse.training.logs import CSVLog, TensorBoardLog
 from latent_verse.training.runs import Run
 from latent_verse.training.trainer import make_trainer
 from tests.biart.tiny_biart import CONFIG
@@ -63,27 +64,71 @@ def test_a_resumed_run_continues_the_file_of_an_interrupted_one(tmp_path, cut):
     assert rows(tmp_path) == [{"a": "0.5", "step": "0"}]
 
 
-def test_rows_wait_while_the_disk_is_full(tmp_path, monkeypatch):
+@pytest.fixture
+def no_room():
+    """A context in which nothing can be written, as on a full disk."""
+
+    @contextmanager
+    def inside():
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    resource = pytest.importorskip("resource")
+    return inside
+
+
+def test_rows_wait_while_the_disk_is_full(tmp_path, no_room):
     log = CSVLog(tmp_path / "logs")
     log.log_metrics({"a": 0.0}, 0)
-
-    def full(*args):
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch, pytest.warns(UserWarning, match=naming(log.file, "space")) as said:
-        patch.setattr(logs, "as_text", full)
+    with pytest.warns(UserWarning, match=naming(log.file, "too large")) as said, no_room():
         log.log_metrics({"a": 1.0}, 1)
         log.log_metrics({"a": 2.0}, 2)
     assert len(said) == 1
     log.log_metrics({"a": 3.0}, 3)
     assert [row["a"] for row in rows(tmp_path / "logs")] == ["0.0", "1.0", "2.0", "3.0"]
-    with monkeypatch.context() as patch, pytest.warns(UserWarning, match=naming(log.file, "space")):
-        patch.setattr(os, "fsync", full)
+    with pytest.warns(UserWarning, match=naming(log.file, "too large")), no_room():
         log.log_metrics({"a": 4.0, "b": 1.0}, 4)  # a new column: the file is written anew
         CSVLog(tmp_path / "new").log_metrics({"a": 0.0}, 0)
     log.log_metrics({"a": 5.0}, 5)
     found = [(row["a"], row.get("b")) for row in rows(tmp_path / "logs")]
     assert found[3:] == [("3.0", None), ("4.0", "1.0"), ("5.0", None)]
+    with pytest.warns(UserWarning, match=naming(log.file, "lost")) as said, no_room():
+        log.log_metrics({"a": 6.0}, 6)
+        log.finalize("success")
+    assert len(said) == 2
+    log.finalize("success")
+    assert rows(tmp_path / "logs")[-1]["a"] == "6.0"
+
+
+@pytest.mark.parametrize(
+    ("damage", "facts"),
+    [
+        (lambda text: text.replace("step", "stop"), ("step", "3 of 3")),
+        (lambda text: text.replace(",1\n", ",x1\n"), ("step", "1 of 3")),
+        (lambda text: text + ",,,3\n", ("step", "1 of 4")),
+        (lambda text: text + "1.0,1,2,3\n", ()),
+        (lambda text: text + "\0" * 200_000 + "\n", ("move",)),
+        (lambda text: text + "\udcff\n", ("UTF-8",)),
+    ],
+)
+def test_a_damaged_file_of_rows_ends_no_run(tmp_path, damage, facts, recwarn):
+    log = CSVLog(tmp_path)
+    for step in range(3):
+        log.log_metrics({"a": float(step)}, step)
+    log.file.write_bytes(damage(log.file.read_text()).encode("utf-8", "surrogateescape"))
+    log = CSVLog(tmp_path, first_step=3)
+    log.log_metrics({"a": 3.0}, 3)
+    log.log_metrics({"a": 4.0}, 4)
+    assert len(recwarn) == bool(facts)
+    assert not facts or naming(log.file, *facts).search(str(recwarn[0].message))
+    if "move" in facts or "UTF-8" in facts:
+        log.file.unlink()
+    log.log_metrics({"a": 5.0}, 5)
+    assert [row["a"] for row in rows(tmp_path)][-3:] == ["3.0", "4.0", "5.0"]
 
 
 def run(module, folder: Path, batches: list, start_from: Path | None = None, more=(), **settings):
@@ -130,6 +175,24 @@ def events(folder: Path) -> dict[str, list[tuple[int, float]]]:
     found = EventAccumulator(str(folder / "logs"))
     found.Reload()
     return {tag: [(event.step, event.value) for event in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
+
+
+def test_events_wait_while_the_disk_is_full(tmp_path, no_room, capfd):
+    """TensorBoard's thread ends no run, nor says more than one line; nothing is lost once there is room."""
+    with pytest.warns(UserWarning, match=naming("events", "too large")) as said, no_room():
+        log = TensorBoardLog(tmp_path, name="", version="logs", purge_step=0)
+        for step in range(40):  # more than TensorBoard's queue holds
+            log.log_metrics({"a": float(step)}, step)
+            log.save()
+    assert len(said) == 1
+    log.log_metrics({"a": 40.0}, 40)
+    log.save()
+    assert events(tmp_path)["a"] == [(step, float(step)) for step in range(41)]
+    with pytest.warns(UserWarning, match=naming("events", "lost")) as said, no_room():
+        log.log_metrics({"a": 41.0}, 41)
+        log.finalize("success")
+    assert len(said) == 2 and not capfd.readouterr().err
+    assert len(events(tmp_path)["a"]) == 41
 
 
 @pytest.mark.parametrize("every", [1, 3])

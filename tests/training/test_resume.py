@@ -227,14 +227,19 @@ WRONG = {
     "steps missing": lambda content: content["loops"]["fit_loop"].pop(
         "epoch_loop.automatic_optimization.optim_progress"
     ),
+    "an epoch that is over or not": lambda content: content["loops"]["fit_loop"]["epoch_loop.batch_progress"].pop(
+        "is_last_batch"
+    ),
+    "settings text": put("latent_verse", "run", value="x"),
+    "a section of settings is a list": put("latent_verse", "run", "optim", value=[1]),
     "data text": put(*LOOPS, "state_dict", "combined_loader", value=["0"]),
     "data empty": put(*LOOPS, "state_dict", "combined_loader", value=[{}]),
     "callbacks' names": put("callbacks", 5, value={}),
     "callbacks' states": put("callbacks", BEST, value=[1]),
-    "a best score of NaN": put("callbacks", BEST, "best_model_score", value=torch.tensor(torch.nan)),
-    "a best score of text": put("callbacks", BEST, "best_model_score", value="0.1"),
-    "best_k_models": put("callbacks", BEST, "best_k_models", value=[1]),
-    "a best path": put("callbacks", BEST, "best_model_path", value=7),
+    "a best score of NaN": put("callbacks", BEST, value={"best_model_score": torch.tensor(torch.nan)}),
+    "a best score of text": put("callbacks", BEST, value={"best_model_score": "0.1"}),
+    "best_k_models": put("callbacks", BEST, value={"best_k_models": [1]}),
+    "a best path": put("callbacks", BEST, value={"best_model_path": 7}),
     "process_states text": put("process_states", value="seed"),
     "process_states empty": put("process_states", value=[{}]),
     "random numbers": put("process_states", 0, "rng", "torch", value=torch.zeros(3)),
@@ -251,6 +256,10 @@ WRONG = {
 }
 WRONG_VAE = {
     "plateau text": put("latent_verse", "plateau", value="min"),
+    "plateau without settings": lambda content: content["latent_verse"].pop("run"),
+    "plateau without a rate": lambda content: content["latent_verse"]["run"].pop("optim"),
+    "plateau's rate": put("latent_verse", "run", "optim", "learning_rate", value="a"),
+    "plateau's batch": put("latent_verse", "run", "data", "batch_size", value=None),
     "plateau's method": put("latent_verse", "plateau", "step", value=5),
     "plateau's optimiser": put("latent_verse", "plateau", "optimizer", value=5),
     "plateau's best": put("latent_verse", "plateau", "best", value=float("nan")),

@@ -326,6 +326,18 @@ def test_a_deleted_and_begun_again_run_does_not_find_its_old_backups(tmp_path):
     assert resumes_from(tmp_path, "a", shared) is None
 
 
+def test_a_run_folder_that_is_renamed_finds_its_backups_in_a_shared_folder(tmp_path):
+    shared = str(tmp_path / "backups")
+    begin(tmp_path, "another", shared, steps=(40,))
+    begin(tmp_path, "a", shared, steps=(10, 20))
+    (tmp_path / "a").rename(tmp_path / "b")
+    run = open_run(str(tmp_path), "b", True, shared, CONFIG)
+    assert resumes_from(tmp_path, "b", shared) == "step=20.ckpt" and "another" not in str(states(run))
+    run.backups().mkdir()
+    (run.backups() / "step=30.ckpt").touch()
+    assert [file.name for file in states(run)] == ["step=30.ckpt"]  # its own from now on
+
+
 # --------------------------------------------------------------------------------------------------------------- names
 
 
