@@ -69,7 +69,7 @@ def load_pretrained(path: str | os.PathLike) -> Pretrained:
     Raises:
         CheckpointError: the file is missing, damaged or of another kind; the message names it.
     """
-    file = find_checkpoint(Path(path))
+    file = find_checkpoint(path)
     if not os.path.isdir(file) and (os.path.exists(file) or file.suffix == ".ckpt"):
         return load_checkpoint(file)
     folder = find_bundle(path)
@@ -151,7 +151,7 @@ def export_bundle(
     Raises:
         CheckpointError: a file is absent, damaged or of another kind, or AugVAE is not the one it was trained with.
     """
-    trained = load_checkpoint(find_checkpoint(Path(ckpt_path)))
+    trained = load_checkpoint(find_checkpoint(ckpt_path))
     if vae is None:
         vae = load_augvae(vae_path) if vae_path else trained.augvae()
     check_vae(fingerprint(vae), trained.vae_fingerprint, trained.vae_path, trained.where)

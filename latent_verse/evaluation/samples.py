@@ -196,7 +196,8 @@ def _png_text(file: Path) -> dict[str, str]:
 
 
 def _read_index(folder: Path) -> list[Group]:
-    groups: list[Group] = []
+    groups: dict[tuple[str | None, int], dict[int, tuple[Path, float | None]]] = {}  # by text and its how manieth time
+    times = Counter[tuple[str | None, int]]()  # how often a number of a text has come: a text may come again
     named: dict[str, int] = {}
     for number, line in enumerate(lines_of(read_text(folder / INDEX)), start=1):
         where = f"generated_dir: {folder / INDEX} line {number}"
@@ -208,21 +209,25 @@ def _read_index(folder: Path) -> list[Group]:
         named[os.path.normpath(name)] = number
         if not file.is_file():
             raise DataError(f"{where}: {file} does not exist. Copy the whole folder.")
-        if place == 0 or not groups:
-            groups.append(Group(text))
-        groups[-1].files.append(file)
-        groups[-1].log_p.append(log_p)
+        groups.setdefault((text, times[text, place]), {})[place] = (file, log_p)
+        times[text, place] += 1
     if not groups:
         raise DataError(f"generated_dir: {folder / INDEX} is empty: there is no image to evaluate.")
-    counts = {len(group.files) for group in groups}
+    counts = {len(images) for images in groups.values()}
+    for (text, _), images in groups.items():
+        if sorted(images) != list(range(len(images))):
+            raise DataError(
+                f"generated_dir: {folder / INDEX}: the images of {text!r:.80} have the numbers "
+                f"{', '.join(map(str, sorted(images)[:8]))}; they have to be 0, 1, ... for each caption."
+            )
     if len(counts) > 1:
         raise DataError(f"generated_dir: {folder / INDEX} has {sorted(counts)} images per caption; make them equal.")
-    scored = {value is not None for group in groups for value in group.log_p}
-    if len(scored) > 1:
+    ordered = [(text, [images[place] for place in sorted(images)]) for (text, _), images in groups.items()]
+    if len({log_p is not None for _, images in ordered for _, log_p in images}) > 1:
         raise DataError(
             f"generated_dir: {folder / INDEX} has log_p for some images only. Give it for all, or for none."
         )
-    return groups
+    return [Group(text, *map(list, zip(*images, strict=True))) for text, images in ordered]
 
 
 def _entry(line: str, where: str) -> tuple[str, str | None, int, float | None]:

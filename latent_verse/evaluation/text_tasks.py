@@ -33,11 +33,11 @@ def caption(c: Context) -> dict[str, object]:
     numbers = [i for i in numbers if c.pairs.image(i) is not None]
     if not numbers:
         raise DataError("None of the images can be read. Are the files whole?")
-    ids = c.pairs.image_ids()
-    ids, names = [ids[i] for i in numbers], [c.pairs.names[i] for i in numbers]
+    of_all = c.pairs.image_ids()
+    ids = [of_all[i] for i in numbers]
     if file:
         path = Path(file)
-        generated = captions.read_captions_file(path, ids, names)
+        generated = captions.read_captions_file(path, of_all, c.pairs.names, numbers)
         checkpoint, how = {"captions_file": samples.fingerprint_files([path])}, f"captions of {path.name}"
     else:
         read, size = lambda n: c.pairs.image(numbers[n]), c.config.write.batch_size

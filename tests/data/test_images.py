@@ -408,6 +408,17 @@ def test_links_are_followed_and_loops_end(tmp_path):
     assert len(FlatImages(root, 16)) == 2
 
 
+def test_links_that_lead_in_millions_of_ways_are_refused(tmp_path):
+    for i in range(26):
+        (tmp_path / f"d{i}").mkdir()
+        for name in "ab":
+            (tmp_path / f"d{i}" / name).symlink_to(f"../d{i + 1}")
+    make_folder(tmp_path, ["d26/a.png"])
+    with pytest.raises(DataError, match=naming(tmp_path / "d0", tmp_path / "d26", "links", 100)):
+        FlatImages(tmp_path / "d0", 16)
+    assert len(FlatImages(tmp_path / "d21", 16)) == 32
+
+
 def test_path_list_keeps_odd_names():
     names = ["a.jpg", "ü/ö 1.png", "b\udcff.jpg", ""]
     paths = PathList("/root", names)

@@ -179,6 +179,8 @@ def test_plain_folders_take_captions_from_beside(tmp_path):
         ('{"text": "x"}', ["line 1", "file"]),
         ('{"file": "gone.png", "text": "x"}', ["line 1", "gone.png"]),
         ('{"file": "p000.png"}\n{"file": "p001.png"}\n{"file": "p002.png", "number": 1}', [[1, 2]]),
+        ('{"file": "p000.png", "number": 1}\n{"file": "p001.png", "number": 1}', ["None", "0, 1"]),
+        ('{"file": "p000.png", "text": "a"}\n{"file": "p001.png", "text": "b", "number": 1}', ["b", "0, 1"]),
         ('{"file": "p000.png"}\n{"file": "./p000.png"}', ["line 2", "line 1", "p000.png"]),
         ('{"file": "../outside.png"}', ["line 1", "../outside.png"]),
         ('{"file": "x/../../outside.png"}', ["line 1", "x/../../outside.png"]),
@@ -198,6 +200,18 @@ def test_an_index_that_does_not_fit_is_refused(tmp_path, content, facts):
     (tmp_path / samples.INDEX).write_text(content)
     with pytest.raises(UserError, match=naming("generated_dir", tmp_path / samples.INDEX, *facts)):
         samples.read_groups(tmp_path)
+
+
+def test_the_images_of_a_caption_are_those_with_its_text(tmp_path):
+    """Whatever the order of the lines; a text that comes again, as in `generate`, begins another group."""
+    write_pairs(tmp_path, 6)
+    lines = [("red", 0), ("blue", 1), ("blue", 0), ("red", 1), ("red", 0), ("red", 1)]
+    rows = [{"file": f"p{i:03d}.png", "text": t, "number": n, "log_p": -i} for i, (t, n) in enumerate(lines)]
+    (tmp_path / samples.INDEX).write_text("\n".join(map(json.dumps, rows)))
+    group = lambda text, *numbers: samples.Group(  # noqa: E731
+        text, [tmp_path / f"p{i:03d}.png" for i in numbers], [-float(i) for i in numbers]
+    )
+    assert samples.read_groups(tmp_path) == [group("red", 0, 3), group("blue", 2, 1), group("red", 4, 5)]
 
 
 def test_lines_of_an_index_end_at_newlines_only(tmp_path):
