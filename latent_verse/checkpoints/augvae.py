@@ -33,6 +33,7 @@ def load_augvae(path: str | os.PathLike) -> AugVAE:
 
     Raises:
         CheckpointError: the file is missing, damaged, of another kind, or does not fit.
+        ConfigError: as `config.settings.expand`.
     """
     path = expand(path, "hub", "path")
     local = find_checkpoint(path)

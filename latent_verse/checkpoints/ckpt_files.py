@@ -154,6 +154,7 @@ def find_checkpoint(path: str | os.PathLike) -> Path:
 
     Raises:
         CheckpointError: the folder cannot be read, all are damaged, or nothing says which is the newest.
+        ConfigError: as `config.settings.expand`.
     """
     path = Path(expand(path, "hub", "path"))
     skipped: dict[Path, CheckpointError] = {}

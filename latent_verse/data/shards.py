@@ -326,8 +326,11 @@ def read_shards(shards: Iterable[str], skipped: SkipLog) -> Iterator[dict]:
         errors: list[Exception] = []
         found: Counter = Counter()
         images = 0
+        lost: list[str] = []  # samples whose image is not under one of IMAGE_KEYS
 
         def note(error: Exception, errors: list = errors) -> bool:
+            if "duplicate file name" in str(error):  # webdataset's, with all that it knows
+                error = ValueError(str(error.args[0]).partition(" in tar file")[0])
             errors[1:] = [error if str(error) else ValueError(type(error).__name__)]  # the first and the last
             return True  # so webdataset continues
 
@@ -340,6 +343,8 @@ def read_shards(shards: Iterable[str], skipped: SkipLog) -> Iterator[dict]:
                 if used := _image_key(raw):
                     images += 1
                     yield {key: value for key, value in raw.items() if key == used or key not in IMAGE_KEYS}
+                else:
+                    lost += [f"{raw['__key__']}.{key}" for key in raw if key.endswith(EXTENSIONS)]
         finally:
             try:
                 stream.close()
@@ -356,6 +361,9 @@ def read_shards(shards: Iterable[str], skipped: SkipLog) -> Iterator[dict]:
             )
         if errors:
             skipped.add(_slot(shard), f"part of shard {shard}", errors[0])
+        if lost:
+            reason = "no images of samples, whose name goes up to the first dot: pack them with other names"
+            skipped.add(_slot(lost[0] + shard), f"members of shard {shard}: {len(lost)}, {lost[0]} and so on", reason)
 
 
 def _slot(name: str) -> int:

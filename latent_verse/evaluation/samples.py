@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -19,8 +18,10 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
+from latent_verse.checkpoints.checks import is_number
 from latent_verse.config import ConfigError, SamplingSettings
 from latent_verse.data import DataError
+from latent_verse.data.caption_files import caption_lines, clean, short
 from latent_verse.data.images import EXTENSIONS, describe_files, walk
 from latent_verse.data.transforms import UnreadableImage, centre_crop, check_pixels, mix_seed, read_rgb
 from latent_verse.files import (
@@ -180,9 +181,20 @@ def read_groups(folder: Path) -> list[Group]:
 def _text_of(file: Path) -> str | None:
     beside = file.with_suffix(".txt")
     if beside.is_file():
-        lines = [line.strip() for line in lines_of(read_text(beside)) if line.strip()]
-        return lines[0] if lines else None
-    return _png_text(file).get("text") if file.suffix.lower() == ".png" else None
+        return next(iter(caption_lines(str(beside))), None)
+    return _caption(_png_text(file).get("text"), file) if file.suffix.lower() == ".png" else None
+
+
+def _caption(text: str | None, where: object) -> str | None:
+    """The text as it is written; None if nothing of it can be seen, as in images completed without a text.
+
+    Raises:
+        DataError: it is no text.
+    """
+    try:
+        return text if text and clean(text) else None
+    except DataError as error:
+        raise DataError(f"{where}: its text {error}.") from error
 
 
 def _png_text(file: Path) -> dict[str, str]:
@@ -207,8 +219,8 @@ def _read_index(folder: Path) -> list[Group]:
             first = named[os.path.normpath(name)]
             raise DataError(f"{where}: {name} stands in line {first} already. Give each image one line.")
         named[os.path.normpath(name)] = number
-        if not file.is_file():
-            raise DataError(f"{where}: {file} does not exist. Copy the whole folder.")
+        if not os.path.isfile(file):
+            raise DataError(f"{where}: {short(name)} does not exist as a file in {folder}. Copy the whole folder.")
         groups.setdefault((text, times[text, place]), {})[place] = (file, log_p)
         times[text, place] += 1
     if not groups:
@@ -246,11 +258,12 @@ def _entry(line: str, where: str) -> tuple[str, str | None, int, float | None]:
         raise DataError(f"{where}: `file` {name} leads out of the folder. Copy the image into it.")
     if not isinstance(text, str | None):
         raise DataError(f"{where}: `text` is {text!r:.80}; captions are strings.")
+    text = _caption(text, where)
     place = 0 if place is None else place
     if not isinstance(place, int) or isinstance(place, bool) or place < 0:
         raise DataError(f"{where}: `number` is {place!r:.80}; it has to be 0, 1, ... for each caption's images.")
-    if isinstance(log_p, bool) or not isinstance(log_p, int | float | None) or not math.isfinite(log_p or 0):
-        raise DataError(f"{where}: `log_p` is {log_p!r:.80}; it has to be a number, or left out.")
+    if not (log_p is None or is_number(log_p)):
+        raise DataError(f"{where}: `log_p` is {short(log_p)}; it has to be a number, or left out.")
     return name, text, place, None if log_p is None else float(log_p)
 
 

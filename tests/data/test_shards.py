@@ -529,11 +529,19 @@ def test_compressed_shards_are_read_whole_or_counted(tmp_path, pack):
         assert 0 < len(read) <= counted < 40 and skipped == 1
 
 
+def test_images_whose_names_hold_another_dot_are_counted(tmp_path, caplog):
+    names = ["1.jpg", "photo.final.jpg", "2.jpg", "v1.0.jpg", "v1.1.jpg", "3.jpg", "3.seg.png"]
+    write_tar(tmp_path / "a.tar", [(name, image_bytes(0)) for name in names])
+    assert seen(tmp_path / "a.tar") == ([-1, -1, -1], 1, 3)
+    assert naming(3, "photo.final.jpg", tmp_path / "a.tar", "first dot").search(caplog.text)
+    assert "seg" not in caplog.text
+
+
 def test_repeated_members_are_counted(tmp_path, caplog):
     names = ["a.jpg", "b.jpg", "b.jpg", "c.jpg", "a.cls"]
     write_tar(tmp_path / "a.tar", [(name, image_bytes(0) if name.endswith("jpg") else b"7") for name in names])
     assert seen(tmp_path / "a.tar") == ([-1, -1, -1], 1, 3)
-    assert naming("b.jpg", "duplicate").search(caplog.text)
+    assert naming("b.jpg", "duplicate").search(caplog.text) and "dict_keys" not in caplog.text
 
 
 # -------------------------------------------------------------------------------------------------------------- remote

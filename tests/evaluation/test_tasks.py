@@ -42,6 +42,17 @@ def test_class_names_of_a_file_and_of_folders(tmp_path):
         class_names(["n01"], str(tmp_path / "none"))
 
 
+def test_class_names_show_something_and_are_told_apart(tmp_path, caplog):
+    file = tmp_path / "names.txt"
+    for text, fact in (("n01\t\u200b\n", "n01"), ("n01\ta\0b\n", "line 1"), ("n02\tx\nn01\ta\0b\n", "line 2")):
+        file.write_text(text, encoding="utf-8")
+        with pytest.raises(DataError, match=naming("class_names", file, fact)):
+            class_names(["n01"], str(file))
+    file.write_text("n01\ta\tcrane\nn02\ta\tcrane\n")
+    assert class_names(["n01", "n02"], str(file)) == ["a crane", "a crane"]
+    assert class_names(["a_b", "a b"], None) == ["a b", "a b"] and naming("a crane", "a b").search(caplog.text)
+
+
 def test_lines_of_class_names_end_at_newlines_only(tmp_path):
     file = tmp_path / "names.txt"
     file.write_bytes("\ufeffn01\tred\u2028fox\r\nn02\tdog\nn02\tdog\n".encode())
