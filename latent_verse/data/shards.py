@@ -91,6 +91,8 @@ def find_shards(
     sources = [source] if isinstance(source, (str, os.PathLike)) else source
     known: dict[str, list[str]] = {}
     shards = _joined((_expand(os.fspath(part).strip(), key, known, allow_pipe) for part in sources), source, key)
+    if not allow_pipe and any(shard.startswith("pipe:") for shard in shards):
+        raise DataError(f"{key}: {str(source)[:200]} hides a shell command, which is never run.")
     missing = [shard for shard in shards if not is_remote(shard) and not os.path.isfile(shard)]
     if missing:
         raise DataError(
@@ -98,6 +100,11 @@ def find_shards(
             f"Check {str(source)[:200]!r}: it must name existing tar files, or be a folder that holds them."
         )
     return shards
+
+
+def _local(path: str) -> str:
+    """A path that stays one: a file or folder may be called `pipe:` and a command, and would be taken for it."""
+    return os.path.join(os.curdir, path) if is_remote(path) else path
 
 
 def _joined(parts: Iterable[list[str]], source: object, key: str) -> list[str]:
@@ -125,7 +132,7 @@ def _expand(
     parts = [part.strip() for part in split_shards(source)]
     if len(parts) > 1 and not os.path.exists(source):
         return _joined((_expand(part, key, known, lists=lists) for part in parts if part), source, key)
-    path = os.path.expanduser(source.removeprefix("file://").removeprefix("file:"))
+    path = _local(os.path.expanduser(source.removeprefix("file://").removeprefix("file:")))
     if os.path.isdir(path):
         others: Counter = Counter()
         shards = [os.path.join(path, name) for name in walk(path, TARS, others)]
@@ -150,7 +157,7 @@ def _expand(
     if is_remote(source):
         return _braces(source, key)
     if "*" in path:
-        found = sorted(itertools.islice(glob.iglob(path), MAX_SHARDS + 1))
+        found = sorted(map(_local, itertools.islice(glob.iglob(path), MAX_SHARDS + 1)))
         if not found:
             raise DataError(f"{key}: no file matches {path}. Check the folder and the pattern.")
         return found

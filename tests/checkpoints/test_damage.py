@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
@@ -577,6 +578,12 @@ def test_the_home_folder_is_found_in_python_too(checkpoint, tmp_path, monkeypatc
     assert load_pretrained("~/run").where == best
     with pytest.raises(CheckpointError, match=naming(best, "smoke test")):  # found, though without its AugVAE
         export_bundle("~/run", "~/bundle")
+
+
+def test_a_checkpoint_at_the_root_of_a_file_system(checkpoint):
+    found = dataclasses.replace(load_pretrained(checkpoint), where=Path("/x.ckpt"))
+    with pytest.raises(CheckpointError, match=naming("/x.ckpt", "--vae_path")):
+        found.augvae()
 
 
 def test_a_file_outside_is_never_written(checkpoint, tmp_path):

@@ -1,6 +1,7 @@
 """Tar shards: found or refused, read over ranks x workers with every sample counted, damaged ones passed over."""
 
 import bz2
+import contextlib
 import functools
 import gzip
 import http.server
@@ -575,6 +576,24 @@ def test_shell_commands_are_only_run_where_they_are_given_and_allowed(tmp_path):
         with pytest.raises(DataError, match=naming("val_dir")):
             Shards(source, 8, key="val_dir", allow_pipe=True)
     assert not ran.exists()
+
+
+def test_the_name_of_a_file_is_never_a_command(tmp_path, monkeypatch):
+    """Names come from strangers: what a pattern, a folder or a list finds is a file, whatever it is called."""
+    monkeypatch.chdir(tmp_path)
+    (good,) = write_shards(tmp_path / "good", [2])
+    names = ["pipe:touch ran #.tar", "pipe:touch ran;/a.tar"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        os.link(good, tmp_path / name)
+    (tmp_path / "l.txt").write_text("*.tar\n")
+    (tmp_path / "f.txt").write_text("file:pipe:touch ran;\nfile:" + names[0])
+    for source in ("*.tar", "p*", "p*,good", "*/a.tar", "l.txt", "f.txt", "file:pipe:touch ran;", ".", ["*.tar"]):
+        for allow in (False, True):
+            with contextlib.suppress(DataError):
+                shards = Shards(source, 8, allow_pipe=allow)
+                assert not shards.remote and len(list(EvalShards(shards, 1))) >= 2
+    assert find_shards("*.tar") == [f"./{names[0]}"] and not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize(
