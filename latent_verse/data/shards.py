@@ -66,6 +66,7 @@ BUFFER_BYTES = 2 << 30  # that wait to be shuffled, in each worker
 TARS = (".tar", ".tgz", ".tar.gz")
 SCHEMES = ("http", "https", "gs", "hf")  # webdataset opens them without a shell; it knows more
 MAX_SHARDS = 1_000_000  # of all patterns and lists together
+MAX_PATTERN = 1 << 16  # characters
 MAX_LISTS = 20  # lists within lists
 # tarfile's own streams would read only the first of several gzip members
 _COMPRESSED = {b"\x1f\x8b": partial(gzip.GzipFile, None, "rb", 9), b"BZh": bz2.BZ2File, b"\xfd7zXZ\0": lzma.LZMAFile}
@@ -149,7 +150,7 @@ def _expand(
             raise DataError(f"{key}: {path} is a list within {MAX_LISTS} lists. Put the shards themselves into one.")
         if real in known:
             return known[real]
-        lines = [line.strip() for line in lines_of(read_text(path)) if line.strip() and not line.startswith("#")]
+        lines = [line for text in lines_of(read_text(path)) if (line := text.strip()) and not line.startswith("#")]
         if not lines:
             raise DataError(f"{key}: {path} lists no shard. Put one path or URL on each line.")
         known[real] = _joined((_expand(line, key, known, lists=(*lists, real)) for line in lines), path, key)
@@ -168,6 +169,9 @@ def _braces(pattern: str, key: str, allow_pipe: bool = False) -> list[str]:
     """The shards that a pattern with braces names, or the one it is."""
     from webdataset.shardlists import expand_urls
 
+    if "${" in pattern or len(pattern) > MAX_PATTERN:
+        why = "holds ${, and no variable is put in" if "${" in pattern else f"is longer than {MAX_PATTERN} characters"
+        raise DataError(f"{key}: the pattern {pattern[:200]} {why}. Write the shards' names out.")
     count, rest = 1, pattern
     while (without := re.sub(r"\{([^{}]*)\}", "", rest)) != rest:  # the innermost ones, level by level
         for inside in re.findall(r"\{([^{}]*)\}", rest):
@@ -178,7 +182,7 @@ def _braces(pattern: str, key: str, allow_pipe: bool = False) -> list[str]:
         raise DataError(f"{key}: {pattern[:200]} names more than {MAX_SHARDS:,} shards. Check what is in its braces.")
     try:
         shards = expand_urls(pattern)
-    except (ValueError, AssertionError) as error:  # AssertionError: no environment variable for ${NAME}
+    except (ValueError, AssertionError) as error:
         raise DataError(f"{key}: the pattern {pattern[:200]} cannot be expanded ({error}).") from error
     for shard in shards:
         if shard.startswith("pipe:") and not allow_pipe:
