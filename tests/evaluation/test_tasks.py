@@ -8,6 +8,7 @@ from latent_verse.data import DataError
 from latent_verse.data.shapes import World
 from latent_verse.evaluation.round_trips import Trip, check_trip
 from latent_verse.evaluation.text_tasks import class_names
+from latent_verse.evaluation.worker import _keep_earlier
 from tests.messages import naming
 from tests.stand_ins import Oracle
 
@@ -63,3 +64,10 @@ def test_lines_of_class_names_end_at_newlines_only(tmp_path):
     file.write_bytes(b"n01\tfox\nn02\tB\xe4r\n")
     with pytest.raises(DataError, match=naming("class_names", file, "UTF-8", "line 2", "byte 13")):
         class_names(["n01"], str(file))
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "[1]", "{}", "\xe9", '{"settings": {"a": 1}}'])
+def test_results_of_another_kind_are_kept_beside(tmp_path, content):
+    (tmp_path / "metrics.json").write_text(content, encoding="latin-1")
+    assert naming("metrics-1.json").search(_keep_earlier(tmp_path, {"a": {}}))
+    assert (tmp_path / "metrics-1.json").is_file() and not (tmp_path / "metrics.json").exists()
