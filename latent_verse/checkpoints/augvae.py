@@ -33,9 +33,10 @@ def load_augvae(path: str | os.PathLike) -> AugVAE:
 
     Raises:
         CheckpointError: the file is missing, damaged, of another kind, or does not fit.
+        ConfigError: as `config.settings.expand`.
     """
     path = expand(path, "hub", "path")
-    local = find_checkpoint(Path(path))
+    local = find_checkpoint(path)
     if os.path.isfile(local) and local.name == WEIGHTS:
         local = local.parent
     if not os.path.isdir(local) and (os.path.exists(local) or local.suffix == ".ckpt"):  # if missing: others are named

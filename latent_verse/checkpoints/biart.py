@@ -55,7 +55,7 @@ class Pretrained:
 
     def _augvae_places(self) -> list[Path]:
         """Where its AugVAE may be, also after folders of runs were moved together."""
-        run = self.where.absolute().parents[1]
+        run = self.where.absolute().parent.parent
         if self.vae_path is None:
             return [run / "bundle" / "vae"]
         path = Path(self.vae_path)
@@ -68,8 +68,9 @@ def load_pretrained(path: str | os.PathLike) -> Pretrained:
 
     Raises:
         CheckpointError: the file is missing, damaged or of another kind; the message names it.
+        ConfigError: as `config.settings.expand`.
     """
-    file = find_checkpoint(Path(path))
+    file = find_checkpoint(path)
     if not os.path.isdir(file) and (os.path.exists(file) or file.suffix == ".ckpt"):
         return load_checkpoint(file)
     folder = find_bundle(path)
@@ -150,8 +151,9 @@ def export_bundle(
 
     Raises:
         CheckpointError: a file is absent, damaged or of another kind, or AugVAE is not the one it was trained with.
+        ConfigError: as `config.settings.expand`.
     """
-    trained = load_checkpoint(find_checkpoint(Path(ckpt_path)))
+    trained = load_checkpoint(find_checkpoint(ckpt_path))
     if vae is None:
         vae = load_augvae(vae_path) if vae_path else trained.augvae()
     check_vae(fingerprint(vae), trained.vae_fingerprint, trained.vae_path, trained.where)

@@ -63,6 +63,7 @@ def find_bundle(path: str | os.PathLike) -> Path:
 
     Raises:
         CheckpointError: the path is a file, or does not exist and cannot be fetched.
+        ConfigError: as `config.settings.expand`.
     """
     path = expand(path, "hub", "path")
     folder = Path(path)
@@ -78,6 +79,7 @@ def load_bundle(path: str | os.PathLike) -> tuple[AugVAE, BiART, Tokenizer, dict
 
     Raises:
         CheckpointError: the folder is missing, incomplete, damaged or of another kind; the message names the file.
+        ConfigError: as `config.settings.expand`.
     """
     folder = find_bundle(path)
     file = folder / "config.json"

@@ -31,7 +31,7 @@ from latent_verse.checkpoints.checks import (
     settings_from,
 )
 from latent_verse.config import AugVAEConfig, BiARTConfig, as_plain, training_only
-from latent_verse.config.settings import closest
+from latent_verse.config.settings import closest, expand
 from latent_verse.files import differences
 
 Kind = Literal["augvae", "biart"]  # what a checkpoint says of itself
@@ -146,15 +146,17 @@ def _unreadable(file: Path, error: Exception) -> CheckpointError:
     return CheckpointError(f"{file} {what} ({reason})")
 
 
-def find_checkpoint(path: Path) -> Path:
-    """The best checkpoint of a run folder, or its newest if none is named best; any other path unchanged.
+def find_checkpoint(path: str | os.PathLike) -> Path:
+    """The best checkpoint of a run folder, or its newest if none is named best; any other path as it is, ~ expanded.
 
     The best has the smallest score, the newest the highest step that is stored. A damaged one is skipped with a
     warning.
 
     Raises:
         CheckpointError: the folder cannot be read, all are damaged, or nothing says which is the newest.
+        ConfigError: as `config.settings.expand`.
     """
+    path = Path(expand(path, "hub", "path"))
     skipped: dict[Path, CheckpointError] = {}
     for folder in (path / "checkpoints", path):
         files = checkpoints_in(folder)

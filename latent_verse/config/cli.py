@@ -20,7 +20,7 @@ import glob
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
@@ -333,7 +333,7 @@ def _read(text: str, kind: type) -> Any:
         return None
     if kind is bool and re.fullmatch(r"-?\d+", text.strip()) and text.strip() not in ("0", "1"):
         return None  # OmegaConf takes every number but 0 for true
-    nodes = {bool: BooleanNode, int: IntegerNode, float: FloatNode}
+    nodes: dict[type, Callable[[str], Any]] = {bool: BooleanNode, int: IntegerNode, float: FloatNode}
     with contextlib.suppress(ValueError, OverflowError):
         return OmegaConf.create([nodes[kind](text.strip())])[0]
     with contextlib.suppress(ValueError, OverflowError):

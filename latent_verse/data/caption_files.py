@@ -68,6 +68,18 @@ def caption_lines(path: str) -> list[str]:
     return [text for text in texts if text]
 
 
+def image_file(folder: str, *names: str) -> str:
+    """The path of an image that a file lists as names below `folder`, one path however they are written.
+
+    a.jpg, ./a.jpg, x/../a.jpg and the absolute path are one image.
+    """
+    path = os.path.join(folder, *names)
+    if os.path.basename(path) in ("", ".", ".."):  # no file's name: the image is missing
+        return path
+    whole, root = os.path.abspath(path), os.path.join(os.path.abspath(folder), "")
+    return os.path.join(folder, whole.removeprefix(root)) if whole.startswith(root) else os.path.normpath(path)
+
+
 def sorted_out(pairs: Iterable[tuple[str, list]], path: str, key: str) -> tuple[list[Pair], dict[str, list[str]]]:
     """The pairs that can be used, and the images of the others by reason.
 

@@ -26,6 +26,7 @@ from latent_verse.data.caption_files import (
     entries,
     identifier,
     ids_of,
+    image_file,
     read_json,
     short,
     sorted_out,
@@ -210,7 +211,7 @@ class CocoCaptions(PairFiles):
         files: dict[int | str, str] = {}
         ids = ids_of(images, "id", "images", path, key)
         for image, i in zip(images, ids, strict=True):
-            file = os.path.join(image_dir, image["file_name"])
+            file = image_file(image_dir, image["file_name"])
             if files.setdefault(i, file) != file:
                 raise DataError(f"{key}: {path}: {files[i]} and {file} have one id, {i!r}. Give each image its own.")
         captions: dict[str, list[str]] = {file: [] for file in files.values()}
@@ -225,7 +226,7 @@ class CocoCaptions(PairFiles):
         kept, left_out = sorted_out(captions.items(), path, key)
         left_out["captions without an image"] = lonely
         if len(captions) < len(images):
-            left_out["second entries of an image"] = _repeated(image["file_name"] for image in images)
+            left_out["second entries of an image"] = _repeated(image_file("", image["file_name"]) for image in images)
         self._hold(path, kept, left_out, key, f"Are the images below {image_dir}?")
 
 
@@ -275,7 +276,7 @@ class KarpathyCaptions(PairFiles):
                 known = ", ".join(f"{s} ({n})" for s, n in splits.items()) or "none at all"
                 raise DataError(f"{key}: {path} has no split {name!r}; its splits are {known}.")
         chosen = [image for image in images if image["split"] in names]
-        files = [os.path.join(image_dir, image["filepath"], image["filename"]) for image in chosen]
+        files = [image_file(image_dir, image["filepath"], image["filename"]) for image in chosen]
         captions: dict[str, list[str]] = {}
         for file, image in zip(files, chosen, strict=True):
             captions.setdefault(file, []).extend(sentence["raw"] for sentence in image["sentences"])
@@ -322,7 +323,7 @@ class TableCaptions(PairFiles):
         nameless = []
         for where, image, captions in table_rows(path, key):
             if image:
-                by_image.setdefault(os.path.join(folder, os.path.expanduser(image)), []).extend(captions)
+                by_image.setdefault(image_file(folder, os.path.expanduser(image)), []).extend(captions)
             else:
                 nameless.append(where)
         kept, left_out = sorted_out(by_image.items(), path, key)

@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")  # of transforms.FORMATS
 NOT_READ = (".gif", ".heic", ".heif", ".avif", ".jxl", ".jp2", ".jfif", ".psd", ".svg", ".tga", ".ico", ".eps", ".raw")
+MAX_VISITS = 100  # of one folder, by links: more of them can lead through a few folders in millions of ways
 MAX_SKIPS = 1000  # unreadable samples in a row; more means that the storage is broken, not a file
 
 
@@ -98,8 +99,12 @@ def walk(root: str, extensions: tuple[str, ...], others: Counter) -> Iterator[st
 
     Hidden names are skipped. Files of another kind are counted by extension in `others`. What might be missed is logged
     in one line: folders that cannot be read, links to nothing, pipes and devices, images of formats that are not read.
+
+    Raises:
+        DataError: links lead to one folder more than MAX_VISITS times.
     """
     special: Counter = Counter()
+    visits: Counter = Counter()
     closed = ""  # the first folder that cannot be read
     folders: list[tuple[str, str, tuple[str, ...]]] = [(root, "", ())]
     while folders:
@@ -107,6 +112,11 @@ def walk(root: str, extensions: tuple[str, ...], others: Counter) -> Iterator[st
         real = os.path.realpath(folder)
         if real in above:  # a link back up would never end
             continue
+        visits[real] += 1
+        if visits[real] > MAX_VISITS:
+            raise DataError(
+                f"{root}: its links lead to {real} more than {MAX_VISITS} times, the last one as {folder}. Remove some."
+            )
         inside = []
         try:
             with os.scandir(folder) as entries:

@@ -19,7 +19,8 @@ EvalShards: every sample comes exactly once over ranks x workers. Workers split 
 worker's stream: each rank reads all bytes but decodes only its share, and knows how many batches the others make.
 
 A shard that cannot be opened, or holds no image, is an error that names it. An image that cannot be decoded, members
-that are too large or links, and what follows the damage in a shard, are logged, counted and skipped.
+that are too large, links or sparse, and what follows the damage in a shard, are logged, counted and skipped. Of a
+sample's images one is kept, and BUFFER_BYTES bounds what waits to be shuffled.
 """
 
 from __future__ import annotations
@@ -61,9 +62,12 @@ from latent_verse.files import lines_of, read_text
 IMAGE_KEYS = tuple(kind[1:] for kind in EXTENSIONS)  # of several images in a sample, the first of these is taken
 TEXT_KEYS = ("cls", "txt", "json")
 MAX_TEXT = 16 << 20  # bytes of one of these; MAX_BYTES is the limit of an image
+BUFFER_BYTES = 2 << 30  # that wait to be shuffled, in each worker
 TARS = (".tar", ".tgz", ".tar.gz")
 SCHEMES = ("http", "https", "gs", "hf")  # webdataset opens them without a shell; it knows more
-MAX_SHARDS = 1_000_000  # of one pattern
+MAX_SHARDS = 1_000_000  # of all patterns and lists together
+MAX_PATTERN = 1 << 16  # characters
+MAX_LISTS = 20  # lists within lists
 # tarfile's own streams would read only the first of several gzip members
 _COMPRESSED = {b"\x1f\x8b": partial(gzip.GzipFile, None, "rb", 9), b"BZh": bz2.BZ2File, b"\xfd7zXZ\0": lzma.LZMAFile}
 SKIP_SLOTS = 1 << 16  # a stream has no index, so a hash of its name distinguishes an unreadable sample
@@ -86,7 +90,10 @@ def find_shards(
         DataError: a local shard is no file, or a URL of an unknown kind; naming the setting `key` and the first one.
     """
     sources = [source] if isinstance(source, (str, os.PathLike)) else source
-    shards = [shard for part in sources for shard in _expand(os.fspath(part).strip(), key, allow_pipe)]
+    known: dict[str, list[str]] = {}
+    shards = _joined((_expand(os.fspath(part).strip(), key, known, allow_pipe) for part in sources), source, key)
+    if not allow_pipe and any(shard.startswith("pipe:") for shard in shards):
+        raise DataError(f"{key}: {str(source)[:200]} hides a shell command, which is never run.")
     missing = [shard for shard in shards if not is_remote(shard) and not os.path.isfile(shard)]
     if missing:
         raise DataError(
@@ -96,8 +103,26 @@ def find_shards(
     return shards
 
 
-def _expand(source: str, key: str, allow_pipe: bool = False, lists: tuple[str, ...] = ()) -> list[str]:
-    """The shards that one source names; `lists` are the .txt files that it stands in."""
+def _local(path: str) -> str:
+    """A path that stays one: a file or folder may be called `pipe:` and a command, and would be taken for it."""
+    return os.path.join(os.curdir, path) if is_remote(path) else path
+
+
+def _joined(parts: Iterable[list[str]], source: object, key: str) -> list[str]:
+    """The shards of all parts of a source, of which there are not too many."""
+    shards: list[str] = []
+    for part in parts:
+        if len(shards) + len(part) > MAX_SHARDS:
+            what = str(source)[:200]
+            raise DataError(f"{key}: {what} names more than {MAX_SHARDS:,} shards. Check its lists and patterns.")
+        shards += part
+    return shards
+
+
+def _expand(
+    source: str, key: str, known: dict[str, list[str]], allow_pipe: bool = False, lists: tuple[str, ...] = ()
+) -> list[str]:
+    """The shards that one source names; `lists` are the .txt files that it stands in, `known` the shards of others."""
     if source.startswith("pipe:"):
         if not allow_pipe:
             raise DataError(
@@ -107,8 +132,8 @@ def _expand(source: str, key: str, allow_pipe: bool = False, lists: tuple[str, .
         return _braces(source, key, allow_pipe)
     parts = [part.strip() for part in split_shards(source)]
     if len(parts) > 1 and not os.path.exists(source):
-        return [shard for part in parts if part for shard in _expand(part, key, lists=lists)]
-    path = os.path.expanduser(source.removeprefix("file://").removeprefix("file:"))
+        return _joined((_expand(part, key, known, lists=lists) for part in parts if part), source, key)
+    path = _local(os.path.expanduser(source.removeprefix("file://").removeprefix("file:")))
     if os.path.isdir(path):
         others: Counter = Counter()
         shards = [os.path.join(path, name) for name in walk(path, TARS, others)]
@@ -118,16 +143,22 @@ def _expand(source: str, key: str, allow_pipe: bool = False, lists: tuple[str, .
             raise DataError(f"{key}: no shard ({' '.join(TARS)}) below {path}, {describe_files(others)}.{hint}")
         return shards
     if path.endswith(".txt") and os.path.isfile(path):
-        if os.path.realpath(path) in lists:
+        real = os.path.realpath(path)
+        if real in lists:
             raise DataError(f"{key}: {path} lists itself. Put one path or URL of a shard on each line.")
-        lines = [line.strip() for line in lines_of(read_text(path)) if line.strip() and not line.startswith("#")]
+        if len(lists) == MAX_LISTS:
+            raise DataError(f"{key}: {path} is a list within {MAX_LISTS} lists. Put the shards themselves into one.")
+        if real in known:
+            return known[real]
+        lines = [line for text in lines_of(read_text(path)) if (line := text.strip()) and not line.startswith("#")]
         if not lines:
             raise DataError(f"{key}: {path} lists no shard. Put one path or URL on each line.")
-        return [shard for line in lines for shard in _expand(line, key, lists=(*lists, os.path.realpath(path)))]
+        known[real] = _joined((_expand(line, key, known, lists=(*lists, real)) for line in lines), path, key)
+        return known[real]
     if is_remote(source):
         return _braces(source, key)
     if "*" in path:
-        found = sorted(glob.glob(path))
+        found = sorted(map(_local, itertools.islice(glob.iglob(path), MAX_SHARDS + 1)))
         if not found:
             raise DataError(f"{key}: no file matches {path}. Check the folder and the pattern.")
         return found
@@ -138,6 +169,9 @@ def _braces(pattern: str, key: str, allow_pipe: bool = False) -> list[str]:
     """The shards that a pattern with braces names, or the one it is."""
     from webdataset.shardlists import expand_urls
 
+    if "${" in pattern or len(pattern) > MAX_PATTERN:
+        why = "holds ${, and no variable is put in" if "${" in pattern else f"is longer than {MAX_PATTERN} characters"
+        raise DataError(f"{key}: the pattern {pattern[:200]} {why}. Write the shards' names out.")
     count, rest = 1, pattern
     while (without := re.sub(r"\{([^{}]*)\}", "", rest)) != rest:  # the innermost ones, level by level
         for inside in re.findall(r"\{([^{}]*)\}", rest):
@@ -148,7 +182,7 @@ def _braces(pattern: str, key: str, allow_pipe: bool = False) -> list[str]:
         raise DataError(f"{key}: {pattern[:200]} names more than {MAX_SHARDS:,} shards. Check what is in its braces.")
     try:
         shards = expand_urls(pattern)
-    except (ValueError, AssertionError) as error:  # AssertionError: no environment variable for ${NAME}
+    except (ValueError, AssertionError) as error:
         raise DataError(f"{key}: the pattern {pattern[:200]} cannot be expanded ({error}).") from error
     for shard in shards:
         if shard.startswith("pipe:") and not allow_pipe:
@@ -170,6 +204,18 @@ class Header(tarfile.TarInfo):
         if header.size < 0 or (text and header.size > MAX_TEXT):
             raise tarfile.ReadError(f"a header declares {header.size:,} bytes")
         return header
+
+    def _proc_sparse(self, tar: tarfile.TarFile) -> Header:
+        """Pass over the map of a sparse member, which no sample is made of: a few bytes of it can declare gigabytes."""
+        more = self._sparse_structs[1]
+        while more:
+            more = tar.fileobj.read(tarfile.BLOCKSIZE)[504]
+        self.sparse, self.offset_data = [], tar.fileobj.tell()
+        tar.offset = self.offset_data + self._block(self.size)
+        return self
+
+    def _proc_gnusparse_10(self, member: Header, *_: object) -> None:
+        member.sparse = []
 
     @classmethod
     def fromtarfile(cls, tar: tarfile.TarFile) -> Header:
@@ -222,11 +268,13 @@ def _members(
 ) -> Iterator[dict]:
     """The members of an open shard, as webdataset's `group_by_keys` takes them; the bytes only of those that are used.
 
-    Hidden members are passed over. Links, devices, and members that are too large go to `note`, as does what is wrong
-    with the archive, and ends it. `found` counts the members by what follows the first dot of their names.
+    Of a sample's images only the one that is used is read, or until it comes one that it replaces. Hidden members are
+    passed over. Links, devices, sparse members and those that are too large go to `note`, as does what is wrong with
+    the archive, and ends it. `found` counts the members by what follows the first dot of their names.
     """
     from webdataset.tariterators import base_plus_ext
 
+    sample, best, room = None, len(IMAGE_KEYS), MAX_BYTES  # of a sample: its name, its image's rank, bytes it may have
     try:
         with _open_tar(stream, seek=headers_only) as tar:
             for info in tar:
@@ -234,15 +282,21 @@ def _members(
                 parts = info.name.split("/")
                 if info.isdir() or any(map(is_hidden, parts)) or re.fullmatch("__.*__", parts[0]):
                     continue
-                kind = (base_plus_ext(info.name)[1] or "").lower()
-                limit = MAX_BYTES if kind in IMAGE_KEYS else MAX_TEXT if kind in TEXT_KEYS else None
-                if limit and not info.isreg():
-                    note(ValueError(f"{info.name} is a link or device; pack the file itself"))
-                elif limit and info.size > limit:
+                name, kind = base_plus_ext(info.name)
+                kind = (kind or "").lower()
+                if name not in (None, sample):
+                    sample, best, room = name, len(IMAGE_KEYS), MAX_BYTES
+                rank = IMAGE_KEYS.index(kind) if kind in IMAGE_KEYS else len(IMAGE_KEYS)
+                limit = room if rank < best else MAX_TEXT if kind in TEXT_KEYS else None
+                if kind in (*IMAGE_KEYS, *TEXT_KEYS) and (not info.isreg() or info.issparse()):
+                    note(ValueError(f"{info.name} is a link, a device or a sparse member; pack the file itself"))
+                elif limit is not None and info.size > limit:
                     note(ValueError(f"{info.name} holds {info.size:,} bytes; at most {limit:,} are read"))
                 else:
+                    if rank < best:
+                        best, room = rank, room - info.size
                     found[f".{kind}" if kind else "without an extension"] += 1
-                    data = tar.extractfile(info).read() if limit and not headers_only else b""
+                    data = tar.extractfile(info).read() if limit is not None and not headers_only else b""
                     yield {"fname": info.name, "data": data, "__url__": shard}
             if not headers_only and tar.fileobj.read(1 << 20).strip(b"\0"):
                 note(ValueError("more data follows the end of the archive: is it several, joined? Pack them anew"))
@@ -283,9 +337,12 @@ def read_shards(shards: Iterable[str], skipped: SkipLog) -> Iterator[dict]:
         errors: list[Exception] = []
         found: Counter = Counter()
         images = 0
+        lost: list[str] = []  # samples whose image is not under one of IMAGE_KEYS
 
         def note(error: Exception, errors: list = errors) -> bool:
-            errors[1:] = [error]  # the first and the last
+            if "duplicate file name" in str(error):  # webdataset's, with all that it knows
+                error = ValueError(str(error.args[0]).partition(" in tar file")[0])
+            errors[1:] = [error if str(error) else ValueError(type(error).__name__)]  # the first and the last
             return True  # so webdataset continues
 
         try:
@@ -294,9 +351,11 @@ def read_shards(shards: Iterable[str], skipped: SkipLog) -> Iterator[dict]:
             raise DataError(f"shard {shard} cannot be opened: {error}") from error
         try:
             for raw in group_by_keys(_members(stream, shard, note, found), handler=note):
-                if _image_key(raw):
+                if used := _image_key(raw):
                     images += 1
-                    yield raw
+                    yield {key: value for key, value in raw.items() if key == used or key not in IMAGE_KEYS}
+                else:
+                    lost += [f"{raw['__key__']}.{key}" for key in raw if key.endswith(EXTENSIONS)]
         finally:
             try:
                 stream.close()
@@ -313,6 +372,9 @@ def read_shards(shards: Iterable[str], skipped: SkipLog) -> Iterator[dict]:
             )
         if errors:
             skipped.add(_slot(shard), f"part of shard {shard}", errors[0])
+        if lost:
+            reason = "no images of samples, whose name goes up to the first dot: pack them with other names"
+            skipped.add(_slot(lost[0] + shard), f"members of shard {shard}: {len(lost)}, {lost[0]} and so on", reason)
 
 
 def _slot(name: str) -> int:
@@ -395,9 +457,10 @@ class Shards:
     def target(self, raw: dict, epoch: int | None = None) -> int | str:
         """What comes with the image, in training in epoch `epoch`: its label, -1 where .cls holds no number."""
         try:
-            return int(raw.get("cls", b"-1"))
+            label = int(raw.get("cls", b"-1"))
         except ValueError:
             return -1
+        return label if -(1 << 63) <= label < 1 << 63 else -1  # labels are int64
 
     def describe(self) -> dict[str, str | int | None]:
         """Where the samples come from and how many there are."""
@@ -465,6 +528,7 @@ class TrainShards(_Stream):
             except UnreadableImage as error:
                 self._note_unreadable(raw, error)
                 remedy = error.remedy
+                ahead[step] = raw | {_image_key(raw): b""}  # as unreadable as it was, but it takes no memory
             else:
                 ahead.popleft()
                 return image, raw
@@ -482,7 +546,30 @@ class TrainShards(_Stream):
             order = random.Random(mix_seed(*parts)).sample(shards, len(shards))
             mine = order[slot::slots] if shared else order
             rng = random.Random(mix_seed(seed, epoch, turn, slot, 1))
-            yield from webdataset.shuffle(self.source.shuffle_buffer, rng=rng)(read_shards(mine, self.source.skipped))
+            waiting = _Waiting(read_shards(mine, self.source.skipped))
+            while not waiting.ended:  # once, unless the samples are so large that they are shuffled in several parts
+                for raw in webdataset.shuffle(self.source.shuffle_buffer, rng=rng)(iter(waiting)):
+                    waiting.held -= _bytes(raw)
+                    yield raw
+
+
+class _Waiting:
+    """Samples for a shuffle's buffer, which knows no sizes: a part of them ends when too many bytes wait in it."""
+
+    def __init__(self, raws: Iterator[dict]):
+        self.raws, self.held, self.ended = raws, 0, False
+
+    def __iter__(self) -> Iterator[dict]:
+        for raw in self.raws:
+            self.held += _bytes(raw)
+            yield raw
+            if self.held > BUFFER_BYTES:
+                return
+        self.ended = True
+
+
+def _bytes(raw: dict) -> int:
+    return sum(len(value) for value in raw.values())
 
 
 class EvalShards(_Stream):

@@ -118,8 +118,8 @@ def check_bytes(size: int) -> None:
 def decode_rgb(data: bytes) -> Tensor:
     """The image in `data` as uint8 (3, H, W), upright by its EXIF orientation.
 
-    Transparency is composited over white. 16-bit images are scaled to 8 bits, not clipped. An animation gives its first
-    frame. Colour profiles are not applied. H and W are half those of a JPEG of more than MAX_PIXELS.
+    Transparency is composited over white. Images of 12 and 16 bits are scaled to 8, not clipped. An animation gives its
+    first frame. Colour profiles are not applied. H and W are half those of a JPEG of more than MAX_PIXELS.
 
     Raises:
         UnreadableImage: it is not a whole, readable image of one of FORMATS, or has more than MAX_PIXELS (a JPEG twice
@@ -167,7 +167,7 @@ def _decode(data: bytes) -> Tensor:
         image.draft("RGB", (image.width // 2, image.height // 2))
     check_pixels(*image.size)
     if decode_jpeg and jpeg and image.mode in ("RGB", "L") and not halved:
-        orientation = image.getexif().get(0x0112, 1) if "exif" in image.info or "xmp" in image.info else 1
+        orientation = _orientation(image) if "exif" in image.info or "xmp" in image.info else 1
         try:
             x_CHW = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
             return _UPRIGHT.get(orientation, lambda x: x)(x_CHW)
@@ -175,32 +175,55 @@ def _decode(data: bytes) -> Tensor:
             pass  # this torchvision has no libjpeg, or the file is damaged: Pillow decides
     image.load()
     check_pixels(*image.size)  # a WebP's or TIFF's header may have said something else
-    return _UPRIGHT.get(image.getexif().get(0x0112, 1), lambda x: x)(_pil_to_tensor(image))
+    return _UPRIGHT.get(_orientation(image), lambda x: x)(_pil_to_tensor(image))
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF's; 1, upright, where its metadata are damaged: the pixels are not."""
+    try:
+        return image.getexif().get(0x0112, 1)
+    except Exception:  # Pillow raises nearly anything on damaged bytes
+        return 1
 
 
 def _pil_to_tensor(image: Image.Image) -> Tensor:
     """An image of any mode as uint8 (3, H, W), made strip by strip: a large one's copies would add up to gigabytes."""
     width, height = image.size
     rows = max(1, STRIP // width)
+    levels = _levels(image)
     if rows >= height:
-        return torch.from_numpy(np.array(_to_rgb(image))).permute(2, 0, 1)
+        return torch.from_numpy(np.array(_to_rgb(image, *levels))).permute(2, 0, 1)
     x_HWC = np.empty((height, width, 3), np.uint8)
     for top in range(0, height, rows):
         bottom = min(top + rows, height)
-        x_HWC[top:bottom] = np.asarray(_to_rgb(image.crop((0, top, width, bottom))))
+        x_HWC[top:bottom] = np.asarray(_to_rgb(image.crop((0, top, width, bottom)), *levels))
     return torch.from_numpy(x_HWC).permute(2, 0, 1)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow mode to RGB without clipping and without guessing what lies under transparency."""
-    if image.mode.startswith("I"):  # 16-bit gray, stored as I;16, I;16B or I
+def _levels(image: Image.Image) -> tuple[int, int]:
+    """(black, white) of a gray image of more than 8 bits: a TIFF may have 12 bits, or 0 for white."""
+    tags = getattr(image, "tag_v2", {})
+    bits = tags.get(258, (16,))[0]  # BitsPerSample
+    white = (1 << bits) - 1 if image.mode.startswith("I;16") else 1 if image.mode == "F" else 65535
+    return (white, 0) if tags.get(262) == 0 else (0, white)  # PhotometricInterpretation: WhiteIsZero
+
+
+def _to_rgb(image: Image.Image, black: int, white: int) -> Image.Image:
+    """Any Pillow mode to RGB without clipping and without guessing what lies under transparency.
+
+    Args:
+        black, white: of gray images of more than 8 bits, which are mode F and those that begin with I.
+    """
+    if image.mode == "F" or image.mode.startswith("I"):  # 16-bit gray is stored as I;16, I;16B or I
         gray = np.asarray(image).astype(np.float64)
-        return Image.fromarray((gray / 257).round().clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        gray = np.asarray(image)
-        if not (np.isfinite(gray).all() and gray.min() >= 0 and gray.max() <= 1):
-            raise ValueError("a floating-point image with values outside [0, 1], so its white is unknown")
-        return Image.fromarray((gray * 255).round().astype(np.uint8)).convert("RGB")
+        most = max(black, white)
+        if not (np.isfinite(gray).all() and gray.min() >= 0 and gray.max() <= most):
+            kind = "a floating-point image" if image.mode == "F" else "an image of integers"
+            raise ValueError(f"{kind} with values outside [0, {most}], so its white is unknown")
+        scaled = ((gray - black) * (255 / (white - black))).round().astype(np.uint8)
+        if isinstance(clear := image.info.get("transparency"), int):
+            scaled[gray == clear] = 255
+        return Image.fromarray(scaled).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

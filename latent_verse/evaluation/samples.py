@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -19,8 +18,10 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
+from latent_verse.checkpoints.checks import is_number
 from latent_verse.config import ConfigError, SamplingSettings
 from latent_verse.data import DataError
+from latent_verse.data.caption_files import caption_lines, clean, short
 from latent_verse.data.images import EXTENSIONS, describe_files, walk
 from latent_verse.data.transforms import UnreadableImage, centre_crop, check_pixels, mix_seed, read_rgb
 from latent_verse.files import (
@@ -180,9 +181,20 @@ def read_groups(folder: Path) -> list[Group]:
 def _text_of(file: Path) -> str | None:
     beside = file.with_suffix(".txt")
     if beside.is_file():
-        lines = [line.strip() for line in lines_of(read_text(beside)) if line.strip()]
-        return lines[0] if lines else None
-    return _png_text(file).get("text") if file.suffix.lower() == ".png" else None
+        return next(iter(caption_lines(str(beside))), None)
+    return _caption(_png_text(file).get("text"), file) if file.suffix.lower() == ".png" else None
+
+
+def _caption(text: str | None, where: object) -> str | None:
+    """The text as it is written; None if nothing of it can be seen, as in images completed without a text.
+
+    Raises:
+        DataError: it is no text.
+    """
+    try:
+        return text if text and clean(text) else None
+    except DataError as error:
+        raise DataError(f"{where}: its text {error}.") from error
 
 
 def _png_text(file: Path) -> dict[str, str]:
@@ -196,7 +208,8 @@ def _png_text(file: Path) -> dict[str, str]:
 
 
 def _read_index(folder: Path) -> list[Group]:
-    groups: list[Group] = []
+    groups: dict[tuple[str | None, int], dict[int, tuple[Path, float | None]]] = {}  # by text and its how manieth time
+    times = Counter[tuple[str | None, int]]()  # how often a number of a text has come: a text may come again
     named: dict[str, int] = {}
     for number, line in enumerate(lines_of(read_text(folder / INDEX)), start=1):
         where = f"generated_dir: {folder / INDEX} line {number}"
@@ -206,23 +219,27 @@ def _read_index(folder: Path) -> list[Group]:
             first = named[os.path.normpath(name)]
             raise DataError(f"{where}: {name} stands in line {first} already. Give each image one line.")
         named[os.path.normpath(name)] = number
-        if not file.is_file():
-            raise DataError(f"{where}: {file} does not exist. Copy the whole folder.")
-        if place == 0 or not groups:
-            groups.append(Group(text))
-        groups[-1].files.append(file)
-        groups[-1].log_p.append(log_p)
+        if not os.path.isfile(file):
+            raise DataError(f"{where}: {short(name)} does not exist as a file in {folder}. Copy the whole folder.")
+        groups.setdefault((text, times[text, place]), {})[place] = (file, log_p)
+        times[text, place] += 1
     if not groups:
         raise DataError(f"generated_dir: {folder / INDEX} is empty: there is no image to evaluate.")
-    counts = {len(group.files) for group in groups}
+    counts = {len(images) for images in groups.values()}
+    for (text, _), images in groups.items():
+        if sorted(images) != list(range(len(images))):
+            raise DataError(
+                f"generated_dir: {folder / INDEX}: the images of {text!r:.80} have the numbers "
+                f"{', '.join(map(str, sorted(images)[:8]))}; they have to be 0, 1, ... for each caption."
+            )
     if len(counts) > 1:
         raise DataError(f"generated_dir: {folder / INDEX} has {sorted(counts)} images per caption; make them equal.")
-    scored = {value is not None for group in groups for value in group.log_p}
-    if len(scored) > 1:
+    ordered = [(text, [images[place] for place in sorted(images)]) for (text, _), images in groups.items()]
+    if len({log_p is not None for _, images in ordered for _, log_p in images}) > 1:
         raise DataError(
             f"generated_dir: {folder / INDEX} has log_p for some images only. Give it for all, or for none."
         )
-    return groups
+    return [Group(text, *map(list, zip(*images, strict=True))) for text, images in ordered]
 
 
 def _entry(line: str, where: str) -> tuple[str, str | None, int, float | None]:
@@ -241,11 +258,12 @@ def _entry(line: str, where: str) -> tuple[str, str | None, int, float | None]:
         raise DataError(f"{where}: `file` {name} leads out of the folder. Copy the image into it.")
     if not isinstance(text, str | None):
         raise DataError(f"{where}: `text` is {text!r:.80}; captions are strings.")
+    text = _caption(text, where)
     place = 0 if place is None else place
     if not isinstance(place, int) or isinstance(place, bool) or place < 0:
         raise DataError(f"{where}: `number` is {place!r:.80}; it has to be 0, 1, ... for each caption's images.")
-    if isinstance(log_p, bool) or not isinstance(log_p, int | float | None) or not math.isfinite(log_p or 0):
-        raise DataError(f"{where}: `log_p` is {log_p!r:.80}; it has to be a number, or left out.")
+    if not (log_p is None or is_number(log_p)):
+        raise DataError(f"{where}: `log_p` is {short(log_p)}; it has to be a number, or left out.")
     return name, text, place, None if log_p is None else float(log_p)
 
 

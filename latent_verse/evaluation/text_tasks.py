@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -11,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from latent_verse.data import DataError
-from latent_verse.data.caption_files import setting_named
+from latent_verse.data.caption_files import clean, setting_named
 from latent_verse.data.images import ImageDataset
 from latent_verse.evaluation import samples
 from latent_verse.evaluation.context import Context
@@ -23,6 +25,8 @@ from latent_verse.metrics import captions, likelihood
 from latent_verse.metrics.image_quality import as_pil
 from latent_verse.metrics.intervals import wilson
 
+log = logging.getLogger(__name__)
+
 LOG_P = {"image": "text_given_image", "text": "image_given_text"}  # by what is given
 
 
@@ -33,11 +37,11 @@ def caption(c: Context) -> dict[str, object]:
     numbers = [i for i in numbers if c.pairs.image(i) is not None]
     if not numbers:
         raise DataError("None of the images can be read. Are the files whole?")
-    ids = c.pairs.image_ids()
-    ids, names = [ids[i] for i in numbers], [c.pairs.names[i] for i in numbers]
+    of_all = c.pairs.image_ids()
+    ids = [of_all[i] for i in numbers]
     if file:
         path = Path(file)
-        generated = captions.read_captions_file(path, ids, names)
+        generated = captions.read_captions_file(path, of_all, c.pairs.names, numbers)
         checkpoint, how = {"captions_file": samples.fingerprint_files([path])}, f"captions of {path.name}"
     else:
         read, size = lambda n: c.pairs.image(numbers[n]), c.config.write.batch_size
@@ -113,7 +117,7 @@ def classify(c: Context) -> dict[str, object]:
     names = class_names(dataset.classes, k.class_names)
     files = [os.path.relpath(dataset.paths[i], dataset.paths.root) for i in range(len(dataset))]
     codes_IN, label_I = _codes_and_labels(c, dataset, ordered(files, c.seed)[: k.class_pictures])
-    prompts = [k.class_prompt.format(name) for name in names]
+    prompts = [k.class_prompt.replace("{}", name) for name in names]
     scores = likelihood.score_all(c.model, codes_IN, c.model.encode_texts(prompts), c.ranks)
     for given, name in LOG_P.items():
         matrix_IC = likelihood.corrected(scores, given, k.length_power, k.prior_weight, k.prior)
@@ -149,17 +153,29 @@ def class_names(folders: list[str], file: str | None) -> list[str]:
         DataError: the file cannot be read, lacks a folder, or gives it two names.
     """
     if file is None:
-        return [folder.replace("_", " ") for folder in folders]
+        return _told_apart([folder.replace("_", " ") for folder in folders])
     known: dict[str, str] = {}
     with setting_named("class_names"):
         for number, line in enumerate(text_lines(file), start=1):
             folder, tab, name = line.partition("\t")
+            try:
+                name = name.strip().replace("\t", " ") if clean(name) else ""
+            except DataError as error:
+                raise DataError(f"class_names: {file} line {number} {error}.") from error
             if tab and known.setdefault(folder, name) != name:
                 raise DataError(f"class_names: {file} line {number} names {folder} a second time. Keep one name.")
-    without = [folder for folder in folders if not known.get(folder, "").strip()]
+    without = [folder for folder in folders if not known.get(folder)]
     if without:
         raise DataError(f"class_names: {file} has no line `{without[0]}<TAB>name` ({len(without)} folders lack one).")
-    return [known[folder].strip() for folder in folders]
+    return _told_apart([known[folder] for folder in folders])
+
+
+def _told_apart(names: list[str]) -> list[str]:
+    """The names, with a warning if several classes have one."""
+    repeated = [name for name, n in Counter(names).items() if n > 1]
+    if repeated:
+        log.warning("%d names stand for several classes, which no text can tell apart: %s", len(repeated), repeated[0])
+    return names
 
 
 def likelihoods(c: Context) -> dict[str, object]:

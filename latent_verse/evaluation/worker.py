@@ -18,7 +18,7 @@ from latent_verse.evaluation.context import Context
 from latent_verse.evaluation.distributed import device
 from latent_verse.evaluation.pairs import Pairs
 from latent_verse.evaluation.records import Records
-from latent_verse.files import made_folder, only_writer, valid_json, write_text
+from latent_verse.files import FileError, made_folder, only_writer, read_json_object, valid_json, write_text
 from latent_verse.inference.pipeline import LVerse
 from latent_verse.machine import commit, machine
 from latent_verse.metrics import likelihood
@@ -127,9 +127,9 @@ def _keep_earlier(folder: Path, settings: dict[str, dict]) -> str:
     if not file.is_file():
         return ""
     try:
-        if json.loads(file.read_text(encoding="utf-8"))["settings"] == json.loads(json.dumps(settings)):
+        if read_json_object(file)["settings"] == json.loads(json.dumps(settings)):
             return ""
-    except (ValueError, KeyError, TypeError):
+    except (FileError, KeyError):
         pass  # another program's: kept as well
     number = next(n for n in itertools.count(1) if not (folder / f"metrics-{n}.json").exists())
     for name in ("metrics.json", "index.html", "config.yaml"):

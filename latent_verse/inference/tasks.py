@@ -16,6 +16,7 @@ from torch import Tensor
 from latent_verse.config import ConfigError, printable
 from latent_verse.config.generate import GenerateConfig
 from latent_verse.data import DataError
+from latent_verse.data.caption_files import clean
 from latent_verse.data.images import EXTENSIONS, describe_files, walk
 from latent_verse.files import FileError, made_folder, text_lines, write_text
 from latent_verse.inference.image_io import grid, load_image, save_png, to_images
@@ -120,10 +121,17 @@ def _read_texts(config: GenerateConfig) -> list[str]:
     try:
         if os.path.isfile(name) and os.path.getsize(name) > TEXT_FILE_BYTES:
             raise ConfigError(f"text_file: {name} is larger than {TEXT_FILE_BYTES} bytes. Split it.")
-        texts = [line.strip() for line in text_lines(name)]
+        lines = [line.strip() for line in text_lines(name)]
     except FileError as error:
         raise ConfigError(f"text_file: {error}") from error
-    texts = [text for text in texts if text]
+    texts, no_text = [], []
+    for number, line in enumerate(lines, start=1):
+        try:
+            texts += [line] if clean(line) else []
+        except DataError as error:
+            no_text.append(f"line {number} {error}")
+    if no_text:
+        print(f"left out: {len(no_text)} lines of {name} that are not text, the first: {no_text[0]}", file=sys.stderr)
     if not texts:
         raise ConfigError(f"text_file: {name} holds no text; write one text per line.")
     return texts

@@ -203,55 +203,82 @@ def diversity(words: Sequence[Sequence[str]]) -> dict[str, float]:
     return out
 
 
-def read_captions_file(path: Path, ids: Sequence[int | str], names: Sequence[str]) -> list[str]:
-    """The captions of another system, in the order of the data's images.
+def read_captions_file(
+    path: Path, ids: Sequence[int | str], names: Sequence[str], wanted: Sequence[int] | None = None
+) -> list[str]:
+    """The captions of another system, in the order of the images that are wanted.
 
     Args:
         path: COCO results JSON ([{"image_id", "caption"}]), or JSON lines with `image` and `captions` (the first
             counts) or `caption`, as generate.py writes them.
-        ids, names: of the data's images; entries are matched by id, by the id in a name like COCO's, by name, or by as
-            many of its last folders as both have.
+        ids, names: of all images of the data. Entries are matched by id, by name, where the shorter of two paths is the
+            end of the other, or if no name fits by the id in a name like COCO's.
+        wanted: the numbers of the images to be evaluated; all by default.
 
     Raises:
-        DataError: no such file, another format, an image without a caption, one with two different captions or whose
-            name could be that of several images, or no caption of an image of the data.
+        DataError: no such file, another format, an entry that contradicts itself, an image without a caption, one with
+            two different captions or whose name could be that of several images, or no caption of an image of the data.
     """
+    wanted = range(len(ids)) if wanted is None else wanted
     with setting_named("captions_file"):
         entries = _read_entries(path)
+    if not entries:
+        raise DataError(f"captions_file: {path} is empty: it holds no caption. Was it written completely?")
     places = _Places(ids, names)
     captions: dict[int, str] = {}
     came: dict[int, int] = {}  # the entry that gave each image its caption
     unknown = []
     for number, entry in enumerate(entries):
         where = f"captions_file: entry {number} of {path}"
-        try:
-            field = "image_id" if "image_id" in entry else "image"
-            key, caption = entry[field], entry["caption"] if "caption" in entry else entry["captions"][0]
-        except (TypeError, KeyError, IndexError) as error:
-            needed = "it needs image_id (or image) and caption (or captions)"
-            raise DataError(f"{where} is {short(entry)}; {needed}.") from error
-        if not isinstance(caption, str):
-            raise DataError(f"captions_file: the caption of entry {number} of {path} is {short(caption)}, not a text.")
-        if identifier(key) is None:
-            raise DataError(f"{where}: {field} is {short(key)}, which is no int or str.")
-        place = places.find(key, where)
+        keys, caption = _image_and_caption(entry, where)
+        found = [places.find(key, where) for key in keys]
+        place, key = found[0], keys[0]
+        if len(set(found)) > 1:
+            raise DataError(
+                f"{where}: image_id {short(keys[0])} and image {short(keys[1])} are not the same. Keep one."
+            )
         if place is None:
             unknown.append(key)
         elif captions.setdefault(place, caption) != caption:
             raise DataError(f"{where}: the image {short(key)} has another caption in entry {came[place]}. Keep one.")
         else:
             came.setdefault(place, number)
-    without = [str(ids[i]) for i in range(len(ids)) if i not in captions]
+    without = [str(ids[i]) for i in wanted if i not in captions]
     if unknown and len(unknown) == len(entries):
         raise DataError(
             f"captions_file: none of its images ({short(unknown[0])}, ...) is in the data ({names[0]!r}, ...)."
         )
     if without:
         raise DataError(
-            f"captions_file: {path} has no caption for {len(without)} of {len(ids)} images (the first: {without[0]}). "
-            "The field's metrics are over all images: complete the file, or limit both with caption_pictures."
+            f"captions_file: {path} has no caption for {len(without)} of {len(wanted)} images (the first: {without[0]}"
+            "). The field's metrics are over all images: complete the file, or limit both with caption_pictures."
         )
-    return [captions[i] for i in range(len(ids))]
+    return [captions[i] for i in wanted]
+
+
+def _image_and_caption(entry: object, where: str) -> tuple[list[int | str], str]:
+    """What an entry calls its image, once or twice, and its caption.
+
+    Raises:
+        DataError: it has another form, or two different captions.
+    """
+    own = entry if isinstance(entry, dict) else {}
+    keys = [(field, own[field]) for field in ("image_id", "image") if own.get(field) is not None]
+    several = own.get("captions")
+    firsts = several[:1] if isinstance(several, list) else [several]
+    texts = [text for text in (own.get("caption"), *firsts) if text is not None]
+    if not keys or not texts:
+        needed = "it needs image_id (or image) and caption (or captions)"
+        raise DataError(f"{where} is {short(entry)}; {needed}.")
+    for text in texts:
+        if not isinstance(text, str):
+            raise DataError(f"{where}: the caption is {short(text)}, not a text.")
+    if texts[0] != texts[-1]:
+        raise DataError(f"{where}: its caption and the first of its captions differ. Keep one.")
+    for field, key in keys:
+        if identifier(key) is None:
+            raise DataError(f"{where}: {field} is {short(key)}, which is no int or str.")
+    return [key for _, key in keys], texts[0]
 
 
 def _read_entries(path: Path) -> list:
@@ -271,12 +298,11 @@ class _Places:
     def __init__(self, ids: Sequence[int | str], names: Sequence[str]):
         self.names = names
         self.by_id = {identifier(found): i for i, found in enumerate(ids)}
-        whole = {name: i for i, name in reversed(list(enumerate(names)))}  # of equal ones, the first
-        self.by_name = {name: [i] for name, i in whole.items()}
-        for name, i in whole.items():
+        self.whole = {name: i for i, name in reversed(list(enumerate(names)))}  # of equal ones, the first
+        self.ending: dict[str, list[int]] = {}
+        for name, i in self.whole.items():
             for ending in _endings(name)[1:]:
-                if ending not in whole:
-                    self.by_name.setdefault(ending, []).append(i)
+                self.ending.setdefault(ending, []).append(i)
 
     def find(self, key: int | str, where: str) -> int | None:
         """The number of the image; None if it is not in the data.
@@ -284,14 +310,22 @@ class _Places:
         Raises:
             DataError: several images have this name.
         """
-        for found in (identifier(key), coco_number(str(key))):
-            if found in self.by_id:
-                return self.by_id[found]
-        places = next((self.by_name[ending] for ending in _endings(str(key)) if ending in self.by_name), [])
+        if identifier(key) in self.by_id:
+            return self.by_id[identifier(key)]
+        name = os.path.normpath(str(key))
+        for ending in _endings(name):
+            if ending in self.whole:
+                return self.whole[ending]
+        places = self.ending.get(name, [])
         if len(places) > 1:
             both = " and ".join(self.names[i] for i in places[:2])
             raise DataError(f"{where}: {short(key)} could be {both}. Give the path with its folders.")
-        return places[0] if places else None
+        if places:
+            return places[0]
+        number = coco_number(name)
+        place = self.by_id.get(number)
+        # an image whose own name holds another number than its id shows that the numbers in names are no ids
+        return place if place is not None and coco_number(self.names[place]) in (number, None) else None
 
 
 def _endings(name: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
@@ -22,6 +23,7 @@ from latent_verse.checkpoints.biart import export_bundle, load_pretrained
 from latent_verse.checkpoints.bundle import load_bundle
 from latent_verse.checkpoints.ckpt_files import CheckpointError, find_checkpoint, read_ckpt
 from latent_verse.commands import train_biart
+from latent_verse.config import ConfigError, UserError
 from latent_verse.inference.pipeline import LVerse
 from tests.messages import naming
 from tests.small_checkpoints import changed, flip, own_ckpt, put
@@ -335,8 +337,25 @@ def test_pipes_and_paths_that_the_system_refuses(tmp_path, monkeypatch, load):
     os.mkfifo(tmp_path / "pipe.ckpt")
     one_line(load, tmp_path / "pipe.ckpt")
     for path in (tmp_path / ("a" * 300), tmp_path / ("a" * 300 + ".ckpt"), Path("a\0b"), Path("a\0b.ckpt")):
-        with pytest.raises(CheckpointError) as error:
+        with pytest.raises(UserError) as error:
             load(path)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("path", [None, 5, ["a"], "", "~nobody-of-this-name/a"])
+def test_what_is_no_path_is_one_line(tiny_augvae, path):
+    model = make_lverse(tiny_augvae(single_level=4))
+    for use in (load_augvae, load_pretrained, LVerse.from_pretrained, model.save_pretrained, model.vae.save_pretrained):
+        with pytest.raises(ConfigError, match=naming("empty" if path == "" else path)) as error:
+            use(path)
+        assert "\n" not in str(error.value)
+
+
+def test_devices_and_precisions_that_cannot_be_used(tiny_augvae, tmp_path):
+    make_lverse(tiny_augvae(single_level=4)).save_pretrained(tmp_path)
+    for given in ({"device": "bogus"}, {"device": 1.5}, {"device": "cuda:99"}, {"dtype": "float8_e4m3fn"}):
+        with pytest.raises(ConfigError, match=naming(*given, *given.values())) as error:
+            LVerse.from_pretrained(tmp_path, **given)
         assert "\n" not in str(error.value)
 
 
@@ -549,6 +568,22 @@ def test_content_of_a_biart_checkpoint(checkpoint, unbuilt_biart, change, facts)
             load(checkpoint)
         assert len(str(error.value)) < 3000
     assert not (checkpoint.parent / "bundle").exists()
+
+
+def test_the_home_folder_is_found_in_python_too(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_pretrained("~/b.ckpt").where == checkpoint
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    best = checkpoint.rename(tmp_path / "run" / "checkpoints" / "best-epoch=0-step=1.ckpt")
+    assert load_pretrained("~/run").where == best
+    with pytest.raises(CheckpointError, match=naming(best, "smoke test")):  # found, though without its AugVAE
+        export_bundle("~/run", "~/bundle")
+
+
+def test_a_checkpoint_at_the_root_of_a_file_system(checkpoint):
+    found = dataclasses.replace(load_pretrained(checkpoint), where=Path("/x.ckpt"))
+    with pytest.raises(CheckpointError, match=naming("/x.ckpt", "--vae_path")):
+        found.augvae()
 
 
 def test_a_file_outside_is_never_written(checkpoint, tmp_path):

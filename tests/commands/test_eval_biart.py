@@ -231,6 +231,7 @@ def test_classification_reads_images_batch_by_batch_and_skips_broken_ones(bundle
         for i in range(first, first + 3):
             shutil.copy(pairs / f"p{i:03d}.png", classes / name)
     flags = ["--model", bundle, "--test_dir", pairs, "--tasks", "zero_shot", "--classes_dir", classes]
+    flags += ["--class_prompt", "{} {0.__class__} {"]  # plain text but for {}
     whole = run(tmp_path, *flags, name="whole")
     held = []
     codes = LVerse.codes

@@ -92,6 +92,10 @@ def test_a_line_of_a_text_file_ends_at_its_newline_only(bundle, tmp_path, capsys
     file.write_bytes("a\u2028b\x85c\r\nd\x0be\n".encode())
     assert run(bundle, "--text_file", file, "--out", tmp_path / "out", "--temperature", 0) == 0
     assert [entry["text"] for entry in lines(tmp_path / "out" / "pictures.jsonl")] == ["a\u2028b\x85c", "d\x0be"]
+    file.write_text("\n\u200b\n\u00a0\na\nnul \0\n", encoding="utf-8")
+    assert run(bundle, "--text_file", file, "--out", tmp_path / "shown") == 0
+    assert [entry["text"] for entry in lines(tmp_path / "shown" / "pictures.jsonl")] == ["a"]
+    assert naming("left out", 1, file, "line 5").search(capsys.readouterr().err)
     file.write_bytes(b"fine\nB\xe4r\n")
     assert run(bundle, "--text_file", file) == 2
     assert naming("text_file", file, "UTF-8", "line 2", "byte 6").search(capsys.readouterr().err)

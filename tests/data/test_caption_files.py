@@ -310,6 +310,26 @@ def test_an_image_that_is_listed_twice_is_one_and_counted(images, caplog):
     assert dataset.describe()["second entries of an image"] == 1
 
 
+def test_an_image_is_one_however_its_path_is_written(images):
+    """In every kind of list: a.png, ./a.png, x/../a.png, an absolute path."""
+    paths = ["a.png", "./a.png", "x/../a.png", f"../{images.name}/a.png", f"{images}/a.png"]
+    pairs = list(enumerate(paths))
+    table = write(images / "t.jsonl", "\n".join(json.dumps({"image": p, "caption": f"c{i}"}) for i, p in pairs))
+    many = coco(images, pairs, [(i, f"c{i}") for i, _ in pairs]).rename(images / "many.json")
+    one = coco(images, [(7, p) for p in paths], [(7, f"c{i}") for i, _ in pairs])
+    found = [{"filename": p, "split": "train", "sentences": [{"raw": f"c{i}"}]} for i, p in pairs]
+    karpathy = write(images / "k.json", json.dumps({"images": found}))
+    for dataset in (
+        TableCaptions(table, R),
+        *(CocoCaptions(file, images, R) for file in (one, many)),
+        KarpathyCaptions(karpathy, images, R),
+    ):
+        assert len(dataset) == 1 and dataset.captions(0) == [f"c{i}" for i, _ in pairs]
+        assert dataset.image_path(0) == f"{images}/a.png"
+    nameless = TableCaptions(write(images / "t.csv", "image,caption\na.png,x\na.png/,y\nx/..,z\n"), R)
+    assert len(nameless) == 1 and nameless.describe()["missing image files"] == 2
+
+
 @pytest.mark.parametrize("value", [True, 1.5, None, [1], {"a": 1}])
 def test_ids_of_another_kind_name_the_entry(images, value):
     with pytest.raises(DataError, match=naming("train_captions", "images[1]", "id", value, "int", "str")):

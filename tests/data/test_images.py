@@ -298,6 +298,42 @@ def test_the_limit_names_itself(monkeypatch):
         decode_rgb(encoded(photo(81, 30), "JPEG"))
 
 
+def tiff(bits, white, pixels, kind=1):
+    """An uncompressed gray TIFF of one row; `white` is PhotometricInterpretation's, `kind` SampleFormat's number."""
+    width = len(pixels) * 8 // bits
+    known = {256: width, 257: 1, 258: bits, 259: 1, 262: white, 273: 146, 277: 1, 278: 1, 279: len(pixels), 339: kind}
+    tags = [struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in known.items()]
+    start = b"II*\0" + struct.pack("<IH", 8, len(tags)) + b"".join(tags) + bytes(4)
+    return start.ljust(146, b"\0") + pixels
+
+
+@pytest.mark.parametrize(
+    ("bits", "white", "values"),
+    [(16, 1, [0, 65535, 257]), (16, 0, [65535, 0, 65278]), (12, 1, [0, 4095]), (8, 0, [255, 0])],
+)
+def test_gray_tiffs_are_scaled_by_their_bits_and_their_white(bits, white, values):
+    pixels = bytes([0, 0x0F, 0xFF]) if bits == 12 else np.array(values, f"<u{bits // 8}").tobytes()
+    assert decode_rgb(tiff(bits, white, pixels))[0, 0].tolist() == [0, 255, 1][: len(values)]
+
+
+@pytest.mark.parametrize(("values", "kind"), [([0, 2**32 - 1], 1), ([-5, 3], 2), ([0, 70000], 2)])
+def test_integers_whose_white_is_unknown_are_refused(values, kind):
+    with pytest.raises(UnreadableImage, match=naming("integers", 65535)):
+        decode_rgb(tiff(32, 1, np.array(values).astype("<u4" if kind == 1 else "<i4").tobytes(), kind))
+
+
+def test_transparency_of_16_bit_gray_is_white():
+    image = Image.fromarray(np.array([[0, 257, 65535]], np.uint16))
+    assert decode_rgb(encoded(image, "PNG", transparency=257))[0, 0].tolist() == [0, 255, 255]
+
+
+def test_damaged_metadata_leave_the_pixels():
+    data = encoded(photo(20, 10), "PNG")
+    chunk = b"eXIf" + b"no metadata"
+    exif = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    assert torch.equal(decode_rgb(data[:33] + exif + data[33:]), decode_rgb(data))
+
+
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "P", "L", "1", "CMYK", "I;16", "F"])
 def test_strips_change_nothing(mode, monkeypatch):
     image = photo(37, 53)
@@ -406,6 +442,17 @@ def test_links_are_followed_and_loops_end(tmp_path):
     (root / "two").symlink_to(tmp_path / "real")
     (root / "up").symlink_to(root)
     assert len(FlatImages(root, 16)) == 2
+
+
+def test_links_that_lead_in_millions_of_ways_are_refused(tmp_path):
+    for i in range(26):
+        (tmp_path / f"d{i}").mkdir()
+        for name in "ab":
+            (tmp_path / f"d{i}" / name).symlink_to(f"../d{i + 1}")
+    make_folder(tmp_path, ["d26/a.png"])
+    with pytest.raises(DataError, match=naming(tmp_path / "d0", tmp_path / "d26", "links", 100)):
+        FlatImages(tmp_path / "d0", 16)
+    assert len(FlatImages(tmp_path / "d21", 16)) == 32
 
 
 def test_path_list_keeps_odd_names():

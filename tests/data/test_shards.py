@@ -1,6 +1,7 @@
 """Tar shards: found or refused, read over ranks x workers with every sample counted, damaged ones passed over."""
 
 import bz2
+import contextlib
 import functools
 import gzip
 import http.server
@@ -10,7 +11,8 @@ import os
 import random
 import tarfile
 import threading
-from collections import Counter
+import tracemalloc
+from collections import Counter, deque
 
 import numpy as np
 import pytest
@@ -21,7 +23,8 @@ from torch.utils.data import DataLoader
 
 from latent_verse.config import UserError
 from latent_verse.data import DataError, EvalShards, Shards, TrainShards
-from latent_verse.data.shards import count_images, find_shards
+from latent_verse.data.images import SkipLog
+from latent_verse.data.shards import count_images, find_shards, read_shards
 from latent_verse.data.transforms import Collate
 from tests.messages import naming
 
@@ -86,7 +89,7 @@ def flat(batches):
 def test_every_way_to_name_shards(tmp_path):
     shards = write_shards(tmp_path, [1, 1, 1])
     (tmp_path / "notes.md").write_text("x")
-    (tmp_path / "list.txt").write_text(f"# comment\n{shards[0]}\n\n{tmp_path}/00{{1..2}}.tar\n")
+    (tmp_path / "list.txt").write_text(f"# comment\n  # and another\n{shards[0]}\n\n{tmp_path}/00{{1..2}}.tar\n")
     assert find_shards(str(tmp_path)) == shards
     assert find_shards(tmp_path) == shards
     assert find_shards(f"{tmp_path}/{{000..002}}.tar") == shards
@@ -407,6 +410,93 @@ def test_members_of_too_many_bytes_are_not_read(tmp_path, monkeypatch, caplog):
     assert count_images(str(tmp_path / "sparse.tar")) == 1
 
 
+def sparse(tar, name, size, kind):
+    """Write a sparse member that declares `size` bytes and holds three, in GNU's old form or one of those of pax."""
+    info, body = tarfile.TarInfo(name), b"abc"
+    if kind in ("gnu", "extended"):
+        info.type, info.size = tarfile.GNUTYPE_SPARSE, 3
+        header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+        header[386:410] = b"%011o\0%011o\0" % (0, 3)
+        header[482] = kind == "extended"
+        header[483:495] = b"%011o\0" % size
+        header[148:156] = b" " * 8
+        header[148:156] = b"%06o\0 " % sum(header)
+        more = [bytes([*(b"%011o\0" % 1 * 42), last, *bytes(7)]) for last in (1, 1, 0)] if header[482] else []
+        tar.fileobj.write(bytes(header) + b"".join(more) + body.ljust(512, b"\0"))
+        tar.offset = tar.fileobj.tell()
+        return
+    info.pax_headers = {"GNU.sparse.name": name, "GNU.sparse.realsize": str(size)}
+    if kind == "1.0":
+        info.pax_headers |= {"GNU.sparse.major": "1", "GNU.sparse.minor": "0"}
+        body = b"1\n0\n3\n".ljust(512, b"\0") + body
+    else:
+        info.pax_headers |= {"GNU.sparse.map": "0,3"}
+    info.size = len(body)
+    tar.addfile(info, io.BytesIO(body))
+
+
+@pytest.mark.parametrize("kind", ["gnu", "extended", "0.1", "1.0"])
+def test_sparse_members_are_counted_and_take_no_memory(tmp_path, kind, caplog):
+    """They hold few bytes and declare as many as they like: an image has no holes."""
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        for name in ("1.jpg", "2.jpg", "2.png", "3.jpg"):
+            if name[0] == "2":
+                sparse(tar, name, 500 << 20, kind)
+                continue
+            info = tarfile.TarInfo(name)
+            info.size = len(image_bytes(1))
+            tar.addfile(info, io.BytesIO(image_bytes(1)))
+    tracemalloc.start()
+    assert seen(tmp_path / "a.tar") == ([-1, -1], 1, 2)
+    assert tracemalloc.get_traced_memory()[1] < 50 << 20
+    tracemalloc.stop()
+    assert naming("2.jpg", "sparse", tmp_path / "a.tar").search(caplog.text)
+
+
+def test_of_several_images_of_a_sample_one_is_read_and_kept(tmp_path, monkeypatch):
+    names = [f"{i}.{kind}" for i, kinds in enumerate(["jpg png PGM", "pgm png jpg"]) for kind in kinds.split()]
+    write_tar(tmp_path / "a.tar", [(name, image_bytes(len(name))) for name in names])
+    read = []
+    extract = tarfile.TarFile.extractfile
+    monkeypatch.setattr(tarfile.TarFile, "extractfile", lambda *args: read.append(args[1].name) or extract(*args))
+    raws = list(read_shards([str(tmp_path / "a.tar")], SkipLog(1)))
+    assert [set(raw) for raw in raws] == [{"__key__", "__url__", "jpg"}] * 2 and all(raw["jpg"] for raw in raws)
+    assert read == ["0.jpg", *names[3:]]  # of the second sample each is the best so far
+    monkeypatch.setattr("latent_verse.data.shards.MAX_BYTES", len(image_bytes(5)) * 2)
+    kept = [item for item in evaluate(tmp_path / "a.tar")]
+    assert kept[0] is not None and kept[1] is not None  # the third of the second sample is too much
+
+
+def test_what_waits_to_be_shuffled_is_bounded_in_bytes(tmp_path, monkeypatch):
+    shards = write_shards(tmp_path, [40])
+    usual = flat(run(train(shards, steps=40, buffer=1000), 0))
+    monkeypatch.setattr("latent_verse.data.shards.BUFFER_BYTES", 10 * len(image_bytes(0)))
+    raws = train(shards, steps=40, buffer=1000)._shuffled(0, 0, 1)
+    bounded = [int(next(raws)["cls"]) for _ in range(80)]
+    assert sorted(bounded[:40]) == sorted(bounded[40:]) == list(range(40))
+    assert max(abs(i - label) for i, label in enumerate(bounded[:40])) < 30
+    assert sorted(usual[:40]) == list(range(40)) and max(abs(i - label) for i, label in enumerate(usual[:40])) >= 30
+
+
+def test_unreadable_samples_that_wait_for_their_turn_hold_no_bytes(tmp_path):
+    write_tar(tmp_path / "a.tar", [(f"{i}.jpg", b"no image" * 1000 if i else image_bytes(0)) for i in range(9)])
+    dataset = train(tmp_path / "a.tar", steps=4)
+    ahead = deque()
+    raws = read_shards([str(tmp_path / "a.tar")], SkipLog(1))
+    next(raws)
+    with pytest.raises(StopIteration):
+        dataset._readable(raws, ahead)
+    assert [raw["jpg"] for raw in ahead] == [b""] * 8 and dataset.source.skipped.count == 8
+
+
+@pytest.mark.parametrize("label", [b"9" * 30, b"-" + b"9" * 30, b"9223372036854775808", b"9" * 5000])
+def test_labels_that_no_tensor_can_hold_are_none(tmp_path, label):
+    write_tar(
+        tmp_path / "a.tar", [("0.jpg", image_bytes(0)), ("0.cls", label), ("1.jpg", image_bytes(1)), ("1.cls", b"7")]
+    )
+    assert labels(loader(evaluate(tmp_path / "a.tar"), 0)) == [[-1, 7]]
+
+
 @pytest.mark.parametrize("damage", ["header", "middle of a header", "no end", "joined"])
 def test_damage_between_members_is_said(tmp_path, damage, caplog):
     """tarfile takes each of these for the end of the archive."""
@@ -440,11 +530,19 @@ def test_compressed_shards_are_read_whole_or_counted(tmp_path, pack):
         assert 0 < len(read) <= counted < 40 and skipped == 1
 
 
+def test_images_whose_names_hold_another_dot_are_counted(tmp_path, caplog):
+    names = ["1.jpg", "photo.final.jpg", "2.jpg", "v1.0.jpg", "v1.1.jpg", "3.jpg", "3.seg.png"]
+    write_tar(tmp_path / "a.tar", [(name, image_bytes(0)) for name in names])
+    assert seen(tmp_path / "a.tar") == ([-1, -1, -1], 1, 3)
+    assert naming(3, "photo.final.jpg", tmp_path / "a.tar", "first dot").search(caplog.text)
+    assert "seg" not in caplog.text
+
+
 def test_repeated_members_are_counted(tmp_path, caplog):
     names = ["a.jpg", "b.jpg", "b.jpg", "c.jpg", "a.cls"]
     write_tar(tmp_path / "a.tar", [(name, image_bytes(0) if name.endswith("jpg") else b"7") for name in names])
     assert seen(tmp_path / "a.tar") == ([-1, -1, -1], 1, 3)
-    assert naming("b.jpg", "duplicate").search(caplog.text)
+    assert naming("b.jpg", "duplicate").search(caplog.text) and "dict_keys" not in caplog.text
 
 
 # -------------------------------------------------------------------------------------------------------------- remote
@@ -480,6 +578,24 @@ def test_shell_commands_are_only_run_where_they_are_given_and_allowed(tmp_path):
     assert not ran.exists()
 
 
+def test_the_name_of_a_file_is_never_a_command(tmp_path, monkeypatch):
+    """Names come from strangers: what a pattern, a folder or a list finds is a file, whatever it is called."""
+    monkeypatch.chdir(tmp_path)
+    (good,) = write_shards(tmp_path / "good", [2])
+    names = ["pipe:touch ran #.tar", "pipe:touch ran;/a.tar"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        os.link(good, tmp_path / name)
+    (tmp_path / "l.txt").write_text("*.tar\n")
+    (tmp_path / "f.txt").write_text("file:pipe:touch ran;\nfile:" + names[0])
+    for source in ("*.tar", "p*", "p*,good", "*/a.tar", "l.txt", "f.txt", "file:pipe:touch ran;", ".", ["*.tar"]):
+        for allow in (False, True):
+            with contextlib.suppress(DataError):
+                shards = Shards(source, 8, allow_pipe=allow)
+                assert not shards.remote and len(list(EvalShards(shards, 1))) >= 2
+    assert find_shards("*.tar") == [f"./{names[0]}"] and not (tmp_path / "ran").exists()
+
+
 @pytest.mark.parametrize(
     "url", ["ssh://h/a.tar", "scp://h/a.tar", "s3://b/a.tar", "ais://b/a", "htgs://b/a", "x://$(id)"]
 )
@@ -490,19 +606,35 @@ def test_only_the_schemes_that_are_named_are_opened(tmp_path, url):
             find_shards(source)
 
 
-def test_lists_and_patterns_that_never_end_are_refused(tmp_path):
+def test_lists_and_patterns_that_never_end_are_refused(tmp_path, monkeypatch):
     (tmp_path / "list.txt").write_text(f"{tmp_path}/list.txt\n")
     with pytest.raises(DataError, match=naming(tmp_path / "list.txt", "itself")):
         find_shards(tmp_path / "list.txt")
     for pattern in ("{0..99999999999}.tar", "{0..9999}/{0..9999}.tar", "{a,b}" * 40):
         with pytest.raises(DataError, match=naming(pattern, "1,000,000")):
             find_shards(pattern)
-    for pattern in ("{0..3.tar", "a${NO_SUCH_VARIABLE}.tar"):
-        with pytest.raises(DataError, match=naming(pattern)):
+    monkeypatch.setenv("WDS_SECRET", "x")
+    for pattern in ("{0..3.tar", "a${NO_SUCH_VARIABLE}.tar", "http://h/${SECRET}.tar", "x{" + "1," * 100_000 + "}"):
+        with pytest.raises(DataError, match=naming(pattern[:200])):
             find_shards(pattern)
     (tmp_path / "bad.txt").write_bytes(b"a.tar\n\xff.tar\n")
     with pytest.raises(UserError, match=naming(tmp_path / "bad.txt", "line 2")):
         find_shards(tmp_path / "bad.txt")
+
+
+def test_lists_of_lists_are_bounded_together(tmp_path):
+    for i in range(6):
+        (tmp_path / f"{i}.txt").write_text(f"{tmp_path}/{i + 1}.txt\n" * 60 if i < 5 else "http://h/x.tar\n" * 60)
+        (tmp_path / f"none{i}.txt").write_text(f"{tmp_path}/none{i + 1}.txt\n" * 60 if i < 5 else ",\n" * 60)
+    assert len(find_shards(f"{tmp_path}/3.txt")) == 60**3
+    for source in (f"{tmp_path}/0.txt", [f"http://h/{i}/{{0..300000}}.tar" for i in range(4)]):
+        with pytest.raises(DataError, match=naming("train_dir", "1,000,000")):
+            find_shards(source)
+    assert find_shards(f"{tmp_path}/none0.txt") == []
+    for i in range(1500):
+        (tmp_path / f"deep{i}.txt").write_text(f"{tmp_path}/deep{i + 1}.txt\n")
+    with pytest.raises(DataError, match=naming("train_dir", tmp_path / "deep20.txt", 20)):
+        find_shards(f"{tmp_path}/deep0.txt")
 
 
 def test_shards_that_are_no_files_are_refused(tmp_path):

@@ -179,6 +179,8 @@ def test_plain_folders_take_captions_from_beside(tmp_path):
         ('{"text": "x"}', ["line 1", "file"]),
         ('{"file": "gone.png", "text": "x"}', ["line 1", "gone.png"]),
         ('{"file": "p000.png"}\n{"file": "p001.png"}\n{"file": "p002.png", "number": 1}', [[1, 2]]),
+        ('{"file": "p000.png", "number": 1}\n{"file": "p001.png", "number": 1}', ["None", "0, 1"]),
+        ('{"file": "p000.png", "text": "a"}\n{"file": "p001.png", "text": "b", "number": 1}', ["b", "0, 1"]),
         ('{"file": "p000.png"}\n{"file": "./p000.png"}', ["line 2", "line 1", "p000.png"]),
         ('{"file": "../outside.png"}', ["line 1", "../outside.png"]),
         ('{"file": "x/../../outside.png"}', ["line 1", "x/../../outside.png"]),
@@ -190,6 +192,9 @@ def test_plain_folders_take_captions_from_beside(tmp_path):
         ('{"file": "p000.png", "number": -1}', ["line 1", "number"]),
         ('{"file": "p000.png", "log_p": NaN}', ["line 1", "log_p", "nan"]),
         ('{"file": "p000.png", "log_p": "-3"}', ["line 1", "log_p"]),
+        ('{"file": "p000.png", "log_p": 1' + "0" * 400 + "}", ["line 1", "log_p"]),
+        ('{"file": "' + "a" * 100_000 + '"}', ["line 1", "exist"]),
+        ('{"file": "p000.png", "text": "a\\u0000b"}', ["line 1", "not text"]),
         ('{"file": "p000.png", "log_p": -3}\n{"file": "p001.png"}', ["log_p"]),
     ],
 )
@@ -197,6 +202,32 @@ def test_an_index_that_does_not_fit_is_refused(tmp_path, content, facts):
     write_pairs(tmp_path, 3)
     (tmp_path / samples.INDEX).write_text(content)
     with pytest.raises(UserError, match=naming("generated_dir", tmp_path / samples.INDEX, *facts)):
+        samples.read_groups(tmp_path)
+
+
+def test_the_images_of_a_caption_are_those_with_its_text(tmp_path):
+    """Whatever the order of the lines; a text that comes again, as in `generate`, begins another group."""
+    write_pairs(tmp_path, 6)
+    lines = [("red", 0), ("blue", 1), ("blue", 0), ("red", 1), ("red", 0), ("red", 1)]
+    rows = [{"file": f"p{i:03d}.png", "text": t, "number": n, "log_p": -i} for i, (t, n) in enumerate(lines)]
+    (tmp_path / samples.INDEX).write_text("\n".join(map(json.dumps, rows)))
+    group = lambda text, *numbers: samples.Group(  # noqa: E731
+        text, [tmp_path / f"p{i:03d}.png" for i in numbers], [-float(i) for i in numbers]
+    )
+    assert samples.read_groups(tmp_path) == [group("red", 0, 3), group("blue", 2, 1), group("red", 4, 5)]
+
+
+def test_texts_that_show_nothing_are_none(tmp_path):
+    write_pairs(tmp_path, 3)
+    for i, text in enumerate(["", "\u200b", " \u00a0"]):
+        (tmp_path / f"p{i:03d}.txt").write_text(f"{text}\n", encoding="utf-8")
+    assert [group.text for group in samples.read_groups(tmp_path)] == [None, None, None]
+    rows = [{"file": f"p{i:03d}.png", "text": text} for i, text in enumerate(["", "\u200b", " \u00a0"])]
+    (tmp_path / samples.INDEX).write_text("\n".join(map(json.dumps, rows)))
+    assert [group.text for group in samples.read_groups(tmp_path)] == [None, None, None]
+    (tmp_path / samples.INDEX).unlink()
+    (tmp_path / "p001.txt").write_bytes(b"a\0b")
+    with pytest.raises(DataError, match=naming(tmp_path / "p001.txt", "line 1")):
         samples.read_groups(tmp_path)
 
 
@@ -223,7 +254,7 @@ def test_hidden_and_special_files_are_passed_over(tmp_path):
 def test_captions_beside_images_are_read_by_the_rule_of_all_text(tmp_path):
     write_pairs(tmp_path, 2)
     (tmp_path / "p000.txt").write_bytes("\ufeffone\u2028caption\r\nanother".encode())
-    assert samples.read_groups(tmp_path)[0].text == "one\u2028caption"
+    assert samples.read_groups(tmp_path)[0].text == "one caption"
     (tmp_path / "p001.txt").write_bytes(b"caf\xe9")
     with pytest.raises(UserError, match=naming(tmp_path / "p001.txt", "UTF-8", "line 1")):
         samples.read_groups(tmp_path)

@@ -8,6 +8,7 @@ from latent_verse.data import DataError
 from latent_verse.data.shapes import World
 from latent_verse.evaluation.round_trips import Trip, check_trip
 from latent_verse.evaluation.text_tasks import class_names
+from latent_verse.evaluation.worker import _keep_earlier
 from tests.messages import naming
 from tests.stand_ins import Oracle
 
@@ -42,6 +43,17 @@ def test_class_names_of_a_file_and_of_folders(tmp_path):
         class_names(["n01"], str(tmp_path / "none"))
 
 
+def test_class_names_show_something_and_are_told_apart(tmp_path, caplog):
+    file = tmp_path / "names.txt"
+    for text, fact in (("n01\t\u200b\n", "n01"), ("n01\ta\0b\n", "line 1"), ("n02\tx\nn01\ta\0b\n", "line 2")):
+        file.write_text(text, encoding="utf-8")
+        with pytest.raises(DataError, match=naming("class_names", file, fact)):
+            class_names(["n01"], str(file))
+    file.write_text("n01\ta\tcrane\nn02\ta\tcrane\n")
+    assert class_names(["n01", "n02"], str(file)) == ["a crane", "a crane"]
+    assert class_names(["a_b", "a b"], None) == ["a b", "a b"] and naming("a crane", "a b").search(caplog.text)
+
+
 def test_lines_of_class_names_end_at_newlines_only(tmp_path):
     file = tmp_path / "names.txt"
     file.write_bytes("\ufeffn01\tred\u2028fox\r\nn02\tdog\nn02\tdog\n".encode())
@@ -52,3 +64,10 @@ def test_lines_of_class_names_end_at_newlines_only(tmp_path):
     file.write_bytes(b"n01\tfox\nn02\tB\xe4r\n")
     with pytest.raises(DataError, match=naming("class_names", file, "UTF-8", "line 2", "byte 13")):
         class_names(["n01"], str(file))
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "[1]", "{}", "\xe9", '{"settings": {"a": 1}}'])
+def test_results_of_another_kind_are_kept_beside(tmp_path, content):
+    (tmp_path / "metrics.json").write_text(content, encoding="latin-1")
+    assert naming("metrics-1.json").search(_keep_earlier(tmp_path, {"a": {}}))
+    assert (tmp_path / "metrics-1.json").is_file() and not (tmp_path / "metrics.json").exists()

@@ -281,3 +281,39 @@ def test_of_a_very_long_text_the_beginning_is_scored(no_java, monkeypatch):
     monkeypatch.setattr(captions, "plain_words", lambda text: seen.append(len(text)) or plain_words(text))
     out = score([long, "b"], [[long], ["b"]], java=False)
     assert max(seen) <= 10_000 and out.metrics["rouge_l"] == pytest.approx(1)
+
+
+def test_an_exact_name_goes_before_the_number_in_it(tmp_path):
+    names = ["pic_000000000001.jpg", "pic_000000000002.jpg", "other.jpg"]
+    rows = [{"image": f"elsewhere/{name}", "captions": [name]} for name in names]
+    assert read_captions_file(write(tmp_path, rows, lines=True), [2, 1, 3], names) == names
+    rows[0]["image"] = "pic_000000000001.png"  # its number is the id of pic_000000000002.jpg
+    with pytest.raises(DataError, match=naming("captions_file", "1 of 3", 2)):
+        read_captions_file(write(tmp_path, rows), [2, 1, 3], names)
+    rows[0]["image"] = "COCO_000000000003.png"  # as is the id of other.jpg, whose name holds none
+    with pytest.raises(DataError, match=naming("entry 2", "other.jpg", "entry 0")):
+        read_captions_file(write(tmp_path, rows), [2, 1, 3], names)
+
+
+def test_a_name_in_another_folder_is_another_image(tmp_path):
+    names = ["a/1.png", "b/1.png", "b2/2.png"]
+    rows = [{"image": f"p8/{name}", "caption": name} for name in names]
+    assert read_captions_file(write(tmp_path, rows), names, names, [1, 2]) == names[1:]
+    assert read_captions_file(write(tmp_path, rows), names[1:], names[1:]) == names[1:]
+    del rows[1]
+    with pytest.raises(DataError, match=naming("1 of 2", "b/1.png")):
+        read_captions_file(write(tmp_path, rows), names[1:], names[1:])
+    rows[0] = {"image": "1.png", "caption": "of which?"}
+    with pytest.raises(DataError, match=naming("entry 0", "a/1.png", "b/1.png")):
+        read_captions_file(write(tmp_path, rows), names, names, [1, 2])
+
+
+def test_an_entry_must_not_contradict_itself(tmp_path):
+    rows = [{"image_id": 1, "captions": "hello"}, {"image_id": 2, "image": "b.jpg", "caption": None, "captions": ["q"]}]
+    assert read_captions_file(write(tmp_path, rows), [1, 2], ["a.jpg", "b.jpg"]) == ["hello", "q"]
+    for more in ({"image": "b.jpg"}, {"caption": "bye"}):
+        with pytest.raises(DataError, match=naming("captions_file", "entry 0", *more)):
+            read_captions_file(write(tmp_path, [rows[0] | more, rows[1]]), [1, 2], ["a.jpg", "b.jpg"])
+    (tmp_path / "none.json").write_bytes(b"")
+    with pytest.raises(DataError, match=naming(tmp_path / "none.json", "empty")):
+        read_captions_file(tmp_path / "none.json", [1], ["a.jpg"])
