@@ -70,7 +70,7 @@ REMEDIES = {  # by errno
 
 
 class Stopped(BaseException):
-    """A signal asks the program to end. No Exception, so that nothing takes it for a failure and goes on."""
+    """A signal asks the program to end. Not an Exception, so that nothing takes it for a failure and continues."""
 
     def __init__(self, number: int, message: str = ""):
         super().__init__(message or f"stopped by {signal.Signals(number).name} before all was done")

@@ -165,7 +165,7 @@ def _read_same(path: Path, plan: dict) -> dict[str, Any]:
     found["source"] = expand_paths(found.get("source") or "")  # earlier versions recorded paths with `~`
     if lines := "\n  ".join(differences(found, plan)):
         folder = path.parent
-        raise DataError(f"extract_codes: {folder} holds codes of different settings:\n  {lines}\nName another folder.")
+        raise DataError(f"extract_codes: {folder} holds codes of different settings; name another:\n  {lines}")
     return found
 
 

@@ -8,8 +8,8 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -51,6 +51,15 @@ def sums_over_processes(numbers: list[float], device: torch.device) -> list[floa
     sums = torch.tensor(numbers, dtype=torch.float32, device=device)
     dist.all_reduce(sums)  # Lightning's reduce_boolean_decision has a barrier before it
     return sums.tolist()
+
+
+@contextmanager
+def only_warned() -> Iterator[None]:
+    """A file that cannot be written, on a full disk for example, does not end training: a warning says so."""
+    try:
+        yield
+    except FileError as error:
+        rank_zero_warn(f"{error} Training continues.")
 
 
 class RunFolder(pl.Callback):
@@ -138,7 +147,7 @@ class BestAndLast(Checkpoint):
             save_state(trainer, file)
         except NotWritten as error:
             self.unsaved[kind] = str(error)
-            rank_zero_warn(f"The {kind} checkpoint is not saved: {error} Training goes on.")
+            rank_zero_warn(f"The {kind} checkpoint is not saved: {error} Training continues.")
             return False
         if trainer.is_global_zero:
             for other in folder.glob(f"{kind}-*.ckpt"):
@@ -224,10 +233,8 @@ class Backup(pl.Callback):
             self._interrupted = Interrupted(self.signal, said)
             return
         if self.every and trainer.global_step % self.every == 0:
-            try:
+            with only_warned():
                 self.save(trainer)
-            except NotWritten as error:
-                rank_zero_warn(f"{error} Training goes on.")
 
     def _ask(self, trainer: pl.Trainer) -> bool:
         """Whether a process was told to stop; and all agree on the step at which they ask again."""

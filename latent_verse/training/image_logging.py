@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -16,8 +13,8 @@ from latent_verse.biart import sampling
 from latent_verse.biart.sequence import IMAGE_TO_TEXT, TEXT_TO_IMAGE
 from latent_verse.config.train import SamplingConfig
 from latent_verse.data.text import Tokenizer
-from latent_verse.files import FileError, replacing, write_text
-from latent_verse.training.backups import RunFolder, made_step
+from latent_verse.files import replacing, write_text
+from latent_verse.training.backups import RunFolder, made_step, only_warned
 from latent_verse.training.trainer import untuned
 
 
@@ -104,7 +101,7 @@ class TextImageSamples(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.is_global_zero:  # a run killed before its first checkpoint may have left another tokenizer
-            with _going_on(), replacing(self.folder.run.folder / "tokenizer") as unfinished:
+            with only_warned(), replacing(self.folder.run.folder / "tokenizer") as unfinished:
                 self.tokenizer.save(unfinished)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs, batch, batch_idx) -> None:
@@ -171,7 +168,7 @@ class TextImageSamples(pl.Callback):
     def _write(self, trainer: pl.Trainer, rows_BCHW: list[Tensor], lines: list[str]) -> None:
         name = f"samples_step={trainer.global_step}"
         _write_grid(trainer, self.folder, name, "val/drawn", rows_BCHW)
-        with _going_on():
+        with only_warned():
             write_text(self.folder.run.images / f"{name}.txt", "\n".join(lines) + "\n")
         for logger in trainer.loggers:
             if isinstance(logger, pl.loggers.TensorBoardLogger):
@@ -185,7 +182,7 @@ def _write_grid(trainer: pl.Trainer, folder: RunFolder, name: str, tag: str, row
     from torchvision.utils import make_grid
 
     grid_CHW = make_grid(torch.cat(rows_BCHW), nrow=len(rows_BCHW[0]), normalize=True, value_range=(-1, 1))
-    with _going_on():
+    with only_warned():
         write_png(grid_CHW, folder.run.images / f"{name}.png")
     for logger in trainer.loggers:
         if isinstance(logger, pl.loggers.TensorBoardLogger):
@@ -200,12 +197,3 @@ def write_png(image_CHW: Tensor, path: Path) -> None:
 
     with replacing(path) as unfinished, unfinished.open("wb") as file:
         save_image(image_CHW, file, format="png")
-
-
-@contextmanager
-def _going_on() -> Iterator[None]:
-    """Training does not end because an image of it cannot be written, on a full disk for example: a warning says so."""
-    try:
-        yield
-    except FileError as error:
-        warnings.warn(f"{error} Training goes on.", stacklevel=3)

@@ -266,5 +266,5 @@ def test_a_process_ends_with_its_parent(tmp_path):
     assert script(code).returncode == -signal.SIGKILL
     pid, end = int((tmp_path / "ready").read_text()), time.monotonic() + 30
     while (stat := Path(f"/proc/{pid}/stat")).exists() and stat.read_text().rsplit(")", 1)[1].split()[0] != "Z":
-        assert time.monotonic() < end, "it goes on"
+        assert time.monotonic() < end, "it runs on"
         time.sleep(0.05)

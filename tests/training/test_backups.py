@@ -150,7 +150,7 @@ def test_a_step_that_is_saved_again_replaces_its_file(tmp_path):
 
 
 def test_the_best_of_an_earlier_version_is_known_by_what_lightning_stored(tmp_path):
-    """Its callback's state; a run that goes on with it keeps it until there is a better one, and then deletes it."""
+    """Its callback's state; a run that resumes from it keeps it until there is a better one, and then deletes it."""
     old = pl.Trainer(
         accelerator="cpu",
         max_epochs=1,
@@ -228,7 +228,7 @@ def unfinished(folder: Path) -> list[Path]:
 def test_a_backup_that_fails_is_a_warning_and_the_old_ones_stay(tmp_path, monkeypatch):
     FullDisk(monkeypatch, {3})
     place = tmp_path / "run" / "backups"
-    with pytest.warns(UserWarning, match=naming("step=3.ckpt", place, "No space left", "free", "goes on")) as said:
+    with pytest.warns(UserWarning, match=naming("step=3.ckpt", place, "No space left", "free", "continues")) as said:
         trainer = fit(tmp_path / "run", [1.0], backup_steps=1)
     (message,) = [str(w.message) for w in said if "step=3" in str(w.message)]
     assert "\n" not in message
@@ -240,7 +240,7 @@ def test_a_backup_that_fails_is_a_warning_and_the_old_ones_stay(tmp_path, monkey
 def test_a_run_whose_last_save_fails_says_so_and_fails(tmp_path, monkeypatch, fails, kind):
     FullDisk(monkeypatch, {fails})
     with (
-        pytest.warns(UserWarning, match=naming(kind, "goes on")),
+        pytest.warns(UserWarning, match=naming(kind, "continues")),
         pytest.raises(
             NotWritten, match=naming("step 4", kind, tmp_path / "run" / "checkpoints", "No space left", "free")
         ),
@@ -252,7 +252,7 @@ def test_a_run_whose_last_save_fails_says_so_and_fails(tmp_path, monkeypatch, fa
 
 def test_a_run_goes_on_after_a_failed_save_and_makes_up_for_it(tmp_path, monkeypatch):
     FullDisk(monkeypatch, {4, 5})
-    with pytest.warns(UserWarning, match="goes on"):
+    with pytest.warns(UserWarning, match="continues"):
         fit(tmp_path / "run", [2.0, 3.0], backup_steps=1)  # the first one is lost, so the second one is the best
     kept = tmp_path / "run" / "checkpoints"
     assert names(kept) == ["best-epoch=1-step=8.ckpt", "last-epoch=1-step=8.ckpt"]

@@ -92,5 +92,5 @@ def test_all_processes_end_when_one_does(tmp_path, rank, number, code, facts):
     assert naming(*facts).search(said) and said.count("error: ") == bool(facts) and "Traceback" not in said, said
     end = time.monotonic() + 30
     while any(map(runs, started)):
-        assert time.monotonic() < end, "a process goes on"
+        assert time.monotonic() < end, "a process runs on"
         time.sleep(0.1)
