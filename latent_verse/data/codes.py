@@ -9,6 +9,7 @@ rerunning an interrupted command resumes it after them.
 from __future__ import annotations
 
 import copy
+import hashlib
 import io
 import json
 import math
@@ -73,6 +74,21 @@ def work_of(dataset: PairDataset | ShapesDataset, crops: int, shard_size: int) -
             yield f"{i:09d}", partial(load, i), captions
 
     return [part(start) for start in range(0, len(dataset), shard_size)]
+
+
+def contents_of(dataset: PairDataset | ShapesDataset) -> str | None:
+    """16 hexadecimal digits of the sizes of all images and of all captions; None for generated ones.
+
+    A rerun finds by them that the data has changed, without reading the images.
+    """
+    if isinstance(dataset, ShapesDataset):
+        return None
+    digest = hashlib.sha256()
+    for i in range(len(dataset)):
+        path = dataset.image_path(i)
+        size = os.path.getsize(path) if path and os.path.isfile(path) else -1
+        digest.update(json.dumps([size, dataset.captions(i)]).encode())
+    return digest.hexdigest()[:16]
 
 
 def extract(
@@ -163,6 +179,7 @@ def _read_same(path: Path, plan: dict) -> dict[str, Any]:
     """What a file of an earlier extraction holds, which must have had the same plan."""
     found = _read_json(path)
     found["source"] = expand_paths(found.get("source") or "")  # earlier versions recorded paths with `~`
+    found.setdefault("contents", plan.get("contents"))  # and no contents
     if lines := "\n  ".join(differences(found, plan)):
         folder = path.parent
         raise DataError(f"extract_codes: {folder} holds codes of different settings; name another:\n  {lines}")

@@ -133,8 +133,8 @@ def _claim(folder: Path, about: dict[str, object]) -> None:
     changed = differences(read_json_object(file), about)
     if changed:
         raise ConfigError(
-            f"{folder} holds images of different settings. Give the old settings to resume, or another --name:\n  "
-            + "\n  ".join(changed)
+            f"{folder} holds images of different settings. Give the old settings to resume, another --name, "
+            "or evaluate them as they are with --generated_dir:\n  " + "\n  ".join(changed)
         )
 
 

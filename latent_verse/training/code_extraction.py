@@ -10,7 +10,7 @@ from latent_verse.augvae.model import AugVAE
 from latent_verse.checkpoints.biart import Pretrained
 from latent_verse.checkpoints.ckpt_files import fingerprint
 from latent_verse.config.train import TrainBiARTConfig
-from latent_verse.data.codes import FORMAT, extract, work_of
+from latent_verse.data.codes import FORMAT, contents_of, extract, work_of
 from latent_verse.data.datasets import open_pairs, source_of
 from latent_verse.data.modules import loader_processes
 from latent_verse.data.pairs import PairShards, work_of_shards
@@ -60,7 +60,7 @@ def _extract(config: TrainBiARTConfig, vae: AugVAE, pretrained: Pretrained | Non
             work, total = work_of_shards(dataset, crops), None
         else:
             work, total = work_of(dataset, crops, c.shard_size), len(dataset)
-            plan["pictures"] = total
+            plan |= {"pictures": total, "contents": contents_of(dataset)}
             if d.dataset == "shapes":
                 w = dataset.world
                 plan["shapes"] = {"world": w.name, "fingerprint": w.fingerprint, "split": dataset.split, "seed": t.seed}

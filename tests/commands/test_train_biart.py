@@ -227,6 +227,20 @@ def test_a_killed_run_resumes_exactly(world, tmp_path, monkeypatch, capsys, kill
     assert bundles[0] == bundles[1]
 
 
+def test_codes_of_data_that_has_changed_are_refused(world, tmp_path, capsys):
+    extraction = [*world, "--extract_codes", str(tmp_path / "codes")]
+    for _ in range(2):
+        assert train_biart.main(extraction) == 0
+    capsys.readouterr()
+    texts = sorted((tmp_path / "train").glob("*.txt"))[:2]
+    swapped = [text.read_text() for text in reversed(texts)]
+    assert swapped[0] != swapped[1]
+    for text, content in zip(texts, swapped, strict=True):
+        text.write_text(content)
+    assert train_biart.main(extraction) == 2
+    assert naming(tmp_path / "codes" / "train", "contents").search(capsys.readouterr().err)
+
+
 def test_a_run_killed_before_its_first_checkpoint_starts_anew_with_a_new_tokenizer(world, tmp_path, killed):
     flags = [*world, "--backup", "--max_steps", "1", "--name", "a"]
     with killed(LitBiART, step=0):
