@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import reprlib
 import shutil
 import tempfile
 import warnings
@@ -433,8 +434,12 @@ def differences(old: Mapping[str, object], new: Mapping[str, object]) -> list[st
 
 
 def _short(value: object) -> str:
-    """For a message: it may hold what a damaged file held."""
-    text = repr(value)
+    """For a message. A damaged file may have held anything: long texts, or lists of lists that share their items."""
+    brief = reprlib.Repr()
+    brief.maxstring = brief.maxother = brief.maxlong = 300
+    brief.maxlist = brief.maxtuple = brief.maxdict = brief.maxset = 20
+    brief.maxlevel = 3
+    text = brief.repr(value)
     return text if len(text) <= 300 else f"{text[:300]}..."
 
 

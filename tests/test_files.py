@@ -369,6 +369,11 @@ def test_differences_name_the_setting_and_both_values():
     assert differences(old, {"same": 1}) == []
     (line,) = differences({"lr": "a" * 100_000}, {"lr": 1})
     assert len(line) < 400 and line.endswith(", 1 now")
+    doubled: list = []
+    for _ in range(60):  # 2^60 items, which share one
+        doubled = [doubled, doubled]
+    (line,) = differences({"lr": doubled}, {"lr": 1})
+    assert len(line) < 400 and line.endswith(", 1 now")
 
 
 def test_text_is_utf8_with_or_without_a_byte_order_mark(tmp_path):

@@ -230,6 +230,13 @@ def test_statistics_cut_off_or_overwritten_are_refused(tmp_path):
             image_quality.load_reference(tmp_path / "r.npz", {}, (0, 2))
 
 
+def test_statistics_that_declare_more_than_they_hold_are_refused_before_they_are_read(tmp_path, monkeypatch):
+    np.savez_compressed(tmp_path / "r.npz", about="{}", x=np.zeros(1 << 20))
+    monkeypatch.setattr(np, "load", lambda *args, **kwargs: pytest.fail("read"))
+    with pytest.raises(DataError, match=naming("reference_stats", tmp_path / "r.npz", "larger")):
+        image_quality.load_reference(tmp_path / "r.npz", {}, (0,))
+
+
 # ------------------------------------------------------------------------------------------------------- other metrics
 
 
