@@ -14,6 +14,7 @@ Shapes: C = 3 colours, H x W the image's size, R the resolution. uint8 images li
 
 from __future__ import annotations
 
+import errno
 import io
 import math
 import os
@@ -85,11 +86,19 @@ _UPRIGHT: dict[int, Callable[[Tensor], Tensor]] = {
 }
 
 
+NOT_THE_FILES = (
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+)  # faults of the machine's: no file is to be left out for them
+
+
 def read_rgb(path: str | os.PathLike) -> Tensor:
     """The image in a file as uint8 (3, H, W); see decode_rgb.
 
     Raises:
         UnreadableImage: the file is absent, no regular file, of more than MAX_BYTES, or no whole, readable image.
+        OSError: the machine lacks file descriptors or memory.
     """
     try:
         info = os.stat(path)
@@ -99,7 +108,7 @@ def read_rgb(path: str | os.PathLike) -> Tensor:
         with open(path, "rb") as file:
             data = file.read()
     except (OSError, ValueError) as error:  # ValueError: a path with a null character
-        if isinstance(error, UnreadableImage):
+        if isinstance(error, UnreadableImage) or getattr(error, "errno", None) in NOT_THE_FILES:
             raise
         raise UnreadableImage(getattr(error, "strerror", None) or str(error)) from error
     return decode_rgb(data)

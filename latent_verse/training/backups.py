@@ -228,9 +228,11 @@ class Backup(pl.Callback):
         if trainer.world_size > 1:
             stop = trainer.global_step >= self._ask_at and self._ask(trainer)
         if stop:
-            saved = self.save(trainer)
-            said = f"{self._by} at step {trainer.global_step}; saved {saved}"
-            self._interrupted = Interrupted(self.signal, said)
+            try:
+                found = f"saved {self.save(trainer)}"
+            except NotWritten as error:
+                found = f"{error} {self._newest()}"
+            self._interrupted = Interrupted(self.signal, f"{self._by} at step {trainer.global_step}; {found}")
             return
         if self.every and trainer.global_step % self.every == 0:
             with only_warned():
@@ -254,9 +256,11 @@ class Backup(pl.Callback):
         if trainer.world_size > 1:
             stop = in_any_process(stop, trainer.strategy.root_device)
         if stop:
-            saved = runs.states(self.folder.run)
-            found = f"saved {saved[0]}" if saved else "there was nothing to save yet"
-            raise Interrupted(self.signal, f"{self._by} at step {trainer.global_step}; {found}")
+            raise Interrupted(self.signal, f"{self._by} at step {trainer.global_step}; {self._newest()}")
+
+    def _newest(self) -> str:
+        saved = runs.states(self.folder.run)
+        return f"the newest state is {saved[0]}" if saved else "there is no state to resume from"
 
     @property
     def _by(self) -> str:

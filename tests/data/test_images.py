@@ -1,5 +1,6 @@
 """Decoding, cropping and the folder datasets: the same images as plain PIL + torchvision, and bad input refused."""
 
+import errno
 import importlib
 import io
 import logging
@@ -672,3 +673,14 @@ def test_the_room_s_map_lists_every_file_and_every_name_is_there():
 def test_importing_the_room_is_cheap():
     code = "import sys, latent_verse.data as d; d.DataError; sys.exit('torch' in sys.modules or 'PIL' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_lack_of_descriptors_is_no_fault_of_the_image(tmp_path, monkeypatch):
+    (tmp_path / "a.png").write_bytes(b"x")
+
+    def full(*args, **kwargs):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr("builtins.open", full)
+    with pytest.raises(OSError, match="Too many open files"):
+        read_rgb(tmp_path / "a.png")

@@ -23,7 +23,7 @@ from latent_verse.checkpoints.ckpt_files import MONITOR, read_ckpt, score_of
 from latent_verse.config.train import TrainerConfig, TrainVAEConfig
 from latent_verse.files import FileError, NotWritten
 from latent_verse.training import backups, runs
-from latent_verse.training.backups import RunFolder, random_state, set_random_state
+from latent_verse.training.backups import Interrupted, RunFolder, random_state, set_random_state
 from latent_verse.training.divergence import Diverged
 from latent_verse.training.runs import Run
 from latent_verse.training.trainer import make_trainer
@@ -234,6 +234,22 @@ def test_a_backup_that_fails_is_a_warning_and_the_old_ones_stay(tmp_path, monkey
     assert "\n" not in message
     assert trainer.global_step == STEPS and names(place) == ["step=1.ckpt", "step=2.ckpt"]
     assert not unfinished(tmp_path)
+
+
+def test_a_signal_whose_save_fails_still_says_that_it_stopped_the_run(tmp_path, monkeypatch):
+    FullDisk(monkeypatch, {2})
+    trained = Tiny.on_train_batch_end
+
+    def signalled(self, *args):
+        if self.trainer.global_step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        trained(self, *args)
+
+    monkeypatch.setattr(Tiny, "on_train_batch_end", signalled)
+    newest = tmp_path / "run" / "backups" / "step=1.ckpt"
+    with pytest.raises(Interrupted, match=naming("SIGTERM", "step 2", "No space left", newest)) as stopped:
+        fit(tmp_path / "run", [1.0], backup_steps=1)
+    assert stopped.value.exit_code == 128 + signal.SIGTERM
 
 
 @pytest.mark.parametrize(("fails", "kind"), [(4, "best"), (5, "last")])
