@@ -86,11 +86,8 @@ _UPRIGHT: dict[int, Callable[[Tensor], Tensor]] = {
 }
 
 
-NOT_THE_FILES = (
-    errno.EMFILE,
-    errno.ENFILE,
-    errno.ENOMEM,
-)  # faults of the machine's: no file is to be left out for them
+# faults of the machine's: no file is left out for them
+NOT_THE_FILES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 def read_rgb(path: str | os.PathLike) -> Tensor:
