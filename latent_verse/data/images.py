@@ -106,25 +106,28 @@ def walk(root: str, extensions: tuple[str, ...], others: Counter) -> Iterator[st
     special: Counter = Counter()
     visits: Counter = Counter()
     closed = ""  # the first folder that cannot be read
-    folders: list[tuple[str, str, tuple[str, ...]]] = [(root, "", ())]
+    folders: list[tuple[str, str, tuple[tuple[int, int], ...]]] = [(root, "", ())]
     while folders:
         folder, prefix, above = folders.pop()
-        real = os.path.realpath(folder)
-        if real in above:  # a link back up would never end
-            continue
-        visits[real] += 1
-        if visits[real] > MAX_VISITS:
-            raise DataError(
-                f"{root}: its links lead to {real} more than {MAX_VISITS} times, the last one as {folder}. Remove some."
-            )
         inside = []
         try:
+            info = os.stat(folder)
+            itself = info.st_dev, info.st_ino
+            if itself in above:  # a link back up would never end
+                continue
+            visits[itself] += 1
+            if visits[itself] > MAX_VISITS:
+                real = os.path.realpath(folder)
+                raise DataError(
+                    f"{root}: its links lead to {real} more than {MAX_VISITS} times, the last one as {folder}. "
+                    "Remove some."
+                )
             with os.scandir(folder) as entries:
                 for entry in sorted(entries, key=lambda e: e.name):
                     if is_hidden(entry.name):
                         continue
                     if _is(entry.is_dir):
-                        inside.append((entry.path, f"{prefix}{entry.name}/", (*above, real)))
+                        inside.append((entry.path, f"{prefix}{entry.name}/", (*above, itself)))
                     elif not entry.name.lower().endswith(extensions):
                         others[os.path.splitext(entry.name)[1].lower() or "extensionless"] += 1
                     elif _is(entry.is_file):
