@@ -102,11 +102,17 @@ def test_without_validation_there_is_only_the_last(tmp_path):
 
 @pytest.mark.parametrize("wrong", [math.nan, -math.inf, math.inf])
 def test_weights_whose_loss_is_not_finite_are_never_the_best(tmp_path, wrong):
-    with pytest.raises(Diverged, match=naming(MONITOR, "step 12")):
+    with pytest.warns(UserWarning, match=naming(MONITOR, "step 12")):
         fit(tmp_path / "run", [wrong, 2.0, wrong])
     kept = tmp_path / "run" / "checkpoints"
     assert names(kept) == ["best-epoch=1-step=8.ckpt", "last-epoch=2-step=12.ckpt"]
     assert stored(kept / names(kept)[1])["latent_verse"]["score"] is None
+
+
+def test_a_run_without_any_finite_validation_fails(tmp_path):
+    with pytest.warns(UserWarning, match="step 4"), pytest.raises(Diverged, match=naming(MONITOR, "step 8")):
+        fit(tmp_path / "run", [math.nan, math.inf])
+    assert names(tmp_path / "run" / "checkpoints") == ["last-epoch=1-step=8.ckpt"]
 
 
 @pytest.mark.parametrize("how", ["moved", "copied"])

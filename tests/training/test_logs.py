@@ -297,7 +297,7 @@ def parts(vae: AugVAE, stage: str, part: slice) -> tuple:
 def test_two_processes_log_what_one_does_on_the_joined_batch(tiny_augvae, tmp_path, stage, strategy):
     """Losses, and perplexity, within 1e-5; by one all-reduce at the steps that are logged."""
     for found in in_two_processes(tmp_path, in_part, tmp_path / "two", tiny_augvae(), stage, strategy):
-        assert found["at_step"] == [0, 1, 0, 1]
+        assert [count for count in found["at_step"] if count] == [1, 1]
     module, batches = parts(tiny_augvae(), stage, slice(0, 4))
     run(module, tmp_path / "one", batches, epochs=1, log_every_n_steps=2, logger="csv")
     one, two = rows(tmp_path / "one" / "logs"), rows(tmp_path / "two" / "logs")
