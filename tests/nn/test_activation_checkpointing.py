@@ -84,6 +84,7 @@ def test_less_is_kept(make, kind):
     assert kept[1] < 0.75 * kept[0]
 
 
+@pytest.mark.slow
 @NETWORKS
 def test_compiled_training_makes_no_product_twice(make, kind):
     counts = []
