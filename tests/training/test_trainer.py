@@ -277,5 +277,5 @@ def test_a_signal_before_the_first_step_ends_a_run_that_has_saved_nothing(tmp_pa
     backup = Backup(SimpleNamespace(run=Run(tmp_path / "run", "0")), None)
     backup.told_to_stop = True
     trainer_ = SimpleNamespace(world_size=1, global_step=0)
-    with pytest.raises(Interrupted, match=naming("step 0", "nothing")):
+    with pytest.raises(Interrupted, match=naming("step 0", "no state")):
         backup.on_train_epoch_start(trainer_, None)
