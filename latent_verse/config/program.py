@@ -32,7 +32,8 @@ from latent_verse.config.settings import UserError, printable
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 GRACE = 10.0  # seconds that a process of several leaves to others, which may say why they failed, or end it
-RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")  # the launchers' names for it; as Lightning's
+# what torchrun, Lightning, Slurm and LSF call the number of a process, or of its machine
+RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
 PARENT = "LATENT_VERSE_PARENT"  # environment: the process that has started this one, and watches it
 LOST = 75  # exit code of such a process that knows only that it has lost the others
 LOST_CONTACT = (
@@ -225,13 +226,13 @@ def _report(error: BaseException) -> int | None:
     said, code = _one_line(error)
     if said == LOST_CONTACT and _is_watched():
         return LOST
-    if said == LOST_CONTACT or _rank():
+    if said == LOST_CONTACT or not is_first_process():
         time.sleep(GRACE)
     if said is None:
         if isinstance(error, Exception):
             print_error("this is a fault of L-Verse's. Please report it with the traceback that follows.")
         return None
-    if not (isinstance(error, Stopped) and _rank()):
+    if is_first_process() or not isinstance(error, Stopped):
         print_error(said)
     return code
 
@@ -289,8 +290,9 @@ def _is_watched() -> bool:
     return os.environ.get(PARENT) == str(os.getppid())
 
 
-def _rank() -> int:
-    return next((int(os.environ[name]) for name in RANKS if os.environ.get(name, "").isdigit()), 0)
+def is_first_process() -> bool:
+    """Whether this is the first of a run's processes; known before they meet."""
+    return all(os.environ.get(name, "0") in ("0", "") for name in RANKS)
 
 
 def print_error(said: str) -> None:

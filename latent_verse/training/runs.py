@@ -18,6 +18,7 @@ from typing import Any
 
 from latent_verse.checkpoints.ckpt_files import step_of
 from latent_verse.config import ConfigError
+from latent_verse.config.program import is_first_process
 from latent_verse.config.settings import expand_paths
 from latent_verse.files import (
     FileError,
@@ -141,12 +142,6 @@ def hold_new_folder(log_dir: str, name: str) -> Iterator[Path]:
     folder = new_folder(log_dir, name)
     with made_folder(folder, "log_dir") if is_first_process() else ExitStack():
         yield folder
-
-
-def is_first_process() -> bool:
-    """Whether this is the first of a run's processes, before they meet: what torchrun, Lightning and SLURM set says."""
-    names = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
-    return all(os.environ.get(name, "0") in ("0", "") for name in names)
 
 
 def states(run: Run) -> list[Path]:
