@@ -22,7 +22,7 @@ from torch import nn
 from latent_verse.augvae.layers import Decoder, Encoder
 from latent_verse.augvae.quantizer import Quantizer, count, make_quantizer, perplexity, to_vectors
 from latent_verse.config import AugVAEConfig
-from latent_verse.nn.memory import check_fits
+from latent_verse.nn.memory import check_memory
 from latent_verse.nn.precision import full_float32
 
 INNER_CH_MULT = (2, 4)  # of each encoder and decoder between two levels, as released
@@ -51,7 +51,7 @@ class AugVAE(nn.Module):
     def __init__(self, config: AugVAEConfig):
         super().__init__()
         config.validate()
-        check_fits("AugVAE", config.least_weights, "hidden_dim, ch_mult, num_res_blocks, num_tokens or codebook_dim")
+        check_memory("AugVAE", config.least_weights, "hidden_dim, ch_mult, num_res_blocks, num_tokens or codebook_dim")
         self.config = config
         levels, z = config.attn_resolutions, config.z_channels
         # (ch_mult, resolution, attend_at). The original gives an inner decoder attention at the level it reads and an

@@ -21,7 +21,7 @@ from latent_verse.biart.sequence import DIRECTIONS, IGNORE, MODALITIES, Modality
 from latent_verse.biart.triton_kernels import decode_attention, has_kernels
 from latent_verse.config import BiARTConfig
 from latent_verse.nn.activation_checkpointing import ActivationCheckpointing
-from latent_verse.nn.memory import check_fits
+from latent_verse.nn.memory import check_memory
 from latent_verse.nn.precision import LayerNorm, as_residual_stream
 
 
@@ -150,7 +150,7 @@ class BiART(nn.Module):
 
     def __init__(self, config: BiARTConfig):
         super().__init__()
-        check_fits("BiART", config.least_weights, "n_layer, n_embd or the vocabulary")
+        check_memory("BiART", config.least_weights, "n_layer, n_embd or the vocabulary")
         self.config = config
         self.vocab = Vocabulary.of(config)
         self.tok_emb = nn.Embedding(self.vocab.size, config.n_embd)

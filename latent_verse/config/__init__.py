@@ -7,6 +7,7 @@ train.py      train_vae.py, eval_vae.py and train_biart.py
 evaluate.py   eval_biart.py
 generate.py   generate.py
 cli.py        flags and YAML files -> these dataclasses; the only file that knows argparse and YAML
+program.py    how every program ends: signals, errors in one line, exit codes
 """
 
 from latent_verse.config.models import PRESETS, AugVAEConfig, BiARTConfig

@@ -12,7 +12,7 @@ def machine_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def check_fits(network: str, weights: int, settings: str) -> None:
+def check_memory(network: str, weights: int, settings: str) -> None:
     """Refuse to build a network of at least so many weights if they alone take more than this machine's memory.
 
     Raises:

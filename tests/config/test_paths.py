@@ -16,7 +16,6 @@ from latent_verse.config.evaluate import EvalBiARTConfig, resolve_eval_biart
 from latent_verse.config.generate import GenerateConfig, WhatConfig, WriteConfig, resolve_generate
 from latent_verse.config.settings import expand, expand_paths, split_shards
 from latent_verse.config.train import (
-    EvalVAEConfig,
     TrainBiARTConfig,
     TrainerConfig,
     TrainVAEConfig,
@@ -26,21 +25,11 @@ from latent_verse.config.train import (
 from latent_verse.data.caption_files import check_file
 from latent_verse.data.codes import read_meta
 from latent_verse.data.images import FlatImages
-from latent_verse.demo.run import DemoConfig
-from latent_verse.evaluation.shapes_truth import ShapesEvalConfig
 from latent_verse.inference.image_io import load_image
 from latent_verse.training import runs
 from tests.messages import naming
+from tests.programs import PROGRAMS
 
-PROGRAMS = [
-    TrainVAEConfig,
-    EvalVAEConfig,
-    TrainBiARTConfig,
-    EvalBiARTConfig,
-    GenerateConfig,
-    ShapesEvalConfig,
-    DemoConfig,
-]
 HUB = {"model", "vae_path", "ckpt_path", "pretrained_path"}
 SHARDS = {"train_dir", "val_dir", "test_dir"}
 # each of PROGRAMS' settings that names a file or folder

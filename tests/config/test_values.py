@@ -16,21 +16,11 @@ from latent_verse.config.cli import Parser, convert, leaves, make_parser, parse,
 from latent_verse.config.evaluate import EvalBiARTConfig
 from latent_verse.config.generate import GenerateConfig, GenerateSamplingConfig, WhatConfig
 from latent_verse.config.settings import is_list, item_type, same, types_of
-from latent_verse.config.train import EvalVAEConfig, TrainBiARTConfig, TrainerConfig, TrainVAEConfig
-from latent_verse.demo.run import DemoConfig
-from latent_verse.evaluation.shapes_truth import ShapesEvalConfig
+from latent_verse.config.train import TrainBiARTConfig, TrainerConfig, TrainVAEConfig
 from tests.messages import naming
+from tests.programs import PROGRAMS
 
 ROOT = Path(__file__).parents[2]
-PROGRAMS = [
-    TrainVAEConfig,
-    EvalVAEConfig,
-    TrainBiARTConfig,
-    EvalBiARTConfig,
-    GenerateConfig,
-    ShapesEvalConfig,
-    DemoConfig,
-]
 each_program = pytest.mark.parametrize("cls", PROGRAMS)
 
 
