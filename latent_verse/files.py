@@ -144,7 +144,7 @@ class InUse(FileError):
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, durable: bool = True) -> Iterator[Path]:
     """A path to write a file or folder to; once the block has ended, it takes the place of `path`.
 
     A process that is killed, or a machine that loses power, leaves either what was there before or all that is new. (A
@@ -152,6 +152,9 @@ def replacing(path: Path) -> Iterator[Path]:
     Nothing passes through a temporary folder elsewhere. On an exception the unfinished file is removed; after a kill,
     the next process that writes to that folder removes it. Several processes may write the same path at once: one of
     their files stays, whole.
+
+    Waiting for the disk takes as long as generating a small image. Without `durable` nothing waits: if the machine
+    loses power, an empty file may be left. That is for images, which can be made again.
 
     The path given has another name than `path`, in a hidden folder beside it. To libraries that choose the format by a
     name's end, name the format or give an open file.
@@ -172,8 +175,9 @@ def replacing(path: Path) -> Iterator[Path]:
         try:
             new, old = place / "new", place / "old" / path.name
             yield new
-            for file in (*new.rglob("*"), new) if new.is_dir() else (new,):
-                _sync(file)
+            if durable:
+                for file in (*new.rglob("*"), new) if new.is_dir() else (new,):
+                    _sync(file)
             if new.is_dir() and os.path.lexists(path):  # a folder can only take the place of an empty one
                 old.parent.mkdir()
                 os.rename(path, old)
@@ -186,7 +190,8 @@ def replacing(path: Path) -> Iterator[Path]:
         finally:
             shutil.rmtree(place, ignore_errors=True)
             lock.let_go()
-        _sync(path.parent)
+        if durable:
+            _sync(path.parent)
 
 
 _tidied: set[Path] = set()  # folders in which this process has looked for what killed ones have left

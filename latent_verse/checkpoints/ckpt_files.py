@@ -70,20 +70,24 @@ def read_ckpt(file: str | os.PathLike) -> dict[str, Any]:
 
 
 def read_named(file: Path) -> dict[str, Any]:
-    """As `read_ckpt`, of a file that the user named: if it is damaged, the message names whole ones beside it."""
+    """As `read_ckpt`, of a file that the user named: if it is damaged, the message names a whole one beside it."""
     try:
         return read_ckpt(file)
     except CheckpointError as error:
-        whole, near = [], []
+        near: list[Path] = []
         with contextlib.suppress(CheckpointError):
             near = checkpoints_in(file.parent) if os.path.isfile(file) else []
-        for other in near:
-            with contextlib.suppress(CheckpointError):
-                if other != file and read_ckpt(other):
-                    whole.append(other.name)
-        if whole:
-            raise CheckpointError(f"{error} Whole beside it: {', '.join(whole)}.") from error
+        if whole := next((other.name for other in near if other != file and _is_whole(other)), None):
+            raise CheckpointError(f"{error} Whole beside it: {whole}.") from error
         raise
+
+
+def _is_whole(file: Path) -> bool:
+    try:
+        read_ckpt(file)
+    except CheckpointError:
+        return False
+    return True
 
 
 @functools.lru_cache(maxsize=64)  # a command asks several times; reading a file takes seconds per gigabyte

@@ -83,7 +83,9 @@ def generate(
     about = {"model": model.fingerprints, "texts": digest, "candidates": candidates, "seed": seed}
     about |= sampling.arguments() | {"dtype": dtype}
     ranks.share(lambda: _claim(folder, about))
-    missing = [i for i in ranks.mine(len(texts)) if not all(p.is_file() for p in _files(folder, i, candidates))]
+    # an empty file is what a machine that lost power may have left
+    there = [all(p.is_file() and p.stat().st_size for p in _files(folder, i, candidates)) for i in range(len(texts))]
+    missing = [i for i in ranks.mine(len(texts)) if not there[i]]
     for part, own_seed in ranks.follow(calls(model, texts, missing, seed, batch_size), "generating"):
         images, log_p = model.sample_scored([texts[i] for i in part], candidates, seed=own_seed, **sampling.arguments())
         for i, row, values in zip(part, images, log_p.tolist(), strict=True):

@@ -91,7 +91,7 @@ def save_png(image: Image.Image, path: Path, about: dict[str, str]) -> None:
     info = PngInfo()
     for key, value in about.items():
         info.add_text(key, value.encode("utf-8", "backslashreplace").decode())  # names that are not UTF-8
-    with replacing(path) as unfinished:
+    with replacing(path, durable=False) as unfinished:
         image.save(unfinished, format="PNG", pnginfo=info)
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import sys
 
 from latent_verse.config import ConfigError
 
 
 def machine_bytes() -> int:
-    """The memory of this machine, without that of its GPUs."""
+    """The memory of this machine, without that of its GPUs; no bound where the system does not tell it (Windows)."""
+    if not hasattr(os, "sysconf"):
+        return sys.maxsize
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 

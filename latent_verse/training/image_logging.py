@@ -195,5 +195,5 @@ def write_png(image_CHW: Tensor, path: Path) -> None:
     """Write an image of values in [0, 1], whole or not at all."""
     from torchvision.utils import save_image
 
-    with replacing(path) as unfinished, unfinished.open("wb") as file:
+    with replacing(path, durable=False) as unfinished, unfinished.open("wb") as file:
         save_image(image_CHW, file, format="png")
