@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import BinaryIO, ClassVar
 
 from latent_verse.config import UserError
-from latent_verse.config.settings import reason
+from latent_verse.config.settings import no_file, reason
 
 fcntl: ModuleType | None
 try:
@@ -62,8 +62,7 @@ def _regular(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """A regular file, open. What goes wrong inside is a FileError that names it."""
     try:
         if os.path.exists(path) and not os.path.isfile(path):
-            kind = "a folder" if os.path.isdir(path) else "a pipe or device"
-            raise FileError(f"{path} is {kind}; a file is needed.")
+            raise FileError(f"{path} {no_file(path)}.")
         with open(path, "rb") as file:
             yield file
     except (OSError, ValueError) as error:  # ValueError: a path with a null character
@@ -372,7 +371,8 @@ def _refusing(path: Path, of: str = "") -> Iterator[None]:
             raise
         why = reason(cause)
         if cause.errno in (errno.EEXIST, errno.ENOTDIR):
-            why = next((f"{p} is not a folder" for p in (path, *path.parents) if p.exists() and not p.is_dir()), why)
+            for there in (p for p in (path, *path.parents) if os.path.lexists(p) and not p.is_dir()):
+                why = f"{there} is not a folder" if there.exists() else f"{there} is a link to what does not exist"
         kind = FileError if cause.errno in MISTAKES else NotWritten
         raise kind(f"{of}{path} cannot be written: {why}{_room(path)}.") from error
 

@@ -254,6 +254,14 @@ IMPOSSIBLE = {
 }
 
 
+@pytest.mark.parametrize("below", ["", "b"])
+def test_a_link_to_nothing_is_no_folder(tmp_path, below):
+    (tmp_path / "link").symlink_to(tmp_path / "absent" / "nothing")
+    told = pytest.raises(FileError, match=naming("out", tmp_path / "link", "link", "does not exist"))
+    with told, made_folder(tmp_path / "link" / below, "out"):
+        raise AssertionError
+
+
 @pytest.mark.parametrize(("place", "reason"), IMPOSSIBLE.values(), ids=IMPOSSIBLE)
 def test_impossible_folders_are_one_line(tmp_path, place, reason):
     (tmp_path / "file").touch()

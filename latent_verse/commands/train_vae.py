@@ -31,9 +31,19 @@ def run(config: TrainVAEConfig, given: Mapping[str, str]) -> int:
         from latent_verse.training.backups import RunFolder
         from latent_verse.training.image_logging import ImageGrids
         from latent_verse.training.resume import starting_point
-        from latent_verse.training.trainer import announce, compiles, ease_smoke_test, fit, make_trainer, run_name, say
+        from latent_verse.training.trainer import (
+            announce,
+            compiles,
+            ease_smoke_test,
+            fit,
+            log_in,
+            make_trainer,
+            run_name,
+            say,
+        )
 
     t = config.trainer
+    log_in(t)
     pl.seed_everything(t.seed, verbose=False)
     config, model = load_for_training(ease_smoke_test(config, given), given)
     name = run_name(config, given, "augvae")

@@ -36,6 +36,7 @@ from latent_verse.config.settings import (
     is_list,
     is_optional,
     item_type,
+    no_file,
     reason,
     shown,
     type_name,
@@ -180,7 +181,7 @@ def read_yaml(cls: type, path: str) -> dict[str, Any]:
     def take(key: Node, value: Node, section: str | None = None) -> None:
         leaf = key.value
         if leaf not in sections:
-            known = [*sections, *sections.values()]
+            known = [*sections, *sections.values()] if section is None else sections
             raise ConfigError(f"{_at(path, key)}: unknown key {shown(leaf)}{closest(leaf, known)}")
         if section not in (None, sections[leaf]):
             raise ConfigError(f"{_at(path, key)}: {leaf} belongs to section {sections[leaf]}, not {section}.")
@@ -210,13 +211,10 @@ def _compose(path: str) -> Node:
     """
     import yaml
 
-    if os.path.isdir(path):
-        raise ConfigError(f"config {path} is a folder; name a YAML file in it.")
     if not os.path.isfile(path):
         near = sorted(map(os.path.basename, glob.glob(f"{glob.escape(os.path.dirname(path) or '.')}/*.y*ml")))
         there = f" That folder holds: {', '.join(near)}." if near else ""
-        kind = "is a pipe or device; a file is needed" if os.path.exists(path) else "does not exist"
-        raise ConfigError(f"config file {path} {kind}.{there}")
+        raise ConfigError(f"config: {path} {no_file(path)}.{there}")
     if (size := os.path.getsize(path)) > LARGEST_FILE:
         raise ConfigError(f"config file {path} has {size:,} bytes, more than {LARGEST_FILE:,}. Is it a YAML file?")
     try:

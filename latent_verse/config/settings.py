@@ -385,6 +385,15 @@ def expand(path: str | os.PathLike, kind: PathKind, name: str, source: str = "")
     return expanded
 
 
+def no_file(path: str | os.PathLike) -> str:
+    """What is wrong with a path that is not a regular file, after its name in a message."""
+    if os.path.isdir(path):
+        return "is a folder, not a file"
+    if os.path.exists(path):
+        return "is a pipe or device, not a file"
+    return "is a link to a file that does not exist" if os.path.islink(path) else "does not exist"
+
+
 def split_shards(source: str) -> list[str]:
     """The parts of a text with commas between them, but for commas within braces: "a,{b,c}" is "a" and "{b,c}"."""
     parts, depth = [""], 0

@@ -17,7 +17,7 @@ from functools import cache
 
 from latent_verse import files
 from latent_verse.config import printable
-from latent_verse.config.settings import expand
+from latent_verse.config.settings import expand, no_file
 from latent_verse.data import DataError
 from latent_verse.data.images import EXTENSIONS
 from latent_verse.files import FileError, lines_of, parse_json, text_lines
@@ -126,8 +126,7 @@ def check_file(path: str | os.PathLike, key: str) -> str:
     """
     path = expand(path, True, key)
     if not os.path.isfile(path):
-        kind = "is a folder, not a file" if os.path.isdir(path) else "does not exist"
-        raise DataError(f"{key}: {path} {kind}. Give the file that holds the captions.")
+        raise DataError(f"{key}: {path} {no_file(path)}. Give the file that holds the captions.")
     if os.path.getsize(path) == 0:
         raise DataError(f"{key}: {path} is empty (0 bytes). Was it downloaded or written completely?")
     return path

@@ -12,6 +12,7 @@ from typing import Literal, TypedDict
 
 from latent_verse import __version__
 from latent_verse.config import printable
+from latent_verse.config.settings import no_file
 from latent_verse.data import DataError
 from latent_verse.files import read_json_object, setting_named
 
@@ -123,7 +124,7 @@ def _read_metrics(place: str) -> dict[str, dict]:
     path = Path(place)
     path = path / "metrics.json" if path.is_dir() else path
     if not path.is_file():
-        raise DataError(f"compare: {path} does not exist. Give a run folder of eval_biart.py, or its metrics.json.")
+        raise DataError(f"compare: {path} {no_file(path)}. Give a run folder of eval_biart.py, or its metrics.json.")
     with setting_named("compare"):
         content: dict = read_json_object(path)
     try:
