@@ -280,7 +280,7 @@ def only_writer(folder: Path, setting: str) -> Iterator[None]:
             if lock.works:
                 file.write_text(f"{os.getpid()} {os.uname().nodename}", encoding="utf-8")
             else:
-                remedy = "see to it that no other process writes there"
+                remedy = "make sure that no other process writes there"
                 warnings.warn(f"{setting}: the file system of {folder} has no locks; {remedy}.", stacklevel=3)
         try:
             yield

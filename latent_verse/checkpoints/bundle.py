@@ -88,7 +88,7 @@ def load_bundle(path: str | os.PathLike) -> tuple[AugVAE, BiART, Tokenizer, dict
             raise CheckpointError(f"{folder} is an incomplete bundle: it holds no {name}. Copy or export it again.")
     for name in ("biart", "info", "fingerprints"):
         if not isinstance(content.get(name), dict):
-            raise CheckpointError(f"{folder} is a damaged bundle: in {file}, {name} is no object.")
+            raise CheckpointError(f"{folder} is a damaged bundle: in {file}, {name} is not an object.")
     info, recorded = content["info"], content["fingerprints"]
     check_info(info, file)
     with torch.random.fork_rng(devices=[]):  # initial weights are random, and replaced at once
@@ -139,7 +139,7 @@ def check_info(info: dict[str, Any], file: Path) -> None:
     """
     dropout, too_long = info.get("reference_dropout", 0.0), info.get("text_too_long", TOO_LONG[0])
     if not (is_number(dropout) and 0 <= dropout <= 1):
-        raise CheckpointError(f"{file} is damaged: its reference_dropout is no probability.")
+        raise CheckpointError(f"{file} is damaged: its reference_dropout is not a probability.")
     if too_long not in TOO_LONG:
         raise CheckpointError(f"{file} is damaged: its text_too_long is not one of {', '.join(TOO_LONG)}.")
 
@@ -166,7 +166,7 @@ def _bundle_config(folder: Path) -> dict[str, Any]:
     if not os.path.isfile(file):
         inside = sorted(str(c.parent) for c in folder.glob("*/config.json") if _may_become_bundle(c.parent))
         hint = f" Did you mean {inside[0]}?" if inside else " LVerse.save_pretrained writes one."
-        raise CheckpointError(f"{folder} is no bundle: it holds no config.json.{hint}")
+        raise CheckpointError(f"{folder} is not a bundle: it holds no config.json.{hint}")
     content = json_object(file)
     found = content.get("format")
     if found != BUNDLE:

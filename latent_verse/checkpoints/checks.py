@@ -108,10 +108,10 @@ def check_tensor(tensor: object, file: str | os.PathLike, name: str) -> int:
     ordinary = tensor.layout is torch.strided and not (tensor.is_nested or tensor.is_quantized)
     if not ordinary or tensor.device.type != "cpu" or tensor.dtype not in WEIGHTS + OTHERS:
         kind = tensor.dtype if tensor.layout is torch.strided else tensor.layout
-        raise CheckpointError(f"{file} is refused: {name} is no ordinary tensor ({kind}, {tensor.device}).")
+        raise CheckpointError(f"{file} is refused: {name} is not an ordinary tensor ({kind}, {tensor.device}).")
     needed = tensor.numel() * tensor.element_size()
     if needed > tensor.untyped_storage().nbytes():
-        raise CheckpointError(f"{file} is damaged: {name} has shape {tuple(tensor.shape)}, of which it lacks a part.")
+        raise CheckpointError(f"{file} is damaged: {name} has shape {tuple(tensor.shape)}, but the file holds only part of it.")
     if not is_finite(tensor):
         remedy = "Did training diverge? Take an earlier checkpoint."
         raise CheckpointError(f"{file} holds values that are not finite ({name}). {remedy}")

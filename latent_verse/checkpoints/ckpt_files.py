@@ -244,7 +244,7 @@ def score_of(content: dict[str, Any]) -> float | None:
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """The .ckpt files of a folder, sorted backwards; none if it is no folder.
+    """The .ckpt files of a folder, sorted backwards; none if it is not a folder.
 
     Raises:
         CheckpointError: it cannot be read.

@@ -55,7 +55,7 @@ LARGEST_FILE = 2_000_000  # bytes of a YAML file of some hundred settings; lists
 
 
 class Quoted(str):
-    """A text in quotes, in YAML: `null` in it is no null."""
+    """A text in quotes, in YAML: `null` in it does not mean nothing."""
 
 
 class Parser(argparse.ArgumentParser):

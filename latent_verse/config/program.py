@@ -233,7 +233,7 @@ def _report(error: BaseException) -> int | None:
         time.sleep(GRACE)
     if said is None:
         if isinstance(error, Exception):
-            print_error("this is a fault of L-Verse's. Please report it with the traceback that follows.")
+            print_error("this is a bug in L-Verse. Please report it with the traceback that follows.")
         return None
     if is_first_process() or not isinstance(error, Stopped):
         print_error(said)

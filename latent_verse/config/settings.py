@@ -357,13 +357,13 @@ def expand(path: str | os.PathLike, kind: PathKind, name: str, source: str = "")
         name, source: of the setting, for messages.
 
     Raises:
-        ConfigError: it is no path, empty, no file can have that name, it is a URL where none can be read, or there is
+        ConfigError: it is not a path, empty, no file can have that name, it is a URL where none can be read, or there is
             no such user.
     """
     try:
         path = os.fsdecode(path)
     except TypeError as error:
-        raise ConfigError(f"{name} is {shown(path)}{source}, which is no path. Give a text or a Path.") from error
+        raise ConfigError(f"{name} is {shown(path)}{source}, which is not a path. Give a string or a Path.") from error
     if not path.strip():
         raise ConfigError(f"{name} is empty{source}. Give a path, or leave it out.")
     if "\0" in path or re.search("[\ud800-\udc7f\udd00-\udfff]", path):

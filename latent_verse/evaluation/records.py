@@ -62,7 +62,7 @@ class Records:
     def add(self, name: str, value: float, *, samples: int, library: str, protocol: str, **more: object) -> None:
         """Keep a metric; `more`: other fields of `Record`. A value that is not finite, which JSON lacks, is missing."""
         if not math.isfinite(value):
-            self.miss(name, f"it came out as {value} on {samples} samples")
+            self.miss(name, f"it is {value} on {samples} samples")
             return
         about = {"library": library, "samples": samples, "protocol": protocol}
         about |= {"seed": self.seed, "checkpoint": self.checkpoint, **self.always}

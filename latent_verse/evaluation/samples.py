@@ -151,7 +151,7 @@ def write_index(folder: Path, texts: Sequence[str], candidates: int) -> None:
             try:
                 log_p = float(_png_text(file)["log_p"])
             except (KeyError, ValueError) as error:
-                raise DataError(f"{file} is no image of this run: it holds no log_p. Remove it, and rerun.") from error
+                raise DataError(f"{file} is not an image of this run: it holds no log_p. Remove it, and rerun.") from error
             lines.append(json.dumps({"file": file.name, "text": text, "number": j, "log_p": log_p}, ensure_ascii=False))
     write_text(folder / INDEX, "\n".join(lines) + "\n")
 
@@ -167,7 +167,7 @@ def read_groups(folder: Path) -> list[Group]:
         FileError: a caption or the index is not UTF-8.
     """
     if not folder.is_dir():
-        raise DataError(f"generated_dir: {folder} is no folder. Give one that holds images.")
+        raise DataError(f"generated_dir: {folder} is not a folder. Give one that holds images.")
     if (folder / INDEX).is_file():
         return _read_index(folder)
     others: Counter = Counter()
@@ -190,7 +190,7 @@ def _caption(text: str | None, where: object) -> str | None:
     """The text as it is written; None if nothing of it can be seen, as in images completed without a text.
 
     Raises:
-        DataError: it is no text.
+        DataError: it is not text.
     """
     try:
         return text if text and clean(text) else None

@@ -206,7 +206,7 @@ def _arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, object], int]:
         if kind not in shapes:
             continue
         if array.dtype.kind != "f" or not np.isfinite(array).all():
-            raise ValueError(f"{name} has values that are no finite numbers")
+            raise ValueError(f"{name} has values that are not finite")
         if array.shape != shapes[kind] and array.size:
             raise ValueError(f"{name} has the shape {array.shape}, not {shapes[kind]}")
         if kind == "mu" and f"sigma{name[2:]}" not in arrays:

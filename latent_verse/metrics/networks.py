@@ -191,7 +191,7 @@ def open_clip_network(model: str, pretrained: str, device: str = "cpu") -> ClipN
     if model not in open_clip.list_models():
         near = difflib.get_close_matches(model, open_clip.list_models(), n=1)
         hint = f"Did you mean {near[0]}?" if near else "open_clip.list_models() has them all."
-        raise ConfigError(f"clip_model: {model} is no architecture of open_clip. {hint}")
+        raise ConfigError(f"clip_model: {model} is not an architecture of open_clip. {hint}")
     weights = clip_weights(model, pretrained)
     file = weights.find()
     # given a file, open_clip would not know what the tag says about the architecture and the preprocessing
