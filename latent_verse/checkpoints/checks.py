@@ -111,7 +111,9 @@ def check_tensor(tensor: object, file: str | os.PathLike, name: str) -> int:
         raise CheckpointError(f"{file} is refused: {name} is not an ordinary tensor ({kind}, {tensor.device}).")
     needed = tensor.numel() * tensor.element_size()
     if needed > tensor.untyped_storage().nbytes():
-        raise CheckpointError(f"{file} is damaged: {name} has shape {tuple(tensor.shape)}, but the file holds only part of it.")
+        raise CheckpointError(
+            f"{file} is damaged: {name} has shape {tuple(tensor.shape)}, but the file holds only part of it."
+        )
     if not is_finite(tensor):
         remedy = "Did training diverge? Take an earlier checkpoint."
         raise CheckpointError(f"{file} holds values that are not finite ({name}). {remedy}")

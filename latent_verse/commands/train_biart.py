@@ -11,7 +11,8 @@ from pathlib import Path
 
 from latent_verse.config.cli import parse, quick_imports
 from latent_verse.config.program import one_line_errors
-from latent_verse.config.train import TrainBiARTConfig, idle_flags_biart, resolve_train_biart
+from latent_verse.config.train import TrainBiARTConfig
+from latent_verse.config.train_rules import idle_flags_biart, resolve_train_biart
 from latent_verse.files import made_folder
 
 

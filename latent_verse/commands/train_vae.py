@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from latent_verse.config.cli import parse, quick_imports
 from latent_verse.config.program import one_line_errors
-from latent_verse.config.train import TrainVAEConfig, idle_flags_vae, resolve_train_vae
+from latent_verse.config.train import TrainVAEConfig
+from latent_verse.config.train_rules import idle_flags_vae, resolve_train_vae
 
 
 @one_line_errors

@@ -357,8 +357,8 @@ def expand(path: str | os.PathLike, kind: PathKind, name: str, source: str = "")
         name, source: of the setting, for messages.
 
     Raises:
-        ConfigError: it is not a path, empty, no file can have that name, it is a URL where none can be read, or there is
-            no such user.
+        ConfigError: it is not a path, empty, no file can have that name, it is a URL where none can be read, or there
+            is no such user.
     """
     try:
         path = os.fsdecode(path)

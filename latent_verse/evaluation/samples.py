@@ -151,7 +151,9 @@ def write_index(folder: Path, texts: Sequence[str], candidates: int) -> None:
             try:
                 log_p = float(_png_text(file)["log_p"])
             except (KeyError, ValueError) as error:
-                raise DataError(f"{file} is not an image of this run: it holds no log_p. Remove it, and rerun.") from error
+                raise DataError(
+                    f"{file} is not an image of this run: it holds no log_p. Remove it, and rerun."
+                ) from error
             lines.append(json.dumps({"file": file.name, "text": text, "number": j, "log_p": log_p}, ensure_ascii=False))
     write_text(folder / INDEX, "\n".join(lines) + "\n")
 

@@ -24,7 +24,8 @@ from latent_verse.biart.sequence import IMAGE_TO_TEXT, TEXT_TO_IMAGE
 from latent_verse.checkpoints.ckpt_files import read_ckpt
 from latent_verse.commands import train_biart
 from latent_verse.config import ConfigError
-from latent_verse.config.train import PairDataConfig, TrainBiARTConfig, resolve_train_biart
+from latent_verse.config.train import PairDataConfig, TrainBiARTConfig
+from latent_verse.config.train_rules import resolve_train_biart
 from latent_verse.data.codes import CodesDataset
 from latent_verse.data.text import ClipTokenizer, load_tokenizer
 from latent_verse.files import only_writer, write_text

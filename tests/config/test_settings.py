@@ -22,6 +22,8 @@ from latent_verse.config.train import (
     TrainBiARTConfig,
     TrainerConfig,
     TrainVAEConfig,
+)
+from latent_verse.config.train_rules import (
     batch_limit,
     idle_flags_vae,
     resolve_data,
