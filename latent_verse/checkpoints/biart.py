@@ -17,7 +17,8 @@ from latent_verse.checkpoints.ckpt_files import CheckpointError, find_checkpoint
 from latent_verse.config import PRESETS, ConfigError, UserError, training_only
 from latent_verse.config.models import BiARTModelConfig
 from latent_verse.config.train import TrainBiARTConfig
-from latent_verse.data.text import Tokenizer, unpack_tokenizer
+from latent_verse.data.text import Tokenizer
+from latent_verse.data.tokenizer_files import unpack_tokenizer
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ from latent_verse.checkpoints.checks import (
 from latent_verse.checkpoints.ckpt_files import CheckpointError, fetch_from_hub, fingerprint
 from latent_verse.config import BiARTConfig, UserError, as_plain
 from latent_verse.config.settings import expand, is_number, shown
-from latent_verse.data.text import TOO_LONG, Tokenizer, load_tokenizer
+from latent_verse.data.text import TOO_LONG, Tokenizer
+from latent_verse.data.tokenizer_files import load_tokenizer
 from latent_verse.files import replacing, write_json
 
 BUNDLE = "latent_verse/bundle"

@@ -7,9 +7,10 @@ metrics.json and index.html. --compare A B prints the metrics of two finished ru
 
 from __future__ import annotations
 
-from latent_verse.config.cli import parse, quick_imports, to_yaml
+from latent_verse.config.cli import parse, quick_imports
 from latent_verse.config.evaluate import EvalBiARTConfig, resolve_eval_biart
 from latent_verse.config.program import one_line_errors
+from latent_verse.config.yaml_files import to_yaml
 
 
 @one_line_errors

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from latent_verse.config.cli import parse, quick_imports, to_yaml
+from latent_verse.config.cli import parse, quick_imports
 from latent_verse.config.program import one_line_errors
 from latent_verse.config.train import EvalVAEConfig
 from latent_verse.config.train_rules import resolve_eval_vae, with_evaluated_shape
+from latent_verse.config.yaml_files import to_yaml
 from latent_verse.files import write_json, write_text
 
 

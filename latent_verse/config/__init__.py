@@ -6,7 +6,8 @@ datasets.py   every dataset, and the settings it needs and reads
 train.py      train_vae.py, eval_vae.py and train_biart.py; train_rules.py: the rules across their settings
 evaluate.py   eval_biart.py
 generate.py   generate.py
-cli.py        flags and YAML files -> these dataclasses; the only file that knows argparse and YAML
+cli.py        flags and YAML files -> these dataclasses; the only file that knows argparse
+yaml_files.py YAML files, read and written
 program.py    how every program ends: signals, errors in one line, exit codes
 """
 

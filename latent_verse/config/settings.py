@@ -2,7 +2,7 @@
 
 Each field's metadata holds what `latent_verse.config.cli` makes flags and YAML keys from. Leaf names are unique over
 the whole tree of a script, so that a leaf is also a flag. This room imports nothing but the standard library (cli.py
-apart): the models can use it without YAML or argparse being loaded.
+and yaml_files.py apart): the models can use it without YAML or argparse being loaded.
 """
 
 from __future__ import annotations

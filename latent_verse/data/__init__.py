@@ -13,6 +13,7 @@ Images with captions:
     codes.py            codes written ahead of training, and CodesDataset, which reads them
     pairs.py            PairShards; captions become ids
     text.py             the tokenizers of captions: CLIP's, and a BPE trained on the data
+    tokenizer_files.py  a tokenizer as files, or within a checkpoint
 The shapes world, generated images whose captions can be checked:
     shapes/world.py     World: scenes, splits, and what is true of them
     shapes/drawing.py   what a world is made of: settings, objects and their pixels

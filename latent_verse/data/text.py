@@ -2,7 +2,7 @@
 
 Both give plain ids, without start, end or padding, which BiART adds (see `biart/sequence.py`).
 
-    tokenizer = load_tokenizer("clip")                          # or the folder of a run or bundle
+    tokenizer = ClipTokenizer()                                 # `tokenizer_files.load_tokenizer` loads from a folder
     tokenizer = BPETokenizer.train(captions, vocab_size=2000)
     ids = tokenizer.encode("a red circle")                      # list[int], each in [0, vocab_size)
     tokenizer.decode(ids)                                       # "a red circle"
@@ -15,18 +15,15 @@ import hashlib
 import html
 import importlib.util
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TypedDict
 
 import regex
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from latent_verse.config import UserError
-from latent_verse.config.settings import reason, shown
-from latent_verse.files import parse_json, read_text
+from latent_verse.config.settings import shown
 
 VOCABULARY_FILE = "tokenizer.json"
 META_FILE = "tokenizer_config.json"
@@ -46,14 +43,6 @@ WORD_END = "</w>"
 
 class TokenizerError(UserError):
     """A caption, a vocabulary or a tokenizer folder cannot be used. The message says which one and what to do."""
-
-
-class PackedTokenizer(TypedDict):
-    """A tokenizer as plain types: its name, its fingerprint, and the text of its files by their names."""
-
-    name: str
-    fingerprint: str
-    files: dict[str, str]
 
 
 class Tokenizer:
@@ -90,7 +79,7 @@ class Tokenizer:
         return {META_FILE: json.dumps(meta, indent=2) + "\n"}
 
     def save(self, folder: str | Path) -> None:
-        """Write a folder that `load_tokenizer` reads."""
+        """Write a folder that `tokenizer_files.load_tokenizer` reads."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in self.files().items():
@@ -222,7 +211,7 @@ class ClipTokenizer(Tokenizer):
 
 
 class BPETokenizer(Tokenizer):
-    """Byte-level BPE, made by `train` or `load_tokenizer`.
+    """Byte-level BPE, made by `train`, or loaded.
 
     Text is normalised: lower case, Unicode NFC, one space between words, none at the ends. After that the round trip is
     exact for any Unicode text, because every byte has an id.
@@ -246,7 +235,7 @@ class BPETokenizer(Tokenizer):
         captions = [beginning(text, LONG) for i, text in enumerate(captions) if _checked(text, i).strip()]
         if not captions:
             raise TokenizerError("There is no caption to train a tokenizer on: the list is empty or all are blank.")
-        bpe = _byte_level()
+        bpe = byte_level()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size, min_frequency=2, show_progress=False, initial_alphabet=alphabet
@@ -270,7 +259,7 @@ class BPETokenizer(Tokenizer):
         return super().files() | {VOCABULARY_FILE: self._bpe.to_str(pretty=True)}
 
 
-def _byte_level() -> tokenizers.Tokenizer:
+def byte_level() -> tokenizers.Tokenizer:
     """BPETokenizer's normalisation and splitting, without a vocabulary."""
     bpe = tokenizers.Tokenizer(models.BPE())
     one_space = normalizers.Replace(tokenizers.Regex(r"\s+"), " ")
@@ -279,92 +268,6 @@ def _byte_level() -> tokenizers.Tokenizer:
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     bpe.decoder = decoders.ByteLevel()
     return bpe
-
-
-def load_tokenizer(name_or_dir: str | Path) -> Tokenizer:
-    """The tokenizer of this name (`clip`), or of a folder that `save` wrote.
-
-    Raises:
-        TokenizerError: it is neither, or the folder is incomplete or has been changed.
-        FileError: one of its files cannot be read, or is not JSON in UTF-8.
-    """
-    if str(name_or_dir) == ClipTokenizer.name:
-        return ClipTokenizer()
-    folder = Path(name_or_dir)
-    if not os.path.isdir(folder):
-        name = shown(str(name_or_dir))
-        raise TokenizerError(f"There is no tokenizer {name}: give clip, or a folder with {META_FILE}.")
-    files = {}
-    for name in (META_FILE, VOCABULARY_FILE):
-        if os.path.exists(folder / name):
-            files[name] = read_text(folder / name)
-    return _from_files(files, folder)
-
-
-def pack_tokenizer(tokenizer: Tokenizer) -> PackedTokenizer:
-    """A tokenizer as plain types, for checkpoints."""
-    return {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint, "files": tokenizer.files()}
-
-
-def unpack_tokenizer(packed: PackedTokenizer, where: object = "a checkpoint") -> Tokenizer:
-    """The tokenizer that `pack_tokenizer` packed, which `where` holds; see `load_tokenizer`."""
-    files = packed.get("files") if isinstance(packed, dict) else None
-    if not isinstance(files, dict) or not all(isinstance(text, str) for item in files.items() for text in item):
-        raise TokenizerError(f"The tokenizer in {where} is damaged: it does not hold the text of its files.")
-    return _from_files(files, where)
-
-
-def _from_files(files: dict[str, str], where: object) -> Tokenizer:
-    """The tokenizer of the folder or checkpoint `where`, whose files have these texts."""
-    meta = _json_object(files, META_FILE, where)
-    if meta.get("name") == ClipTokenizer.name:
-        tokenizer: Tokenizer = ClipTokenizer()
-    elif meta.get("name") == BPETokenizer.name:
-        tokenizer = _bpe(files, where)
-    else:
-        name = shown(meta.get("name"))
-        raise TokenizerError(f"{_named(META_FILE, where)} names the tokenizer {name}; known are clip and bpe.")
-    if tokenizer.fingerprint != meta.get("fingerprint"):
-        raise TokenizerError(
-            f"The tokenizer in {where} is not the one that was saved: fingerprint {tokenizer.fingerprint}, recorded "
-            f"{shown(meta.get('fingerprint'))}. Restore {VOCABULARY_FILE} from the run that trained the model."
-        )
-    return tokenizer
-
-
-def _bpe(files: dict[str, str], where: object) -> BPETokenizer:
-    """The fingerprint is of vocabulary and merges: what else would change the ids has to be as `train` makes it."""
-    _json_object(files, VOCABULARY_FILE, where)  # for an error that names the file
-    try:
-        bpe = tokenizers.Tokenizer.from_str(files[VOCABULARY_FILE])
-        found, wanted = json.loads(bpe.to_str()), json.loads(_byte_level().to_str())
-    except Exception as error:  # the library raises bare Exception
-        raise TokenizerError(
-            f"{_named(VOCABULARY_FILE, where)} is not a BPE tokenizer of the tokenizers library: {reason(error)}"
-        ) from error
-    file = _named(VOCABULARY_FILE, where)
-    for part in sorted(wanted.keys() - {"model"}):
-        if found.get(part) != wanted[part]:
-            raise TokenizerError(f"{file} was changed: {part} is not as BPETokenizer writes it.")
-    settings = {name: value for name, value in wanted["model"].items() if name not in ("vocab", "merges")}
-    if {name: found["model"].get(name) for name in settings} != settings:
-        raise TokenizerError(f"{file} was changed: it is not a plain BPE model.")
-    if sorted(found["model"]["vocab"].values()) != list(range(len(found["model"]["vocab"]))):
-        raise TokenizerError(f"{file} is damaged: its ids are not 0, 1, 2 and so on.")
-    return BPETokenizer(bpe)
-
-
-def _named(file: str, where: object) -> str:
-    return str(where / file) if isinstance(where, Path) else f"{file} in {where}"
-
-
-def _json_object(files: dict[str, str], name: str, where: object) -> dict[str, object]:
-    if name not in files:
-        raise TokenizerError(f"{where} holds no {name}; the folder of a tokenizer needs it.")
-    content = parse_json(files[name], _named(name, where))
-    if not isinstance(content, dict):
-        raise TokenizerError(f"{_named(name, where)} holds a {type(content).__name__} where a JSON object is expected.")
-    return content
 
 
 def _clip_vocabulary() -> Path:

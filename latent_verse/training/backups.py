@@ -24,9 +24,9 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 
 from latent_verse.checkpoints.ckpt_files import MONITOR, CheckpointError, read_ckpt, score_of, step_of
 from latent_verse.config import as_plain
-from latent_verse.config.cli import to_yaml
 from latent_verse.config.program import SIGNALS, Stopped
 from latent_verse.config.train import TrainBiARTConfig, TrainVAEConfig
+from latent_verse.config.yaml_files import to_yaml
 from latent_verse.files import FileError, NotWritten, replacing
 from latent_verse.training import runs
 from latent_verse.training.runs import Run

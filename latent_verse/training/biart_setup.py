@@ -21,14 +21,8 @@ from latent_verse.data.codes import TOKENIZER, check_codes
 from latent_verse.data.datasets import open_pairs
 from latent_verse.data.modules import PairDataModule
 from latent_verse.data.pairs import CaptionEncoder, PairData, all_captions
-from latent_verse.data.text import (
-    BPETokenizer,
-    Tokenizer,
-    TokenizerError,
-    load_tokenizer,
-    pack_tokenizer,
-    unpack_tokenizer,
-)
+from latent_verse.data.text import BPETokenizer, Tokenizer, TokenizerError
+from latent_verse.data.tokenizer_files import load_tokenizer, pack_tokenizer, unpack_tokenizer
 from latent_verse.training.trainer import say
 
 # a random AugVAE for --fake_data, which needs no file: 32 px, 8 x 8 codes

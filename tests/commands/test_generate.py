@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from latent_verse.commands import generate
-from latent_verse.config import ConfigError, cli, printable, setting
+from latent_verse.config import ConfigError, cli, printable, setting, yaml_files
 from latent_verse.config.generate import TASKS, USED, GenerateConfig, GenerateSamplingConfig, WhatConfig, WriteConfig
 from latent_verse.inference import tasks
 from latent_verse.inference.pipeline import LVerse
@@ -417,7 +417,7 @@ def test_a_yaml_file_gives_settings_and_a_saved_configuration_can_be_read(bundle
     assert run(bundle, "-c", file, "--out", tmp_path / "out") == 0
     assert len(lines(tmp_path / "out" / "pictures.jsonl")) == 2
     config = GenerateConfig(what=WhatConfig(text=("a, b", "c")))
-    file.write_text(cli.to_yaml(config))
+    file.write_text(yaml_files.to_yaml(config))
     assert cli.parse(GenerateConfig, ["-c", str(file)], "")[0] == config
     assert torch.get_num_threads() == 1
 

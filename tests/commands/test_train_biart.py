@@ -27,7 +27,8 @@ from latent_verse.config import ConfigError
 from latent_verse.config.train import PairDataConfig, TrainBiARTConfig
 from latent_verse.config.train_rules import resolve_train_biart
 from latent_verse.data.codes import CodesDataset
-from latent_verse.data.text import ClipTokenizer, load_tokenizer
+from latent_verse.data.text import ClipTokenizer
+from latent_verse.data.tokenizer_files import load_tokenizer
 from latent_verse.files import only_writer, write_text
 from latent_verse.inference.pipeline import LVerse
 from latent_verse.training.biart import LitBiART

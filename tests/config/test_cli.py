@@ -14,9 +14,10 @@ import yaml
 from latent_verse.__main__ import COMMANDS, main
 from latent_verse.checkpoints.ckpt_files import CheckpointError
 from latent_verse.config import ConfigError, setting
-from latent_verse.config.cli import leaves, parse, to_yaml
+from latent_verse.config.cli import leaves, parse
 from latent_verse.config.program import one_line_errors
 from latent_verse.config.train import EvalVAEConfig, TrainVAEConfig
+from latent_verse.config.yaml_files import to_yaml
 from latent_verse.data import DataError
 from latent_verse.data.text import TokenizerError
 from latent_verse.training.divergence import Diverged

@@ -11,7 +11,7 @@ import pytest
 
 from latent_verse.commands import train_vae
 from latent_verse.config import AugVAEConfig, BiARTConfig, ConfigError, SamplingSettings, as_plain, training_only
-from latent_verse.config.cli import leaves, parse, to_yaml
+from latent_verse.config.cli import leaves, parse
 from latent_verse.config.evaluate import EvalBiARTConfig, GenerationConfig, resolve_eval_biart
 from latent_verse.config.generate import GenerateConfig, GenerateSamplingConfig, resolve_generate
 from latent_verse.config.settings import differences, is_count, is_number, item_type, reason, shown
@@ -32,6 +32,7 @@ from latent_verse.config.train_rules import (
     resolve_train_vae,
     resolve_trainer,
 )
+from latent_verse.config.yaml_files import to_yaml
 from latent_verse.demo.run import DemoConfig
 from latent_verse.evaluation.shapes_truth import ShapesEvalConfig, ShapesSamplingConfig
 from tests.messages import naming

@@ -12,11 +12,12 @@ from typing import Optional
 import pytest
 
 from latent_verse.config import ConfigError
-from latent_verse.config.cli import Parser, convert, leaves, make_parser, parse, read_yaml, to_yaml
+from latent_verse.config.cli import Parser, convert, leaves, make_parser, parse
 from latent_verse.config.evaluate import EvalBiARTConfig
 from latent_verse.config.generate import GenerateConfig, GenerateSamplingConfig, WhatConfig
 from latent_verse.config.settings import is_list, item_type, same, types_of
 from latent_verse.config.train import TrainBiARTConfig, TrainerConfig, TrainVAEConfig
+from latent_verse.config.yaml_files import read_yaml, to_yaml
 from tests.messages import naming
 from tests.programs import PROGRAMS
 
@@ -66,7 +67,7 @@ def test_a_yaml_scalar_means_what_the_same_flag_means(tmp_path):
         flags = vars(parser.parse_args([f"--{name}={word}" for name in every]))
         for form in ("{}",) if word in ("null", "~", "none") else ("{}", "'{}'"):  # quotes make texts of these
             Path(file).write_text("".join(f"{name}: {form.format(word)}\n" for name in every))
-            values = read_yaml(cls, file)
+            values = read_yaml(file, dict.fromkeys(every, "section"))
             for name, hint, f in every.values():
                 flag, of_yaml = (outcome(convert, f, given[name], hint, "") for given in (flags, values))
                 assert flag == of_yaml and type(flag) is type(of_yaml), (name, word)

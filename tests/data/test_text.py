@@ -1,7 +1,6 @@
 """Tokenizers: round trips, limits, any Unicode, files that are missing or changed."""
 
 import importlib.util
-import json
 import pickle
 import random
 import runpy
@@ -12,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from latent_verse.data import text as text_module
-from latent_verse.data.text import BPETokenizer, ClipTokenizer, TokenizerError, load_tokenizer
-from latent_verse.files import FileError
+from latent_verse.data.text import BPETokenizer, ClipTokenizer, TokenizerError
 from tests.messages import naming
 
 CAPTIONS = ["a red circle left of a blue square", "a green triangle above a red circle", "a blue circle", ""] * 5
@@ -190,53 +188,11 @@ def test_bad_input_is_named(which, request):
 
 
 @pytest.mark.parametrize("which", ["bpe", "clip"])
-def test_save_and_load_give_the_same_tokenizer(which, request, tmp_path):
-    tokenizer = request.getfixturevalue(which)
-    tokenizer.save(tmp_path / "run")
-    loaded = load_tokenizer(tmp_path / "run")
-    assert type(loaded) is type(tokenizer)
-    assert (loaded.name, loaded.vocab_size, loaded.fingerprint) == (which, tokenizer.vocab_size, tokenizer.fingerprint)
-    texts = [*CAPTIONS, *UNICODE]
-    assert loaded.encode_batch(texts) == tokenizer.encode_batch(texts)
-    assert loaded.decode_batch(loaded.encode_batch(texts)) == tokenizer.decode_batch(tokenizer.encode_batch(texts))
-
-
-@pytest.mark.parametrize("which", ["bpe", "clip"])
 def test_worker_processes_can_have_it(which, request):
     tokenizer = request.getfixturevalue(which)
     copy = pickle.loads(pickle.dumps(tokenizer))
     texts = ["a red circle", *UNICODE]
     assert copy.fingerprint == tokenizer.fingerprint and copy.encode_batch(texts) == tokenizer.encode_batch(texts)
-
-
-def test_load_by_name(clip):
-    assert load_tokenizer("clip").fingerprint == clip.fingerprint
-
-
-def test_load_errors_name_the_file(bpe, tmp_path):
-    with pytest.raises(TokenizerError, match=naming("clpi", "clip", "tokenizer_config.json")):
-        load_tokenizer("clpi")
-    with pytest.raises(TokenizerError, match=naming(tmp_path, "tokenizer_config.json")):
-        load_tokenizer(tmp_path)
-    bpe.save(tmp_path)
-    vocabulary = tmp_path / "tokenizer.json"
-    whole = vocabulary.read_text()
-    vocabulary.write_text(whole[:100])
-    with pytest.raises(FileError, match=naming(vocabulary, "JSON")):
-        load_tokenizer(tmp_path)
-    vocabulary.write_text("{}")
-    with pytest.raises(TokenizerError, match=naming(vocabulary, "BPE")):
-        load_tokenizer(tmp_path)
-    vocabulary.unlink()
-    with pytest.raises(TokenizerError, match=naming(tmp_path, "tokenizer.json")):
-        load_tokenizer(tmp_path)
-    BPETokenizer.train(["other words other words"], 300).save(tmp_path / "other")
-    vocabulary.write_text((tmp_path / "other" / "tokenizer.json").read_text())
-    with pytest.raises(TokenizerError, match=naming(tmp_path, "fingerprint", bpe.fingerprint)):
-        load_tokenizer(tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"name": "word"}))
-    with pytest.raises(TokenizerError, match=naming(tmp_path / "tokenizer_config.json", "word", "clip", "bpe")):
-        load_tokenizer(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------------- long captions

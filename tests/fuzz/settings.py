@@ -13,10 +13,11 @@ from pathlib import Path
 import yaml
 
 from latent_verse.config import UserError, as_plain
-from latent_verse.config.cli import leaves, parse, to_yaml
+from latent_verse.config.cli import leaves, parse
 from latent_verse.config.evaluate import EvalBiARTConfig
 from latent_verse.config.generate import GenerateConfig
 from latent_verse.config.train import EvalVAEConfig, TrainBiARTConfig, TrainVAEConfig
+from latent_verse.config.yaml_files import to_yaml
 from tests.fuzz.cases import Area, Bench, Case
 from tests.fuzz.mutations import NUMBERS, TEXTS, Mutator
 
