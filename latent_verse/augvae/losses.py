@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from latent_verse.config import ConfigError
+from latent_verse.config.settings import reason
 from latent_verse.config.train import VAELossConfig
 
 
@@ -43,8 +44,8 @@ def fetch_vgg16() -> None:
         weights.get_state_dict(progress=True, check_hash=True, map_location="cpu")
     except Exception as error:  # urllib, ssl and socket raise kinds of their own
         raise ConfigError(
-            f"LPIPS needs VGG16's weights: {vgg16_file()} does not exist, and the download failed ({error}). Download "
-            f"{weights.url} elsewhere and put it there, or train with --loss_type "
+            f"LPIPS needs VGG16's weights: {vgg16_file()} does not exist, and the download failed ({reason(error)}). "
+            f"Download {weights.url} elsewhere and put it there, or train with --loss_type "
             f"{', '.join(name for name, loss in LOSSES.items() if not loss.uses_lpips)}, which need no file."
         ) from error
 

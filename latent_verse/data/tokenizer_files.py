@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import TypedDict
 
@@ -20,6 +21,8 @@ from latent_verse.data.text import (
     byte_level,
 )
 from latent_verse.files import parse_json, read_text
+
+AFFIXES = ("continuing_subword_prefix", "end_of_word_suffix")
 
 
 class PackedTokenizer(TypedDict):
@@ -83,15 +86,20 @@ def _from_files(files: dict[str, str], where: object) -> Tokenizer:
 
 def _bpe(files: dict[str, str], where: object) -> BPETokenizer:
     """The fingerprint is of vocabulary and merges: what else would change the ids has to be as `train` makes it."""
-    _json_object(files, VOCABULARY_FILE, where)  # for an error that names the file
+    content, file = _json_object(files, VOCABULARY_FILE, where), _named(VOCABULARY_FILE, where)
+    wanted = json.loads(byte_level().to_str())
+    # at some parts of other kinds, and at affixes, the library panics: that is no Exception, and prints a traceback
+    model = content.get("model")
+    if not isinstance(model, dict) or any(model.get(affix) for affix in AFFIXES):
+        raise TokenizerError(f"{file} was changed: it is not a plain BPE model.")
+    for part in sorted(wanted.keys() - {"model"}):
+        if _kinds(content.get(part)) != _kinds(wanted[part]):
+            raise TokenizerError(f"{file} was changed: {part} is not as BPETokenizer writes it.")
     try:
         bpe = tokenizers.Tokenizer.from_str(files[VOCABULARY_FILE])
-        found, wanted = json.loads(bpe.to_str()), json.loads(byte_level().to_str())
+        found = json.loads(bpe.to_str())
     except Exception as error:  # the library raises bare Exception
-        raise TokenizerError(
-            f"{_named(VOCABULARY_FILE, where)} is not a BPE tokenizer of the tokenizers library: {reason(error)}"
-        ) from error
-    file = _named(VOCABULARY_FILE, where)
+        raise TokenizerError(f"{file} is not a BPE tokenizer of the tokenizers library: {reason(error)}") from error
     for part in sorted(wanted.keys() - {"model"}):
         if found.get(part) != wanted[part]:
             raise TokenizerError(f"{file} was changed: {part} is not as BPETokenizer writes it.")
@@ -101,6 +109,11 @@ def _bpe(files: dict[str, str], where: object) -> BPETokenizer:
     if sorted(found["model"]["vocab"].values()) != list(range(len(found["model"]["vocab"]))):
         raise TokenizerError(f"{file} is damaged: its ids are not 0, 1, 2 and so on.")
     return BPETokenizer(bpe)
+
+
+def _kinds(part: object) -> list[str]:
+    """The kinds of a part of the library's tokenizers and of what is in it, in order."""
+    return re.findall(r'"type": "([^"]*)"', json.dumps(part))
 
 
 def _named(file: str, where: object) -> str:

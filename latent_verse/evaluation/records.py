@@ -12,7 +12,7 @@ from typing import Literal, TypedDict
 
 from latent_verse import __version__
 from latent_verse.config import printable
-from latent_verse.config.settings import no_file
+from latent_verse.config.settings import is_number, no_file, reason
 from latent_verse.data import DataError
 from latent_verse.files import read_json_object, setting_named
 
@@ -85,9 +85,9 @@ class Records:
         rows = [(name, shown(record["value"]), _notes(record)) for name, record in self.values.items()]
         width = max((len(name) for name, _, _ in rows), default=0)
         lines = [printable(title), *(f"  {n:<{width}}  {v:>10}  {note}".rstrip() for n, v, note in rows)]
-        for reason in dict.fromkeys(self.missing.values()):
-            names = ", ".join(name for name, why in self.missing.items() if why == reason)
-            lines += [f"  missing: {names}", f"    {reason}"]
+        for cause in dict.fromkeys(self.missing.values()):
+            names = ", ".join(name for name, why in self.missing.items() if why == cause)
+            lines += [f"  missing: {names}", f"    {cause}"]
         return "\n".join(lines)
 
 
@@ -129,12 +129,14 @@ def _read_metrics(place: str) -> dict[str, dict]:
         content: dict = read_json_object(path)
     try:
         for name, record in content["figures"].items():
-            record["value"] = float(record["value"])
+            if not is_number(record["value"]):
+                raise TypeError(f"the value of {name} is not a number")
             for old, new in REWORDED.items() if not name.startswith("zero_shot/") else ():  # quotes the user's prompt
                 record["protocol"] = record["protocol"].replace(old, new)
         return {"figures": content["figures"], "missing": dict(content.get("missing", {}))}
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:  # not of this form
-        raise DataError(f"compare: {path} is not a metrics.json of eval_biart.py ({error!r}).") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # not of this form
+        why = f"it lacks {error}" if isinstance(error, KeyError) else reason(error)
+        raise DataError(f"compare: {path} is not a metrics.json of eval_biart.py ({why}).") from error
 
 
 def compare(first: str, second: str) -> str:

@@ -55,7 +55,9 @@ class Weights:
             try:
                 torch.hub.download_url_to_file(self.url, str(self.file), hash_prefix=self.sha256 or None)
             except Exception as error:  # urllib, ssl and socket raise kinds of their own
-                raise NetworkMissing(f"needs {self.file}, from {self.url}, which cannot be reached: {error}") from error
+                raise NetworkMissing(
+                    f"needs {self.file}, from {self.url}, which cannot be reached: {reason(error)}"
+                ) from error
         found = sha256(self.file)
         if not found.startswith(self.sha256):
             raise NetworkMissing(
@@ -206,6 +208,9 @@ def open_clip_network(model: str, pretrained: str, device: str = "cpu") -> ClipN
             image_interpolation=tag.get("interpolation"),
             image_resize_mode=tag.get("resize_mode"),
         )
+        tokenizer = open_clip.get_tokenizer(model)
+    except Exception as error:  # some need other packages, or fetch parts of themselves from the hub
+        raise ConfigError(f"clip_model: {model} cannot be built ({reason(error)}). Take another.") from error
     finally:
         logging.disable(logging.NOTSET)
     # OpenAI's files are TorchScript archives, which `weights_only` refuses: only files of known hash may be such
@@ -216,5 +221,4 @@ def open_clip_network(model: str, pretrained: str, device: str = "cpu") -> ClipN
         raise ConfigError(f"clip_weights: {file} cannot be read as weights of {model}: {why}") from error
     # a metric says whose weights it used: a tag identifies them, the name of a file does not
     known = pretrained if weights.sha256 else f"{Path(pretrained).name} (SHA-256 {sha256(file)[:16]})"
-    tokenizer = open_clip.get_tokenizer(model)
     return ClipNetwork(net.to(device).eval(), preprocess, tokenizer, f"CLIP {model} {known}", device)

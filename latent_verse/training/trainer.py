@@ -100,18 +100,22 @@ def log_in(t: TrainerConfig) -> None:
     On a terminal wandb asks for an API key that it does not find.
 
     Raises:
-        ConfigError: there is no key, or the server does not take it.
+        ConfigError: there is no key, the server does not take it, or wandb's own settings are wrong.
     """
-    offline = os.environ.get("WANDB_MODE") in ("offline", "dryrun", "disabled")
-    if t.logger != "wandb" or offline or not is_first_process():
+    if t.logger != "wandb" or not is_first_process():
         return
     import wandb
 
     try:
-        wandb.login()
+        wandb.setup()
+        if os.environ.get("WANDB_MODE") not in ("offline", "dryrun", "disabled"):
+            wandb.login()
     except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
         remedy = "Run `wandb login`, set WANDB_API_KEY, or set WANDB_MODE=offline to log on this machine only"
         raise ConfigError(f"logger wandb: {reason(error).split('. ')[0].rstrip('.')}. {remedy}.") from error
+    except ValueError as error:  # pydantic's, whose first line says little
+        said = reason(ValueError(" ".join(str(error).split())))
+        raise ConfigError(f"logger wandb: a WANDB_ variable or wandb's settings are wrong: {said}") from error
 
 
 @as_config_error()

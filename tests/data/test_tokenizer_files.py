@@ -79,3 +79,31 @@ def test_an_odd_name_of_a_tokenizer_is_one_short_line(name):
     with pytest.raises(TokenizerError, match=naming("a.ckpt", "clip", "bpe")) as caught:
         unpack_tokenizer({"files": files}, "a.ckpt")
     assert len(str(caught.value)) < 250
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (["normalizer"], {"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
+        (["normalizer", "normalizers", 0], {"type": "Precompiled", "precompiled_charsmap": ""}),
+        (["pre_tokenizer", "type"], "Whitespace"),
+        (["post_processor"], {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}),
+        (["model", "continuing_subword_prefix"], "##"),
+        (["model", "end_of_word_suffix"], "é"),
+        (["model", "dropout"], 0.5),
+        (["model", "merges"], [["zz", "q"]]),
+        (["model"], None),
+    ],
+)
+def test_a_vocabulary_of_another_kind_is_refused_before_the_library_panics(bpe, place, value, capfd):
+    """Rust's panics are no Exception, and print a traceback of their own."""
+    packed = pack_tokenizer(bpe)
+    content = json.loads(packed["files"]["tokenizer.json"])
+    inside = content
+    for step in place[:-1]:
+        inside = inside[step]
+    inside[place[-1]] = value
+    packed["files"]["tokenizer.json"] = json.dumps(content)
+    with pytest.raises(TokenizerError, match=naming("tokenizer.json", "a.ckpt")):
+        unpack_tokenizer(packed, "a.ckpt")
+    assert capfd.readouterr() == ("", "")

@@ -334,6 +334,22 @@ def test_weights_of_another_network_are_an_error(tmp_path, caplog):
         networks.open_clip_network("RN5", "openai")
 
 
+@pytest.mark.parametrize("part", ["create_model_and_transforms", "get_tokenizer"])
+def test_an_architecture_that_needs_more_is_one_line(part, tmp_path, monkeypatch):
+    """Some of open_clip's need other packages, or fetch parts of themselves from the hub."""
+    import open_clip
+
+    def absent(*_, **__):
+        raise RuntimeError("`transformers` needs to be installed.\nmore")
+
+    monkeypatch.setattr(open_clip, "create_model_and_transforms", lambda *_, **__: (None, None, None))
+    monkeypatch.setattr(open_clip, part, absent)
+    (tmp_path / "a.pt").write_bytes(b"")
+    with pytest.raises(ConfigError, match=naming("clip_model", "RN50", "transformers")) as caught:
+        networks.open_clip_network("RN50", str(tmp_path / "a.pt"))
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.slow
 def test_inception_itself_with_weights_of_its_shape(tmp_path, monkeypatch):
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3

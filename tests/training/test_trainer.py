@@ -79,7 +79,7 @@ def test_weights_and_biases_without_a_key_is_refused_before_anything_is_made(err
         asked.append(True)
         raise getattr(errors, error)("No API key configured.\nmore")
 
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(login=login, errors=errors))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(setup=list, login=login, errors=errors))
     for main in (train_vae.main, train_biart.main):
         asked.clear()
         monkeypatch.setenv("WANDB_MODE", "online")
@@ -89,13 +89,27 @@ def test_weights_and_biases_without_a_key_is_refused_before_anything_is_made(err
         assert naming("wandb", "No API key configured", "wandb login", "WANDB_MODE=offline").search(said)
         assert said.count("\n") == 1 and not (tmp_path / "runs").exists()
     asked.clear()
-    for quiet in (TrainerConfig(logger="csv"), TrainerConfig(logger="wandb")):
-        monkeypatch.setenv("WANDB_MODE", "offline" if quiet.logger == "wandb" else "online")
-        trainer.log_in(quiet)
+    trainer.log_in(TrainerConfig(logger="csv"))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    trainer.log_in(TrainerConfig(logger="wandb"))
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.setenv("LOCAL_RANK", "1")
     trainer.log_in(TrainerConfig(logger="wandb"))
     assert not asked
+
+
+@pytest.mark.parametrize("mode", ["online", "offline"])
+def test_wrong_settings_of_weights_and_biases_are_one_line(mode, monkeypatch):
+    errors = SimpleNamespace(UsageError=KeyError, AuthenticationError=KeyError)
+
+    def setup():
+        raise ValueError("1 error\nbase_url\n  should be a URL")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(setup=setup, errors=errors))
+    monkeypatch.setenv("WANDB_MODE", mode)
+    with pytest.raises(ConfigError, match=naming("wandb", "base_url", "should be a URL")) as caught:
+        trainer.log_in(TrainerConfig(logger="wandb"))
+    assert "\n" not in str(caught.value)
 
 
 def run_with(fake_data=False, **settings) -> TrainVAEConfig:
