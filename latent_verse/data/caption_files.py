@@ -19,11 +19,12 @@ from latent_verse import files
 from latent_verse.config import printable
 from latent_verse.config.settings import expand
 from latent_verse.data import DataError
-from latent_verse.data.images import EXTENSIONS
+from latent_verse.data.folders import EXTENSIONS
 from latent_verse.files import FileError, lines_of, parse_json, text_lines
 
 IMAGE_COLUMNS = ("image", "image_path", "filepath", "file_name", "filename", "path")
 CAPTION_COLUMNS = ("caption", "captions", "text", "title")
+ROW_LINES = 10_000  # of one row of a table: more are no caption, but a quote that was left open
 TEXT_BYTES = 1 << 24  # of one image's .txt: 16 MiB
 INVISIBLE = ("Cc", "Cf", "Zs", "Zl", "Zp")  # Unicode's categories of spaces, controls and characters of no width
 NO_TEXT = re.compile("[\0\ud800-\udfff]")  # NUL, as in UTF-16 read as UTF-8, and lone surrogates, as JSON can hold
@@ -286,6 +287,8 @@ def _separated_rows(path: str, key: str) -> Iterator[tuple[str, object, object]]
             if of_row and (looks_like_a_row(line) or not header):
                 waiting.appendleft(line)
                 raise _OpenQuote
+            if len(of_row) == ROW_LINES:
+                raise csv.Error(f"a row of more than {ROW_LINES:,} lines")
             of_row.append(line)
             yield line + "\n"
 
@@ -343,4 +346,7 @@ def _json_rows(path: str, key: str) -> Iterator[tuple[str, object, object]]:
         if not isinstance(row, dict):
             raise DataError(f"{key}: {where} is {type(row).__name__}, not an object with columns.")
         image, caption = _columns(row, where, key)
+        if row[caption] is None:  # caption may be null where captions is a list
+            others = (name for name in row if name.strip().lower() in CAPTION_COLUMNS and row[name] is not None)
+            caption = next(others, caption)
         yield where, row[image], row[caption]

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from latent_verse.config import printable
+from latent_verse.config.settings import expand
 from latent_verse.data import DataError
 from latent_verse.data.caption_files import (
     Pair,
@@ -32,17 +33,8 @@ from latent_verse.data.caption_files import (
     sorted_out,
     table_rows,
 )
-from latent_verse.data.images import (
-    EXTENSIONS,
-    FakeDataset,
-    ImageFiles,
-    MapImages,
-    PathList,
-    Strings,
-    check_folder,
-    nothing_found,
-    walk,
-)
+from latent_verse.data.folders import EXTENSIONS, check_folder, nothing_found, walk
+from latent_verse.data.images import FakeDataset, ImageFiles, MapImages, PathList, Strings
 from latent_verse.data.transforms import mix_seed
 
 log = logging.getLogger(__name__)
@@ -323,7 +315,8 @@ class TableCaptions(PairFiles):
         nameless = []
         for where, image, captions in table_rows(path, key):
             if image:
-                by_image.setdefault(image_file(folder, os.path.expanduser(image)), []).extend(captions)
+                image = expand(image, True, key, f" ({where})") if image.startswith("~") else image
+                by_image.setdefault(image_file(folder, image), []).extend(captions)
             else:
                 nameless.append(where)
         kept, left_out = sorted_out(by_image.items(), path, key)

@@ -15,13 +15,12 @@ import json
 import math
 import os
 import tarfile
-import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,11 +30,12 @@ from torch.utils.data import Dataset
 from latent_verse.config.settings import expand, expand_paths
 from latent_verse.data import DataError
 from latent_verse.data.captions import CAPTION_SEED, CROP_SEED, CaptionList, EncodedCaption, PairDataset
+from latent_verse.data.decoding import UnreadableImage
 from latent_verse.data.images import SkipLog
 from latent_verse.data.shapes import Scene, ShapesDataset, World
-from latent_verse.data.shards import Ending, Header
+from latent_verse.data.tars import Crc32, FailAtEnd, Header
 from latent_verse.data.text import Tokenizer
-from latent_verse.data.transforms import UnreadableImage, mix_seed, to_unit_range
+from latent_verse.data.transforms import mix_seed, to_unit_range
 from latent_verse.files import differences, parse_json, read_json_object, replacing, write_json
 from latent_verse.progress import progress_bar
 
@@ -147,25 +147,28 @@ def _write_shard(path: Path, work: Iterator[Work], encode, tokenizer, plan, batc
     from webdataset import TarWriter
 
     counts = {"pairs": 0, "captions": 0, "skipped": 0}
-    with replacing(path) as unfinished, TarWriter(str(unfinished), encoder=False, mtime=0) as tar:
-        while batch := list(islice(work, batch_size)):
-            loaded = list(pool.map(lambda item: _load(item[1]), batch))
-            kept = [(name, x, captions) for (name, _, captions), x in zip(batch, loaded, strict=True) if x is not None]
-            counts["skipped"] += len(batch) - len(kept)
-            if kept:
-                x_BCHW = torch.cat([x for _, x, _ in kept])
-                codes = torch.cat([encode(to_unit_range(x)) for x in x_BCHW.split(batch_size)])
-                codes = codes.cpu().numpy().astype(smallest_type(plan["codebook_size"]))
-                codes = codes.reshape(len(kept), -1, codes.shape[-1])
-                for (name, _, captions), of_one in zip(kept, codes, strict=True):
-                    about = {"captions": captions, "ids": tokenizer.encode_batch(captions, STORED_IDS)}
-                    np.save(npy := io.BytesIO(), of_one, allow_pickle=False)
-                    tar.write({"__key__": name, "npy": npy.getvalue(), "json": json.dumps(about).encode()})
-                    counts["pairs"] += 1
-                    counts["captions"] += len(captions)
-            bar.update(len(batch))
-    with path.open("rb") as file:
-        return counts | {"crc32": _Summed(file).read_on()}
+    with replacing(path) as unfinished, open(unfinished, "wb") as file:
+        summed = Crc32(file)
+        with TarWriter(summed, encoder=False, mtime=0) as tar:
+            while batch := list(islice(work, batch_size)):
+                loaded = list(pool.map(lambda item: _load(item[1]), batch))
+                kept = [
+                    (name, x, captions) for (name, _, captions), x in zip(batch, loaded, strict=True) if x is not None
+                ]
+                counts["skipped"] += len(batch) - len(kept)
+                if kept:
+                    x_BCHW = torch.cat([x for _, x, _ in kept])
+                    codes = torch.cat([encode(to_unit_range(x)) for x in x_BCHW.split(batch_size)])
+                    codes = codes.cpu().numpy().astype(smallest_type(plan["codebook_size"]))
+                    codes = codes.reshape(len(kept), -1, codes.shape[-1])
+                    for (name, _, captions), of_one in zip(kept, codes, strict=True):
+                        about = {"captions": captions, "ids": tokenizer.encode_batch(captions, STORED_IDS)}
+                        np.save(npy := io.BytesIO(), of_one, allow_pickle=False)
+                        tar.write({"__key__": name, "npy": npy.getvalue(), "json": json.dumps(about).encode()})
+                        counts["pairs"] += 1
+                        counts["captions"] += len(captions)
+                bar.update(len(batch))
+    return counts | {"crc32": summed.sum}
 
 
 def _load(load: Callable[[], Tensor | None]) -> Tensor | None:
@@ -253,24 +256,6 @@ def check_codes(meta: dict[str, Any], vae_fingerprint: str, tokenizer_fingerprin
         )
 
 
-class _Summed:
-    """A file that is read once, and the CRC-32 of what was read of it."""
-
-    def __init__(self, file: BinaryIO):
-        self.file, self.sum = file, 0
-
-    def read(self, size: int) -> bytes:
-        data = self.file.read(size)
-        self.sum = zlib.crc32(data, self.sum)
-        return data
-
-    def read_on(self) -> int:
-        """The CRC-32 of the whole file, once the rest is read."""
-        while self.read(1 << 20):
-            pass
-        return self.sum
-
-
 def _check_captions(about: object, vocabulary: int) -> dict[str, list]:
     """The captions of a pair and their ids.
 
@@ -346,13 +331,13 @@ class CodesDataset(Dataset):
             remedy = "Copy it again, or extract the codes again."
             try:
                 with open(self.folder / name, "rb") as file:
-                    summed = _Summed(file)
+                    summed = Crc32(file)
                     for codes, about in self._pairs_of(summed, os.fstat(file.fileno()).st_size):
                         if done >= shape[0] or codes.shape != shape[1:]:
                             raise ValueError(f"it holds other codes than {META} says")
                         done += 1
                         yield codes, about
-                    same = counts.get("crc32") in (None, summed.read_on())  # earlier versions gave none
+                    same = counts.get("crc32") in (None, summed.of_all())  # earlier versions gave none
             except Exception as error:  # of damaged bytes, tarfile and numpy raise nearly anything
                 said = " ".join(str(error).split())[:200]
                 raise DataError(f"{where} cannot be read: {said}. {remedy}") from error
@@ -361,9 +346,9 @@ class CodesDataset(Dataset):
             if not same:
                 raise DataError(f"{where} is not as it was written: its checksum is another. {remedy}")
 
-    def _pairs_of(self, shard: _Summed, size: int) -> Iterator[tuple[np.ndarray, dict]]:
+    def _pairs_of(self, shard: Crc32, size: int) -> Iterator[tuple[np.ndarray, dict]]:
         """The pairs of a shard of so many bytes. Raises nearly anything where it is damaged."""
-        with tarfile.open(fileobj=Ending(shard), mode="r|", tarinfo=Header) as tar:
+        with tarfile.open(fileobj=FailAtEnd(shard), mode="r|", tarinfo=Header) as tar:
             about = None
             for member in tar:
                 tar.members = []  # else tarfile keeps them all

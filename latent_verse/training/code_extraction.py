@@ -12,7 +12,7 @@ from latent_verse.checkpoints.ckpt_files import fingerprint
 from latent_verse.config.train import TrainBiARTConfig
 from latent_verse.data.codes import FORMAT, contents_of, extract, work_of
 from latent_verse.data.datasets import open_pairs, source_of
-from latent_verse.data.modules import loader_processes
+from latent_verse.data.loader_processes import worker_count
 from latent_verse.data.pairs import PairShards, work_of_shards
 from latent_verse.files import only_writer
 from latent_verse.training.biart_setup import choose_tokenizer
@@ -72,7 +72,7 @@ def _extract(config: TrainBiARTConfig, vae: AugVAE, pretrained: Pretrained | Non
             tokenizer,
             plan,
             batch_size=d.batch_size,
-            threads=loader_processes(d.num_workers),
+            threads=worker_count(d.num_workers),
             total=total,
             progress=bool(t.refresh_rate),
         )

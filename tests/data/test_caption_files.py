@@ -37,6 +37,32 @@ def rows(path):
 # ---------------------------------------------------------------------------------------------------------------- text
 
 
+def test_a_caption_of_null_makes_way_for_captions(tmp_path):
+    given = [{"image": "a.jpg", "caption": None, "captions": ["a", "b"]}, {"image": "b.jpg", "text": "c"}]
+    given += [
+        {"captions": None, "image": "c.jpg", "caption": None},
+        {"image": "d.jpg", "caption": "d", "captions": "e"},
+    ]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in given))
+    assert rows(tmp_path / "t.jsonl") == [
+        *[("a.jpg", ["a", "b"]), ("b.jpg", ["c"]), ("c.jpg", [None]), ("d.jpg", ["d"])]
+    ]
+
+
+@pytest.mark.parametrize("end", ["csv", "tsv"])
+def test_an_open_quote_holds_no_more_than_a_row(tmp_path, end, monkeypatch):
+    """Lines of two characters, of a field that has no end, took 100 bytes each."""
+    monkeypatch.setattr(caption_files, "ROW_LINES", 1000)
+    separator = "," if end == "csv" else "\t"
+    inside = "\n".join("ab" for _ in range(990))
+    good = f'image{separator}caption\na.jpg{separator}"{inside}"\n'
+    (tmp_path / f"t.{end}").write_text(good)
+    assert rows(tmp_path / f"t.{end}") == [("a.jpg", [inside])]
+    (tmp_path / f"t.{end}").write_text(good + f'b.jpg{separator}"' + "ab\n" * 5000)
+    with pytest.raises(DataError, match=naming("train_captions", f"t.{end} line")):
+        rows(tmp_path / f"t.{end}")
+
+
 @pytest.mark.parametrize("text", ["", " \t", "\u3000\u2003", "\u200b", "\ufeff\u200e\u2060", "\x1b\x07", "\u2028"])
 def test_what_shows_nothing_is_an_empty_caption(text):
     assert clean(text) == ""
