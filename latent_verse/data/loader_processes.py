@@ -7,6 +7,7 @@ private is used here by name; tests/data/test_loader_processes.py pins those nam
 from __future__ import annotations
 
 import atexit
+import errno
 import multiprocessing.queues
 import os
 import signal
@@ -84,16 +85,16 @@ def _hand_over_failure(queue: Any, error: Exception, item: Any) -> None:
     Python only prints it, and the training process would wait for that batch for ever.
     """
     if not isinstance(item, tuple):  # it was being sent already
-        os._exit(1)
+        _end_with(type(error), error, None)
     queue.put((item[0], WorkerFailure((type(error), error, error.__traceback__))))
 
 
 def _end_with(kind: type[BaseException], error: BaseException, traceback: object) -> None:
     """End a loader process whose thread that shares batches has failed: it would try, and print, for ever.
 
-    The exit code is the number of the operating system's error, which program.py names.
+    The exit code is the number of the operating system's error, which program.py names. torch gives it as text.
     """
-    os._exit(getattr(error, "errno", None) or 1)
+    os._exit(getattr(error, "errno", None) or (errno.EMFILE if "Too many open files" in str(error) else 1))
 
 
 class WorkerInit:
@@ -145,10 +146,25 @@ class Loader:
     def _iterator(self, value: Iterator[list[Tensor]] | None) -> None:
         self._loader._iterator = value
 
+    def batches(self) -> Iterator[list[Tensor]]:
+        """The batches of a pass.
+
+        Raises:
+            OSError: a process ended with the number of this error, and torch knows only that it has ended.
+        """
+        try:
+            yield from self._loader
+        except (RuntimeError, EOFError, ConnectionError) as error:
+            for worker in getattr(self._iterator, "_workers", []):
+                worker.join(0.2)
+                if worker.exitcode != 1 and worker.exitcode in errno.errorcode:
+                    raise OSError(worker.exitcode, os.strerror(worker.exitcode)) from error
+            raise
+
     def kill(self) -> None:
         """Kill the processes at once. torch would ask each one to end and wait 10 seconds for it, and Python for ever.
 
-        Its own end is skipped: one that was killed may hold a lock that torch would wait for.
+        torch's own shutdown is marked as done: a process that was killed may hold a lock that it would wait for.
         """
         iterator = self._loader._iterator
         workers = getattr(iterator, "_workers", [])

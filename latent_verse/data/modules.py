@@ -116,7 +116,7 @@ class TrainLoader(Loader):
             self.done = 0
         self._resume = False
         self._source.start_at(self.epoch, self.done)
-        for batch in self._loader:
+        for batch in self.batches():
             self.done += 1
             yield batch
 
@@ -150,7 +150,7 @@ class EvalLoader(Loader):
         return self._steps
 
     def __iter__(self) -> Iterator[list[Tensor]]:
-        for batch in self._loader:
+        for batch in self.batches():
             if len(batch[0]) or self._world > 1:
                 yield batch
 
