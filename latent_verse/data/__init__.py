@@ -16,7 +16,8 @@ Images:
 Images with captions:
     captions.py         PairFolder, CocoCaptions, KarpathyCaptions, TableCaptions, FakePairs
     caption_files.py    reading the text, JSON and tables that hold captions
-    codes.py            codes written ahead of training, and CodesDataset, which reads them
+    codes.py            CodesDataset: codes that were written ahead of training
+    codes_writer.py     writing them
     pairs.py            PairShards; captions become ids
     text.py             the tokenizers of captions: CLIP's, and a BPE trained on the data
 The shapes world, generated images whose captions can be checked:

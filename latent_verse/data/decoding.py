@@ -26,6 +26,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from latent_verse.config.settings import reason
 from latent_verse.data import DataError
 from latent_verse.data.jpeg_scans import END, GRAY, MORE, read_scans
 
@@ -70,7 +71,7 @@ _OTHER_FORMATS = (
 
 
 class UnreadableImage(DataError):
-    """This is no readable image: absent, corrupt, truncated, too large, of another format."""
+    """This is not a readable image: absent, corrupt, truncated, too large, of another format."""
 
     remedy = f"Were the shards written with image bytes under {FORMATS_TEXT}?"  # where many do so in a row
 
@@ -95,20 +96,22 @@ def read_rgb(path: str | os.PathLike) -> Tensor:
     """The image in a file as uint8 (3, H, W); see decode_rgb.
 
     Raises:
-        UnreadableImage: the file is absent, no regular file, of more than MAX_BYTES, or no whole, readable image.
+        UnreadableImage: the file is absent, no regular file, of more than MAX_BYTES, or not a whole, readable image.
         OSError: the machine lacks file descriptors or memory.
     """
     try:
         info = os.stat(path)
         if not stat.S_ISREG(info.st_mode):  # reading a pipe or device might never end
-            raise UnreadableImage("it is a folder" if stat.S_ISDIR(info.st_mode) else "it is a pipe or device, no file")
+            raise UnreadableImage(
+                "it is a folder" if stat.S_ISDIR(info.st_mode) else "it is a pipe or device, not a file"
+            )
         check_bytes(info.st_size)
         with open(path, "rb") as file:
             data = file.read()
     except (OSError, ValueError) as error:  # ValueError: a path with a null character
         if isinstance(error, UnreadableImage) or getattr(error, "errno", None) in NOT_THE_FILES:
             raise
-        raise UnreadableImage(getattr(error, "strerror", None) or str(error)) from error
+        raise UnreadableImage(reason(error)) from error
     return decode_rgb(data)
 
 
@@ -144,7 +147,7 @@ def decode_rgb(data: bytes) -> Tensor:
     except MemoryError as error:
         raise UnreadableImage("there is not enough memory to decode it") from error
     except Exception as error:  # decoders raise nearly anything on damaged bytes, from SyntaxError to struct.error
-        raise UnreadableImage(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
+        raise UnreadableImage(f"{type(error).__name__}: {reason(error)}") from error
 
 
 def _what_else(data: bytes) -> str:

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 
 from latent_verse.config import printable
-from latent_verse.config.settings import expand
+from latent_verse.config.settings import expand, reason
 from latent_verse.data import DataError
 
 log = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ def walk(root: str, extensions: tuple[str, ...], others: Counter) -> Iterator[st
                     else:
                         special["links to nothing, pipes or devices"] += 1
         except OSError as error:
-            closed = closed or f"{folder}: {error.strerror}"
+            closed = closed or f"{folder}: {reason(error)}"
             special["folders that cannot be read"] += 1
         folders += reversed(inside)
     special.update({f"{kind} files": others[kind] for kind in NOT_READ if others[kind]})
@@ -97,7 +97,7 @@ def check_folder(root: str | os.PathLike, key: str) -> str:
     """`root` as a str with ~ expanded.
 
     Raises:
-        DataError: it is no folder; naming the setting `key`.
+        DataError: it is not a folder; naming the setting `key`.
     """
     root = expand(root, True, key)
     if not os.path.isdir(root):

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from latent_verse.config import UserError
+from latent_verse.config.settings import shown
 from latent_verse.data import DataError
-from latent_verse.data.caption_files import clean, short
+from latent_verse.data.caption_files import clean
 from latent_verse.data.captions import CAPTION_SEED, CROP_SEED, EncodedCaption, PairDataset
-from latent_verse.data.codes import STORED_IDS, CodesDataset, Work
+from latent_verse.data.codes import STORED_IDS, CodesDataset
+from latent_verse.data.codes_writer import Work
 from latent_verse.data.decoding import UnreadableImage
 from latent_verse.data.images import SkipLog
 from latent_verse.data.shapes import ShapesDataset
@@ -99,7 +101,7 @@ def read_captions(raw: dict) -> list[str]:
     except UserError as error:
         raise NoCaption(f"its caption cannot be read: {error}") from error
     if not any(texts):
-        why = f"the caption in its .json is {short(found)}" if found else "neither a .txt nor a .json with `caption`"
+        why = f"the caption in its .json is {shown(found)}" if found else "neither a .txt nor a .json with `caption`"
         raise NoCaption(f"no caption: {why}")
     return [text for text in texts if text]
 
@@ -155,7 +157,7 @@ def _number(raw: dict) -> int:
 
 
 def work_of_shards(source: PairShards, crops: int) -> list[Iterator[Work]]:
-    """As `codes.work_of`, for tar shards: one shard of codes for each of them."""
+    """As `codes_writer.work_of`, for tar shards: one shard of codes for each of them."""
 
     def load(raw: dict) -> Tensor | None:
         try:

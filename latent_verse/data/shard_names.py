@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from latent_verse.config import printable
-from latent_verse.config.settings import expand, split_shards
+from latent_verse.config.settings import expand, reason, shown, split_shards
 from latent_verse.data import DataError
 from latent_verse.data.folders import EXTENSIONS, describe_files, walk
 from latent_verse.files import lines_of, read_text
@@ -45,13 +45,13 @@ def find_shards(
         allow_pipe: `source`, or an item of the sequence, may also be `pipe:` and a shell command that writes a tar.
 
     Raises:
-        DataError: a local shard is no file, or a URL of an unknown kind; naming the setting `key` and the first one.
+        DataError: a local shard is not a file, or a URL of an unknown kind; naming the setting `key` and the first one.
     """
     sources = [source] if isinstance(source, (str, os.PathLike)) else source
     known: dict[str, list[str]] = {}
     shards = _joined((_expand(os.fspath(part).strip(), key, known, allow_pipe) for part in sources), source, key)
     if not allow_pipe and any(shard.startswith("pipe:") for shard in shards):
-        raise DataError(f"{key}: {str(source)[:200]} hides a shell command, which is never run.")
+        raise DataError(f"{key}: {shown(source, 200)} hides a shell command, which is never run.")
     once, again, seen = [], [], set()
     for shard in shards:  # a.tar and ./a.tar are one; a command may write something else each time
         name = shard if is_remote(shard) else os.path.normpath(shard)
@@ -59,12 +59,12 @@ def find_shards(
         seen.add(name)
     if again:
         names = f"{len(again)} shards more than once, the first {again[0]}"
-        log.warning("%s: %s names %s. Each is read once.", key, str(source)[:200], printable(names))
+        log.warning("%s: %s names %s. Each is read once.", key, shown(source, 200), printable(names))
     missing = [shard for shard in once if not is_remote(shard) and not os.path.isfile(shard)]
     if missing:
         raise DataError(
             f"{key}: {len(missing)} of {len(once)} shards do not exist as files, the first is {missing[0]}. "
-            f"Check {str(source)[:200]!r}: it must name existing tar files, or be a folder that holds them."
+            f"Check {shown(source, 200)}: it must name existing tar files, or be a folder that holds them."
         )
     return once
 
@@ -79,8 +79,9 @@ def _joined(parts: Iterable[list[str]], source: object, key: str) -> list[str]:
     shards: list[str] = []
     for part in parts:
         if len(shards) + len(part) > MAX_SHARDS:
-            what = str(source)[:200]
-            raise DataError(f"{key}: {what} names more than {MAX_SHARDS:,} shards. Check its lists and patterns.")
+            raise DataError(
+                f"{key}: {shown(source, 200)} names more than {MAX_SHARDS:,} shards. Check its lists and patterns."
+            )
         shards += part
     return shards
 
@@ -92,8 +93,8 @@ def _expand(
     if source.startswith("pipe:"):
         if not allow_pipe:
             raise DataError(
-                f"{key}: {source[:200]} is a shell command. It runs only with --allow_pipe, and only if --{key} itself "
-                "gives it: not a list, a pattern or a YAML file."
+                f"{key}: {shown(source, 200)} is a shell command. It runs only with --allow_pipe, and only if --{key} "
+                "itself gives it: not a list, a pattern or a YAML file."
             )
         return _braces(source, key, allow_pipe)
     parts = [part.strip() for part in split_shards(source)]
@@ -137,7 +138,7 @@ def _braces(pattern: str, key: str, allow_pipe: bool = False) -> list[str]:
 
     if "${" in pattern or len(pattern) > MAX_PATTERN:
         why = "holds ${, and no variable is put in" if "${" in pattern else f"is longer than {MAX_PATTERN} characters"
-        raise DataError(f"{key}: the pattern {pattern[:200]} {why}. Write the shards' names out.")
+        raise DataError(f"{key}: the pattern {shown(pattern, 200)} {why}. Write the shards' names out.")
     count, rest = 1, pattern
     while (without := re.sub(r"\{([^{}]*)\}", "", rest)) != rest:  # the innermost ones, level by level
         for inside in re.findall(r"\{([^{}]*)\}", rest):
@@ -145,16 +146,20 @@ def _braces(pattern: str, key: str, allow_pipe: bool = False) -> list[str]:
             count *= abs(int(ends[2]) - int(ends[1])) + 1 if ends else inside.count(",") + 1
         rest = without
     if count > MAX_SHARDS:
-        raise DataError(f"{key}: {pattern[:200]} names more than {MAX_SHARDS:,} shards. Check what is in its braces.")
+        raise DataError(
+            f"{key}: {shown(pattern, 200)} names more than {MAX_SHARDS:,} shards. Check what is in its braces."
+        )
     try:
         shards = expand_urls(pattern)
     except (ValueError, AssertionError) as error:
-        raise DataError(f"{key}: the pattern {pattern[:200]} cannot be expanded ({error}).") from error
+        raise DataError(f"{key}: the pattern {shown(pattern, 200)} cannot be expanded ({reason(error)}).") from error
     for shard in shards:
         if shard.startswith("pipe:") and not allow_pipe:
-            raise DataError(f"{key}: {pattern[:200]} hides a shell command, which is never run.")
+            raise DataError(f"{key}: {shown(pattern, 200)} hides a shell command, which is never run.")
         scheme, mark, _ = shard.partition("://")
         if mark and is_remote(shard) and not shard.startswith("pipe:") and scheme.lower() not in SCHEMES:
             kinds = ", ".join(f"{kind}://" for kind in SCHEMES)
-            raise DataError(f"{key}: {shard[:200]} is a URL of another kind than {kinds}. Download what it names.")
+            raise DataError(
+                f"{key}: {shown(shard, 200)} is a URL of another kind than {kinds}. Download what it names."
+            )
     return shards

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
+from latent_verse.config.settings import reason
 from latent_verse.data import DataError
 from latent_verse.data.decoding import UnreadableImage, decode_rgb
 from latent_verse.data.folders import EXTENSIONS, describe_files
@@ -68,7 +69,7 @@ def read_shards(shards: Iterable[str], skipped: SkipLog) -> Iterator[dict]:
         try:
             stream = gopen(shard) if is_remote(shard) else open(shard, "rb")  # noqa: SIM115 - closed below
         except Exception as error:
-            raise DataError(f"shard {shard} cannot be opened: {error}") from error
+            raise DataError(f"shard {shard} cannot be opened: {reason(error)}") from error
         try:
             for raw in group_by_keys(members(stream, shard, note, contents), handler=note):
                 if used := image_key(raw):
@@ -97,8 +98,8 @@ def read_shards(shards: Iterable[str], skipped: SkipLog) -> Iterator[dict]:
         if contents.lost:
             name = contents.first_lost
             what = f"members of shard {shard}: {contents.lost}, {name}{' and so on' if contents.lost > 1 else ''}"
-            reason = "images of no sample, whose name goes up to the first dot and is not below __x__: rename them"
-            skipped.add(_slot(name + shard), what, reason)
+            why = "images of no sample, whose name goes up to the first dot and is not below __x__: rename them"
+            skipped.add(_slot(name + shard), what, why)
 
 
 def _slot(name: str) -> int:

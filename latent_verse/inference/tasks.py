@@ -15,10 +15,11 @@ from torch import Tensor
 
 from latent_verse.config import ConfigError, printable
 from latent_verse.config.generate import GenerateConfig
+from latent_verse.config.settings import shown
 from latent_verse.data import DataError
-from latent_verse.data.caption_files import clean, short
+from latent_verse.data.caption_files import clean
 from latent_verse.data.folders import EXTENSIONS, describe_files, walk
-from latent_verse.files import FileError, made_folder, text_lines, write_text
+from latent_verse.files import made_folder, setting_named, text_lines, write_text
 from latent_verse.inference.image_io import grid, load_image, save_png, to_images
 from latent_verse.inference.pipeline import LVerse, best_device
 from latent_verse.training import runs
@@ -109,10 +110,10 @@ def print_scores(model: LVerse, config: GenerateConfig, texts: list[str]) -> Non
     images = list(read_images(config.what.score[:1], model.vae.config.resolution))
     tensors = [image for _, image in images]
     of_text, of_image = (model.score(tensors, texts, given=given).tolist() for given in ("image", "text"))
-    shown = [printable(name) for name, _ in images]
-    width = max(len("image"), *map(len, shown))
+    names = [printable(name) for name, _ in images]
+    width = max(len("image"), *map(len, names))
     print(f"{'log p(text | image)':>19}  {'log p(image | text)':>19}  {'image':<{width}}  text")
-    for i, name in enumerate(shown):
+    for i, name in enumerate(names):
         for j, text in enumerate(texts):
             print(f"{of_text[i][j]:>19.3f}  {of_image[i][j]:>19.3f}  {name:<{width}}  {printable(text)}")
 
@@ -121,21 +122,20 @@ def read_texts(config: GenerateConfig) -> list[str]:
     """The texts of `text` or `score`, of which there may be none, or the lines of `text_file` that hold a text.
 
     Raises:
-        ConfigError: a text is no text or has no visible character, or no line of the file holds one.
+        ConfigError: a text is not text or has no visible character; the file is too large, or no line of it holds one.
+        FileError: the file cannot be read.
     """
     name = config.what.text_file
     if name is None:
         setting, texts = ("score", config.what.score[1:]) if config.what.score else ("text", config.what.text)
         for text in texts:
-            if reason := _no_text(text):
-                raise ConfigError(f"{setting}: the text {short(text)} {reason}. Give another, or leave it out.")
+            if why := _no_text(text):
+                raise ConfigError(f"{setting}: the text {shown(text)} {why}. Give another, or leave it out.")
         return list(texts)
-    try:
-        if os.path.isfile(name) and os.path.getsize(name) > TEXT_FILE_BYTES:
-            raise ConfigError(f"text_file: {name} is larger than {TEXT_FILE_BYTES} bytes. Split it.")
+    if os.path.isfile(name) and os.path.getsize(name) > TEXT_FILE_BYTES:
+        raise ConfigError(f"text_file: {name} is larger than {TEXT_FILE_BYTES} bytes. Split it.")
+    with setting_named("text_file"):
         lines = [line.strip() for line in text_lines(name)]
-    except FileError as error:
-        raise ConfigError(f"text_file: {error}") from error
     reasons = {number: _no_text(line) for number, line in enumerate(lines, start=1) if line}
     left_out = [f"line {number} {reason}" for number, reason in reasons.items() if reason]
     if left_out:

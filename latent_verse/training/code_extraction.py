@@ -10,7 +10,8 @@ from latent_verse.augvae.model import AugVAE
 from latent_verse.checkpoints.biart import Pretrained
 from latent_verse.checkpoints.ckpt_files import fingerprint
 from latent_verse.config.train import TrainBiARTConfig
-from latent_verse.data.codes import FORMAT, contents_of, extract, work_of
+from latent_verse.data.codes import FORMAT
+from latent_verse.data.codes_writer import contents_of, extract, work_of
 from latent_verse.data.datasets import open_pairs, source_of
 from latent_verse.data.loader_processes import worker_count
 from latent_verse.data.pairs import PairShards, work_of_shards
@@ -23,7 +24,7 @@ def extract_codes(config: TrainBiARTConfig, vae: AugVAE, pretrained: Pretrained 
     """Write the codes of train_dir and val_dir, with the tokenizer of `pretrained`, to <extract_codes>/train and /val.
 
     Raises:
-        DataError: see `data.codes.extract`.
+        DataError: see `data.codes_writer.extract`.
         FileError: nothing can be written there, or (InUse) another process writes there.
     """
     with only_writer(Path(config.codes.extract_codes), "extract_codes"):
