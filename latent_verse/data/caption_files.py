@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterable, Iterator
 from functools import cache
 
 from latent_verse import files
+from latent_verse.config import printable
 from latent_verse.config.settings import expand, no_file, shown
 from latent_verse.data import DataError
 from latent_verse.data.folders import EXTENSIONS
@@ -195,7 +196,7 @@ def ids_of(found: list[dict], field: str, name: str, path: str, key: str) -> lis
 
 
 def _names(names: Iterable[str]) -> str:
-    return shown(list(names), 160)[1:-1] or "nothing"
+    return printable(", ".join(names))[:160] or "nothing"
 
 
 def table_rows(path: str, key: str) -> Iterator[tuple[str, str, list]]:

@@ -51,7 +51,7 @@ def find_shards(
     known: dict[str, list[str]] = {}
     shards = _joined((_expand(os.fspath(part).strip(), key, known, allow_pipe) for part in sources), source, key)
     if not allow_pipe and any(shard.startswith("pipe:") for shard in shards):
-        raise DataError(f"{key}: {shown(source, 200)} hides a shell command, which is never run.")
+        raise DataError(f"{key}: {shown(source, 300)} hides a shell command, which is never run.")
     once, again, seen = [], [], set()
     for shard in shards:  # a.tar and ./a.tar are one; a command may write something else each time
         name = shard if is_remote(shard) else os.path.normpath(shard)
@@ -59,12 +59,12 @@ def find_shards(
         seen.add(name)
     if again:
         names = f"{len(again)} shards more than once, the first {again[0]}"
-        log.warning("%s: %s names %s. Each is read once.", key, shown(source, 200), printable(names))
+        log.warning("%s: %s names %s. Each is read once.", key, shown(source, 300), printable(names))
     missing = [shard for shard in once if not is_remote(shard) and not os.path.isfile(shard)]
     if missing:
         raise DataError(
             f"{key}: {len(missing)} of {len(once)} shards do not exist as files, the first is {missing[0]}. "
-            f"Check {shown(source, 200)}: it must name existing tar files, or be a folder that holds them."
+            f"Check {shown(source, 300)}: it must name existing tar files, or be a folder that holds them."
         )
     return once
 
@@ -80,7 +80,7 @@ def _joined(parts: Iterable[list[str]], source: object, key: str) -> list[str]:
     for part in parts:
         if len(shards) + len(part) > MAX_SHARDS:
             raise DataError(
-                f"{key}: {shown(source, 200)} names more than {MAX_SHARDS:,} shards. Check its lists and patterns."
+                f"{key}: {shown(source, 300)} names more than {MAX_SHARDS:,} shards. Check its lists and patterns."
             )
         shards += part
     return shards
@@ -93,7 +93,7 @@ def _expand(
     if source.startswith("pipe:"):
         if not allow_pipe:
             raise DataError(
-                f"{key}: {shown(source, 200)} is a shell command. It runs only with --allow_pipe, and only if --{key} "
+                f"{key}: {shown(source, 300)} is a shell command. It runs only with --allow_pipe, and only if --{key} "
                 "itself gives it: not a list, a pattern or a YAML file."
             )
         return _braces(source, key, allow_pipe)
@@ -138,7 +138,7 @@ def _braces(pattern: str, key: str, allow_pipe: bool = False) -> list[str]:
 
     if "${" in pattern or len(pattern) > MAX_PATTERN:
         why = "holds ${, and no variable is put in" if "${" in pattern else f"is longer than {MAX_PATTERN} characters"
-        raise DataError(f"{key}: the pattern {shown(pattern, 200)} {why}. Write the shards' names out.")
+        raise DataError(f"{key}: the pattern {shown(pattern, 300)} {why}. Write the shards' names out.")
     count, rest = 1, pattern
     while (without := re.sub(r"\{([^{}]*)\}", "", rest)) != rest:  # the innermost ones, level by level
         for inside in re.findall(r"\{([^{}]*)\}", rest):
@@ -147,19 +147,19 @@ def _braces(pattern: str, key: str, allow_pipe: bool = False) -> list[str]:
         rest = without
     if count > MAX_SHARDS:
         raise DataError(
-            f"{key}: {shown(pattern, 200)} names more than {MAX_SHARDS:,} shards. Check what is in its braces."
+            f"{key}: {shown(pattern, 300)} names more than {MAX_SHARDS:,} shards. Check what is in its braces."
         )
     try:
         shards = expand_urls(pattern)
     except (ValueError, AssertionError) as error:
-        raise DataError(f"{key}: the pattern {shown(pattern, 200)} cannot be expanded ({reason(error)}).") from error
+        raise DataError(f"{key}: the pattern {shown(pattern, 300)} cannot be expanded ({reason(error)}).") from error
     for shard in shards:
         if shard.startswith("pipe:") and not allow_pipe:
-            raise DataError(f"{key}: {shown(pattern, 200)} hides a shell command, which is never run.")
+            raise DataError(f"{key}: {shown(pattern, 300)} hides a shell command, which is never run.")
         scheme, mark, _ = shard.partition("://")
         if mark and is_remote(shard) and not shard.startswith("pipe:") and scheme.lower() not in SCHEMES:
             kinds = ", ".join(f"{kind}://" for kind in SCHEMES)
             raise DataError(
-                f"{key}: {shown(shard, 200)} is a URL of another kind than {kinds}. Download what it names."
+                f"{key}: {shown(shard, 300)} is a URL of another kind than {kinds}. Download what it names."
             )
     return shards

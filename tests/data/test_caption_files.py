@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from latent_verse import files
+from latent_verse.config import UserError
 from latent_verse.data import DataError, caption_files
 from latent_verse.data.caption_files import caption_lines, clean, coco_number, identifier, read_json, table_rows
 from latent_verse.data.captions import CocoCaptions, KarpathyCaptions, PairFolder, TableCaptions
@@ -116,7 +117,7 @@ def test_every_source_reads_text_by_one_rule(images):
     ],
 )
 def test_a_damaged_table_is_one_line_with_the_place(images, name, data, facts):
-    with pytest.raises(DataError, match=naming("val_captions", images / name, *facts)) as caught:
+    with pytest.raises(UserError, match=naming("val_captions", images / name, *facts)) as caught:
         TableCaptions(write(images / name, data), R, captions_key="val_captions")
     assert "\n" not in str(caught.value)
 
@@ -125,7 +126,7 @@ def test_a_damaged_table_is_one_line_with_the_place(images, name, data, facts):
 def test_a_damaged_json_file_is_one_line(images, data):
     file = write(images / "captions.json", data)
     for kind in (CocoCaptions, KarpathyCaptions):
-        with pytest.raises(DataError, match=naming("val_captions", file)) as caught:
+        with pytest.raises(UserError, match=naming("val_captions", file)) as caught:
             kind(file, images, R, key="val_dir")
         assert "\n" not in str(caught.value)
 
@@ -133,18 +134,18 @@ def test_a_damaged_json_file_is_one_line(images, data):
 def test_sizes_are_bounded_before_memory_is_taken(images, monkeypatch):
     with open(images / "a.txt", "wb") as file:
         file.truncate(1 << 40)
-    with pytest.raises(DataError, match=naming(images / "a.txt", caption_files.TEXT_BYTES)):
+    with pytest.raises(UserError, match=naming(images / "a.txt", caption_files.TEXT_BYTES)):
         caption_lines(str(images / "a.txt"))
     with open(images / "a.json", "wb") as file:
         file.truncate(1 << 40)
-    with pytest.raises(DataError, match=naming("train_captions", images / "a.json", files.JSON_BYTES)):
+    with pytest.raises(UserError, match=naming("train_captions", images / "a.json", files.JSON_BYTES)):
         read_json(images / "a.json", "train_captions")
     monkeypatch.setattr(files, "LINE_BYTES", 100)
     for name in ("t.csv", "t.tsv", "t.jsonl"):
         table = write(images / name, "image,caption\n".replace(",", "\t" if name == "t.tsv" else ",") + "x" * 101)
         if name == "t.jsonl":
             table = write(images / name, '{"image": "a", "caption": ""}\n' + "x" * 101)
-        with pytest.raises(DataError, match=naming("train_captions", table, "line 2", 100)):
+        with pytest.raises(UserError, match=naming("train_captions", table, "line 2", 100)):
             rows(table)
 
 
@@ -266,7 +267,7 @@ def test_a_long_caption_is_no_fault(tmp_path):
     ],
 )
 def test_table_faults_are_named(images, name, text, facts):
-    with pytest.raises(DataError, match=naming("train_captions", images / name, *facts)) as caught:
+    with pytest.raises(UserError, match=naming("train_captions", images / name, *facts)) as caught:
         TableCaptions(write(images / name, text), R)
     assert "\n" not in str(caught.value)
 
