@@ -102,7 +102,7 @@ def test_lists_and_patterns_that_never_end_are_refused(tmp_path, monkeypatch):
             find_shards(pattern)
     monkeypatch.setenv("WDS_SECRET", "x")
     for pattern in ("{0..3.tar", "a${NO_SUCH_VARIABLE}.tar", "http://h/${SECRET}.tar", "x{" + "1," * 100_000 + "}"):
-        with pytest.raises(DataError, match=naming(pattern[:100])):
+        with pytest.raises(DataError, match=naming(pattern[:99])):
             find_shards(pattern)
     (tmp_path / "bad.txt").write_bytes(b"a.tar\n\xff.tar\n")
     with pytest.raises(UserError, match=naming(tmp_path / "bad.txt", "line 2")):
