@@ -10,6 +10,7 @@ import re
 import shutil
 import tempfile
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -118,10 +119,20 @@ def parse_json(text: str, name: object) -> object:
     """The content of a JSON file or line called `name` in messages.
 
     Raises:
-        FileError: it is not valid JSON, or nested too deeply.
+        FileError: it is not valid JSON, nested too deeply, or gives a key twice, of which Python would take the last.
     """
+
+    def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
+            raise FileError(f"{name} gives the key {twice[:80]!r} twice in one object. Keep one.")
+        return found
+
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=once)
+    except FileError:
+        raise
     except (ValueError, RecursionError) as error:
         raise FileError(
             f"{name} is not valid JSON ({reason(error)}). Was it written or downloaded completely?"

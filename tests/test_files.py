@@ -387,6 +387,13 @@ def test_damaged_json_is_one_line(text):
     assert "\n" not in str(caught.value)
 
 
+def test_a_json_key_given_twice_is_refused():
+    assert parse_json('[{"a": 1, "b": {"a": 2}}, {"a": 3}]', "x.json") == [{"a": 1, "b": {"a": 2}}, {"a": 3}]
+    for text in ('{"caption": "a", "caption": "b"}', '[{"b": {"caption": 1, "a": 2, "caption": 1}}]'):
+        with pytest.raises(FileError, match=naming("captions.json", "'caption'", "twice")):
+            parse_json(text, "captions.json")
+
+
 def test_what_is_no_file_is_refused_without_waiting(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for name, word in (("absent", "No such file"), (".", "a folder"), ("pipe", "a pipe"), ("a\0b", "null")):

@@ -22,8 +22,9 @@ from latent_verse.config import ConfigError, SamplingSettings
 from latent_verse.config.settings import differences, is_count, is_number, reason, shown
 from latent_verse.data import DataError
 from latent_verse.data.caption_files import caption_lines, clean
-from latent_verse.data.images import EXTENSIONS, describe_files, walk
-from latent_verse.data.transforms import UnreadableImage, centre_crop, check_pixels, mix_seed, read_rgb
+from latent_verse.data.decoding import UnreadableImage, check_pixels, read_rgb
+from latent_verse.data.folders import EXTENSIONS, describe_files, walk
+from latent_verse.data.transforms import centre_crop, mix_seed
 from latent_verse.files import (
     lines_of,
     parse_json,

@@ -11,21 +11,15 @@ from pathlib import Path
 
 import torch
 from einops import rearrange
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from latent_verse.biart.sampling import NotFinite
 from latent_verse.config.settings import expand
 from latent_verse.data import DataError
-from latent_verse.data.transforms import (
-    FORMATS_TEXT,
-    UnreadableImage,
-    centre_crop,
-    check_pixels,
-    read_rgb,
-    to_unit_range,
-)
+from latent_verse.data.decoding import FORMATS_TEXT, UnreadableImage, pil_to_tensor, read_rgb
+from latent_verse.data.transforms import centre_crop, to_unit_range
 from latent_verse.files import replacing
 
 ImageLike = Image.Image | str | os.PathLike | Tensor  # what `load_image` takes
@@ -36,8 +30,8 @@ def load_image(image: ImageLike, resolution: int) -> Tensor:
     """An image as AugVAE takes it: float32 (3, R, R) in [-1, 1], resized and centre-cropped as in evaluation.
 
     Args:
-        image: a path, a PIL image of any mode and size, or a tensor (3 or 1, H, W): float in [-1, 1], or uint8. One
-            that has the resolution already keeps its pixels.
+        image: a path, a PIL image of any mode, size and format, or a tensor (3 or 1, H, W): float in [-1, 1], or
+            uint8. One that has the resolution already keeps its pixels.
 
     Raises:
         DataError: it is none of these, or cannot be read; the message names it.
@@ -49,8 +43,7 @@ def load_image(image: ImageLike, resolution: int) -> Tensor:
             raise DataError(f"image {image} cannot be read: {error}. Give a whole file: {FORMATS_TEXT}.") from error
     if isinstance(image, Image.Image):
         try:
-            check_pixels(*image.size)
-            return to_unit_range(centre_crop(ImageOps.exif_transpose(image), resolution))
+            return to_unit_range(centre_crop(pil_to_tensor(image), resolution))
         except Exception as error:  # it may still have to be decoded, and Pillow raises nearly anything then
             raise DataError(f"the image {image!r} cannot be read: {error}") from error
     if not isinstance(image, Tensor):

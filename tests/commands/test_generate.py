@@ -95,7 +95,7 @@ def test_a_line_of_a_text_file_ends_at_its_newline_only(bundle, tmp_path, capsys
     file.write_text("\n\u200b\n\u00a0\na\nnul \0\n", encoding="utf-8")
     assert run(bundle, "--text_file", file, "--out", tmp_path / "shown") == 0
     assert [entry["text"] for entry in lines(tmp_path / "shown" / "pictures.jsonl")] == ["a"]
-    assert naming("left out", 1, file, "line 5").search(capsys.readouterr().err)
+    assert naming("left out", 2, file, "line 2", "visible").search(capsys.readouterr().err)
     file.write_bytes(b"fine\nB\xe4r\n")
     assert run(bundle, "--text_file", file) == 2
     assert naming("text_file", file, "UTF-8", "line 2", "byte 6").search(capsys.readouterr().err)
@@ -263,6 +263,12 @@ def test_a_random_seed_is_recorded_and_gives_the_same_images(bundle, tmp_path):
         (["--image", "EMPTY"], ["EMPTY", ".png"]),
         (["--text_file", "absent.txt"], ["text_file", "absent.txt"]),
         (["--text_file", "BLANK"], ["text_file", "BLANK"]),
+        (["--text", ""], ["text", "''", "visible"]),
+        (["--text", "a", " "], ["text", "' '", "visible"]),
+        (["--text", "\u200b"], ["text", r"'\u200b'", "visible"]),
+        (["--text", "a \0"], ["text", r"'a \x00'", "not text"]),
+        (["--score", "IMAGES", "a", ""], ["score", "''", "visible"]),
+        (["--complete", "IMAGES", "--rows", 2, "--text", " "], ["text", "' '", "visible"]),
         (["--text", "a", "--model", "nowhere"], ["nowhere"]),
         (["--text", "a", "--model", "IMAGES"], ["IMAGES", "config.json"]),
         (["--text"], ["--text"]),
