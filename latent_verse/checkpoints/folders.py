@@ -15,9 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from latent_verse.checkpoints.checks import CheckpointError, first_line, json_object
+from latent_verse.checkpoints.checks import CheckpointError, json_object
 from latent_verse.config import ConfigError
-from latent_verse.config.settings import expand
+from latent_verse.config.settings import expand, reason
 from latent_verse.files import is_leftover, replacing_together, valid_json, write_json
 
 ABOUT = "config.json"
@@ -78,9 +78,8 @@ def write_about(file: Path, content: dict[str, Any], settings: Sequence[str]) ->
     try:
         plain = json.loads(json.dumps(valid_json(content)))  # as it will be read
     except TypeError as error:
-        raise ConfigError(
-            f"{ABOUT} cannot be written: {first_line(error)}. Give texts, numbers, lists or dicts."
-        ) from error
+        remedy = "Give texts, numbers, lists or dicts."
+        raise ConfigError(f"{ABOUT} cannot be written: {reason(error)}. {remedy}") from error
     write_json(file, plain | {SETTINGS_FINGERPRINT: _fingerprint(plain, settings)})
 
 
