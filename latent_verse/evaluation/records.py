@@ -12,6 +12,8 @@ from typing import Literal, TypedDict
 
 from latent_verse import __version__
 from latent_verse.config import printable
+from latent_verse.config.settings import is_number
+from latent_verse.config.settings import shown as shown_value
 from latent_verse.data import DataError
 from latent_verse.files import read_json_object, setting_named
 
@@ -125,15 +127,23 @@ def _read_metrics(place: str) -> dict[str, dict]:
     if not path.is_file():
         raise DataError(f"compare: {path} does not exist. Give a run folder of eval_biart.py, or its metrics.json.")
     with setting_named("compare"):
-        content: dict = read_json_object(path)
-    try:
-        for name, record in content["figures"].items():
-            record["value"] = float(record["value"])
-            for old, new in REWORDED.items() if not name.startswith("zero_shot/") else ():  # quotes the user's prompt
-                record["protocol"] = record["protocol"].replace(old, new)
-        return {"figures": content["figures"], "missing": dict(content.get("missing", {}))}
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:  # not of this form
-        raise DataError(f"compare: {path} is not a metrics.json of eval_biart.py ({error!r}).") from error
+        content = read_json_object(path)
+    figures, missing = content.get("figures"), content.get("missing", {})
+    if not isinstance(figures, dict) or not isinstance(missing, dict):
+        raise DataError(f"compare: {path} is not a metrics.json of eval_biart.py: it needs `figures`, an object.")
+    for name, record in figures.items():
+        where = f"compare: {path} is not a metrics.json of eval_biart.py: in {shown_value(name)}"
+        if not isinstance(record, dict):
+            raise DataError(f"{where} stands {shown_value(record)} in place of an object.")
+        for field in ("value", *SAME):
+            numeric = field not in ("library", "protocol", "dtype")
+            value, needed = record.get(field), field in ("value", "protocol")
+            if not (is_number(value) if numeric else isinstance(value, str)) and (needed or value is not None):
+                found = f"is {shown_value(value)}" if field in record else "is missing"
+                raise DataError(f"{where} `{field}` {found}; it has to be a {'number' if numeric else 'text'}.")
+        for old, new in REWORDED.items() if not name.startswith("zero_shot/") else ():  # quotes the user's prompt
+            record["protocol"] = record["protocol"].replace(old, new)
+    return {"figures": figures, "missing": missing}
 
 
 def compare(first: str, second: str) -> str:
