@@ -219,14 +219,20 @@ def replacing_together(folder: Path, names: Sequence[str], setting: str) -> Iter
     Raises:
         FileError: as `made_folder`; NotWritten: as `replacing`.
     """
+    places = dict.fromkeys((folder / name).parent for name in names)
     with ExitStack() as stack:
-        for place in dict.fromkeys((folder / name).parent for name in names):
+        for place in places:
             stack.enter_context(made_folder(place, setting))
-        unfinished = [stack.enter_context(replacing(folder / name)) for name in names]
-        with _refusing(folder, f"{setting}: "):
+        if found := next((folder / name for name in names if (folder / name).is_dir()), None):
+            raise FileError(f"{setting}: {found} cannot be written: it is a folder.")
+        # not durable each: between the first and the last that takes its place, nothing waits for the disk
+        unfinished = [stack.enter_context(replacing(folder / name, durable=False)) for name in names]
+        with _refusing(folder):
             yield unfinished
             for file in unfinished:
                 _sync(file)
+    for place in places:
+        _sync(place)
 
 
 _tidied: set[Path] = set()  # folders in which this process has looked for what killed ones have left

@@ -235,7 +235,7 @@ def test_a_full_disk_leaves_the_old_bundle(model, bundle, size):
     before = contents(bundle)
     another(model)
     for save, place in ((model.save_pretrained, bundle), (model.vae.save_pretrained, bundle / "vae")):
-        with largest_file(size), pytest.raises(FileError, match=naming(place, "directory", "large")) as error:
+        with largest_file(size), pytest.raises(FileError, match=naming(place, "large")) as error:
             save(place)
         assert "\n" not in str(error.value)
         assert contents(bundle) == before
@@ -311,6 +311,15 @@ def test_a_users_files_in_a_bundle_stay(model, bundle):
     another(model).save_pretrained(bundle)
     assert all((bundle / name).read_text() == "of the user" for name in mine)
     load_bundle(bundle)
+
+
+def test_a_folder_in_the_place_of_a_file_leaves_the_rest(model, bundle):
+    (bundle / "biart.safetensors").unlink()
+    (bundle / "biart.safetensors" / "of the user").mkdir(parents=True)
+    before = contents(bundle)
+    with pytest.raises(FileError, match=naming(bundle / "biart.safetensors", "folder")):
+        another(model).save_pretrained(bundle)
+    assert contents(bundle) == before
 
 
 @pytest.mark.parametrize("place", ["file", "file/x", "pipe", "dangling", "/dev/null", "/proc/x", "/proc/self/x"])
