@@ -11,8 +11,8 @@ import shutil
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import BinaryIO, ClassVar
@@ -215,6 +215,36 @@ def replacing(path: Path, durable: bool = True) -> Iterator[Path]:
             _sync(path.parent)
 
 
+@contextmanager
+def replacing_together(folder: Path, names: Sequence[str], setting: str) -> Iterator[list[Path]]:
+    """As `replacing`, of several files in a folder and its subfolders: one path to write to for each of `names`.
+
+    None takes its place before all are written and on the disk, so that an error or a kill while they are written
+    leaves all that was there before. They take their places one after the other, the last of `names` first. Other
+    files stay. Folders that were made for them and hold nothing in the end are removed.
+
+    Args:
+        setting: the name of the setting that names the folder, for the message.
+
+    Raises:
+        FileError: as `made_folder`; NotWritten: as `replacing`.
+    """
+    places = dict.fromkeys((folder / name).parent for name in names)
+    with ExitStack() as stack:
+        for place in places:
+            stack.enter_context(made_folder(place, setting))
+        if found := next((folder / name for name in names if (folder / name).is_dir()), None):
+            raise FileError(f"{setting}: {found} cannot be written: it is a folder.")
+        # not durable each: between the first and the last that takes its place, nothing waits for the disk
+        unfinished = [stack.enter_context(replacing(folder / name, durable=False)) for name in names]
+        with _refusing(folder):
+            yield unfinished
+            for file in unfinished:
+                _sync(file)
+    for place in places:
+        _sync(place)
+
+
 _tidied: set[Path] = set()  # folders in which this process has looked for what killed ones have left
 _LEFTOVER = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")  # what `_place_beside` makes
 
@@ -228,6 +258,11 @@ def _place_beside(path: Path) -> tuple[Path, _Lock]:
             if place.exists():  # else another process took it for a leftover, before it was locked
                 return place, lock
             lock.let_go()
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether it is what a killed process was writing, or something in it."""
+    return any(_LEFTOVER.fullmatch(part) for part in path.parts)
 
 
 def remove_leftovers(folder: Path) -> None:

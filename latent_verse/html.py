@@ -7,20 +7,34 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from pathlib import Path
 
 from PIL import Image
 
-from latent_verse.config import UserError
+from latent_verse.config import UserError, printable
 
 try:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 except ModuleNotFoundError as error:
     raise UserError("pages need the package jinja2: pip install '.[eval]'") from error
 
+
+def visible(value: object) -> object:
+    """A value that a template shows, with what cannot be seen in a text as escapes; see `config.printable`.
+
+    A character that turns the direction of writing would turn the rest of its line as well. Tabs and line ends stay.
+    """
+    if not isinstance(value, str):
+        return value
+    shown = re.sub(r"[^\t\n]+", lambda part: printable(part[0]), value)
+    return type(value)(shown)  # markup stays markup: an escape holds nothing that HTML reads
+
+
 PAGES = Environment(
     loader=PackageLoader("latent_verse"),
     autoescape=True,
+    finalize=visible,
     undefined=StrictUndefined,  # a name that a template misspells is an error
     trim_blocks=True,
     lstrip_blocks=True,

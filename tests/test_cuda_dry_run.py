@@ -121,10 +121,12 @@ def test_augvae_is_evaluated_without_waiting(tiny_augvae):
         with waits.during_a_run():
             encoded = model.encode(x_BCHW)
             metrics.update(x_BCHW, model.decode(encoded.z_q), encoded.indices)
-            codes = model.codes(x_BCHW)
+            codes = model.codes(x_BCHW, validate=False)
             assert not waits.seen and on_gpu(codes)
+            model.codes(x_BCHW)  # values can be checked by waiting alone
+            of_images = waits.seen.total()
             assert on_gpu(model.decode_codes(codes))  # which looks whether codes are the codebook's
-    assert set(waits.seen) == {"decode_codes"}
+    assert set(waits.seen) == {"_extremes"} and waits.seen.total() == 2 * of_images
 
 
 @pytest.mark.parametrize("make", [

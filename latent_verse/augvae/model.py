@@ -26,6 +26,7 @@ from latent_verse.nn.memory import check_memory
 from latent_verse.nn.precision import full_float32
 
 INNER_CH_MULT = (2, 4)  # of each encoder and decoder between two levels, as released
+BEYOND = 1.001  # the largest value of an image: resizing may overshoot 1 a little
 
 
 class Encoded(NamedTuple):
@@ -51,7 +52,9 @@ class AugVAE(nn.Module):
     def __init__(self, config: AugVAEConfig):
         super().__init__()
         config.validate()
-        check_memory("AugVAE", config.least_weights, "hidden_dim, ch_mult, num_res_blocks, num_tokens or codebook_dim")
+        weights = "hidden_dim, ch_mult, num_res_blocks, num_tokens or codebook_dim"
+        check_memory("AugVAE's weights", config.least_weights, weights)
+        check_memory("AugVAE's feature maps of one image", config.least_features, "resolution or hidden_dim", True)
         self.config = config
         levels, z = config.attn_resolutions, config.z_channels
         # (ch_mult, resolution, attend_at). The original gives an inner decoder attention at the level it reads and an
@@ -120,12 +123,14 @@ class AugVAE(nn.Module):
         """Images (B, C, R, R) in [-1, 1] -> unquantised maps of all `levels`, (B, D, h, h), largest first.
 
         Raises:
-            ValueError: the images' channels or size differ from the model's.
+            ValueError: they are no tensor, or their channels or size differ from the model's. Their type and range are
+                checked by `codes` alone, which reads their values.
         """
         expected = (self.config.in_channels, self.config.resolution, self.config.resolution)
-        if x_BCHW.dim() != 4 or tuple(x_BCHW.shape[1:]) != expected:
+        shape = _shape_of(x_BCHW, "images")
+        if len(shape) != 4 or shape[1:] != expected:
             raise ValueError(
-                f"images have shape {tuple(x_BCHW.shape)}; this AugVAE takes (B, {', '.join(map(str, expected))}). "
+                f"images have shape {shape}; this AugVAE takes (B, {', '.join(map(str, expected))}). "
                 "Resize and crop them first (latent_verse.data.transforms.centre_crop)."
             )
         out, h_BCHW = [], x_BCHW
@@ -168,16 +173,22 @@ class AugVAE(nn.Module):
         return self.decode(encoded.z_q), encoded.embed_loss, encoded.perplexity
 
     @torch.no_grad()
-    def codes(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+    def codes(self, x_BCHW: torch.Tensor, validate: bool = True) -> torch.Tensor:
         """Images (B, C, R, R) in [-1, 1] -> codes (B, N) int64 of `code_levels`, largest first, row by row.
 
         The codebook learns nothing, not even in training mode. Float32 weights compute in float32 throughout, whatever
         autocast or TF32 is on: a GPU then gives the codes that a CPU gives, up to rounding. `encode` and `features`
         follow the settings in force.
 
+        Args:
+            validate: check the images' values. That waits for a GPU, so training, whose loader gives floats in [-1, 1],
+                leaves it out.
+
         Raises:
-            ValueError: as `features`.
+            ValueError: as `features`, or they are not of the model's type, on its device and in [-1, 1].
         """
+        if validate:
+            self._check_images(x_BCHW)
         with full_float32(x_BCHW.device.type):  # TF32, a GPU's default for convolutions, changes 0.3 % of the codes
             maps = self.features(x_BCHW)[-len(self.code_levels) :]
             codes = [self.quantizer.nearest(to_vectors(z_BDHW)) for z_BDHW in maps]
@@ -188,17 +199,19 @@ class AugVAE(nn.Module):
         """Codes (B, N) int64 in [0, K), as `codes` returns them -> images (B, C, R, R) clamped to [-1, 1].
 
         Raises:
-            ValueError: their number is not N, or a code is not in the codebook.
+            ValueError: they are no int64 (or int32) on the model's device, their number is not N, or a code is not in
+                the codebook.
         """
-        if codes_BN.dim() != 2 or codes_BN.shape[1] != self.num_codes:
+        shape = _shape_of(codes_BN, "codes")
+        if len(shape) != 2 or shape[1] != self.num_codes:
+            raise ValueError(f"codes have shape {shape}; levels {self.code_levels} take (B, {self.num_codes}).")
+        if codes_BN.dtype not in (torch.int64, torch.int32) or codes_BN.device != self.device:
+            found = f"codes are {codes_BN.dtype} on {codes_BN.device}"
+            raise ValueError(f"{found}; this AugVAE takes torch.int64 on {self.device}. Convert them with .to().")
+        (low, high), K = _extremes(codes_BN, 0), self.quantizer.codebook_size
+        if not 0 <= low <= high < K:
             raise ValueError(
-                f"codes have shape {tuple(codes_BN.shape)}; levels {self.code_levels} take (B, {self.num_codes})."
-            )
-        K = self.quantizer.codebook_size
-        if codes_BN.numel() and not 0 <= int(codes_BN.min()) <= int(codes_BN.max()) < K:
-            raise ValueError(
-                f"codes run from {int(codes_BN.min())} to {int(codes_BN.max())}; this codebook has 0 to {K - 1}. "
-                "Were they made by another AugVAE?"
+                f"codes run from {low} to {high}; this codebook has 0 to {K - 1}. Were they made by another AugVAE?"
             )
         parts = codes_BN.split([r * r for r in self.code_levels], dim=1)
         z_q = [
@@ -211,6 +224,18 @@ class AugVAE(nn.Module):
     def initialise_codebook(self, x_BCHW: torch.Tensor) -> None:
         """Start the codebook from all levels' maps of images (B, C, R, R). A collective."""
         self.quantizer.initialise(torch.cat([to_vectors(z_BDHW) for z_BDHW in self.features(x_BCHW)]))
+
+    def _check_images(self, x_BCHW: torch.Tensor) -> None:
+        _shape_of(x_BCHW, "images")
+        if (x_BCHW.dtype, x_BCHW.device) != (self.dtype, self.device):
+            found = f"images are {x_BCHW.dtype} on {x_BCHW.device}"
+            raise ValueError(
+                f"{found}; this AugVAE takes {self.dtype} on {self.device}, floats in [-1, 1]. Convert them with "
+                ".to(), bytes with x / 127.5 - 1."
+            )
+        low, high = _extremes(x_BCHW, 0.0)
+        if not -BEYOND <= low <= high <= BEYOND:  # nor NaN
+            raise ValueError(f"images have values from {low:g} to {high:g}; give floats in [-1, 1] (x / 127.5 - 1).")
 
     def to_single_level(self, resolution: int) -> AugVAE:
         """A new AugVAE-SL that keeps the level of this resolution; only its connectors are untrained: fine-tune it.
@@ -228,3 +253,20 @@ class AugVAE(nn.Module):
         for name in ("pre_quants", "post_quants", "quantizers"):
             getattr(single, name).load_state_dict(getattr(self, name).state_dict())
         return single.train(self.training)
+
+
+def _shape_of(x: torch.Tensor, what: str) -> tuple[int, ...]:
+    """The shape of an ordinary tensor.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not isinstance(x, torch.Tensor) or x.layout is not torch.strided or x.is_nested or x.is_quantized:
+        found = x.layout if isinstance(x, torch.Tensor) else type(x).__name__
+        raise ValueError(f"{what} are a {found}; give a dense torch.Tensor (of an array: torch.from_numpy).")
+    return tuple(x.shape)
+
+
+def _extremes(x: torch.Tensor, none: float) -> list[float]:
+    """The smallest and the largest number, or both `none` without any. NaN if there is one. Waits for a GPU once."""
+    return torch.stack(torch.aminmax(x.detach())).tolist() if x.numel() else [none, none]

@@ -150,7 +150,7 @@ class BiART(nn.Module):
 
     def __init__(self, config: BiARTConfig):
         super().__init__()
-        check_memory("BiART", config.least_weights, "n_layer, n_embd or the vocabulary")
+        check_memory("BiART's weights", config.least_weights, "n_layer, n_embd or the vocabulary")
         self.config = config
         self.vocab = Vocabulary.of(config)
         self.tok_emb = nn.Embedding(self.vocab.size, config.n_embd)

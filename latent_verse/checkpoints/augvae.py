@@ -15,14 +15,15 @@ from torch import nn
 from latent_verse.augvae.model import AugVAE
 from latent_verse.checkpoints.checks import check_fits, crc32, json_object, read_safetensors, settings_from, skeleton
 from latent_verse.checkpoints.ckpt_files import CheckpointError, fetch_from_hub, find_checkpoint, read_named
+from latent_verse.checkpoints.folders import ABOUT, check_about, write_about, writing
 from latent_verse.config import AugVAEConfig, as_plain
 from latent_verse.config.settings import expand, shown
 from latent_verse.config.train import TrainVAEConfig
 from latent_verse.config.train_rules import with_pretrained_shape
-from latent_verse.files import replacing, write_json
 
 FORMAT = "latent_verse/augvae"
 WEIGHTS = "model.safetensors"
+SETTINGS = ("config",)  # of what its config.json holds
 
 
 def load_augvae(path: str | os.PathLike) -> AugVAE:
@@ -43,7 +44,7 @@ def load_augvae(path: str | os.PathLike) -> AugVAE:
     if not os.path.isdir(local) and (os.path.exists(local) or local.suffix == ".ckpt"):  # if missing: others are named
         return _augvae_from_ckpt(local)
     if not os.path.isdir(local):
-        local = fetch_from_hub(str(path), ("config.json", WEIGHTS))
+        local = fetch_from_hub(str(path), (ABOUT, WEIGHTS))
     return _augvae_from_folder(local)
 
 
@@ -68,15 +69,24 @@ def load_for_training(config: TrainVAEConfig, given: Collection[str]) -> tuple[T
 
 
 def save_augvae(model: AugVAE, directory: str | os.PathLike) -> None:
-    """Write `config.json` and `model.safetensors` to a folder, each whole or not at all; shared tensors only once."""
+    """Write `config.json` and `model.safetensors` to a folder, both or neither; shared tensors only once.
+
+    Raises:
+        CheckpointError: it would replace files that are not of a saved AugVAE.
+        FileError: the folder cannot be written.
+        ConfigError: as `config.settings.expand`.
+    """
+    with writing(directory, FORMAT, [WEIGHTS], alone=False) as unfinished:
+        write_augvae(model, unfinished[ABOUT], unfinished[WEIGHTS])
+
+
+def write_augvae(model: AugVAE, about: Path, weights: Path) -> None:
+    """Write the two files of a saved AugVAE."""
     from safetensors.torch import save_model
 
-    directory = Path(expand(directory, True, "directory"))
-    directory.mkdir(parents=True, exist_ok=True)
-    with replacing(directory / WEIGHTS) as unfinished:
-        save_model(model, str(unfinished))
-    about = {"format": FORMAT, "config": as_plain(model.config), "crc32": crc32(directory / WEIGHTS)}
-    write_json(directory / "config.json", about)
+    save_model(model, str(weights))
+    content = {"format": FORMAT, "config": as_plain(model.config), "crc32": crc32(weights)}
+    write_about(about, content, SETTINGS)
 
 
 AugVAE.from_pretrained = staticmethod(load_augvae)
@@ -84,7 +94,7 @@ AugVAE.save_pretrained = save_augvae
 
 
 def _augvae_from_folder(directory: Path) -> AugVAE:
-    about, weights = directory / "config.json", directory / WEIGHTS
+    about, weights = directory / ABOUT, directory / WEIGHTS
     content = json_object(about) if os.path.isfile(about) else {}
     if isinstance(content.get("vae"), dict) and os.path.isdir(directory / "vae"):
         raise CheckpointError(f"{directory} is a bundle, not an AugVAE; its AugVAE is {directory / 'vae'}.")
@@ -100,6 +110,7 @@ def _augvae_from_folder(directory: Path) -> AugVAE:
     if content.get("crc32") not in (None, crc32(weights)):  # earlier versions recorded none
         remedy = "Copy or export it again; if its weights were changed on purpose, remove crc32 there."
         raise CheckpointError(f"{weights} is damaged: its checksum is not what {about} records. {remedy}")
+    check_about(about, content, SETTINGS)
     return model
 
 

@@ -10,7 +10,7 @@ import torch
 
 from latent_verse.augvae.model import AugVAE
 from latent_verse.biart.model import BiART
-from latent_verse.checkpoints.augvae import FORMAT, WEIGHTS, load_augvae, save_augvae
+from latent_verse.checkpoints.augvae import FORMAT, WEIGHTS, load_augvae, write_augvae
 from latent_verse.checkpoints.checks import (
     check_fits,
     json_object,
@@ -19,43 +19,44 @@ from latent_verse.checkpoints.checks import (
     skeleton,
 )
 from latent_verse.checkpoints.ckpt_files import CheckpointError, fetch_from_hub, fingerprint
-from latent_verse.config import BiARTConfig, UserError, as_plain
+from latent_verse.checkpoints.folders import ABOUT, check_about, kind_of, write_about, writing
+from latent_verse.config import AugVAEConfig, BiARTConfig, UserError, as_plain
 from latent_verse.config.settings import expand, is_number, shown
 from latent_verse.data.text import TOO_LONG, Tokenizer
 from latent_verse.data.tokenizer_files import load_tokenizer
-from latent_verse.files import replacing, write_json
 
 BUNDLE = "latent_verse/bundle"
 BIART_WEIGHTS = "biart.safetensors"
+VAE_WEIGHTS, VAE_ABOUT = f"vae/{WEIGHTS}", f"vae/{ABOUT}"
 TOKENIZER = "tokenizer/tokenizer_config.json"
-BUNDLE_FILES = ("config.json", f"vae/{WEIGHTS}", "vae/config.json", BIART_WEIGHTS, TOKENIZER)
+BUNDLE_FILES = (ABOUT, VAE_WEIGHTS, VAE_ABOUT, BIART_WEIGHTS, TOKENIZER)
+SETTINGS = ("vae", "biart", "info")  # of what config.json holds
 
 
 def save_bundle(
     directory: str | os.PathLike, vae: AugVAE, biart: BiART, tokenizer: Tokenizer, info: dict[str, Any]
 ) -> None:
-    """Write config.json, vae/, biart.safetensors and tokenizer/; each appears whole or not at all.
+    """Write config.json, vae/, biart.safetensors and tokenizer/: all or nothing. Other files of a bundle stay.
 
-    config.json comes first, with the fingerprints: `load_bundle` refuses a folder whose writing was interrupted.
     `info` is that of `inference.pipeline.LVerse`.
 
     Raises:
         CheckpointError: the folder holds something other than a bundle.
+        FileError: it cannot be written; a bundle that was there is still whole.
+        ConfigError: as `config.settings.expand`.
     """
     from safetensors.torch import save_file
 
-    directory = Path(expand(directory, True, "directory"))
-    if directory.exists() and not _may_become_bundle(directory):
-        raise CheckpointError(f"{directory} exists and is not a bundle. Name a new or empty folder.")
-    directory.mkdir(parents=True, exist_ok=True)
+    texts = {f"tokenizer/{name}": text for name, text in tokenizer.files().items()}
+    names = [VAE_WEIGHTS, VAE_ABOUT, BIART_WEIGHTS, *texts]
     content = {"format": BUNDLE, "vae": as_plain(vae.config), "biart": as_plain(biart.config), "info": info}
     content["fingerprints"] = fingerprints(vae, biart, tokenizer)
-    write_json(directory / "config.json", content)
-    save_augvae(vae, directory / "vae")
-    with replacing(directory / BIART_WEIGHTS) as unfinished:
-        save_file({key: tensor.contiguous() for key, tensor in biart.state_dict().items()}, unfinished)
-    with replacing(directory / "tokenizer") as unfinished:
-        tokenizer.save(unfinished)
+    with writing(directory, BUNDLE, names, alone=True) as unfinished:
+        write_about(unfinished[ABOUT], content, SETTINGS)
+        write_augvae(vae, unfinished[VAE_ABOUT], unfinished[VAE_WEIGHTS])
+        save_file({key: tensor.contiguous() for key, tensor in biart.state_dict().items()}, unfinished[BIART_WEIGHTS])
+        for name, text in texts.items():
+            unfinished[name].write_bytes(text.encode())
 
 
 def find_bundle(path: str | os.PathLike) -> Path:
@@ -70,7 +71,7 @@ def find_bundle(path: str | os.PathLike) -> Path:
     if os.path.exists(folder) and not os.path.isdir(folder):
         raise CheckpointError(f"{path} is a file; a bundle is the folder that LVerse.save_pretrained writes.")
     if not os.path.exists(folder):
-        folder = fetch_from_hub(str(path), ("config.json", "vae/*", BIART_WEIGHTS, "tokenizer/*"))
+        folder = fetch_from_hub(str(path), (ABOUT, "vae/*", BIART_WEIGHTS, "tokenizer/*"))
     return folder
 
 
@@ -82,7 +83,7 @@ def load_bundle(path: str | os.PathLike) -> tuple[AugVAE, BiART, Tokenizer, dict
         ConfigError: as `config.settings.expand`.
     """
     folder = find_bundle(path)
-    file = folder / "config.json"
+    file = folder / ABOUT
     content = _bundle_config(folder)
     for name in BUNDLE_FILES:
         if not os.path.isfile(folder / name):
@@ -105,6 +106,11 @@ def load_bundle(path: str | os.PathLike) -> tuple[AugVAE, BiART, Tokenizer, dict
     if changed:
         parts = " and ".join(changed)
         raise CheckpointError(f"{folder} is mixed or damaged: {parts} is not what config.json records. Export again.")
+    check_about(file, content, SETTINGS)
+    there, here = as_plain(settings_from(AugVAEConfig, content.get("vae"), file)), as_plain(vae.config)
+    if other := [f"{name}: {there[name]} and {here[name]}" for name in there if there[name] != here[name]]:
+        what = f"{folder} is mixed or damaged: {ABOUT} and {VAE_ABOUT} have different settings"
+        raise CheckpointError(f"{what}:\n  " + "\n  ".join(other))
     return vae, biart, tokenizer, info, recorded
 
 
@@ -150,22 +156,10 @@ def fingerprints(vae: AugVAE, biart: BiART, tokenizer: Tokenizer) -> dict[str, s
     return {"vae": fingerprint(vae), "biart": fingerprint(biart), "tokenizer": tokenizer.fingerprint}
 
 
-def _may_become_bundle(path: Path) -> bool:
-    """Whether `save_bundle` may write here: an empty folder, or a bundle, complete or not."""
-    if not path.is_dir():
-        return False
-    if not any(path.iterdir()):
-        return True
-    try:
-        return json_object(path / "config.json").get("format") == BUNDLE
-    except CheckpointError:
-        return False
-
-
 def _bundle_config(folder: Path) -> dict[str, Any]:
-    file = folder / "config.json"
+    file = folder / ABOUT
     if not os.path.isfile(file):
-        inside = sorted(str(c.parent) for c in folder.glob("*/config.json") if _may_become_bundle(c.parent))
+        inside = sorted(str(c.parent) for c in folder.glob(f"*/{ABOUT}") if kind_of(c.parent) == BUNDLE)
         hint = f" Did you mean {inside[0]}?" if inside else " LVerse.save_pretrained writes one."
         raise CheckpointError(f"{folder} is not a bundle: it holds no config.json.{hint}")
     content = json_object(file)

@@ -77,6 +77,12 @@ class AugVAEConfig(Settings):
         ends = 2 * 9 * self.hidden_dim * self.ch_mult[-1] * self.z_channels
         return 2 * 9 * self.num_res_blocks * stages + ends + codebook
 
+    @property
+    def least_features(self) -> int:
+        """Numbers that one image takes at the least: at its resolution, what a residual block reads and what its two
+        convolutions give."""
+        return self.hidden_dim * (1 + 2 * self.ch_mult[0]) * self.resolution**2
+
 
 @dataclass(frozen=True)
 class BiARTVariant(Settings):

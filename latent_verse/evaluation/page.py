@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from latent_verse.evaluation.records import Records, interval, selection, shown
+from latent_verse.evaluation.records import Records, four_digits, interval, selection
 from latent_verse.files import write_text
 from latent_verse.html import embedded, render
 
@@ -52,7 +52,9 @@ def write(
     page = render(
         "evaluation.html",
         title=title,
-        metrics=[(n, shown(r["value"]), interval(r), r["samples"], selection(r)) for n, r in records.values.items()],
+        metrics=[
+            (n, four_digits(r["value"]), interval(r), r["samples"], selection(r)) for n, r in records.values.items()
+        ],
         protocols=[(", ".join(names), *how) for how, names in measured.items()],
         missing=records.missing,
         galleries=galleries,

@@ -12,7 +12,7 @@ from typing import Literal, TypedDict
 
 from latent_verse import __version__
 from latent_verse.config import printable
-from latent_verse.config.settings import is_number, no_file, reason
+from latent_verse.config.settings import is_number, no_file, shown
 from latent_verse.data import DataError
 from latent_verse.files import read_json_object, setting_named
 
@@ -82,7 +82,7 @@ class Records:
 
     def table(self, title: str) -> str:
         """All metrics as lines to print, the missing ones with the reason."""
-        rows = [(name, shown(record["value"]), _notes(record)) for name, record in self.values.items()]
+        rows = [(name, four_digits(record["value"]), _notes(record)) for name, record in self.values.items()]
         width = max((len(name) for name, _, _ in rows), default=0)
         lines = [printable(title), *(f"  {n:<{width}}  {v:>10}  {note}".rstrip() for n, v, note in rows)]
         for cause in dict.fromkeys(self.missing.values()):
@@ -91,7 +91,7 @@ class Records:
         return "\n".join(lines)
 
 
-def shown(value: float) -> str:
+def four_digits(value: float) -> str:
     """A value as people read it: four digits, or more before the point."""
     if abs(value) >= 10000:
         return f"{value:.0f}"
@@ -126,17 +126,23 @@ def _read_metrics(place: str) -> dict[str, dict]:
     if not path.is_file():
         raise DataError(f"compare: {path} {no_file(path)}. Give a run folder of eval_biart.py, or its metrics.json.")
     with setting_named("compare"):
-        content: dict = read_json_object(path)
-    try:
-        for name, record in content["figures"].items():
-            if not is_number(record["value"]):
-                raise TypeError(f"the value of {name} is not a number")
-            for old, new in REWORDED.items() if not name.startswith("zero_shot/") else ():  # quotes the user's prompt
-                record["protocol"] = record["protocol"].replace(old, new)
-        return {"figures": content["figures"], "missing": dict(content.get("missing", {}))}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:  # not of this form
-        why = f"it lacks {error}" if isinstance(error, KeyError) else reason(error)
-        raise DataError(f"compare: {path} is not a metrics.json of eval_biart.py ({why}).") from error
+        content = read_json_object(path)
+    figures, missing = content.get("figures"), content.get("missing", {})
+    if not isinstance(figures, dict) or not isinstance(missing, dict):
+        raise DataError(f"compare: {path} is not a metrics.json of eval_biart.py: it needs `figures`, an object.")
+    for name, record in figures.items():
+        where = f"compare: {path} is not a metrics.json of eval_biart.py: {shown(name)}"
+        if not isinstance(record, dict):
+            raise DataError(f"{where} is {shown(record)}, not an object.")
+        for field in ("value", *SAME):
+            numeric = field not in ("library", "protocol", "dtype")
+            value, needed = record.get(field), field in ("value", "protocol")
+            if not (is_number(value) if numeric else isinstance(value, str)) and (needed or value is not None):
+                found = f"is {shown(value)}" if field in record else "is missing"
+                raise DataError(f"{where}: `{field}` {found}; it has to be a {'number' if numeric else 'text'}.")
+        for old, new in REWORDED.items() if not name.startswith("zero_shot/") else ():  # quotes the user's prompt
+            record["protocol"] = record["protocol"].replace(old, new)
+    return {"figures": figures, "missing": missing}
 
 
 def compare(first: str, second: str) -> str:
@@ -150,7 +156,7 @@ def compare(first: str, second: str) -> str:
     lines = [("", printable(first), printable(second), "difference", "")]
     for name in names:
         a, b = (run["figures"].get(name) for run in runs)
-        cells = [shown(record["value"]) if record else "missing" for record in (a, b)]
+        cells = [four_digits(record["value"]) if record else "missing" for record in (a, b)]
         difference, note = "", ""
         if a and b:
             a, b = {"drawn": 1} | a, {"drawn": 1} | b

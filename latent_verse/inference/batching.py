@@ -22,7 +22,7 @@ from latent_verse.biart.sampling import beam_search, check_settings, generate, k
 from latent_verse.biart.sequence import Direction, Modality, target_modality
 from latent_verse.config import ConfigError, SamplingSettings
 from latent_verse.config.generate import GenerateSamplingConfig
-from latent_verse.config.settings import check
+from latent_verse.config.settings import check, is_a, shown
 from latent_verse.data.transforms import mix_seed
 from latent_verse.nn.compilation import why_not_compiled
 from latent_verse.nn.memory import machine_bytes
@@ -171,10 +171,8 @@ class Sampler:
 
     def rows_at_a_time(self, bytes_each: int, kept: int = 0) -> int:
         """`batch_size`, which must be at least 1, or as many rows as fit if each takes `bytes_each`; `batch_bytes`."""
-        if self.batch_size is not None and self.batch_size < 1:
-            raise ConfigError(f"batch_size is {self.batch_size}; it must be at least 1, or None.")
-        if self.batch_size:
-            return self.batch_size
+        if self.batch_size is not None:
+            return min(whole("batch_size", self.batch_size, 1), LARGEST_CALL)
         device = self.biart.device
         rows = max(1, min(LARGEST_BATCH, batch_bytes(device, kept) // bytes_each))
         # What is free on a GPU varies a little from call to call, but a decoder is kept for one number of rows.
@@ -233,12 +231,9 @@ def sample_seeds(seed: int | None, reference_RT: Tensor, samples: int) -> list[i
     A reference that occurs again continues the numbers: its samples are new. None takes torch's global generator.
 
     Raises:
-        ConfigError: the seed is negative.
+        ConfigError: the seed is negative, or not a whole number.
     """
-    if seed is None:
-        seed = int(torch.randint(2**62, ()))
-    if seed < 0:
-        raise ConfigError(f"seed is {seed}; it must be 0 or above.")
+    seed = int(torch.randint(2**62, ())) if seed is None else whole("seed", seed, 0)
     numbers: Counter[int] = Counter()
     seeds = []
     for row in reference_RT.cpu().numpy():
@@ -246,3 +241,15 @@ def sample_seeds(seed: int | None, reference_RT: Tensor, samples: int) -> list[i
         seeds += [mix_seed(seed, key, numbers[key] + n) for n in range(samples)]
         numbers[key] += samples
     return seeds
+
+
+def whole(name: str, value: object, least: int, most: float = math.inf, of: str = "") -> int:
+    """The value of an argument that has to be a whole number in this range.
+
+    Raises:
+        ConfigError: it is another, or of another type.
+    """
+    if not is_a(value, int) or not least <= value <= most:  # type: ignore[operator]
+        wanted = f"from {least} to {most}" if most < math.inf else f"of at least {least}"
+        raise ConfigError(f"{name} is {shown(value)}; it must be a whole number {wanted}{of}.")
+    return int(value)  # type: ignore[call-overload]

@@ -48,6 +48,10 @@ def load_image(image: ImageLike, resolution: int) -> Tensor:
             raise DataError(f"the image {image!r} cannot be read: {error}") from error
     if not isinstance(image, Tensor):
         raise DataError(f"{type(image).__name__} is not an image: give a path, a PIL image or a tensor (3, H, W).")
+    ordinary = image.layout is torch.strided and not (image.is_nested or image.is_quantized or image.is_meta)
+    if not ordinary or (image.is_floating_point() and image.dtype.itemsize == 1):
+        found = f"nested {image.dtype}" if image.is_nested else f"{image.layout} {image.dtype} on {image.device}"
+        raise DataError(f"an image is a tensor of {found}; give a dense one (3, H, W), float32 in [-1, 1] or uint8.")
     if image.dim() != 3 or image.shape[0] not in (1, 3) or not image.numel():
         raise DataError(f"an image has shape {tuple(image.shape)}; tensors are (3, H, W) or (1, H, W).")
     image = image.detach().cpu().expand(3, -1, -1)

@@ -28,9 +28,11 @@ from latent_verse.checkpoints.ckpt_files import CheckpointError
 from latent_verse.config import ConfigError, SamplingSettings
 from latent_verse.config.evaluate import CaptionConfig
 from latent_verse.config.settings import check, reason, shown
+from latent_verse.config.train import BiARTLossConfig
 from latent_verse.data.text import Tokenizer
-from latent_verse.inference.batching import Sampler
+from latent_verse.inference.batching import Sampler, whole
 from latent_verse.inference.image_io import ImageLike, load_image, to_images
+from latent_verse.nn.precision import sampling_dtype
 
 VAE_BYTES_PER_PIXEL = 4096  # roughly what the activations of AugVAE take
 
@@ -40,15 +42,6 @@ def best_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def sampling_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
-    """The precision in which BiART samples unless a setting says otherwise: the stored one, which is bfloat16 in place
-    of float32 on a GPU that multiplies in it (compute capability 8.0 or newer), as reading the weights takes the time.
-    """
-    if stored == torch.float32 and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
-        return torch.bfloat16
-    return stored
 
 
 class LVerse:
@@ -83,11 +76,11 @@ class LVerse:
                 )
         if (v.in_channels, v.out_channels) != (3, 3):
             raise ConfigError(f"AugVAE has {v.in_channels} channels in and {v.out_channels} out; images have 3.")
-        dropout = info.get("reference_dropout", 0)
-        if not (isinstance(dropout, (int, float)) and 0 <= dropout <= 1):
-            raise ConfigError(f"info: reference_dropout is {dropout!r}; it is a probability.")
+        if not isinstance(info, dict):
+            raise ConfigError(f"info is {shown(info)}; give a dict.")
+        check(BiARTLossConfig, "info", reference_dropout=info.get("reference_dropout", 0))
         self.vae, self.biart, self.tokenizer, self.info = vae.eval(), biart, tokenizer, dict(info)
-        self.null_trained: bool = dropout > 0
+        self.null_trained: bool = info.get("reference_dropout", 0) > 0
         self.batch_size: int | None = None
         self.progress = False
         self.too_long = "truncate"
@@ -112,22 +105,18 @@ class LVerse:
             CheckpointError: absent, incomplete, damaged, of another kind, or parts that do not belong together.
             ConfigError: no such dtype, no such device on this machine, or as `config.settings.expand`.
         """
-        auto = dtype == "auto"
-        if isinstance(dtype, str):
-            dtype = None if auto else getattr(torch, dtype, dtype)
-        if dtype is not None and not (
-            isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1
-        ):
-            raise ConfigError(f"dtype is {dtype!r}; give float32, bfloat16, float16 or auto.")
+        kind: Any = getattr(torch, dtype, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+        if kind not in (None, "auto", torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            raise ConfigError(f"dtype is {shown(dtype)}; give float32, bfloat16, float16 or auto.")
         try:
             device = torch.empty(0, device=device or best_device()).device
         except (RuntimeError, AssertionError, TypeError) as error:  # of another kind, or not on this machine
             raise ConfigError(f"device is {shown(device)}: {reason(error)} Give cpu, cuda or None.") from error
         vae, biart, tokenizer, info, recorded = load_bundle(directory_or_id)
-        if auto:
-            dtype = sampling_dtype(biart.head.weight.dtype, device)
+        if kind == "auto":
+            kind = sampling_dtype(biart.head.weight.dtype, device)
         try:
-            model = cls(vae.to(device), biart.to(device=device, dtype=dtype), tokenizer, info)
+            model = cls(vae.to(device), biart.to(device=device, dtype=kind), tokenizer, info)
         except ConfigError as error:
             raise CheckpointError(f"{directory_or_id}: {error}") from error
         model.fingerprints = recorded
@@ -199,8 +188,7 @@ class LVerse:
         self.sampler.check(TEXT_TO_IMAGE, num_images, sampling)
         text_RL = self.encode_texts(texts)
         codes_RSN = self.sampler.sample(text_RL, TEXT_TO_IMAGE, num_images, sampling, seed)
-        text_BL, codes_BN = repeat(text_RL, "R L -> (R S) L", S=num_images), rearrange(codes_RSN, "R S N -> (R S) N")
-        log_p_B = self.log_p(text_BL, codes_BN, "image")
+        log_p_B = self.log_p(repeat(text_RL, "R L -> (R S) L", S=num_images), codes_RSN.flatten(0, 1), "image")
         return self._images(codes_RSN), rearrange(log_p_B, "(R S) -> R S", S=num_images)
 
     def complete(
@@ -232,18 +220,15 @@ class LVerse:
         if len(self.vae.code_levels) != 1:
             raise ConfigError(f"complete needs one level of codes, not {self.vae.code_levels}. Train on an AugVAE-SL.")
         (side,) = self.vae.code_levels
-        if not 1 <= keep_rows < side:
-            raise ConfigError(f"keep_rows (--rows) is {keep_rows}; of {side} rows of codes keep 1 to {side - 1}.")
-        if text is None:
-            if not self.null_trained:
-                raise ConfigError("This model was trained without reference_dropout, so it needs a text: give one.")
-            if guidance != 1 or rerank > 1:
-                raise ConfigError("guidance and rerank follow a text: give one, or leave them out.")
+        keep_rows = whole("keep_rows (--rows)", keep_rows, 1, side - 1, f", of {side} rows of codes")
+        if text is None and not self.null_trained:
+            raise ConfigError("This model was trained without reference_dropout, so it needs a text: give one.")
+        if text is None and (guidance != 1 or rerank > 1):
+            raise ConfigError("guidance and rerank follow a text: give one, or leave them out.")
         codes_IN = self.codes(images)
-        if text is None:
-            text_IL = self.biart.vocab.null_reference(len(codes_IN), TEXT_TO_IMAGE)
-        else:
-            text_IL = self.encode_texts([text] * len(codes_IN) if isinstance(text, str) else text)
+        texts = [text] * len(codes_IN) if isinstance(text, str) else text
+        nulls_IL = self.biart.vocab.null_reference(len(codes_IN), TEXT_TO_IMAGE)
+        text_IL = nulls_IL if texts is None else self.encode_texts(texts)
         if len(text_IL) != len(codes_IN):
             raise ConfigError(f"{len(text_IL)} texts for {len(codes_IN)} images: give one text, or one for each.")
         kept_IK = codes_IN[:, : keep_rows * side]
@@ -341,11 +326,9 @@ class LVerse:
         return self.biart.vocab.pad_text([kept for kept, _ in found])
 
     def _images(self, codes_RSN: Tensor) -> list[list[Image.Image]]:
-        R, S, _ = codes_RSN.shape
-        images = []
-        for codes_BN in codes_RSN.flatten(0, 1).split(self._images_at_a_time()):
-            images += to_images(self.vae.decode_codes(codes_BN.to(self.device)))
-        return [images[r * S : (r + 1) * S] for r in range(R)]
+        parts = codes_RSN.flatten(0, 1).split(self._images_at_a_time())
+        images = [image for part in parts for image in to_images(self.vae.decode_codes(part.to(self.device)))]
+        return [images[i : i + codes_RSN.shape[1]] for i in range(0, len(images), codes_RSN.shape[1])]
 
     def _images_at_a_time(self) -> int:
         return self.sampler.rows_at_a_time(VAE_BYTES_PER_PIXEL * self.vae.config.resolution**2)
@@ -353,7 +336,7 @@ class LVerse:
 
 def _listed(items: Any, single: type | tuple[type, ...], what: str) -> list:
     """A list of one or more; a single text or image counts as one."""
-    if isinstance(items, single) or (isinstance(items, Tensor) and items.dim() == 3):
+    if isinstance(items, single) or (isinstance(items, Tensor) and not items.is_nested and items.dim() == 3):
         items = [items]
     try:
         items = list(items)

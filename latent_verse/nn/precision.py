@@ -50,6 +50,15 @@ def in_float64(x: Tensor) -> Tensor:
     return (x.cpu() if x.device.type == "mps" else x).double()
 
 
+def sampling_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """The precision in which BiART samples unless a setting says otherwise: the stored one, which is bfloat16 in place
+    of float32 on a GPU that multiplies in it (compute capability 8.0 or newer), as reading the weights takes the time.
+    """
+    if stored == torch.float32 and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
+        return torch.bfloat16
+    return stored
+
+
 def keeping_float32(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """`fn`, as nn.Module._apply takes it, without its casts to half precision; moves to a device remain.
 

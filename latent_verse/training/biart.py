@@ -118,7 +118,7 @@ class LitBiART(pl.LightningModule):
         if not x.is_floating_point():
             return x.long()
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            return self.vae.codes(x.float())
+            return self.vae.codes(x.float(), validate=False)
 
     def pack(self, batch: list[Tensor], rows: int, **dropouts: float) -> Sequences:
         """A loader's batch -> sequences, the first `rows` of them text to image; `dropouts` go to Vocabulary.pack."""

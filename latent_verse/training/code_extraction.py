@@ -69,7 +69,7 @@ def _extract(config: TrainBiARTConfig, vae: AugVAE, pretrained: Pretrained | Non
         meta = extract(
             work,
             folder,
-            lambda x: vae.codes(x.to(device)),
+            lambda x: vae.codes(x.to(device), validate=False),  # a loader's images
             tokenizer,
             plan,
             batch_size=d.batch_size,

@@ -111,6 +111,63 @@ def test_codes_outside_the_codebook_are_refused(tiny_augvae, code):
         tiny_augvae().decode_codes(codes)
 
 
+IMAGES = {
+    "NaN": (lambda x: x * torch.nan, ("nan", [-1, 1])),
+    "one NaN": (lambda x: x.index_fill(0, torch.tensor([1]), torch.nan), ("nan", [-1, 1])),
+    "infinite": (lambda x: x / 0, ("inf", [-1, 1])),
+    "floats of bytes": (lambda x: (x + 1) * 127.5, ("values", [-1, 1], "127.5")),
+    "bytes": (lambda x: ((x + 1) * 127.5).byte(), ("torch.uint8", "torch.float32", "127.5")),
+    "float64": (lambda x: x.double(), ("torch.float64", "torch.float32")),
+    "float16": (lambda x: x.half(), ("torch.float16", "torch.float32")),
+    "complex": (lambda x: x.to(torch.complex64), ("torch.complex64", "torch.float32")),
+    "whole numbers": (lambda x: x.long(), ("torch.int64", "torch.float32")),
+    "another device": (lambda x: x.to("meta"), ("meta", "cpu")),
+    "sparse": (lambda x: x.to_sparse(), ("torch.sparse_coo", "torch.Tensor")),
+    "quantised": (lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8), ("torch.Tensor",)),
+    "an array": (lambda x: x.numpy(), ("ndarray", "torch.from_numpy")),
+    "a list": (lambda x: x.tolist(), ("list", "torch.Tensor")),
+    "nothing": (lambda x: None, ("NoneType", "torch.Tensor")),
+}
+
+
+@pytest.mark.parametrize("case", IMAGES)
+def test_images_of_another_kind_have_no_codes(tiny_augvae, tiny_images, case):
+    change, facts = IMAGES[case]
+    with pytest.raises(ValueError, match=naming("images", *facts)) as error:
+        tiny_augvae().codes(change(tiny_images()))
+    assert "\n" not in str(error.value)
+
+
+CODES = {
+    "floats": (lambda c: c.float(), ("torch.float32", "torch.int64")),
+    "bytes": (lambda c: c.byte(), ("torch.uint8", "torch.int64")),
+    "truth values": (lambda c: c.bool(), ("torch.bool", "torch.int64")),
+    "complex": (lambda c: c.to(torch.complex64), ("torch.complex64", "torch.int64")),
+    "another device": (lambda c: c.to("meta"), ("meta", "cpu")),
+    "an array": (lambda c: c.numpy(), ("ndarray", "torch.from_numpy")),
+    "a list": (lambda c: c.tolist(), ("list", "torch.Tensor")),
+    "nothing": (lambda c: None, ("NoneType", "torch.Tensor")),
+}
+
+
+@pytest.mark.parametrize("case", CODES)
+def test_codes_of_another_kind_are_no_image(tiny_augvae, tiny_images, case):
+    model, (change, facts) = tiny_augvae(), CODES[case]
+    with pytest.raises(ValueError, match=naming("codes", *facts)) as error:
+        model.decode_codes(change(model.codes(tiny_images())))
+    assert "\n" not in str(error.value)
+
+
+def test_images_that_resizing_overshot_and_short_codes_are_taken(tiny_augvae, tiny_images):
+    model, x = tiny_augvae(), tiny_images().sign() * 1.0009
+    codes = model.codes(x)
+    assert torch.equal(model.codes(x, validate=False), codes) and codes.dtype == torch.int64
+    assert torch.equal(model.decode_codes(codes.int()), model.decode_codes(codes))
+    half, h = tiny_augvae().bfloat16(), tiny_images().bfloat16()
+    assert half.codes(h).shape == (2, 84)
+    assert model.codes(x[:0]).shape == (0, 84)
+
+
 def test_the_last_code_and_an_empty_batch_are_taken(tiny_augvae):
     model = tiny_augvae()
     assert model.decode_codes(torch.full((1, 84), 23)).shape == (1, 3, 16, 16)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -71,9 +72,19 @@ def test_a_metric_that_is_no_number_is_missing():
         '{"figures": {"x": {"value": 1.0}}}',
         '{"figures": {"x": {"protocol": "p"}}}',
         '{"figures": {"zero_shot/x": {"value": "much", "protocol": "p"}}}',
-        '{"figures": {"x": {"value": "1_0", "protocol": "p"}}}',
         '{"figures": {"x": {"value": true, "protocol": "p"}}}',
+        '{"figures": {"x": {"value": "1_0", "protocol": "p"}}}',
+        '{"figures": {"x": {"value": "40.0", "protocol": "p"}}}',
         '{"figures": {"x": {"value": 1e999, "protocol": "p"}}}',
+        '{"figures": {"x": {"value": NaN, "protocol": "p"}}}',
+        '{"figures": {"x": {"value": null, "protocol": "p"}}}',
+        '{"figures": {"x": {"value": [1], "protocol": "p"}}}',
+        '{"figures": {"x": {"value": 1, "protocol": 5}}}',
+        '{"figures": {"x": {"value": 1, "protocol": "p", "samples": true}}}',
+        '{"figures": {"x": {"value": 1, "protocol": "p", "seed": {"a": 1}}}}',
+        '{"figures": {"x": {"value": 1, "protocol": "p", "dtype": 32}}}',
+        '{"figures": {"x": {"value": 1, "protocol": "p", "drawn": "4"}}}',
+        '{"figures": null}',
         '{"figures": {"x": 1.0}}',
         '{"figures": [1.0]}',
         '{"figures": {}, "missing": 3}',
@@ -89,6 +100,19 @@ def test_files_that_hold_no_records_are_named(tmp_path, capsys, content):
         assert eval_biart.main(["--compare", *(str(tmp_path / f"{name}.json") for name in pair)]) == 2
         said = capsys.readouterr().err
         assert str(tmp_path / "odd.json") in said and said.startswith("error: ") and said.count("\n") == 1
+        assert not re.search(r"Error\b|object is|not supported|'NoneType'", said)  # Python's words
+
+
+def test_what_is_wrong_in_a_record_is_named(tmp_path, capsys):
+    content = {"figures": {"generation/fid_0": {"value": "1_0", "protocol": "p"}}}
+    (tmp_path / "odd.json").write_text(json.dumps(content))
+    assert eval_biart.main(["--compare", *[str(tmp_path / "odd.json")] * 2]) == 2
+    assert naming("compare", "generation/fid_0", "value", "'1_0'", "number").search(capsys.readouterr().err)
+
+
+def test_what_earlier_versions_left_out_is_no_mistake(tmp_path):
+    (tmp_path / "a.json").write_text('{"figures": {"x": {"value": 3, "protocol": "p", "seed": null}}}')
+    assert compare(*[str(tmp_path / "a.json")] * 2).splitlines()[1].split() == ["x", "3", "3", "+0"]
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import torch
 from latent_verse.checkpoints.augvae import load_augvae
 from latent_verse.checkpoints.biart import load_pretrained
 from latent_verse.checkpoints.ckpt_files import check_resumable
+from latent_verse.checkpoints.folders import SETTINGS_FINGERPRINT
 from latent_verse.commands import generate, train_biart, train_vae
 from latent_verse.data.codes import CodesDataset
 from latent_verse.inference.pipeline import LVerse
@@ -161,6 +162,9 @@ def make_bundles(bench: Bench) -> Case:
     folder = bench.given / "bundle"
     shutil.copytree(bench.valid.bundle(), folder)
     files = sorted(file for file in folder.rglob("*") if file.is_file())
+    if m.chance(0.3) and not bench.unchanged:
+        _change_settings(m, folder)
+        return _compared(bench, folder)
     for file in m.some(files) if not bench.unchanged else ():
         m.note(file.relative_to(folder))
         if m.chance(0.1):
@@ -175,13 +179,78 @@ def make_bundles(bench: Bench) -> Case:
         return command_case(generate, f"--model {folder} --text 'a red circle' --gpus 0 --out out --seed 1")
     if m.chance(0.3):
         return loader_case(lambda: _try(load_augvae(folder / "vae")), f"load_augvae({str(folder / 'vae')!r})")
-    return loader_case(lambda: _use(LVerse.from_pretrained(folder, "cpu")), f"LVerse.from_pretrained({str(folder)!r})")
+    return _compared(bench, folder)
 
 
-def _use(model: LVerse) -> None:
-    [[image]] = model.text_to_image(["a red circle"], seed=1)
-    [[caption]] = model.image_to_text([image])
-    assert isinstance(caption, str)
+# settings that could be right, and of which the weights say nothing
+SILENT = {
+    ("config.json", "biart", "n_head"): (1, 2, 4, 8),
+    ("config.json", "info", "reference_dropout"): (0, 0.5, 1),
+    ("config.json", "vae", "norm"): ("pixel", "group"),
+    ("vae/config.json", "config", "norm"): ("pixel", "group"),
+}
+
+
+def _change_settings(m: Mutator, folder: Path) -> None:
+    """Other settings in a config.json, often some of SILENT; the JSON is written in another way."""
+    if m.chance(0.6):
+        name, part, setting = place = m.pick(SILENT)
+        content = json.loads((folder / name).read_text(encoding="utf-8"))
+        content[part][setting] = m.pick(SILENT[place])
+        m.note(name, setting, "is now", content[part][setting])
+    else:
+        name = m.pick(("config.json", "vae/config.json"))
+        content = json.loads((folder / name).read_text(encoding="utf-8"))
+        for _ in m.few():
+            settings = content[m.pick(key for key in ("biart", "vae", "info", "config") if key in content)]
+            setting = m.pick(sorted(settings))
+            settings[setting] = _another(m, settings[setting])
+            m.note(name, setting, "is now", repr(settings[setting])[:80])
+    ordered = sorted(content) if m.chance(0.5) else reversed(content)
+    text = json.dumps({key: content[key] for key in ordered}, indent=m.pick((None, 1, 8)))
+    (folder / name).write_text(text, encoding="utf-8")
+
+
+def _another(m: Mutator, old):
+    """A value of the same kind, mostly one that a setting may have."""
+    if isinstance(old, bool):
+        return not old
+    if isinstance(old, (int, float)):
+        return m.pick((1, 2 * old, old // 2, old + 1, float(old), int(old), 0))
+    if isinstance(old, list):
+        return m.pick((old[::-1], [2 * item for item in old], old[:1], [*old, *old[-1:]]))
+    return m.pick(("pixel", "group", "ema", "truncate", "error", None, 1, f"{old} "))
+
+
+def _recorded(folder: Path) -> bool:
+    """Whether the files of a bundle still hold the fingerprints of their settings, which earlier versions lack."""
+    try:
+        return all(
+            SETTINGS_FINGERPRINT in json.loads((folder / name).read_text(encoding="utf-8"))
+            for name in ("config.json", "vae/config.json")
+        )
+    except (OSError, ValueError, RecursionError, TypeError):
+        return False
+
+
+def _compared(bench: Bench, folder: Path) -> Case:
+    original = bench.valid.bundle() if _recorded(folder) else None
+    return loader_case(lambda: _same_results(folder, original), f"LVerse.from_pretrained({str(folder)!r})")
+
+
+def _same_results(folder: Path, original: Path | None) -> None:
+    """Generate with a bundle, which has to give what the `original` gives: what was changed is found, or nothing."""
+
+    def results(bundle: Path) -> tuple[str, float, float, float]:
+        model = LVerse.from_pretrained(bundle, "cpu")
+        [[image]] = model.text_to_image(["a red circle"], seed=1)
+        [[caption]] = model.image_to_text([image])
+        assert isinstance(caption, str)
+        x = model.vae.decode_codes(model.codes([image]))  # numbers: images of so small a model are much alike
+        return caption, model.score([image], ["a red circle"]).item(), x.sum().item(), float(model.null_trained)
+
+    found = results(folder)
+    assert original is None or found == results(original), "other results than before the change"
 
 
 def odd_safetensors(m: Mutator, data: bytes) -> bytes:
@@ -313,7 +382,7 @@ def _odd_codes(m: Mutator, data: bytes) -> bytes:
 
 AREAS = {
     "checkpoints": Area(make_checkpoints, 110, ("vae_run", "biart_run"), codes=(1, 2)),
-    "bundles": Area(make_bundles, 80, ("bundle",)),
+    "bundles": Area(make_bundles, 120, ("bundle",)),
     "runs": Area(make_runs, 40, ("vae_run", "biart_run"), codes=(1, 2), changes_given=True),
     "codes": Area(make_codes, 60, ("codes",)),
 }

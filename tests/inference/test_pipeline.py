@@ -24,7 +24,7 @@ from latent_verse.biart.sampling import NotFinite, beam_search, log_likelihood
 from latent_verse.checkpoints.augvae import load_augvae
 from latent_verse.checkpoints.bundle import BUNDLE_FILES
 from latent_verse.checkpoints.ckpt_files import CheckpointError, fingerprint
-from latent_verse.config import ConfigError
+from latent_verse.config import ConfigError, as_plain
 from latent_verse.data import DataError
 from latent_verse.data.text import TokenizerError
 from latent_verse.data.transforms import centre_crop, to_unit_range
@@ -152,6 +152,8 @@ def test_parts_that_were_not_trained_together_are_refused(tiny_augvae, model, bu
     stranger.save_pretrained(bundle / "vae")
     config = json.loads((bundle / "config.json").read_text())
     config["fingerprints"]["vae"] = fingerprint(stranger)
+    config["vae"] = as_plain(stranger.config)
+    del config["settings_fingerprint"]
     (bundle / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=naming(bundle, "BiART", "image_vocab", 24, 30)):
         LVerse.from_pretrained(bundle)
@@ -368,6 +370,51 @@ def test_settings_that_make_no_sense_are_refused(model, settings, facts):
         model.text_to_image(["a"], **settings)
 
 
+@pytest.mark.parametrize("value", [1.5, "1", float("nan"), 1.0, [1], torch.tensor([1, 2]), True, b"1"], ids=repr)
+def test_what_is_no_whole_number_is_refused(model, value):
+    """One rule for all arguments: numpy's whole numbers are some, True is none."""
+    for call, name in (
+        (lambda: model.text_to_image(["a"], seed=value), "seed"),
+        (lambda: model.image_to_text([photo()], temperature=1.0, seed=value), "seed"),
+        (lambda: model.complete([photo()], value), "keep_rows"),
+        (lambda: model.text_to_image(["a"], num_images=value), "num"),
+        (lambda: model.text_to_image(["a"], top_k=value), "top_k"),
+        (lambda: model.text_to_image(["a"], rerank=value), "rerank"),
+        (lambda: model.image_to_text([photo()], beams=value), "beams"),
+    ):
+        with pytest.raises(ConfigError, match=naming(name)) as error:
+            call()
+        assert "\n" not in str(error.value)
+    model.batch_size = value
+    with pytest.raises(ConfigError, match=naming("batch_size", repr(value))):
+        model.text_to_image(["a"])
+
+
+def test_numpys_numbers_and_huge_ones_are_whole_numbers(model):
+    expected = model.text_to_image(["a"], seed=3)
+    model.batch_size = np.int64(2)
+    assert same(expected, model.text_to_image(["a"], seed=np.int64(3)), within=0)
+    model.batch_size = 2**70
+    assert same(expected, model.text_to_image(["a"], seed=3), within=0)
+    assert not same(expected, model.text_to_image(["a"], seed=2**80), within=0)
+    assert model.complete([photo()], np.int64(2), "a", seed=1)
+
+
+@pytest.mark.parametrize(
+    "info", [None, [], "info", *({"reference_dropout": value} for value in ("0.1", True))], ids=repr
+)
+def test_information_that_is_none_is_refused(model, info):
+    with pytest.raises(ConfigError, match=naming("info")):
+        LVerse(model.vae, model.biart, model.tokenizer, info)
+
+
+def test_information_that_json_cannot_hold_is_refused(model, tmp_path):
+    model.info["path"] = tmp_path
+    with pytest.raises(ConfigError, match=naming("config.json", "PosixPath")) as error:
+        model.save_pretrained(tmp_path / "bundle")
+    assert "\n" not in str(error.value) and not (tmp_path / "bundle").exists()
+
+
 def test_settings_of_captions_that_make_no_sense_are_refused(model):
     for settings, facts in (
         ({"num_captions": 3}, ["num_captions", "num", "temperature", 0]),
@@ -444,6 +491,11 @@ def test_images_that_cannot_be_used_are_refused(model, tmp_path):
         (torch.full((3, 8, 8), 200.0), DataError, [200, [-1, 1]]),
         (torch.full((3, 8, 8), float("nan")), DataError, ["nan", [-1, 1]]),
         (torch.zeros(3, 8, 8, dtype=torch.int64), DataError, ["int64", [-1, 1]]),
+        (torch.zeros(3, 8, 8, device="meta"), DataError, ["meta", "(3, H, W)"]),
+        (torch.zeros(3, 8, 8).to_sparse(), DataError, ["torch.sparse_coo", "(3, H, W)"]),
+        (torch.zeros(3, 8, 8).to(torch.float8_e4m3fn), DataError, ["torch.float8_e4m3fn", "(3, H, W)"]),
+        ([torch.quantize_per_tensor(torch.zeros(3, 8, 8), 0.1, 0, torch.qint8)], DataError, ["torch.qint8"]),
+        ([torch.nested.nested_tensor([torch.zeros(3, 8)])], DataError, ["nested"]),
     ):
         with pytest.raises(error, match=naming(*facts)):
             model.image_to_text(images)
