@@ -121,15 +121,18 @@ def verdict(codes: Sequence[int | None]) -> int:
     """
     for rank, code in enumerate(codes):
         if code is not None and code < 0:
-            number = -code
-            name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
-            often = ", often because memory ran out" if number == signal.SIGKILL else ""
-            print_error(f"process {rank} of {len(codes)} was killed by {name}{often}.")
+            print_error(f"process {rank} of {len(codes)} {killed_by(-code)}.")
             return 1
     said = [code for code in codes if code not in (None, 0, LOST)]
     if not said:
         print_error(LOST_CONTACT)
     return max(said, default=1)
+
+
+def killed_by(number: int) -> str:
+    """What to say of a process that a signal has killed."""
+    name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
+    return f"was killed by {name}" + (", often because memory ran out" if name == "SIGKILL" else "")
 
 
 class _Signals:
