@@ -140,6 +140,8 @@ class _Signals:
 
     Where Python would print and forget what a handler raises (in a finalizer, or a callback of C code), the signal
     comes again a moment later. In `nothing_begun` there is nothing to unwind, so that the process ends there and then.
+    No handler runs while C code waits, for another process that does not answer for example. So a thread sees signals
+    as they arrive, and ends the process that a second Ctrl-C has not ended after `GRACE` seconds.
     """
 
     def __init__(self) -> None:
@@ -148,6 +150,9 @@ class _Signals:
         self._pid = os.getpid()
         self._is_main = _is_watched() or _runs_the_process()
         self._unraisable = sys.unraisablehook
+        self._arrived: tuple[int, int] | None = None  # the ends of a pipe that each signal's number is written to
+        self._watch = threading.Thread(target=self._insist, daemon=True)
+        self._over = threading.Event()
 
     def __enter__(self) -> _Signals:
         if threading.current_thread() is threading.main_thread():
@@ -158,9 +163,36 @@ class _Signals:
                 if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
                     self._before[number] = signal.signal(number, self._stop)
             sys.unraisablehook = self._raise_again
+            if self._is_main and hasattr(os, "fork"):
+                with contextlib.suppress(OSError, RuntimeError):  # no more files or threads may be opened
+                    self._arrived = os.pipe()
+                    os.set_blocking(self._arrived[1], False)
+                    self._watch.start()
+                    signal.set_wakeup_fd(self._arrived[1], warn_on_full_buffer=False)
         return self
 
+    def _insist(self) -> None:
+        assert self._arrived is not None
+        asked = 0
+        while asked < 2:
+            number = os.read(self._arrived[0], 1)[0]
+            if not number:  # the program has ended
+                return
+            asked += number == signal.SIGINT
+        if not self._over.wait(GRACE):
+            if is_first_process():
+                print_error("stopped at once by a second SIGINT: something that it waits for does not answer.")
+            os._exit(128 + signal.SIGINT)
+
     def __exit__(self, *_: object) -> None:
+        if self._arrived is not None:
+            if self._watch.ident:
+                signal.set_wakeup_fd(-1)
+                self._over.set()
+                os.write(self._arrived[1], b"\0")
+                self._watch.join()
+            for end in self._arrived:
+                os.close(end)
         if self.reporting and self._is_main:
             return  # while the interpreter ends, Python's own handlers would print tracebacks
         sys.unraisablehook = self._unraisable
@@ -189,6 +221,10 @@ class _Signals:
             again.start()
         elif not self.reporting:  # what a program that has failed leaves half made cannot be tidied up either
             self._unraisable(what)
+
+
+if hasattr(os, "register_at_fork"):  # what a forked process is told does not concern its parent
+    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
 
 
 _begun = True  # whether a program may have made anything

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -11,12 +12,14 @@ from pathlib import Path
 
 import pytest
 
+from latent_verse.config.program import SIGNALS
 from tests.image_runs import SMALL, write_pictures
 from tests.messages import naming
 from tests.stand_ins import write_pairs
 from tests.tiny_lverse import make_lverse
 
 REPO = Path(__file__).parents[2]
+TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 0
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
@@ -103,6 +106,53 @@ def test_a_run_ends_when_a_loader_process_does(tmp_path, number):
     assert said.count("error: ") == 1 and "Traceback" not in said, said
     assert naming("SIGINT" if number is None else "--num_workers").search(said)
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+
+
+def at_work(tmp_path: Path, tiny_augvae, script: str) -> tuple[list[object], Path, str]:
+    """Flags of a program that works for minutes, its folder, and a pattern of what it writes there on the way."""
+    bundle, out = tmp_path / "bundle", tmp_path / "runs" / "run"
+    make_lverse(tiny_augvae(single_level=4), text_len=48).save_pretrained(bundle)
+    here = ["--log_dir", tmp_path / "runs", "--name", "run", "--gpus", 0]
+    if script == "eval_vae.py":
+        images = ["--test_dir", write_pictures(tmp_path / "test", 5000), "--save_images", 5000]
+        return ["--ckpt_path", bundle / "vae", *images, "--batch_size", 1, "--num_workers", 2, *here], out, "*/*.png"
+    if script == "eval_biart.py":
+        data = ["--test_dir", write_pairs(tmp_path / "pairs", 2000, 1), "--no-java"]
+        return ["--model", bundle, *data, "--tasks", "likelihood", "captions", "--beams", 16, *here], out, ".lock"
+    if script == "train_biart.py":
+        data = ["--train_dir", write_pairs(tmp_path / "pairs", 3000, 1), "--num_workers", 2, "--shard_size", 10]
+        encode = ["--extract_codes", out, "--batch_size", 1, "--bpe_vocab_size", 300]
+        return ["--vae_path", bundle / "vae", *data, *encode, "--gpus", 0], out, "train/*.tar"
+    return ["--model", bundle, "--text", "a red circle", "--num", 5000, "--out", out, "--gpus", 0], out, ""
+
+
+def computed(process: subprocess.Popen) -> float:
+    """Seconds of a core that a program has used."""
+    return sum(map(int, Path(f"/proc/{process.pid}/stat").read_text().rsplit(")", 1)[1].split()[11:13])) / TICKS
+
+
+@linux
+@pytest.mark.slow
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda n: n.name)
+@pytest.mark.parametrize("script", ["generate.py", "eval_vae.py", "eval_biart.py", "train_biart.py"])
+def test_a_signal_in_the_midst_of_the_work(tmp_path, tiny_augvae, script, number):
+    flags, out, written = at_work(tmp_path, tiny_augvae, script)
+    process = start(script, *flags)
+    wait_for(lambda: list(out.glob(written or "../run")), process)
+    since = computed(process)
+    wait_for(lambda: computed(process) > since + 1, process)
+    workers = loaders(process.pid)
+    assert bool(workers) == ("--num_workers" in flags)
+    process.send_signal(number)
+    said, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, errors
+    assert naming(number.name).search(errors) and errors.count("error: ") == 1 and "Traceback" not in errors, errors
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+    assert not (out / ".lock").exists() and not list(out.rglob("*.tmp"))
+    if script == "generate.py":
+        assert not out.exists()  # an empty folder is removed
+    if script == "eval_biart.py" and "captions ..." in said:
+        assert json.loads((out / "metrics.json").read_text())["tasks"] == ["likelihood"]
 
 
 @linux

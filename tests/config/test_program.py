@@ -169,6 +169,22 @@ def test_signals_that_come_again_while_a_program_saves():
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_second_ctrl_c_ends_a_program_that_waits_in_c_code(times):
+    """As a process does that waits for another one, which hangs: Python's handlers do not run meanwhile."""
+    waits = """
+    program.GRACE = 0.5
+    if not os.fork():  # a forked process's signals do not count
+        os.kill(os.getpid(), signal.SIGINT); time.sleep(50)
+    for i in range({}):
+        threading.Timer(0.5 + 0.3 * i, os.kill, (os.getpid(), signal.SIGINT)).start()
+    hashlib.pbkdf2_hmac("sha256", b"x", b"y", {})"""
+    heading = "import hashlib, threading\nfrom latent_verse.config import program\n"
+    done = script(heading + MAIN.format(waits.format(times, 10**9 if times == 2 else 10**6)))
+    assert done.returncode == 130 and done.stderr.count("\n") == 1, done.stderr
+    assert naming("SIGINT").search(done.stderr) and ("does not answer" in done.stderr) == (times == 2)
+
+
 SWALLOWED = {
     "finalizer": """
     class Held:
