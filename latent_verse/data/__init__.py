@@ -5,6 +5,7 @@ What opens data, and what batches it:
     modules.py          ImageDataModule, PairDataModule: order, exact resume, ranks, transfer to the device (Lightning)
 Images:
     transforms.py       one file's bytes -> RGB -> square crop -> [-1, 1]; which randomness belongs to which sample
+    jpeg_scans.py       whether a JPEG is whole
     images.py           ImageDataset (one sub-folder per class), FlatImages (any folder), FakeDataset
     shards.py           Shards: tar shards, local or streamed, through the webdataset library
 Images with captions:

@@ -9,6 +9,8 @@ Only FORMATS are decoded, told by content and not by name: Pillow knows forty mo
 them. Size is bounded before memory is taken: MAX_BYTES of a file, MAX_PIXELS of an image. JPEGs of up to twice as many
 pixels, photos of 100 and 150 megapixels, are read at half their width and height.
 
+JPEGs that lack data in the middle or at the end are refused, as far as their scans tell: jpeg_scans.py.
+
 Shapes: C = 3 colours, H x W the image's size, R the resolution. uint8 images lie in [0, 255], float in [-1, 1].
 """
 
@@ -29,6 +31,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import InterpolationMode, resize_image
 
 from latent_verse.data import DataError
+from latent_verse.data.jpeg_scans import END, GRAY, MORE, read_scans
 
 try:  # deprecated since torchvision 0.29
     from torchvision.io import ImageReadMode, decode_jpeg
@@ -40,6 +43,8 @@ FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM")  # Pillow's names, of th
 FORMATS_TEXT = "jpg, png, bmp, webp, tif, ppm or pgm"  # the same for messages
 MAX_PIXELS = 89_478_485  # of an image: Pillow's own limit, at which it only warns; at most 1 GB while it is decoded
 MAX_BYTES = 1 << 29  # of an image file: 512 MiB, which MAX_PIXELS of 16-bit RGB just fill
+MAX_WEBP = 1 << 26  # pixels of a WebP: its decoder holds four copies of four bytes, so at most 1 GB as well
+MAX_SIDE = 1 << 18  # pixels: Pillow takes more memory for each row than a row of a few pixels needs
 STRIP = 1 << 22  # pixels that are converted at once
 
 # What the others begin with, to name them: (offset, bytes, name)
@@ -129,7 +134,7 @@ def decode_rgb(data: bytes) -> Tensor:
 
     Raises:
         UnreadableImage: it is not a whole, readable image of one of FORMATS, or has more than MAX_PIXELS (a JPEG twice
-            as many); with the reason.
+            as many, a WebP MAX_WEBP) or a side of more than MAX_SIDE; with the reason.
     """
     try:
         check_bytes(len(data))
@@ -155,33 +160,81 @@ def _what_else(data: bytes) -> str:
     return f"it is not an image of a known format ({FORMATS_TEXT}), or damaged from its first bytes on"
 
 
-def check_pixels(width: int, height: int) -> None:
+def check_pixels(width: int, height: int, kind: str | None = None) -> None:
     """Refuse an image of too many pixels, before it is decoded.
 
+    Args:
+        kind: its format, one of FORMATS.
+
     Raises:
-        UnreadableImage: there are more than MAX_PIXELS, or none.
+        UnreadableImage: there are more than MAX_PIXELS (of a WebP, MAX_WEBP), or none, or a side is beyond MAX_SIDE.
     """
-    if not 0 < width * height <= MAX_PIXELS:
-        raise UnreadableImage(f"it has {width} x {height} pixels; between 1 and {MAX_PIXELS:,} are decoded")
+    most = MAX_WEBP if kind == "WEBP" else MAX_PIXELS
+    if not 0 < width * height <= most:
+        raise UnreadableImage(f"it has {width} x {height} pixels; between 1 and {most:,} are decoded")
+    if max(width, height) > MAX_SIDE:
+        raise UnreadableImage(f"it is {width} x {height} pixels large; at most {MAX_SIDE:,} a side are decoded")
 
 
 def _decode(data: bytes) -> Tensor:
     image = Image.open(io.BytesIO(data), formats=FORMATS)  # reads the header only
-    jpeg = image.format in ("JPEG", "MPO")  # a phone's MPO is a JPEG with more behind it
-    halved = jpeg and MAX_PIXELS < image.width * image.height <= 2 * MAX_PIXELS
+    if image.format in ("JPEG", "MPO"):  # a phone's MPO is a JPEG with more behind it
+        orientation = _orientation(image) if "exif" in image.info or "xmp" in image.info else 1
+        return _UPRIGHT.get(orientation, lambda x: x)(_whole_jpeg(data, image))
+    return pil_to_tensor(image)
+
+
+def _whole_jpeg(data: bytes, image: Image.Image) -> Tensor:
+    """The pixels of a JPEG that Pillow has opened, as they are stored.
+
+    Where its markers or a gray corner raise doubt, more data are put behind its own: if they change the pixels, some
+    were missing.
+
+    Raises:
+        UnreadableImage: it is cut off, or damaged in the middle.
+    """
+    scans = read_scans(data)
+    if scans.damage:
+        raise UnreadableImage(f"it is damaged: {scans.damage}")
+    if not scans.doubtful:
+        x_CHW, corner = _jpeg_pixels(data, image)
+        if not all(value in GRAY for value in corner):
+            return x_CHW
+    own = data[: scans.end]
+    x_CHW, more_CHW = (_jpeg_pixels(own + end)[0] for end in (END, MORE + END))
+    if not torch.equal(x_CHW, more_CHW):
+        raise UnreadableImage("it is cut off or damaged: the data of its pixels end before its last pixel")
+    return x_CHW
+
+
+def _jpeg_pixels(data: bytes, image: Image.Image | None = None) -> tuple[Tensor, Sequence[int]]:
+    """A JPEG's pixels, and the channels of the last one as the file has them; `image` if Pillow has opened it."""
+    image = image or Image.open(io.BytesIO(data), formats=FORMATS)
+    halved = MAX_PIXELS < image.width * image.height <= 2 * MAX_PIXELS
     if halved:
         image.draft("RGB", (image.width // 2, image.height // 2))
     check_pixels(*image.size)
-    if decode_jpeg and jpeg and image.mode in ("RGB", "L") and not halved:
-        orientation = _orientation(image) if "exif" in image.info or "xmp" in image.info else 1
+    if decode_jpeg and image.mode in ("RGB", "L") and not halved:
         try:
             x_CHW = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
-            return _UPRIGHT.get(orientation, lambda x: x)(x_CHW)
+            return x_CHW, x_CHW[:, -1, -1].tolist()
         except RuntimeError:
             pass  # this torchvision has no libjpeg, or the file is damaged: Pillow decides
     image.load()
-    check_pixels(*image.size)  # a WebP's or TIFF's header may have said something else
-    return _UPRIGHT.get(_orientation(image), lambda x: x)(_pil_to_tensor(image))
+    last = image.getpixel((image.width - 1, image.height - 1))
+    return _pixels(image), last if isinstance(last, tuple) else [last]
+
+
+def pil_to_tensor(image: Image.Image) -> Tensor:
+    """A PIL image of any mode and format as uint8 (3, H, W), upright by its EXIF orientation; see decode_rgb.
+
+    Raises:
+        UnreadableImage: as check_pixels. Pillow, which may still have to decode it, raises nearly anything.
+    """
+    check_pixels(*image.size, image.format)
+    image.load()
+    check_pixels(*image.size, image.format)  # a WebP's or TIFF's header may have said something else
+    return _UPRIGHT.get(_orientation(image), lambda x: x)(_pixels(image))
 
 
 def _orientation(image: Image.Image) -> int:
@@ -192,7 +245,7 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _pil_to_tensor(image: Image.Image) -> Tensor:
+def _pixels(image: Image.Image) -> Tensor:
     """An image of any mode as uint8 (3, H, W), made strip by strip: a large one's copies would add up to gigabytes."""
     width, height = image.size
     rows = max(1, STRIP // width)
@@ -243,7 +296,7 @@ def centre_crop(image: Tensor | Image.Image, resolution: int) -> Tensor:
     here, the reference statistics of FID included.
     """
     if isinstance(image, Image.Image):
-        image = _pil_to_tensor(image)
+        image = _pixels(image)
     _, height, width = image.shape
     short, long = min(height, width), max(height, width)
     new_long = int(resolution * long / short)  # torchvision's rounding, as in Resize(resolution)
@@ -253,7 +306,7 @@ def centre_crop(image: Tensor | Image.Image, resolution: int) -> Tensor:
         lo, hi = offset * long / new_long, (offset + resolution) * long / new_long
         box = (0, lo, width, hi) if height > width else (lo, 0, hi, height)
         pil = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
-        return _pil_to_tensor(pil.resize((resolution, resolution), Image.Resampling.BILINEAR, box=box))
+        return _pixels(pil.resize((resolution, resolution), Image.Resampling.BILINEAR, box=box))
     if height > width:
         return _resize(image, (new_long, resolution))[:, offset : offset + resolution]
     return _resize(image, (resolution, new_long))[:, :, offset : offset + resolution]

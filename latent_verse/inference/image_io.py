@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from einops import rearrange
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
@@ -22,7 +22,7 @@ from latent_verse.data.transforms import (
     FORMATS_TEXT,
     UnreadableImage,
     centre_crop,
-    check_pixels,
+    pil_to_tensor,
     read_rgb,
     to_unit_range,
 )
@@ -36,8 +36,8 @@ def load_image(image: ImageLike, resolution: int) -> Tensor:
     """An image as AugVAE takes it: float32 (3, R, R) in [-1, 1], resized and centre-cropped as in evaluation.
 
     Args:
-        image: a path, a PIL image of any mode and size, or a tensor (3 or 1, H, W): float in [-1, 1], or uint8. One
-            that has the resolution already keeps its pixels.
+        image: a path, a PIL image of any mode, size and format, or a tensor (3 or 1, H, W): float in [-1, 1], or
+            uint8. One that has the resolution already keeps its pixels.
 
     Raises:
         DataError: it is none of these, or cannot be read; the message names it.
@@ -49,8 +49,7 @@ def load_image(image: ImageLike, resolution: int) -> Tensor:
             raise DataError(f"image {image} cannot be read: {error}. Give a whole file: {FORMATS_TEXT}.") from error
     if isinstance(image, Image.Image):
         try:
-            check_pixels(*image.size)
-            return to_unit_range(centre_crop(ImageOps.exif_transpose(image), resolution))
+            return to_unit_range(centre_crop(pil_to_tensor(image), resolution))
         except Exception as error:  # it may still have to be decoded, and Pillow raises nearly anything then
             raise DataError(f"the image {image!r} cannot be read: {error}") from error
     if not isinstance(image, Tensor):

@@ -26,7 +26,7 @@ from torchvision.transforms import CenterCrop, InterpolationMode, Resize
 from torchvision.transforms.functional import pil_to_tensor, resized_crop
 
 from latent_verse import data
-from latent_verse.data import DataError, FakeDataset, FlatImages, ImageDataset
+from latent_verse.data import DataError, FakeDataset, FlatImages, ImageDataset, transforms
 from latent_verse.data.images import EXTENSIONS, NOT_READ, PathList, walk
 from latent_verse.data.transforms import (
     FORMATS,
@@ -40,33 +40,8 @@ from latent_verse.data.transforms import (
     sample_generator,
     to_unit_range,
 )
+from tests.image_files import as_tensor, encoded, gap, photo
 from tests.messages import naming
-
-
-def photo(width=90, height=60, seed=0):
-    """A PIL image with smooth areas, edges and texture."""
-    rng = np.random.default_rng(seed)
-    y, x = np.mgrid[0:height, 0:width]
-    channels = [128 + 100 * np.sin(x / (7 + 3 * c) + seed) * np.cos(y / (5 + 2 * c)) for c in range(3)]
-    array = np.stack(channels, -1) + rng.normal(0, 6, (height, width, 3))
-    array[height // 4 : height // 2, width // 4 : width // 2] = rng.integers(0, 255, 3)
-    return Image.fromarray(array.clip(0, 255).astype(np.uint8))
-
-
-def encoded(image, kind, **options):
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
-
-
-def as_tensor(image):
-    return pil_to_tensor(image.convert("RGB")).int()
-
-
-def gap(a, b):
-    assert a.shape == b.shape
-    return (a.int() - b.int()).abs().max().item()
-
 
 # --------------------------------------------------------------------------------------------------------- same images
 
@@ -297,6 +272,25 @@ def test_the_limit_names_itself(monkeypatch):
     assert decode_rgb(encoded(large, "JPEG", exif=exif)).shape == (3, 40, 15)
     with pytest.raises(UnreadableImage, match=naming("81 x 30")):
         decode_rgb(encoded(photo(81, 30), "JPEG"))
+
+
+@pytest.mark.parametrize(("size", "kind"), [((16383, 5461), "WEBP"), ((1, 300_000), "PNG"), ((300_000, 1), "PPM")])
+def test_what_takes_more_memory_than_its_pixels_is_bounded_by_it(size, kind, monkeypatch):
+    """A WebP's decoder holds four copies of four bytes a pixel, Pillow a pointer and more for each row."""
+    file = WEBP_HEADER if kind == "WEBP" else claims(*size, kind)
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("it was decoded"))
+    with pytest.raises(UnreadableImage, match=naming(f"{size[0]} x {size[1]}")):
+        decode_rgb(file)
+
+
+# lossless, of 16383 x 5461 pixels in one colour
+WEBP_HEADER = bytes.fromhex("524946461a000000574542505650384c0e0000002ffe3f5505071011fd0f4444ff03")
+
+
+def test_photos_of_any_shape_that_cameras_make_are_within_the_bounds():
+    for size in [(9504, 6336), (10_000, 8900), (100_000, 800), (800, 100_000)]:  # 60 and 89 MP, panoramas
+        transforms.check_pixels(*size, "PNG")
+    transforms.check_pixels(16383, 4096, "WEBP")
 
 
 def tiff(bits, white, pixels, kind=1):

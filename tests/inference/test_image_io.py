@@ -70,6 +70,34 @@ def test_pillow_s_own_images_are_checked_too(tmp_path):
         load_image(Image.new("RGB", (0, 9)), 8)
 
 
+@pytest.mark.parametrize("kind", ["GIF", "ICO", "TGA", "PCX", "JPEG2000", "TIFF"])
+def test_pillow_s_own_images_may_be_of_any_format(kind):
+    """Whoever opens an image has chosen its decoder; of files that LVerse opens, only FORMATS are decoded."""
+    file = io.BytesIO()
+    PHOTO.save(file, kind)
+    opened = Image.open(io.BytesIO(file.getvalue()))
+    expected = load_image(Image.open(io.BytesIO(file.getvalue())).convert("RGB"), 8)
+    assert torch.equal(load_image(opened, 8), expected)
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_pillow_s_own_images_are_read_as_their_files_are(tmp_path, orientation):
+    """By the bits and the white of a TIFF, and upright."""
+    gray = np.linspace(0, 65535, 12 * 18).astype(np.uint16).reshape(12, 18)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    exif[262] = 0  # PhotometricInterpretation: WhiteIsZero
+    Image.fromarray(gray).save(tmp_path / "a.tif", tiffinfo=exif)
+    expected = load_image(tmp_path / "a.tif", 8)
+    assert expected[0, 0, -1] > 0 > expected[0, -1, 0]
+    # from memory: Pillow 13 misreads an uncompressed TIFF that lies on its side if it opens the file by name
+    with Image.open(io.BytesIO((tmp_path / "a.tif").read_bytes())) as opened:
+        assert opened.tag_v2[262] == 0 and torch.equal(load_image(opened, 8), expected)
+    with Image.open(tmp_path / "a.tif") as opened, pytest.raises(DataError, match=naming(f"{1 << 20} x 1")):
+        opened._size = (1 << 20, 1)
+        load_image(opened, 8)
+
+
 @pytest.mark.parametrize(
     ("tensor", "facts"),
     [
