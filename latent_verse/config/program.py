@@ -45,8 +45,8 @@ LONGEST = 2000  # characters of a line
 
 WORKERS = "Give fewer --num_workers or a smaller --batch_size; with --num_workers 0 no such process is needed."
 SHARED = (
-    "the loader processes have failed: /dev/shm, through which they pass batches, is full or too small. "
-    "Give --num_workers 0, a smaller --batch_size, or more shared memory to a container (--shm-size)."
+    "/dev/shm, the memory that processes share, is full or too small. Free some, or give a container more "
+    "(--shm-size). Loader processes need less with a smaller --batch_size, and none with --num_workers 0."
 )
 FAULTS = {  # what PyTorch raises as RuntimeError: what to say
     rf"Too many open files|items of ancdata|worker .*exit code {errno.EMFILE}\.": (

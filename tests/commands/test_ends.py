@@ -120,7 +120,7 @@ def at_work(tmp_path: Path, tiny_augvae, script: str) -> tuple[list[object], Pat
         data = ["--test_dir", write_pairs(tmp_path / "pairs", 2000, 1), "--no-java"]
         return ["--model", bundle, *data, "--tasks", "likelihood", "captions", "--beams", 16, *here], out, ".lock"
     if script == "train_biart.py":
-        data = ["--train_dir", write_pairs(tmp_path / "pairs", 3000, 1), "--num_workers", 2, "--shard_size", 10]
+        data = ["--train_dir", write_pairs(tmp_path / "pairs", 3000, 1), "--shard_size", 10]
         encode = ["--extract_codes", out, "--batch_size", 1, "--bpe_vocab_size", 300]
         return ["--vae_path", bundle / "vae", *data, *encode, "--gpus", 0], out, "train/*.tar"
     return ["--model", bundle, "--text", "a red circle", "--num", 5000, "--out", out, "--gpus", 0], out, ""
@@ -142,7 +142,7 @@ def test_a_signal_in_the_midst_of_the_work(tmp_path, tiny_augvae, script, number
     since = computed(process)
     wait_for(lambda: computed(process) > since + 1, process)
     workers = loaders(process.pid)
-    assert bool(workers) == ("--num_workers" in flags)
+    assert bool(workers) == (script == "eval_vae.py")  # the others have none
     process.send_signal(number)
     said, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + number, errors
@@ -178,3 +178,48 @@ def test_output_to_a_file_has_no_bars_and_no_control_characters(tmp_path):
     assert process.returncode == 0, err
     assert not any(c < " " and c != "\n" for c in out + err)
     assert len((out + err).splitlines()) < 15, out + err
+
+
+def limited(command: list[object], limit: str, folder: Path) -> list[str]:
+    """A command that runs where /dev/shm or the folder for temporary files is full, or few files may be open."""
+    if limit == "files":
+        return ["bash", "-c", 'ulimit -n 24; exec "$@"', "bash", *map(str, command)]
+    place = folder if limit == "tmp" else Path("/dev/shm")
+    full = f"mount -t tmpfs -o size=4k none {place} && head -c 4k /dev/zero > {place}/x || exit 99"
+    return ["unshare", "-rm", "bash", "-c", f'{full}; export TMPDIR={folder}; exec "$@"', "bash", *map(str, command)]
+
+
+@linux
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "limit", "code", "facts"),
+    [
+        ("generate.py", "shm", 0, ()),
+        ("generate.py", "tmp", 0, ()),
+        ("generate.py", "files", 0, ()),
+        ("eval_vae.py", "shm", 1, ("/dev/shm", "--shm-size")),
+        ("eval_vae.py", "tmp", 0, ()),
+        ("eval_vae.py", "files", 1, ("ulimit -n",)),
+        ("eval_biart.py", "shm", 1, ("/dev/shm", "--shm-size")),
+        ("eval_biart.py", "tmp", 0, ()),
+        ("eval_biart.py", "files", 0, ()),
+    ],
+)
+def test_a_machine_that_has_run_out_of_something(tmp_path, tiny_augvae, script, limit, code, facts):
+    (tmp_path / "temporary").mkdir()
+    if limit != "files" and subprocess.run(limited(["true"], limit, tmp_path / "temporary")).returncode:
+        pytest.skip("no file systems may be mounted here")
+    bundle, here = tmp_path / "bundle", ["--log_dir", tmp_path / "runs", "--gpus", 0]
+    make_lverse(tiny_augvae(single_level=4), text_len=48).save_pretrained(bundle)
+    flags = {
+        "generate.py": ["--model", bundle, "--text", "a red circle", "--out", tmp_path / "out", "--gpus", 0],
+        "eval_vae.py": ["--ckpt_path", bundle / "vae", "--test_dir", write_pictures(tmp_path / "test", 8), *here],
+        "eval_biart.py": ["--model", bundle, "--test_dir", write_pairs(tmp_path / "pairs", 4), *here],
+    }[script]
+    flags += {"eval_vae.py": ["--num_workers", 2], "eval_biart.py": ["--tasks", "likelihood"]}.get(script, [])
+    command = limited([sys.executable, REPO / script, *flags], limit, tmp_path / "temporary")
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=200)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr and done.stderr.count("error: ") == bool(facts), done.stderr
+    assert naming(*facts).search(done.stderr)
