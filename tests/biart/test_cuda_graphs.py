@@ -90,7 +90,7 @@ def test_compiled_steps_sample_the_same(backend, settings, kernel, direction, mo
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("kernel", [False, True])
+@pytest.mark.parametrize("kernel", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_step_is_compiled_once_for_all_blocks_and_tokens(kernel, monkeypatch, request):
     if kernel:
         request.getfixturevalue("by_kernel")

@@ -26,8 +26,8 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def start(script: str, *flags: object, **more) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, str(REPO / script), *map(str, flags)],
-        cwd=REPO, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, **more,
+        cwd=REPO, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}, start_new_session=True,
+        text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **more,
     )  # fmt: skip
 
 
@@ -96,12 +96,14 @@ def test_a_run_ends_when_a_loader_process_does(tmp_path, number):
     wait_for(lambda: list((tmp_path / "runs" / "run").glob("logs*/metrics.csv")), process)
     workers = loaders(process.pid)
     os.kill(workers[0], signal.SIGSTOP if number is None else number)
+    before = ""
     if number is None:
-        time.sleep(1)
         process.send_signal(signal.SIGINT)
-        time.sleep(1)
+        while "SIGINT: saving" not in before:  # that it has arrived; two that wait would be one
+            before += (line := process.stderr.readline())
+            assert line, before
         process.send_signal(signal.SIGINT)
-    said = process.communicate(timeout=60)[1]
+    said = before + process.communicate(timeout=60)[1]
     assert process.returncode == (130 if number is None else 1), said
     assert said.count("error: ") == 1 and "Traceback" not in said, said
     assert naming("SIGINT" if number is None else "--num_workers").search(said)
@@ -126,9 +128,9 @@ def at_work(tmp_path: Path, tiny_augvae, script: str) -> tuple[list[object], Pat
     return ["--model", bundle, "--text", "a red circle", "--num", 5000, "--out", out, "--gpus", 0], out, ""
 
 
-def computed(process: subprocess.Popen) -> float:
-    """Seconds of a core that a program has used."""
-    return sum(map(int, Path(f"/proc/{process.pid}/stat").read_text().rsplit(")", 1)[1].split()[11:13])) / TICKS
+def computed(pid: int) -> float:
+    """Seconds of a core that a process has used."""
+    return sum(map(int, Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[11:13])) / TICKS
 
 
 @linux
@@ -139,8 +141,8 @@ def test_a_signal_in_the_midst_of_the_work(tmp_path, tiny_augvae, script, number
     flags, out, written = at_work(tmp_path, tiny_augvae, script)
     process = start(script, *flags)
     wait_for(lambda: list(out.glob(written or "../run")), process)
-    since = computed(process)
-    wait_for(lambda: computed(process) > since + 1, process)
+    since = computed(process.pid)
+    wait_for(lambda: computed(process.pid) > since + 1, process)
     workers = loaders(process.pid)
     assert bool(workers) == (script == "eval_vae.py")  # the others have none
     process.send_signal(number)
@@ -153,6 +155,48 @@ def test_a_signal_in_the_midst_of_the_work(tmp_path, tiny_augvae, script, number
         assert not out.exists()  # an empty folder is removed
     if script == "eval_biart.py" and "captions ..." in said:
         assert json.loads((out / "metrics.json").read_text())["tasks"] == ["likelihood"]
+
+
+@linux
+@pytest.mark.slow
+def test_a_signal_in_the_midst_of_an_evaluation_by_two_processes(tmp_path, tiny_augvae):
+    flags, out, _ = at_work(tmp_path, tiny_augvae, "eval_biart.py")
+    process = start("eval_biart.py", *flags, "--accelerator", "cpu", "--gpus", 2)
+    wait_for(lambda: (out / ".lock").exists(), process)
+    started = loaders(process.pid)
+    ranks = [pid for pid in started if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    since = {pid: computed(pid) for pid in ranks}
+    wait_for(lambda: all(computed(pid) > since[pid] + 1 for pid in ranks), process)
+    process.send_signal(signal.SIGTERM)
+    said, errors = process.communicate(timeout=60)
+    assert process.returncode == 143 and errors.count("error: ") == 1 and "Traceback" not in errors, errors
+    assert len(ranks) == 2 and not any(Path(f"/proc/{pid}").exists() for pid in ranks)
+    assert not (out / ".lock").exists() and (out / "metrics.json").exists() == ("captions ..." in said)
+
+
+IMPATIENT = """
+import importlib, sys
+from latent_verse.data import modules
+modules.PATIENCE = 15
+sys.exit(importlib.import_module(f"latent_verse.commands.{sys.argv.pop(1)}").main())
+"""
+
+
+@linux
+@pytest.mark.slow
+@pytest.mark.parametrize("program", ["train_vae", "eval_vae"])
+def test_loader_processes_that_give_nothing_are_waited_for_only_so_long(tmp_path, tiny_augvae, program):
+    (tmp_path / "impatient.py").write_text(IMPATIENT)
+    flags = training(tmp_path) if program == "train_vae" else at_work(tmp_path, tiny_augvae, "eval_vae.py")[0]
+    process = start(str(tmp_path / "impatient.py"), program, *flags)
+    wait_for(lambda: list((tmp_path / "runs" / "run").rglob("*.csv" if program == "train_vae" else "*.png")), process)
+    workers = loaders(process.pid)
+    for pid in workers:
+        os.kill(pid, signal.SIGSTOP)
+    said = process.communicate(timeout=100)[1]
+    assert process.returncode == 1 and said.count("error: ") == 1 and "Traceback" not in said, said
+    assert naming("15 seconds").search(said)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
 
 
 @linux
@@ -213,10 +257,12 @@ def test_a_machine_that_has_run_out_of_something(tmp_path, tiny_augvae, script, 
     make_lverse(tiny_augvae(single_level=4), text_len=48).save_pretrained(bundle)
     flags = {
         "generate.py": ["--model", bundle, "--text", "a red circle", "--out", tmp_path / "out", "--gpus", 0],
-        "eval_vae.py": ["--ckpt_path", bundle / "vae", "--test_dir", write_pictures(tmp_path / "test", 8), *here],
+        "eval_vae.py": ["--ckpt_path", bundle / "vae", "--test_dir", write_pictures(tmp_path / "test", 40), *here],
         "eval_biart.py": ["--model", bundle, "--test_dir", write_pairs(tmp_path / "pairs", 4), *here],
     }[script]
-    flags += {"eval_vae.py": ["--num_workers", 2], "eval_biart.py": ["--tasks", "likelihood"]}.get(script, [])
+    flags += {"eval_vae.py": ["--num_workers", 2, "--batch_size", 4], "eval_biart.py": ["--tasks", "likelihood"]}.get(
+        script, []
+    )
     command = limited([sys.executable, REPO / script, *flags], limit, tmp_path / "temporary")
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=200)

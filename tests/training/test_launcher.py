@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -51,12 +52,12 @@ def runs(pid: int) -> bool:
         return False
 
 
-def two_at_work(tmp_path: Path, *flags: object, script: Path = REPO / "train_vae.py"):
+def two_at_work(tmp_path: Path, *flags: object, script: Path = REPO / "train_vae.py", command: Sequence = ()):
     """A run of two processes that has trained for a step; its first process, and the pids of the second and of all."""
     data = ["--train_dir", write_pictures(tmp_path / "train", 8), "--log_dir", tmp_path / "runs", "--name", "a"]
     processes = ["--epochs", 1000, "--accelerator", "cpu", "--gpus", 2, "--batch_size", 2, "--num_workers", 1]
     process = subprocess.Popen(
-        [sys.executable, *map(str, (script, *SMALL, *data, *processes, *flags))],
+        [*map(str, (*(command or [sys.executable]), script, *SMALL, *data, *processes, *flags))],
         cwd=REPO, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip
@@ -66,8 +67,8 @@ def two_at_work(tmp_path: Path, *flags: object, script: Path = REPO / "train_vae
         time.sleep(0.1)
     started = others(process.pid)
     is_rank = lambda pid: script.name.encode() in Path(f"/proc/{pid}/cmdline").read_bytes() and others(pid)  # noqa: E731
-    second = next(pid for pid in started if is_rank(pid))
-    return process, second, started + others(second)
+    ranks = [pid for pid in started if is_rank(pid)]  # without the first one, but under torchrun
+    return process, ranks[-1], started + [pid for rank in ranks for pid in others(rank)]
 
 
 def all_end(started: list[int]) -> None:
@@ -106,6 +107,31 @@ def test_a_killed_process_of_a_sharded_run(tmp_path):
     said = process.communicate(timeout=90)[0]
     assert process.returncode == 1 and naming("process 1 of 2", "SIGKILL").search(said), said
     assert said.count("error: ") == 1 and "Traceback" not in said, said
+    all_end(started)
+
+
+@linux
+@pytest.mark.slow
+@pytest.mark.parametrize(("rank", "number"), [(0, signal.SIGINT), (1, signal.SIGTERM)])
+def test_a_signal_while_two_processes_validate(tmp_path, rank, number):
+    """Most of the run's time is validation."""
+    process, second, started = two_at_work(tmp_path, "--backup", "--val_dir", write_pictures(tmp_path / "val", 800))
+    os.kill([process.pid, second][rank], number)
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == 128 + number, said
+    assert naming("rerun", "step").search(said) and said.count("error: ") == 1 and "Traceback" not in said, said
+    all_end(started)
+
+
+@linux
+@pytest.mark.slow
+def test_a_killed_process_under_torchrun(tmp_path):
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
+    process, second, started = two_at_work(tmp_path, command=run)
+    os.kill(second, signal.SIGKILL)
+    said = process.communicate(timeout=90)[0]
+    assert process.returncode == 1, said
+    assert said.split("torch.distributed.elastic")[0].count("Traceback") == 0, said  # torchrun itself prints one
     all_end(started)
 
 
