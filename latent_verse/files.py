@@ -310,10 +310,11 @@ def made_folder(folder: Path, setting: str) -> Iterator[None]:
 
 
 @contextmanager
-def only_writer(folder: Path, setting: str) -> Iterator[None]:
+def only_writer(folder: Path, setting: str) -> Iterator[int]:
     """As `made_folder`, and hold the folder's lock (the file .lock in it), which no other process gets meanwhile.
 
-    A killed process leaves no lock behind. Where the file system has none, a warning says so.
+    A killed process leaves no lock behind. Where the file system has none, a warning says so. Yields the lock's file
+    descriptor: a process that inherits it holds the lock as well. It is -1 on Windows.
 
     Raises:
         InUse: another process holds it.
@@ -329,7 +330,7 @@ def only_writer(folder: Path, setting: str) -> Iterator[None]:
                 remedy = "make sure that no other process writes there"
                 warnings.warn(f"{setting}: the file system of {folder} has no locks; {remedy}.", stacklevel=3)
         try:
-            yield
+            yield lock.number
         finally:
             with suppress(OSError):
                 file.unlink()

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 
 import numpy as np
 import pytest
@@ -319,15 +318,14 @@ def test_a_forked_process_does_not_hold_the_lock(tmp_path):
     lines = """
 with files.only_writer(folder / "run", "log_dir"):
     if os.fork() == 0:
+        print("forked", flush=True)
         time.sleep(20)
         os._exit(0)
     print(os.getpid(), flush=True)
     wait()
 """
     process = subprocess.Popen([sys.executable, "-c", CHILD + lines, tmp_path], stdout=subprocess.PIPE, text=True)
-    process.stdout.readline()
-    process.stdout.readline()
-    time.sleep(0.2)  # until the fork has run its first line
+    assert "forked\n" in [process.stdout.readline() for _ in range(3)]
     os.kill(process.pid, signal.SIGKILL)
     process.wait(30)
     with only_writer(tmp_path / "run", "log_dir"):

@@ -46,8 +46,8 @@ NOT_PRINTED = "what was printed could not be written"
 
 WORKERS = "Give fewer --num_workers or a smaller --batch_size; with --num_workers 0 no such process is needed."
 SHARED = (
-    "the loader processes have failed: /dev/shm, through which they pass batches, is full or too small. "
-    "Give --num_workers 0, a smaller --batch_size, or more shared memory to a container (--shm-size)."
+    "/dev/shm, the memory that processes share, is full or too small. Free some, or give a container more "
+    "(--shm-size). Loader processes need less with a smaller --batch_size, and none with --num_workers 0."
 )
 FAULTS = {  # what PyTorch raises as RuntimeError: what to say
     rf"Too many open files|items of ancdata|worker .*exit code {errno.EMFILE}\.": (
@@ -122,10 +122,7 @@ def verdict(codes: Sequence[int | None]) -> int:
     """
     for rank, code in enumerate(codes):
         if code is not None and code < 0:
-            number = -code
-            name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
-            often = ", often because memory ran out" if number == signal.SIGKILL else ""
-            print_error(f"process {rank} of {len(codes)} was killed by {name}{often}.")
+            print_error(f"process {rank} of {len(codes)} {killed_by(-code)}.")
             return 1
     said = [code for code in codes if code not in (None, 0, LOST)]
     if not said:
@@ -133,11 +130,19 @@ def verdict(codes: Sequence[int | None]) -> int:
     return max(said, default=1)
 
 
+def killed_by(number: int) -> str:
+    """What to say of a process that a signal has killed."""
+    name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
+    return f"was killed by {name}" + (", often because memory ran out" if name == "SIGKILL" else "")
+
+
 class _Signals:
     """While a program runs, a signal raises `Stopped`. While that unwinds, another Ctrl-C ends the process at once.
 
     Where Python would print and forget what a handler raises (in a finalizer, or a callback of C code), the signal
     comes again a moment later. In `nothing_begun` there is nothing to unwind, so that the process ends there and then.
+    No handler runs while C code waits, for another process that does not answer for example. So a thread sees signals
+    as they arrive, and ends the process that a second Ctrl-C has not ended after `GRACE` seconds.
     """
 
     def __init__(self) -> None:
@@ -146,6 +151,9 @@ class _Signals:
         self._pid = os.getpid()
         self._is_main = _is_watched() or _runs_the_process()
         self._unraisable = sys.unraisablehook
+        self._arrived: tuple[int, int] | None = None  # the ends of a pipe that each signal's number is written to
+        self._watch = threading.Thread(target=self._insist, daemon=True)
+        self._over = threading.Event()
 
     def __enter__(self) -> _Signals:
         if threading.current_thread() is threading.main_thread():
@@ -156,9 +164,36 @@ class _Signals:
                 if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
                     self._before[number] = signal.signal(number, self._stop)
             sys.unraisablehook = self._raise_again
+            if self._is_main and hasattr(os, "fork"):
+                with contextlib.suppress(OSError, RuntimeError):  # no more files or threads may be opened
+                    self._arrived = os.pipe()
+                    os.set_blocking(self._arrived[1], False)
+                    self._watch.start()
+                    signal.set_wakeup_fd(self._arrived[1], warn_on_full_buffer=False)
         return self
 
+    def _insist(self) -> None:
+        assert self._arrived is not None
+        asked = 0
+        while asked < 2:
+            number = os.read(self._arrived[0], 1)[0]
+            if not number:  # the program has ended
+                return
+            asked += number == signal.SIGINT
+        if not self._over.wait(GRACE):
+            if is_first_process():
+                print_error("stopped at once by a second SIGINT: something that it waits for does not answer.")
+            os._exit(128 + signal.SIGINT)
+
     def __exit__(self, *_: object) -> None:
+        if self._arrived is not None:
+            if self._watch.ident:
+                signal.set_wakeup_fd(-1)
+                self._over.set()
+                os.write(self._arrived[1], b"\0")
+                self._watch.join()
+            for end in self._arrived:
+                os.close(end)
         if self.reporting and self._is_main:
             return  # while the interpreter ends, Python's own handlers would print tracebacks
         sys.unraisablehook = self._unraisable
@@ -187,6 +222,10 @@ class _Signals:
             again.start()
         elif not self.reporting:  # what a program that has failed leaves half made cannot be tidied up either
             self._unraisable(what)
+
+
+if hasattr(os, "register_at_fork"):  # what a forked process is told does not concern its parent
+    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
 
 
 _begun = True  # whether a program may have made anything

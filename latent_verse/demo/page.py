@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 from dataclasses import dataclass, field
@@ -60,8 +61,10 @@ def read_curves(run: Path, names: dict[str, str]) -> dict[str, list[tuple[int, f
         with open(log, newline="") as file:
             for row in csv.DictReader(file):
                 for column, label in names.items():
-                    if row.get(column):
-                        points[label][int(row["step"])] = float(row[column])
+                    with contextlib.suppress(
+                        ValueError, TypeError
+                    ):  # a row without it, or one that somebody has edited
+                        points[label][int(row.get("step"))] = float(row.get(column))
     return {label: sorted(of_label.items()) for label, of_label in points.items() if of_label}
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from latent_verse.demo.page import Curves, Report, read_curves, write_page
-from latent_verse.files import write_json
+from latent_verse.files import read_json_object, write_json
 from latent_verse.machine import commit, machine
 
 SPLITS = ("unseen", "heldout")
@@ -24,12 +23,12 @@ def write(out: Path, world: str, stages: list[tuple[str, str, str]], seconds: di
 
     `stages` are (name, title, command); `seconds` those of all runs of a stage.
     """
-    splits = {split: json.loads((out / f"{split}.json").read_text()) for split in SPLITS}
+    splits = {split: read_json_object(out / f"{split}.json") for split in SPLITS}
     facts = machine() | {"commit": commit()}
     metrics = gather(world, splits, seconds) | {"facts": facts, "commands": [command for _, _, command in stages]}
     write_json(out / "metrics.json", metrics)
     sampling = splits["unseen"]["draw"]
-    codes = json.loads((out / "codes" / "train" / "codes.json").read_text())
+    codes = read_json_object(out / "codes" / "train" / "codes.json")
     about = {
         "world": world,
         "training images": f"{codes['pairs']} (repeated scenes included), {codes['captions']} captions",

@@ -10,7 +10,6 @@ codes). If a stage's output is gone, the stages after it do not count as finishe
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -19,7 +18,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -27,11 +25,11 @@ from typing import Any, Optional, TypeVar
 
 from latent_verse.config.cli import parse
 from latent_verse.config.generate import GenerateSamplingConfig, WriteConfig
-from latent_verse.config.program import SIGNALS, one_line_errors
-from latent_verse.config.settings import ConfigError, Settings, as_plain, same, setting
+from latent_verse.config.program import SIGNALS, killed_by, one_line_errors
+from latent_verse.config.settings import ConfigError, Settings, UserError, as_plain, same, setting
 from latent_verse.config.train import PairDataConfig, TrainBiARTConfig, TrainVAEConfig
 from latent_verse.data.shapes import World
-from latent_verse.files import made_folder, write_json
+from latent_verse.files import FileError, only_writer, read_json_object, write_json
 
 ROOT = Path(__file__).parents[2]
 Recipe = TypeVar("Recipe", TrainVAEConfig, TrainBiARTConfig)
@@ -78,12 +76,12 @@ class Stage:
         return shlex.join(["python", *self.command])
 
 
-class Stopped(Exception):
-    """A stage failed, or a signal stopped the demo; the message says what to do. `code` is the exit code."""
+class StageFailed(UserError):
+    """A stage ended early, by a failure or a signal. The message names it and says how to continue."""
 
-    def __init__(self, message: str, code: int):
+    def __init__(self, message: str, exit_code: int):
         super().__init__(message)
-        self.code = code
+        self.exit_code = exit_code
 
 
 def plan(s: DemoSettings, out: Path) -> list[Stage]:
@@ -151,11 +149,18 @@ def shown_path(path: Path) -> str:
 
 
 class StagesFile:
-    """<out>/stages.json: each stage's command, digest of its recipe, seconds so far, and whether it has finished."""
+    """<out>/stages.json: each stage's command, digest of its recipe, seconds so far, and whether it has finished.
+
+    Raises:
+        FileError: it is damaged.
+    """
 
     def __init__(self, file: Path):
         self.file = file
-        self.stages: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.exists() else {}
+        self.stages: dict[str, dict[str, Any]] = read_json_object(file) if file.exists() else {}  # type: ignore
+        for found in self.stages.values():
+            if not isinstance(found, dict) or not {"command", "recipe", "seconds", "finished"} <= found.keys():
+                raise FileError(f"{file} is damaged. Delete {file.parent}, or give another --out.")
 
     def check_same(self, stages: list[Stage]) -> None:
         """Check that each stage that was started had the command, recipe and world that it has now.
@@ -190,39 +195,31 @@ class StagesFile:
         write_json(self.file, self.stages)
 
 
-@contextlib.contextmanager
-def _only_one(out: Path) -> Iterator[int]:
-    """Hold the folder's lock, an open file that stages inherit, so that no other demo runs in it."""
-    with open(out / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"out: another demo, or its stage, is still running in {out}. Wait for it.") from None
-        except OSError:  # a network file system without locks
-            print(f"{out} has no locks: see to it that no other demo runs there.", file=sys.stderr)
-        yield lock.fileno()
-
-
 def run_stage(stage: Stage, record: StagesFile, lock: int) -> None:
     """Run one stage to its end and show its output as it comes.
 
     The first SIGINT, SIGTERM or SIGHUP is passed on as SIGTERM, at which training saves a checkpoint; the second kills.
+    A stage that outlives a demo that was killed keeps its `lock`, so that no other demo runs there meanwhile.
 
     Raises:
-        Stopped: by a signal, or because the stage failed.
+        StageFailed: it failed, or a signal has stopped the demo.
     """
     received: list[int] = []
+    process: subprocess.Popen | None = None
 
     def stop(number: int, frame: FrameType | None) -> None:
         received.append(number)
-        process.send_signal(signal.SIGTERM if len(received) == 1 else signal.SIGKILL)
+        if process is not None:
+            process.terminate() if len(received) == 1 else process.kill()
 
-    since = time.perf_counter()
-    # a session of its own: otherwise Ctrl-C would reach the stage twice, and the second time means "at once"
-    process = subprocess.Popen([sys.executable, *stage.command], cwd=ROOT, pass_fds=[lock], start_new_session=True)
     before = {number: signal.signal(number, stop) for number in SIGNALS}
+    done, code, since = False, None, time.perf_counter()
     try:
-        code = None
+        # a session of its own: otherwise Ctrl-C would reach the stage twice, and the second time means "at once"
+        kept = {"pass_fds": [lock]} if lock >= 0 else {}
+        process = subprocess.Popen([sys.executable, *stage.command], cwd=ROOT, start_new_session=True, **kept)
+        if received:  # while it was started
+            process.terminate()
         while code is None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 code = process.wait(timeout=5)
@@ -231,14 +228,27 @@ def run_stage(stage: Stage, record: StagesFile, lock: int) -> None:
             record.add(stage, now - since, finished=done)
             since = now
     finally:
+        if process is not None and code is None:  # the record cannot be written, for example
+            process.terminate()
+            process.wait()
         for number, handler in before.items():
             signal.signal(number, handler)
-    if received and not done:
-        raise Stopped(f"Stopped in stage {stage.title}. Rerun the command to resume.", 128 + received[0])
+    if received:
+        name = signal.Signals(received[0]).name
+        raise StageFailed(f"stopped by {name} in stage {stage.title}. Rerun the command to resume.", 128 + received[0])
     if not done:
-        why = "was stopped by a signal" if (code or 0) - 128 in SIGNALS else f"failed with exit code {code}"
-        why = why if code else "ended early"
-        raise Stopped(f"Stage {stage.title} {why}; see above. Rerun the demo to try again:\n  {stage.shown()}", 1)
+        passed_on = code == UserError.exit_code or code - 128 in SIGNALS
+        remedy = f"Rerun the command to resume. The stage was:\n  {stage.shown()}"
+        raise StageFailed(f"stage {stage.title} {_ending(code)}. {remedy}", code if passed_on else 1)
+
+
+def _ending(code: int) -> str:
+    """How a stage ended that has not finished."""
+    if code < 0:
+        return killed_by(-code)
+    if code - 128 in SIGNALS:
+        return f"was stopped by {signal.Signals(code - 128).name}"
+    return f"failed with exit code {code}; see above" if code else "ended without its output"
 
 
 def is_done(stage: Stage, out: Path) -> bool:
@@ -250,14 +260,14 @@ def run(s: DemoSettings) -> Path:
     """Run all stages that are not finished yet; returns the page's path.
 
     Raises:
-        UserError: a recipe cannot be read, a package is missing, or the folder holds another demo.
-        Stopped: see `run_stage`.
+        UserError: a recipe cannot be read, a package is missing, or the folder holds another demo, or is in use.
+        StageFailed: see `run_stage`.
     """
     from latent_verse.demo import results  # before the stages: it says which package the page lacks
 
     out = Path(s.out).resolve()
     stages = plan(s, out)
-    with made_folder(out, "out"), _only_one(out) as lock:
+    with only_writer(out, "out") as lock:
         record = StagesFile(out / "stages.json")
         record.check_same(stages)
         first = next((i for i, stage in enumerate(stages) if not record.finished(stage)), len(stages))
@@ -283,10 +293,5 @@ def main(argv: list[str] | None = None) -> int:
     """Run the demo; 0 when done, 2 for a mistake in the settings, 128 + N when stopped by signal N, 1 for a failure."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait busily slow each other down on few cores
     config, _ = parse(DemoConfig, argv, __doc__, "python -m latent_verse.demo")
-    try:
-        page = run(config.demo)
-    except Stopped as stopped:
-        print(f"\n{stopped}", file=sys.stderr)
-        return stopped.code
-    print(f"\nThe page: {page}")
+    print(f"\nThe page: {run(config.demo)}")
     return 0

@@ -1,7 +1,7 @@
 """Settings that differ from those of the checkpoint that training resumes from: applied, refused, or without effect.
 
 Without this module, Lightning would restore the optimiser with its old rate and betas, whatever the settings say. What
-happens to each setting is listed in docs/guide.md, "Changed settings".
+happens to each setting is listed in docs/settings.md.
 """
 
 from __future__ import annotations

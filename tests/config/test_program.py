@@ -18,6 +18,8 @@ import torch
 from latent_verse.config import program
 from latent_verse.config.program import LOST, SIGNALS, Stopped, one_line_errors, verdict
 from latent_verse.config.settings import UserError
+from latent_verse.files import NotWritten
+from latent_verse.training.divergence import Diverged
 from tests.messages import naming
 
 ROOT = Path(__file__).parents[2]
@@ -136,7 +138,8 @@ def script(code: str, *, shell: str = "exec {}", **more) -> subprocess.Completed
     code = "import os, signal, sys, time\nfrom latent_verse.config.program import *\n" + textwrap.dedent(code)
     command = shell.format(f'{sys.executable} -c "$CODE"')
     env = {**os.environ, "CODE": code, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, env=env, **more)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **more}
+    return subprocess.run(["bash", "-c", command], text=True, timeout=60, env=env, **pipes)
 
 
 MAIN = """
@@ -168,6 +171,22 @@ def test_signals_that_come_again_while_a_program_saves():
     assert (done.returncode, done.stdout) == (130, "saved\n") and "Traceback" not in done.stderr
     done = script(MAIN.format(again.format("SIGINT")))
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_second_ctrl_c_ends_a_program_that_waits_in_c_code(times):
+    """As a process does that waits for another one, which hangs: Python's handlers do not run meanwhile."""
+    waits = """
+    program.GRACE = 0.5
+    if not os.fork():  # a forked process's signals do not count
+        os.kill(os.getpid(), signal.SIGINT); time.sleep(50)
+    for i in range({}):
+        threading.Timer(0.5 + 0.3 * i, os.kill, (os.getpid(), signal.SIGINT)).start()
+    hashlib.pbkdf2_hmac("sha256", b"x", b"y", {})"""
+    heading = "import hashlib, threading\nfrom latent_verse.config import program\n"
+    done = script(heading + MAIN.format(waits.format(times, 10**9 if times == 2 else 10**6)))
+    assert done.returncode == 130 and done.stderr.count("\n") == 1, done.stderr
+    assert naming("SIGINT").search(done.stderr) and ("does not answer" in done.stderr) == (times == 2)
 
 
 SWALLOWED = {
@@ -242,8 +261,10 @@ def test_output_that_cannot_be_written(much):
     full = script(printing, shell="{} > /dev/full")
     assert full.returncode == 1 and full.stderr.count("\n") == 1 and full.stderr.startswith("error: ")
     assert naming("printed").search(full.stderr)
-    closed = "read, write = os.pipe(); os.close(read); os.dup2(write, 1); "
-    closed = script(MAIN.format(f"{closed}print('x' * {much})"))
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "wb") as closed_pipe:
+        closed = script(printing, stdout=closed_pipe)
     assert closed.returncode == 141 and closed.stderr.count("\n") == 1
     none = script(printing + "\n", shell="{} >&- 2>&-")
     assert none.returncode == 0
@@ -314,3 +335,27 @@ def test_a_process_ends_with_its_parent(tmp_path):
     while (stat := Path(f"/proc/{pid}/stat")).exists() and stat.read_text().rsplit(")", 1)[1].split()[0] != "Z":
         assert time.monotonic() < end, "it runs on"
         time.sleep(0.05)
+
+
+EXIT_CODES = {  # what the guide's table says of each code, shown by a program
+    0: ("pass", "exec {}"),
+    2: ("from latent_verse.config.settings import UserError; raise UserError('a mistake')", "exec {}"),
+    1: ("raise MemoryError", "exec {}"),
+    130: ("os.kill(os.getpid(), signal.SIGINT); time.sleep(50)", "exec {}"),
+    143: ("os.kill(os.getpid(), signal.SIGTERM); time.sleep(50)", "exec {}"),
+    129: ("os.kill(os.getpid(), signal.SIGHUP); time.sleep(50)", "exec {}"),
+    141: ("r, w = os.pipe(); os.close(r); os.dup2(w, 1); print('x')", "exec {}"),
+}
+
+
+def test_the_exit_codes_are_those_that_the_guide_promises():
+    guide = (ROOT / "docs" / "guide.md").read_text()
+    table = guide.split("| exit code | meaning |\n|---|---|\n")[1].split("\n\n")[0]
+    promised = [int(code) for row in table.splitlines() for code in row.split("|")[1].split(",")]
+    assert sorted(promised) == sorted(EXIT_CODES)
+    for code, (work, shell) in EXIT_CODES.items():
+        done = script(MAIN.format(work), shell=shell)
+        assert done.returncode == code and done.stderr.count("\n") == bool(code), (code, done.stderr)
+    bug = script(MAIN.format("raise TypeError('ours')"))
+    assert bug.returncode == 1 and "Traceback" in bug.stderr and "report" in bug.stderr
+    assert UserError.exit_code == 2 and Diverged.exit_code == NotWritten.exit_code == 1

@@ -56,14 +56,17 @@ WRITTEN = (
 ).split()
 
 
-def test_a_yaml_scalar_means_what_the_same_flag_means(tmp_path):
+@pytest.mark.parametrize(
+    "words", [WRITTEN[::5], pytest.param(sorted({*WRITTEN} - {*WRITTEN[::5]}), marks=pytest.mark.slow)], ids=len
+)
+def test_a_yaml_scalar_means_what_the_same_flag_means(tmp_path, words):
     """For every setting of every program, whatever YAML's own types would make of it."""
     every = {f.name: (f.name, hint, f) for cls in PROGRAMS for _, f, hint in leaves(cls)}
     assert len(every) > 150
     section = dataclasses.make_dataclass("Section", every.values(), frozen=True)
     cls = dataclasses.make_dataclass("Every", [("section", section)])
     parser, file = make_parser(cls, ""), str(tmp_path / "a.yaml")
-    for word in WRITTEN:
+    for word in words:
         flags = vars(parser.parse_args([f"--{name}={word}" for name in every]))
         for form in ("{}",) if word in ("null", "~", "none") else ("{}", "'{}'"):  # quotes make texts of these
             Path(file).write_text("".join(f"{name}: {form.format(word)}\n" for name in every))

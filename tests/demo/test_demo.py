@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -23,8 +22,9 @@ from latent_verse.data.shapes import PRESETS
 from latent_verse.demo import results
 from latent_verse.demo import run as demo
 from latent_verse.demo import training_data as images
-from latent_verse.demo.run import DemoConfig, DemoSettings, Stage, StagesFile, Stopped
+from latent_verse.demo.run import DemoConfig, DemoSettings, Stage, StagesFile
 from latent_verse.evaluation import shapes_truth as shapes
+from latent_verse.files import FileError, InUse, NotWritten, only_writer
 from tests.messages import naming
 
 MINIATURE = {
@@ -176,78 +176,153 @@ def test_a_world_that_has_changed(tmp_path, monkeypatch):
         record.check_same(demo.plan(s, tmp_path / "out"))
 
 
-def test_a_failure_says_what_to_do_and_is_tried_again(tmp_path, stages, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("ends", "code", "facts"),
+    [
+        ("sys.exit(3)", 1, ("exit code 3",)),
+        ("sys.exit(2)", 2, ("exit code 2",)),
+        ("os.kill(os.getpid(), signal.SIGKILL)", 1, ("SIGKILL", "memory")),  # as Linux does when memory runs out
+        ("os.kill(os.getpid(), signal.SIGSEGV)", 1, ("SIGSEGV",)),
+        ("sys.exit(143)", 143, ("SIGTERM",)),  # somebody has stopped the stage: train_vae.py saves and ends so
+        ("sys.exit(0)", 1, ("output",)),
+    ],
+)
+def test_a_stage_that_fails_is_named_and_tried_again(tmp_path, stages, capfd, ends, code, facts):
     flag = tmp_path / "works"
-    stages += [
-        python("first", f"import os, sys; os.path.exists({str(flag)!r}) or sys.exit(3); {touch(tmp_path, 'first')}")
-    ]
+    stages.append(python("before", touch(tmp_path, "before")))
+    lines = f"import os, signal, sys\nif not os.path.exists({str(flag)!r}): {ends}\n{touch(tmp_path, 'first')}"
+    stages.append(python("first", lines))
     argv = ["--out", str(tmp_path / "out")]
-    assert demo.main(argv) == 1
-    assert naming("first", "exit code 3").search(capsys.readouterr().err)
+    assert demo.main(argv) == code
+    said = capfd.readouterr().err
+    assert (
+        naming("stage first", "Rerun", *facts).search(said) and said.count("error: ") == 1 and "Traceback" not in said
+    )
+    assert not StagesFile(tmp_path / "out" / "stages.json").stages["first"]["finished"]
     flag.touch()
     assert demo.main(argv) == 0
+    assert (tmp_path / "out" / "log").read_text() == "before first "
 
 
-def test_a_stage_without_its_output_is_not_finished(tmp_path, stages):
-    stages.append(python("first", "pass"))
-    with pytest.raises(Stopped, match=naming("first", "ended early")):
-        demo.run(settings(tmp_path))
-    assert not StagesFile(tmp_path / "out" / "stages.json").stages["first"]["finished"]
+STAND_IN = """
+import os, pathlib, signal, sys, time
+name, out = sys.argv[1], pathlib.Path(sys.argv[2])
+def save(*_):
+    (out / (name + ".saved")).touch()
+    if name == "stubborn":
+        return
+    if name == "last":  # it was just done
+        (out / (name + ".done")).touch()
+    sys.exit(0 if name == "last" else 143)
+signal.signal(signal.SIGTERM, save)
+signal.signal(signal.SIGINT, lambda *_: os._exit(9))
+(out / (name + ".ready")).touch()
+while name == "stubborn" or not (out / (name + ".saved")).exists():
+    time.sleep(0.01)
+(out / (name + ".done")).touch()
+"""
 
 
-def test_a_stage_that_somebody_else_stops(tmp_path, stages):
-    """train_vae.py saves at a SIGTERM and ends with 143."""
-    stages.append(python("first", "raise SystemExit(143)"))
-    with pytest.raises(Stopped, match=naming("first", "stopped by a signal", "Rerun")):
-        demo.run(settings(tmp_path))
+def running(tmp_path: Path, names: list[str]) -> multiprocessing.Process:
+    """A demo of stand-in stages, in a process of its own. It is forked, to start at once."""
+    out = tmp_path / "out"
+
+    def work() -> None:
+        for number, stream in ((1, "said"), (2, "errors")):
+            os.dup2(os.open(tmp_path / stream, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+        demo.plan = lambda s, o: [Stage(n, n, ["-c", STAND_IN, n, str(out)], f"{n}.done") for n in names]
+        results.write = lambda *_: out / "index.html"
+        os._exit(demo.main(["--out", str(out)]))
+
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    return process
+
+
+def stopped(tmp_path: Path, names: list[str], at: str, *numbers: int) -> tuple[int, str]:
+    """The exit code and stderr of such a demo that gets signals as soon as the stage `at` is at work."""
+    process = running(tmp_path, names)
+    for number, marker in zip(numbers, ("ready", "saved"), strict=False):
+        end = time.monotonic() + 60
+        while not (tmp_path / "out" / f"{at}.{marker}").exists():
+            assert process.is_alive() and time.monotonic() < end
+            time.sleep(0.01)
+        os.kill(process.pid, number)
+    process.join(60)
+    assert process.exitcode is not None, process.kill()
+    return process.exitcode, (tmp_path / "errors").read_text()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_stopped_stage_saves_first(tmp_path, stages, number):
+def test_a_signal_in_any_stage_ends_the_demo_and_a_rerun_resumes(tmp_path, number):
+    names = ["first", "middle", "last"]
+    for at in names:
+        code, said = stopped(tmp_path, names, at, number)
+        assert code == 128 + number and naming(number.name, at, "Rerun").search(said) and said.count("\n") == 1, said
+        record = StagesFile(tmp_path / "out" / "stages.json")
+        finished = [name for name in names if record.stages.get(name, {}).get("finished")]
+        assert finished == (names if at == "last" else names[: names.index(at)])  # the last one had just ended
+        assert not (tmp_path / "out" / ".lock").exists()
+    process = running(tmp_path, names)
+    process.join(60)
+    assert process.exitcode == 0 and (tmp_path / "said").read_text().count("done before") == 3
+
+
+def test_a_second_signal_kills_a_stage_that_does_not_end(tmp_path):
+    code, said = stopped(tmp_path, ["stubborn"], "stubborn", signal.SIGINT, signal.SIGINT)
+    assert code == 130 and said.count("\n") == 1, said
+
+
+def test_a_demo_that_was_killed_leaves_its_stage_the_lock(tmp_path, stages):
+    """Else a rerun would write beside it."""
+    assert stopped(tmp_path, ["first"], "first", signal.SIGKILL)[0] == -signal.SIGKILL
+    with pytest.raises(InUse, match=naming("out", tmp_path / "out")):
+        demo.run(settings(tmp_path))
+    (tmp_path / "out" / "first.saved").touch()  # lets it end
+    end = time.monotonic() + 30
+    while True:
+        try:
+            demo.run(settings(tmp_path))
+            break
+        except InUse:
+            assert time.monotonic() < end
+            time.sleep(0.05)
+
+
+def test_a_stage_ends_with_a_demo_whose_record_cannot_be_written(tmp_path, stages, monkeypatch):
     out = tmp_path / "out"
     stages.append(
-        python(
-            "first",
-            f"""
-import os, pathlib, signal, sys, time
-out = pathlib.Path({str(out)!r})
-if (out / "saved").exists():
-    {touch(tmp_path, "first")}
-    sys.exit()
-def save(*_):
-    (out / "saved").touch()
-    sys.exit()
-signal.signal(signal.SIGTERM, save)
-signal.signal(signal.SIGINT, lambda *_: os._exit(9))
-(out / "ready").touch()
-time.sleep(60)
-""",
-        )
+        python("first", f"import os, time; open({str(out / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(90)")
     )
+    waits = subprocess.Popen.wait
 
-    def interrupt():
-        while not (out / "ready").exists():
-            time.sleep(0.02)
-        os.kill(os.getpid(), number)
+    def full(*_: object) -> None:
+        if (out / "pid").exists() and (out / "pid").stat().st_size:
+            raise NotWritten("stages.json cannot be written: No space left on device.")
 
-    before = signal.getsignal(number)
-    thread = threading.Thread(target=interrupt)
-    thread.start()
-    with pytest.raises(Stopped, match=naming("first", "resume")) as stopped:
+    def short(self, timeout=None):
+        return waits(self, timeout and 1)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", short)
+    monkeypatch.setattr(demo, "write_json", full)
+    with pytest.raises(NotWritten):
         demo.run(settings(tmp_path))
-    thread.join()
-    assert stopped.value.code == 128 + number
-    assert signal.getsignal(number) == before
-    demo.run(settings(tmp_path))
-    assert StagesFile(out / "stages.json").stages["first"]["finished"]
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((out / "pid").read_text()), 0)
 
 
 def test_two_demos_in_one_folder(tmp_path, stages):
+    with only_writer(tmp_path / "out", "out"), pytest.raises(InUse, match=naming("out", tmp_path / "out")):
+        demo.run(settings(tmp_path))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"first": 1}', '{"first": {"command": "x"}}'])
+def test_a_damaged_record(tmp_path, stages, content):
     (tmp_path / "out").mkdir()
-    with open(tmp_path / "out" / ".lock", "w") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
-        with pytest.raises(ConfigError, match=naming("out", tmp_path / "out")):
-            demo.run(settings(tmp_path))
+    (tmp_path / "out" / "stages.json").write_text(content)
+    with pytest.raises(FileError, match=naming(tmp_path / "out" / "stages.json")):
+        demo.run(settings(tmp_path))
 
 
 def test_another_demo_in_the_folder(tmp_path, stages):
@@ -304,26 +379,32 @@ def test_metrics():
 
 @pytest.mark.slow
 def test_a_miniature_demo_interrupted_and_resumed(tmp_path, recipes):
-    """The real scripts: stopped while AugVAE trains, resumed, and the page and metrics that result."""
+    """The real scripts: stopped while AugVAE trains and as two other stages begin, resumed, and what results."""
     out = tmp_path / "out"
     flags = f"--recipes {recipes} --out {out} --train_pairs 16 --count 4 --rerank 2 --gpus 0".split()
     command = [sys.executable, "-m", "latent_verse.demo", *flags]
-    process = subprocess.Popen(command, cwd=demo.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     backups = out / "runs" / "demo_augvae_ml" / "backups"
-    while not list(backups.glob("step=*.ckpt")):
-        assert process.poll() is None, process.stdout.read()
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    said = process.communicate(timeout=200)[0]
-    assert process.returncode in (130, 0), said  # 0 where it was too quick to be stopped
+    for stop, number in ((2, signal.SIGINT), (4, signal.SIGTERM), (6, signal.SIGINT)):
+        said = open(tmp_path / f"said{stop}.txt", "w+")  # noqa: SIM115
+        process = subprocess.Popen(command, cwd=demo.ROOT, stdout=said, stderr=subprocess.STDOUT, text=True)
+        end = time.monotonic() + 200
+        while not _begun(tmp_path / f"said{stop}.txt", f"[{stop}/7]") or (
+            stop == 2 and not list(backups.glob("step=*"))
+        ):
+            assert process.poll() is None and time.monotonic() < end, (tmp_path / f"said{stop}.txt").read_text()
+            time.sleep(0.05)
+        process.send_signal(number)
+        process.wait(timeout=200)
+        text = (tmp_path / f"said{stop}.txt").read_text()
+        assert process.returncode == 128 + number and "Traceback" not in text, text
+        assert naming("stopped by", number.name, "Rerun").search(text.splitlines()[-1]), text
     record = StagesFile(out / "stages.json")
     assert record.stages["pictures"]["finished"]
 
     again = subprocess.run(command, cwd=demo.ROOT, capture_output=True, text=True, timeout=500)
     assert again.returncode == 0, again.stdout + again.stderr
-    assert "images and captions: done before" in again.stdout
-    if process.returncode and not record.stages["augvae_ml"]["finished"]:
-        assert "Resuming from" in again.stdout
+    assert again.stdout.count("done before") == 5
+    assert "Resuming from" in (tmp_path / "said4.txt").read_text()
     metrics = json.loads((out / "metrics.json").read_text())
     for direction in ("text_to_image", "image_to_text"):
         for split in ("unseen", "heldout"):
@@ -341,3 +422,7 @@ def test_a_miniature_demo_interrupted_and_resumed(tmp_path, recipes):
 
     third = subprocess.run(command, cwd=demo.ROOT, capture_output=True, text=True, timeout=100)
     assert third.returncode == 0 and third.stdout.count("done before") == 7
+
+
+def _begun(file: Path, title: str) -> bool:
+    return any(line.startswith(title) and "done before" not in line for line in file.read_text().splitlines())

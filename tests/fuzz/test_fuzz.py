@@ -41,6 +41,7 @@ def run(servers: Servers, area: str, count: int) -> Counter[str]:
     return ended
 
 
+@pytest.mark.slow
 def test_a_few_cases(servers):
     assert sum(sum(run(servers, area, count).values()) for area, count in SMOKE.items()) == 20
 

@@ -276,6 +276,7 @@ def test_a_line_of_a_captions_file_ends_at_its_newline_only(tmp_path):
         assert read_captions_file(tmp_path / "x.json", IDS, NAMES) == [row["caption"] for row in rows]
 
 
+@pytest.mark.slow
 def test_of_a_very_long_text_the_beginning_is_scored(no_java, monkeypatch):
     long = "a red bus " * 100_000
     seen = []

@@ -203,24 +203,24 @@ def test_an_epoch_goes_on_after_as_many_samples_with_another_batch_size(tmp_path
         assert len(seen) == steps
 
 
-def test_the_guide_lists_every_setting_once_with_what_happens_to_it():
-    guide = (Path(__file__).parents[2] / "docs" / "guide.md").read_text()
-    section = re.search(r"### Changed settings\n(.*?)\n###", guide, re.DOTALL)[1]
+def test_the_page_of_settings_lists_each_once_with_what_happens_to_it():
+    page = (Path(__file__).parents[2] / "docs" / "settings.md").read_text()
     kinds = {
-        "Refused by both": "refused",
-        "Applied from the next step": "applied",
+        "Refused": "refused",
+        "Applied by `--resume`, refused by a rerun": "applied",
         "Applied by both": "applied by reruns",
         "Without effect": "no effect",
     }
-    listed: dict[str, str] = {}
-    for line in section.split("\n- ")[1:]:
-        (kind,) = (kind for start, kind in kinds.items() if line.startswith(start))
-        names = re.findall(r"`(\w+)`", re.split(r"\.\s", line.split(": ", 1)[1])[0])
-        assert not set(names) & listed.keys()
-        listed |= dict.fromkeys(names, kind)
+    listed: dict[tuple[str, str], str] = {}
+    for part in page.split("\n## ")[1:]:
+        kind = kinds[part.split("\n", 1)[0]]
+        for section, names in re.findall(r"^\| `(\w+)` \| (.*) \|$", part, re.MULTILINE):
+            found = [(section, name) for name in re.findall(r"`(\w+)`", names)]
+            assert not set(found) & listed.keys() and len(set(found)) == len(found)
+            listed |= dict.fromkeys(found, kind)
     expected = {}
     for config in (TrainVAEConfig(), TrainBiARTConfig()):
         for section in fields(config):
             for f in fields(getattr(config, section.name)):
-                expected[f.name] = at_resume(section.name, f.name, config)
+                expected[section.name, f.name] = at_resume(section.name, f.name, config)
     assert listed == expected

@@ -27,6 +27,7 @@ from tests.biart.tiny_biart import CONFIG
 from tests.two_processes import WORLD, in_two_processes
 
 STEPS = 3
+slow = pytest.mark.slow
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo")
 
 
@@ -55,7 +56,12 @@ def train_part(rank: int, model: AugVAE) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("single_level", "use_attn"), [(None, False), (8, False), (4, False), (2, False), (None, True), (4, True)]
+    ("single_level", "use_attn"),
+    [
+        (None, False),
+        (4, True),
+        *(pytest.param(*case, marks=slow) for case in [(8, False), (4, False), (2, False), (None, True)]),
+    ],
 )
 def test_two_processes_equal_one_on_the_joined_batch(tiny_augvae, tmp_path, single_level, use_attn):
     model = tiny_augvae(single_level=single_level, use_attn=use_attn).double().train()
@@ -168,7 +174,7 @@ def run_with_lightning(rank: int, folder: str, vae: AugVAE, stage: str) -> dict:
     return {"steps": trainer.global_step, "shares": watch.shares, "told": told, "whole": whole, **watch.barriers}
 
 
-@pytest.mark.parametrize("stage", ["augvae", "biart"])
+@pytest.mark.parametrize("stage", [pytest.param("augvae", marks=slow), "biart"])
 def test_no_barrier_in_a_training_step(tiny_augvae, tmp_path, stage):
     """And what takes its place gives the same: shares of tokens, a signal that one process had."""
     for found in in_two_processes(tmp_path, run_with_lightning, tmp_path / "run", tiny_augvae(), stage):
