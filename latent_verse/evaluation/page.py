@@ -60,7 +60,7 @@ def write(
         galleries=galleries,
         about=[(name, value) for name, value in about.items() if value],
         settings=settings,
-        shown=shown,
+        four_digits=four_digits,
         embedded=embedded,
     )
     write_text(path, page)
