@@ -16,7 +16,7 @@ import torch
 from latent_verse.checkpoints.augvae import load_augvae
 from latent_verse.checkpoints.biart import load_pretrained
 from latent_verse.checkpoints.ckpt_files import check_resumable
-from latent_verse.checkpoints.folders import SETTINGS_FINGERPRINT
+from latent_verse.checkpoints.model_folders import SETTINGS_FINGERPRINT
 from latent_verse.commands import generate, train_biart, train_vae
 from latent_verse.data.codes import CodesDataset
 from latent_verse.inference.pipeline import LVerse
