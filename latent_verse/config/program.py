@@ -28,7 +28,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 
-from latent_verse.config.settings import UserError, printable, reason
+from latent_verse.config.settings import ConfigError, UserError, printable, reason, shown
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 GRACE = 10.0  # seconds that a process of several leaves to others, which may say why they failed, or end it
@@ -91,6 +91,7 @@ def one_line_errors(program: Callable[..., int]) -> Callable[..., int]:
         _open_streams()
         with _Signals() as signals, _short_warnings():
             try:
+                _check_environment()
                 return _flushed(program(*args, **kwargs))
             except SystemExit as leaving:  # --help
                 code = _flushed(0)
@@ -337,7 +338,19 @@ def _is_watched() -> bool:
 
 def is_first_process() -> bool:
     """Whether this is the first of a run's processes; known before they meet."""
-    return all(os.environ.get(name, "0") in ("0", "") for name in RANKS)
+    return not any(os.environ.get(name, "").strip("0").isdecimal() for name in RANKS)
+
+
+def _check_environment() -> None:
+    """Refuse what PyTorch and Lightning would read as numbers and cannot, such as `NODE_RANK=$UNSET`.
+
+    Raises:
+        ConfigError: naming the variable.
+    """
+    for name in (*RANKS, "WORLD_SIZE", "MASTER_PORT"):
+        value = os.environ.get(name, "0")
+        if not value.isdecimal():
+            raise ConfigError(f"the environment variable {name} is {shown(value)}, which is not a number. Unset it.")
 
 
 def print_error(said: str) -> None:

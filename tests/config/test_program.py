@@ -306,6 +306,15 @@ def test_ctrl_c_is_left_to_other_programs_that_import_one():
     assert left.stdout == "True\n"
 
 
+@pytest.mark.parametrize("name", ["RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_PORT"])
+@pytest.mark.parametrize("value", ["", "abc", "1.5", "-1"])
+def test_a_number_of_a_launcher_that_is_none_is_named(name, value, monkeypatch, capsys):
+    monkeypatch.setenv(name, value)
+    monkeypatch.setattr(program, "GRACE", 0)
+    assert one_line_errors(lambda: 0)() == 2
+    assert naming(name, repr(value)).search(capsys.readouterr().err)
+
+
 def test_a_failure_of_weights_and_biases_is_one_line(monkeypatch, capsys):
     errors = types.SimpleNamespace(Error=type("Error", (Exception,), {}))
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(errors=errors))
