@@ -35,14 +35,8 @@ from torchvision.transforms.v2 import functional as v2
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.measure import Case, Row, peer, row
-from latent_verse.data.transforms import (
-    centre_crop,
-    crop_box,
-    decode_rgb,
-    random_crop,
-    sample_generator,
-    to_unit_range,
-)
+from latent_verse.data.decoding import decode_rgb
+from latent_verse.data.transforms import centre_crop, crop_box, random_crop, sample_generator, to_unit_range
 
 RATIO = 0.75
 BILINEAR = Image.Resampling.BILINEAR

@@ -25,7 +25,8 @@ from benchmarks.measure import Case, Row, Step, against, measured, peak_bytes, r
 from latent_verse.augvae.model import AugVAE
 from latent_verse.biart.model import BiART
 from latent_verse.config import PRESETS, AugVAEConfig, BiARTConfig
-from latent_verse.data.images import EXTENSIONS, PathList, walk
+from latent_verse.data.folders import EXTENSIONS, walk
+from latent_verse.data.images import PathList
 from latent_verse.data.modules import EpochBatches
 
 SIZES = {

@@ -45,7 +45,7 @@ def tar_shard(files: list[bytes], root: Path) -> Path:
 
 
 def codes_shard(items: int, codes: int, root: Path) -> Path:
-    """A folder of codes as `data.codes.extract` leaves it, with random codes."""
+    """A folder of codes as `data.codes_writer.extract` leaves it, with random codes."""
     from latent_verse.data.codes import FORMAT, META
 
     root.mkdir(parents=True, exist_ok=True)

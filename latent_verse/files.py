@@ -1,4 +1,4 @@
-"""Writing files whole or not at all, locking folders; reading text; naming what differs between two settings."""
+"""Writing files whole or not at all, locking folders; reading text and JSON."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import json
 import math
 import os
 import re
-import reprlib
 import shutil
 import tempfile
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import BinaryIO, ClassVar
 
 from latent_verse.config import UserError
+from latent_verse.config.settings import no_file, reason
 
 fcntl: ModuleType | None
 try:
@@ -49,18 +50,26 @@ def read_bytes(path: str | os.PathLike) -> bytes:
 
 
 @contextmanager
+def setting_named(setting: str) -> Iterator[None]:
+    """What is said inside of a file names also the setting that gave the file."""
+    try:
+        yield
+    except FileError as error:
+        raise type(error)(f"{setting}: {error}") from error
+
+
+@contextmanager
 def _regular(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """A regular file, open. What goes wrong inside is a FileError that names it."""
     try:
         if os.path.exists(path) and not os.path.isfile(path):
-            kind = "a folder" if os.path.isdir(path) else "a pipe or device"
-            raise FileError(f"{path} is {kind}; a file is needed.")
+            raise FileError(f"{path} {no_file(path)}.")
         with open(path, "rb") as file:
             yield file
     except (OSError, ValueError) as error:  # ValueError: a path with a null character
         if isinstance(error, UserError):
             raise
-        raise FileError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
+        raise FileError(f"{path} cannot be read: {reason(error)}.") from error
 
 
 def decode_text(data: bytes, name: object) -> str:
@@ -110,12 +119,24 @@ def parse_json(text: str, name: object) -> object:
     """The content of a JSON file or line called `name` in messages.
 
     Raises:
-        FileError: it is not valid JSON, or nested too deeply.
+        FileError: it is not valid JSON, nested too deeply, or gives a key twice, of which Python would take the last.
     """
+
+    def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
+            raise FileError(f"{name} gives the key {twice[:80]!r} twice in one object. Keep one.")
+        return found
+
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=once)
+    except FileError:
+        raise
     except (ValueError, RecursionError) as error:
-        raise FileError(f"{name} is not valid JSON ({error}). Was it written or downloaded completely?") from error
+        raise FileError(
+            f"{name} is not valid JSON ({reason(error)}). Was it written or downloaded completely?"
+        ) from error
 
 
 def read_json(path: str | os.PathLike) -> object:
@@ -271,7 +292,7 @@ def only_writer(folder: Path, setting: str) -> Iterator[int]:
             if lock.works:
                 file.write_text(f"{os.getpid()} {os.uname().nodename}", encoding="utf-8")
             else:
-                remedy = "see to it that no other process writes there"
+                remedy = "make sure that no other process writes there"
                 warnings.warn(f"{setting}: the file system of {folder} has no locks; {remedy}.", stacklevel=3)
         try:
             yield lock.number
@@ -360,11 +381,12 @@ def _refusing(path: Path, of: str = "") -> Iterator[None]:
             cause = OSError(errno.EINVAL, str(cause))
         if not isinstance(cause, OSError) or not _concerns(path.absolute(), cause.filename):
             raise
-        reason = cause.strerror or str(cause)
+        why = reason(cause)
         if cause.errno in (errno.EEXIST, errno.ENOTDIR):
-            reason = next((f"{p} is no folder" for p in (path, *path.parents) if p.exists() and not p.is_dir()), reason)
+            for there in (p for p in (path, *path.parents) if os.path.lexists(p) and not p.is_dir()):
+                why = f"{there} is not a folder" if there.exists() else f"{there} is a link to what does not exist"
         kind = FileError if cause.errno in MISTAKES else NotWritten
-        raise kind(f"{of}{path} cannot be written: {reason}{_room(path)}.") from error
+        raise kind(f"{of}{path} cannot be written: {why}{_room(path)}.") from error
 
 
 def _concerns(path: Path, named: str | bytes | int | None) -> bool:
@@ -431,22 +453,6 @@ def valid_json(content: object) -> object:
     if isinstance(content, list | tuple):
         return [valid_json(item) for item in content]
     return None if isinstance(content, float) and not math.isfinite(content) else content
-
-
-def differences(old: Mapping[str, object], new: Mapping[str, object]) -> list[str]:
-    """One line for each entry of `new` that `old` lacks or has another value of: `lr: 0.1 then, 0.2 now`."""
-    changed = {name: (old.get(name), value) for name, value in new.items() if old.get(name) != value}
-    return [f"{name}: {_short(before)} then, {_short(now)} now" for name, (before, now) in changed.items()]
-
-
-def _short(value: object) -> str:
-    """For a message. A damaged file may have held anything: long texts, or lists of lists that share their items."""
-    brief = reprlib.Repr()
-    brief.maxstring = brief.maxother = brief.maxlong = 300
-    brief.maxlist = brief.maxtuple = brief.maxdict = brief.maxset = 20
-    brief.maxlevel = 3
-    text = brief.repr(value)
-    return text if len(text) <= 300 else f"{text[:300]}..."
 
 
 def _sync(path: Path) -> None:

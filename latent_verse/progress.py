@@ -1,4 +1,4 @@
-"""The progress bar of everything that is no training loop."""
+"""The progress bar of everything but the training loop."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 def progress_bar(
     items: Iterable | None = None, *, what: str, total: float | None = None, unit: str = "it", shown: bool = True
 ) -> tqdm:
-    """A tqdm bar on stderr, to iterate over or to `update`. Silent if not `shown`, or where stderr is no terminal."""
+    """A tqdm bar on stderr, to iterate over or to `update`. Silent if not `shown`, or without a terminal."""
     from tqdm import tqdm
 
     return tqdm(items, desc=what, total=total, unit=unit, disable=None if shown else True, unit_scale=True)

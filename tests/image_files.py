@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 
 import numpy as np
 from PIL import Image
@@ -32,3 +34,20 @@ def as_tensor(image):
 def gap(a, b):
     assert a.shape == b.shape
     return (a.int() - b.int()).abs().max().item()
+
+
+def make_folder(root, names):
+    for i, name in enumerate(names):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kind = {"jpg": "JPEG", "jpeg": "JPEG", "tif": "TIFF", "pgm": "PPM"}.get(path.suffix[1:].lower())
+        photo(40, 30, seed=i).save(path, kind or path.suffix[1:])
+    return root
+
+
+def bomb():
+    """A tiny PNG that claims 30000 x 30000 pixels."""
+    data = bytearray(encoded(Image.new("L", (8, 8)), "PNG"))
+    data[16:24] = struct.pack(">II", 30000, 30000)
+    data[29:33] = struct.pack(">I", zlib.crc32(bytes(data[12:29])))
+    return bytes(data)

@@ -22,7 +22,6 @@ from latent_verse.files import (
     NotWritten,
     append,
     decode_text,
-    differences,
     lines_of,
     made_folder,
     only_writer,
@@ -248,10 +247,18 @@ def test_what_is_not_about_writing_is_left_as_it_is(tmp_path):
 
 IMPOSSIBLE = {
     "too long": (lambda folder: folder / ("a" * 300), "too long"),
-    "below a file": (lambda folder: folder / "file" / "b", "file is no folder"),
+    "below a file": (lambda folder: folder / "file" / "b", "file is not a folder"),
     "null": (lambda folder: folder / "a\0b", "null"),
-    "a file": (lambda folder: folder / "file", "file is no folder"),
+    "a file": (lambda folder: folder / "file", "file is not a folder"),
 }
+
+
+@pytest.mark.parametrize("below", ["", "b"])
+def test_a_link_to_nothing_is_no_folder(tmp_path, below):
+    (tmp_path / "link").symlink_to(tmp_path / "absent" / "nothing")
+    told = pytest.raises(FileError, match=naming("out", tmp_path / "link", "link", "does not exist"))
+    with told, made_folder(tmp_path / "link" / below, "out"):
+        raise AssertionError
 
 
 @pytest.mark.parametrize(("place", "reason"), IMPOSSIBLE.values(), ids=IMPOSSIBLE)
@@ -358,22 +365,6 @@ def test_a_symbolic_link_gives_way_to_the_file_and_its_target_stays(tmp_path):
     assert [(tmp_path / name).read_text() for name in ("link", "target")] == ["new", "old"]
 
 
-def test_differences_name_the_setting_and_both_values():
-    old = {"lr": 0.1, "same": 1, "gone": 2}
-    assert differences(old, {"lr": 0.2, "same": 1, "name": "a"}) == [
-        "lr: 0.1 then, 0.2 now",
-        "name: None then, 'a' now",
-    ]
-    assert differences(old, {"same": 1}) == []
-    (line,) = differences({"lr": "a" * 100_000}, {"lr": 1})
-    assert len(line) < 400 and line.endswith(", 1 now")
-    doubled: list = []
-    for _ in range(60):  # 2^60 items, which share one
-        doubled = [doubled, doubled]
-    (line,) = differences({"lr": doubled}, {"lr": 1})
-    assert len(line) < 400 and line.endswith(", 1 now")
-
-
 def test_text_is_utf8_with_or_without_a_byte_order_mark(tmp_path):
     for data in ("é\u2028b\n".encode(), "\ufeffé\u2028b\n".encode()):
         (tmp_path / "a.txt").write_bytes(data)
@@ -392,6 +383,13 @@ def test_damaged_json_is_one_line(text):
     with pytest.raises(FileError, match=naming("captions.json", "not valid JSON")) as caught:
         parse_json(text, "captions.json")
     assert "\n" not in str(caught.value)
+
+
+def test_a_json_key_given_twice_is_refused():
+    assert parse_json('[{"a": 1, "b": {"a": 2}}, {"a": 3}]', "x.json") == [{"a": 1, "b": {"a": 2}}, {"a": 3}]
+    for text in ('{"caption": "a", "caption": "b"}', '[{"b": {"caption": 1, "a": 2, "caption": 1}}]'):
+        with pytest.raises(FileError, match=naming("captions.json", "'caption'", "twice")):
+            parse_json(text, "captions.json")
 
 
 def test_what_is_no_file_is_refused_without_waiting(tmp_path):

@@ -9,14 +9,8 @@ import pytest
 from latent_verse.config.cli import parse
 from latent_verse.config.evaluate import EvalBiARTConfig, resolve_eval_biart
 from latent_verse.config.generate import GenerateConfig, resolve_generate
-from latent_verse.config.train import (
-    EvalVAEConfig,
-    TrainBiARTConfig,
-    TrainVAEConfig,
-    resolve_eval_vae,
-    resolve_train_biart,
-    resolve_train_vae,
-)
+from latent_verse.config.train import EvalVAEConfig, TrainBiARTConfig, TrainVAEConfig
+from latent_verse.config.train_rules import resolve_eval_vae, resolve_train_biart, resolve_train_vae
 from latent_verse.demo import run as demo
 from tests.documented_commands import REPO, commands, flags
 

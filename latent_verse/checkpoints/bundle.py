@@ -13,16 +13,15 @@ from latent_verse.biart.model import BiART
 from latent_verse.checkpoints.augvae import FORMAT, WEIGHTS, load_augvae, save_augvae
 from latent_verse.checkpoints.checks import (
     check_fits,
-    is_number,
     json_object,
     read_safetensors,
     settings_from,
     skeleton,
 )
 from latent_verse.checkpoints.ckpt_files import CheckpointError, fetch_from_hub, fingerprint
-from latent_verse.config import BiARTConfig, as_plain
-from latent_verse.config.settings import expand
-from latent_verse.data.text import TOO_LONG, Tokenizer, TokenizerError, load_tokenizer
+from latent_verse.config import BiARTConfig, UserError, as_plain
+from latent_verse.config.settings import expand, is_number, shown
+from latent_verse.data.text import TOO_LONG, Tokenizer, load_tokenizer
 from latent_verse.files import replacing, write_json
 
 BUNDLE = "latent_verse/bundle"
@@ -89,14 +88,14 @@ def load_bundle(path: str | os.PathLike) -> tuple[AugVAE, BiART, Tokenizer, dict
             raise CheckpointError(f"{folder} is an incomplete bundle: it holds no {name}. Copy or export it again.")
     for name in ("biart", "info", "fingerprints"):
         if not isinstance(content.get(name), dict):
-            raise CheckpointError(f"{folder} is a damaged bundle: in {file}, {name} is no object.")
+            raise CheckpointError(f"{folder} is a damaged bundle: in {file}, {name} is not an object.")
     info, recorded = content["info"], content["fingerprints"]
     check_info(info, file)
     with torch.random.fork_rng(devices=[]):  # initial weights are random, and replaced at once
         vae = load_augvae(folder / "vae")
     try:
         tokenizer = load_tokenizer(folder / "tokenizer")
-    except TokenizerError as error:
+    except UserError as error:
         raise CheckpointError(f"{folder} is a damaged bundle: {error}") from error
     weights = folder / BIART_WEIGHTS
     biart = build_biart(content["biart"], read_safetensors(weights), file, weights)
@@ -140,7 +139,7 @@ def check_info(info: dict[str, Any], file: Path) -> None:
     """
     dropout, too_long = info.get("reference_dropout", 0.0), info.get("text_too_long", TOO_LONG[0])
     if not (is_number(dropout) and 0 <= dropout <= 1):
-        raise CheckpointError(f"{file} is damaged: its reference_dropout is no probability.")
+        raise CheckpointError(f"{file} is damaged: its reference_dropout is not a probability.")
     if too_long not in TOO_LONG:
         raise CheckpointError(f"{file} is damaged: its text_too_long is not one of {', '.join(TOO_LONG)}.")
 
@@ -167,11 +166,10 @@ def _bundle_config(folder: Path) -> dict[str, Any]:
     if not os.path.isfile(file):
         inside = sorted(str(c.parent) for c in folder.glob("*/config.json") if _may_become_bundle(c.parent))
         hint = f" Did you mean {inside[0]}?" if inside else " LVerse.save_pretrained writes one."
-        raise CheckpointError(f"{folder} is no bundle: it holds no config.json.{hint}")
+        raise CheckpointError(f"{folder} is not a bundle: it holds no config.json.{hint}")
     content = json_object(file)
     found = content.get("format")
     if found != BUNDLE:
-        shown = repr(found) if isinstance(found, (str, type(None))) else "that is no text"
-        what = "an AugVAE, the first half of a bundle" if found == FORMAT else f"of format {shown}"
+        what = "an AugVAE, the first half of a bundle" if found == FORMAT else f"of format {shown(found)}"
         raise CheckpointError(f"{folder} is {what}, not a bundle ({BUNDLE}) with AugVAE, BiART and tokenizer.")
     return content

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 
 from latent_verse.config.cli import parse, quick_imports, to_yaml
 from latent_verse.config.program import one_line_errors
-from latent_verse.config.train import EvalVAEConfig, resolve_eval_vae, with_evaluated_shape
+from latent_verse.config.train import EvalVAEConfig
+from latent_verse.config.train_rules import resolve_eval_vae, with_evaluated_shape
 from latent_verse.files import write_json, write_text
 
 

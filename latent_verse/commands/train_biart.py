@@ -11,7 +11,8 @@ from pathlib import Path
 
 from latent_verse.config.cli import parse, quick_imports
 from latent_verse.config.program import one_line_errors
-from latent_verse.config.train import TrainBiARTConfig, idle_flags_biart, resolve_train_biart
+from latent_verse.config.train import TrainBiARTConfig
+from latent_verse.config.train_rules import idle_flags_biart, resolve_train_biart
 from latent_verse.files import made_folder
 
 
@@ -36,7 +37,16 @@ def run(config: TrainBiARTConfig, given: Mapping[str, str]) -> int:
         from latent_verse.training.image_logging import TextImageSamples
         from latent_verse.training.resume import starting_point
         from latent_verse.training.runs import hold_run
-        from latent_verse.training.trainer import announce, compiles, ease_smoke_test, fit, make_trainer, run_name, say
+        from latent_verse.training.trainer import (
+            announce,
+            compiles,
+            ease_smoke_test,
+            fit,
+            log_in,
+            make_trainer,
+            run_name,
+            say,
+        )
 
     t = config.trainer
     if config.bundle.export:
@@ -44,6 +54,8 @@ def run(config: TrainBiARTConfig, given: Mapping[str, str]) -> int:
             file = export_bundle(t.ckpt_path, config.bundle.export, config.vae.vae_path)
         print(f"Bundle of {file}: {config.bundle.export}")
         return 0
+    if not config.codes.extract_codes:
+        log_in(t)
     config, pretrained = take_over(config, given)
     config, vae = biart_setup.frozen_vae(config, pretrained)
     if config.codes.extract_codes:

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from latent_verse.config.cli import parse, quick_imports
 from latent_verse.config.program import one_line_errors
-from latent_verse.config.train import TrainVAEConfig, idle_flags_vae, resolve_train_vae
+from latent_verse.config.train import TrainVAEConfig
+from latent_verse.config.train_rules import idle_flags_vae, resolve_train_vae
 
 
 @one_line_errors
@@ -31,9 +32,19 @@ def run(config: TrainVAEConfig, given: Mapping[str, str]) -> int:
         from latent_verse.training.backups import RunFolder
         from latent_verse.training.image_logging import ImageGrids
         from latent_verse.training.resume import starting_point
-        from latent_verse.training.trainer import announce, compiles, ease_smoke_test, fit, make_trainer, run_name, say
+        from latent_verse.training.trainer import (
+            announce,
+            compiles,
+            ease_smoke_test,
+            fit,
+            log_in,
+            make_trainer,
+            run_name,
+            say,
+        )
 
     t = config.trainer
+    log_in(t)
     pl.seed_everything(t.seed, verbose=False)
     config, model = load_for_training(ease_smoke_test(config, given), given)
     name = run_name(config, given, "augvae")

@@ -3,7 +3,7 @@
 settings.py   what a setting is, its range, its errors
 models.py     shapes of AugVAE and BiART
 datasets.py   every dataset, and the settings it needs and reads
-train.py      train_vae.py, eval_vae.py and train_biart.py
+train.py      train_vae.py, eval_vae.py and train_biart.py; train_rules.py: the rules across their settings
 evaluate.py   eval_biart.py
 generate.py   generate.py
 cli.py        flags and YAML files -> these dataclasses; the only file that knows argparse and YAML

@@ -36,6 +36,8 @@ from latent_verse.config.settings import (
     is_list,
     is_optional,
     item_type,
+    no_file,
+    reason,
     shown,
     type_name,
     types_of,
@@ -53,7 +55,7 @@ LARGEST_FILE = 2_000_000  # bytes of a YAML file of some hundred settings; lists
 
 
 class Quoted(str):
-    """A text in quotes, in YAML: `null` in it is no null."""
+    """A text in quotes, in YAML: `null` in it does not mean nothing."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -109,7 +111,7 @@ def parse(
     if unknown:
         names = [f.name for _, f, _ in leaves(cls)] + ["config"]
         raise ConfigError(
-            f"unknown argument {_name(unknown[0])}{closest(unknown[0].lstrip('-').split('=')[0], names, '--')}"
+            f"unknown argument {shown(unknown[0])}{closest(unknown[0].lstrip('-').split('=')[0], names, '--')}"
         )
     values = vars(flags)
     path = values.pop("config", None)
@@ -179,8 +181,8 @@ def read_yaml(cls: type, path: str) -> dict[str, Any]:
     def take(key: Node, value: Node, section: str | None = None) -> None:
         leaf = key.value
         if leaf not in sections:
-            known = [*sections, *sections.values()]
-            raise ConfigError(f"{_at(path, key)}: unknown key {_name(leaf)}{closest(leaf, known)}")
+            known = [*sections, *sections.values()] if section is None else sections
+            raise ConfigError(f"{_at(path, key)}: unknown key {shown(leaf)}{closest(leaf, known)}")
         if section not in (None, sections[leaf]):
             raise ConfigError(f"{_at(path, key)}: {leaf} belongs to section {sections[leaf]}, not {section}.")
         if leaf in out:
@@ -209,13 +211,10 @@ def _compose(path: str) -> Node:
     """
     import yaml
 
-    if os.path.isdir(path):
-        raise ConfigError(f"config {path} is a folder; name a YAML file in it.")
     if not os.path.isfile(path):
         near = sorted(map(os.path.basename, glob.glob(f"{glob.escape(os.path.dirname(path) or '.')}/*.y*ml")))
         there = f" That folder holds: {', '.join(near)}." if near else ""
-        kind = "is a pipe or device; a file is needed" if os.path.exists(path) else "does not exist"
-        raise ConfigError(f"config file {path} {kind}.{there}")
+        raise ConfigError(f"config: {path} {no_file(path)}.{there}")
     if (size := os.path.getsize(path)) > LARGEST_FILE:
         raise ConfigError(f"config file {path} has {size:,} bytes, more than {LARGEST_FILE:,}. Is it a YAML file?")
     try:
@@ -226,13 +225,12 @@ def _compose(path: str) -> Node:
         raise ConfigError(f"config file {path} is not YAML in UTF-8 (line {line}). Save it as UTF-8.") from error
     except yaml.MarkedYAMLError as error:
         where = f" (line {error.problem_mark.line + 1})" if error.problem_mark else ""
-        what = " ".join(str(error.problem or error.context).split())
+        what = error.problem or error.context
         raise ConfigError(f"config file {path} is not readable YAML{where}: {what}.") from error
     except RecursionError as error:
         raise ConfigError(f"config file {path} is nested too deeply; settings are at most in a section.") from error
     except (yaml.YAMLError, ValueError, OverflowError, OSError) as error:  # of escapes and directives out of range, too
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"config file {path} is not readable YAML: {reason}.") from error
+        raise ConfigError(f"config file {path} is not readable YAML: {reason(error)}.") from error
     if root is None or (root.id == "scalar" and _is_null(_scalar(root))):
         return yaml.MappingNode(f"{YAML_TAG}map", [])  # an empty file
     if root.id != "mapping":
@@ -250,7 +248,7 @@ def _pairs(path: str, mapping: Node) -> list[tuple[Node, Node]]:
             raise ConfigError(f"{_at(path, key)}: a key is the name of a setting, not a list or mapping.")
         if key.value in seen:
             first = seen[key.value].start_mark.line + 1
-            raise ConfigError(f"{_at(path, key)}: {_name(key.value)} is given twice, first on line {first}. Keep one.")
+            raise ConfigError(f"{_at(path, key)}: {shown(key.value)} is given twice, first on line {first}. Keep one.")
         seen[key.value] = key
     return mapping.value
 
@@ -269,7 +267,7 @@ def _value(path: str, leaf: str, node: Node) -> str | list[str] | None:
 
 def _check_tag(path: str, node: Node) -> None:
     if node.tag not in TAGS:
-        raise ConfigError(f"{_at(path, node)}: the tag {_name(node.tag)} has no meaning here. Remove it.")
+        raise ConfigError(f"{_at(path, node)}: the tag {shown(node.tag)} has no meaning here. Remove it.")
 
 
 def _scalar(node: Node) -> str | None:
@@ -281,11 +279,6 @@ def _scalar(node: Node) -> str | None:
 
 def _at(path: str, node: Node) -> str:
     return f"{path}, line {node.start_mark.line + 1}"
-
-
-def _name(text: str) -> str:
-    """A key or flag as messages show it: as it is, unless that would not be one short line."""
-    return text if text.isprintable() and 0 < len(text) < 100 else shown(str(text))
 
 
 def build(cls: type[Config], given: dict[str, tuple[Any, str]]) -> Config:

@@ -7,8 +7,18 @@ from dataclasses import dataclass, field, replace
 from typing import Optional, Tuple
 
 from latent_verse.config.datasets import EVAL_DATASETS, PAIR_DATASETS, check_effects, check_files, check_local
-from latent_verse.config.settings import ConfigError, SamplingSettings, Settings, check_rules, require, same, setting
-from latent_verse.config.train import ImageDataConfig, PairDataConfig, TrainerConfig, check_processes
+from latent_verse.config.settings import (
+    ConfigError,
+    SamplingSettings,
+    Settings,
+    check_rules,
+    require,
+    same,
+    setting,
+    shown,
+)
+from latent_verse.config.train import ImageDataConfig, PairDataConfig, TrainerConfig
+from latent_verse.config.train_rules import check_processes
 
 TASKS = ("likelihood", "generation", "captions", "retrieval", "zero_shot", "round_trip", "shapes")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -179,7 +189,9 @@ def resolve_eval_biart(config: EvalBiARTConfig, given: Mapping[str, str]) -> tup
     if len(set(config.generation.blur_radii)) < len(config.generation.blur_radii):
         raise ConfigError(f"blur_radii is {list(config.generation.blur_radii)}; give different radii.")
     if "{}" not in config.likelihood.class_prompt:
-        raise ConfigError(f"class_prompt is {config.likelihood.class_prompt!r}; it needs {{}} where the name goes.")
+        raise ConfigError(
+            f"class_prompt is {shown(config.likelihood.class_prompt)}; it needs {{}} where the name goes."
+        )
     tasks = _tasks(config)
     _check_effects(config, tasks)
     return config, tasks

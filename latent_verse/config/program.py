@@ -28,7 +28,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 
-from latent_verse.config.settings import UserError, printable
+from latent_verse.config.settings import UserError, printable, reason
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 GRACE = 10.0  # seconds that a process of several leaves to others, which may say why they failed, or end it
@@ -42,6 +42,7 @@ LOST_CONTACT = (
 )
 
 LONGEST = 2000  # characters of a line
+NOT_PRINTED = "what was printed could not be written"
 
 WORKERS = "Give fewer --num_workers or a smaller --batch_size; with --num_workers 0 no such process is needed."
 SHARED = (
@@ -263,13 +264,15 @@ def _short_warnings() -> Iterator[None]:
 def _report(error: BaseException) -> int | None:
     """Print why the program ends; its exit code, or None for a fault of ours."""
     said, code = _one_line(error)
+    if code == 1 and isinstance(error, OSError) and error.filename is None and (failed := _printing_fails("\n")):
+        said = f"{NOT_PRINTED}: {reason(failed)}."  # of a print, or as a process was started, which flushes
     if said == LOST_CONTACT and _is_watched():
         return LOST
     if said == LOST_CONTACT or not is_first_process():
         time.sleep(GRACE)
     if said is None:
         if isinstance(error, Exception):
-            print_error("this is a fault of L-Verse's. Please report it with the traceback that follows.")
+            print_error("this is a bug in L-Verse. Please report it with the traceback that follows.")
         return None
     if is_first_process() or not isinstance(error, Stopped):
         print_error(said)
@@ -303,6 +306,9 @@ def _fault(error: BaseException) -> str | None:
         names = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
         what = error.strerror or f"{type(error).__name__}: {text}"
         return f"{names + ': ' if names else ''}{what}.{REMEDIES.get(error.errno or 0, '')}"
+    wandb = sys.modules.get("wandb")
+    if wandb is not None and isinstance(error, wandb.errors.Error):
+        return f"Weights & Biases: {reason(error)}. With WANDB_MODE=offline a run logs on this machine only."
     if isinstance(error, UnicodeError):
         return f"a text cannot be read or written in its encoding: {text}. Use UTF-8, for the terminal too (LANG)."
     if isinstance(error, RecursionError):
@@ -359,14 +365,21 @@ def _open_streams() -> None:
 
 def _flushed(code: int) -> int:
     """The exit code, once what was printed has arrived; if it cannot, no later attempt is made, nor reported."""
-    try:
-        sys.stdout.flush()
-    except (OSError, ValueError) as error:
+    if error := _printing_fails():
         with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
         if code:
             return code
-        broken = isinstance(error, BrokenPipeError)
-        print_error(f"what was printed could not be written: {getattr(error, 'strerror', None) or error}.")
-        return 141 if broken else 1
+        print_error(f"{NOT_PRINTED}: {reason(error)}.")
+        return 141 if isinstance(error, BrokenPipeError) else 1
     return code
+
+
+def _printing_fails(more: str = "") -> Exception | None:
+    """Write what was printed, and `more`; why that cannot be done."""
+    try:
+        sys.stdout.write(more)
+        sys.stdout.flush()
+    except (OSError, ValueError) as error:
+        return error
+    return None

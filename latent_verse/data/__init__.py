@@ -3,15 +3,21 @@
 What opens data, and what batches it:
     datasets.py         every dataset by name, for both stages: open_images, open_pairs
     modules.py          ImageDataModule, PairDataModule: order, exact resume, ranks, transfer to the device (Lightning)
+    loader_processes.py the processes that load: how they start, end and report a failure
 Images:
-    transforms.py       one file's bytes -> RGB -> square crop -> [-1, 1]; which randomness belongs to which sample
+    decoding.py         one file's bytes -> RGB: formats, bounds, what is refused
+    transforms.py       RGB -> square crop -> [-1, 1] -> batches; which randomness belongs to which sample
+    folders.py          walking folders: which files count, and what is said of the others
     jpeg_scans.py       whether a JPEG is whole
     images.py           ImageDataset (one sub-folder per class), FlatImages (any folder), FakeDataset
     shards.py           Shards: tar shards, local or streamed, through the webdataset library
+    shard_names.py      which shards a setting names: folders, patterns, lists, URLs
+    tars.py             reading tar files that may be damaged, or made to do harm
 Images with captions:
     captions.py         PairFolder, CocoCaptions, KarpathyCaptions, TableCaptions, FakePairs
     caption_files.py    reading the text, JSON and tables that hold captions
-    codes.py            codes written ahead of training, and CodesDataset, which reads them
+    codes.py            CodesDataset: codes that were written ahead of training
+    codes_writer.py     writing them
     pairs.py            PairShards; captions become ids
     text.py             the tokenizers of captions: CLIP's, and a BPE trained on the data
 The shapes world, generated images whose captions can be checked:
@@ -36,7 +42,8 @@ _HOME = {
     **dict.fromkeys(("Shards", "TrainShards", "EvalShards"), "shards"),
     **dict.fromkeys(("open_images", "open_pairs"), "datasets"),
     **dict.fromkeys(("ImageDataModule", "PairDataModule"), "modules"),
-    **dict.fromkeys(("centre_crop", "random_crop", "decode_rgb", "to_unit_range"), "transforms"),
+    **dict.fromkeys(("centre_crop", "random_crop", "to_unit_range"), "transforms"),
+    "decode_rgb": "decoding",
 }
 
 __all__ = ["DataError", *_HOME]

@@ -12,18 +12,18 @@ import re
 import unicodedata
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
 from functools import cache
 
 from latent_verse import files
 from latent_verse.config import printable
-from latent_verse.config.settings import expand
+from latent_verse.config.settings import expand, no_file, shown
 from latent_verse.data import DataError
-from latent_verse.data.images import EXTENSIONS
-from latent_verse.files import FileError, lines_of, parse_json, text_lines
+from latent_verse.data.folders import EXTENSIONS
+from latent_verse.files import lines_of, parse_json, setting_named, text_lines
 
 IMAGE_COLUMNS = ("image", "image_path", "filepath", "file_name", "filename", "path")
 CAPTION_COLUMNS = ("caption", "captions", "text", "title")
+ROW_LINES = 10_000  # of one row of a table: more are no caption, but a quote that was left open
 TEXT_BYTES = 1 << 24  # of one image's .txt: 16 MiB
 INVISIBLE = ("Cc", "Cf", "Zs", "Zl", "Zp")  # Unicode's categories of spaces, controls and characters of no width
 NO_TEXT = re.compile("[\0\ud800-\udfff]")  # NUL, as in UTF-16 read as UTF-8, and lone surrogates, as JSON can hold
@@ -37,7 +37,7 @@ def clean(caption: str) -> str:
     """A caption on one line, with one space between words; "" if none of its characters can be seen.
 
     Raises:
-        DataError: it is no text: it holds a NUL or a lone surrogate.
+        DataError: it is not text: it holds a NUL or a lone surrogate.
     """
     if found := NO_TEXT.search(caption):
         raise DataError(f"holds the character {found[0]!a} at {found.start()}, which is not text")
@@ -51,16 +51,13 @@ def caption_lines(path: str) -> list[str]:
     """The captions of an image's .txt, one per line.
 
     Raises:
-        DataError: the file cannot be read, is larger than TEXT_BYTES, is not UTF-8, or a line is no text.
+        DataError: the file is larger than TEXT_BYTES, or a line is not text.
+        FileError: it cannot be read, or is not UTF-8.
     """
     if os.path.isfile(path) and os.path.getsize(path) > TEXT_BYTES:
         raise DataError(f"{path} is larger than {TEXT_BYTES} bytes. Is it the text of one image?")
-    try:
-        lines = lines_of(files.read_text(path))
-    except FileError as error:
-        raise DataError(str(error)) from error
     texts = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(lines_of(files.read_text(path)), start=1):
         try:
             texts.append(clean(line))
         except DataError as error:
@@ -80,7 +77,7 @@ def image_file(folder: str, *names: str) -> str:
     return os.path.join(folder, whole.removeprefix(root)) if whole.startswith(root) else os.path.normpath(path)
 
 
-def sorted_out(pairs: Iterable[tuple[str, list]], path: str, key: str) -> tuple[list[Pair], dict[str, list[str]]]:
+def usable_pairs(pairs: Iterable[tuple[str, list]], path: str, key: str) -> tuple[list[Pair], dict[str, list[str]]]:
     """The pairs that can be used, and the images of the others by reason.
 
     Raises:
@@ -92,7 +89,7 @@ def sorted_out(pairs: Iterable[tuple[str, list]], path: str, key: str) -> tuple[
         texts = []
         for caption in captions:
             if caption is not None and not isinstance(caption, str):
-                raise DataError(f"{key}: {path}: the caption of {image} is {short(caption)}; captions are strings.")
+                raise DataError(f"{key}: {path}: the caption of {image} is {shown(caption)}; captions are strings.")
             try:
                 text = clean(caption or "")
             except DataError as error:
@@ -122,31 +119,22 @@ def check_file(path: str | os.PathLike, key: str) -> str:
     """`path` as a str with ~ expanded.
 
     Raises:
-        DataError: it is no file, or an empty one; naming the setting `key`.
+        DataError: it is not a file, or an empty one; naming the setting `key`.
     """
     path = expand(path, True, key)
     if not os.path.isfile(path):
-        kind = "is a folder, not a file" if os.path.isdir(path) else "does not exist"
-        raise DataError(f"{key}: {path} {kind}. Give the file that holds the captions.")
+        raise DataError(f"{key}: {path} {no_file(path)}. Give the file that holds the captions.")
     if os.path.getsize(path) == 0:
         raise DataError(f"{key}: {path} is empty (0 bytes). Was it downloaded or written completely?")
     return path
-
-
-@contextmanager
-def setting_named(key: str) -> Iterator[None]:
-    """What files.py says of a file becomes a DataError that also names the setting `key`, which gave the file."""
-    try:
-        yield
-    except FileError as error:
-        raise DataError(f"{key}: {error}") from error
 
 
 def read_json(path: str | os.PathLike, key: str) -> tuple[object, str]:
     """The content of a JSON file, and its path as a str.
 
     Raises:
-        DataError: it cannot be read, or is not valid JSON; naming the setting `key`.
+        DataError: it is not a file, or empty; naming the setting `key`.
+        FileError: it cannot be read, or is not valid JSON; naming the setting too.
     """
     path = check_file(path, key)
     with setting_named(key):
@@ -154,7 +142,7 @@ def read_json(path: str | os.PathLike, key: str) -> tuple[object, str]:
 
 
 def identifier(value: object) -> int | str | None:
-    """An image's id, so that equal ones are equal: 139, 139.0 and "139" are 139. None if it is no int or str."""
+    """An image's id, so that equal ones are equal: 139, 139.0 and "139" are 139. None if it is neither int nor str."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, str) and DECIMAL.fullmatch(value):
@@ -179,15 +167,15 @@ def entries(content: object, name: str, fields: dict[str, type], path: str, key:
         raise DataError(f"{key}: the list {name!r} of {path} is empty. Is it the file of another split?")
     if not isinstance(found, list):
         keys = _names(content) if isinstance(content, dict) else f"a {type(content).__name__}"
-        raise DataError(f"{key}: {path} has no list {name!r}; it holds {keys or 'nothing'}. Is it a captions file?")
+        raise DataError(f"{key}: {path} has no list {name!r}; it holds {keys}. Is it a captions file?")
     for i, entry in enumerate(found):
         for field, kind in fields.items():
             if not isinstance(entry, dict) or field not in entry:
-                keys = _names(entry) if isinstance(entry, dict) else short(entry)
+                keys = _names(entry) if isinstance(entry, dict) else shown(entry)
                 raise DataError(f"{key}: {name}[{i}] of {path} has no {field!r}, only {keys}. Is it a captions file?")
             if not isinstance(entry[field], kind):
-                value = short(entry[field])
-                raise DataError(f"{key}: {name}[{i}] of {path}: {field!r} is {value}, which is no {kind.__name__}.")
+                value = shown(entry[field])
+                raise DataError(f"{key}: {name}[{i}] of {path}: {field!r} is {value}, which is not a {kind.__name__}.")
     return found
 
 
@@ -195,32 +183,20 @@ def ids_of(found: list[dict], field: str, name: str, path: str, key: str) -> lis
     """The `identifier` in this field of every entry of the list `name`.
 
     Raises:
-        DataError: one is no int or str.
+        DataError: one is neither int nor str.
     """
     ids = []
     for i, entry in enumerate(found):
         value = identifier(entry[field])
         if value is None:
-            value = short(entry[field])
-            raise DataError(f"{key}: {name}[{i}] of {path}: {field!r} is {value}, which is no int or str.")
+            value = shown(entry[field])
+            raise DataError(f"{key}: {name}[{i}] of {path}: {field!r} is {value}, which is neither int nor str.")
         ids.append(value)
     return ids
 
 
-def short(value: object) -> str:
-    """A value for a message, which stays one line of bounded length."""
-    try:
-        return _cut(repr(value))
-    except (RecursionError, ValueError):  # nested too deeply; an int of too many digits
-        return f"a {type(value).__name__}"
-
-
 def _names(names: Iterable[str]) -> str:
-    return _cut(", ".join(names))
-
-
-def _cut(text: str, limit: int = 80) -> str:
-    return printable(text if len(text) <= limit else f"{text[:limit]}...")
+    return printable(", ".join(names))[:160] or "nothing"
 
 
 def table_rows(path: str, key: str) -> Iterator[tuple[str, str, list]]:
@@ -231,15 +207,16 @@ def table_rows(path: str, key: str) -> Iterator[tuple[str, str, list]]:
 
     Raises:
         DataError: the file is of another kind or damaged, or lacks a column; naming the setting `key`.
+        FileError: it cannot be read, or is not UTF-8 or not JSON; naming the setting too.
     """
     readers = {".csv": _separated_rows, ".tsv": _separated_rows, ".jsonl": _json_rows}
     extension = os.path.splitext(path)[1].lower()
     if extension not in readers:
-        raise DataError(f"{key}: {path} is no table of captions; known are {', '.join(readers)}.")
+        raise DataError(f"{key}: {path} is not a table of captions; known are {', '.join(readers)}.")
     with setting_named(key):
         for where, image, caption in readers[extension](path, key):
             if image is not None and not isinstance(image, str):
-                raise DataError(f"{key}: {where}: the image is {short(image)}; it has to be a path.")
+                raise DataError(f"{key}: {where}: the image is {shown(image)}; it has to be a path.")
             yield where, image or "", caption if isinstance(caption, list) else [caption]
 
 
@@ -250,8 +227,8 @@ def _columns(names: Collection[str], where: str, key: str, hint: str = "") -> tu
         there = {column: [n for n in names if n.strip().lower() == column] for column in wanted}
         column = next((column for column in wanted if there[column]), None)
         if column is None:
-            shown, wanted_names = _names(names), ", ".join(wanted)
-            raise DataError(f"{key}: {where} has the columns {shown}; it needs one of {wanted_names}.{hint}")
+            wanted_names = ", ".join(wanted)
+            raise DataError(f"{key}: {where} has the columns {_names(names)}; it needs one of {wanted_names}.{hint}")
         if len(there[column]) > 1:
             raise DataError(f"{key}: {where} has {len(there[column])} columns {column!r}. Keep one.")
         found += there[column]
@@ -286,6 +263,8 @@ def _separated_rows(path: str, key: str) -> Iterator[tuple[str, object, object]]
             if of_row and (looks_like_a_row(line) or not header):
                 waiting.appendleft(line)
                 raise _OpenQuote
+            if len(of_row) == ROW_LINES:
+                raise csv.Error(f"a row of more than {ROW_LINES:,} lines")
             of_row.append(line)
             yield line + "\n"
 
@@ -343,4 +322,7 @@ def _json_rows(path: str, key: str) -> Iterator[tuple[str, object, object]]:
         if not isinstance(row, dict):
             raise DataError(f"{key}: {where} is {type(row).__name__}, not an object with columns.")
         image, caption = _columns(row, where, key)
+        if row[caption] is None:  # caption may be null where captions is a list
+            others = (name for name in row if name.strip().lower() in CAPTION_COLUMNS and row[name] is not None)
+            caption = next(others, caption)
         yield where, row[image], row[caption]

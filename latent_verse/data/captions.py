@@ -17,7 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from latent_verse.config import printable
+from latent_verse.config import UserError, printable
+from latent_verse.config.settings import expand, shown
 from latent_verse.data import DataError
 from latent_verse.data.caption_files import (
     Pair,
@@ -28,26 +29,15 @@ from latent_verse.data.caption_files import (
     ids_of,
     image_file,
     read_json,
-    short,
-    sorted_out,
     table_rows,
+    usable_pairs,
 )
-from latent_verse.data.images import (
-    EXTENSIONS,
-    FakeDataset,
-    ImageFiles,
-    MapImages,
-    PathList,
-    Strings,
-    check_folder,
-    nothing_found,
-    walk,
-)
+from latent_verse.data.folders import EXTENSIONS, check_folder, nothing_found, walk
+from latent_verse.data.images import FakeDataset, ImageFiles, MapImages, PathList, Strings
 from latent_verse.data.transforms import mix_seed
 
 log = logging.getLogger(__name__)
 
-SHOWN = 500  # characters of a name in messages
 NAMED = 100  # unreadable texts that are logged one by one; the rest are only counted
 CROP_SEED, CAPTION_SEED = 0, 1  # a sample's crop and its caption are chosen by separate random numbers
 
@@ -131,9 +121,7 @@ class PairFiles(PairDataset, ImageFiles):
         """
         self.source = source
         self.left_out = {what: len(names) for what, names in left_out.items()}
-        found = "; ".join(
-            f"{len(n)} {what} (the first: {printable(n[0][:SHOWN])})" for what, n in left_out.items() if n
-        )
+        found = "; ".join(f"{len(n)} {what} (the first: {printable(n[0][:1000])})" for what, n in left_out.items() if n)
         if not pairs:
             raise DataError(f"{key}: no image with a caption in {source}{': ' + found if found else ''}. {remedy}")
         if found:
@@ -176,7 +164,7 @@ class PairFolder(PairFiles):
         for stem in dict.fromkeys(stem for stem, _ in images if stem in texts):
             try:
                 captions[stem] = caption_lines(texts[stem])
-            except DataError as error:
+            except UserError as error:
                 unreadable[stem] = str(error)
                 if len(unreadable) <= NAMED:
                     log.warning("skipped unreadable captions: %s", printable(error))
@@ -223,7 +211,7 @@ class CocoCaptions(PairFiles):
                 lonely.append(f"image_id {i}")
         if not self.train:
             self.ids = {files[i]: image["id"] for image, i in zip(reversed(images), reversed(ids), strict=True)}
-        kept, left_out = sorted_out(captions.items(), path, key)
+        kept, left_out = usable_pairs(captions.items(), path, key)
         left_out["captions without an image"] = lonely
         if len(captions) < len(images):
             left_out["second entries of an image"] = _repeated(image_file("", image["file_name"]) for image in images)
@@ -244,7 +232,7 @@ class KarpathyCaptions(PairFiles):
     An image that is listed twice has the sentences of both entries.
 
     Raises:
-        DataError: as PairFiles; no such split, or a cocoid is no int or str.
+        DataError: as PairFiles; no such split, or a cocoid is neither int nor str.
     """
 
     def __init__(
@@ -265,7 +253,7 @@ class KarpathyCaptions(PairFiles):
             for sentence in image["sentences"]:
                 if not isinstance(sentence, dict) or "raw" not in sentence:
                     raise DataError(
-                        f"{key}: images[{i}] of {path} has the sentence {short(sentence)}; Karpathy's file holds "
+                        f"{key}: images[{i}] of {path} has the sentence {shown(sentence)}; Karpathy's file holds "
                         'captions as {"raw": "..."}.'
                     )
         entries(content, "images", {"filepath": str}, path, key)
@@ -282,7 +270,7 @@ class KarpathyCaptions(PairFiles):
             captions.setdefault(file, []).extend(sentence["raw"] for sentence in image["sentences"])
         if not self.train:
             self.ids = self._cocoids(files, chosen, path)
-        kept, left_out = sorted_out(captions.items(), path, key)
+        kept, left_out = usable_pairs(captions.items(), path, key)
         if len(captions) < len(chosen):
             left_out["second entries of an image"] = _repeated(files)
         self._hold(f"{path} ({'+'.join(names)})", kept, left_out, key, f"Are the images below {image_dir}?")
@@ -297,7 +285,9 @@ class KarpathyCaptions(PairFiles):
             if given is not None:
                 found = identifier(given)
                 if found is None:
-                    raise DataError(f"{self.captions_key}: {path}: cocoid of {file} is {short(given)}, no int or str.")
+                    raise DataError(
+                        f"{self.captions_key}: {path}: cocoid of {file} is {shown(given)}, neither int nor str."
+                    )
                 if of_id.setdefault(found, file) != file:
                     two = f"{of_id[found]} and {file}"
                     repeated = repeated or f"{two} have one cocoid, {found!r}: images are identified by their names"
@@ -323,10 +313,11 @@ class TableCaptions(PairFiles):
         nameless = []
         for where, image, captions in table_rows(path, key):
             if image:
-                by_image.setdefault(image_file(folder, os.path.expanduser(image)), []).extend(captions)
+                image = expand(image, True, key, f" ({where})") if image.startswith("~") else image
+                by_image.setdefault(image_file(folder, image), []).extend(captions)
             else:
                 nameless.append(where)
-        kept, left_out = sorted_out(by_image.items(), path, key)
+        kept, left_out = usable_pairs(by_image.items(), path, key)
         left_out["rows without an image"] = nameless
         backslash = os.sep == "/" and any("\\" in name for name in left_out["missing image files"])
         remedy = f"Image paths in it are relative to {folder or '.'}, or absolute."

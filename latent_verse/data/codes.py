@@ -1,50 +1,35 @@
-"""Codes ahead of training: the frozen AugVAE encodes a dataset once, and training reads the codes.
+"""Codes that were written ahead of training (codes_writer.py), as training reads them.
 
 A folder of codes holds codes-00000.tar, ... (WebDataset: `<name>.npy`, codes (crops, N) in uint16 or uint32, and
 `<name>.json`, {"captions": [...], "ids": [[...], ...]}), the tokenizer, and codes.json: the fingerprints of AugVAE and
-tokenizer, sizes and counts. codes.json is written last. Until then unfinished.json says which shards are complete;
-rerunning an interrupted command resumes it after them.
+tokenizer, sizes and counts.
 """
 
 from __future__ import annotations
 
-import copy
-import hashlib
 import io
-import json
 import math
 import os
 import tarfile
-import zlib
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from itertools import islice
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 
-from latent_verse.config.settings import expand, expand_paths
+from latent_verse.config.settings import expand, is_count, reason, shown
 from latent_verse.data import DataError
-from latent_verse.data.captions import CAPTION_SEED, CROP_SEED, CaptionList, EncodedCaption, PairDataset
+from latent_verse.data.captions import CAPTION_SEED, CROP_SEED, CaptionList, EncodedCaption
 from latent_verse.data.images import SkipLog
 from latent_verse.data.shapes import Scene, ShapesDataset, World
-from latent_verse.data.shards import Ending, Header
-from latent_verse.data.text import Tokenizer
-from latent_verse.data.transforms import UnreadableImage, mix_seed, to_unit_range
-from latent_verse.files import differences, parse_json, read_json_object, replacing, write_json
-from latent_verse.progress import progress_bar
+from latent_verse.data.tars import Crc32, FailAtEnd, Header
+from latent_verse.data.transforms import mix_seed
+from latent_verse.files import parse_json, read_json_object
 
 FORMAT = "latent_verse/codes"
 META, UNFINISHED, TOKENIZER = "codes.json", "unfinished.json", "tokenizer"
 STORED_IDS = 4096  # of a caption at most: training tokenizes anew what has more than it takes
-SHAPES_CAPTIONS = 8  # of each scene, as the grammar samples them: frequent ones more than once
-
-Work = tuple[str, Callable[[], Tensor | None], list[str]]  # name, loader of its crops (c, 3, R, R) uint8, captions
 
 
 def smallest_type(count: int) -> type:
@@ -52,142 +37,8 @@ def smallest_type(count: int) -> type:
     return np.uint16 if count <= 2**16 else np.uint32
 
 
-def work_of(dataset: PairDataset | ShapesDataset, crops: int, shard_size: int) -> list[Iterator[Work]]:
-    """What each shard of codes holds: `shard_size` items of a map-style dataset opened without augmentation.
-
-    Crop 0 is the centre crop, as in evaluation; crop k is the random one that training sees in epoch k.
-    """
-    augmented = copy.copy(dataset)
-    augmented.train = True
-
-    def load(i: int) -> Tensor | None:
-        items = [dataset[(0, i)]]
-        if items[0] is None:
-            return None
-        items += [augmented[(k, i)] for k in range(1, crops)]
-        return torch.stack([image for image, _ in items])
-
-    def part(start: int) -> Iterator[Work]:
-        for i in range(start, min(start + shard_size, len(dataset))):
-            shapes = isinstance(dataset, ShapesDataset)
-            captions = dataset.sample_captions(i, SHAPES_CAPTIONS) if shapes else dataset.captions(i)
-            yield f"{i:09d}", partial(load, i), captions
-
-    return [part(start) for start in range(0, len(dataset), shard_size)]
-
-
-def contents_of(dataset: PairDataset | ShapesDataset) -> str | None:
-    """16 hexadecimal digits of the sizes of all images and of all captions; None for generated ones.
-
-    A rerun finds by them that the data has changed, without reading the images.
-    """
-    if isinstance(dataset, ShapesDataset):
-        return None
-    digest = hashlib.sha256()
-    for i in range(len(dataset)):
-        path = dataset.image_path(i)
-        size = os.path.getsize(path) if path and os.path.isfile(path) else -1
-        digest.update(json.dumps([size, dataset.captions(i)]).encode())
-    return digest.hexdigest()[:16]
-
-
-def extract(
-    work: list[Iterator[Work]],
-    folder: str | os.PathLike,
-    encode: Callable[[Tensor], Tensor],
-    tokenizer: Tokenizer,
-    plan: dict[str, Any],
-    *,
-    batch_size: int,
-    threads: int,
-    total: int | None = None,
-    progress: bool = True,
-) -> dict[str, Any]:
-    """Write the codes of `work`, one shard for each of its parts, or the shards that are missing. Returns codes.json.
-
-    Args:
-        encode: float32 (B, 3, R, R) in [-1, 1] -> codes (B, N).
-        plan: what the codes are made from and with, which codes.json states. A folder with a different one is refused.
-        total: images, for the progress bar.
-
-    Raises:
-        DataError: the folder holds codes of a different plan, or something else; or no image can be read.
-    """
-    folder = Path(folder)
-    if (folder / META).is_file():
-        return _read_same(folder / META, plan)
-    state = {**plan, "shards": {}}
-    if (folder / UNFINISHED).is_file():
-        state = _read_same(folder / UNFINISHED, plan)
-    elif folder.is_dir() and any(not file.name.endswith(".tmp") for file in folder.iterdir()):
-        raise DataError(f"extract_codes: {folder} holds something else; it is left alone. Name a new or empty folder.")
-    write_json(folder / UNFINISHED, state)
-    with replacing(folder / TOKENIZER) as unfinished:
-        tokenizer.save(unfinished)
-    bar = progress_bar(what=f"codes to {folder}", total=total, unit="image", shown=progress)
-    bar.update(sum(shard["pairs"] + shard["skipped"] for shard in state["shards"].values()))
-    with bar, ThreadPoolExecutor(max(1, threads)) as pool:
-        for number, part in enumerate(work):
-            name = f"codes-{number:05d}.tar"
-            if name not in state["shards"] or not (folder / name).is_file():
-                counts = _write_shard(folder / name, part, encode, tokenizer, plan, batch_size, pool, bar)
-                state["shards"][name] = counts
-                write_json(folder / UNFINISHED, state)
-    for what in ("pairs", "captions", "skipped"):
-        state[what] = sum(shard[what] for shard in state["shards"].values())
-    if not state["pairs"]:
-        raise DataError(f"extract_codes: none of {state['skipped']} images could be read; {folder} stays unfinished.")
-    write_json(folder / META, state)
-    (folder / UNFINISHED).unlink()
-    return state
-
-
-def _write_shard(path: Path, work: Iterator[Work], encode, tokenizer, plan, batch_size, pool, bar) -> dict[str, int]:
-    """One tar, which gets its name once it is complete. Returns its counts, and its CRC-32."""
-    from webdataset import TarWriter
-
-    counts = {"pairs": 0, "captions": 0, "skipped": 0}
-    with replacing(path) as unfinished, TarWriter(str(unfinished), encoder=False, mtime=0) as tar:
-        while batch := list(islice(work, batch_size)):
-            loaded = list(pool.map(lambda item: _load(item[1]), batch))
-            kept = [(name, x, captions) for (name, _, captions), x in zip(batch, loaded, strict=True) if x is not None]
-            counts["skipped"] += len(batch) - len(kept)
-            if kept:
-                x_BCHW = torch.cat([x for _, x, _ in kept])
-                codes = torch.cat([encode(to_unit_range(x)) for x in x_BCHW.split(batch_size)])
-                codes = codes.cpu().numpy().astype(smallest_type(plan["codebook_size"]))
-                codes = codes.reshape(len(kept), -1, codes.shape[-1])
-                for (name, _, captions), of_one in zip(kept, codes, strict=True):
-                    about = {"captions": captions, "ids": tokenizer.encode_batch(captions, STORED_IDS)}
-                    np.save(npy := io.BytesIO(), of_one, allow_pickle=False)
-                    tar.write({"__key__": name, "npy": npy.getvalue(), "json": json.dumps(about).encode()})
-                    counts["pairs"] += 1
-                    counts["captions"] += len(captions)
-            bar.update(len(batch))
-    with path.open("rb") as file:
-        return counts | {"crc32": _Summed(file).read_on()}
-
-
-def _load(load: Callable[[], Tensor | None]) -> Tensor | None:
-    try:
-        return load()
-    except UnreadableImage:
-        return None
-
-
-def _read_same(path: Path, plan: dict) -> dict[str, Any]:
-    """What a file of an earlier extraction holds, which must have had the same plan."""
-    found = _read_json(path)
-    found["source"] = expand_paths(found.get("source") or "")  # earlier versions recorded paths with `~`
-    found.setdefault("contents", plan.get("contents"))  # and no contents
-    if lines := "\n  ".join(differences(found, plan)):
-        folder = path.parent
-        raise DataError(f"extract_codes: {folder} holds codes of different settings; name another:\n  {lines}")
-    return found
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """What codes.json or unfinished.json holds.
+def read_counts(path: Path) -> dict[str, Any]:
+    """What codes.json or unfinished.json holds, of which the counts of each shard are checked.
 
     Raises:
         DataError: it holds something else.
@@ -204,11 +55,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def is_count(value: object) -> bool:
-    """Whether a value read from JSON is 0, 1, 2, ..."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
 def read_meta(folder: str | os.PathLike, key: str) -> dict[str, Any]:
     """What codes.json of a folder holds.
 
@@ -217,21 +63,21 @@ def read_meta(folder: str | os.PathLike, key: str) -> dict[str, Any]:
     """
     folder = Path(expand(folder, True, key))
     if (folder / META).is_file():
-        meta = _read_json(folder / META)
+        meta = read_counts(folder / META)
         for name in ("pairs", "captions", "crops_per_image", "image_len", "codebook_size", "text_vocab"):
             if not is_count(meta.get(name)) or not meta[name]:
-                raise DataError(
-                    f"{key}: {folder / META} is damaged: {name} is {meta.get(name)!r:.80}, which is no count."
-                )
+                raise DataError(f"{key}: {folder / META} is damaged: {name} is {shown(meta.get(name))}, not a count.")
         for name in ("vae", "tokenizer"):
             if not isinstance(meta.get(name), str):
-                raise DataError(f"{key}: {folder / META} is damaged: {name} is {meta.get(name)!r:.80}, no fingerprint.")
+                raise DataError(
+                    f"{key}: {folder / META} is damaged: {name} is {shown(meta.get(name))}, not a fingerprint."
+                )
         return meta
     if (folder / UNFINISHED).is_file():
         raise DataError(f"{key}: the codes in {folder} are unfinished. Rerun the command that was extracting them.")
     parts = [name for name in ("train", "val") if (folder / name / META).is_file()]
     hint = f" Did you mean {folder / parts[0]}?" if parts else " Make one with train_biart.py --extract_codes."
-    raise DataError(f"{key}: {folder} is no folder of codes: it holds no {META}.{hint}")
+    raise DataError(f"{key}: {folder} is not a folder of codes: it holds no {META}.{hint}")
 
 
 def check_codes(meta: dict[str, Any], vae_fingerprint: str, tokenizer_fingerprint: str, key: str) -> None:
@@ -253,24 +99,6 @@ def check_codes(meta: dict[str, Any], vae_fingerprint: str, tokenizer_fingerprin
         )
 
 
-class _Summed:
-    """A file that is read once, and the CRC-32 of what was read of it."""
-
-    def __init__(self, file: BinaryIO):
-        self.file, self.sum = file, 0
-
-    def read(self, size: int) -> bytes:
-        data = self.file.read(size)
-        self.sum = zlib.crc32(data, self.sum)
-        return data
-
-    def read_on(self) -> int:
-        """The CRC-32 of the whole file, once the rest is read."""
-        while self.read(1 << 20):
-            pass
-        return self.sum
-
-
 def _check_captions(about: object, vocabulary: int) -> dict[str, list]:
     """The captions of a pair and their ids.
 
@@ -279,13 +107,13 @@ def _check_captions(about: object, vocabulary: int) -> dict[str, list]:
     """
     captions, ids = (about.get("captions"), about.get("ids")) if isinstance(about, dict) else (None, None)
     if not isinstance(captions, list) or not captions or not all(isinstance(text, str) for text in captions):
-        raise ValueError("its captions are no list of texts")
+        raise ValueError("its captions are not a list of texts")
     if not isinstance(ids, list) or len(ids) != len(captions) or not all(isinstance(row, list) for row in ids):
         raise ValueError("there are not as many lists of ids as captions")
     if not all(
         {*map(type, row)} <= {int} and 0 <= min(row, default=0) <= max(row, default=0) < vocabulary for row in ids
     ):
-        raise ValueError(f"its ids are no numbers below {vocabulary}")
+        raise ValueError(f"its ids are not numbers below {vocabulary}")
     return about
 
 
@@ -333,7 +161,7 @@ class CodesDataset(Dataset):
             self._shapes = ShapesDataset(world, about["split"], len(self), about["seed"])
 
     def _size(self, shard: str, key: str) -> int:
-        """The bytes of a shard. Raises DataError where it is no file."""
+        """The bytes of a shard. Raises DataError where it is not a file."""
         if not (self.folder / shard).is_file():
             raise DataError(f"{key}: shard {self.folder / shard} does not exist. Copy the whole folder.")
         return (self.folder / shard).stat().st_size
@@ -346,29 +174,28 @@ class CodesDataset(Dataset):
             remedy = "Copy it again, or extract the codes again."
             try:
                 with open(self.folder / name, "rb") as file:
-                    summed = _Summed(file)
+                    summed = Crc32(file)
                     for codes, about in self._pairs_of(summed, os.fstat(file.fileno()).st_size):
                         if done >= shape[0] or codes.shape != shape[1:]:
                             raise ValueError(f"it holds other codes than {META} says")
                         done += 1
                         yield codes, about
-                    same = counts.get("crc32") in (None, summed.read_on())  # earlier versions gave none
+                    same = counts.get("crc32") in (None, summed.of_all())  # earlier versions gave none
             except Exception as error:  # of damaged bytes, tarfile and numpy raise nearly anything
-                said = " ".join(str(error).split())[:200]
-                raise DataError(f"{where} cannot be read: {said}. {remedy}") from error
+                raise DataError(f"{where} cannot be read: {reason(error)}. {remedy}") from error
             if done - before != counts["pairs"]:
                 raise DataError(f"{where} holds {done - before} pairs, {META} says {counts['pairs']}. {remedy}")
             if not same:
                 raise DataError(f"{where} is not as it was written: its checksum is another. {remedy}")
 
-    def _pairs_of(self, shard: _Summed, size: int) -> Iterator[tuple[np.ndarray, dict]]:
+    def _pairs_of(self, shard: Crc32, size: int) -> Iterator[tuple[np.ndarray, dict]]:
         """The pairs of a shard of so many bytes. Raises nearly anything where it is damaged."""
-        with tarfile.open(fileobj=Ending(shard), mode="r|", tarinfo=Header) as tar:
+        with tarfile.open(fileobj=FailAtEnd(shard), mode="r|", tarinfo=Header) as tar:
             about = None
             for member in tar:
                 tar.members = []  # else tarfile keeps them all
                 if not member.isreg() or member.size > size:
-                    raise ValueError(f"{member.name} is no file, or larger than the shard")
+                    raise ValueError(f"{member.name} is not a file, or larger than the shard")
                 data = tar.extractfile(member).read()
                 if member.name.endswith(".json"):  # TarWriter sorts: it comes before its .npy
                     about = _check_captions(parse_json(data.decode(), member.name), self.meta["text_vocab"])

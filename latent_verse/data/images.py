@@ -15,7 +15,7 @@ import logging
 import os
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -23,22 +23,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from latent_verse.config import printable
-from latent_verse.config.settings import expand
 from latent_verse.data import DataError
-from latent_verse.data.transforms import (
-    UnreadableImage,
-    centre_crop,
-    random_crop,
-    read_rgb,
-    sample_generator,
-    to_unit_range,
-)
+from latent_verse.data.decoding import UnreadableImage, read_rgb
+from latent_verse.data.folders import EXTENSIONS, check_folder, is_hidden, is_kind, nothing_found, walk
+from latent_verse.data.transforms import centre_crop, random_crop, sample_generator, to_unit_range
 
 log = logging.getLogger(__name__)
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")  # of transforms.FORMATS
-NOT_READ = (".gif", ".heic", ".heif", ".avif", ".jxl", ".jp2", ".jfif", ".psd", ".svg", ".tga", ".ico", ".eps", ".raw")
-MAX_VISITS = 100  # of one folder, by links: more of them can lead through a few folders in millions of ways
 MAX_SKIPS = 1000  # unreadable samples in a row; more means that the storage is broken, not a file
 
 
@@ -87,94 +78,6 @@ class PathList(Strings):
 
     def __getitem__(self, i: int) -> str:
         return os.path.join(self.root, super().__getitem__(i))
-
-
-def is_hidden(name: str) -> bool:
-    """Whether a file or folder is none of the user's data: hidden, or what macOS adds to an archive."""
-    return (name.startswith(".") and name not in (".", "..")) or name == "__MACOSX"
-
-
-def walk(root: str, extensions: tuple[str, ...], others: Counter) -> Iterator[str]:
-    """Names of the files below `root` with one of `extensions`, relative to it, in sorted order, links followed.
-
-    Hidden names are skipped. Files of another kind are counted by extension in `others`. What might be missed is logged
-    in one line: folders that cannot be read, links to nothing, pipes and devices, images of formats that are not read.
-
-    Raises:
-        DataError: links lead to one folder more than MAX_VISITS times.
-    """
-    special: Counter = Counter()
-    visits: Counter = Counter()
-    closed = ""  # the first folder that cannot be read
-    folders: list[tuple[str, str, tuple[tuple[int, int], ...]]] = [(root, "", ())]
-    while folders:
-        folder, prefix, above = folders.pop()
-        inside = []
-        try:
-            info = os.stat(folder)
-            itself = info.st_dev, info.st_ino
-            if itself in above:  # a link back up would never end
-                continue
-            visits[itself] += 1
-            if visits[itself] > MAX_VISITS:
-                real = os.path.realpath(folder)
-                raise DataError(
-                    f"{root}: its links lead to {real} more than {MAX_VISITS} times, the last one as {folder}. "
-                    "Remove some."
-                )
-            with os.scandir(folder) as entries:
-                for entry in sorted(entries, key=lambda e: e.name):
-                    if is_hidden(entry.name):
-                        continue
-                    if _is(entry.is_dir):
-                        inside.append((entry.path, f"{prefix}{entry.name}/", (*above, itself)))
-                    elif not entry.name.lower().endswith(extensions):
-                        others[os.path.splitext(entry.name)[1].lower() or "extensionless"] += 1
-                    elif _is(entry.is_file):
-                        yield prefix + entry.name
-                    else:
-                        special["links to nothing, pipes or devices"] += 1
-        except OSError as error:
-            closed = closed or f"{folder}: {error.strerror}"
-            special["folders that cannot be read"] += 1
-        folders += reversed(inside)
-    special.update({f"{kind} files": others[kind] for kind in NOT_READ if others[kind]})
-    if special:
-        about = ", ".join(f"{n} {what}" for what, n in special.items())
-        log.warning("%s", printable(f"{root}: left out: {about}" + (closed and f" (the first folder, {closed})")))
-
-
-def _is(kind: Callable[[], bool]) -> bool:
-    """A directory entry's answer; a link that cannot be followed is nothing."""
-    try:
-        return kind()
-    except OSError:  # links in a circle
-        return False
-
-
-def describe_files(others: Counter) -> str:
-    """'found 12 .txt, 3 .md' or 'found no file at all', for error messages."""
-    found = ", ".join(f"{n} {kind}" for kind, n in others.most_common(5))
-    return f"found {found}" if found else "found no file at all"
-
-
-def nothing_found(others: Counter) -> str:
-    """What was looked for in a folder without images and what was found, for error messages."""
-    hint = " For tar shards use --dataset webdataset." if others[".tar"] else ""
-    return f"looked for {' '.join(EXTENSIONS)} (any case), {describe_files(others)}.{hint}"
-
-
-def check_folder(root: str | os.PathLike, key: str) -> str:
-    """`root` as a str with ~ expanded.
-
-    Raises:
-        DataError: it is no folder; naming the setting `key`.
-    """
-    root = expand(root, True, key)
-    if not os.path.isdir(root):
-        kind = "is a file, not a folder" if os.path.exists(root) else "does not exist"
-        raise DataError(f"{key}: {root} {kind}. Give the folder that holds the images.")
-    return root
 
 
 class MapImages(Dataset):
@@ -320,7 +223,7 @@ class ImageDataset(ImageFiles):
         super().__init__(resolution, *args, **options)
         root = check_folder(root, self.key)
         with os.scandir(root) as entries:
-            self.classes = sorted(e.name for e in entries if not is_hidden(e.name) and _is(e.is_dir))
+            self.classes = sorted(e.name for e in entries if not is_hidden(e.name) and is_kind(e.is_dir))
         self.class_to_idx = {name: i for i, name in enumerate(self.classes)}
         others: Counter = Counter()
         labels = array("i")

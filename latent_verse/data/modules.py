@@ -11,44 +11,33 @@ otherwise: a rank that has no samples left gives empty batches (B = 0). A single
 
 Build the trainer with `use_distributed_sampler=False`: samples are split over ranks here.
 
-Loader processes end with this one, whatever ends it: `prepare_worker`, `ImageDataModule.on_exception`.
+Loader processes end with this one, whatever ends it: loader_processes.py, `ImageDataModule.on_exception`.
 """
 
 from __future__ import annotations
 
-import atexit
 import itertools
 import logging
 import math
-import multiprocessing.queues
 import os
-import signal
-import sys
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
-from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader, Dataset
 
-from latent_verse.config import UserError
-from latent_verse.config.program import SIGNALS, die_with
 from latent_verse.config.train import ImageDataConfig, PairDataConfig
-from latent_verse.data import DataError
+from latent_verse.data import DataError, loader_processes
 from latent_verse.data.datasets import MapDataset
+from latent_verse.data.loader_processes import Loader, WorkerInit, check_shared_memory, worker_count
 from latent_verse.data.pairs import CaptionEncoder, PairData, text_of
 from latent_verse.data.shapes import Scene, World
 from latent_verse.data.shards import EvalShards, Shards, TrainShards
 from latent_verse.data.transforms import Collate, labels, sample_generator, to_unit_range
 
 log = logging.getLogger(__name__)
-
-MAX_WORKERS = 16  # per process; more rarely helps and costs memory
-SHARED = "/dev/shm"  # where Linux keeps shared memory
-PATIENCE = 1800  # seconds without a batch after which a run ends: a disk or network that answers no more
 
 
 class EpochBatches:
@@ -90,112 +79,10 @@ class EvalBatches:
             yield list(self.mine[step * self.batch_size : (step + 1) * self.batch_size])
 
 
-class PassedOn(ExceptionWrapper):
-    """How a loader process hands over what it failed with: mistakes in the data and faults of the machine as they are.
-
-    torch's own way makes a new exception, whose message holds the whole traceback. So it stays for faults of ours.
-    """
-
-    def __init__(self, exc_info: Any = None, where: str = "in background"):
-        super().__init__(exc_info, where)
-        error = (exc_info or sys.exc_info())[1]
-        self.error = error if isinstance(error, (UserError, OSError, MemoryError)) else None
-
-    def reraise(self) -> None:
-        if self.error is not None:
-            raise self.error
-        super().reraise()
+AnyLoader = TypeVar("AnyLoader", bound=Loader)
 
 
-def _hand_over_failure(queue: Any, error: Exception, item: Any) -> None:
-    """Answer a batch that could not be sent, for lack of shared memory or open files, with the reason.
-
-    Python only prints it, and the training process would wait for that batch for ever.
-    """
-    if not isinstance(item, tuple):  # it was being sent already
-        os._exit(1)
-    queue.put((item[0], PassedOn((type(error), error, error.__traceback__))))
-
-
-def _end_with(kind: type[BaseException], error: BaseException, traceback: object) -> None:
-    """End a loader process whose thread that shares batches has failed: it would try, and print, for ever.
-
-    The exit code is the number of the operating system's error, which program.py names.
-    """
-    os._exit(getattr(error, "errno", None) or 1)
-
-
-class prepare_worker:
-    """For loader processes: they end with the process that started them, and hand over what they fail with.
-
-    They ignore signals: Slurm and a terminal signal them as well, and if one died the run would end before it has
-    saved. So that they cannot outlive the training process, even if that is killed, the kernel kills them with it.
-    tests/data/test_modules.py pins the private names of Python and torch.
-    """
-
-    def __init__(self) -> None:
-        self.parent = os.getpid()
-
-    def __call__(self, worker: int) -> None:
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
-        die_with(self.parent)
-        torch.utils.data._utils.worker.ExceptionWrapper = PassedOn
-        multiprocessing.queues.Queue._on_queue_feeder_error = _hand_over_failure
-        sys.excepthook = _end_with
-
-
-LOADERS: weakref.WeakSet[_Loader] = weakref.WeakSet()  # of this process
-
-
-@atexit.register
-def _kill_all() -> None:
-    """Python would tell those that still run to end, which they ignore, and wait for ever."""
-    for loader in LOADERS:
-        loader.kill()
-
-
-class _Loader:
-    """Holds a DataLoader, whose workers Lightning ends through its `_iterator` when it is done with them.
-
-    Otherwise the garbage collector would end them. It may close their queues first and then wait 5 seconds for each.
-    `_iterator` is private to torch and Lightning; tests/data/test_modules.py checks that both still use it this way.
-    """
-
-    def __init__(self, loader: DataLoader):
-        self._loader = loader
-        LOADERS.add(self)
-
-    @property
-    def _iterator(self) -> Iterator[list[Tensor]] | None:
-        return self._loader._iterator
-
-    @_iterator.setter
-    def _iterator(self, value: Iterator[list[Tensor]] | None) -> None:
-        self._loader._iterator = value
-
-    def kill(self) -> None:
-        """Kill the processes at once. torch would ask each one to end and wait 10 seconds for it, and Python for ever.
-
-        Its own end is skipped: one that was killed may hold a lock that torch would wait for.
-        """
-        iterator = self._loader._iterator
-        workers = getattr(iterator, "_workers", [])
-        if not workers or iterator._shutdown:
-            return
-        iterator._shutdown = True
-        torch.utils.data._utils.signal_handling._remove_worker_pids(id(iterator))
-        iterator._worker_pids_set = False
-        if hasattr(iterator, "_pin_memory_thread"):
-            iterator._pin_memory_thread_done_event.set()
-        for worker in workers:
-            worker.kill()
-
-
-AnyLoader = TypeVar("AnyLoader", bound=_Loader)
-
-
-class TrainLoader(_Loader):
+class TrainLoader(Loader):
     """A DataLoader that has a length and continues where its state says: two counts, for any number of workers.
 
     `source` decides the order: `start_at(epoch, batch)` is called before each pass.
@@ -229,7 +116,7 @@ class TrainLoader(_Loader):
             self.done = 0
         self._resume = False
         self._source.start_at(self.epoch, self.done)
-        for batch in self._loader:
+        for batch in self.batches():
             self.done += 1
             yield batch
 
@@ -250,7 +137,7 @@ class TrainLoader(_Loader):
         self._resume = True
 
 
-class EvalLoader(_Loader):
+class EvalLoader(Loader):
     """A DataLoader for evaluation. On a single rank it skips batches whose samples were all unreadable."""
 
     def __init__(self, loader: DataLoader, steps: int | None, world: int):
@@ -263,18 +150,9 @@ class EvalLoader(_Loader):
         return self._steps
 
     def __iter__(self) -> Iterator[list[Tensor]]:
-        for batch in self._loader:
+        for batch in self.batches():
             if len(batch[0]) or self._world > 1:
                 yield batch
-
-
-def loader_processes(num_workers: int | None, processes: int | None = None) -> int:
-    """`num_workers`, or one of `processes` equal shares of the cores (default: the launcher's number), at most 16."""
-    if num_workers is not None:
-        return num_workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    processes = processes or int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return max(1, min(MAX_WORKERS, cores // max(1, processes)))
 
 
 class ImageDataModule(pl.LightningDataModule):
@@ -296,7 +174,7 @@ class ImageDataModule(pl.LightningDataModule):
         super().__init__()
         self.datasets, self.data, self.seed = dict(datasets), data, seed
         self.collate = Collate(next(iter(self.datasets.values())).shape, targets)
-        self._loaders: list[_Loader] = []
+        self._loaders: list[Loader] = []
 
     def on_exception(self, exception: BaseException) -> None:
         """Kill the loader processes of a run that has failed or was stopped."""
@@ -311,7 +189,7 @@ class ImageDataModule(pl.LightningDataModule):
     @property
     def workers(self) -> int:
         """Loader processes of this training process."""
-        return loader_processes(self.data.num_workers, self.trainer.num_devices if self.trainer else None)
+        return worker_count(self.data.num_workers, self.trainer.num_devices if self.trainer else None)
 
     @property
     def skipped(self) -> int:
@@ -379,9 +257,13 @@ class ImageDataModule(pl.LightningDataModule):
     def _loader(self, dataset: Dataset, **batching: Any) -> DataLoader:
         workers = self.workers
         if workers:
-            self._check_shared_memory(workers)
+            item = math.prod(self.collate.shape) * (
+                1 if len(self.collate.shape) > 1 else 4
+            )  # uint8 images, int32 codes
+            here = self.trainer.num_devices if self.trainer else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            check_shared_memory(workers, here, self.data.prefetch_factor * self.data.batch_size * item)
             batching |= {"prefetch_factor": self.data.prefetch_factor, "persistent_workers": True}
-            batching |= {"worker_init_fn": prepare_worker(), "timeout": PATIENCE}
+            batching |= {"worker_init_fn": WorkerInit(), "timeout": loader_processes.PATIENCE}
         return DataLoader(
             dataset,
             num_workers=workers,
@@ -391,27 +273,6 @@ class ImageDataModule(pl.LightningDataModule):
             generator=torch.Generator(),
             **batching,
         )
-
-    def _check_shared_memory(self, workers: int) -> None:
-        """Refuse, before it hangs or dies, what /dev/shm cannot hold: all batches are there while training pauses.
-
-        Raises:
-            DataError: it has too little space for the batches of this machine's loader processes.
-        """
-        if not os.path.isdir(SHARED):
-            return
-        item = math.prod(self.collate.shape) * (1 if len(self.collate.shape) > 1 else 4)  # uint8 images, int32 codes
-        here = self.trainer.num_devices if self.trainer else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        of_one = self.data.prefetch_factor * self.data.batch_size * item * here
-        disk = os.statvfs(SHARED)
-        free = disk.f_bavail * disk.f_frsize
-        if free < workers * of_one:
-            fits = free // of_one
-            raise DataError(
-                f"{SHARED} has {free / 2**20:.1f} MB free, but {workers * here} loader processes pass batches of "
-                f"{workers * of_one / 2**20:.1f} MB through it. Give --num_workers {fits}{' or fewer' * (fits > 0)}, "
-                "a smaller --batch_size or --prefetch_factor, or more shared memory to a container (--shm-size)."
-            )
 
     def _rank_and_world(self) -> tuple[int, int]:
         """Of the process group if there is one, else of the trainer, else of the launcher's environment."""

@@ -11,17 +11,21 @@ import torch
 from torch import Tensor
 
 from latent_verse.config import UserError
+from latent_verse.config.settings import shown
 from latent_verse.data import DataError
-from latent_verse.data.caption_files import clean, short
+from latent_verse.data.caption_files import clean
 from latent_verse.data.captions import CAPTION_SEED, CROP_SEED, EncodedCaption, PairDataset
-from latent_verse.data.codes import STORED_IDS, CodesDataset, Work
+from latent_verse.data.codes import STORED_IDS, CodesDataset
+from latent_verse.data.codes_writer import Work
+from latent_verse.data.decoding import UnreadableImage
 from latent_verse.data.images import SkipLog
 from latent_verse.data.shapes import ShapesDataset
 from latent_verse.data.shards import SKIP_SLOTS, Shards, read_shards
 from latent_verse.data.text import Tokenizer
-from latent_verse.data.transforms import UnreadableImage, centre_crop, mix_seed, random_crop, sample_generator
+from latent_verse.data.transforms import centre_crop, mix_seed, random_crop, sample_generator
 from latent_verse.files import decode_text, parse_json
 
+CAPTIONS = "__captions__"  # of a raw sample, once they are read; no member can have this name
 TOKENIZER_CAPTIONS = 500_000  # a vocabulary learns nothing from more
 
 
@@ -97,7 +101,7 @@ def read_captions(raw: dict) -> list[str]:
     except UserError as error:
         raise NoCaption(f"its caption cannot be read: {error}") from error
     if not any(texts):
-        why = f"the caption in its .json is {short(found)}" if found else "neither a .txt nor a .json with `caption`"
+        why = f"the caption in its .json is {shown(found)}" if found else "neither a .txt nor a .json with `caption`"
         raise NoCaption(f"no caption: {why}")
     return [text for text in texts if text]
 
@@ -135,11 +139,11 @@ class PairShards(Shards):
             raise DataError(f"{key}: {none}. {reason} {NoCaption.remedy}")
 
     def decode(self, raw: dict) -> Tensor:
-        read_captions(raw)
+        raw[CAPTIONS] = read_captions(raw)
         return super().decode(raw)
 
     def target(self, raw: dict, epoch: int | None = None) -> str:
-        captions = captions_of(raw)
+        captions = raw[CAPTIONS]
         chosen = 0 if epoch is None else mix_seed(self.seed, epoch, _number(raw), CAPTION_SEED)
         return captions[chosen % len(captions)]
 
@@ -153,7 +157,7 @@ def _number(raw: dict) -> int:
 
 
 def work_of_shards(source: PairShards, crops: int) -> list[Iterator[Work]]:
-    """As `codes.work_of`, for tar shards: one shard of codes for each of them."""
+    """As `codes_writer.work_of`, for tar shards: one shard of codes for each of them."""
 
     def load(raw: dict) -> Tensor | None:
         try:

@@ -12,8 +12,9 @@ from typing import Literal, TypedDict
 
 from latent_verse import __version__
 from latent_verse.config import printable
+from latent_verse.config.settings import no_file
 from latent_verse.data import DataError
-from latent_verse.files import FileError, read_json_object
+from latent_verse.files import read_json_object, setting_named
 
 OWN = f"latent_verse {__version__}"
 SAME = ("library", "samples", "protocol", "seed", "dtype", "drawn")  # what two records must share to be comparable
@@ -61,7 +62,7 @@ class Records:
     def add(self, name: str, value: float, *, samples: int, library: str, protocol: str, **more: object) -> None:
         """Keep a metric; `more`: other fields of `Record`. A value that is not finite, which JSON lacks, is missing."""
         if not math.isfinite(value):
-            self.miss(name, f"it came out as {value} on {samples} samples")
+            self.miss(name, f"it is {value} on {samples} samples")
             return
         about = {"library": library, "samples": samples, "protocol": protocol}
         about |= {"seed": self.seed, "checkpoint": self.checkpoint, **self.always}
@@ -123,16 +124,15 @@ def _read_metrics(place: str) -> dict[str, dict]:
     path = Path(place)
     path = path / "metrics.json" if path.is_dir() else path
     if not path.is_file():
-        raise DataError(f"compare: {path} does not exist. Give a run folder of eval_biart.py, or its metrics.json.")
+        raise DataError(f"compare: {path} {no_file(path)}. Give a run folder of eval_biart.py, or its metrics.json.")
+    with setting_named("compare"):
+        content: dict = read_json_object(path)
     try:
-        content = read_json_object(path)
         for name, record in content["figures"].items():
             record["value"] = float(record["value"])
             for old, new in REWORDED.items() if not name.startswith("zero_shot/") else ():  # quotes the user's prompt
                 record["protocol"] = record["protocol"].replace(old, new)
         return {"figures": content["figures"], "missing": dict(content.get("missing", {}))}
-    except FileError as error:
-        raise DataError(f"compare: {error}") from error
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:  # not of this form
         raise DataError(f"compare: {path} is not a metrics.json of eval_biart.py ({error!r}).") from error
 

@@ -18,14 +18,8 @@ from torch import Tensor
 from latent_verse.biart.sampling import NotFinite
 from latent_verse.config.settings import expand
 from latent_verse.data import DataError
-from latent_verse.data.transforms import (
-    FORMATS_TEXT,
-    UnreadableImage,
-    centre_crop,
-    pil_to_tensor,
-    read_rgb,
-    to_unit_range,
-)
+from latent_verse.data.decoding import FORMATS_TEXT, UnreadableImage, pil_to_tensor, read_rgb
+from latent_verse.data.transforms import centre_crop, to_unit_range
 from latent_verse.files import replacing
 
 ImageLike = Image.Image | str | os.PathLike | Tensor  # what `load_image` takes

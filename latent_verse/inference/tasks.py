@@ -15,10 +15,11 @@ from torch import Tensor
 
 from latent_verse.config import ConfigError, printable
 from latent_verse.config.generate import GenerateConfig
+from latent_verse.config.settings import shown
 from latent_verse.data import DataError
 from latent_verse.data.caption_files import clean
-from latent_verse.data.images import EXTENSIONS, describe_files, walk
-from latent_verse.files import FileError, made_folder, text_lines, write_text
+from latent_verse.data.folders import EXTENSIONS, describe_files, walk
+from latent_verse.files import made_folder, setting_named, text_lines, write_text
 from latent_verse.inference.image_io import grid, load_image, save_png, to_images
 from latent_verse.inference.pipeline import LVerse, best_device
 from latent_verse.training import runs
@@ -53,29 +54,34 @@ def load(config: GenerateConfig) -> LVerse:
 
 def run(config: GenerateConfig, task: str) -> None:
     """Do the task that `resolve_generate` returns, and write or print the results."""
+    texts = read_texts(config)
     if task == "score":
-        print_scores(load(config), config)
+        print_scores(load(config), config, texts)
         return
     folder = _open_folder(config.write.out, config.write.overwrite)
-    tasks = {"text": generate_images, "complete": complete_images, "image": caption_images}
     with made_folder(folder, "out"):
-        tasks[task](load(config), config, folder)
+        if task == "image":
+            caption_images(load(config), config, folder)
+        else:
+            {"text": generate_images, "complete": complete_images}[task](load(config), config, texts, folder)
 
 
-def generate_images(model: LVerse, config: GenerateConfig, folder: Path) -> None:
+def generate_images(model: LVerse, config: GenerateConfig, texts: list[str], folder: Path) -> None:
     """Images for texts: one PNG each, grid.png and pictures.jsonl."""
-    texts = _read_texts(config)
     settings = config.draw.arguments() | {"rerank": config.draw.rerank}
     images = model.text_to_image(texts, config.draw.num, **settings)
     _write_images(folder, model, settings, [{"text": text} for text in texts], images)
 
 
-def complete_images(model: LVerse, config: GenerateConfig, folder: Path) -> None:
-    """Images whose top is given: one PNG each, grid.png (the given image first) and pictures.jsonl."""
+def complete_images(model: LVerse, config: GenerateConfig, texts: list[str], folder: Path) -> None:
+    """Images whose top is given: one PNG each, grid.png (the given image first) and pictures.jsonl.
+
+    Args:
+        texts: none, one for all images, or one for each.
+    """
     source, rows = config.what.complete, config.what.rows
     assert source is not None and rows is not None  # resolve_generate
     given = dict(read_images([source], model.vae.config.resolution))
-    texts = _read_texts(config)
     text = texts[0] if len(texts) == 1 else texts or None
     settings = config.draw.arguments() | {"rerank": config.draw.rerank}
     images = model.complete(list(given.values()), rows, text, config.draw.num, **settings)
@@ -99,42 +105,52 @@ def caption_images(model: LVerse, config: GenerateConfig, folder: Path) -> None:
     print(f"Written to {folder / 'captions.jsonl'}")
 
 
-def print_scores(model: LVerse, config: GenerateConfig) -> None:
+def print_scores(model: LVerse, config: GenerateConfig, texts: list[str]) -> None:
     """Print a table of log-likelihoods, every image with every text."""
-    name, *texts = config.what.score
-    images = list(read_images([name], model.vae.config.resolution))
+    images = list(read_images(config.what.score[:1], model.vae.config.resolution))
     tensors = [image for _, image in images]
     of_text, of_image = (model.score(tensors, texts, given=given).tolist() for given in ("image", "text"))
-    shown = [printable(name) for name, _ in images]
-    width = max(len("image"), *map(len, shown))
+    names = [printable(name) for name, _ in images]
+    width = max(len("image"), *map(len, names))
     print(f"{'log p(text | image)':>19}  {'log p(image | text)':>19}  {'image':<{width}}  text")
-    for i, name in enumerate(shown):
+    for i, name in enumerate(names):
         for j, text in enumerate(texts):
             print(f"{of_text[i][j]:>19.3f}  {of_image[i][j]:>19.3f}  {name:<{width}}  {printable(text)}")
 
 
-def _read_texts(config: GenerateConfig) -> list[str]:
-    """`text`, which may be empty, or the lines of `text_file` that are not blank, of which there must be one."""
+def read_texts(config: GenerateConfig) -> list[str]:
+    """The texts of `text` or `score`, of which there may be none, or the lines of `text_file` that hold a text.
+
+    Raises:
+        ConfigError: a text is not text or has no visible character; the file is too large, or no line of it holds one.
+        FileError: the file cannot be read.
+    """
     name = config.what.text_file
     if name is None:
-        return list(config.what.text)
-    try:
-        if os.path.isfile(name) and os.path.getsize(name) > TEXT_FILE_BYTES:
-            raise ConfigError(f"text_file: {name} is larger than {TEXT_FILE_BYTES} bytes. Split it.")
+        setting, texts = ("score", config.what.score[1:]) if config.what.score else ("text", config.what.text)
+        for text in texts:
+            if why := _no_text(text):
+                raise ConfigError(f"{setting}: the text {shown(text)} {why}. Give another, or leave it out.")
+        return list(texts)
+    if os.path.isfile(name) and os.path.getsize(name) > TEXT_FILE_BYTES:
+        raise ConfigError(f"text_file: {name} is larger than {TEXT_FILE_BYTES} bytes. Split it.")
+    with setting_named("text_file"):
         lines = [line.strip() for line in text_lines(name)]
-    except FileError as error:
-        raise ConfigError(f"text_file: {error}") from error
-    texts, no_text = [], []
-    for number, line in enumerate(lines, start=1):
-        try:
-            texts += [line] if clean(line) else []
-        except DataError as error:
-            no_text.append(f"line {number} {error}")
-    if no_text:
-        print(f"left out: {len(no_text)} lines of {name} that are not text, the first: {no_text[0]}", file=sys.stderr)
-    if not texts:
+    reasons = {number: _no_text(line) for number, line in enumerate(lines, start=1) if line}
+    left_out = [f"line {number} {reason}" for number, reason in reasons.items() if reason]
+    if left_out:
+        print(f"left out: {len(left_out)} lines of {printable(name)}, the first: {left_out[0]}", file=sys.stderr)
+    if len(left_out) == len(reasons):
         raise ConfigError(f"text_file: {name} holds no text; write one text per line.")
-    return texts
+    return [lines[number - 1] for number, reason in reasons.items() if not reason]
+
+
+def _no_text(text: str) -> str:
+    """Why this is no text to generate for; "" if it is one."""
+    try:
+        return "" if clean(text) else "has no visible character"
+    except DataError as error:
+        return str(error)
 
 
 def _find_images(names: Sequence[str]) -> list[tuple[str, bool]]:

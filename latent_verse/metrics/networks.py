@@ -24,6 +24,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from latent_verse.config import ConfigError
+from latent_verse.config.settings import reason
 
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION}"
@@ -190,7 +191,7 @@ def open_clip_network(model: str, pretrained: str, device: str = "cpu") -> ClipN
     if model not in open_clip.list_models():
         near = difflib.get_close_matches(model, open_clip.list_models(), n=1)
         hint = f"Did you mean {near[0]}?" if near else "open_clip.list_models() has them all."
-        raise ConfigError(f"clip_model: {model} is no architecture of open_clip. {hint}")
+        raise ConfigError(f"clip_model: {model} is not an architecture of open_clip. {hint}")
     weights = clip_weights(model, pretrained)
     file = weights.find()
     # given a file, open_clip would not know what the tag says about the architecture and the preprocessing
@@ -211,8 +212,8 @@ def open_clip_network(model: str, pretrained: str, device: str = "cpu") -> ClipN
     try:
         open_clip.load_checkpoint(net, str(file), weights_only=not weights.sha256)
     except Exception as error:  # unpickling damaged bytes raises nearly anything
-        reason = f"{type(error).__name__}: {str(error).strip()[:200]}"
-        raise ConfigError(f"clip_weights: {file} cannot be read as weights of {model}: {reason}") from error
+        why = f"{type(error).__name__}: {reason(error)}"
+        raise ConfigError(f"clip_weights: {file} cannot be read as weights of {model}: {why}") from error
     # a metric says whose weights it used: a tag identifies them, the name of a file does not
     known = pretrained if weights.sha256 else f"{Path(pretrained).name} (SHA-256 {sha256(file)[:16]})"
     tokenizer = open_clip.get_tokenizer(model)

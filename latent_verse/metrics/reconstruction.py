@@ -108,7 +108,7 @@ def table(results: dict[str, Any], title: str) -> str:
     lines = [title]
     for name, value in results.items():
         if isinstance(value, float) and not math.isfinite(value):
-            lines.append(f"  {name:<16} {'n/a':>12}  came out as {value}")
+            lines.append(f"  {name:<16} {'n/a':>12}  is {value}")
         elif isinstance(value, (int, float)):
             shown = f"{value:.0f}" if isinstance(value, int) or name.startswith("codes_used") else f"{value:.4f}"
             lines.append(f"  {name:<16} {shown:>12}  {UNITS.get(name, '')}".rstrip())

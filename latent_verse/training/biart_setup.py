@@ -15,7 +15,8 @@ from latent_verse.checkpoints.augvae import load_augvae
 from latent_verse.checkpoints.biart import Pretrained, check_vae
 from latent_verse.checkpoints.ckpt_files import check_resumable, fingerprint, read_ckpt
 from latent_verse.config import AugVAEConfig, ConfigError
-from latent_verse.config.train import TrainBiARTConfig, check_resolution
+from latent_verse.config.train import TrainBiARTConfig
+from latent_verse.config.train_rules import check_resolution
 from latent_verse.data.codes import TOKENIZER, check_codes
 from latent_verse.data.datasets import open_pairs
 from latent_verse.data.modules import PairDataModule

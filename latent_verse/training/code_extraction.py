@@ -10,9 +10,10 @@ from latent_verse.augvae.model import AugVAE
 from latent_verse.checkpoints.biart import Pretrained
 from latent_verse.checkpoints.ckpt_files import fingerprint
 from latent_verse.config.train import TrainBiARTConfig
-from latent_verse.data.codes import FORMAT, contents_of, extract, work_of
+from latent_verse.data.codes import FORMAT
+from latent_verse.data.codes_writer import contents_of, extract, work_of
 from latent_verse.data.datasets import open_pairs, source_of
-from latent_verse.data.modules import loader_processes
+from latent_verse.data.loader_processes import worker_count
 from latent_verse.data.pairs import PairShards, work_of_shards
 from latent_verse.files import only_writer
 from latent_verse.training.biart_setup import choose_tokenizer
@@ -23,7 +24,7 @@ def extract_codes(config: TrainBiARTConfig, vae: AugVAE, pretrained: Pretrained 
     """Write the codes of train_dir and val_dir, with the tokenizer of `pretrained`, to <extract_codes>/train and /val.
 
     Raises:
-        DataError: see `data.codes.extract`.
+        DataError: see `data.codes_writer.extract`.
         FileError: nothing can be written there, or (InUse) another process writes there.
     """
     with only_writer(Path(config.codes.extract_codes), "extract_codes"):
@@ -72,7 +73,7 @@ def _extract(config: TrainBiARTConfig, vae: AugVAE, pretrained: Pretrained | Non
             tokenizer,
             plan,
             batch_size=d.batch_size,
-            threads=loader_processes(d.num_workers),
+            threads=worker_count(d.num_workers),
             total=total,
             progress=bool(t.refresh_rate),
         )

@@ -23,7 +23,7 @@ from latent_verse.augvae.model import AugVAE
 from latent_verse.biart.model import BiART
 from latent_verse.checkpoints.augvae import augvae_skeleton
 from latent_verse.checkpoints.bundle import biart_skeleton
-from latent_verse.checkpoints.checks import check_fits, check_tensor, is_number, is_whole_number, settings_from
+from latent_verse.checkpoints.checks import check_fits, check_tensor, settings_from
 from latent_verse.checkpoints.ckpt_files import (
     CheckpointError,
     Kind,
@@ -34,6 +34,8 @@ from latent_verse.checkpoints.ckpt_files import (
     read_named,
 )
 from latent_verse.config import AugVAEConfig, BiARTConfig
+from latent_verse.config.settings import is_count as is_whole_number
+from latent_verse.config.settings import is_number
 from latent_verse.config.train import BiARTOptimConfig, VAEOptimConfig
 from latent_verse.training.optimizer import make_optimizer
 from latent_verse.training.runs import Run, states

@@ -22,6 +22,8 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from latent_verse.augvae.quantizer import world_size
 from latent_verse.config import ConfigError
+from latent_verse.config.program import is_first_process
+from latent_verse.config.settings import reason
 from latent_verse.config.train import TrainBiARTConfig, TrainerConfig, TrainVAEConfig
 from latent_verse.nn.compilation import why_not_compiled
 from latent_verse.training import runs
@@ -90,6 +92,26 @@ def ease_smoke_test(config: Training, given: Mapping[str, str]) -> Training:
         rank_zero_info(f"Smoke test on a CPU: batch_size 1 in place of {config.data.batch_size} (or --batch_size N).")
         config = replace(config, data=replace(config.data, batch_size=1))
     return config
+
+
+def log_in(t: TrainerConfig) -> None:
+    """Log in to Weights & Biases if the run logs there, before data and model are made, which takes minutes.
+
+    On a terminal wandb asks for an API key that it does not find.
+
+    Raises:
+        ConfigError: there is no key, or the server does not take it.
+    """
+    offline = os.environ.get("WANDB_MODE") in ("offline", "dryrun", "disabled")
+    if t.logger != "wandb" or offline or not is_first_process():
+        return
+    import wandb
+
+    try:
+        wandb.login()
+    except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
+        remedy = "Run `wandb login`, set WANDB_API_KEY, or set WANDB_MODE=offline to log on this machine only"
+        raise ConfigError(f"logger wandb: {reason(error).split('. ')[0].rstrip('.')}. {remedy}.") from error
 
 
 @as_config_error()

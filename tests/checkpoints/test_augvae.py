@@ -22,7 +22,8 @@ from latent_verse.checkpoints.augvae import load_augvae, load_for_training
 from latent_verse.checkpoints.biart import export_bundle
 from latent_verse.checkpoints.ckpt_files import CheckpointError, check_resumable, find_checkpoint, in_order, read_ckpt
 from latent_verse.config import ConfigError, as_plain
-from latent_verse.config.train import EvalVAEConfig, TrainerConfig, TrainVAEConfig, VAEOptimConfig, with_evaluated_shape
+from latent_verse.config.train import EvalVAEConfig, TrainerConfig, TrainVAEConfig, VAEOptimConfig
+from latent_verse.config.train_rules import with_evaluated_shape
 from latent_verse.training.augvae import LitAugVAE
 from tests.messages import naming
 from tests.small_checkpoints import own_ckpt

@@ -95,7 +95,7 @@ def test_a_line_of_a_text_file_ends_at_its_newline_only(bundle, tmp_path, capsys
     file.write_text("\n\u200b\n\u00a0\na\nnul \0\n", encoding="utf-8")
     assert run(bundle, "--text_file", file, "--out", tmp_path / "shown") == 0
     assert [entry["text"] for entry in lines(tmp_path / "shown" / "pictures.jsonl")] == ["a"]
-    assert naming("left out", 1, file, "line 5").search(capsys.readouterr().err)
+    assert naming("left out", 2, file, "line 2", "visible").search(capsys.readouterr().err)
     file.write_bytes(b"fine\nB\xe4r\n")
     assert run(bundle, "--text_file", file) == 2
     assert naming("text_file", file, "UTF-8", "line 2", "byte 6").search(capsys.readouterr().err)
@@ -263,6 +263,12 @@ def test_a_random_seed_is_recorded_and_gives_the_same_images(bundle, tmp_path):
         (["--image", "EMPTY"], ["EMPTY", ".png"]),
         (["--text_file", "absent.txt"], ["text_file", "absent.txt"]),
         (["--text_file", "BLANK"], ["text_file", "BLANK"]),
+        (["--text", ""], ["text", "''", "visible"]),
+        (["--text", "a", " "], ["text", "' '", "visible"]),
+        (["--text", "\u200b"], ["text", r"'\u200b'", "visible"]),
+        (["--text", "a \0"], ["text", r"'a \x00'", "not text"]),
+        (["--score", "IMAGES", "a", ""], ["score", "''", "visible"]),
+        (["--complete", "IMAGES", "--rows", 2, "--text", " "], ["text", "' '", "visible"]),
         (["--text", "a", "--model", "nowhere"], ["nowhere"]),
         (["--text", "a", "--model", "IMAGES"], ["IMAGES", "config.json"]),
         (["--text"], ["--text"]),
@@ -425,7 +431,7 @@ def test_a_yaml_file_gives_settings_and_a_saved_configuration_can_be_read(bundle
 def test_the_folder_is_tried_before_the_model_is_loaded(tmp_path, capsys, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.chdir(tmp_path)
-    for place, fact in ((tmp_path / "file" / "out", "file is no folder"), (tmp_path / ("a" * 300), 255)):
+    for place, fact in ((tmp_path / "file" / "out", "file is not a folder"), (tmp_path / ("a" * 300), 255)):
         assert run("absent", "--text", "a", "--out", place) == 2
         said = capsys.readouterr().err
         assert naming("out", fact).search(said) and "absent" not in said

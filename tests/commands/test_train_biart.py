@@ -24,7 +24,8 @@ from latent_verse.biart.sequence import IMAGE_TO_TEXT, TEXT_TO_IMAGE
 from latent_verse.checkpoints.ckpt_files import read_ckpt
 from latent_verse.commands import train_biart
 from latent_verse.config import ConfigError
-from latent_verse.config.train import PairDataConfig, TrainBiARTConfig, resolve_train_biart
+from latent_verse.config.train import PairDataConfig, TrainBiARTConfig
+from latent_verse.config.train_rules import resolve_train_biart
 from latent_verse.data.codes import CodesDataset
 from latent_verse.data.text import ClipTokenizer, load_tokenizer
 from latent_verse.files import only_writer, write_text
@@ -712,9 +713,9 @@ def test_folders_are_tried_and_held_before_anything_is_computed(world, tmp_path,
     with only_writer(tmp_path / "codes", "extract_codes"):
         for flags, facts in (
             (["--extract_codes", tmp_path / "codes"], ["extract_codes", tmp_path / "codes", os.getpid()]),
-            (["--extract_codes", tmp_path / "file" / "x"], ["extract_codes", "file is no folder"]),
+            (["--extract_codes", tmp_path / "file" / "x"], ["extract_codes", "file is not a folder"]),
             (["--export", tmp_path / ("a" * 300), "--ckpt_path", "absent"], ["export", 255]),
-            (["--log_dir", tmp_path / "file" / "runs"], ["log_dir", "file is no folder"]),
+            (["--log_dir", tmp_path / "file" / "runs"], ["log_dir", "file is not a folder"]),
         ):
             assert train_biart.main([*world, "--train_dir", "absent", *map(str, flags)]) == 2
             said = capsys.readouterr().err

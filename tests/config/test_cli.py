@@ -440,7 +440,7 @@ def test_a_mistake_of_the_user_is_one_line_and_any_other_error_keeps_its_traceba
     for kind in (ValueError, RuntimeError, KeyError):
         with pytest.raises(kind):
             wrapped(kind("ours"))
-        assert capsys.readouterr().err.startswith("error: this is a fault of L-Verse's")
+        assert capsys.readouterr().err.startswith("error: this is a bug in L-Verse")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

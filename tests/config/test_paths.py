@@ -15,13 +15,8 @@ from latent_verse.config.cli import leaves, parse, to_yaml
 from latent_verse.config.evaluate import EvalBiARTConfig, resolve_eval_biart
 from latent_verse.config.generate import GenerateConfig, WhatConfig, WriteConfig, resolve_generate
 from latent_verse.config.settings import expand, expand_paths, split_shards
-from latent_verse.config.train import (
-    TrainBiARTConfig,
-    TrainerConfig,
-    TrainVAEConfig,
-    resolve_train_biart,
-    resolve_train_vae,
-)
+from latent_verse.config.train import TrainBiARTConfig, TrainerConfig, TrainVAEConfig
+from latent_verse.config.train_rules import resolve_train_biart, resolve_train_vae
 from latent_verse.data.caption_files import check_file
 from latent_verse.data.codes import read_meta
 from latent_verse.data.images import FlatImages

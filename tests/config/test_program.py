@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -259,13 +260,55 @@ def test_output_that_cannot_be_written(much):
     printing = MAIN.format(f"print('x' * {much})")
     full = script(printing, shell="{} > /dev/full")
     assert full.returncode == 1 and full.stderr.count("\n") == 1 and full.stderr.startswith("error: ")
-    reader, writer = os.pipe()
-    os.close(reader)
-    with open(writer, "wb") as closed_pipe:
-        closed = script(printing, stdout=closed_pipe)
+    assert naming("printed").search(full.stderr)
+    closed = "read, write = os.pipe(); os.close(read); os.dup2(write, 1); "
+    closed = script(MAIN.format(f"{closed}print('x' * {much})"))
     assert closed.returncode == 141 and closed.stderr.count("\n") == 1
     none = script(printing + "\n", shell="{} >&- 2>&-")
     assert none.returncode == 0
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_disk_under_the_output_is_told_from_others(unbuffered):
+    """Starting a process flushes stdout, or the print itself fails: long before the program's end."""
+    printing = MAIN.format("print('x'); sys.stdout.flush()")
+    full = script(printing, shell=f"PYTHONUNBUFFERED={unbuffered} {{}} > /dev/full")
+    assert full.returncode == 1 and naming("printed").search(full.stderr) and full.stderr.count("\n") == 1
+    other = script(MAIN.format("os.write(os.open('/dev/full', os.O_WRONLY), b'x')"))
+    assert other.returncode == 1 and "printed" not in other.stderr
+
+
+SCRIPTS = ["train_vae.py", "eval_vae.py", "train_biart.py", "eval_biart.py", "generate.py", "latent_verse/__main__.py"]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_ctrl_c_while_a_program_is_imported_prints_no_traceback(name):
+    interrupted = f"""
+    import runpy
+    class CtrlC:
+        def find_spec(self, name, path, target=None):
+            if name == "latent_verse.config.cli":
+                os.kill(os.getpid(), signal.SIGINT)
+    for loaded in [loaded for loaded in sys.modules if loaded.startswith("latent_verse")]:
+        del sys.modules[loaded]
+    sys.meta_path.insert(0, CtrlC())
+    sys.argv = [{str(ROOT / name)!r}, *({{"__main__.py": ["train-vae"]}}).get({Path(name).name!r}, [])]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+    """
+    done = script(interrupted, shell="{}; exit $?")
+    assert (done.returncode, done.stderr.count("Traceback")) == (130, 0), done.stderr
+
+
+def test_ctrl_c_is_left_to_other_programs_that_import_one():
+    left = script("import latent_verse.commands; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)")
+    assert left.stdout == "True\n"
+
+
+def test_a_failure_of_weights_and_biases_is_one_line(monkeypatch, capsys):
+    errors = types.SimpleNamespace(Error=type("Error", (Exception,), {}))
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(errors=errors))
+    assert failing(errors.Error("no network\nmore")) == 1
+    assert naming("no network", "WANDB_MODE=offline").search(capsys.readouterr().err)
 
 
 def test_a_terminal_without_utf_8_takes_every_text():

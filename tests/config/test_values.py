@@ -358,6 +358,7 @@ def test_names_that_are_not_utf8_survive(from_yaml):
         (b"!x\nname: a", ["x"]),
         (b"model: !x {hidden_dim: 64}", ["x"]),
         (b"name: &a [*a]", ["name"]),
+        (b"model: &a\n  model: *a", ["line 2", "unknown", "model"]),
         (b"a: 1\n---\nb: 2", ["line 2", "document"]),
         (b"batch_size: 3\n\tepochs: 1", ["line 2"]),
         (b"name: \xe9t\xe9", ["line 1", "UTF-8"]),
@@ -367,7 +368,7 @@ def test_names_that_are_not_utf8_survive(from_yaml):
         (b"name: " + b"{a: " * 10_000, ["deeply"]),
         (b'name: "\\U99999999"', ["YAML"]),
         (b"%YAML 1.x\n---\nname: a", ["line 1"]),
-        (b"x" * 900 + b": 1", ["902 characters"]),
+        (b"x" * 900 + b": 1", ["line 1", "x" * 79 + "..."]),
         (b"#" * 2_000_001, ["2,000,001", "2,000,000"]),
     ],
     ids=lambda value: ascii(value[:20]),
@@ -394,9 +395,18 @@ def test_yaml_that_is_read(from_yaml):
     assert from_yaml(TrainVAEConfig, "train_dir: ${oc.env:HOME}/x").data.train_dir == "${oc.env:HOME}/x"
 
 
+def test_a_section_is_not_suggested_within_itself(from_yaml):
+    with pytest.raises(ConfigError, match="unknown key 'model'") as caught:
+        from_yaml(TrainVAEConfig, "model: &a\n  model: *a")
+    assert "Did you mean model" not in str(caught.value)
+
+
 def test_a_pipe_is_no_config(tmp_path):
     os.mkfifo(tmp_path / "pipe.yaml")
     with pytest.raises(ConfigError, match=naming(tmp_path / "pipe.yaml", "pipe")):
         read(TrainVAEConfig, "-c", str(tmp_path / "pipe.yaml"))
+    (tmp_path / "dangling.yaml").symlink_to(tmp_path / "nothing")
+    with pytest.raises(ConfigError, match=naming(tmp_path / "dangling.yaml", "link")):
+        read(TrainVAEConfig, "-c", str(tmp_path / "dangling.yaml"))
     with pytest.raises(ConfigError, match=naming("config", 255)):
         read(TrainVAEConfig, "-c", "x" * 300)

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from latent_verse import files
+from latent_verse.config import UserError
 from latent_verse.data import DataError, caption_files
 from latent_verse.data.caption_files import caption_lines, clean, coco_number, identifier, read_json, table_rows
 from latent_verse.data.captions import CocoCaptions, KarpathyCaptions, PairFolder, TableCaptions
@@ -35,6 +36,32 @@ def rows(path):
 
 
 # ---------------------------------------------------------------------------------------------------------------- text
+
+
+def test_a_caption_of_null_makes_way_for_captions(tmp_path):
+    given = [{"image": "a.jpg", "caption": None, "captions": ["a", "b"]}, {"image": "b.jpg", "text": "c"}]
+    given += [
+        {"captions": None, "image": "c.jpg", "caption": None},
+        {"image": "d.jpg", "caption": "d", "captions": "e"},
+    ]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in given))
+    assert rows(tmp_path / "t.jsonl") == [
+        *[("a.jpg", ["a", "b"]), ("b.jpg", ["c"]), ("c.jpg", [None]), ("d.jpg", ["d"])]
+    ]
+
+
+@pytest.mark.parametrize("end", ["csv", "tsv"])
+def test_an_open_quote_holds_no_more_than_a_row(tmp_path, end, monkeypatch):
+    """Lines of two characters, of a field that has no end, took 100 bytes each."""
+    monkeypatch.setattr(caption_files, "ROW_LINES", 1000)
+    separator = "," if end == "csv" else "\t"
+    inside = "\n".join("ab" for _ in range(990))
+    good = f'image{separator}caption\na.jpg{separator}"{inside}"\n'
+    (tmp_path / f"t.{end}").write_text(good)
+    assert rows(tmp_path / f"t.{end}") == [("a.jpg", [inside])]
+    (tmp_path / f"t.{end}").write_text(good + f'b.jpg{separator}"' + "ab\n" * 5000)
+    with pytest.raises(DataError, match=naming("train_captions", f"t.{end} line")):
+        rows(tmp_path / f"t.{end}")
 
 
 @pytest.mark.parametrize("text", ["", " \t", "\u3000\u2003", "\u200b", "\ufeff\u200e\u2060", "\x1b\x07", "\u2028"])
@@ -90,7 +117,7 @@ def test_every_source_reads_text_by_one_rule(images):
     ],
 )
 def test_a_damaged_table_is_one_line_with_the_place(images, name, data, facts):
-    with pytest.raises(DataError, match=naming("val_captions", images / name, *facts)) as caught:
+    with pytest.raises(UserError, match=naming("val_captions", images / name, *facts)) as caught:
         TableCaptions(write(images / name, data), R, captions_key="val_captions")
     assert "\n" not in str(caught.value)
 
@@ -99,7 +126,7 @@ def test_a_damaged_table_is_one_line_with_the_place(images, name, data, facts):
 def test_a_damaged_json_file_is_one_line(images, data):
     file = write(images / "captions.json", data)
     for kind in (CocoCaptions, KarpathyCaptions):
-        with pytest.raises(DataError, match=naming("val_captions", file)) as caught:
+        with pytest.raises(UserError, match=naming("val_captions", file)) as caught:
             kind(file, images, R, key="val_dir")
         assert "\n" not in str(caught.value)
 
@@ -107,18 +134,18 @@ def test_a_damaged_json_file_is_one_line(images, data):
 def test_sizes_are_bounded_before_memory_is_taken(images, monkeypatch):
     with open(images / "a.txt", "wb") as file:
         file.truncate(1 << 40)
-    with pytest.raises(DataError, match=naming(images / "a.txt", caption_files.TEXT_BYTES)):
+    with pytest.raises(UserError, match=naming(images / "a.txt", caption_files.TEXT_BYTES)):
         caption_lines(str(images / "a.txt"))
     with open(images / "a.json", "wb") as file:
         file.truncate(1 << 40)
-    with pytest.raises(DataError, match=naming("train_captions", images / "a.json", files.JSON_BYTES)):
+    with pytest.raises(UserError, match=naming("train_captions", images / "a.json", files.JSON_BYTES)):
         read_json(images / "a.json", "train_captions")
     monkeypatch.setattr(files, "LINE_BYTES", 100)
     for name in ("t.csv", "t.tsv", "t.jsonl"):
         table = write(images / name, "image,caption\n".replace(",", "\t" if name == "t.tsv" else ",") + "x" * 101)
         if name == "t.jsonl":
             table = write(images / name, '{"image": "a", "caption": ""}\n' + "x" * 101)
-        with pytest.raises(DataError, match=naming("train_captions", table, "line 2", 100)):
+        with pytest.raises(UserError, match=naming("train_captions", table, "line 2", 100)):
             rows(table)
 
 
@@ -240,7 +267,7 @@ def test_a_long_caption_is_no_fault(tmp_path):
     ],
 )
 def test_table_faults_are_named(images, name, text, facts):
-    with pytest.raises(DataError, match=naming("train_captions", images / name, *facts)) as caught:
+    with pytest.raises(UserError, match=naming("train_captions", images / name, *facts)) as caught:
         TableCaptions(write(images / name, text), R)
     assert "\n" not in str(caught.value)
 

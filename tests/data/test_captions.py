@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from latent_verse.config import UserError
 from latent_verse.data import DataError
 from latent_verse.data.captions import CocoCaptions, FakePairs, KarpathyCaptions, PairFolder, TableCaptions
 from tests.messages import naming
@@ -159,22 +160,22 @@ def test_coco(coco):
 
 def test_coco_errors(coco, tmp_path):
     path, images = coco
-    with pytest.raises(DataError, match=naming("train_captions", tmp_path / "captions.json")):
+    with pytest.raises(UserError, match=naming("train_captions", tmp_path / "captions.json")):
         CocoCaptions(tmp_path / "captions.json", images, R)
-    with pytest.raises(DataError, match=naming("train_captions", images, "folder")):
+    with pytest.raises(UserError, match=naming("train_captions", images, "folder")):
         CocoCaptions(images, images, R)
-    with pytest.raises(DataError, match=naming("train_captions", tmp_path / "empty.json", "0 bytes")):
+    with pytest.raises(UserError, match=naming("train_captions", tmp_path / "empty.json", "0 bytes")):
         CocoCaptions(write(tmp_path / "empty.json", ""), images, R)
-    with pytest.raises(DataError, match=naming("train_captions", tmp_path / "cut.json", "JSON")):
+    with pytest.raises(UserError, match=naming("train_captions", tmp_path / "cut.json", "JSON")):
         CocoCaptions(write(tmp_path / "cut.json", path.read_text()[:50]), images, R)
     facts = ["train_captions", tmp_path / "instances.json", "annotations[0]", "caption", "image_id", "bbox"]
-    with pytest.raises(DataError, match=naming(*facts)):
+    with pytest.raises(UserError, match=naming(*facts)):
         instances = {"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": [{"image_id": 1, "bbox": []}]}
         CocoCaptions(write(tmp_path / "instances.json", json.dumps(instances)), images, R)
-    with pytest.raises(DataError, match=naming("train_captions", tmp_path / "list.json", "images", "list")):
+    with pytest.raises(UserError, match=naming("train_captions", tmp_path / "list.json", "images", "list")):
         CocoCaptions(write(tmp_path / "list.json", "[]"), images, R)
     (tmp_path / "elsewhere").mkdir()
-    with pytest.raises(DataError, match=naming(3, "1.jpg", tmp_path / "elsewhere")):
+    with pytest.raises(UserError, match=naming(3, "1.jpg", tmp_path / "elsewhere")):
         CocoCaptions(path, tmp_path / "elsewhere", R)
 
 
@@ -275,7 +276,7 @@ def test_json_lines(tmp_path):
 )
 def test_table_errors(tmp_path, name, text, facts):
     save_image(tmp_path / "a.png")
-    with pytest.raises(DataError, match=naming(tmp_path / name, *facts)):
+    with pytest.raises(UserError, match=naming(tmp_path / name, *facts)):
         TableCaptions(write(tmp_path / name, text), R)
 
 

@@ -15,7 +15,8 @@ from PIL import Image
 from latent_verse.checkpoints.ckpt_files import fingerprint
 from latent_verse.data import DataError
 from latent_verse.data.captions import PairFolder
-from latent_verse.data.codes import CodesDataset, check_codes, extract, smallest_type, work_of
+from latent_verse.data.codes import CodesDataset, check_codes, smallest_type
+from latent_verse.data.codes_writer import extract, work_of
 from latent_verse.data.pairs import PairShards, work_of_shards
 from latent_verse.data.shapes import PRESETS, ShapesDataset, World
 from latent_verse.data.text import BPETokenizer

@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from latent_verse.data import jpeg_scans, transforms
+from latent_verse.data import decoding, jpeg_scans
+from latent_verse.data.decoding import UnreadableImage, decode_rgb
 from latent_verse.data.jpeg_scans import read_scans
-from latent_verse.data.transforms import UnreadableImage, decode_rgb
 from latent_verse.inference.image_io import load_image
 from tests.image_files import encoded, gap, photo
 from tests.messages import naming
@@ -92,14 +92,14 @@ def test_gray_corners_raise_a_doubt_that_is_dispelled(kind, size, monkeypatch):
     gray = Image.new("RGB", size, (128, 128, 128))
     data = jpeg(kind, gray)
     decoded = []
-    monkeypatch.setattr(transforms, "_jpeg_pixels", lambda *a, f=transforms._jpeg_pixels: decoded.append(1) or f(*a))
+    monkeypatch.setattr(decoding, "_jpeg_pixels", lambda *a, f=decoding._jpeg_pixels: decoded.append(1) or f(*a))
     assert decode_rgb(data).shape == (3, size[1], size[0])
     assert len(decoded) == 3 or kind == "CMYK"
 
 
 def test_whole_photos_are_decoded_once(monkeypatch):
     decoded = []
-    monkeypatch.setattr(transforms, "_jpeg_pixels", lambda *a, f=transforms._jpeg_pixels: decoded.append(1) or f(*a))
+    monkeypatch.setattr(decoding, "_jpeg_pixels", lambda *a, f=decoding._jpeg_pixels: decoded.append(1) or f(*a))
     for number in range(10):
         for kind in KINDS:
             decode_rgb(jpeg(kind, photo(60, 40, seed=number)))
@@ -114,7 +114,7 @@ def test_photos_of_phones_are_read():
 
 
 def test_halved_images_are_checked_too(monkeypatch):
-    monkeypatch.setattr(transforms, "MAX_PIXELS", 300 * 200 // 2)
+    monkeypatch.setattr(decoding, "MAX_PIXELS", 300 * 200 // 2)
     data = jpeg("baseline")
     assert decode_rgb(data).shape == (3, 100, 150)
     with pytest.raises(UnreadableImage):
@@ -122,7 +122,7 @@ def test_halved_images_are_checked_too(monkeypatch):
 
 
 def test_without_torchvisions_decoder(monkeypatch):
-    monkeypatch.setattr(transforms, "decode_jpeg", None)
+    monkeypatch.setattr(decoding, "decode_jpeg", None)
     data = jpeg("baseline")
     assert gap(decode_rgb(data[:-2]), decode_rgb(data)) == 0
     with pytest.raises(UnreadableImage):

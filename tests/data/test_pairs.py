@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from latent_verse.config import ConfigError
-from latent_verse.config.train import PairDataConfig, resolve_pairs
+from latent_verse.config.train import PairDataConfig
+from latent_verse.config.train_rules import resolve_pairs
 from latent_verse.data import DataError, pairs
 from latent_verse.data.captions import EncodedCaption
 from latent_verse.data.codes import STORED_IDS

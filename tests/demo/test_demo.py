@@ -16,7 +16,8 @@ import pytest
 
 from latent_verse.config import ConfigError
 from latent_verse.config.cli import parse
-from latent_verse.config.train import TrainBiARTConfig, TrainVAEConfig, resolve_train_biart, resolve_train_vae
+from latent_verse.config.train import TrainBiARTConfig, TrainVAEConfig
+from latent_verse.config.train_rules import resolve_train_biart, resolve_train_vae
 from latent_verse.data.shapes import PRESETS
 from latent_verse.demo import results
 from latent_verse.demo import run as demo

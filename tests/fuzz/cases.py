@@ -44,6 +44,8 @@ class Bench:
         """A tree as a JSON file, with a change to the tree or to its text."""
         if self.unchanged:
             return self.mutate.json(tree).encode()
+        if self.mutate.chance(0.05):
+            return self.mutate.twice(self.mutate.json(tree)).encode()
         if self.mutate.chance(0.75):
             return self.mutate.encoded(self.mutate.json(self.mutate.tree(tree)))
         return self.text(self.mutate.json(tree))

@@ -135,7 +135,12 @@ def make_images(bench: Bench) -> Case:
     data = image_bytes(extension, mode, m.rng.randrange(100))
     m.note(f"{mode} {extension}")
     odd = not bench.unchanged and m.chance(0.3)
-    data = odd_image(m) if odd else bench.bytes(data)
+    if odd:
+        data = odd_image(m)
+    elif not bench.unchanged and extension in (".jpg", ".jpeg") and m.chance(0.5):
+        data = damaged_scan(m, data)
+    else:
+        data = bench.bytes(data)
     if not bench.unchanged and m.chance(0.1):
         extension = m.pick(MODES)
     place = bench.given / "images"
@@ -151,6 +156,24 @@ def make_images(bench: Bench) -> Case:
         list(read_images([str(file)], RESOLUTION))
 
     return loader_case(read, f"open_images and read_images of {place}")
+
+
+def damaged_scan(m: Mutator, data: bytes) -> bytes:
+    """A JPEG with something in the data of its pixels, where decoders rarely look for it."""
+    start = data.index(b"\xff\xda") + 14
+    at, run = m.rng.randrange(start, len(data)), m.pick((1, 40, 400))
+    inside = {
+        "ends": b"\xff\xd9" * run,
+        "zeros": bytes(run),
+        "noise": m.rng.randbytes(run),
+        "restarts": bytes((0xFF, 0xD0 + m.rng.randrange(8))) * run,
+        "marker": b"\xff" + bytes([m.rng.randrange(256)]),
+        "fill": b"\xff" * run,
+    }
+    what = m.pick(inside)
+    m.note("in the scan, at byte", at, what, run)
+    behind = data[at + (len(inside[what]) if m.chance(0.7) else 0) :]
+    return data[:at] + inside[what] + m.pick((behind, behind, behind.removesuffix(b"\xff\xd9"), b"\xff\xd9"))
 
 
 def odd_image(m: Mutator) -> bytes:

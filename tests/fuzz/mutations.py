@@ -197,6 +197,16 @@ class Mutator:
         deep = self.pick(('{"a":', "[")) * 100_000
         return json.dumps(tree, ensure_ascii=self.chance(0.5), default=str).replace(json.dumps(DEEP), deep)
 
+    def twice(self, text: str) -> str:
+        """JSON in which one object gives a key twice, with the same value or another."""
+        pairs = list(re.finditer(r'[{,] ?("[^"\\]*": ?(?:"[^"\\]*"|-?\d+|null))', text))
+        if not pairs:
+            return text
+        found, other = self.pick(pairs), self.pick(pairs)
+        key = found[1].partition(":")[0]
+        self.note("twice:", key)
+        return f"{text[: found.end()]}, {key}: {other[1].partition(':')[2]}{text[found.end() :]}"
+
 
 def _copied(tree: Tree) -> Tree:
     if isinstance(tree, dict):

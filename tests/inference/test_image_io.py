@@ -13,7 +13,7 @@ from PIL import Image
 
 from latent_verse.config import UserError
 from latent_verse.data import DataError
-from latent_verse.data.transforms import FORMATS_TEXT
+from latent_verse.data.decoding import FORMATS_TEXT
 from latent_verse.inference.image_io import load_image, save_png
 from tests.messages import naming
 

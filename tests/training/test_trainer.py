@@ -15,6 +15,7 @@ from pytorch_lightning.callbacks import TQDMProgressBar
 from latent_verse.augvae import layers
 from latent_verse.augvae.model import AugVAE
 from latent_verse.biart.model import BiART
+from latent_verse.commands import train_biart, train_vae
 from latent_verse.config import ConfigError
 from latent_verse.config.train import (
     BiARTLossConfig,
@@ -65,6 +66,36 @@ def test_what_lightning_refuses_is_a_mistake_of_the_user(tmp_path):
     t = TrainerConfig(accelerator="mps", logger="csv", refresh_rate=0)
     with pytest.raises(ConfigError, match="MPS"):
         make_trainer(t, RunFolder(Run(tmp_path / "run", "0"), TrainVAEConfig(trainer=t)))
+
+
+@pytest.mark.parametrize("error", ["UsageError", "AuthenticationError"])
+def test_weights_and_biases_without_a_key_is_refused_before_anything_is_made(error, tmp_path, monkeypatch, capsys):
+    errors = SimpleNamespace(
+        **{name: type(name, (Exception,), {}) for name in ("Error", "UsageError", "AuthenticationError")}
+    )
+    asked = []
+
+    def login():
+        asked.append(True)
+        raise getattr(errors, error)("No API key configured.\nmore")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(login=login, errors=errors))
+    for main in (train_vae.main, train_biart.main):
+        asked.clear()
+        monkeypatch.setenv("WANDB_MODE", "online")
+        flags = ["--fake_data", "--log_dir", str(tmp_path / "runs"), "--logger", "wandb"]
+        assert main([*flags, "--gpus", "0"]) == 2 and asked
+        said = capsys.readouterr().err
+        assert naming("wandb", "No API key configured", "wandb login", "WANDB_MODE=offline").search(said)
+        assert said.count("\n") == 1 and not (tmp_path / "runs").exists()
+    asked.clear()
+    for quiet in (TrainerConfig(logger="csv"), TrainerConfig(logger="wandb")):
+        monkeypatch.setenv("WANDB_MODE", "offline" if quiet.logger == "wandb" else "online")
+        trainer.log_in(quiet)
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    trainer.log_in(TrainerConfig(logger="wandb"))
+    assert not asked
 
 
 def run_with(fake_data=False, **settings) -> TrainVAEConfig:

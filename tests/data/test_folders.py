@@ -1,0 +1,111 @@
+"""Walking folders: links, hidden and special files, odd names."""
+
+import os
+import shutil
+import socket
+import subprocess
+from collections import Counter
+
+import pytest
+
+from latent_verse.data import DataError, FlatImages, ImageDataset
+from latent_verse.data.folders import walk
+from tests.image_files import make_folder
+from tests.messages import naming
+
+
+def test_links_are_followed_and_loops_end(tmp_path):
+    make_folder(tmp_path / "real", ["a.png"])
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "one").symlink_to(tmp_path / "real")
+    (root / "two").symlink_to(tmp_path / "real")
+    (root / "up").symlink_to(root)
+    assert len(FlatImages(root, 16)) == 2
+
+
+def test_links_that_lead_in_millions_of_ways_are_refused(tmp_path):
+    for i in range(26):
+        (tmp_path / f"d{i}").mkdir()
+        for name in "ab":
+            (tmp_path / f"d{i}" / name).symlink_to(f"../d{i + 1}")
+    make_folder(tmp_path, ["d26/a.png"])
+    with pytest.raises(DataError, match=naming(tmp_path / "d0", tmp_path / "d26", "links", 100)):
+        FlatImages(tmp_path / "d0", 16)
+    assert len(FlatImages(tmp_path / "d21", 16)) == 32
+
+
+def special(root):
+    """What lies about in folders besides images."""
+    root.mkdir(exist_ok=True)
+    os.mkfifo(root / "a.jpg")
+    (root / "b.png").mkdir()
+    (root / "lost.png").symlink_to("nowhere")
+    (root / "round.png").symlink_to("round.png")
+    (root / "null.png").symlink_to("/dev/null")
+    with socket.socket(socket.AF_UNIX) as there:
+        here = os.getcwd()
+        os.chdir(root)  # a socket's path is short
+        there.bind("socket.jpg")
+        os.chdir(here)
+    for name in ("._c.jpg", ".DS_Store", ".hidden/d.jpg", "__MACOSX/e.jpg", "photo.gif", "photo.HEIC"):
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_bytes(b"no image")
+
+
+@pytest.mark.parametrize("kind", [ImageDataset, FlatImages])
+def test_hidden_and_special_files_are_passed_over(tmp_path, kind, caplog):
+    """None of them is opened: a pipe would hang the program. What a user might miss is said, in one line."""
+    special(tmp_path / "class")
+    make_folder(tmp_path, ["class/b.png/1.png", "class/2.jpg"])
+    make_folder(tmp_path, [os.fsdecode(b"class/\xff.png")])
+    dataset = kind(tmp_path, 16)
+    names = [os.path.relpath(dataset.paths[i], tmp_path) for i in range(len(dataset))]
+    assert names == ["class/2.jpg", os.fsdecode(b"class/\xff.png"), "class/b.png/1.png"]
+    assert all(item is not None for item in dataset) and dataset.skipped.count == 0
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 1 and naming("5 links to nothing", "1 .gif", "1 .heic").search(said[0])
+    if kind is ImageDataset:
+        (tmp_path / "__MACOSX").mkdir()
+        (tmp_path / "round").symlink_to("round")
+        assert kind(tmp_path, 16).classes == ["class"]
+
+
+def test_names_are_logged_in_one_line_of_plain_characters(tmp_path, caplog):
+    odd = ["\x1b[2J.png", "two\nlines.png", os.fsdecode(b"\xff.png")]
+    make_folder(tmp_path, ["a.png"])
+    for name in odd:
+        (tmp_path / name).write_bytes(b"no image")
+    dataset = FlatImages(tmp_path, 16, train=False)
+    assert sum(item is None for item in dataset) == 3 == dataset.skipped.count
+    assert all(record.getMessage().isprintable() for record in caplog.records) and len(caplog.records) >= 3
+
+
+def test_folders_that_cannot_be_read_are_said_once(tmp_path, monkeypatch, caplog):
+    make_folder(tmp_path, ["a/1.png", "b/2.png", "c/3.png", "d/4.png"])
+    scandir = os.scandir
+
+    def closed(path):
+        if os.path.basename(path) in ("b", "c"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr("os.scandir", closed)
+    assert len(FlatImages(tmp_path, 16)) == 2
+    assert len(caplog.records) == 1
+    assert naming("2 folders", tmp_path / "b", "Permission denied").search(caplog.text)
+
+
+def test_folders_may_be_nested_deeper_than_python_recurses(tmp_path):
+    make_folder(tmp_path, ["1.png"])
+    here = os.getcwd()
+    try:
+        os.chdir(tmp_path)
+        for _ in range(1200):
+            os.mkdir("d")
+            os.chdir("d")
+        shutil.copy(tmp_path / "1.png", "2.png")
+        assert len(list(walk(str(tmp_path), (".png",), Counter()))) == 2
+    finally:
+        os.chdir(here)
+        subprocess.run(["rm", "-rf", tmp_path / "d"], check=True)  # shutil.rmtree recurses
