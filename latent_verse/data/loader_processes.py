@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import atexit
 import errno
+import math
 import multiprocessing.queues
 import os
 import signal
 import sys
+import threading
+import time
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -136,6 +139,8 @@ class Loader:
 
     def __init__(self, loader: DataLoader):
         self._loader = loader
+        self._asked = math.inf  # when the batch was asked for that is waited for
+        self._frozen = False
         LOADERS.add(self)
 
     @property
@@ -152,14 +157,37 @@ class Loader:
         Raises:
             OSError: a process ended with the number of this error, and torch knows only that it has ended.
         """
+        over, batches = threading.Event(), iter(self._loader)
+        if self._loader.num_workers:
+            threading.Thread(target=self._watch, args=(over,), daemon=True).start()
         try:
-            yield from self._loader
+            while True:
+                self._asked = time.monotonic()
+                batch = next(batches, None)
+                self._asked = math.inf
+                if batch is None:
+                    return
+                yield batch
         except (RuntimeError, EOFError, ConnectionError) as error:
+            if self._frozen:
+                raise RuntimeError(f"DataLoader timed out after {PATIENCE} seconds") from error
             for worker in getattr(self._iterator, "_workers", []):
                 worker.join(0.2)
                 if worker.exitcode != 1 and worker.exitcode in errno.errorcode:
                     raise OSError(worker.exitcode, os.strerror(worker.exitcode)) from error
             raise
+
+    def _watch(self, over: threading.Event) -> None:
+        """Kill processes that are frozen.
+
+        torch's own timeout ends with the announcement of a batch. The process that made it then has to hand over its
+        memory, for which torch waits without end.
+        """
+        while not over.wait(PATIENCE / 20):
+            if time.monotonic() - self._asked > 1.1 * PATIENCE:
+                self._frozen = True
+                self.kill()
+                return
 
     def kill(self) -> None:
         """Kill the processes at once. torch would ask each one to end and wait 10 seconds for it, and Python for ever.

