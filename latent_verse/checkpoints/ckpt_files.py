@@ -28,6 +28,7 @@ from latent_verse.checkpoints.checks import (
     first_line,
     is_number,
     is_whole_number,
+    number_in,
     settings_from,
 )
 from latent_verse.config import AugVAEConfig, BiARTConfig, as_plain, training_only
@@ -239,12 +240,7 @@ def score_of(content: dict[str, Any]) -> float | None:
     for state in (content.get("callbacks") or {}).values():
         if isinstance(state, dict) and state.get("monitor") == MONITOR:
             found.append(state.get("current_score"))
-    for score in found:
-        if isinstance(score, torch.Tensor) and score.numel() == 1 and score.device.type == "cpu":
-            score = score.item()
-        if score is not None and is_number(score):
-            return float(score)
-    return None
+    return next((float(score) for score in map(number_in, found) if is_number(score)), None)
 
 
 def checkpoints_in(folder: Path) -> list[Path]:

@@ -13,7 +13,7 @@ import torch
 
 from latent_verse.augvae.model import AugVAE
 from latent_verse.biart.model import BiART
-from latent_verse.checkpoints.ckpt_files import CheckpointError
+from latent_verse.checkpoints.ckpt_files import CheckpointError, read_ckpt
 from latent_verse.commands import train_vae
 from latent_verse.config.train import TrainBiARTConfig, TrainVAEConfig
 from latent_verse.training.augvae import LitAugVAE
@@ -58,11 +58,12 @@ def lit(stage: str, tiny_config, **settings):
 
 def train(folder: Path, module, batches, start_from: Path | None = None) -> dict[int, list[dict]]:
     seen, run = Seen(), Run(folder, "0")
-    made = make_trainer(module.config.trainer, RunFolder(run, module.config), [seen], start_from)
+    first_step = read_ckpt(start_from)["global_step"] if start_from else 0
+    made = make_trainer(module.config.trainer, RunFolder(run, module.config), [seen], first_step)
     loader = torch.utils.data.DataLoader(batches, batch_size=None)
     data = pl.LightningDataModule.from_datasets(batches, batch_size=None)
     data.train_dataloader, data.skipped = lambda: loader, 0
-    fit(made, module.config.trainer, run, module, data, start_from)
+    fit(made, module.config.trainer, run, module, data, start_from, first_step)
     return seen.groups
 
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from latent_verse.augvae.model import AugVAE
 from latent_verse.biart.model import BiART
+from latent_verse.checkpoints.ckpt_files import read_ckpt
 from latent_verse.config.train import TrainBiARTConfig, TrainerConfig, TrainVAEConfig
 from latent_verse.training import logs
 from latent_verse.training.augvae import LitAugVAE
@@ -135,7 +136,8 @@ def test_a_damaged_file_of_rows_ends_no_run(tmp_path, damage, facts, recwarn):
 def run(module, folder: Path, batches: list, start_from: Path | None = None, more=(), **settings):
     """Train on these batches, each time an epoch, as the programs do."""
     t = replace(module.config.trainer, gpus=0, refresh_rate=0, num_sanity_val_steps=0, **settings)
-    made = make_trainer(t, RunFolder(Run(folder, "0"), module.config), more, start_from)
+    first_step = read_ckpt(start_from)["global_step"] if start_from else 0
+    made = make_trainer(t, RunFolder(Run(folder, "0"), module.config), more, first_step)
     made.fit(module, Batches(batches), ckpt_path=start_from, weights_only=True)
     return made
 
