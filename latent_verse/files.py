@@ -1,4 +1,4 @@
-"""Writing files whole or not at all, locking folders; reading text; naming what differs between two settings."""
+"""Writing files whole or not at all, locking folders; reading text and JSON."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import json
 import math
 import os
 import re
-import reprlib
 import shutil
 import tempfile
 import warnings
@@ -18,6 +17,7 @@ from types import ModuleType
 from typing import BinaryIO, ClassVar
 
 from latent_verse.config import UserError
+from latent_verse.config.settings import reason
 
 fcntl: ModuleType | None
 try:
@@ -49,6 +49,15 @@ def read_bytes(path: str | os.PathLike) -> bytes:
 
 
 @contextmanager
+def setting_named(setting: str) -> Iterator[None]:
+    """What is said inside of a file names also the setting that gave the file."""
+    try:
+        yield
+    except FileError as error:
+        raise type(error)(f"{setting}: {error}") from error
+
+
+@contextmanager
 def _regular(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """A regular file, open. What goes wrong inside is a FileError that names it."""
     try:
@@ -60,7 +69,7 @@ def _regular(path: str | os.PathLike) -> Iterator[BinaryIO]:
     except (OSError, ValueError) as error:  # ValueError: a path with a null character
         if isinstance(error, UserError):
             raise
-        raise FileError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
+        raise FileError(f"{path} cannot be read: {reason(error)}.") from error
 
 
 def decode_text(data: bytes, name: object) -> str:
@@ -115,7 +124,9 @@ def parse_json(text: str, name: object) -> object:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise FileError(f"{name} is not valid JSON ({error}). Was it written or downloaded completely?") from error
+        raise FileError(
+            f"{name} is not valid JSON ({reason(error)}). Was it written or downloaded completely?"
+        ) from error
 
 
 def read_json(path: str | os.PathLike) -> object:
@@ -359,11 +370,11 @@ def _refusing(path: Path, of: str = "") -> Iterator[None]:
             cause = OSError(errno.EINVAL, str(cause))
         if not isinstance(cause, OSError) or not _concerns(path.absolute(), cause.filename):
             raise
-        reason = cause.strerror or str(cause)
+        why = reason(cause)
         if cause.errno in (errno.EEXIST, errno.ENOTDIR):
-            reason = next((f"{p} is no folder" for p in (path, *path.parents) if p.exists() and not p.is_dir()), reason)
+            why = next((f"{p} is not a folder" for p in (path, *path.parents) if p.exists() and not p.is_dir()), why)
         kind = FileError if cause.errno in MISTAKES else NotWritten
-        raise kind(f"{of}{path} cannot be written: {reason}{_room(path)}.") from error
+        raise kind(f"{of}{path} cannot be written: {why}{_room(path)}.") from error
 
 
 def _concerns(path: Path, named: str | bytes | int | None) -> bool:
@@ -430,22 +441,6 @@ def valid_json(content: object) -> object:
     if isinstance(content, list | tuple):
         return [valid_json(item) for item in content]
     return None if isinstance(content, float) and not math.isfinite(content) else content
-
-
-def differences(old: Mapping[str, object], new: Mapping[str, object]) -> list[str]:
-    """One line for each entry of `new` that `old` lacks or has another value of: `lr: 0.1 then, 0.2 now`."""
-    changed = {name: (old.get(name), value) for name, value in new.items() if old.get(name) != value}
-    return [f"{name}: {_short(before)} then, {_short(now)} now" for name, (before, now) in changed.items()]
-
-
-def _short(value: object) -> str:
-    """For a message. A damaged file may have held anything: long texts, or lists of lists that share their items."""
-    brief = reprlib.Repr()
-    brief.maxstring = brief.maxother = brief.maxlong = 300
-    brief.maxlist = brief.maxtuple = brief.maxdict = brief.maxset = 20
-    brief.maxlevel = 3
-    text = brief.repr(value)
-    return text if len(text) <= 300 else f"{text[:300]}..."
 
 
 def _sync(path: Path) -> None:

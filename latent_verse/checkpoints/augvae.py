@@ -16,7 +16,7 @@ from latent_verse.augvae.model import AugVAE
 from latent_verse.checkpoints.checks import check_fits, crc32, json_object, read_safetensors, settings_from, skeleton
 from latent_verse.checkpoints.ckpt_files import CheckpointError, fetch_from_hub, find_checkpoint, read_named
 from latent_verse.config import AugVAEConfig, as_plain
-from latent_verse.config.settings import expand
+from latent_verse.config.settings import expand, shown
 from latent_verse.config.train import TrainVAEConfig, with_pretrained_shape
 from latent_verse.files import replacing, write_json
 
@@ -92,8 +92,7 @@ def _augvae_from_folder(directory: Path) -> AugVAE:
             raise CheckpointError(f"{directory} holds no {file.name}; AugVAE.save_pretrained writes both files.")
     if content.get("format") != FORMAT:
         found = content.get("format")
-        what = f"format {found!r}" if isinstance(found, (str, type(None))) else "a format that is no text"
-        raise CheckpointError(f"{about} has {what}, not {FORMAT!r}.")
+        raise CheckpointError(f"{about} has format {shown(found)}, not {FORMAT!r}.")
     if "config" not in content:
         raise CheckpointError(f"{about} is damaged: it lacks the model's settings, config.")
     model = _build(content["config"], read_safetensors(weights), about, weights, once=True)

@@ -14,10 +14,10 @@ from latent_verse.biart.model import BiART
 from latent_verse.checkpoints.augvae import load_augvae
 from latent_verse.checkpoints.bundle import build_biart, check_info, find_bundle, load_bundle, save_bundle
 from latent_verse.checkpoints.ckpt_files import CheckpointError, find_checkpoint, fingerprint, read_named
-from latent_verse.config import PRESETS, ConfigError, training_only
+from latent_verse.config import PRESETS, ConfigError, UserError, training_only
 from latent_verse.config.models import BiARTModelConfig
 from latent_verse.config.train import TrainBiARTConfig
-from latent_verse.data.text import Tokenizer, TokenizerError, unpack_tokenizer
+from latent_verse.data.text import Tokenizer, unpack_tokenizer
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def load_checkpoint(file: Path) -> Pretrained:
         prefix = "ema." if run["optim"]["ema_decay"] else "model."
         info = {"reference_dropout": run["loss"]["reference_dropout"], "text_too_long": run["text"]["text_too_long"]}
         tokenizer, print_, path = unpack_tokenizer(about["tokenizer"], file), vae["fingerprint"], vae["path"]
-    except (KeyError, TypeError, TokenizerError) as error:
+    except (KeyError, TypeError, UserError) as error:
         raise CheckpointError(f"{file} does not say what this version needs to read it: {error}") from error
     if not isinstance(print_, str) or not isinstance(path, (str, type(None))):
         raise CheckpointError(f"{file} is damaged: it does not say which AugVAE it was trained with.")

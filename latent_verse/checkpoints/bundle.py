@@ -13,16 +13,15 @@ from latent_verse.biart.model import BiART
 from latent_verse.checkpoints.augvae import FORMAT, WEIGHTS, load_augvae, save_augvae
 from latent_verse.checkpoints.checks import (
     check_fits,
-    is_number,
     json_object,
     read_safetensors,
     settings_from,
     skeleton,
 )
 from latent_verse.checkpoints.ckpt_files import CheckpointError, fetch_from_hub, fingerprint
-from latent_verse.config import BiARTConfig, as_plain
-from latent_verse.config.settings import expand
-from latent_verse.data.text import TOO_LONG, Tokenizer, TokenizerError, load_tokenizer
+from latent_verse.config import BiARTConfig, UserError, as_plain
+from latent_verse.config.settings import expand, is_number, shown
+from latent_verse.data.text import TOO_LONG, Tokenizer, load_tokenizer
 from latent_verse.files import replacing, write_json
 
 BUNDLE = "latent_verse/bundle"
@@ -96,7 +95,7 @@ def load_bundle(path: str | os.PathLike) -> tuple[AugVAE, BiART, Tokenizer, dict
         vae = load_augvae(folder / "vae")
     try:
         tokenizer = load_tokenizer(folder / "tokenizer")
-    except TokenizerError as error:
+    except UserError as error:
         raise CheckpointError(f"{folder} is a damaged bundle: {error}") from error
     weights = folder / BIART_WEIGHTS
     biart = build_biart(content["biart"], read_safetensors(weights), file, weights)
@@ -171,7 +170,6 @@ def _bundle_config(folder: Path) -> dict[str, Any]:
     content = json_object(file)
     found = content.get("format")
     if found != BUNDLE:
-        shown = repr(found) if isinstance(found, (str, type(None))) else "that is no text"
-        what = "an AugVAE, the first half of a bundle" if found == FORMAT else f"of format {shown}"
+        what = "an AugVAE, the first half of a bundle" if found == FORMAT else f"of format {shown(found)}"
         raise CheckpointError(f"{folder} is {what}, not a bundle ({BUNDLE}) with AugVAE, BiART and tokenizer.")
     return content

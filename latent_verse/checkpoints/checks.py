@@ -18,10 +18,9 @@ import torch
 from torch import nn
 
 from latent_verse.config import ConfigError, UserError
-from latent_verse.config.settings import Settings
+from latent_verse.config.settings import Settings, is_number, reason
 from latent_verse.files import FileError, read_json_object
 
-LARGEST = 2**53  # of whole numbers: exact in JSON and as a float
 LONGEST = 200  # of texts and lists among a model's settings
 SHARED = 16  # tensors that the levels of an AugVAE share are in a file once, but counted once for each level
 SPARE = 100  # networks may have this many blocks more than the file has tensors: missing keys are better listed
@@ -35,23 +34,6 @@ Network = TypeVar("Network", bound=nn.Module)
 
 class CheckpointError(UserError):
     """A checkpoint is missing, damaged, of another kind, or does not fit. The message names the file and the remedy."""
-
-
-def first_line(error: BaseException) -> str:
-    """An error's message without the details that follow its first line."""
-    return str(error).strip().split("\n")[0]
-
-
-def is_whole_number(value: object) -> bool:
-    """Whether it is an int (no bool) from 0 to 2**53."""
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST
-
-
-def is_number(value: object) -> bool:
-    """Whether it is a finite number and no bool."""
-    if isinstance(value, int):
-        return not isinstance(value, bool) and -LARGEST <= value <= LARGEST
-    return isinstance(value, float) and math.isfinite(value)
 
 
 def number_in(value: Any) -> Any:
@@ -176,7 +158,7 @@ def read_safetensors(file: Path) -> dict[str, torch.Tensor]:
     try:
         tensors = load_file(file)
     except (SafetensorError, OSError, KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{file} is damaged: {first_line(error)}") from error
+        raise CheckpointError(f"{file} is damaged: {reason(error)}") from error
     check_tensors(tensors, file, "weights")
     return tensors
 
@@ -200,8 +182,8 @@ def skeleton(
         with torch.device("meta"):
             return network(config)
     except (ConfigError, RuntimeError, OverflowError, TypeError, ValueError) as error:
-        reason = first_line(error)
-        raise CheckpointError(f"{file}: its settings are not of a model this version can build: {reason}") from error
+        why = reason(error)
+        raise CheckpointError(f"{file}: its settings are not of a model this version can build: {why}") from error
 
 
 def check_fits(model: nn.Module, state: Mapping[str, torch.Tensor], file: str | os.PathLike) -> None:

@@ -25,15 +25,11 @@ from torch import nn
 from latent_verse.checkpoints.checks import (
     CheckpointError,
     check_tensors,
-    first_line,
-    is_number,
-    is_whole_number,
     number_in,
     settings_from,
 )
 from latent_verse.config import AugVAEConfig, BiARTConfig, as_plain, training_only
-from latent_verse.config.settings import closest, expand
-from latent_verse.files import differences
+from latent_verse.config.settings import closest, differences, expand, is_count, is_number, reason
 
 Kind = Literal["augvae", "biart"]  # what a checkpoint says of itself
 Result = TypeVar("Result")
@@ -131,9 +127,9 @@ def _content(file: Path) -> dict[str, Any]:
         if not isinstance(found := content.get(name) or {}, dict):
             raise CheckpointError(f"{file} is damaged, or of another program: its {name} is a {type(found).__name__}.")
     for name in ("global_step", "epoch"):
-        if not is_whole_number(content.get(name, 0)):
+        if not is_count(content.get(name, 0)):
             kind = type(content[name]).__name__
-            raise CheckpointError(f"{file} is damaged: its {name} is no count ({kind}).")
+            raise CheckpointError(f"{file} is damaged: its {name} is not a count ({kind}).")
     kind = (content.get("latent_verse") or {}).get("kind", "")
     if not isinstance(kind, str):
         raise CheckpointError(f"{file} is damaged: its kind is a {type(kind).__name__}.")
@@ -147,8 +143,8 @@ def _unreadable(file: Path, error: Exception) -> CheckpointError:
         what = "is refused: it is not complete, or holds more than tensors and plain types, which could run code"
         cause = error.__context__ or error
     # the first sentence: torch adds advice, such as to allow the code
-    reason = f"{type(cause).__name__}: {first_line(cause).split('. ')[0]}".removesuffix(": ")
-    return CheckpointError(f"{file} {what} ({reason})")
+    why = reason(cause).split(". ")[0]
+    return CheckpointError(f"{file} {what} ({type(cause).__name__}: {why})")
 
 
 def find_checkpoint(path: str | os.PathLike) -> Path:
@@ -221,8 +217,8 @@ def first_usable(
         except CheckpointError as error:
             skipped[file] = error
             continue
-        for reason in skipped.values():
-            warnings.warn(f"{reason} Taking {file} in its place.", stacklevel=3)
+        for said in skipped.values():
+            warnings.warn(f"{said} Taking {file} in its place.", stacklevel=3)
         return result
     return None
 
@@ -299,7 +295,7 @@ def fetch_from_hub(name: str, files: Iterable[str]) -> Path:
         return Path(snapshot_download(name, allow_patterns=list(files)))
     except Exception as error:  # huggingface_hub and its HTTP client each raise their own
         absent = f"{name} is not a file or folder{near}"
-        raise CheckpointError(f"{absent} Nor can it be fetched from the hub: {first_line(error)}") from error
+        raise CheckpointError(f"{absent} Nor can it be fetched from the hub: {reason(error)}") from error
 
 
 def fingerprint(model: nn.Module) -> str:

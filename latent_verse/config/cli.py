@@ -36,6 +36,7 @@ from latent_verse.config.settings import (
     is_list,
     is_optional,
     item_type,
+    reason,
     shown,
     type_name,
     types_of,
@@ -109,7 +110,7 @@ def parse(
     if unknown:
         names = [f.name for _, f, _ in leaves(cls)] + ["config"]
         raise ConfigError(
-            f"unknown argument {_name(unknown[0])}{closest(unknown[0].lstrip('-').split('=')[0], names, '--')}"
+            f"unknown argument {shown(unknown[0])}{closest(unknown[0].lstrip('-').split('=')[0], names, '--')}"
         )
     values = vars(flags)
     path = values.pop("config", None)
@@ -180,7 +181,7 @@ def read_yaml(cls: type, path: str) -> dict[str, Any]:
         leaf = key.value
         if leaf not in sections:
             known = [*sections, *sections.values()]
-            raise ConfigError(f"{_at(path, key)}: unknown key {_name(leaf)}{closest(leaf, known)}")
+            raise ConfigError(f"{_at(path, key)}: unknown key {shown(leaf)}{closest(leaf, known)}")
         if section not in (None, sections[leaf]):
             raise ConfigError(f"{_at(path, key)}: {leaf} belongs to section {sections[leaf]}, not {section}.")
         if leaf in out:
@@ -226,13 +227,12 @@ def _compose(path: str) -> Node:
         raise ConfigError(f"config file {path} is not YAML in UTF-8 (line {line}). Save it as UTF-8.") from error
     except yaml.MarkedYAMLError as error:
         where = f" (line {error.problem_mark.line + 1})" if error.problem_mark else ""
-        what = " ".join(str(error.problem or error.context).split())
+        what = error.problem or error.context
         raise ConfigError(f"config file {path} is not readable YAML{where}: {what}.") from error
     except RecursionError as error:
         raise ConfigError(f"config file {path} is nested too deeply; settings are at most in a section.") from error
     except (yaml.YAMLError, ValueError, OverflowError, OSError) as error:  # of escapes and directives out of range, too
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"config file {path} is not readable YAML: {reason}.") from error
+        raise ConfigError(f"config file {path} is not readable YAML: {reason(error)}.") from error
     if root is None or (root.id == "scalar" and _is_null(_scalar(root))):
         return yaml.MappingNode(f"{YAML_TAG}map", [])  # an empty file
     if root.id != "mapping":
@@ -250,7 +250,7 @@ def _pairs(path: str, mapping: Node) -> list[tuple[Node, Node]]:
             raise ConfigError(f"{_at(path, key)}: a key is the name of a setting, not a list or mapping.")
         if key.value in seen:
             first = seen[key.value].start_mark.line + 1
-            raise ConfigError(f"{_at(path, key)}: {_name(key.value)} is given twice, first on line {first}. Keep one.")
+            raise ConfigError(f"{_at(path, key)}: {shown(key.value)} is given twice, first on line {first}. Keep one.")
         seen[key.value] = key
     return mapping.value
 
@@ -269,7 +269,7 @@ def _value(path: str, leaf: str, node: Node) -> str | list[str] | None:
 
 def _check_tag(path: str, node: Node) -> None:
     if node.tag not in TAGS:
-        raise ConfigError(f"{_at(path, node)}: the tag {_name(node.tag)} has no meaning here. Remove it.")
+        raise ConfigError(f"{_at(path, node)}: the tag {shown(node.tag)} has no meaning here. Remove it.")
 
 
 def _scalar(node: Node) -> str | None:
@@ -281,11 +281,6 @@ def _scalar(node: Node) -> str | None:
 
 def _at(path: str, node: Node) -> str:
     return f"{path}, line {node.start_mark.line + 1}"
-
-
-def _name(text: str) -> str:
-    """A key or flag as messages show it: as it is, unless that would not be one short line."""
-    return text if text.isprintable() and 0 < len(text) < 100 else shown(str(text))
 
 
 def build(cls: type[Config], given: dict[str, tuple[Any, str]]) -> Config:

@@ -15,12 +15,13 @@ import numbers
 import operator
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Optional, get_args, get_origin, get_type_hints
 
 PathKind = Literal[True, "hub", "shards", "first"]
 LARGEST = 2**63 - 1  # what PyTorch takes for an integer
+EXACT = 2**53  # up to here every integer is exact in JSON and as a float
 LONGEST_NAME = 255  # bytes of a file's or folder's name, in all common file systems
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 WITHIN = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
@@ -231,13 +232,66 @@ def is_a(value: Any, kind: type) -> bool:
     return isinstance(value, kind)
 
 
-def shown(value: Any) -> str:
-    """A value as messages show it: on one line, not longer than a line."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # an integer of more than 4300 digits
-        return f"a {type(value).__name__} too long to show"
-    return text if len(text) <= 100 else f"{text[:80]}... ({len(text)} characters)"
+def is_count(value: object) -> bool:
+    """Whether a value that was read from a file is an int (no bool) from 0 to 2**53."""
+    return isinstance(value, int) and is_number(value) and value >= 0
+
+
+def is_number(value: object) -> bool:
+    """Whether a value that was read from a file is a finite number (no bool); an int is within 2**53 of 0."""
+    if isinstance(value, int):
+        return not isinstance(value, bool) and abs(value) <= EXACT
+    return isinstance(value, float) and math.isfinite(value)
+
+
+def shown(value: object, limit: int = 80) -> str:
+    """A value, file's name or other text as messages show it: as `repr` on one line, cut after `limit` characters.
+
+    No more than that is made of it: files may hold lists of lists that share their items, or that hold themselves.
+    """
+    text = ""
+    for piece in _pieces(value, limit):
+        text += piece
+        if len(text) > limit:
+            return f"{printable(text[:limit])}..."
+    return printable(text)
+
+
+def _pieces(value: object, limit: int) -> Iterator[str]:
+    """The parts of `repr(value)`, one after the other; of texts at least the first `limit` characters."""
+    if isinstance(value, (str, bytes)):
+        yield repr(value[: limit + 1])
+    elif isinstance(value, (dict, list, tuple)):
+        start, end = "{}" if isinstance(value, dict) else "[]" if isinstance(value, list) else "()"
+        yield start
+        for i, item in enumerate(value):
+            yield ", " if i else ""
+            yield from _pieces(item, limit)
+            if isinstance(value, dict):
+                yield ": "
+                yield from _pieces(value[item], limit)
+        yield f",{end}" if isinstance(value, tuple) and len(value) == 1 else end
+    else:
+        try:
+            yield " ".join(repr(value).split())
+        except (ValueError, RecursionError):  # an integer of more than 4300 digits
+            yield f"a value of type {type(value).__name__}"
+
+
+def reason(error: BaseException, limit: int = 200) -> str:
+    """Why something failed, for the end of a message: the first line of an error's own, cut after `limit` characters.
+
+    Libraries add advice after it, and paths, which the message names itself. An error without words gives its name.
+    """
+    lines = str(getattr(error, "strerror", None) or error).strip().splitlines() or [type(error).__name__]
+    text = printable(" ".join(lines[0].split()))
+    return text if len(text) <= limit else f"{text[:limit]}..."
+
+
+def differences(old: Mapping[str, object], new: Mapping[str, object]) -> list[str]:
+    """One line for each entry of `new` that `old` lacks or has another value of: `lr: 0.1 then, 0.2 now`."""
+    changed = {name: (old.get(name), value) for name, value in new.items() if old.get(name) != value}
+    return [f"{name}: {shown(before, 300)} then, {shown(now, 300)} now" for name, (before, now) in changed.items()]
 
 
 def by_name(sections: Iterable[Settings]) -> dict[str, tuple[dataclasses.Field, Any]]:

@@ -24,6 +24,7 @@ from latent_verse.config.settings import (
     require,
     same,
     setting,
+    shown,
     training_only,
 )
 
@@ -377,7 +378,7 @@ def check_pipes(d: ImageDataConfig, given: Mapping[str, str]) -> None:
     folders = {name: getattr(d, name) or "" for name in ("train_dir", "val_dir", "test_dir")}
     pipes = [name for name, folder in folders.items() if folder.strip().startswith("pipe:")]
     if pipes and not d.allow_pipe:
-        command = folders[pipes[0]][:200]
+        command = shown(folders[pipes[0]], 200)
         raise ConfigError(f"{pipes[0]}: {command} is a shell command, which runs only with --allow_pipe.")
     for name in [*pipes, *(["allow_pipe"] if d.allow_pipe else [])]:
         place = given.get(name, "elsewhere")

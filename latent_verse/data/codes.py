@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from latent_verse.config.settings import expand, expand_paths
+from latent_verse.config.settings import differences, expand, expand_paths
 from latent_verse.data import DataError
 from latent_verse.data.captions import CAPTION_SEED, CROP_SEED, CaptionList, EncodedCaption, PairDataset
 from latent_verse.data.images import SkipLog
@@ -36,7 +36,7 @@ from latent_verse.data.shapes import Scene, ShapesDataset, World
 from latent_verse.data.shards import Ending, Header
 from latent_verse.data.text import Tokenizer
 from latent_verse.data.transforms import UnreadableImage, mix_seed, to_unit_range
-from latent_verse.files import differences, parse_json, read_json_object, replacing, write_json
+from latent_verse.files import parse_json, read_json_object, replacing, write_json
 from latent_verse.progress import progress_bar
 
 FORMAT = "latent_verse/codes"

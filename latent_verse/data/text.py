@@ -25,7 +25,8 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from latent_verse.config import UserError
-from latent_verse.files import FileError, parse_json, read_text
+from latent_verse.config.settings import reason, shown
+from latent_verse.files import parse_json, read_text
 
 VOCABULARY_FILE = "tokenizer.json"
 META_FILE = "tokenizer_config.json"
@@ -122,7 +123,7 @@ class Tokenizer:
         `length` tokens is tokenized, up to the end of a word. The number is then that of the beginning.
         """
         if too_long not in TOO_LONG:
-            raise TokenizerError(f"too_long is {too_long!r}; it must be one of {', '.join(TOO_LONG)}.")
+            raise TokenizerError(f"too_long is {shown(too_long)}; it must be one of {', '.join(TOO_LONG)}.")
         if length is not None and length < 1:
             raise TokenizerError(f"The length of captions (text_len) is {length}; it must be at least 1.")
         if isinstance(texts, str):
@@ -135,7 +136,7 @@ class Tokenizer:
                 continue
             if too_long == "error":
                 raise TokenizerError(
-                    f"Caption {i}, {_shortened(texts[i])}, is {count} tokens long and the limit text_len is "
+                    f"Caption {i}, {shown(texts[i])}, is {count} tokens long and the limit text_len is "
                     f"{length}. Shorten it, set text_too_long: truncate, or train with text_len: {count} or more."
                 )
             found[i] = self._cut(ids, length), count
@@ -285,19 +286,18 @@ def load_tokenizer(name_or_dir: str | Path) -> Tokenizer:
 
     Raises:
         TokenizerError: it is neither, or the folder is incomplete or has been changed.
+        FileError: one of its files cannot be read, or is not JSON in UTF-8.
     """
     if str(name_or_dir) == ClipTokenizer.name:
         return ClipTokenizer()
     folder = Path(name_or_dir)
     if not os.path.isdir(folder):
-        raise TokenizerError(f"There is no tokenizer {str(name_or_dir)!r}: give clip, or a folder with {META_FILE}.")
+        name = shown(str(name_or_dir))
+        raise TokenizerError(f"There is no tokenizer {name}: give clip, or a folder with {META_FILE}.")
     files = {}
     for name in (META_FILE, VOCABULARY_FILE):
         if os.path.exists(folder / name):
-            try:
-                files[name] = read_text(folder / name)
-            except FileError as error:
-                raise TokenizerError(str(error)) from error
+            files[name] = read_text(folder / name)
     return _from_files(files, folder)
 
 
@@ -322,12 +322,12 @@ def _from_files(files: dict[str, str], where: object) -> Tokenizer:
     elif meta.get("name") == BPETokenizer.name:
         tokenizer = _bpe(files, where)
     else:
-        name = str(meta.get("name"))[:40] if isinstance(meta.get("name"), (str, type(None))) else "that is no text"
-        raise TokenizerError(f"{_named(META_FILE, where)} names the tokenizer {name!r}; known are clip and bpe.")
+        name = shown(meta.get("name"))
+        raise TokenizerError(f"{_named(META_FILE, where)} names the tokenizer {name}; known are clip and bpe.")
     if tokenizer.fingerprint != meta.get("fingerprint"):
         raise TokenizerError(
             f"The tokenizer in {where} is not the one that was saved: fingerprint {tokenizer.fingerprint}, recorded "
-            f"{str(meta.get('fingerprint'))[:40]}. Restore {VOCABULARY_FILE} from the run that trained the model."
+            f"{shown(meta.get('fingerprint'))}. Restore {VOCABULARY_FILE} from the run that trained the model."
         )
     return tokenizer
 
@@ -340,7 +340,7 @@ def _bpe(files: dict[str, str], where: object) -> BPETokenizer:
         found, wanted = json.loads(bpe.to_str()), json.loads(_byte_level().to_str())
     except Exception as error:  # the library raises bare Exception
         raise TokenizerError(
-            f"{_named(VOCABULARY_FILE, where)} is not a BPE tokenizer of the tokenizers library: {str(error)[:200]}"
+            f"{_named(VOCABULARY_FILE, where)} is not a BPE tokenizer of the tokenizers library: {reason(error)}"
         ) from error
     file = _named(VOCABULARY_FILE, where)
     for part in sorted(wanted.keys() - {"model"}):
@@ -361,10 +361,7 @@ def _named(file: str, where: object) -> str:
 def _json_object(files: dict[str, str], name: str, where: object) -> dict[str, object]:
     if name not in files:
         raise TokenizerError(f"{where} holds no {name}; the folder of a tokenizer needs it.")
-    try:
-        content = parse_json(files[name], _named(name, where))
-    except FileError as error:
-        raise TokenizerError(str(error)) from error
+    content = parse_json(files[name], _named(name, where))
     if not isinstance(content, dict):
         raise TokenizerError(f"{_named(name, where)} holds a {type(content).__name__} where a JSON object is expected.")
     return content
@@ -389,16 +386,12 @@ def beginning(text: str, most: int) -> str:
 
 def _checked(text: str, i: int) -> str:
     if not isinstance(text, str):
-        raise TokenizerError(f"Caption {i} is {text!r}, a {type(text).__name__}; captions are strings.")
+        raise TokenizerError(f"Caption {i} is {shown(text)}, a {type(text).__name__}; captions are strings.")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise TokenizerError(
-            f"Caption {i}, {_shortened(text)}, holds a lone surrogate at character {error.start}, which is not text. "
+            f"Caption {i}, {shown(text)}, holds a lone surrogate at character {error.start}, which is not text. "
             "Read its file as UTF-8 or remove it."
         ) from error
     return text
-
-
-def _shortened(text: str, limit: int = 60) -> str:
-    return repr(text if len(text) <= limit else text[: limit - 1] + "…")

@@ -13,7 +13,7 @@ from typing import Literal, TypedDict
 from latent_verse import __version__
 from latent_verse.config import printable
 from latent_verse.data import DataError
-from latent_verse.files import FileError, read_json_object
+from latent_verse.files import read_json_object, setting_named
 
 OWN = f"latent_verse {__version__}"
 SAME = ("library", "samples", "protocol", "seed", "dtype", "drawn")  # what two records must share to be comparable
@@ -124,15 +124,14 @@ def _read_metrics(place: str) -> dict[str, dict]:
     path = path / "metrics.json" if path.is_dir() else path
     if not path.is_file():
         raise DataError(f"compare: {path} does not exist. Give a run folder of eval_biart.py, or its metrics.json.")
+    with setting_named("compare"):
+        content: dict = read_json_object(path)
     try:
-        content = read_json_object(path)
         for name, record in content["figures"].items():
             record["value"] = float(record["value"])
             for old, new in REWORDED.items() if not name.startswith("zero_shot/") else ():  # quotes the user's prompt
                 record["protocol"] = record["protocol"].replace(old, new)
         return {"figures": content["figures"], "missing": dict(content.get("missing", {}))}
-    except FileError as error:
-        raise DataError(f"compare: {error}") from error
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:  # not of this form
         raise DataError(f"compare: {path} is not a metrics.json of eval_biart.py ({error!r}).") from error
 

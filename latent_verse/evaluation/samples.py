@@ -18,14 +18,13 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
-from latent_verse.checkpoints.checks import is_number
 from latent_verse.config import ConfigError, SamplingSettings
+from latent_verse.config.settings import differences, is_count, is_number, reason, shown
 from latent_verse.data import DataError
-from latent_verse.data.caption_files import caption_lines, clean, short
+from latent_verse.data.caption_files import caption_lines, clean
 from latent_verse.data.images import EXTENSIONS, describe_files, walk
 from latent_verse.data.transforms import UnreadableImage, centre_crop, check_pixels, mix_seed, read_rgb
 from latent_verse.files import (
-    differences,
     lines_of,
     parse_json,
     read_json_object,
@@ -219,10 +218,10 @@ def _read_index(folder: Path) -> list[Group]:
         file = folder / name
         if os.path.normpath(name) in named:
             first = named[os.path.normpath(name)]
-            raise DataError(f"{where}: {name} stands in line {first} already. Give each image one line.")
+            raise DataError(f"{where}: {shown(name)} is already on line {first}. Give each image one line.")
         named[os.path.normpath(name)] = number
         if not os.path.isfile(file):
-            raise DataError(f"{where}: {short(name)} does not exist as a file in {folder}. Copy the whole folder.")
+            raise DataError(f"{where}: {shown(name)} does not exist as a file in {folder}. Copy the whole folder.")
         groups.setdefault((text, times[text, place]), {})[place] = (file, log_p)
         times[text, place] += 1
     if not groups:
@@ -231,7 +230,7 @@ def _read_index(folder: Path) -> list[Group]:
     for (text, _), images in groups.items():
         if sorted(images) != list(range(len(images))):
             raise DataError(
-                f"generated_dir: {folder / INDEX}: the images of {text!r:.80} have the numbers "
+                f"generated_dir: {folder / INDEX}: the images of {shown(text)} have the numbers "
                 f"{', '.join(map(str, sorted(images)[:8]))}; they have to be 0, 1, ... for each caption."
             )
     if len(counts) > 1:
@@ -252,20 +251,20 @@ def _entry(line: str, where: str) -> tuple[str, str | None, int, float | None]:
     """
     entry = parse_json(line, where)
     if not isinstance(entry, dict):
-        raise DataError(f"{where} is not {{file, text, number}}, but {line[:80]!r}.")
+        raise DataError(f"{where} is not {{file, text, number}}, but {shown(line)}.")
     name, text, place, log_p = (entry.get(key) for key in ("file", "text", "number", "log_p"))
     if not isinstance(name, str) or not name or "\0" in name:
-        raise DataError(f"{where}: `file` is {name!r}; it has to be the name of an image in the folder.")
+        raise DataError(f"{where}: `file` is {shown(name)}; it has to be the name of an image in the folder.")
     if os.path.isabs(name) or ".." in Path(name).parts:
-        raise DataError(f"{where}: `file` {name} leads out of the folder. Copy the image into it.")
+        raise DataError(f"{where}: `file` {shown(name)} is outside the folder. Copy the image into it.")
     if not isinstance(text, str | None):
-        raise DataError(f"{where}: `text` is {text!r:.80}; captions are strings.")
+        raise DataError(f"{where}: `text` is {shown(text)}; captions are strings.")
     text = _caption(text, where)
     place = 0 if place is None else place
-    if not isinstance(place, int) or isinstance(place, bool) or place < 0:
-        raise DataError(f"{where}: `number` is {place!r:.80}; it has to be 0, 1, ... for each caption's images.")
+    if not is_count(place):
+        raise DataError(f"{where}: `number` is {shown(place)}; it has to be 0, 1, ... for each caption's images.")
     if not (log_p is None or is_number(log_p)):
-        raise DataError(f"{where}: `log_p` is {short(log_p)}; it has to be a number, or left out.")
+        raise DataError(f"{where}: `log_p` is {shown(log_p)}; it has to be a number, or left out.")
     return name, text, place, None if log_p is None else float(log_p)
 
 
@@ -283,6 +282,6 @@ def fingerprint_files(files: Sequence[Path]) -> str:
                 while data := content.read(1 << 20):
                     inside.update(data)
         except OSError as error:
-            raise DataError(f"{file} cannot be read: {error.strerror}.") from error
+            raise DataError(f"{file} cannot be read: {reason(error)}.") from error
         digest.update(os.path.basename(file).encode("utf-8", "surrogateescape") + inside.digest())
     return digest.hexdigest()[:16]

@@ -24,11 +24,10 @@ from latent_verse.augvae.model import AugVAE
 from latent_verse.biart.model import BiART
 from latent_verse.biart.sequence import IMAGE_TO_TEXT, TEXT_TO_IMAGE, Modality
 from latent_verse.checkpoints.bundle import fingerprints, load_bundle, save_bundle
-from latent_verse.checkpoints.checks import first_line
 from latent_verse.checkpoints.ckpt_files import CheckpointError
 from latent_verse.config import ConfigError, SamplingSettings
 from latent_verse.config.evaluate import CaptionConfig
-from latent_verse.config.settings import check, shown
+from latent_verse.config.settings import check, reason, shown
 from latent_verse.data.text import Tokenizer
 from latent_verse.inference.batching import Sampler
 from latent_verse.inference.image_io import ImageLike, load_image, to_images
@@ -123,7 +122,7 @@ class LVerse:
         try:
             device = torch.empty(0, device=device or best_device()).device
         except (RuntimeError, AssertionError, TypeError) as error:  # of another kind, or not on this machine
-            raise ConfigError(f"device is {shown(device)}: {first_line(error)} Give cpu, cuda or None.") from error
+            raise ConfigError(f"device is {shown(device)}: {reason(error)} Give cpu, cuda or None.") from error
         vae, biart, tokenizer, info, recorded = load_bundle(directory_or_id)
         if auto:
             dtype = sampling_dtype(biart.head.weight.dtype, device)

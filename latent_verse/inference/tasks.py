@@ -18,7 +18,7 @@ from latent_verse.config.generate import GenerateConfig
 from latent_verse.data import DataError
 from latent_verse.data.caption_files import clean
 from latent_verse.data.images import EXTENSIONS, describe_files, walk
-from latent_verse.files import FileError, made_folder, text_lines, write_text
+from latent_verse.files import made_folder, setting_named, text_lines, write_text
 from latent_verse.inference.image_io import grid, load_image, save_png, to_images
 from latent_verse.inference.pipeline import LVerse, best_device
 from latent_verse.training import runs
@@ -114,16 +114,19 @@ def print_scores(model: LVerse, config: GenerateConfig) -> None:
 
 
 def _read_texts(config: GenerateConfig) -> list[str]:
-    """`text`, which may be empty, or the lines of `text_file` that are not blank, of which there must be one."""
+    """`text`, which may be empty, or the lines of `text_file` that are not blank, of which there must be one.
+
+    Raises:
+        ConfigError: the file is too large, or holds no text.
+        FileError: it cannot be read.
+    """
     name = config.what.text_file
     if name is None:
         return list(config.what.text)
-    try:
-        if os.path.isfile(name) and os.path.getsize(name) > TEXT_FILE_BYTES:
-            raise ConfigError(f"text_file: {name} is larger than {TEXT_FILE_BYTES} bytes. Split it.")
+    if os.path.isfile(name) and os.path.getsize(name) > TEXT_FILE_BYTES:
+        raise ConfigError(f"text_file: {name} is larger than {TEXT_FILE_BYTES} bytes. Split it.")
+    with setting_named("text_file"):
         lines = [line.strip() for line in text_lines(name)]
-    except FileError as error:
-        raise ConfigError(f"text_file: {error}") from error
     texts, no_text = [], []
     for number, line in enumerate(lines, start=1):
         try:

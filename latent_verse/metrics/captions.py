@@ -17,10 +17,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from latent_verse.config.settings import reason, shown
 from latent_verse.data import DataError
-from latent_verse.data.caption_files import coco_number, identifier, setting_named, short
+from latent_verse.data.caption_files import coco_number, identifier
 from latent_verse.data.text import LONG, beginning
-from latent_verse.files import parse_json, read_json, text_lines
+from latent_verse.files import parse_json, read_json, setting_named, text_lines
 
 PTB = "PTBTokenizer (Stanford CoreNLP 3.4.1), lower case, punctuation removed"
 PLAIN = "a regular expression in place of PTBTokenizer: lower case, words and clitics, punctuation removed"
@@ -83,7 +84,7 @@ def _add(out: CaptionScores, name: str, scorer: Callable[[Texts, Texts], Scored]
         with contextlib.redirect_stdout(io.StringIO()):  # some of them print
             found = scorer(gts, res)
     except (OSError, ValueError, RuntimeError, AssertionError) as error:
-        out.missing[name] = f"its scorer failed: {type(error).__name__}: {str(error).strip()[:200]}"
+        out.missing[name] = f"its scorer failed: {type(error).__name__}: {reason(error)}"
         return
     for key, (value, each) in found.items():
         out.metrics[key], out.each[key] = float(value), [float(of_image) for of_image in each]
@@ -216,7 +217,8 @@ def read_captions_file(
         wanted: the numbers of the images to be evaluated; all by default.
 
     Raises:
-        DataError: no such file, another format, an entry that contradicts itself, an image without a caption, one with
+        FileError: no such file, or it cannot be read.
+        DataError: another format, an entry that contradicts itself, an image without a caption, one with
             two different captions or whose name could be that of several images, or no caption of an image of the data.
     """
     wanted = range(len(ids)) if wanted is None else wanted
@@ -235,18 +237,18 @@ def read_captions_file(
         place, key = found[0], keys[0]
         if len(set(found)) > 1:
             raise DataError(
-                f"{where}: image_id {short(keys[0])} and image {short(keys[1])} are not the same. Keep one."
+                f"{where}: image_id {shown(keys[0])} and image {shown(keys[1])} are not the same. Keep one."
             )
         if place is None:
             unknown.append(key)
         elif captions.setdefault(place, caption) != caption:
-            raise DataError(f"{where}: the image {short(key)} has another caption in entry {came[place]}. Keep one.")
+            raise DataError(f"{where}: the image {shown(key)} has another caption in entry {came[place]}. Keep one.")
         else:
             came.setdefault(place, number)
     without = [str(ids[i]) for i in wanted if i not in captions]
     if unknown and len(unknown) == len(entries):
         raise DataError(
-            f"captions_file: none of its images ({short(unknown[0])}, ...) is in the data ({names[0]!r}, ...)."
+            f"captions_file: none of its images ({shown(unknown[0])}, ...) is in the data ({shown(names[0])}, ...)."
         )
     if without:
         raise DataError(
@@ -269,15 +271,15 @@ def _image_and_caption(entry: object, where: str) -> tuple[list[int | str], str]
     texts = [text for text in (own.get("caption"), *firsts) if text is not None]
     if not keys or not texts:
         needed = "it needs image_id (or image) and caption (or captions)"
-        raise DataError(f"{where} is {short(entry)}; {needed}.")
+        raise DataError(f"{where} is {shown(entry)}; {needed}.")
     for text in texts:
         if not isinstance(text, str):
-            raise DataError(f"{where}: the caption is {short(text)}, not a text.")
+            raise DataError(f"{where}: the caption is {shown(text)}, not a text.")
     if texts[0] != texts[-1]:
         raise DataError(f"{where}: its caption and the first of its captions differ. Keep one.")
     for field, key in keys:
         if identifier(key) is None:
-            raise DataError(f"{where}: {field} is {short(key)}, which is no int or str.")
+            raise DataError(f"{where}: {field} is {shown(key)}, which is neither int nor str.")
     return [key for _, key in keys], texts[0]
 
 
@@ -319,7 +321,7 @@ class _Places:
         places = self.ending.get(name, [])
         if len(places) > 1:
             both = " and ".join(self.names[i] for i in places[:2])
-            raise DataError(f"{where}: {short(key)} could be {both}. Give the path with its folders.")
+            raise DataError(f"{where}: {shown(key)} could be {both}. Give the path with its folders.")
         if places:
             return places[0]
         number = coco_number(name)

@@ -23,8 +23,9 @@ from PIL import Image, ImageFilter
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance  # .image lacks it without torch-fidelity
 
+from latent_verse.config.settings import differences, reason
 from latent_verse.data import DataError
-from latent_verse.files import differences, replacing
+from latent_verse.files import replacing
 from latent_verse.metrics.networks import ClipNetwork, Inception
 from latent_verse.metrics.processes import Ranks
 
@@ -176,8 +177,9 @@ def load_reference(path: Path, about: dict[str, object], radii: Sequence[int]) -
     try:
         arrays, found, count = _arrays(path)
     except Exception as error:  # of a damaged archive numpy and zipfile raise nearly anything
-        said = " ".join(str(error).split())[:200]
-        raise DataError(f"reference_stats: {path} holds no reference statistics ({said}). Name another.") from error
+        raise DataError(
+            f"reference_stats: {path} holds no reference statistics ({reason(error)}). Name another."
+        ) from error
     other = differences(found, about) + [f"blur radius {k} is not in it" for k in radii if f"mu_{k}" not in arrays]
     if other:
         raise DataError(f"reference_stats: {path} is of another set or network ({'; '.join(other)}). Name a new file.")

@@ -24,6 +24,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from latent_verse.config import ConfigError
+from latent_verse.config.settings import reason
 
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION}"
@@ -211,8 +212,8 @@ def open_clip_network(model: str, pretrained: str, device: str = "cpu") -> ClipN
     try:
         open_clip.load_checkpoint(net, str(file), weights_only=not weights.sha256)
     except Exception as error:  # unpickling damaged bytes raises nearly anything
-        reason = f"{type(error).__name__}: {str(error).strip()[:200]}"
-        raise ConfigError(f"clip_weights: {file} cannot be read as weights of {model}: {reason}") from error
+        why = f"{type(error).__name__}: {reason(error)}"
+        raise ConfigError(f"clip_weights: {file} cannot be read as weights of {model}: {why}") from error
     # a metric says whose weights it used: a tag identifies them, the name of a file does not
     known = pretrained if weights.sha256 else f"{Path(pretrained).name} (SHA-256 {sha256(file)[:16]})"
     tokenizer = open_clip.get_tokenizer(model)

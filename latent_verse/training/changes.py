@@ -15,9 +15,9 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from latent_verse.checkpoints.ckpt_files import CheckpointError, read_ckpt
 from latent_verse.config import as_plain, training_only
+from latent_verse.config.settings import differences
 from latent_verse.config.train import TrainBiARTConfig, TrainVAEConfig
 from latent_verse.data.modules import TrainLoader
-from latent_verse.files import differences
 from latent_verse.training import runs
 
 NO_EFFECT = {

@@ -25,15 +25,7 @@ from latent_verse.augvae.model import AugVAE
 from latent_verse.biart.model import BiART
 from latent_verse.checkpoints.augvae import augvae_skeleton
 from latent_verse.checkpoints.bundle import biart_skeleton
-from latent_verse.checkpoints.checks import (
-    LONGEST,
-    check_fits,
-    check_tensor,
-    is_number,
-    is_whole_number,
-    number_in,
-    settings_from,
-)
+from latent_verse.checkpoints.checks import LONGEST, check_fits, check_tensor, number_in, settings_from
 from latent_verse.checkpoints.ckpt_files import (
     CheckpointError,
     Kind,
@@ -44,6 +36,7 @@ from latent_verse.checkpoints.ckpt_files import (
     read_named,
 )
 from latent_verse.config import AugVAEConfig, BiARTConfig
+from latent_verse.config.settings import is_count, is_number
 from latent_verse.config.train import BiARTOptimConfig, VAEOptimConfig
 from latent_verse.training.backups import set_random_state
 from latent_verse.training.optimizer import make_optimizer
@@ -327,7 +320,7 @@ def _is_like(found: object, form: object) -> bool:
         return isinstance(found, type(form))
     found = number_in(found)
     if isinstance(form, int):
-        return is_whole_number(found)
+        return is_count(found)
     if isinstance(form, float) and math.isinf(form):
         return isinstance(found, (int, float)) and not math.isnan(found)
     return isinstance(form, float) and is_number(found) and found >= 0

@@ -241,7 +241,7 @@ def test_reconstructions_that_are_not_finite_are_an_error(tmp_path, tiny_augvae,
 def test_a_folder_in_which_nothing_can_be_written_is_refused_before_the_data_is_read(tmp_path, model, capsys):
     (tmp_path / "file").touch()
     before = set(tmp_path.iterdir())
-    for place, fact in ((tmp_path / "file" / "runs", "file is no folder"), (tmp_path / ("a" * 300), 255)):
+    for place, fact in ((tmp_path / "file" / "runs", "file is not a folder"), (tmp_path / ("a" * 300), 255)):
         argv = ["--ckpt_path", str(model), *FLAGS, "--test_dir", "absent", "--log_dir", str(place)]
         assert eval_vae.main(argv) == 2
         said = capsys.readouterr().err

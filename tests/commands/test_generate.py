@@ -425,7 +425,7 @@ def test_a_yaml_file_gives_settings_and_a_saved_configuration_can_be_read(bundle
 def test_the_folder_is_tried_before_the_model_is_loaded(tmp_path, capsys, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.chdir(tmp_path)
-    for place, fact in ((tmp_path / "file" / "out", "file is no folder"), (tmp_path / ("a" * 300), 255)):
+    for place, fact in ((tmp_path / "file" / "out", "file is not a folder"), (tmp_path / ("a" * 300), 255)):
         assert run("absent", "--text", "a", "--out", place) == 2
         said = capsys.readouterr().err
         assert naming("out", fact).search(said) and "absent" not in said

@@ -712,9 +712,9 @@ def test_folders_are_tried_and_held_before_anything_is_computed(world, tmp_path,
     with only_writer(tmp_path / "codes", "extract_codes"):
         for flags, facts in (
             (["--extract_codes", tmp_path / "codes"], ["extract_codes", tmp_path / "codes", os.getpid()]),
-            (["--extract_codes", tmp_path / "file" / "x"], ["extract_codes", "file is no folder"]),
+            (["--extract_codes", tmp_path / "file" / "x"], ["extract_codes", "file is not a folder"]),
             (["--export", tmp_path / ("a" * 300), "--ckpt_path", "absent"], ["export", 255]),
-            (["--log_dir", tmp_path / "file" / "runs"], ["log_dir", "file is no folder"]),
+            (["--log_dir", tmp_path / "file" / "runs"], ["log_dir", "file is not a folder"]),
         ):
             assert train_biart.main([*world, "--train_dir", "absent", *map(str, flags)]) == 2
             said = capsys.readouterr().err

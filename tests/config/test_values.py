@@ -364,7 +364,7 @@ def test_names_that_are_not_utf8_survive(from_yaml):
         (b"name: " + b"{a: " * 10_000, ["deeply"]),
         (b'name: "\\U99999999"', ["YAML"]),
         (b"%YAML 1.x\n---\nname: a", ["line 1"]),
-        (b"x" * 900 + b": 1", ["902 characters"]),
+        (b"x" * 900 + b": 1", ["line 1", "x" * 79 + "..."]),
         (b"#" * 2_000_001, ["2,000,001", "2,000,000"]),
     ],
     ids=lambda value: ascii(value[:20]),

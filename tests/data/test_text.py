@@ -13,6 +13,7 @@ import pytest
 
 from latent_verse.data import text as text_module
 from latent_verse.data.text import BPETokenizer, ClipTokenizer, TokenizerError, load_tokenizer
+from latent_verse.files import FileError
 from tests.messages import naming
 
 CAPTIONS = ["a red circle left of a blue square", "a green triangle above a red circle", "a blue circle", ""] * 5
@@ -221,7 +222,7 @@ def test_load_errors_name_the_file(bpe, tmp_path):
     vocabulary = tmp_path / "tokenizer.json"
     whole = vocabulary.read_text()
     vocabulary.write_text(whole[:100])
-    with pytest.raises(TokenizerError, match=naming(vocabulary, "JSON")):
+    with pytest.raises(FileError, match=naming(vocabulary, "JSON")):
         load_tokenizer(tmp_path)
     vocabulary.write_text("{}")
     with pytest.raises(TokenizerError, match=naming(vocabulary, "BPE")):

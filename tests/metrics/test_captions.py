@@ -9,6 +9,7 @@ import shutil
 import pytest
 
 from latent_verse.data import DataError
+from latent_verse.files import FileError
 from latent_verse.metrics import captions
 from latent_verse.metrics.captions import diversity, plain_words, read_captions_file, score
 from tests.messages import naming
@@ -210,10 +211,10 @@ def test_files_that_do_not_fit(tmp_path, rows, facts):
 
 
 def test_files_that_are_none(tmp_path):
-    with pytest.raises(DataError, match=naming("captions_file", tmp_path / "none.json")):
+    with pytest.raises(FileError, match=naming("captions_file", tmp_path / "none.json")):
         read_captions_file(tmp_path / "none.json", IDS, NAMES)
     (tmp_path / "x.json").write_text("[{")
-    with pytest.raises(DataError, match=naming("captions_file", tmp_path / "x.json", "JSON")):
+    with pytest.raises(FileError, match=naming("captions_file", tmp_path / "x.json", "JSON")):
         read_captions_file(tmp_path / "x.json", IDS, NAMES)
 
 
@@ -262,7 +263,7 @@ def test_a_name_in_two_folders_needs_its_folder(tmp_path):
 )
 def test_damaged_files_are_one_line(tmp_path, data, facts):
     (tmp_path / "x.json").write_bytes(data)
-    with pytest.raises(DataError, match=naming("captions_file", tmp_path / "x.json", *facts)) as caught:
+    with pytest.raises(FileError, match=naming("captions_file", tmp_path / "x.json", *facts)) as caught:
         read_captions_file(tmp_path / "x.json", IDS, NAMES)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
 

@@ -168,7 +168,7 @@ def test_what_killed_processes_were_writing_is_removed_before_anything_is_writte
 def test_folders_where_nothing_can_be_written(tmp_path, monkeypatch, setting):
     (tmp_path / "file").touch()
     places = {"log_dir": tmp_path / "runs", "backup_dir": tmp_path / "backups"}
-    for place, reason in ((tmp_path / "file" / "below", "file is no folder"), (tmp_path / ("a" * 300), "too long")):
+    for place, reason in ((tmp_path / "file" / "below", "file is not a folder"), (tmp_path / ("a" * 300), "too long")):
         at = places | {setting: place}
         with pytest.raises(FileError, match=naming(setting, reason)), hold(at["log_dir"], "a", True, at["backup_dir"]):
             raise AssertionError
