@@ -200,11 +200,11 @@ def _check_moments(found: object, parameter: Tensor, averages: set[str], name: s
     if not isinstance(found, dict) or found.keys() - {"step"} != averages:
         raise _damaged(file, f"{name} does not have the averages {', '.join(sorted(averages))}")
     for part in averages:
-        lowest = check_tensor(moment := found[part], file, f"{name}, {part}")
+        check_tensor(moment := found[part], file, f"{name}, {part}")
         if moment.shape != parameter.shape or not moment.is_floating_point():
             shape = tuple(parameter.shape)
             raise _damaged(file, f"{name}, {part} is {moment.dtype} {tuple(moment.shape)}, not float {shape}")
-        if part == "exp_avg_sq" and lowest < 0:
+        if part == "exp_avg_sq" and moment.numel() and moment.min() < 0:
             raise _damaged(file, f"{name}: a mean square is negative")
     if "exp_avg" in averages or "step" in found:
         check_form(found.get("step"), 0.0, file, f"{name}, step")

@@ -14,13 +14,14 @@ from torch import nn
 from latent_verse.augvae.model import AugVAE
 from latent_verse.biart import sampling
 from latent_verse.biart.model import BiART
+from latent_verse.checkpoints.checks import CheckpointError, check_tensor, is_finite
 from latent_verse.checkpoints.ckpt_files import read_ckpt
 from latent_verse.commands import train_biart, train_vae
 from latent_verse.config.train import TrainBiARTConfig, TrainerConfig, TrainVAEConfig
 from latent_verse.training.augvae import LitAugVAE
 from latent_verse.training.backups import RunFolder
 from latent_verse.training.biart import LitBiART
-from latent_verse.training.divergence import Diverged, Divergence, finite, tensors_in
+from latent_verse.training.divergence import Diverged, Divergence, tensors_in
 from latent_verse.training.runs import Run
 from latent_verse.training.trainer import make_trainer
 from tests.biart.tiny_biart import CONFIG
@@ -58,7 +59,7 @@ class Stage:
         files = sorted(self.folder.rglob("*.ckpt"))
         for file in files:
             content = read_ckpt(file)
-            assert finite(tensors_in([content["state_dict"], content["optimizer_states"]])), file
+            assert all(map(is_finite, tensors_in([content["state_dict"], content["optimizer_states"]]))), file
         return files
 
 
@@ -265,12 +266,19 @@ def test_images_that_cannot_be_written_do_not_end_the_run(stage, monkeypatch):
         assert stage.run("--log_images", "--image_log_steps", "2") == 0
 
 
-def test_finite_looks_at_every_number():
-    assert finite([torch.ones(2, 3), None, torch.tensor([1, 2]), torch.zeros(0)])
-    assert finite([torch.full((4,), 3e38)]) and finite([torch.full((4,), 60000.0).half()])  # whose sums are not
-    for bad in (torch.nan, torch.inf, -torch.inf):
-        assert not finite([torch.ones(3), torch.tensor([1.0, bad])])
-    assert not finite([torch.tensor([torch.inf, -torch.inf])])
+def test_what_is_finite_looks_at_every_number_and_is_what_readers_read(tmp_path):
+    """In float64 what is more than float32 can hold is not: a network would load infinity."""
+    (tmp_path / "a.ckpt").touch()
+    large = [torch.full((4,), 3e38), torch.full((4,), 60000.0).half(), torch.full((4,), 3e38, dtype=torch.float64)]
+    for good in (torch.ones(2, 3), torch.tensor([1, 2]), torch.zeros(0), *large):  # the large ones' sums are not finite
+        assert is_finite(good)
+        check_tensor(good, tmp_path / "a.ckpt", "a")
+    ends = [torch.tensor([1.0, bad]) for bad in (torch.nan, torch.inf, -torch.inf)]
+    both = torch.tensor([torch.inf, -torch.inf])
+    for bad in (*ends, both, both.half(), both.bfloat16(), torch.tensor([1e39, 0.0], dtype=torch.float64)):
+        assert not is_finite(bad)
+        with pytest.raises(CheckpointError, match=naming("finite")):
+            check_tensor(bad, tmp_path / "a.ckpt", "a")
 
 
 def one_bad_rank(rank: int, folder: str, vae: AugVAE, stage: str, strategy: str) -> dict:
@@ -316,4 +324,4 @@ def test_all_processes_stop_after_the_step_that_one_could_not_take(tiny_augvae, 
         assert found["step"] == 2
         assert naming("step 3", "loss", run / "backups" / "step=2.ckpt").search(found["said"][0])
     (file,) = run.rglob("*.ckpt")
-    assert finite(tensors_in(read_ckpt(file)["state_dict"]))
+    assert all(map(is_finite, tensors_in(read_ckpt(file)["state_dict"])))
