@@ -108,7 +108,7 @@ def check_tensors(tensors: object, file: str | os.PathLike, what: str = "state_d
         raise CheckpointError(f"{file} is damaged: its {what} declares {total} bytes, in a file of {size}.")
 
 
-def check_tensor(tensor: object, file: str | os.PathLike, name: str) -> float:
+def check_tensor(tensor: object, file: str | os.PathLike, name: str) -> int:
     """As `check_tensors`, for one of them. Returns its bytes."""
     if not isinstance(tensor, torch.Tensor):
         raise CheckpointError(f"{file} is damaged: {name} is a {type(tensor).__name__}, not a tensor.")
@@ -118,22 +118,21 @@ def check_tensor(tensor: object, file: str | os.PathLike, name: str) -> float:
         raise CheckpointError(f"{file} is refused: {name} is no ordinary tensor ({kind}, {tensor.device}).")
     needed = tensor.numel() * tensor.element_size()
     if needed > tensor.untyped_storage().nbytes():
-        raise CheckpointError(
-            f"{file} is damaged: {name} has shape {tuple(tensor.shape)}, but only part of it is there."
-        )
+        shape = tuple(tensor.shape)
+        raise CheckpointError(f"{file} is damaged: {name} has shape {shape}, but the file holds only part of it.")
     if not is_finite(tensor):
         remedy = "Did training diverge? Take an earlier checkpoint."
         raise CheckpointError(f"{file} holds values that are not finite ({name}). {remedy}")
     return needed
 
 
-@torch.no_grad()
 def is_finite(tensor: torch.Tensor) -> bool:
     """Whether no number is NaN or infinite; nor, in float64, beyond float32, which networks load. One pass on a CPU.
 
     A CPU takes up to twenty times as long to look at each number. Of a sharded tensor, this process's shard counts.
     """
-    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    local = tensor.detach()
+    local = local.to_local() if hasattr(local, "to_local") else local
     if not local.is_floating_point() or local.numel() == 0:
         return True
     if local.element_size() < 4:  # a CPU is slow to sum half precision

@@ -85,12 +85,8 @@ class Divergence(pl.Callback):
         if not self._at_once:
             return
         if getattr(trainer.precision_plugin, "scaler", None) is None:
-            gradients = (p.grad for group in optimizer.param_groups for p in group["params"])
-            self._note(
-                GRADIENTS,
-                trainer.global_step + 1,
-                all(is_finite(gradient) for gradient in gradients if gradient is not None),
-            )
+            gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            self._note(GRADIENTS, trainer.global_step + 1, all(map(is_finite, gradients)))
         self._stop_if_noted(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs, batch, batch_idx) -> None:
