@@ -59,7 +59,7 @@ def settings_from(section: type[Section], values: object, file: str | os.PathLik
     """The settings of a model, of which `file` holds the plain values.
 
     Raises:
-        CheckpointError: they are no settings of this section, or out of their ranges.
+        CheckpointError: they are not settings of this section, or out of their ranges.
     """
     if not isinstance(values, dict):
         raise CheckpointError(f"{file} is damaged: its model's settings are a {type(values).__name__}, not a dict.")
@@ -115,7 +115,7 @@ def check_tensor(tensor: object, file: str | os.PathLike, name: str) -> int:
     ordinary = tensor.layout is torch.strided and not (tensor.is_nested or tensor.is_quantized)
     if not ordinary or tensor.device.type != "cpu" or tensor.dtype not in WEIGHTS + OTHERS:
         kind = tensor.dtype if tensor.layout is torch.strided else tensor.layout
-        raise CheckpointError(f"{file} is refused: {name} is no ordinary tensor ({kind}, {tensor.device}).")
+        raise CheckpointError(f"{file} is refused: {name} is not an ordinary tensor ({kind}, {tensor.device}).")
     needed = tensor.numel() * tensor.element_size()
     if needed > tensor.untyped_storage().nbytes():
         shape = tuple(tensor.shape)

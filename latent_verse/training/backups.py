@@ -37,7 +37,7 @@ class Interrupted(Stopped):
 
 
 def made_step(trainer: pl.Trainer, batch_idx: int) -> bool:
-    """Whether this batch, just trained on, completed an optimiser step: with accumulated gradients not each does."""
+    """Whether the batch just trained on ended in an optimiser step; with accumulated gradients only every n-th does."""
     return (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
 
 

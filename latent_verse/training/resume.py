@@ -81,15 +81,14 @@ def starting_point(
         CheckpointError: training cannot resume from ckpt_path, or from any of the run's own checkpoints.
     """
 
-    def resumable(file: Path) -> tuple[Path, int]:
-        content = check_resumable(file, kind, model)
+    def resumable(file: Path, content: dict[str, Any] | None = None) -> tuple[Path, int]:
+        content = check_resumable(file, kind, model, content)
         check_state(content, file, kind, optim)
         return file, content["global_step"]
 
     given, skipped = None, {}
     if ckpt_path is not None and not os.path.isdir(ckpt_path):
-        read_named(Path(ckpt_path))
-        given = resumable(Path(ckpt_path))
+        given = resumable(Path(ckpt_path), read_named(Path(ckpt_path)))
     elif ckpt_path is not None:
         place, damaged = Path(ckpt_path), {}
         files = [f for d in (place / "checkpoints", place / "backups", place) for f in checkpoints_in(d)]

@@ -35,7 +35,7 @@ from latent_verse.files import (
 # sections of a configuration that decide what is computed; a rerun with others would be another run
 COMPUTES = ("model", "data", "optim", "loss", "vae", "text")
 TRAINER_COMPUTES = ("seed", "precision", "accumulate_grad_batches", "gradient_clip_val", "limit_train_batches")
-LONGEST_NAME = 200  # bytes: most file systems take 255, of which `free` and `Run.backups` need some
+LONGEST_NAME = 200  # bytes: most file systems allow 255, and `free` and `Run.backups` append a number or an id
 SAFE_ID = re.compile(r"[0-9A-Za-z_-]{1,40}")  # it becomes part of a path
 WAITS = "{} Training continues, and tries again."  # of a log that cannot be written
 LOST = "{} What was logged since is lost."

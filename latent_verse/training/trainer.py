@@ -29,7 +29,7 @@ from latent_verse.training.backups import Backup, BestAndLast, Interrupted, Proc
 from latent_verse.training.changes import AppliedSettings, changes
 from latent_verse.training.divergence import Divergence
 from latent_verse.training.launcher import PATIENCE, WatchedDDP, WatchedFSDP
-from latent_verse.training.logs import CSVLog, TensorBoardLog
+from latent_verse.training.logs import CSVLogger, TensorBoardLogger
 from latent_verse.training.progress_bar import ProgressBar
 from latent_verse.training.runs import Run
 
@@ -270,9 +270,9 @@ def make_logger(t: TrainerConfig, run: Run, first_step: int = 0) -> Logger:
     and later is removed from the file, or hidden. Weights & Biases shows both.
     """
     if t.logger == "tensorboard":
-        return TensorBoardLog(run.folder, name="", version="logs", purge_step=first_step)
+        return TensorBoardLogger(run.folder, name="", version="logs", purge_step=first_step)
     if t.logger == "csv":
-        return CSVLog(run.folder / "logs", first_step)
+        return CSVLogger(run.folder / "logs", first_step)
     name, offline = run.folder.name, os.environ.get("WANDB_MODE") == "offline"
     return WandbLogger(name, run.folder, project="l-verse", id=run.id, resume="allow", offline=offline)
 

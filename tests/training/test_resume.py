@@ -5,14 +5,16 @@ from __future__ import annotations
 import csv
 import os
 import shutil
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 
-from latent_verse.checkpoints.ckpt_files import CheckpointError
+from latent_verse.checkpoints.ckpt_files import CheckpointError, described
 from latent_verse.commands import train_biart, train_vae
-from latent_verse.config.train import BiARTOptimConfig, VAEOptimConfig
+from latent_verse.config.train import BiARTOptimConfig, TrainBiARTConfig, VAEOptimConfig
+from latent_verse.training.changes import changes
 from latent_verse.training.resume import starting_point
 from latent_verse.training.runs import Run
 from tests.image_runs import SMALL, write_pictures
@@ -319,6 +321,21 @@ def test_what_other_versions_saved_is_restored(run, last, case):
     assert starting_point(run, None, "biart") == (last, 2)
 
 
+def test_a_checkpoint_is_unpickled_and_checked_once(last, tmp_path, monkeypatch):
+    """Each takes seconds per gigabyte or thousand tensors; a file that is written again is another one."""
+    done: list[str] = []
+    for owner, name in ((torch, "load"), (zipfile.ZipFile, "testzip")):
+        original = getattr(owner, name)
+        counted = lambda *args, of=name, call=original, **more: done.append(of) or call(*args, **more)  # noqa: E731
+        monkeypatch.setattr(owner, name, counted)
+    file = Path(shutil.copy(last, tmp_path / "a.ckpt"))
+    starting_point(Run(tmp_path / "new", "other"), str(file), "biart")
+    assert changes(file, TrainBiARTConfig()) and "fingerprint" in described(file)["vae"]
+    assert sorted(done) == ["load", "testzip"]
+    changed(file, put("latent_verse", "vae", value="new"))
+    assert described(file)["vae"] == "new"
+
+
 def test_an_average_of_another_shape_ends_the_command_in_one_line(place, last, backup, capsys):
     """A fused AdamW would read and write beyond it."""
     backup.unlink()
@@ -367,11 +384,11 @@ def test_checkpoints_of_biart(trained_biart, tmp_path):
     assert starting_point(run, str(trained_biart), "biart", optim=same)[0] == trained_biart
     other = "adamw" if same.optimizer == "muon" else "muon"
     with pytest.raises(CheckpointError, match=naming(trained_biart, "optimizer", "adamw", "muon", "--optimizer")):
-        changes = BiARTOptimConfig(optimizer=other, ema_decay=optim["ema_decay"])
-        starting_point(run, str(trained_biart), "biart", optim=changes)
+        other_settings = BiARTOptimConfig(optimizer=other, ema_decay=optim["ema_decay"])
+        starting_point(run, str(trained_biart), "biart", optim=other_settings)
     with pytest.raises(CheckpointError, match=naming(trained_biart, "ema_decay")):
-        changes = BiARTOptimConfig(optimizer=same.optimizer, ema_decay=0 if same.ema_decay else 0.5)
-        starting_point(run, str(trained_biart), "biart", optim=changes)
+        other_settings = BiARTOptimConfig(optimizer=same.optimizer, ema_decay=0 if same.ema_decay else 0.5)
+        starting_point(run, str(trained_biart), "biart", optim=other_settings)
     file = changed(trained_biart, wrong_averages, to=tmp_path / "wrong.ckpt")
     with pytest.raises(CheckpointError, match=naming(file, (3,))):
         starting_point(run, str(file), "biart")
