@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import hashlib
 import os
 import re
@@ -25,6 +24,7 @@ from torch import nn
 from latent_verse.checkpoints.checks import (
     CheckpointError,
     check_tensors,
+    number_in,
     settings_from,
 )
 from latent_verse.config import AugVAEConfig, BiARTConfig, as_plain, training_only
@@ -61,8 +61,33 @@ def read_ckpt(file: str | os.PathLike) -> dict[str, Any]:
         raise CheckpointError(f"{file} is a folder without a checkpoint; it holds {there}.") from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from error
-    _check_whole(file, (about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns))
-    return _content(file)
+    identity = (about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns)
+    known = identity in _whole
+    if not known and zipfile.is_zipfile(file):
+        _check_archive(file)
+    content = _content(file)
+    if not known:
+        check_tensors(content["state_dict"], file)
+        _whole[identity] = content.get("latent_verse") or {}
+    return content
+
+
+# what whole files say of themselves, by what tells a file from another that the path held before: a command asks
+# several times, and to read a file takes seconds per gigabyte, to unpickle its thousand tensors half a second
+_whole: dict[tuple[int, ...], dict[str, Any]] = {}
+
+
+def described(file: str | os.PathLike) -> dict[str, Any]:
+    """What a checkpoint of this project says of itself: kind, model, settings and more, as plain types.
+
+    Raises:
+        CheckpointError: as `read_ckpt`, where the file is not known to be whole.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        about = os.stat(file)
+        if found := _whole.get((about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns)):
+            return found
+    return read_ckpt(file).get("latent_verse") or {}
 
 
 def read_named(file: Path) -> dict[str, Any]:
@@ -84,14 +109,6 @@ def _is_whole(file: Path) -> bool:
     except CheckpointError:
         return False
     return True
-
-
-@functools.lru_cache(maxsize=64)  # a command asks several times; reading a file takes seconds per gigabyte
-def _check_whole(file: Path, identity: tuple[int, ...]) -> None:
-    """Read all of a file, which `identity` tells from what the path held before: its checksums and its weights."""
-    if zipfile.is_zipfile(file):
-        _check_archive(file)
-    check_tensors(_content(file)["state_dict"], file)
 
 
 def _check_archive(file: Path) -> None:
@@ -235,12 +252,7 @@ def score_of(content: dict[str, Any]) -> float | None:
     for state in (content.get("callbacks") or {}).values():
         if isinstance(state, dict) and state.get("monitor") == MONITOR:
             found.append(state.get("current_score"))
-    for score in found:
-        if isinstance(score, torch.Tensor) and score.numel() == 1 and score.device.type == "cpu":
-            score = score.item()
-        if score is not None and is_number(score):
-            return float(score)
-    return None
+    return next((float(score) for score in map(number_in, found) if is_number(score)), None)
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -256,14 +268,17 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 
 def check_resumable(
-    file: str | os.PathLike, kind: Kind, model: AugVAEConfig | BiARTConfig | None = None
+    file: str | os.PathLike,
+    kind: Kind,
+    model: AugVAEConfig | BiARTConfig | None = None,
+    content: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Refuse a file that training of `kind` cannot resume from. Returns its content.
+    """Refuse a file that training of `kind` cannot resume from. Returns its content, which may be given if it is read.
 
     Raises:
         CheckpointError: the file is damaged, of another kind or shape, or lacks the optimiser's state.
     """
-    content = read_ckpt(file)
+    content = read_ckpt(file) if content is None else content
     own = content.get("latent_verse") or {}
     found = own.get("kind")
     if found != kind or "optimizer_states" not in content:
@@ -273,11 +288,20 @@ def check_resumable(
             remedy = "Give one of train_biart.py; an AugVAE belongs to --vae_path, a bundle to --pretrained_path."
         raise CheckpointError(f"{file} is {what}; training of {kind} cannot resume from it. {remedy}")
     if model is not None:
-        there = as_plain(settings_from(type(model), own.get("model"), file))  # or newer defaults
-        shape = {name: value for name, value in as_plain(model).items() if name not in training_only(type(model))}
-        if changed := differences(there, shape):
-            raise CheckpointError(f"{file} is of a model with different settings:\n  " + "\n  ".join(changed))
+        check_shape(own, model, file)
     return content
+
+
+def check_shape(own: dict[str, Any], model: AugVAEConfig | BiARTConfig, file: str | os.PathLike) -> None:
+    """Check that a file which says this of itself (`described`) holds a model of this shape.
+
+    Raises:
+        CheckpointError: naming the settings that differ.
+    """
+    there = as_plain(settings_from(type(model), own.get("model"), file))  # or newer defaults
+    shape = {name: value for name, value in as_plain(model).items() if name not in training_only(type(model))}
+    if changed := differences(there, shape):
+        raise CheckpointError(f"{file} is of a model with different settings:\n  " + "\n  ".join(changed))
 
 
 def fetch_from_hub(name: str, files: Iterable[str]) -> Path:

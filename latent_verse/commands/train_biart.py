@@ -63,18 +63,18 @@ def run(config: TrainBiARTConfig, given: Mapping[str, str]) -> int:
     config = ease_smoke_test(config, given)
     name = run_name(config, given, "biart")
     with hold_run(t.log_dir, name, t.backup, t.backup_dir, as_plain(config)) as run:
-        start_from = starting_point(run, t.ckpt_path if t.resume else None, "biart", optim=config.optim)
+        start_from, step = starting_point(run, t.ckpt_path if t.resume else None, "biart", optim=config.optim)
         pl.seed_everything(t.seed, verbose=False)
         data, tokenizer, about = biart_setup.open_data(config, vae, start_from, pretrained)
         model = biart_setup.new_biart(config, vae, tokenizer, start_from, pretrained)
         del pretrained  # its weights would stay in memory as long as the run lasts
         folder = RunFolder(run, config)
         samples = TextImageSamples(folder, config.sampling, tokenizer)
-        trainer = make_trainer(t, folder, [samples], start_from)
+        trainer = make_trainer(t, folder, [samples], step)
         announce(t, run, start_from, idle_flags_biart(config, given))
         say(biart_setup.summary(config, model, tokenizer))
         module = LitBiART(model, vae, config, about, compiles(config))
-        fit(trainer, t, run, module, data, start_from)
+        fit(trainer, t, run, module, data, start_from, step)
         if trainer.is_global_zero:
             file = export_bundle(run.folder, run.folder / "bundle", vae=vae)
             print(f"Bundle of {file}: {run.folder / 'bundle'}")

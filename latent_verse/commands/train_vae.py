@@ -49,14 +49,14 @@ def run(config: TrainVAEConfig, given: Mapping[str, str]) -> int:
     config, model = load_for_training(ease_smoke_test(config, given), given)
     name = run_name(config, given, "augvae")
     with runs.hold_run(t.log_dir, name, t.backup, t.backup_dir, as_plain(config)) as run:
-        start_from = starting_point(run, t.ckpt_path if t.resume else None, "augvae", model.config, config.optim)
+        start_from, step = starting_point(run, t.ckpt_path if t.resume else None, "augvae", model.config, config.optim)
         data = ImageDataModule(open_images(config.data, model.config.resolution, t.seed), config.data, t.seed)
         folder = RunFolder(run, config)
         grids = [ImageGrids(folder, t.image_log_steps)] if t.log_images else []
-        trainer = make_trainer(t, folder, grids, start_from)
+        trainer = make_trainer(t, folder, grids, step)
         announce(t, run, start_from, idle_flags_vae(config, given, LOSSES[config.loss.loss_type].uses_lpips))
         if not start_from:
             base, size, processes = config.optim.learning_rate, config.data.batch_size, trainer.world_size
             say(f"Learning rate: {base:g} x {processes} processes x batch {size} = {base * processes * size:g}")
-        fit(trainer, t, run, LitAugVAE(model, config, compiles(config)), data, start_from)
+        fit(trainer, t, run, LitAugVAE(model, config, compiles(config)), data, start_from, step)
     return 0

@@ -141,7 +141,7 @@ class LitAugVAE(pl.LightningModule):
         return out
 
     def _over_processes(self, parts: dict[str, torch.Tensor], indices: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-        """What is logged of a step: means over processes; the perplexity of all their codes, of which it is no mean."""
+        """What is logged of a step: means over processes, but one perplexity of all their codes."""
         if world_size() == 1 or not is_logged(self.trainer):
             return parts
         counts_K = count(torch.cat([level.flatten() for level in indices]), self.model.config.num_tokens)

@@ -37,7 +37,7 @@ class Interrupted(Stopped):
 
 
 def made_step(trainer: pl.Trainer, batch_idx: int) -> bool:
-    """Whether this batch, just trained on, completed an optimiser step: with accumulated gradients not each does."""
+    """Whether the batch just trained on ended in an optimiser step; with accumulated gradients only every n-th does."""
     return (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
 
 
@@ -354,12 +354,17 @@ def random_state() -> dict[str, Any]:
     return state
 
 
-def set_random_state(state: dict[str, Any]) -> None:
-    """Restore what `random_state` returned."""
+def set_random_state(
+    state: dict[str, Any],
+    of_python: Any = random,
+    of_numpy: Any = np.random,
+    of_torch: torch.Generator = torch.default_generator,
+) -> None:
+    """Restore what `random_state` returned, in these generators; the GPU's as well if they are the program's own."""
     version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
+    of_python.setstate((version, tuple(internal), gauss))
     name, keys, *rest = state["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
-    torch.set_rng_state(state["torch"].cpu())
-    if "cuda" in state and torch.cuda.is_available():
+    of_numpy.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    of_torch.set_state(state["torch"].cpu())
+    if "cuda" in state and of_torch is torch.default_generator and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"].cpu())

@@ -41,7 +41,7 @@ class LitBiART(pl.LightningModule):
     In validation a batch may be empty: a process may run out of pairs before the others.
 
     Args:
-        vae: the frozen AugVAE, or anything with its `codes`, `decode_codes` and `to`. It is no part of this module:
+        vae: the frozen AugVAE, or anything with its `codes`, `decode_codes` and `to`. It is not part of this module:
             checkpoints do not hold it, and its precision stays, so that codes equal those extracted before.
         about: what checkpoints record beside the settings: AugVAE's path and fingerprint, the tokenizer; plain types.
     """

@@ -13,7 +13,7 @@ from latent_verse.biart.model import BiART
 from latent_verse.biart.sequence import Vocabulary
 from latent_verse.checkpoints.augvae import load_augvae
 from latent_verse.checkpoints.biart import Pretrained, check_vae
-from latent_verse.checkpoints.ckpt_files import check_resumable, fingerprint, read_ckpt
+from latent_verse.checkpoints.ckpt_files import check_shape, described, fingerprint
 from latent_verse.config import AugVAEConfig, ConfigError
 from latent_verse.config.train import TrainBiARTConfig
 from latent_verse.config.train_rules import check_resolution
@@ -70,7 +70,7 @@ def open_data(
         TokenizerError: see `choose_tokenizer`.
     """
     if start_from:
-        then = read_ckpt(start_from)["latent_verse"]["vae"]
+        then = described(start_from)["vae"]
         check_vae(fingerprint(vae), then["fingerprint"], then["path"], start_from)
     datasets = open_pairs(config.data, vae.config.resolution, config.trainer.seed)
     tokenizer = choose_tokenizer(config, datasets["train"], start_from, pretrained)
@@ -104,7 +104,7 @@ def choose_tokenizer(
     kind = config.text.tokenizer
     saved = None
     if start_from:
-        saved = unpack_tokenizer(read_ckpt(start_from)["latent_verse"]["tokenizer"], start_from)
+        saved = unpack_tokenizer(described(start_from)["tokenizer"], start_from)
         where = str(start_from)
     elif pretrained is not None:
         saved, where = pretrained.tokenizer, pretrained.where
@@ -138,7 +138,7 @@ def new_biart(
         raise ConfigError(f"top_k is {config.sampling.top_k}, but the codebook has {vae.config.num_tokens} codes.")
     whole = config.model.resolve(tokenizer.vocab_size, vae.config.num_tokens, config.text.text_len, vae.num_codes)
     if start_from:
-        check_resumable(start_from, "biart", whole)
+        check_shape(described(start_from), whole, start_from)
     model = BiART(whole)
     if pretrained is not None and not start_from:
         model.load_state_dict(pretrained.biart.state_dict())

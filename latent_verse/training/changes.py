@@ -13,7 +13,7 @@ from typing import Any
 import pytorch_lightning as pl
 from torch.optim.lr_scheduler import LambdaLR
 
-from latent_verse.checkpoints.ckpt_files import CheckpointError, read_ckpt
+from latent_verse.checkpoints.ckpt_files import CheckpointError, described
 from latent_verse.config import as_plain, training_only
 from latent_verse.config.settings import differences
 from latent_verse.config.train import TrainBiARTConfig, TrainVAEConfig
@@ -49,7 +49,7 @@ def changes(file: Path, config: TrainVAEConfig | TrainBiARTConfig) -> list[str]:
     Raises:
         CheckpointError: the optimiser is another, or ema_decay is off where the checkpoint's is on, or the reverse.
     """
-    then, lines = read_ckpt(file)["latent_verse"].get("run", {}), []
+    then, lines = described(file).get("run", {}), []
     for section, now in as_plain(config).items():
         old = {leaf: value for leaf, value in then.get(section, {}).items() if leaf in now}  # others are older
         for leaf in old:
@@ -106,7 +106,7 @@ class AppliedSettings(pl.Callback):
 
 
 def follow(schedule: LambdaLR, groups: list[dict[str, Any]], step: int) -> None:
-    """Put a schedule, and its optimiser's rates, where they would be had these settings held from the first step on."""
+    """Set a schedule, and its optimiser's learning rates, to what a run with these settings has at this step."""
     schedule.base_lrs = [group["initial_lr"] for group in groups]
     schedule.last_epoch = step
     rates = zip(schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,10 @@ import torch.distributed as dist
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 
+from latent_verse.checkpoints.checks import is_finite
 from latent_verse.config import UserError
 from latent_verse.config.train import TrainVAEConfig
 from latent_verse.files import FileError
-from latent_verse.nn.precision import LOW_PRECISION
 from latent_verse.training import runs
 from latent_verse.training.backups import Backup, RunFolder, made_step, random_state, set_random_state
 
@@ -37,7 +37,7 @@ class Diverged(UserError):
 
 
 @dataclass
-class Before:
+class StepStart:
     """What a step changes before its loss is known. Weights and the optimiser's state it changes afterwards."""
 
     loops: dict[str, Any]  # Lightning's counters, and how far the data has come
@@ -64,14 +64,17 @@ class Divergence(pl.Callback):
         self.folder = folder
         self._first = torch.tensor(NEVER)  # 4 x step + place in WHAT, of what was not finite first
         self._last_validation = 0.0
-        self._before: Before | None = None
-        self._before_first_save = True
-        self._saving_it = False
+        self._nothing_saved = False  # by this run
+        self._start: StepStart | None = None  # of this step, until something is saved
+        self._saving_start = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         device = trainer.strategy.root_device
         self._first = self._first.to(device)
         self._at_once = device.type == "cpu"
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._nothing_saved = self._last_saved(trainer) is None
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         self._note(LOSS, trainer.global_step + 1, loss.detach().isfinite())
@@ -82,8 +85,8 @@ class Divergence(pl.Callback):
         if not self._at_once:
             return
         if getattr(trainer.precision_plugin, "scaler", None) is None:
-            gradients = (p.grad for group in optimizer.param_groups for p in group["params"])
-            self._note(GRADIENTS, trainer.global_step + 1, finite(gradients))
+            gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            self._note(GRADIENTS, trainer.global_step + 1, all(map(is_finite, gradients)))
         self._stop_if_noted(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs, batch, batch_idx) -> None:
@@ -93,19 +96,18 @@ class Divergence(pl.Callback):
         if not self._at_once:
             if trainer.is_last_batch or step == trainer.max_steps or step % trainer.log_every_n_steps == 0:
                 self._stop_if_noted(trainer, pl_module)
-        elif self._before_first_save and self._last_saved(trainer) is None:
-            state = getattr(pl_module, "process_state", dict)()
+        elif self._nothing_saved:
+            state = copy.deepcopy(getattr(pl_module, "process_state", dict)())
             buffers = [buffer.clone() for buffer in pl_module.buffers()]
-            self._before = Before(*copy.deepcopy((trainer.fit_loop.state_dict(), random_state(), state)), buffers)
-        else:
-            self._before, self._before_first_save = None, False
+            self._start = StepStart(trainer.fit_loop.state_dict(), random_state(), state, buffers)
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
-        self._note(WEIGHTS, trainer.global_step, finite(tensors_in(checkpoint["state_dict"])))
-        self._note(OPTIMIZER, trainer.global_step, finite(tensors_in(checkpoint.get("optimizer_states", []))))
+        self._note(WEIGHTS, trainer.global_step, all(map(is_finite, tensors_in(checkpoint["state_dict"]))))
+        self._note(OPTIMIZER, trainer.global_step, all(map(is_finite, tensors_in(checkpoint.get("optimizer_states")))))
         self._stop_if_noted(trainer, pl_module)
-        if self._saving_it and self._before is not None:
-            checkpoint["loops"]["fit_loop"] = self._before.loops
+        if self._saving_start and self._start is not None:
+            checkpoint["loops"]["fit_loop"] = self._start.loops
+        self._nothing_saved, self._start = False, None
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         value = trainer.callback_metrics.get("val/total_loss")
@@ -126,9 +128,9 @@ class Divergence(pl.Callback):
                 "or --precision 32."
             )
 
-    def _note(self, place: int, step: int, is_finite: Tensor | bool) -> None:
-        """Remember a value that is not finite, if none was noted before. On a GPU nothing waits."""
-        self._first = torch.minimum(self._first, is_finite * torch.full_like(self._first, NEVER) + (4 * step + place))
+    def _note(self, place: int, step: int, fine: Tensor | bool) -> None:
+        """Remember a value that is not `fine`, that is finite, if none was noted before. On a GPU nothing waits."""
+        self._first = torch.minimum(self._first, fine * torch.full_like(self._first, NEVER) + (4 * step + place))
 
     def _stop_if_noted(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop if a process has noted something. A collective, which waits for the device."""
@@ -148,17 +150,17 @@ class Divergence(pl.Callback):
     def _last_finite(self, trainer: pl.Trainer, pl_module: pl.LightningModule, place: int) -> Path | str | None:
         """The newest state on the disk, which is finite as all that is saved; the one before this step if none was."""
         saved = trainer.strategy.broadcast(self._last_saved(trainer))
-        before, self._before = self._before, None
-        if saved is not None or before is None or place not in (LOSS, GRADIENTS):
+        start, self._start = self._start, None
+        if saved is not None or start is None or place not in (LOSS, GRADIENTS):
             return saved
         self._first.fill_(NEVER)
         with torch.no_grad():
-            for buffer, old in zip(pl_module.buffers(), before.buffers, strict=True):
+            for buffer, old in zip(pl_module.buffers(), start.buffers, strict=True):
                 buffer.copy_(old)
-        set_random_state(before.random)
-        if before.process:
-            pl_module.load_process_state(before.process)
-        self._before, self._saving_it = before, True
+        set_random_state(start.random)
+        if start.process:
+            pl_module.load_process_state(start.process)
+        self._start, self._saving_start = start, True
         (backup,) = (callback for callback in trainer.callbacks if isinstance(callback, Backup))
         try:
             return backup.save(trainer)
@@ -179,22 +181,7 @@ class Divergence(pl.Callback):
         )
         when = "after" if place > GRADIENTS else "at"
         tries = ", ".join(remedies)
-        return (
-            f"training diverged: {when} step {step} {WHAT[place]} not finite. {state}. Try {tries}, or mend bad data."
-        )
-
-
-@torch.no_grad()
-def finite(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether all numbers are finite. Sums, since a CPU takes twenty times as long to look at each number."""
-    for tensor in tensors:
-        if tensor is None or not tensor.is_floating_point():
-            continue
-        local = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # this process's shard
-        total = local.sum(dtype=torch.float32) if local.dtype in LOW_PRECISION else local.sum()
-        if not math.isfinite(total.item()) and not local.isfinite().all():  # the sum of large numbers overflows
-            return False
-    return True
+        return f"training diverged: {when} step {step} {WHAT[place]} not finite. {state}. Try {tries}, or fix bad data."
 
 
 def tensors_in(content: Any) -> Iterator[Tensor]:

@@ -22,7 +22,8 @@ from latent_verse.config.program import PARENT, verdict
 
 # how long the processes wait for one that answers no more, while the first one samples or writes, for example
 PATIENCE = datetime.timedelta(minutes=30)
-FAILED, STOPPED = 5, 50  # seconds left to the first process when another one has failed, or stopped by a signal
+# seconds left to the first process, to say why and to save, when another one has failed or was stopped by a signal
+AFTER_FAILURE, AFTER_SIGNAL = 5, 50
 
 
 class Launcher(_SubprocessScriptLauncher):
@@ -46,7 +47,7 @@ class Launcher(_SubprocessScriptLauncher):
             if all(code == 0 for code in codes):
                 return
             time.sleep(0.5)
-        time.sleep(STOPPED if max(code or 0 for code in codes) > 128 else FAILED)
+        time.sleep(AFTER_SIGNAL if max(code or 0 for code in codes) > 128 else AFTER_FAILURE)
         code = verdict([None, *self._codes()])
         for process in self.procs:
             process.kill()

@@ -12,7 +12,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
-from pytorch_lightning.loggers import Logger, TensorBoardLogger
+from pytorch_lightning import loggers
 from pytorch_lightning.loggers.logger import rank_zero_experiment
 from pytorch_lightning.utilities import rank_zero_only, rank_zero_warn
 from torch import Tensor
@@ -21,7 +21,7 @@ from latent_verse.files import FileError, append, read_text, write_text
 from latent_verse.training.runs import LOST, WAITS
 
 
-class CSVLog(Logger):
+class CSVLogger(loggers.Logger):
     """<folder>/metrics.csv: a row for each time that something is logged, on the disk at once.
 
     Lightning's CSVLogger overwrites the file of an interrupted run. A resumed run appends to this one, so that each
@@ -93,13 +93,13 @@ class CSVLog(Logger):
         """The rows of the file; a last one that a killed process did not end is left out.
 
         Raises:
-            FileError: it is no CSV file in UTF-8.
+            FileError: it is not a CSV file in UTF-8.
         """
         text = read_text(self.file) if self.file.exists() else ""
         try:
             found = list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
         except csv.Error as error:
-            raise FileError(f"{self.file} is no CSV file ({error}). Repair it, or move it away.") from error
+            raise FileError(f"{self.file} is not a CSV file ({error}). Repair it, or move it away.") from error
         rows = [{key: value for key, value in row.items() if key and value} for row in found]
         rows = [row for row in rows if row.get("step", "").isdecimal()]
         if len(rows) < len(found):
@@ -107,7 +107,7 @@ class CSVLog(Logger):
         return rows
 
 
-class TensorBoardLog(TensorBoardLogger):
+class TensorBoardLogger(loggers.TensorBoardLogger):
     """Lightning's, but what cannot be written, on a full disk for example, waits: see `event_files`."""
 
     @property

@@ -1,7 +1,7 @@
-"""Which checkpoint a rerun resumes from, and whether all that it restores is whole. No Lightning.
+"""Which checkpoint a rerun resumes from, and whether all that it restores is whole.
 
 PyTorch and Lightning restore what a file holds as it is: a fused AdamW whose averages have other shapes than its
-parameters would read and write beyond them. So all of it is compared here first with what the run would have saved.
+parameters would read and write beyond them. So all of it is first compared with the form of what a new run would save.
 """
 
 from __future__ import annotations
@@ -11,19 +11,21 @@ import os
 import random
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from pytorch_lightning.loops import _FitLoop
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
 from latent_verse.augvae.model import AugVAE
 from latent_verse.biart.model import BiART
 from latent_verse.checkpoints.augvae import augvae_skeleton
 from latent_verse.checkpoints.bundle import biart_skeleton
-from latent_verse.checkpoints.checks import check_fits, check_tensor, settings_from
+from latent_verse.checkpoints.checks import LONGEST, check_fits, check_tensor, number_in, settings_from
 from latent_verse.checkpoints.ckpt_files import (
     CheckpointError,
     Kind,
@@ -34,15 +36,31 @@ from latent_verse.checkpoints.ckpt_files import (
     read_named,
 )
 from latent_verse.config import AugVAEConfig, BiARTConfig
-from latent_verse.config.settings import is_count as is_whole_number
-from latent_verse.config.settings import is_number
+from latent_verse.config.settings import is_count, is_number
 from latent_verse.config.train import BiARTOptimConfig, VAEOptimConfig
+from latent_verse.training.backups import set_random_state
 from latent_verse.training.optimizer import make_optimizer
 from latent_verse.training.runs import Run, states
 
 AVERAGES = {True: {"momentum"}, False: {"exp_avg", "exp_avg_sq"}}  # of a parameter of Muon, or else of AdamW
 # AdamW's other algorithms, which these runs do not use: a file that turned one on would change what is computed
 UNUSED = ("amsgrad", "maximize", "capturable", "differentiable")
+OTHER_SETTINGS = {"fused": True, "foreach": True, "initial_lr": 0.0}  # of a group; which of them depends on the device
+EARLIER = {"verbose": False}  # schedules of earlier versions of PyTorch have it
+# names that Lightning's loops need; of the others it has new ones at times
+COUNTED = (
+    "epoch_progress",
+    "epoch_loop.batch_progress",
+    "epoch_loop.val_loop.batch_progress",
+    "epoch_loop.automatic_optimization.optim_progress",
+)
+PLACE_IN_DATA = {"epoch": 0, "samples": 0, "slots": 0}  # of TrainLoader
+CHECKPOINTS: dict[str, Any] = dict.fromkeys(("best_model_score", "current_score"), 0.0)
+CHECKPOINTS |= dict.fromkeys(("dirpath", "best_model_path", "kth_best_model_path", "last_model_path"), "")
+CHECKPOINTS |= {"kth_value": math.inf}  # of ModelCheckpoint
+# of fp16's GradScaler, whose own state is empty on a machine without a GPU
+SCALER = {"scale": 1.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000, "_growth_tracker": 0}
+ANY = object()  # a form that everything has
 
 
 def starting_point(
@@ -51,8 +69,8 @@ def starting_point(
     kind: Kind,
     model: AugVAEConfig | BiARTConfig | None = None,
     optim: VAEOptimConfig | BiARTOptimConfig | None = None,
-) -> Path | None:
-    """The checkpoint that training resumes from, None to start anew.
+) -> tuple[Path | None, int]:
+    """The checkpoint that training resumes from, and the step that it stores; (None, 0) to start anew.
 
     Args:
         run: its own checkpoints are tried from the newest on; a damaged one is skipped with a warning.
@@ -63,15 +81,14 @@ def starting_point(
         CheckpointError: training cannot resume from ckpt_path, or from any of the run's own checkpoints.
     """
 
-    def resumable(file: Path) -> tuple[Path, int]:
-        content = check_resumable(file, kind, model)
+    def resumable(file: Path, content: dict[str, Any] | None = None) -> tuple[Path, int]:
+        content = check_resumable(file, kind, model, content)
         check_state(content, file, kind, optim)
         return file, content["global_step"]
 
     given, skipped = None, {}
     if ckpt_path is not None and not os.path.isdir(ckpt_path):
-        read_named(Path(ckpt_path))
-        given = resumable(Path(ckpt_path))
+        given = resumable(Path(ckpt_path), read_named(Path(ckpt_path)))
     elif ckpt_path is not None:
         place, damaged = Path(ckpt_path), {}
         files = [f for d in (place / "checkpoints", place / "backups", place) for f in checkpoints_in(d)]
@@ -88,8 +105,8 @@ def starting_point(
         for reason in skipped.values():
             warnings.warn(f"{reason} Taking {given[0]} in its place.", stacklevel=2)
     if own is None or (given is not None and given[1] > own[1]):
-        return given and given[0]
-    return own[0]
+        return given or (None, 0)
+    return own
 
 
 def check_state(
@@ -129,42 +146,45 @@ def check_state(
         holds = "averaged weights" if networks["ema."] else "no averaged weights"
         raise CheckpointError(f"{file} holds {holds}, but ema_decay is {optim.ema_decay}. Give the run's own value.")
     _check_optimizer(content, model, file, optim)
-    _check_schedules(content, file)
+    _check_schedules(content, len(content["optimizer_states"][0]["param_groups"]), file)
     _check_settings(own, file)
     _check_progress(content, file)
     _check_callbacks(content, file)
     _check_processes(content, model, file)
-    version, scaler = content.get("pytorch-lightning_version"), content.get("MixedPrecision", {})
+    version = content.get("pytorch-lightning_version")
     if not isinstance(version, str) or not re.fullmatch(r"\d+(\.\w+)+", version):
         raise _damaged(file, "it does not say which Lightning wrote it")
-    if not isinstance(scaler, dict) or not all(map(is_number, scaler.values())):
-        raise _damaged(file, "the scale of its gradients (MixedPrecision) is no number")
+    if "MixedPrecision" in content:
+        check_form(content["MixedPrecision"], SCALER, file, "MixedPrecision")
 
 
 def _check_optimizer(
     content: Mapping[str, Any], model: AugVAE | BiART, file: Path, optim: VAEOptimConfig | BiARTOptimConfig | None
 ) -> None:
     """Each parameter's state, by its number in the groups or its name, has the parameter's shape and is finite."""
-    stored = _one(content["optimizer_states"], "optimizer_states", file)
-    groups, states_of = stored.get("param_groups"), stored.get("state")
-    if not isinstance(groups, list) or not groups or not all(isinstance(group, dict) for group in groups):
-        raise _damaged(file, "its optimiser has no parameter groups")
-    if not isinstance(states_of, dict):
-        raise _damaged(file, "its optimiser has no state")
-    name = "muon" if groups[0].get("muon") is True else "adamw"
+    check_form(content["optimizer_states"], [{"state": ANY, "param_groups": ANY}], file, "optimizer_states")
+    states_of, groups = (content["optimizer_states"][0][name] for name in ("state", "param_groups"))
+    if not isinstance(states_of, dict) or not isinstance(groups, list) or not all(isinstance(g, dict) for g in groups):
+        raise _damaged(file, "its optimiser has no groups of parameters, or no state")
+    name = "muon" if groups and groups[0].get("muon") is True else "adamw"
     if optim is not None and optim.optimizer != name:  # of two, one has a group of parameters more
         remedy = f"Give --optimizer {name}, or start from its weights alone: --pretrained_path."
         raise CheckpointError(f"{file} holds the state of the optimizer {name}, not of {optim.optimizer}. {remedy}")
     wanted = make_optimizer(model, name, 1e-3, 1e-3, 0.0).param_groups
-    lengths = [_length(group.get("params")) for group in groups]
+    lengths = [len(group["params"]) if isinstance(group.get("params"), list) else None for group in groups]
     if lengths != [len(group["params"]) for group in wanted]:
         raise _damaged(file, f"its optimiser has groups of {lengths} parameters, not of those of its network")
     seen = set()
     for group, fresh in zip(groups, wanted, strict=True):
-        is_muon = _check_group(group, fresh, file)
+        is_muon = fresh.get("muon", False)
+        form = {key: value for key, value in fresh.items() if key != "params"} | OTHER_SETTINGS
+        needed = {"lr", "weight_decay", *(("momentum",) if is_muon else ("eps", "betas"))}
+        check_form({key: group[key] for key in form if group.get(key) is not None}, form, file, "its optimiser", needed)
+        if wrong := [key for key in UNUSED if group.get(key)] + ["muon"] * (group.get("muon", False) is not is_muon):
+            raise _damaged(file, f"{wrong[0]} of its optimiser is not what these runs use")
         for key, parameter in zip(group["params"], fresh["params"], strict=True):
             if not isinstance(key, (int, str)) or key in seen:
-                raise _damaged(file, "its optimiser lists a parameter twice, or by no number")
+                raise _damaged(file, "its optimiser lists a parameter twice, or by neither number nor name")
             seen.add(key)
             if (found := states_of.get(key)) is not None:
                 _check_moments(found, parameter, AVERAGES[is_muon], f"optimizer_states: {key}", file)
@@ -174,148 +194,67 @@ def _check_optimizer(
         raise _damaged(file, "its optimiser's averages are missing")
 
 
-def _check_group(group: dict[str, Any], fresh: dict[str, Any], file: Path) -> bool:
-    """Check the settings of a parameter group. Returns whether it is Muon's."""
-    is_muon = fresh.get("muon", False)
-    needs = ("lr", "weight_decay", "momentum") if is_muon else ("lr", "weight_decay", "eps", "betas")
-    for name in needs:
-        value = group.get(name)
-        numbers = value if name == "betas" and isinstance(value, (list, tuple)) and len(value) == 2 else [value]
-        if len(numbers) != (2 if name == "betas" else 1) or not all(is_number(v) and v >= 0 for v in numbers):
-            raise _damaged(file, f"{name} of its optimiser is missing or no number")
-    for name, value in group.items():
-        if (name in UNUSED and value) or (name == "muon" and value is not is_muon):
-            raise _damaged(file, f"{name} of its optimiser is not what these runs use")
-        if name in ("fused", "foreach") and value not in (None, True, False):
-            raise _damaged(file, f"{name} of its optimiser is neither true nor false")
-        if name == "initial_lr" and not is_number(value):
-            raise _damaged(file, f"{name} of its optimiser is no number")
-    return is_muon
-
-
 def _check_moments(found: object, parameter: Tensor, averages: set[str], name: str, file: Path) -> None:
     """Check the averages of one parameter, and the steps they are over."""
     if not isinstance(found, dict) or found.keys() - {"step"} != averages:
         raise _damaged(file, f"{name} does not have the averages {', '.join(sorted(averages))}")
     for part in averages:
-        moment = found[part]
-        check_tensor(moment, file, f"{name}, {part}")
+        check_tensor(moment := found[part], file, f"{name}, {part}")
         if moment.shape != parameter.shape or not moment.is_floating_point():
             shape = tuple(parameter.shape)
             raise _damaged(file, f"{name}, {part} is {moment.dtype} {tuple(moment.shape)}, not float {shape}")
-    if "exp_avg_sq" in found and found["exp_avg_sq"].numel() and found["exp_avg_sq"].min() < 0:
-        raise _damaged(file, f"{name}: a mean square is negative")
+        if part == "exp_avg_sq" and moment.numel() and moment.min() < 0:
+            raise _damaged(file, f"{name}: a mean square is negative")
     if "exp_avg" in averages or "step" in found:
-        step = found.get("step")
-        value = step.item() if isinstance(step, Tensor) and step.numel() == 1 and step.device.type == "cpu" else step
-        if not is_number(value) or value < 0:
-            raise _damaged(file, f"{name}: its step is no count")
+        check_form(found.get("step"), 0.0, file, f"{name}, step")
 
 
-def _check_schedules(content: Mapping[str, Any], file: Path) -> None:
-    """Schedules take over every name in their state, a method's too: only numbers under the names that they save."""
-    schedules, plateau = content.get("lr_schedulers"), content["latent_verse"].get("plateau")
-    if not isinstance(schedules, list) or not all(isinstance(state, dict) for state in schedules):
-        raise _damaged(file, "its lr_schedulers are missing or no list of schedules")
-    optimizer = torch.optim.AdamW([torch.zeros(1)])
-    known = vars(torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)).keys() - {"optimizer"}
-    groups = len(content["optimizer_states"][0]["param_groups"])
-    for state in schedules:
-        rates = [state.get("base_lrs"), state.get("_last_lr")]
-        if not is_whole_number(state.get("last_epoch")) or any(_length(rate) != groups for rate in rates):
-            raise _damaged(file, "its learning rate's schedule is incomplete")
-        _check_numbers(state, known | {"verbose"}, "lr_schedulers", file)
-    if plateau is None:
-        return
-    if not isinstance(plateau, dict):
-        raise _damaged(file, "the state of lr_decay is no schedule")
-    known = vars(torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)).keys() - {"optimizer"}
-    _check_numbers(plateau, known | {"verbose"}, "lr_decay", file, infinite=("best", "mode_worse"))
+def _check_schedules(content: Mapping[str, Any], groups: int, file: Path) -> None:
+    """Schedules take over every name in their state, a method's too: only those that they save."""
+    optimizer = torch.optim.AdamW([{"params": [torch.zeros(1)]} for _ in range(groups)])
+    form = LambdaLR(optimizer, lambda step: 1.0).state_dict() | EARLIER
+    schedules = content.get("lr_schedulers")
+    check_form(schedules, [form] * _length(schedules), file, "lr_schedulers", {"last_epoch", "base_lrs", "_last_lr"})
+    if (plateau := content["latent_verse"].get("plateau")) is not None:
+        check_form(plateau, ReduceLROnPlateau(optimizer, min_lr=0.0).state_dict() | EARLIER, file, "lr_decay", set())
 
 
 def _check_settings(own: Mapping[str, Any], file: Path) -> None:
     """The settings of the run that wrote it are sections; those of earlier versions recorded none."""
     settings = own.get("run", {})
     if not isinstance(settings, dict) or not all(isinstance(section, dict) for section in settings.values()):
-        raise _damaged(file, "its run's settings are no sections")
+        raise _damaged(file, "its run's settings are not sections")
     if own.get("plateau"):  # its rate follows from that of the settings
         values = (settings.get("optim", {}).get("learning_rate"), settings.get("data", {}).get("batch_size"))
         if not all(is_number(value) and value > 0 for value in values):
             raise _damaged(file, "its run's settings lack learning_rate or batch_size")
 
 
-def _check_numbers(
-    state: dict[str, Any], known: set[str], what: str, file: Path, infinite: tuple[str, ...] = ()
-) -> None:
-    for name, value in state.items():
-        if name not in known:
-            raise _damaged(file, f"{what} has an unknown part")
-        texts = isinstance(value, str) and name in ("mode", "threshold_mode")
-        endless = isinstance(value, float) and name in infinite and not math.isnan(value)
-        items = value if isinstance(value, (list, tuple)) else [value]
-        if not (texts or endless or all(v is None or isinstance(v, bool) or is_number(v) for v in items)):
-            raise _damaged(file, f"{what}: {name} is no number")
-
-
 def _check_progress(content: Mapping[str, Any], file: Path) -> None:
-    """Lightning's loops count in a tree of whole numbers; the optimiser's steps among them are the step."""
+    """Lightning's loops count what those of a new run do; the optimiser's steps among them are the step."""
     loops = content.get("loops")
-    fit = loops.get("fit_loop") if isinstance(loops, dict) else None
-    if not isinstance(fit, dict):
+    found = loops.get("fit_loop") if isinstance(loops, dict) else None
+    if not isinstance(found, dict):
         raise _damaged(file, "it does not say how far training was (loops)")
-    _check_counts(fit, file)
-    loaders = fit.get("state_dict", {})
-    for loader in loaders.get("combined_loader", []) if isinstance(loaders, dict) else [None]:
-        if not isinstance(loader, dict) or not {"epoch", "samples", "slots"} <= loader.keys():
-            raise _damaged(file, "its loops do not say where the data were")
-    for name in ("epoch_progress", "epoch_loop.batch_progress", "epoch_loop.val_loop.batch_progress"):
-        for part in ("total", "current"):
-            counts = fit.get(name, {}).get(part) if isinstance(fit.get(name, {}), dict) else None
-            if not isinstance(counts, dict) or not {"ready", "started", "processed", "completed"} <= counts.keys():
-                raise _damaged(file, f"its loops lack {name}")
-    if not isinstance(fit["epoch_loop.batch_progress"].get("is_last_batch"), bool):
-        raise _damaged(file, "its loops do not say whether the epoch was over")
-    try:
-        steps = fit["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["total"]["completed"]
-    except (KeyError, TypeError):
-        raise _damaged(file, "its loops lack the optimiser's steps") from None
+    form = _FitLoop(None).state_dict()
+    if isinstance(data := found.get("state_dict"), dict) and "combined_loader" in data:
+        form["state_dict"] = {"combined_loader": [PLACE_IN_DATA] * _length(data["combined_loader"])}
+    check_form({name: found[name] for name in form if name in found}, form, file, "loops", COUNTED)
+    steps = found["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["total"]["completed"]
     if steps != content.get("global_step"):
         raise _damaged(file, f"its global_step is {content.get('global_step')}, but its optimiser made {steps} steps")
 
 
-def _check_counts(tree: dict[str, Any], file: Path) -> None:
-    waiting: list[object] = [tree]
-    seen = set()  # a list may hold another a thousand times, and that one another
-    while waiting:
-        item = waiting.pop()
-        if isinstance(item, (dict, list)):
-            if id(item) not in seen:
-                waiting.extend(item.values() if isinstance(item, dict) else item)
-            seen.add(id(item))
-        elif not (item is None or isinstance(item, bool) or is_whole_number(item)):
-            raise _damaged(file, f"its loops hold a {type(item).__name__} where a count is expected")
-
-
 def _check_callbacks(content: Mapping[str, Any], file: Path) -> None:
-    """Callbacks have a dict each; ModelCheckpoint's scores are numbers, or None before the first validation."""
+    """Callbacks have a dict each. Earlier versions saved with ModelCheckpoint, which notes None for what it lacks."""
     callbacks = content.get("callbacks") or {}
     for name, state in callbacks.items():
         if not isinstance(name, str) or not isinstance(state, dict):
-            raise _damaged(file, "its callbacks' states are no dicts by their names")
-        if not name.startswith("ModelCheckpoint"):
-            continue
-        models = state.get("best_k_models", {})
-        if not isinstance(models, dict) or not all(isinstance(path, str) for path in models):
-            raise _damaged(file, "callbacks: best_k_models is no dict of paths")
-        scores = {part: state.get(part) for part in ("best_model_score", "current_score", "kth_value")}
-        for part, score in [*scores.items(), *(("best_k_models", score) for score in models.values())]:
-            number = score.item() if isinstance(score, Tensor) and score.numel() == 1 else score
-            endless = part == "kth_value" and number in (math.inf, -math.inf)  # as long as there is none
-            if number is not None and not endless and not is_number(number):
-                raise _damaged(file, f"callbacks: {part} is no finite number")
-        for part in ("dirpath", "best_model_path", "kth_best_model_path", "last_model_path"):
-            if not isinstance(state.get(part), (str, type(None))):
-                raise _damaged(file, f"callbacks: {part} is no path")
+            raise _damaged(file, "its callbacks do not have a dict each")
+        if name.startswith("ModelCheckpoint"):
+            scores = dict.fromkeys(models if isinstance(models := state.get("best_k_models"), dict) else (), 0.0)
+            form = CHECKPOINTS | {"best_k_models": scores}
+            check_form({key: state[key] for key in form if state.get(key) is not None}, form, file, "callbacks", set())
 
 
 def _check_processes(content: Mapping[str, Any], model: AugVAE | BiART, file: Path) -> None:
@@ -323,38 +262,71 @@ def _check_processes(content: Mapping[str, Any], model: AugVAE | BiART, file: Pa
     processes = content.get("process_states")
     if processes is None:
         return
-    if not isinstance(processes, list) or not all(isinstance(state, dict) for state in processes):
-        raise _damaged(file, "its process_states are no list of states")
+    module = {}
+    if isinstance(model, AugVAE):
+        counts = torch.zeros(len(model.levels), model.config.num_tokens, dtype=torch.int64)
+        module = {"epoch_loss": torch.zeros(2), "train_counts": counts}
+    check_form(processes, [{"rng": ANY, "module": ANY}] * _length(processes), file, "process_states")
     for state in processes:
-        rng, module = state.get("rng"), state.get("module")
+        if state["module"] is not None and state["module"] != {}:
+            check_form(state["module"], module, file, "process_states")
         try:
-            version, internal, gauss = rng["python"]
-            random.Random().setstate((version, tuple(internal), gauss))
-            name, keys, *rest = rng["numpy"]
-            np.random.RandomState().set_state((name, np.array(keys, dtype=np.uint32), *rest))
-            torch.Generator().set_state(rng["torch"].cpu())
+            set_random_state(state["rng"], random.Random(), np.random.RandomState(), torch.Generator())
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
             raise _damaged(file, "its random number generators cannot be restored (process_states)") from error
-        if "cuda" in rng and not (isinstance(rng["cuda"], Tensor) and rng["cuda"].dtype == torch.uint8):
+        cuda = state["rng"].get("cuda", torch.ByteTensor())
+        if not isinstance(cuda, Tensor) or cuda.dtype != torch.uint8:
             raise _damaged(file, "its GPU's random number generator cannot be restored (process_states)")
-        if not isinstance(module, (dict, type(None))):
-            raise _damaged(file, "process_states: module is no dict")
-        if module and isinstance(model, AugVAE):
-            counts = (len(model.levels), model.config.num_tokens)
-            for part, shape, floating in (("epoch_loss", (2,), True), ("train_counts", counts, False)):
-                check_tensor(module.get(part), file, f"process_states: {part}")
-                if module[part].shape != shape or module[part].is_floating_point() != floating:
-                    raise _damaged(file, f"process_states: {part} has shape {tuple(module[part].shape)}, not {shape}")
 
 
-def _one(listed: object, name: str, file: Path) -> dict[str, Any]:
-    if not isinstance(listed, list) or len(listed) != 1 or not isinstance(listed[0], dict):
-        raise _damaged(file, f"its {name} are no list of one")
-    return listed[0]
+def check_form(found: object, form: object, file: Path, where: str, needed: Collection[str] | None = None) -> None:
+    """Check that what a file holds has the form of what a run would have saved.
+
+    Args:
+        form: a dict of names, a list, a tensor (its shape, and whether it is of whole numbers), text, a bool, a count,
+            or a number that is not negative; an infinite one may be any but NaN. ANY is not looked at.
+        needed: those names of a dict that have to be there; by default all.
+
+    Raises:
+        CheckpointError: a part is missing, not known, or of another kind.
+    """
+    if form is ANY or found is form:
+        return
+    if isinstance(form, dict) and isinstance(found, dict):
+        if unknown := found.keys() - form.keys():
+            named = next((name[:LONGEST] for name in unknown if isinstance(name, str)), "which is not text")
+            raise _damaged(file, f"{where} has an unknown part, {named}")
+        if missing := (form.keys() if needed is None else set(needed)) - found.keys():
+            raise _damaged(file, f"{where} lacks {min(missing)}")
+        for name, value in found.items():
+            check_form(value, form[name], file, f"{where}: {name}")
+    elif isinstance(form, (list, tuple)) and isinstance(found, (list, tuple)):
+        if len(found) != len(form):
+            raise _damaged(file, f"{where} has {len(found)} items, not {len(form)}")
+        for value, each in zip(found, form, strict=True):
+            check_form(value, each, file, where, needed)
+    elif isinstance(form, Tensor) and isinstance(found, Tensor):
+        check_tensor(found, file, where)
+        if found.shape != form.shape or found.is_floating_point() != form.is_floating_point():
+            raise _damaged(file, f"{where} has shape {tuple(found.shape)}, not {tuple(form.shape)}")
+    elif not _is_like(found, form):
+        raise _damaged(file, f"{where} is a {type(found).__name__} that no run has saved")
 
 
-def _length(listed: object) -> int | None:
-    return len(listed) if isinstance(listed, (list, tuple)) else None
+def _is_like(found: object, form: object) -> bool:
+    """Whether a single value could stand where `form` stands."""
+    if isinstance(form, (bool, str)):
+        return isinstance(found, type(form))
+    found = number_in(found)
+    if isinstance(form, int):
+        return is_count(found)
+    if isinstance(form, float) and math.isinf(form):
+        return isinstance(found, (int, float)) and not math.isnan(found)
+    return isinstance(form, float) and is_number(found) and found >= 0
+
+
+def _length(listed: object) -> int:
+    return len(listed) if isinstance(listed, (list, tuple)) else 0
 
 
 def _damaged(file: Path, what: str) -> CheckpointError:

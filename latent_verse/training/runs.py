@@ -11,8 +11,9 @@ import dataclasses
 import os
 import re
 import uuid
+import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from latent_verse.files import (
 # sections of a configuration that decide what is computed; a rerun with others would be another run
 COMPUTES = ("model", "data", "optim", "loss", "vae", "text")
 TRAINER_COMPUTES = ("seed", "precision", "accumulate_grad_batches", "gradient_clip_val", "limit_train_batches")
-LONGEST_NAME = 200  # bytes: most file systems take 255, of which `free` and `Run.backups` need some
+LONGEST_NAME = 200  # bytes: most file systems allow 255, and `free` and `Run.backups` append a number or an id
 SAFE_ID = re.compile(r"[0-9A-Za-z_-]{1,40}")  # it becomes part of a path
 WAITS = "{} Training continues, and tries again."  # of a log that cannot be written
 LOST = "{} What was logged since is lost."
@@ -74,7 +75,7 @@ def open_run(log_dir: str, name: str, backup: bool, backup_dir: str | None, conf
         ConfigError: the folder belongs to a run with different settings or to no run; see `run_folder` as well.
     """
     folder = run_folder(log_dir, name)
-    place = None if backup_dir is None else Path(backup_dir)
+    place = Path(backup_dir) if backup and backup_dir is not None else None
     if not backup or not os.path.lexists(folder) or _holds_nothing(folder):
         return Run(folder if backup else free(folder), uuid.uuid4().hex[:12], place)
     try:
@@ -87,6 +88,10 @@ def open_run(log_dir: str, name: str, backup: bool, backup_dir: str | None, conf
     except (FileError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{folder} exists but is not a run of this program ({error!r}). Choose --name.") from error
     run = Run(folder, run_id, place)
+    if place is not None and (other := _owner_of_backups(run)):
+        run = Run(folder, uuid.uuid4().hex[:12], place)
+        if is_first_process():
+            warnings.warn(f"{folder} is a copy of {other}, whose backups in {place} it leaves alone.", stacklevel=2)
     before, now = _what_decides(old), _what_decides(config)
     changed = differences(before, {leaf: value for leaf, value in now.items() if leaf in before})  # others are newer
     if changed and states(run):  # without a checkpoint there is nothing to resume: it starts anew, as it is set now
@@ -152,8 +157,21 @@ def states(run: Run) -> list[Path]:
     return sorted(files, key=lambda p: (step_of(p) or 0, p.parent == run.checkpoints, str(p)), reverse=True)
 
 
+def _owner_of_backups(run: Run) -> Path | None:
+    """The run folder that the backups of this run's id belong to, if it is another one that is there: one is a copy."""
+    assert run.backup_dir is not None
+    for about in run.backup_dir.glob(f"*-{run.id}/run.json"):
+        with suppress(FileError, KeyError, TypeError, OSError):  # of a run that was moved, or nothing that says so
+            owner = Path(read_json_object(about)["folder"])
+            if not owner.samefile(run.folder) and read_json_object(owner / "run.json")["id"] == run.id:
+                return owner
+    return None
+
+
 def start(run: Run, config: dict[str, Any], yaml_text: str) -> None:
-    """Write run.json and config.yaml. For one process, after all have called `open_run`."""
+    """Write run.json and config.yaml, and whose backups a backup_dir holds. For one process, after all have met."""
+    if run.backup_dir is not None:
+        write_json(run.backups() / "run.json", {"folder": str(run.folder.absolute())})
     write_json(run.folder / "run.json", {"id": run.id, "config": config})
     write_text(run.folder / "config.yaml", yaml_text)
 

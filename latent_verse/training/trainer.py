@@ -31,7 +31,7 @@ from latent_verse.training.backups import Backup, BestAndLast, Interrupted, Proc
 from latent_verse.training.changes import AppliedSettings, changes
 from latent_verse.training.divergence import Divergence
 from latent_verse.training.launcher import PATIENCE, WatchedDDP, WatchedFSDP
-from latent_verse.training.logs import CSVLog, TensorBoardLog
+from latent_verse.training.logs import CSVLogger, TensorBoardLogger
 from latent_verse.training.progress_bar import ProgressBar
 from latent_verse.training.runs import Run
 
@@ -120,11 +120,11 @@ def log_in(t: TrainerConfig) -> None:
 
 @as_config_error()
 def make_trainer(
-    t: TrainerConfig, folder: RunFolder, more: Sequence[pl.Callback] = (), start_from: Path | None = None
+    t: TrainerConfig, folder: RunFolder, more: Sequence[pl.Callback] = (), first_step: int = 0
 ) -> pl.Trainer:
     """A Trainer that logs to the run folder, keeps the best and last checkpoints, saves backups and can be interrupted.
 
-    `more` callbacks join those of every run. Its logs continue those that the run has up to the step of `start_from`.
+    `more` callbacks join those of every run. Its logs continue those that the run has up to `first_step`.
     """
     accelerator, devices = choose_devices(t)
     run = folder.run
@@ -161,7 +161,7 @@ def make_trainer(
         benchmark=not t.deterministic,  # cuDNN times its convolutions at the first step and takes the fastest
         deterministic=t.deterministic or None,  # False would import the compiler to tell it so
         default_root_dir=run.folder,
-        logger=make_logger(t, run, (start_from and runs.step_of(start_from)) or 0),
+        logger=make_logger(t, run, first_step),
         callbacks=callbacks,
         plugins=[WholeFiles()],
     )
@@ -183,8 +183,16 @@ def announce(t: TrainerConfig, run: Run, start_from: Path | None, idle: list[str
 
 
 @as_config_error()
-def fit(trainer: pl.Trainer, t: TrainerConfig, run: Run, module: pl.LightningModule, data, start_from) -> None:
-    """Train to the end. Prints which limit ended the run, or that it was finished already.
+def fit(
+    trainer: pl.Trainer,
+    t: TrainerConfig,
+    run: Run,
+    module: pl.LightningModule,
+    data: pl.LightningDataModule,
+    start_from: Path | None = None,
+    first_step: int = 0,
+) -> None:
+    """Train to the end, from the step that `start_from` stores. Prints which limit ended it, or that it was finished.
 
     Raises:
         Interrupted: a signal stopped the run, and it has saved; the message says how to resume.
@@ -206,7 +214,7 @@ def fit(trainer: pl.Trainer, t: TrainerConfig, run: Run, module: pl.LightningMod
 
             wandb.finish(exit_code=int(failed))
     step, epoch = trainer.global_step, trainer.current_epoch
-    if start_from and step == runs.step_of(start_from):
+    if start_from and step == first_step:
         limit = "max_steps" if 0 <= t.max_steps <= step else "epochs"
         if start_from not in runs.states(run):
             raise ConfigError(f"{start_from} has reached {limit} already: nothing is trained. Raise --{limit}.")
@@ -288,9 +296,9 @@ def make_logger(t: TrainerConfig, run: Run, first_step: int = 0) -> Logger:
     and later is removed from the file, or hidden. Weights & Biases shows both.
     """
     if t.logger == "tensorboard":
-        return TensorBoardLog(run.folder, name="", version="logs", purge_step=first_step)
+        return TensorBoardLogger(run.folder, name="", version="logs", purge_step=first_step)
     if t.logger == "csv":
-        return CSVLog(run.folder / "logs", first_step)
+        return CSVLogger(run.folder / "logs", first_step)
     name, offline = run.folder.name, os.environ.get("WANDB_MODE") == "offline"
     return WandbLogger(name, run.folder, project="l-verse", id=run.id, resume="allow", offline=offline)
 

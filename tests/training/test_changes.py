@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -13,13 +14,14 @@ import torch
 
 from latent_verse.augvae.model import AugVAE
 from latent_verse.biart.model import BiART
-from latent_verse.checkpoints.ckpt_files import CheckpointError
+from latent_verse.checkpoints.ckpt_files import CheckpointError, check_shape, read_ckpt
 from latent_verse.commands import train_vae
+from latent_verse.config import AugVAEConfig, ConfigError, as_plain
 from latent_verse.config.train import TrainBiARTConfig, TrainVAEConfig
 from latent_verse.training.augvae import LitAugVAE
 from latent_verse.training.backups import RunFolder
 from latent_verse.training.biart import LitBiART
-from latent_verse.training.changes import at_resume, changes
+from latent_verse.training.changes import LENGTH_AND_PROCESSES, at_resume, changes
 from latent_verse.training.runs import Run
 from latent_verse.training.trainer import fit, make_trainer
 from tests.biart.tiny_biart import CONFIG
@@ -58,11 +60,12 @@ def lit(stage: str, tiny_config, **settings):
 
 def train(folder: Path, module, batches, start_from: Path | None = None) -> dict[int, list[dict]]:
     seen, run = Seen(), Run(folder, "0")
-    made = make_trainer(module.config.trainer, RunFolder(run, module.config), [seen], start_from)
+    first_step = read_ckpt(start_from)["global_step"] if start_from else 0
+    made = make_trainer(module.config.trainer, RunFolder(run, module.config), [seen], first_step)
     loader = torch.utils.data.DataLoader(batches, batch_size=None)
     data = pl.LightningDataModule.from_datasets(batches, batch_size=None)
     data.train_dataloader, data.skipped = lambda: loader, 0
-    fit(made, module.config.trainer, run, module, data, start_from)
+    fit(made, module.config.trainer, run, module, data, start_from, first_step)
     return seen.groups
 
 
@@ -201,6 +204,47 @@ def test_an_epoch_goes_on_after_as_many_samples_with_another_batch_size(tmp_path
     assert len(validated) == 2 or batch_size > 4
     if batch_size <= 4:
         assert len(seen) == steps
+
+
+def with_another(config, section: str, leaf: str):
+    """The settings with another value of one of them; None if it can have one value only."""
+    part = getattr(config, section)
+    value, (field,) = getattr(part, leaf), [f for f in fields(part) if f.name == leaf]
+    options = [*(field.metadata["choices"] or ()), True, False, 1, 2, 0.25, 0.75, 64, 512, "other"]
+    for option in [*([(each, each) for each in options] if isinstance(value, tuple) else ()), *options]:
+        with suppress(ConfigError, TypeError):
+            changed = replace(config, **{section: replace(part, **{leaf: option})})
+            if getattr(getattr(changed, section), leaf) != value:
+                return changed
+    return None
+
+
+@pytest.mark.parametrize("config", [TrainVAEConfig(), TrainBiARTConfig()], ids=["vae", "biart"])
+def test_each_setting_that_differs_from_the_checkpoint_is_said_or_refused(config, tmp_path):
+    """Alone, and once; not said are those that decide nothing of what is computed, and what other tests see refused."""
+    own = {"model": as_plain(config.model), "run": as_plain(config)}
+    torch.save({"state_dict": {}, "latent_verse": own}, file := tmp_path / "a.ckpt")
+    assert changes(file, config) == []
+    each = [(section.name, f.name) for section in fields(config) for f in fields(getattr(config, section.name))]
+    for section, leaf in each:
+        now = with_another(config, section, leaf)
+        if now is None:
+            assert leaf in ("double_z", "out_channels", "in_channels")
+            continue
+        effect = at_resume(section, leaf, config)
+        if leaf in ("optimizer", "ema_decay"):  # 0 before: there are no averages
+            with pytest.raises(CheckpointError, match=naming(file, leaf)):
+                changes(file, now)
+            continue
+        said = changes(file, now)
+        if effect in ("applied", "no effect") or leaf in LENGTH_AND_PROCESSES:
+            assert len(said) == 1 and said[0].startswith(f"{leaf}: "), (leaf, said)
+            assert ("no effect" in said[0]) == (effect == "no effect")
+        else:
+            assert said == [], leaf
+        if effect == "refused" and isinstance(config.model, AugVAEConfig):
+            with pytest.raises(CheckpointError, match=naming(file, leaf)):
+                check_shape(own, now.model, file)
 
 
 def test_the_page_of_settings_lists_each_once_with_what_happens_to_it():

@@ -14,13 +14,15 @@ from torch import nn
 from latent_verse.augvae.model import AugVAE
 from latent_verse.biart import sampling
 from latent_verse.biart.model import BiART
+from latent_verse.checkpoints.checks import CheckpointError, check_tensor, is_finite
 from latent_verse.checkpoints.ckpt_files import read_ckpt
 from latent_verse.commands import train_biart, train_vae
 from latent_verse.config.train import TrainBiARTConfig, TrainerConfig, TrainVAEConfig
+from latent_verse.data.images import MapImages
 from latent_verse.training.augvae import LitAugVAE
 from latent_verse.training.backups import RunFolder
 from latent_verse.training.biart import LitBiART
-from latent_verse.training.divergence import Diverged, Divergence, finite, tensors_in
+from latent_verse.training.divergence import Diverged, Divergence, tensors_in
 from latent_verse.training.runs import Run
 from latent_verse.training.trainer import make_trainer
 from tests.biart.tiny_biart import CONFIG
@@ -58,7 +60,7 @@ class Stage:
         files = sorted(self.folder.rglob("*.ckpt"))
         for file in files:
             content = read_ckpt(file)
-            assert finite(tensors_in([content["state_dict"], content["optimizer_states"]])), file
+            assert all(map(is_finite, tensors_in([content["state_dict"], content["optimizer_states"]]))), file
         return files
 
 
@@ -151,6 +153,30 @@ def test_the_step_and_what_it_was_are_named(stage, how, what, monkeypatch, capsy
     assert stage.run() == 1
     assert naming("step 2", what).search(capsys.readouterr().err)
     assert [file.name for file in stage.saved()] == ["step=1.ckpt"]
+
+
+def test_an_image_that_is_not_finite_from_a_worker_stops_the_run_at_its_step(augvae, monkeypatch, capfd):
+    """Batches wait in the workers: the step is that of the image's batch, not that of when it was read."""
+    original = MapImages.__getitem__
+
+    def getitem(self, key):
+        image, label = original(self, key)
+        return (image * torch.nan if key == (0, 7) else image), label  # epoch and image
+
+    monkeypatch.setattr(MapImages, "__getitem__", getitem)
+    seen, original_step = [], LitAugVAE.training_step
+
+    def training_step(self, batch, batch_idx):
+        seen.append(bool(batch[0].isnan().any()))
+        return original_step(self, batch, batch_idx)
+
+    monkeypatch.setattr(LitAugVAE, "training_step", training_step)
+    assert augvae.run("--batch_size", "1", "--num_workers", "2") == 1
+    assert len(seen) > 1 and seen == [False] * (len(seen) - 1) + [True]
+    (kept,) = augvae.saved()
+    said = capfd.readouterr().err
+    assert kept == augvae.folder / f"backups/step={len(seen) - 1}.ckpt"
+    assert naming(f"step {len(seen)}", "loss", kept).search(said) and "Traceback" not in said
 
 
 def test_the_first_step_leaves_nothing_to_keep(augvae, monkeypatch, capsys):
@@ -265,16 +291,26 @@ def test_images_that_cannot_be_written_do_not_end_the_run(stage, monkeypatch):
         assert stage.run("--log_images", "--image_log_steps", "2") == 0
 
 
-def test_finite_looks_at_every_number():
-    assert finite([torch.ones(2, 3), None, torch.tensor([1, 2]), torch.zeros(0)])
-    assert finite([torch.full((4,), 3e38)]) and finite([torch.full((4,), 60000.0).half()])  # whose sums are not
-    for bad in (torch.nan, torch.inf, -torch.inf):
-        assert not finite([torch.ones(3), torch.tensor([1.0, bad])])
-    assert not finite([torch.tensor([torch.inf, -torch.inf])])
+def test_what_is_finite_looks_at_every_number_and_is_what_readers_read(tmp_path):
+    """In float64 what is more than float32 can hold is not: a network would load infinity."""
+    (tmp_path / "a.ckpt").touch()
+    large = [torch.full((4,), 3e38), torch.full((4,), 60000.0).half(), torch.full((4,), 3e38, dtype=torch.float64)]
+    for good in (torch.ones(2, 3), torch.tensor([1, 2]), torch.zeros(0), *large):  # the large ones' sums are not finite
+        assert is_finite(good)
+        check_tensor(good, tmp_path / "a.ckpt", "a")
+    ends = [torch.tensor([1.0, bad]) for bad in (torch.nan, torch.inf, -torch.inf)]
+    both = torch.tensor([torch.inf, -torch.inf])
+    for bad in (*ends, both, both.half(), both.bfloat16(), torch.tensor([1e39, 0.0], dtype=torch.float64)):
+        assert not is_finite(bad)
+        with pytest.raises(CheckpointError, match=naming("finite")):
+            check_tensor(bad, tmp_path / "a.ckpt", "a")
 
 
-def one_bad_rank(rank: int, folder: str, vae: AugVAE, stage: str, strategy: str) -> dict:
-    """A run as the programs make it, as one of two processes of torchrun; the second's loss at step 3 is not finite."""
+def one_bad_rank(rank: int, folder: str, vae: AugVAE, stage: str, strategy: str, what: str) -> dict:
+    """A run as the programs make it, as one of two processes of torchrun.
+
+    The second's loss, or an image of its batch, is not finite at step 3.
+    """
     os.environ |= {"TORCHELASTIC_RUN_ID": "0", "LOCAL_WORLD_SIZE": str(WORLD), "WORLD_SIZE": str(WORLD)}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     t = TrainerConfig(
@@ -293,8 +329,11 @@ def one_bad_rank(rank: int, folder: str, vae: AugVAE, stage: str, strategy: str)
     original = module.training_step
 
     def training_step(batch, batch_idx):
+        bad = rank == 1 and batch_idx == 2
+        if bad and what == "image":  # of which the codebooks of both processes learn
+            batch = [batch[0].clone().index_fill_(0, torch.tensor([1]), torch.nan)]
         out = original(batch, batch_idx)
-        return scaled(out, torch.inf) if rank == 1 and batch_idx == 2 else out
+        return scaled(out, torch.inf) if bad and what == "loss" else out
 
     module.training_step = training_step
     trainer = make_trainer(t, RunFolder(Run(Path(folder), "0"), config))
@@ -307,13 +346,18 @@ def one_bad_rank(rank: int, folder: str, vae: AugVAE, stage: str, strategy: str)
 
 
 @pytest.mark.parametrize(
-    ("stage", "strategy"),
-    [("augvae", "ddp"), ("biart", "ddp"), pytest.param("biart", "fsdp", marks=pytest.mark.slow)],
+    ("stage", "strategy", "what"),
+    [
+        ("augvae", "ddp", "image"),
+        ("biart", "ddp", "loss"),
+        pytest.param("augvae", "ddp", "loss", marks=pytest.mark.slow),
+        pytest.param("biart", "fsdp", "loss", marks=pytest.mark.slow),
+    ],
 )
-def test_all_processes_stop_after_the_step_that_one_could_not_take(tiny_augvae, tmp_path, stage, strategy):
+def test_all_processes_stop_after_the_step_that_one_could_not_take(tiny_augvae, tmp_path, stage, strategy, what):
     run = tmp_path / "run"
-    for found in in_two_processes(tmp_path, one_bad_rank, run, tiny_augvae(), stage, strategy):
+    for found in in_two_processes(tmp_path, one_bad_rank, run, tiny_augvae(), stage, strategy, what):
         assert found["step"] == 2
         assert naming("step 3", "loss", run / "backups" / "step=2.ckpt").search(found["said"][0])
     (file,) = run.rglob("*.ckpt")
-    assert finite(tensors_in(read_ckpt(file)["state_dict"]))
+    assert all(map(is_finite, tensors_in(read_ckpt(file)["state_dict"])))

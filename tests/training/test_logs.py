@@ -16,12 +16,13 @@ import torch.distributed as dist
 
 from latent_verse.augvae.model import AugVAE
 from latent_verse.biart.model import BiART
+from latent_verse.checkpoints.ckpt_files import read_ckpt
 from latent_verse.config.train import TrainBiARTConfig, TrainerConfig, TrainVAEConfig
 from latent_verse.training import logs
 from latent_verse.training.augvae import LitAugVAE
 from latent_verse.training.backups import Backup, Interrupted, RunFolder
 from latent_verse.training.biart import LitBiART
-from latent_verse.training.logs import CSVLog, TensorBoardLog
+from latent_verse.training.logs import CSVLogger, TensorBoardLogger
 from latent_verse.training.runs import Run
 from latent_verse.training.trainer import make_trainer
 from tests.biart.tiny_biart import CONFIG
@@ -35,7 +36,7 @@ def rows(folder: Path) -> list[dict[str, str]]:
 
 
 def test_a_row_is_on_the_disk_at_once_and_columns_may_come_later(tmp_path):
-    log = CSVLog(tmp_path / "logs")
+    log = CSVLogger(tmp_path / "logs")
     log.log_metrics({"a": 1.5}, 0)
     assert rows(tmp_path / "logs") == [{"a": "1.5", "step": "0"}]
     log.log_metrics({"a": 2.0, "b": float("nan")}, 1)
@@ -46,12 +47,12 @@ def test_a_row_is_on_the_disk_at_once_and_columns_may_come_later(tmp_path):
 
 @pytest.mark.parametrize("cut", ["", "9.9,3", "9"])
 def test_a_resumed_run_continues_the_file_of_an_interrupted_one(tmp_path, cut):
-    log = CSVLog(tmp_path)
+    log = CSVLogger(tmp_path)
     for step in range(4):
         log.log_metrics({"a": float(step), **({"b": 1.0} if step == 0 else {})}, step)
     with log.file.open("a") as file:
         file.write(cut)  # of a process killed while it wrote
-    log = CSVLog(tmp_path, first_step=2)
+    log = CSVLogger(tmp_path, first_step=2)
     log.log_metrics({"a": 20.0}, 2)
     log.log_metrics({"a": 30.0, "c": 1.0}, 3)
     assert [(row["step"], row["a"]) for row in rows(tmp_path)] == [
@@ -61,7 +62,7 @@ def test_a_resumed_run_continues_the_file_of_an_interrupted_one(tmp_path, cut):
         ("3", "30.0"),
     ]
     assert rows(tmp_path)[0]["b"] == "1.0"
-    CSVLog(tmp_path).log_metrics({"a": 0.5}, 0)  # a run that starts anew in its folder
+    CSVLogger(tmp_path).log_metrics({"a": 0.5}, 0)  # a run that starts anew in its folder
     assert rows(tmp_path) == [{"a": "0.5", "step": "0"}]
 
 
@@ -83,7 +84,7 @@ def no_room():
 
 
 def test_rows_wait_while_the_disk_is_full(tmp_path, no_room):
-    log = CSVLog(tmp_path / "logs")
+    log = CSVLogger(tmp_path / "logs")
     log.log_metrics({"a": 0.0}, 0)
     with pytest.warns(UserWarning, match=naming(log.file, "too large")) as said, no_room():
         log.log_metrics({"a": 1.0}, 1)
@@ -93,7 +94,7 @@ def test_rows_wait_while_the_disk_is_full(tmp_path, no_room):
     assert [row["a"] for row in rows(tmp_path / "logs")] == ["0.0", "1.0", "2.0", "3.0"]
     with pytest.warns(UserWarning, match=naming(log.file, "too large")), no_room():
         log.log_metrics({"a": 4.0, "b": 1.0}, 4)  # a new column: the file is written anew
-        CSVLog(tmp_path / "new").log_metrics({"a": 0.0}, 0)
+        CSVLogger(tmp_path / "new").log_metrics({"a": 0.0}, 0)
     log.log_metrics({"a": 5.0}, 5)
     found = [(row["a"], row.get("b")) for row in rows(tmp_path / "logs")]
     assert found[3:] == [("3.0", None), ("4.0", "1.0"), ("5.0", None)]
@@ -117,11 +118,11 @@ def test_rows_wait_while_the_disk_is_full(tmp_path, no_room):
     ],
 )
 def test_a_damaged_file_of_rows_ends_no_run(tmp_path, damage, facts, recwarn):
-    log = CSVLog(tmp_path)
+    log = CSVLogger(tmp_path)
     for step in range(3):
         log.log_metrics({"a": float(step)}, step)
     log.file.write_bytes(damage(log.file.read_text()).encode("utf-8", "surrogateescape"))
-    log = CSVLog(tmp_path, first_step=3)
+    log = CSVLogger(tmp_path, first_step=3)
     log.log_metrics({"a": 3.0}, 3)
     log.log_metrics({"a": 4.0}, 4)
     assert len(recwarn) == bool(facts)
@@ -135,7 +136,8 @@ def test_a_damaged_file_of_rows_ends_no_run(tmp_path, damage, facts, recwarn):
 def run(module, folder: Path, batches: list, start_from: Path | None = None, more=(), **settings):
     """Train on these batches, each time an epoch, as the programs do."""
     t = replace(module.config.trainer, gpus=0, refresh_rate=0, num_sanity_val_steps=0, **settings)
-    made = make_trainer(t, RunFolder(Run(folder, "0"), module.config), more, start_from)
+    first_step = read_ckpt(start_from)["global_step"] if start_from else 0
+    made = make_trainer(t, RunFolder(Run(folder, "0"), module.config), more, first_step)
     made.fit(module, Batches(batches), ckpt_path=start_from, weights_only=True)
     return made
 
@@ -181,7 +183,7 @@ def events(folder: Path) -> dict[str, list[tuple[int, float]]]:
 def test_events_wait_while_the_disk_is_full(tmp_path, no_room, capfd):
     """TensorBoard's thread ends no run, nor says more than one line; nothing is lost once there is room."""
     with pytest.warns(UserWarning, match=naming("events", "too large")) as said, no_room():
-        log = TensorBoardLog(tmp_path, name="", version="logs", purge_step=0)
+        log = TensorBoardLogger(tmp_path, name="", version="logs", purge_step=0)
         for step in range(40):  # more than TensorBoard's queue holds
             log.log_metrics({"a": float(step)}, step)
             log.save()

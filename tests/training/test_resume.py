@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import shutil
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 
-from latent_verse.checkpoints.ckpt_files import CheckpointError
+from latent_verse.checkpoints.ckpt_files import CheckpointError, described
 from latent_verse.commands import train_biart, train_vae
-from latent_verse.config.train import BiARTOptimConfig, VAEOptimConfig
+from latent_verse.config.train import BiARTOptimConfig, TrainBiARTConfig, VAEOptimConfig
+from latent_verse.training.changes import changes
 from latent_verse.training.resume import starting_point
 from latent_verse.training.runs import Run
 from tests.image_runs import SMALL, write_pictures
@@ -85,13 +88,13 @@ def trained_biart(request, tmp_path_factory) -> Path:
 
 
 def test_the_newest_by_its_stored_step_is_taken(run, last, backup):
-    assert starting_point(run, None, "biart") == last
+    assert starting_point(run, None, "biart") == (last, 2)
     last.rename(last.with_name("last-epoch=0-step=0.ckpt"))  # a name says less than the file
-    assert starting_point(run, None, "biart") == last.with_name("last-epoch=0-step=0.ckpt")
+    assert starting_point(run, None, "biart") == (last.with_name("last-epoch=0-step=0.ckpt"), 2)
     last.with_name("last-epoch=0-step=0.ckpt").rename(last.with_name("last-epoch=0-step=2-v1.ckpt"))
-    assert starting_point(run, None, "biart") == last.with_name("last-epoch=0-step=2-v1.ckpt")
+    assert starting_point(run, None, "biart") == (last.with_name("last-epoch=0-step=2-v1.ckpt"), 2)
     last.with_name("last-epoch=0-step=2-v1.ckpt").unlink()
-    assert starting_point(run, None, "biart") == backup
+    assert starting_point(run, None, "biart") == (backup, 1)
 
 
 def cut(file: Path) -> None:
@@ -114,7 +117,7 @@ def moments_not_finite(file: Path) -> None:
 def test_a_damaged_newest_yields_to_the_one_before_with_one_warning(run, last, backup, damage):
     damage(last)
     with pytest.warns(UserWarning, match=naming(last, backup)) as said:
-        assert starting_point(run, None, "biart") == backup
+        assert starting_point(run, None, "biart") == (backup, 1)
     assert len(said) == 1 and "\n" not in str(said[0].message)
     damage(backup)
     with pytest.raises(CheckpointError, match=naming(last)):
@@ -124,14 +127,14 @@ def test_a_damaged_newest_yields_to_the_one_before_with_one_warning(run, last, b
 @pytest.mark.parametrize("damage", [cut, flipped])
 def test_a_folder_that_was_named_gives_its_newest_whole_file(run, last, backup, damage, tmp_path):
     new = Run(tmp_path / "new", "other")
-    assert starting_point(new, str(run.folder), "biart") == last
+    assert starting_point(new, str(run.folder), "biart") == (last, 2)
     damage(last)
     with pytest.warns(UserWarning, match=naming(last)):
-        best = starting_point(new, str(run.folder), "biart")
+        best, _ = starting_point(new, str(run.folder), "biart")
     assert best == run.checkpoints / "best-epoch=0-step=2.ckpt"
     damage(best)
     with pytest.warns(UserWarning, match=naming(backup)):
-        assert starting_point(new, str(run.folder), "biart") == backup
+        assert starting_point(new, str(run.folder), "biart") == (backup, 1)
 
 
 def test_a_damaged_file_that_was_named_is_refused_and_whole_ones_are_named(run, last, tmp_path):
@@ -233,6 +236,7 @@ WRONG = {
     "settings text": put("latent_verse", "run", value="x"),
     "a section of settings is a list": put("latent_verse", "run", "optim", value=[1]),
     "data text": put(*LOOPS, "state_dict", "combined_loader", value=["0"]),
+    "other counts without a part": put(*LOOPS, "epoch_loop.scheduler_progress", value={"total": {}}),
     "data empty": put(*LOOPS, "state_dict", "combined_loader", value=[{}]),
     "callbacks' names": put("callbacks", 5, value={}),
     "callbacks' states": put("callbacks", BEST, value=[1]),
@@ -247,6 +251,9 @@ WRONG = {
     "NumPy's random numbers": put("process_states", 0, "rng", "numpy", value="MT19937"),
     "Lightning's version": put("pytorch-lightning_version", value="new"),
     "no version": lambda content: content.pop("pytorch-lightning_version"),
+    "numbers of a module that has none": put("process_states", 0, "module", value={"epoch_loss": torch.zeros(2)}),
+    "a GPU's random numbers": put("process_states", 0, "rng", "cuda", value="seed"),
+    "a scale without the rest": put("MixedPrecision", value={"scale": 65536.0}),
     "a scale of text": put("MixedPrecision", value={"scale": "65536"}),
     "a weight of another shape": put("state_dict", "model.ln_f.bias", value=torch.zeros(5)),
     "a weight more": put("state_dict", "loss.weight", value=torch.zeros(5)),
@@ -262,6 +269,7 @@ WRONG_VAE = {
     "plateau's batch": put("latent_verse", "run", "data", "batch_size", value=None),
     "plateau's method": put("latent_verse", "plateau", "step", value=5),
     "plateau's optimiser": put("latent_verse", "plateau", "optimizer", value=5),
+    "plateau's rates": put("latent_verse", "plateau", "min_lrs", value=[0.0] * 3),
     "plateau's best": put("latent_verse", "plateau", "best", value=float("nan")),
     "the epoch's loss": put("process_states", 0, "module", "epoch_loss", value=torch.zeros(3)),
     "codes' counts": put("process_states", 0, "module", "train_counts", value=torch.zeros(1, 1, dtype=torch.int64)),
@@ -277,7 +285,8 @@ def test_what_does_not_fit_is_not_restored(run, last, tmp_path, case):
         starting_point(Run(tmp_path / "new", "other"), str(last), "biart")
     assert len(str(error.value)) < 2000
     with pytest.warns(UserWarning, match=naming(last)):  # among the run's own it is skipped
-        assert starting_point(run, None, "biart").name == "step=1.ckpt"
+        file, step = starting_point(run, None, "biart")
+        assert (file.name, step) == ("step=1.ckpt", 1)
 
 
 @pytest.mark.parametrize("case", WRONG_VAE)
@@ -285,6 +294,46 @@ def test_what_does_not_fit_an_augvae(trained_vae, tmp_path, case):
     file = changed(trained_vae, WRONG_VAE[case], to=tmp_path / "wrong.ckpt")
     with pytest.raises(CheckpointError, match=naming(file)):
         starting_point(Run(tmp_path / "new", "other"), str(file), "augvae")
+
+
+OF_OTHER_VERSIONS = {
+    "a schedule's verbose": put("lr_schedulers", 0, "verbose", value=False),
+    "a schedule's beginning": lambda content: content["lr_schedulers"][0].pop("_is_initial"),
+    "a setting of the optimiser": group_of("tensors", True),
+    "the optimiser's kernel": group_of("foreach", True),
+    "a count that Lightning added": put(*LOOPS, "epoch_loop.new_progress", value={"total": 3}),
+    "a count that Lightning has added since": lambda content: content["loops"]["fit_loop"].pop(
+        "epoch_loop.scheduler_progress"
+    ),
+    "fp16": put("MixedPrecision", value=torch.amp.GradScaler("cpu").state_dict()),
+    "no settings": lambda content: content["latent_verse"].pop("run"),
+    "no states of processes": lambda content: content.pop("process_states"),
+    "no state of the module": put("process_states", 0, "module", value=None),
+    "a score as a tensor": put("callbacks", BEST, value={"best_model_score": torch.tensor(0.5), "dirpath": None}),
+    "two best": put("callbacks", BEST, value={"best_k_models": {"a.ckpt": torch.tensor(0.5), "b.ckpt": 0.6}}),
+    "none so far": put("callbacks", BEST, value={"kth_value": torch.tensor(torch.inf), "best_model_path": ""}),
+}
+
+
+@pytest.mark.parametrize("case", OF_OTHER_VERSIONS)
+def test_what_other_versions_saved_is_restored(run, last, case):
+    changed(last, OF_OTHER_VERSIONS[case])
+    assert starting_point(run, None, "biart") == (last, 2)
+
+
+def test_a_checkpoint_is_unpickled_and_checked_once(last, tmp_path, monkeypatch):
+    """Each takes seconds per gigabyte or thousand tensors; a file that is written again is another one."""
+    done: list[str] = []
+    for owner, name in ((torch, "load"), (zipfile.ZipFile, "testzip")):
+        original = getattr(owner, name)
+        counted = lambda *args, of=name, call=original, **more: done.append(of) or call(*args, **more)  # noqa: E731
+        monkeypatch.setattr(owner, name, counted)
+    file = Path(shutil.copy(last, tmp_path / "a.ckpt"))
+    starting_point(Run(tmp_path / "new", "other"), str(file), "biart")
+    assert changes(file, TrainBiARTConfig()) and "fingerprint" in described(file)["vae"]
+    assert sorted(done) == ["load", "testzip"]
+    changed(file, put("latent_verse", "vae", value="new"))
+    assert described(file)["vae"] == "new"
 
 
 def test_an_average_of_another_shape_ends_the_command_in_one_line(place, last, backup, capsys):
@@ -303,23 +352,43 @@ def test_a_flipped_byte_in_the_newest_is_noticed_by_the_command(place, run, last
     assert naming("Resuming", backup).search(capsys.readouterr().out)
 
 
+@pytest.mark.parametrize("name", ["last-copied.ckpt", "last-epoch=0-step=9.ckpt"])
+def test_a_renamed_file_counts_by_the_step_that_it_stores(place, run, last, name, capsys):
+    """In the logs, whose later rows are computed again, and in what is said of a run that was finished."""
+
+    def logged() -> list[int]:
+        with (run.folder / "logs" / "metrics.csv").open() as file:
+            return [int(row["step"]) for row in csv.DictReader(file)]
+
+    before = logged()
+    last.rename(last.with_name(name))
+    assert train_biart.main(flags(place)) == 0
+    said = capsys.readouterr().out
+    assert naming("finished already", "--epochs").search(said) and naming("Resuming", name).search(said)
+    with (run.folder / "logs" / "metrics.csv").open("a") as file:  # as a run writes that is killed before it saves
+        columns = (run.folder / "logs" / "metrics.csv").read_text().split("\n")[0].split(",")
+        file.write(",".join("5" if column == "step" else "" for column in columns) + "\n")
+    assert train_biart.main(flags(place, *"--epochs 2 --limit_train_batches 2 --limit_val_batches 1".split())) == 0
+    assert before == [1] and logged() == [1, 3]
+
+
 # ------------------------------------------------------------------------------------------------------------ BiART
 
 
 def test_checkpoints_of_biart(trained_biart, tmp_path):
     run = Run(tmp_path / "new", "id")
-    assert starting_point(run, str(trained_biart), "biart") == trained_biart
+    assert starting_point(run, str(trained_biart), "biart")[0] == trained_biart
     content = torch.load(trained_biart, weights_only=True)
     optim = content["latent_verse"]["run"]["optim"]
     same = BiARTOptimConfig(optimizer=optim["optimizer"], ema_decay=optim["ema_decay"])
-    assert starting_point(run, str(trained_biart), "biart", optim=same) == trained_biart
+    assert starting_point(run, str(trained_biart), "biart", optim=same)[0] == trained_biart
     other = "adamw" if same.optimizer == "muon" else "muon"
     with pytest.raises(CheckpointError, match=naming(trained_biart, "optimizer", "adamw", "muon", "--optimizer")):
-        changes = BiARTOptimConfig(optimizer=other, ema_decay=optim["ema_decay"])
-        starting_point(run, str(trained_biart), "biart", optim=changes)
+        other_settings = BiARTOptimConfig(optimizer=other, ema_decay=optim["ema_decay"])
+        starting_point(run, str(trained_biart), "biart", optim=other_settings)
     with pytest.raises(CheckpointError, match=naming(trained_biart, "ema_decay")):
-        changes = BiARTOptimConfig(optimizer=same.optimizer, ema_decay=0 if same.ema_decay else 0.5)
-        starting_point(run, str(trained_biart), "biart", optim=changes)
+        other_settings = BiARTOptimConfig(optimizer=same.optimizer, ema_decay=0 if same.ema_decay else 0.5)
+        starting_point(run, str(trained_biart), "biart", optim=other_settings)
     file = changed(trained_biart, wrong_averages, to=tmp_path / "wrong.ckpt")
     with pytest.raises(CheckpointError, match=naming(file, (3,))):
         starting_point(run, str(file), "biart")
@@ -332,6 +401,6 @@ def wrong_averages(content: dict) -> None:
 
 def test_another_optimizer_of_an_augvae(trained_vae, tmp_path):
     run, file = Run(tmp_path, "id"), str(trained_vae)
-    assert starting_point(run, file, "augvae", optim=VAEOptimConfig()) == trained_vae
+    assert starting_point(run, file, "augvae", optim=VAEOptimConfig()) == (trained_vae, 1)
     with pytest.raises(CheckpointError, match=naming(file, "adamw", "muon", "--optimizer")):
         starting_point(run, file, "augvae", optim=VAEOptimConfig(optimizer="muon"))

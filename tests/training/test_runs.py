@@ -117,9 +117,40 @@ def test_runs_of_one_name_without_backup_get_folders_of_their_own(tmp_path):
         assert [run.folder.name for run in (first, second)] == ["a", "a-2"]
 
 
-def test_a_copied_run_does_not_share_a_backup_folder_with_its_original(tmp_path):
+@pytest.mark.parametrize("name", ["a", "b"])
+def test_a_copied_run_leaves_the_backups_of_its_original_alone(tmp_path, name):
+    """It resumes from its own checkpoints, and saves its own backups, at the same time too."""
+    shared = tmp_path / "shared"
+    original = begin(tmp_path / "one", "a", str(shared), steps=[3], last=[2])
+    shutil.copytree(original.folder, tmp_path / "two" / name)
+    told = pytest.warns(UserWarning, match=naming(tmp_path / "two" / name, original.folder, shared))
+    with hold(tmp_path / "one", backup_dir=shared) as first, told, hold(tmp_path / "two", name, True, shared) as second:
+        assert first == original and [file.name for file in states(first)] == [
+            "step=3.ckpt",
+            "last-epoch=0-step=2.ckpt",
+        ]
+        assert second.backups() != first.backups()
+        assert states(second) == [second.checkpoints / "last-epoch=0-step=2.ckpt"]
+        runs.start(second, CONFIG, "")
+    (second.backups() / "step=5.ckpt").touch()
+    assert resumes_from(tmp_path / "two", name, str(shared)) == "step=5.ckpt"  # and says nothing more
+    shutil.rmtree(original.folder)
+    assert resumes_from(tmp_path / "two", name, str(shared)) == "step=5.ckpt"
+
+
+def test_a_moved_run_keeps_its_backups_although_another_run_has_its_place(tmp_path):
     shared = tmp_path / "shared"
     original = begin(tmp_path / "one", "a", str(shared), steps=[3])
+    original.folder.rename(tmp_path / "b")
+    begin(tmp_path / "one", "a", str(shared), steps=[7])
+    assert resumes_from(tmp_path, "b", str(shared)) == "step=3.ckpt"
+
+
+def test_backups_of_an_earlier_version_do_not_say_whose_they_are(tmp_path):
+    """Then only one of the two copies runs at a time."""
+    shared = tmp_path / "shared"
+    original = begin(tmp_path / "one", "a", str(shared), steps=[3])
+    (original.backups() / "run.json").unlink()
     shutil.copytree(original.folder, tmp_path / "two" / "a")
     told = pytest.raises(InUse, match=naming("backup_dir", original.backups()))
     with hold(tmp_path / "one", backup_dir=shared), told, hold(tmp_path / "two", backup_dir=shared):
