@@ -26,7 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from latent_verse.augvae.model import AugVAE
 from latent_verse.biart.model import BiART
 from latent_verse.config import AugVAEConfig, BiARTConfig, SamplingSettings
-from latent_verse.data.text import BPETokenizer, load_tokenizer
+from latent_verse.data.text import BPETokenizer
+from latent_verse.data.tokenizer_files import load_tokenizer
 from latent_verse.evaluation import samples
 from latent_verse.inference.pipeline import LVerse
 from latent_verse.metrics.processes import Ranks

@@ -26,7 +26,8 @@ import torch
 
 from latent_verse.augvae.model import AugVAE
 from latent_verse.config.cli import parse
-from latent_verse.config.train import PRECISIONS, TrainVAEConfig, resolve_train_vae
+from latent_verse.config.train import PRECISIONS, TrainVAEConfig
+from latent_verse.config.train_rules import resolve_train_vae
 from latent_verse.data.datasets import open_images
 from latent_verse.data.modules import ImageDataModule
 from latent_verse.training.augvae import LitAugVAE

@@ -5,8 +5,11 @@ Nothing here depends on how long something took.
 
 from __future__ import annotations
 
+import ast
 import importlib
+import importlib.util
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,6 +40,15 @@ def rows_of(messages) -> dict[str, dict]:
             assert new["case"] in rows or not new["peers"] or new["area"] in TIMED_AT_ONCE
             rows[new["case"]] = new
     return rows
+
+
+@pytest.mark.parametrize("path", sorted(Path(run.__file__).parent.glob("*.py")), ids=lambda path: path.stem)
+def test_what_a_benchmark_imports_from_the_library_is_there(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("latent_verse"):
+            module = importlib.import_module(node.module)
+            for name in node.names:
+                assert hasattr(module, name.name) or importlib.util.find_spec(f"{node.module}.{name.name}"), name.name
 
 
 @pytest.mark.parametrize("area", run.AREAS)

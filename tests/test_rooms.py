@@ -15,6 +15,7 @@ SCRIPTS = sorted(ROOT.glob("*.py"))
 # From the ground up: a room imports rooms before it. The last ones are imported by nothing.
 ROOMS = {
     "config": {"omegaconf", "yaml"},
+    "files": set(),
     "shared": {"jinja2", "PIL", "torch", "tqdm"},  # files directly in latent_verse/ that several rooms use
     "nn": {"torch"},
     "augvae": {"torch", "einops", "torchmetrics", "torchvision"},
@@ -118,7 +119,7 @@ def test_the_reader_sees_every_kind_of_import(tmp_path, monkeypatch):
 def test_every_folder_is_a_room_and_every_room_a_folder():
     folders = {path.name for path in (ROOT / "latent_verse").iterdir() if (path / "__init__.py").exists()}
     assert folders | {"shared"} == set(ROOMS)
-    assert len(files_of("shared")) <= 4
+    assert len(files_of("shared")) <= 3
 
 
 @each_room

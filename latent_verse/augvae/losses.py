@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from latent_verse.config import ConfigError
-from latent_verse.config.settings import reason
+from latent_verse.config.messages import reason
 from latent_verse.config.train import VAELossConfig
 
 

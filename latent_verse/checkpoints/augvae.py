@@ -17,7 +17,8 @@ from latent_verse.checkpoints.checks import check_fits, crc32, json_object, read
 from latent_verse.checkpoints.ckpt_files import CheckpointError, fetch_from_hub, find_checkpoint, read_named
 from latent_verse.checkpoints.model_folders import ABOUT, check_about, write_about, writing
 from latent_verse.config import AugVAEConfig, as_plain
-from latent_verse.config.settings import expand, shown
+from latent_verse.config.messages import shown
+from latent_verse.config.settings import expand
 from latent_verse.config.train import TrainVAEConfig
 from latent_verse.config.train_rules import with_pretrained_shape
 

@@ -21,7 +21,8 @@ from latent_verse.checkpoints.checks import (
 from latent_verse.checkpoints.ckpt_files import CheckpointError, fetch_from_hub, fingerprint
 from latent_verse.checkpoints.model_folders import ABOUT, check_about, kind_of, write_about, writing
 from latent_verse.config import AugVAEConfig, BiARTConfig, UserError, as_plain
-from latent_verse.config.settings import expand, is_number, shown
+from latent_verse.config.messages import shown
+from latent_verse.config.settings import expand, is_number
 from latent_verse.data.text import TOO_LONG, Tokenizer
 from latent_verse.data.tokenizer_files import load_tokenizer
 

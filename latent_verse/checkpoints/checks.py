@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 from latent_verse.config import ConfigError, UserError
-from latent_verse.config.settings import Settings, is_number, reason
+from latent_verse.config.messages import reason
+from latent_verse.config.settings import Settings, is_number
 from latent_verse.files import FileError, read_json_object
 
 LONGEST = 200  # of texts and lists among a model's settings

@@ -28,7 +28,8 @@ from latent_verse.checkpoints.checks import (
     settings_from,
 )
 from latent_verse.config import AugVAEConfig, BiARTConfig, as_plain, training_only
-from latent_verse.config.settings import closest, differences, expand, is_count, is_number, reason
+from latent_verse.config.messages import closest, differences, reason
+from latent_verse.config.settings import expand, is_count, is_number
 
 Kind = Literal["augvae", "biart"]  # what a checkpoint says of itself
 Result = TypeVar("Result")

@@ -17,7 +17,8 @@ from typing import Any
 
 from latent_verse.checkpoints.checks import CheckpointError, json_object
 from latent_verse.config import ConfigError
-from latent_verse.config.settings import expand, reason
+from latent_verse.config.messages import reason
+from latent_verse.config.settings import expand
 from latent_verse.files import is_leftover, replacing_together, valid_json, write_json
 
 ABOUT = "config.json"

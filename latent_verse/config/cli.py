@@ -24,17 +24,15 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from latent_verse.config import program
+from latent_verse.config.messages import ConfigError, closest, shown
 from latent_verse.config.settings import (
-    ConfigError,
     checked,
-    closest,
     expand,
     expected,
     inner,
     is_list,
     is_optional,
     item_type,
-    shown,
     type_name,
     types_of,
 )

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from latent_verse.config.settings import URL, ConfigError, Settings, shown
+from latent_verse.config.messages import ConfigError, shown
+from latent_verse.config.settings import URL, Settings
 
 SPLIT_SETTINGS = ("dir", "captions", "size")
 

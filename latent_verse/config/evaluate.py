@@ -7,16 +7,8 @@ from dataclasses import dataclass, field, replace
 from typing import Optional, Tuple
 
 from latent_verse.config.datasets import EVAL_DATASETS, PAIR_DATASETS, check_effects, check_files, check_local
-from latent_verse.config.settings import (
-    ConfigError,
-    SamplingSettings,
-    Settings,
-    check_rules,
-    require,
-    same,
-    setting,
-    shown,
-)
+from latent_verse.config.messages import ConfigError, shown
+from latent_verse.config.settings import SamplingSettings, Settings, check_rules, require, same, setting
 from latent_verse.config.train import ImageDataConfig, PairDataConfig, TrainerConfig
 from latent_verse.config.train_rules import check_processes
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Optional, Tuple
 
 from latent_verse.config.evaluate import DTYPES, CaptionConfig, EvaluatedConfig, EvalWriteConfig
-from latent_verse.config.settings import ConfigError, SamplingSettings, Settings, check_rules, require, same, setting
+from latent_verse.config.messages import ConfigError
+from latent_verse.config.settings import SamplingSettings, Settings, check_rules, require, same, setting
 from latent_verse.config.train import TextConfig
 
 TASKS = ("complete", "score", "image", "text")  # `complete` takes texts as well, so it is looked for first

@@ -6,7 +6,8 @@ import itertools
 from dataclasses import dataclass, fields
 from typing import Optional, Tuple
 
-from latent_verse.config.settings import ConfigError, Settings, same, setting
+from latent_verse.config.messages import ConfigError
+from latent_verse.config.settings import Settings, same, setting
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 
-from latent_verse.config.settings import ConfigError, UserError, printable, reason, shown
+from latent_verse.config.messages import ConfigError, UserError, printable, reason, shown
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 GRACE = 10.0  # seconds that a process of several leaves to others, which may say why they failed, or end it

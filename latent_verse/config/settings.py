@@ -1,4 +1,4 @@
-"""What a setting is: a dataclass field with its help and its range; the error for a mistake in one; plain types.
+"""What a setting is: a dataclass field with its help and its range; paths; plain types.
 
 Each field's metadata holds what `latent_verse.config.cli` makes flags and YAML keys from. Leaf names are unique over
 the whole tree of a script, so that a leaf is also a flag. This room imports nothing but the standard library (cli.py
@@ -8,16 +8,17 @@ and yaml_files.py apart): the models can use it without YAML or argparse being l
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import math
 import numbers
 import operator
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Optional, get_args, get_origin, get_type_hints
+
+from latent_verse.config.messages import ConfigError, closest, shown
 
 PathKind = Literal[True, "hub", "shards", "first"]
 LARGEST = 2**63 - 1  # what PyTorch takes for an integer
@@ -25,28 +26,6 @@ EXACT = 2**53  # up to here every integer is exact in JSON and as a float
 LONGEST_NAME = 255  # bytes of a file's or folder's name, in all common file systems
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 WITHIN = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
-
-
-class UserError(ValueError):
-    """What a program reports as one line: a mistake of the user, mostly. The message says what to do."""
-
-    exit_code = 2  # of the program
-
-
-_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-
-
-def printable(text: object) -> str:
-    """A caption, a file's name or another text from outside as one line that is safe to print.
-
-    Control characters, which could move the cursor or change the terminal, line separators, characters that turn the
-    direction of writing, and lone surrogates, which stand for bytes of a name that are not UTF-8, become escapes.
-    """
-    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
-
-
-class ConfigError(UserError):
-    """A setting is unknown, of the wrong type, out of range, or contradicts another. The message says what to do."""
 
 
 def setting(
@@ -244,56 +223,6 @@ def is_number(value: object) -> bool:
     return isinstance(value, float) and math.isfinite(value)
 
 
-def shown(value: object, limit: int = 80) -> str:
-    """A value, file's name or other text as messages show it: as `repr` on one line, cut after `limit` characters.
-
-    No more than that is made of it: files may hold lists of lists that share their items, or that hold themselves.
-    """
-    text = ""
-    for piece in _pieces(value, limit):
-        text += piece
-        if len(text) > limit:
-            return f"{printable(text[:limit])}..."
-    return printable(text)
-
-
-def _pieces(value: object, limit: int) -> Iterator[str]:
-    """The parts of `repr(value)`, one after the other; of texts at least the first `limit` characters."""
-    if isinstance(value, (str, bytes)):
-        yield repr(value[: limit + 1])
-    elif isinstance(value, (dict, list, tuple)):
-        start, end = "{}" if isinstance(value, dict) else "[]" if isinstance(value, list) else "()"
-        yield start
-        for i, item in enumerate(value):
-            yield ", " if i else ""
-            yield from _pieces(item, limit)
-            if isinstance(value, dict):
-                yield ": "
-                yield from _pieces(value[item], limit)
-        yield f",{end}" if isinstance(value, tuple) and len(value) == 1 else end
-    else:
-        try:
-            yield " ".join(repr(value).split())
-        except (ValueError, RecursionError):  # an integer of more than 4300 digits
-            yield f"a value of type {type(value).__name__}"
-
-
-def reason(error: BaseException, limit: int = 200) -> str:
-    """Why something failed, for the end of a message: the first line of an error's own, cut after `limit` characters.
-
-    Libraries add advice after it, and paths, which the message names itself. An error without words gives its name.
-    """
-    lines = str(getattr(error, "strerror", None) or error).strip().splitlines() or [type(error).__name__]
-    text = printable(" ".join(lines[0].split()))
-    return text if len(text) <= limit else f"{text[:limit]}..."
-
-
-def differences(old: Mapping[str, object], new: Mapping[str, object]) -> list[str]:
-    """One line for each entry of `new` that `old` lacks or has another value of: `lr: 0.1 then, 0.2 now`."""
-    changed = {name: (old.get(name), value) for name, value in new.items() if old.get(name) != value}
-    return [f"{name}: {shown(before, 300)} then, {shown(now, 300)} now" for name, (before, now) in changed.items()]
-
-
 def by_name(sections: Iterable[Settings]) -> dict[str, tuple[dataclasses.Field, Any]]:
     """{name: (field, value)} of all settings of these sections."""
     return {f.name: (f, getattr(section, f.name)) for section in sections for f in dataclasses.fields(section)}
@@ -333,12 +262,6 @@ def require(sections: Iterable[Settings], *names: str, hint: str = "See --help."
         what = found[names[0]][0].metadata["help"]
         missing = f"{names[0]} is not given ({what})." if len(names) == 1 else f"Give one of {', '.join(names)}."
         raise ConfigError(f"{missing} {hint}")
-
-
-def closest(name: str, valid: Iterable[str], prefix: str = "", otherwise: str = ". See --help.") -> str:
-    """'. Did you mean X?' for the nearest valid names, or `otherwise`."""
-    near = difflib.get_close_matches(name[:100], list(valid), n=2, cutoff=0.6)
-    return f". Did you mean {' or '.join(prefix + n for n in dict.fromkeys(near))}?" if near else otherwise
 
 
 def training_only(cls: type) -> frozenset[str]:
@@ -383,15 +306,6 @@ def expand(path: str | os.PathLike, kind: PathKind, name: str, source: str = "")
         home = f"{name}: {shown(path)}{source} is below a home folder that is not known"
         raise ConfigError(f"{home}. If {path.split('/')[0]} is the name of a folder, write ./ before it.")
     return expanded
-
-
-def no_file(path: str | os.PathLike) -> str:
-    """What is wrong with a path that is not a regular file, after its name in a message."""
-    if os.path.isdir(path):
-        return "is a folder, not a file"
-    if os.path.exists(path):
-        return "is a pipe or device, not a file"
-    return "is a link to a file that does not exist" if os.path.islink(path) else "does not exist"
 
 
 def split_shards(source: str) -> list[str]:

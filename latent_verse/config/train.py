@@ -10,12 +10,7 @@ from latent_verse.config.datasets import (
     PAIR_DATASETS,
 )
 from latent_verse.config.models import AugVAEConfig, BiARTConfig, BiARTModelConfig
-from latent_verse.config.settings import (
-    SamplingSettings,
-    Settings,
-    same,
-    setting,
-)
+from latent_verse.config.settings import SamplingSettings, Settings, same, setting
 
 # short names of precision, and Lightning's
 PRECISIONS = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true"}

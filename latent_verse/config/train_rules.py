@@ -8,8 +8,9 @@ from dataclasses import fields, replace
 from typing import TypeVar
 
 from latent_verse.config.datasets import IMAGE_DATASETS, PAIR_DATASETS, Layout, check_effects, check_files, check_local
+from latent_verse.config.messages import ConfigError, shown
 from latent_verse.config.models import AugVAEConfig
-from latent_verse.config.settings import ConfigError, check_rules, require, shown, training_only
+from latent_verse.config.settings import check_rules, require, training_only
 from latent_verse.config.train import (
     PRECISIONS,
     EvalVAEConfig,

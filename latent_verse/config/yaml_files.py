@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from latent_verse.config.settings import ConfigError, as_plain, closest, no_file, reason, shown
+from latent_verse.config.messages import ConfigError, closest, no_file, reason, shown
+from latent_verse.config.settings import as_plain
 
 if TYPE_CHECKING:
     from yaml import Node

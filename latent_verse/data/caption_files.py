@@ -1,7 +1,7 @@
 """Reading the files that hold captions: text, JSON and tables. Errors name the setting, the file and the place in it.
 
-All text is read by the rules of files.py: UTF-8 with or without a byte order mark; lines end at \\n or \\r\\n only. A
-table or JSON file that is damaged is an error. A single caption that cannot be used is left out and counted.
+All text is read by the rules of files/reading.py: UTF-8 with or without a byte order mark; lines end at \\n or \\r\\n
+only. A table or JSON file that is damaged is an error. A single caption that cannot be used is left out and counted.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from collections import deque
 from collections.abc import Collection, Iterable, Iterator
 from functools import cache
 
-from latent_verse import files
 from latent_verse.config import printable
-from latent_verse.config.settings import expand, no_file, shown
+from latent_verse.config.messages import no_file, shown
+from latent_verse.config.settings import expand
 from latent_verse.data import DataError
 from latent_verse.data.folders import EXTENSIONS
-from latent_verse.files import lines_of, parse_json, setting_named, text_lines
+from latent_verse.files import lines_of, parse_json, read_text, reading, setting_named, text_lines
 
 IMAGE_COLUMNS = ("image", "image_path", "filepath", "file_name", "filename", "path")
 CAPTION_COLUMNS = ("caption", "captions", "text", "title")
@@ -57,7 +57,7 @@ def caption_lines(path: str) -> list[str]:
     if os.path.isfile(path) and os.path.getsize(path) > TEXT_BYTES:
         raise DataError(f"{path} is larger than {TEXT_BYTES} bytes. Is it the text of one image?")
     texts = []
-    for number, line in enumerate(lines_of(files.read_text(path)), start=1):
+    for number, line in enumerate(lines_of(read_text(path)), start=1):
         try:
             texts.append(clean(line))
         except DataError as error:
@@ -138,7 +138,7 @@ def read_json(path: str | os.PathLike, key: str) -> tuple[object, str]:
     """
     path = check_file(path, key)
     with setting_named(key):
-        return files.read_json(path), path
+        return reading.read_json(path), path
 
 
 def identifier(value: object) -> int | str | None:
@@ -242,7 +242,7 @@ class _OpenQuote(Exception):
 def _separated_rows(path: str, key: str) -> Iterator[tuple[str, object, object]]:
     tabs = path.lower().endswith(".tsv")
     delimiter = "\t" if tabs else ","
-    csv.field_size_limit(max(csv.field_size_limit(), files.LINE_BYTES))  # csv's own is shorter than some captions
+    csv.field_size_limit(max(csv.field_size_limit(), reading.LINE_BYTES))  # csv's own is shorter than some captions
     source = text_lines(path)
     waiting: deque[str] = deque()  # lines to be read again
     of_row: list[str] = []

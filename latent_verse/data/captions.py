@@ -18,7 +18,8 @@ from typing import NamedTuple
 import numpy as np
 
 from latent_verse.config import UserError, printable
-from latent_verse.config.settings import expand, shown
+from latent_verse.config.messages import shown
+from latent_verse.config.settings import expand
 from latent_verse.data import DataError
 from latent_verse.data.caption_files import (
     Pair,

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from latent_verse.config.settings import expand, is_count, reason, shown
+from latent_verse.config.messages import reason, shown
+from latent_verse.config.settings import expand, is_count
 from latent_verse.data import DataError
 from latent_verse.data.captions import CAPTION_SEED, CROP_SEED, CaptionList, EncodedCaption
 from latent_verse.data.images import SkipLog

@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latent_verse.config.settings import differences, expand_paths
+from latent_verse.config.messages import differences
+from latent_verse.config.settings import expand_paths
 from latent_verse.data import DataError
 from latent_verse.data.captions import PairDataset
 from latent_verse.data.codes import META, STORED_IDS, TOKENIZER, UNFINISHED, read_counts, smallest_type

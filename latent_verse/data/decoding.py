@@ -26,7 +26,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from latent_verse.config.settings import reason
+from latent_verse.config.messages import reason
 from latent_verse.data import DataError
 from latent_verse.data.jpeg_scans import END, GRAY, MORE, read_scans
 

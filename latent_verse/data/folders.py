@@ -8,7 +8,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 
 from latent_verse.config import printable
-from latent_verse.config.settings import expand, reason
+from latent_verse.config.messages import reason
+from latent_verse.config.settings import expand
 from latent_verse.data import DataError
 
 log = logging.getLogger(__name__)

@@ -20,6 +20,7 @@ PROGRESSIVE = (0xC2, 0xCA)
 AFTER_SCAN = (0xC4, 0xCC, 0xDB, 0xDC, DRI, SOS, EOI, *range(0xE0, 0xF0), 0xFE)
 GRAY = (127, 128)  # every channel of a pixel of which there are no data; CMYK is inverted
 END = bytes((0xFF, EOI))
+MAX_SCANS = 100  # photos have about ten; each costs a pass over all pixels, and a few kilobytes can ask for thousands
 MORE = bytes(value * 89 % 255 for value in range(1, 256))  # as data of pixels, they mean more than gray
 
 
@@ -33,7 +34,7 @@ class Scans(NamedTuple):
 
 def read_scans(data: bytes) -> Scans:
     """Look at all markers up to the end of the image; what follows it, as in photos of phones, does not matter."""
-    at = end = interval = 0
+    at = end = interval = scans = 0
     progressive = False
     unfinished: dict[int, int] = {}  # progressive: of each component, the coefficients whose last bits are to come
     while found := _MARKER.search(data, at):
@@ -52,6 +53,9 @@ def read_scans(data: bytes) -> Scans:
         elif kind == DRI:
             interval = int.from_bytes(body[:2], "big")
         elif kind == SOS:
+            scans += 1
+            if scans > MAX_SCANS:
+                return Scans(end, False, f"it has more than {MAX_SCANS} scans")
             if progressive and len(body) >= 4:
                 first, last, bits = body[-3:]
                 band = (2 << last) - (1 << first)
@@ -67,7 +71,9 @@ def read_scans(data: bytes) -> Scans:
             else:
                 return Scans(len(data.rstrip(b"\0\xff")), True)  # zeros: what was never written, or filled up
             at = found.start()
-            end = len(data[:at].rstrip(b"\xff"))
+            end = at
+            while data[end - 1] == 0xFF:  # fill bytes before the marker
+                end -= 1
             if kind not in AFTER_SCAN:
                 return Scans(end, True)
     return Scans(end, True)

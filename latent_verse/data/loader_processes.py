@@ -176,6 +176,8 @@ class Loader:
                 if worker.exitcode != 1 and worker.exitcode in errno.errorcode:
                     raise OSError(worker.exitcode, os.strerror(worker.exitcode)) from error
             raise
+        finally:
+            over.set()
 
     def _watch(self, over: threading.Event) -> None:
         """Kill processes that are frozen.

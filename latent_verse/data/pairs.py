@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from latent_verse.config import UserError
-from latent_verse.config.settings import shown
+from latent_verse.config.messages import shown
 from latent_verse.data import DataError
 from latent_verse.data.caption_files import clean
 from latent_verse.data.captions import CAPTION_SEED, CROP_SEED, EncodedCaption, PairDataset

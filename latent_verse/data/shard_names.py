@@ -15,7 +15,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from latent_verse.config import printable
-from latent_verse.config.settings import expand, reason, shown, split_shards
+from latent_verse.config.messages import reason, shown
+from latent_verse.config.settings import expand, split_shards
 from latent_verse.data import DataError
 from latent_verse.data.folders import EXTENSIONS, describe_files, walk
 from latent_verse.files import lines_of, read_text

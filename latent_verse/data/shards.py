@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from latent_verse.config.settings import reason
+from latent_verse.config.messages import reason
 from latent_verse.data import DataError
 from latent_verse.data.decoding import UnreadableImage, decode_rgb
 from latent_verse.data.folders import EXTENSIONS, describe_files

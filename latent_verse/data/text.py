@@ -23,7 +23,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from latent_verse.config import UserError
-from latent_verse.config.settings import shown
+from latent_verse.config.messages import shown
 
 VOCABULARY_FILE = "tokenizer.json"
 META_FILE = "tokenizer_config.json"

@@ -10,7 +10,7 @@ from typing import TypedDict
 
 import tokenizers
 
-from latent_verse.config.settings import reason, shown
+from latent_verse.config.messages import reason, shown
 from latent_verse.data.text import (
     META_FILE,
     VOCABULARY_FILE,

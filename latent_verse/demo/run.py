@@ -25,8 +25,9 @@ from typing import Any, Optional, TypeVar
 
 from latent_verse.config.cli import parse
 from latent_verse.config.generate import GenerateSamplingConfig, WriteConfig
+from latent_verse.config.messages import ConfigError, UserError
 from latent_verse.config.program import SIGNALS, killed_by, one_line_errors
-from latent_verse.config.settings import ConfigError, Settings, UserError, as_plain, same, setting
+from latent_verse.config.settings import Settings, as_plain, same, setting
 from latent_verse.config.train import PairDataConfig, TrainBiARTConfig, TrainVAEConfig
 from latent_verse.data.shapes import World
 from latent_verse.files import FileError, only_writer, read_json_object, write_json

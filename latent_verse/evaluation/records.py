@@ -12,7 +12,8 @@ from typing import Literal, TypedDict
 
 from latent_verse import __version__
 from latent_verse.config import printable
-from latent_verse.config.settings import is_number, no_file, shown
+from latent_verse.config.messages import no_file, shown
+from latent_verse.config.settings import is_a, is_number
 from latent_verse.data import DataError
 from latent_verse.files import read_json_object, setting_named
 
@@ -137,7 +138,8 @@ def _read_metrics(place: str) -> dict[str, dict]:
         for field in ("value", *SAME):
             numeric = field not in ("library", "protocol", "dtype")
             value, needed = record.get(field), field in ("value", "protocol")
-            if not (is_number(value) if numeric else isinstance(value, str)) and (needed or value is not None):
+            right = is_number(value) or is_a(value, int) if numeric else isinstance(value, str)  # a seed may be any int
+            if not right and (needed or value is not None):
                 found = f"is {shown(value)}" if field in record else "is missing"
                 raise DataError(f"{where}: `{field}` {found}; it has to be a {'number' if numeric else 'text'}.")
         for old, new in REWORDED.items() if not name.startswith("zero_shot/") else ():  # quotes the user's prompt

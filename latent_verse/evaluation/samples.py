@@ -19,7 +19,8 @@ from PIL import Image
 from torch import Tensor
 
 from latent_verse.config import ConfigError, SamplingSettings
-from latent_verse.config.settings import differences, is_count, is_number, reason, shown
+from latent_verse.config.messages import differences, reason, shown
+from latent_verse.config.settings import is_count, is_number
 from latent_verse.data import DataError
 from latent_verse.data.caption_files import caption_lines, clean
 from latent_verse.data.decoding import UnreadableImage, check_pixels, read_rgb

@@ -23,8 +23,9 @@ from latent_verse import files
 from latent_verse.config.cli import parse
 from latent_verse.config.evaluate import EvalDataConfig, EvaluatedConfig, EvalWriteConfig
 from latent_verse.config.generate import GenerateSamplingConfig, WriteConfig
+from latent_verse.config.messages import ConfigError
 from latent_verse.config.program import one_line_errors
-from latent_verse.config.settings import ConfigError, SamplingSettings, Settings, check_rules, require, same, setting
+from latent_verse.config.settings import SamplingSettings, Settings, check_rules, require, same, setting
 from latent_verse.data.shapes import SPLITS, Scene, ShapesDataset, World
 from latent_verse.metrics.intervals import wilson
 

@@ -22,7 +22,8 @@ from latent_verse.biart.sampling import beam_search, check_settings, generate, k
 from latent_verse.biart.sequence import Direction, Modality, target_modality
 from latent_verse.config import ConfigError, SamplingSettings
 from latent_verse.config.generate import GenerateSamplingConfig
-from latent_verse.config.settings import check, is_a, shown
+from latent_verse.config.messages import shown
+from latent_verse.config.settings import check, is_a
 from latent_verse.data.transforms import mix_seed
 from latent_verse.nn.compilation import why_not_compiled
 from latent_verse.nn.memory import machine_bytes

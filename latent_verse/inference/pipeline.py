@@ -27,7 +27,8 @@ from latent_verse.checkpoints.bundle import fingerprints, load_bundle, save_bund
 from latent_verse.checkpoints.ckpt_files import CheckpointError
 from latent_verse.config import ConfigError, SamplingSettings
 from latent_verse.config.evaluate import CaptionConfig
-from latent_verse.config.settings import check, reason, shown
+from latent_verse.config.messages import reason, shown
+from latent_verse.config.settings import check
 from latent_verse.config.train import BiARTLossConfig
 from latent_verse.data.text import Tokenizer
 from latent_verse.inference.batching import Sampler, whole

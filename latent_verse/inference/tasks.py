@@ -15,7 +15,7 @@ from torch import Tensor
 
 from latent_verse.config import ConfigError, printable
 from latent_verse.config.generate import GenerateConfig
-from latent_verse.config.settings import shown
+from latent_verse.config.messages import shown
 from latent_verse.data import DataError
 from latent_verse.data.caption_files import clean
 from latent_verse.data.folders import EXTENSIONS, describe_files, walk

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from latent_verse.config.settings import reason, shown
+from latent_verse.config.messages import reason, shown
 from latent_verse.data import DataError
 from latent_verse.data.caption_files import coco_number, identifier
 from latent_verse.data.text import LONG, beginning

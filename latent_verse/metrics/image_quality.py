@@ -23,7 +23,7 @@ from PIL import Image, ImageFilter
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance  # .image lacks it without torch-fidelity
 
-from latent_verse.config.settings import differences, reason
+from latent_verse.config.messages import differences, reason
 from latent_verse.data import DataError
 from latent_verse.files import replacing
 from latent_verse.metrics.networks import ClipNetwork, Inception

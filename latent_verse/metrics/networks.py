@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from latent_verse.config import ConfigError
-from latent_verse.config.settings import reason
+from latent_verse.config.messages import reason
 
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION}"

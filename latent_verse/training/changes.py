@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from latent_verse.checkpoints.ckpt_files import CheckpointError, described
 from latent_verse.config import as_plain, training_only
-from latent_verse.config.settings import differences
+from latent_verse.config.messages import differences
 from latent_verse.config.train import TrainBiARTConfig, TrainVAEConfig
 from latent_verse.data.modules import TrainLoader
 from latent_verse.training import runs

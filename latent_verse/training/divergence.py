@@ -20,7 +20,8 @@ from latent_verse.config import UserError
 from latent_verse.config.train import TrainVAEConfig
 from latent_verse.files import FileError
 from latent_verse.training import runs
-from latent_verse.training.backups import Backup, RunFolder, made_step, random_state, set_random_state
+from latent_verse.training.backups import Backup, RunFolder, made_step
+from latent_verse.training.process_state import random_state, set_random_state
 
 WHAT = ("the loss is", "gradients are", "weights are", "the optimizer's state is")  # in the order of a step
 LOSS, GRADIENTS, WEIGHTS, OPTIMIZER = range(len(WHAT))

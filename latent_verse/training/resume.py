@@ -38,8 +38,8 @@ from latent_verse.checkpoints.ckpt_files import (
 from latent_verse.config import AugVAEConfig, BiARTConfig
 from latent_verse.config.settings import is_count, is_number
 from latent_verse.config.train import BiARTOptimConfig, VAEOptimConfig
-from latent_verse.training.backups import set_random_state
 from latent_verse.training.optimizer import make_optimizer
+from latent_verse.training.process_state import set_random_state
 from latent_verse.training.runs import Run, states
 
 AVERAGES = {True: {"momentum"}, False: {"exp_avg", "exp_avg_sq"}}  # of a parameter of Muon, or else of AdamW

@@ -19,8 +19,9 @@ from typing import Any
 
 from latent_verse.checkpoints.ckpt_files import step_of
 from latent_verse.config import ConfigError
+from latent_verse.config.messages import differences
 from latent_verse.config.program import is_first_process
-from latent_verse.config.settings import differences, expand_paths
+from latent_verse.config.settings import expand_paths
 from latent_verse.files import (
     FileError,
     InUse,

@@ -22,16 +22,17 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from latent_verse.augvae.quantizer import world_size
 from latent_verse.config import ConfigError
+from latent_verse.config.messages import reason
 from latent_verse.config.program import is_first_process
-from latent_verse.config.settings import reason
 from latent_verse.config.train import TrainBiARTConfig, TrainerConfig, TrainVAEConfig
 from latent_verse.nn.compilation import why_not_compiled
 from latent_verse.training import runs
-from latent_verse.training.backups import Backup, BestAndLast, Interrupted, ProcessState, RunFolder, WholeFiles
+from latent_verse.training.backups import Backup, BestAndLast, Interrupted, RunFolder, WholeFiles
 from latent_verse.training.changes import AppliedSettings, changes
 from latent_verse.training.divergence import Divergence
 from latent_verse.training.launcher import PATIENCE, WatchedDDP, WatchedFSDP
 from latent_verse.training.logs import CSVLogger, TensorBoardLogger
+from latent_verse.training.process_state import ProcessState
 from latent_verse.training.progress_bar import ProgressBar
 from latent_verse.training.runs import Run
 

@@ -14,12 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from latent_verse import files
+from latent_verse.checkpoints import augvae, model_folders
+from latent_verse.checkpoints import bundle as of_bundle
 from latent_verse.checkpoints.augvae import load_augvae
 from latent_verse.checkpoints.bundle import load_bundle
 from latent_verse.checkpoints.ckpt_files import CheckpointError
 from latent_verse.config import UserError
-from latent_verse.files import FileError
+from latent_verse.files import FileError, writing
 from latent_verse.inference.pipeline import LVerse
 from tests.messages import naming
 from tests.tiny_lverse import make_lverse
@@ -103,17 +104,15 @@ def test_files_of_earlier_versions_are_read(bundle):
     LVerse.from_pretrained(bundle, "cpu")
 
 
-def test_a_setting_that_a_later_version_adds_changes_nothing(bundle, monkeypatch):
+def test_a_setting_that_a_later_version_adds_changes_nothing(bundle):
     """What is in the file counts, not what a version makes of it."""
     for name in ("config.json", "vae/config.json"):
         content = json.loads((bundle / name).read_text())
         for part in ("vae", "config"):
             if part in content:
                 del content[part]["norm"]  # as written by a version without it
-        from latent_verse.checkpoints import augvae, folders
-        from latent_verse.checkpoints import bundle as of_bundle
-
-        folders.write_about(bundle / name, content, (augvae if name.startswith("vae") else of_bundle).SETTINGS)
+        settings = (augvae if name.startswith("vae") else of_bundle).SETTINGS
+        model_folders.write_about(bundle / name, content, settings)
     LVerse.from_pretrained(bundle, "cpu")
 
 
@@ -254,7 +253,7 @@ def test_a_killed_export_leaves_the_old_bundle_and_can_be_repeated(model, bundle
     before = contents(bundle)
     another(model)
     if not (child := os.fork()):
-        calls, sync = [], files._sync
+        calls, sync = [], writing._sync
 
         def killed(path: Path) -> None:
             calls.append(path)
@@ -262,7 +261,7 @@ def test_a_killed_export_leaves_the_old_bundle_and_can_be_repeated(model, bundle
                 os.kill(os.getpid(), signal.SIGKILL)
             sync(path)
 
-        monkeypatch.setattr(files, "_sync", killed)
+        monkeypatch.setattr(writing, "_sync", killed)
         try:
             model.save_pretrained(bundle)
         finally:
@@ -270,7 +269,7 @@ def test_a_killed_export_leaves_the_old_bundle_and_can_be_repeated(model, bundle
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert {name: data for name, data in contents(bundle).items() if ".tmp" not in name} == before
     load_bundle(bundle)
-    files._tidied.clear()  # as in the process of the repeated command
+    writing._tidied.clear()  # as in the process of the repeated command
     model.save_pretrained(bundle)
     assert contents(bundle).keys() == before.keys() and contents(bundle) != before
     load_bundle(bundle)

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from latent_verse.config import program
+from latent_verse.config.messages import UserError
 from latent_verse.config.program import LOST, SIGNALS, Stopped, one_line_errors, verdict
-from latent_verse.config.settings import UserError
 from latent_verse.files import NotWritten
 from latent_verse.training.divergence import Diverged
 from tests.messages import naming

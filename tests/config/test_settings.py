@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from latent_verse.config import AugVAEConfig, BiARTConfig, ConfigError, Sampling
 from latent_verse.config.cli import leaves, parse
 from latent_verse.config.evaluate import EvalBiARTConfig, GenerationConfig, resolve_eval_biart
 from latent_verse.config.generate import GenerateConfig, GenerateSamplingConfig, resolve_generate
-from latent_verse.config.settings import differences, is_count, is_number, item_type, reason, shown
+from latent_verse.config.settings import is_count, is_number, item_type
 from latent_verse.config.train import (
     EvalVAEConfig,
     ImageDataConfig,
@@ -561,63 +560,8 @@ def test_the_home_folder_is_expanded_in_the_image_to_score_but_not_in_texts(monk
     assert config.what.score == ("/home/me/a.png", "~/a")
 
 
-def doubled(levels: int) -> list:
-    """Lists that share their items: 2**levels of them."""
-    value: list = ["x"]
-    for _ in range(levels):
-        value = [value, value]
-    return value
-
-
-def nested(levels: int) -> list:
-    value: list = []
-    for _ in range(levels):
-        value = [value]
-    return value
-
-
-def test_a_short_value_is_shown_as_python_writes_it():
-    for value in (1, 1.5, None, True, "it's", b"a\n", [], (), {}, (1,), [1, (2, "a")], {"a": [None], 2: ()}, {3}):
-        assert shown(value) == repr(value)
-
-
-def test_a_value_of_any_size_is_shown_in_one_short_line():
-    long = "a" * 10**6
-    values = [long, [long], {long: 1}, [1] * 10**6, doubled(40), {"lr": doubled(40)}, OrderedDict(a=doubled(40))]
-    for value in (*values, nested(100_000), 10**5000):
-        itself = [value]
-        itself.append(itself)
-        for odd in (value, itself):
-            assert len(shown(odd)) <= 83 and len(shown(odd, limit=10)) <= 13
-
-
-def test_what_is_shown_is_safe_to_print():
-    for odd in ("a\nb", "\x1b[2J", "\u202e", "\udcff", ["\x1b[2J"], Path("a\nb")):
-        assert shown(odd).isprintable()
-
-
-def test_reasons_are_one_bounded_line():
-    assert reason(ValueError("\n  not  this\nCUDA kernel errors might be reported later")) == "not this"
-    assert reason(FileNotFoundError(2, "No such file or directory", "/a")) == "No such file or directory"
-    assert reason(TimeoutError()) == "TimeoutError"
-    assert len(reason(ValueError("a" * 10**6))) <= 203
-    assert reason(ValueError("\x1b[2J")).isprintable()
-
-
 def test_counts_and_numbers_that_a_file_may_hold():
     assert all(map(is_count, (0, 1, 2**53)))
     assert not any(map(is_count, (-1, 2**53 + 1, 1.0, True, "1", None, 10**5000)))
     assert all(map(is_number, (0, -1, 1.5, -(2**53))))
     assert not any(map(is_number, (math.nan, math.inf, True, "1", None, 10**5000)))
-
-
-def test_differences_name_the_setting_and_both_values():
-    old = {"lr": 0.1, "same": 1, "gone": 2}
-    assert differences(old, {"lr": 0.2, "same": 1, "name": "a"}) == [
-        "lr: 0.1 then, 0.2 now",
-        "name: None then, 'a' now",
-    ]
-    assert differences(old, {"same": 1}) == []
-    for large in ("a" * 100_000, doubled(60)):
-        (line,) = differences({"lr": large}, {"lr": 1})
-        assert len(line) < 400 and line.endswith(", 1 now")

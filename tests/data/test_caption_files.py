@@ -8,12 +8,12 @@ import logging
 import pytest
 from PIL import Image
 
-from latent_verse import files
 from latent_verse.config import UserError
 from latent_verse.data import DataError, caption_files
 from latent_verse.data.caption_files import caption_lines, clean, coco_number, identifier, read_json, table_rows
 from latent_verse.data.captions import CocoCaptions, KarpathyCaptions, PairFolder, TableCaptions
 from latent_verse.data.pairs import captions_of
+from latent_verse.files import reading
 from tests.messages import naming
 
 R = 8
@@ -138,9 +138,9 @@ def test_sizes_are_bounded_before_memory_is_taken(images, monkeypatch):
         caption_lines(str(images / "a.txt"))
     with open(images / "a.json", "wb") as file:
         file.truncate(1 << 40)
-    with pytest.raises(UserError, match=naming("train_captions", images / "a.json", files.JSON_BYTES)):
+    with pytest.raises(UserError, match=naming("train_captions", images / "a.json", reading.JSON_BYTES)):
         read_json(images / "a.json", "train_captions")
-    monkeypatch.setattr(files, "LINE_BYTES", 100)
+    monkeypatch.setattr(reading, "LINE_BYTES", 100)
     for name in ("t.csv", "t.tsv", "t.jsonl"):
         table = write(images / name, "image,caption\n".replace(",", "\t" if name == "t.tsv" else ",") + "x" * 101)
         if name == "t.jsonl":

@@ -160,3 +160,13 @@ def test_every_reader_of_files_refuses_them(tmp_path):
     for read in (load_image, read_image):
         with pytest.raises(DataError, match=naming("damaged.jpg")):
             read(tmp_path / "damaged.jpg", 16)
+
+
+def test_thousands_of_scans_are_refused_before_anything_is_decoded(monkeypatch):
+    """Each costs a pass over all pixels: 2,000 of one byte, 22 kB, would be decoded for 8 seconds."""
+    data = jpeg("progressive")
+    last = data.rindex(b"\xff\xda")
+    many = data[:last] + data[last : last + 12] * 10_000 + data[last:]
+    monkeypatch.setattr(decoding, "_jpeg_pixels", None)
+    with pytest.raises(UnreadableImage, match=naming("scans")):
+        decode_rgb(many)

@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import resource
 import signal
+import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -127,6 +129,22 @@ def test_a_frozen_loader_process_does_not_outlive_a_run_that_fails(monkeypatch):
     monkeypatch.setattr(loader_processes, "PATIENCE", 3)
     found = ends_with(lambda: os.kill(os.getpid(), signal.SIGSTOP))
     assert naming("timed out", 3).search(str(found))
+
+
+def test_what_watches_a_pass_ends_with_it(monkeypatch):
+    monkeypatch.setattr(loader_processes, "PATIENCE", 1)
+    before = threading.active_count()
+    data = module(num_workers=1)
+    loader = data.train_dataloader()
+    assert len(list(loader)) == 2
+    left_early = iter(loader)
+    next(left_early)
+    left_early.close()
+    data.on_exception(KeyboardInterrupt())
+    end = time.monotonic() + 30
+    while threading.active_count() > before and time.monotonic() < end:
+        time.sleep(0.02)
+    assert threading.active_count() <= before
 
 
 @pytest.mark.timeout(120)

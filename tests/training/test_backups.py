@@ -1,18 +1,16 @@
-"""Best, last and backups: whole files, in a folder that may move; a disk that is full; the random number generators."""
+"""Best, last and backups: whole files, in a folder that may move; a disk that is full."""
 
 from __future__ import annotations
 
 import errno
 import math
 import os
-import random
 import shutil
 import signal
 import sys
 import warnings
 from pathlib import Path
 
-import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -23,7 +21,7 @@ from latent_verse.checkpoints.ckpt_files import MONITOR, read_ckpt, score_of
 from latent_verse.config.train import TrainerConfig, TrainVAEConfig
 from latent_verse.files import FileError, NotWritten
 from latent_verse.training import backups, runs
-from latent_verse.training.backups import Interrupted, RunFolder, random_state, set_random_state
+from latent_verse.training.backups import Interrupted, RunFolder
 from latent_verse.training.divergence import Diverged
 from latent_verse.training.runs import Run
 from latent_verse.training.trainer import make_trainer
@@ -328,21 +326,3 @@ def test_what_the_first_process_cannot_write_is_known_to_all_and_none_waits(tmp_
     assert names(folder / "backups") == ["step=2.ckpt", "step=3.ckpt"]
     assert names(folder / "checkpoints") == ["best-epoch=0-step=4.ckpt"]
     assert not (tmp_path / "only of rank 1").exists() and not unfinished(tmp_path)
-
-
-# ------------------------------------------------------------------------------------------------------ random numbers
-
-
-def test_random_numbers_go_on_where_they_were_saved_on_a_gpu_too(monkeypatch):
-    gpu = torch.Generator().manual_seed(7)  # stands in for the GPU's, which dropout uses there
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_rng_state", gpu.get_state)
-    monkeypatch.setattr(torch.cuda, "set_rng_state", gpu.set_state)
-
-    def draw() -> list[float]:
-        return [random.random(), float(np.random.rand()), float(torch.rand(())), float(torch.rand((), generator=gpu))]
-
-    state = random_state()
-    first, second = draw(), draw()
-    set_random_state(state)
-    assert draw() == first != second

@@ -1,4 +1,4 @@
-"""Writing files whole or not at all, locking folders; reading text and JSON."""
+"""Writing files and folders whole or not at all, and having a folder to oneself."""
 
 from __future__ import annotations
 
@@ -10,24 +10,15 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
-from types import ModuleType
-from typing import BinaryIO, ClassVar
 
 from latent_verse.config import UserError
-from latent_verse.config.settings import no_file, reason
+from latent_verse.config.messages import reason
+from latent_verse.files.locks import Lock, lock_of
+from latent_verse.files.reading import FileError
 
-fcntl: ModuleType | None
-try:
-    import fcntl
-except ModuleNotFoundError:  # Windows
-    fcntl = None
-
-LINE_BYTES = 1 << 26  # of one line of a text file that is read line by line: 64 MiB
-JSON_BYTES = 1 << 32  # of a JSON file, which is read whole: 4 GiB
 # what is wrong with a path, rather than with the disk
 MISTAKES = tuple(
     getattr(errno, name)
@@ -35,133 +26,10 @@ MISTAKES = tuple(
 )
 
 
-class FileError(UserError):
-    """A file cannot be read as what it should be, or written. The message names it, the place in it and the remedy."""
-
-
-def read_bytes(path: str | os.PathLike) -> bytes:
-    """The content of a regular file.
-
-    Raises:
-        FileError: it is absent, a folder, a pipe or device (which might never end), or cannot be read.
-    """
-    with _regular(path) as file:
-        return file.read()
-
-
-@contextmanager
-def setting_named(setting: str) -> Iterator[None]:
-    """What is said inside of a file names also the setting that gave the file."""
-    try:
-        yield
-    except FileError as error:
-        raise type(error)(f"{setting}: {error}") from error
-
-
-@contextmanager
-def _regular(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """A regular file, open. What goes wrong inside is a FileError that names it."""
-    try:
-        if os.path.exists(path) and not os.path.isfile(path):
-            raise FileError(f"{path} {no_file(path)}.")
-        with open(path, "rb") as file:
-            yield file
-    except (OSError, ValueError) as error:  # ValueError: a path with a null character
-        if isinstance(error, UserError):
-            raise
-        raise FileError(f"{path} cannot be read: {reason(error)}.") from error
-
-
-def decode_text(data: bytes, name: object) -> str:
-    """The text of a file called `name` in messages: UTF-8, with or without a byte order mark.
-
-    Raises:
-        FileError: it is not UTF-8.
-    """
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise FileError(f"{name} is not UTF-8 (line {line}, byte {error.start}). Save it as UTF-8.") from error
-
-
-def read_text(path: str | os.PathLike) -> str:
-    """The text of a file. Raises as `read_bytes` and `decode_text`."""
-    return decode_text(read_bytes(path), path)
-
-
-def lines_of(text: str) -> list[str]:
-    """The lines of a text, which end at \\n or \\r\\n and at no other character: str.splitlines knows ten more."""
-    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []
-
-
-def text_lines(path: str | os.PathLike) -> Iterator[str]:
-    """The lines of a text file, by the rules of `decode_text` and `lines_of`; only one of them is in memory.
-
-    Raises:
-        FileError: as `read_bytes`; a line is not UTF-8, or longer than LINE_BYTES.
-    """
-    start = 0
-    with _regular(path) as file:
-        for number, line in enumerate(iter(lambda: file.readline(LINE_BYTES + 1), b""), start=1):
-            if len(line) > LINE_BYTES:
-                raise FileError(f"{path} line {number} is longer than {LINE_BYTES} bytes. Is it a text file?")
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                place = f"line {number}, byte {start + error.start}"
-                raise FileError(f"{path} is not UTF-8 ({place}). Save it as UTF-8.") from error
-            start += len(line)
-            yield text.removesuffix("\n").removesuffix("\r")
-
-
-def parse_json(text: str, name: object) -> object:
-    """The content of a JSON file or line called `name` in messages.
-
-    Raises:
-        FileError: it is not valid JSON, nested too deeply, or gives a key twice, of which Python would take the last.
-    """
-
-    def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
-            raise FileError(f"{name} gives the key {twice[:80]!r} twice in one object. Keep one.")
-        return found
-
-    try:
-        return json.loads(text, object_pairs_hook=once)
-    except FileError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise FileError(
-            f"{name} is not valid JSON ({reason(error)}). Was it written or downloaded completely?"
-        ) from error
-
-
-def read_json(path: str | os.PathLike) -> object:
-    """The content of a JSON file of at most JSON_BYTES. Raises as `read_text` and `parse_json`."""
-    if os.path.isfile(path) and os.path.getsize(path) > JSON_BYTES:
-        raise FileError(f"{path} is larger than {JSON_BYTES} bytes, which is what is read of a JSON file. Split it.")
-    return parse_json(read_text(path), path)
-
-
-def read_json_object(path: str | os.PathLike) -> dict[str, object]:
-    """As `read_json`, of a file that has to hold an object, {...}."""
-    content = read_json(path)
-    if not isinstance(content, dict):
-        raise FileError(f"{path} holds a {type(content).__name__} where an object, {{...}}, is expected.")
-    return content
-
-
 class NotWritten(FileError):
     """The machine cannot write a file that could be there: its disk is full or read-only, or has an error."""
 
     exit_code = 1
-
-
-class InUse(FileError):
-    """Another process holds the lock of a folder."""
 
 
 @contextmanager
@@ -210,7 +78,7 @@ def replacing(path: Path, durable: bool = True) -> Iterator[Path]:
                 raise
         finally:
             shutil.rmtree(place, ignore_errors=True)
-            lock.let_go()
+            lock.release()
         if durable:
             _sync(path.parent)
 
@@ -249,15 +117,15 @@ _tidied: set[Path] = set()  # folders in which this process has looked for what 
 _LEFTOVER = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")  # what `_place_beside` makes
 
 
-def _place_beside(path: Path) -> tuple[Path, _Lock]:
+def _place_beside(path: Path) -> tuple[Path, Lock]:
     """A new hidden folder beside `path`, and its lock."""
     while True:
         place = Path(tempfile.mkdtemp(".tmp", f".{path.name[:50]}.", path.parent))
         with suppress(FileNotFoundError, BlockingIOError):
-            lock = _Lock(place)
+            lock = Lock(place)
             if place.exists():  # else another process took it for a leftover, before it was locked
                 return place, lock
-            lock.let_go()
+            lock.release()
 
 
 def is_leftover(path: Path) -> bool:
@@ -274,13 +142,13 @@ def remove_leftovers(folder: Path) -> None:
         if not _LEFTOVER.fullmatch(place.name) or place.is_symlink() or not place.is_dir():
             continue
         with suppress(FileNotFoundError, BlockingIOError):
-            lock = _Lock(place)
+            lock = Lock(place)
             if lock.works:
                 for old in place.glob("old/*"):
                     if (place / "new").exists() and not os.path.lexists(folder / old.name):
                         os.rename(place / "new", folder / old.name)
                 shutil.rmtree(place, ignore_errors=True)
-            lock.let_go()
+            lock.release()
 
 
 @contextmanager
@@ -323,7 +191,7 @@ def only_writer(folder: Path, setting: str) -> Iterator[int]:
     file = folder / ".lock"
     with made_folder(folder, setting):
         with _refusing(file, f"{setting}: "):
-            lock = _lock_of(file, setting)
+            lock = lock_of(file, setting)
             if lock.works:
                 file.write_text(f"{os.getpid()} {os.uname().nodename}", encoding="utf-8")
             else:
@@ -334,67 +202,7 @@ def only_writer(folder: Path, setting: str) -> Iterator[int]:
         finally:
             with suppress(OSError):
                 file.unlink()
-            lock.let_go()
-
-
-def _lock_of(file: Path, setting: str) -> _Lock:
-    """The lock of a file, which is made if it does not exist."""
-    while True:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            lock = _Lock(file, os.O_RDWR | os.O_CREAT)
-        except FileNotFoundError:  # its last holder has removed the folder
-            continue
-        except BlockingIOError:
-            with open(file, encoding="utf-8", errors="replace") as holder:
-                found = re.fullmatch(r"(\d+) ([\w.-]+)", holder.read(300))
-            by = f"process {found[1]} on {found[2]}" if found else "another process"
-            raise InUse(f"{setting}: {file.parent} is in use by {by}. Wait for it, or name another.") from None
-        with suppress(FileNotFoundError):
-            if not lock.works or os.path.samestat(os.stat(file), os.fstat(lock.number)):
-                return lock
-        lock.let_go()  # of a file that its last holder has removed
-
-
-class _Lock:
-    """A lock of a file or folder, held until it is let go or the process ends, however it ends. Forks do not hold it.
-
-    Raises:
-        BlockingIOError: another process holds it.
-    """
-
-    WITHOUT = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EBADF)
-    held: ClassVar[set[int]] = set()
-
-    def __init__(self, path: Path, flags: int = os.O_RDONLY):
-        self.works = False  # whether there are locks, in this operating system and file system
-        self.number = -1
-        if fcntl is None:
-            return
-        self.number = os.open(path, flags, 0o666)
-        self.held.add(self.number)
-        try:
-            fcntl.flock(self.number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self.works = True
-        except OSError as error:
-            if error.errno not in self.WITHOUT:  # some network file systems
-                self.let_go()
-                raise
-
-    def let_go(self) -> None:
-        if self.number in self.held:
-            self.held.discard(self.number)
-            os.close(self.number)
-
-    @classmethod
-    def close_all(cls) -> None:
-        """In a forked process: a data loader's would hold the lock for seconds after its parent was killed."""
-        while cls.held:
-            os.close(cls.held.pop())
-
-
-if fcntl is not None:
-    os.register_at_fork(after_in_child=_Lock.close_all)
+            lock.release()
 
 
 @contextmanager

@@ -1,13 +1,10 @@
-"""files.py: an interrupted write leaves all that was there or all that is new; locks; text is read by one rule."""
+"""Writing: an interrupted write leaves all that was there or all that is new."""
 
 from __future__ import annotations
 
 import errno
 import json
 import os
-import signal
-import subprocess
-import sys
 import tempfile
 
 import numpy as np
@@ -15,28 +12,22 @@ import pytest
 import safetensors.torch
 import torch
 
-from latent_verse import files
 from latent_verse.files import (
     FileError,
-    InUse,
     NotWritten,
     append,
-    decode_text,
-    lines_of,
     made_folder,
     only_writer,
-    parse_json,
-    read_bytes,
     read_json,
-    read_json_object,
     read_text,
     replacing,
-    text_lines,
     write_bytes,
     write_json,
     write_text,
+    writing,
 )
 from tests.messages import naming
+from tests.waiting_processes import kill, start
 
 
 def names(folder) -> list[str]:
@@ -84,30 +75,6 @@ def test_it_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     assert events == [(tmp_path / "a.txt").stat().st_ino, "replace", tmp_path.stat().st_ino]
 
 
-CHILD = """
-import os, sys, time
-from pathlib import Path
-from latent_verse import files
-folder = Path(sys.argv[1])
-def wait():
-    print("ready", flush=True)
-    time.sleep(60)
-"""
-
-
-def start(folder, lines: str) -> subprocess.Popen:
-    """A process that runs these lines and has come to `wait()`."""
-    process = subprocess.Popen([sys.executable, "-c", CHILD + lines, str(folder)], stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "ready\n"
-    return process
-
-
-def kill(process: subprocess.Popen) -> None:
-    process.kill()
-    process.wait(30)
-    process.stdout.close()
-
-
 def test_what_a_killed_process_was_writing_goes_and_what_a_living_one_writes_stays(tmp_path, monkeypatch):
     lines = (
         "with files.replacing(folder / 'step=1.ckpt') as unfinished:\n    unfinished.write_bytes(b'half')\n    wait()"
@@ -120,7 +87,7 @@ def test_what_a_killed_process_was_writing_goes_and_what_a_living_one_writes_sta
         assert len(names(tmp_path)) == 2
         (tmp_path / ".mine.tmp").mkdir()  # of the user's
         (tmp_path / ".mine.abcdefgh.tmp").write_text("a file")
-        monkeypatch.setattr(files, "_tidied", set())
+        monkeypatch.setattr(writing, "_tidied", set())
         write_text(tmp_path / "other", "new")
         left = [name for name in names(tmp_path) if name.startswith(".step=1")]
         assert len(left) == 1 and list((tmp_path / left[0]).iterdir())
@@ -152,7 +119,7 @@ with files.replacing(folder / "folder") as unfinished:
 """
     kill(start(tmp_path, lines))
     assert not (tmp_path / "folder").exists()
-    monkeypatch.setattr(files, "_tidied", set())
+    monkeypatch.setattr(writing, "_tidied", set())
     write_text(tmp_path / "beside", "")
     assert names(tmp_path) == ["beside", "folder"] and names(tmp_path / "folder") == ["new"]
 
@@ -218,7 +185,7 @@ def test_a_fault_of_the_disk_is_no_mistake_of_the_user(tmp_path, monkeypatch, nu
     def failing(path):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(files, "_sync", failing)
+    monkeypatch.setattr(writing, "_sync", failing)
     with pytest.raises(FileError, match=naming(tmp_path / "a", os.strerror(number))) as caught:
         write_text(tmp_path / "a", "a")
     assert caught.value.exit_code == code and isinstance(caught.value, NotWritten) == (code == 1)
@@ -297,54 +264,6 @@ def test_a_folder_that_stays_empty_is_removed_with_those_above_it(tmp_path, cont
     assert names(tmp_path / "made" / "c") == ["results"]
 
 
-def test_a_folder_has_one_writer_at_a_time(tmp_path):
-    other = start(tmp_path, "with files.only_writer(folder / 'run', 'log_dir'):\n    wait()")
-    try:
-        told = pytest.raises(InUse, match=naming("log_dir", tmp_path / "run", other.pid, os.uname().nodename))
-        with told as caught, only_writer(tmp_path / "run", "log_dir"):
-            raise AssertionError
-        assert "\n" not in str(caught.value)
-    finally:
-        kill(other)
-    run = tmp_path / "run"  # a killed process leaves no lock
-    with only_writer(run, "log_dir"), pytest.raises(InUse), only_writer(run, "log_dir"):
-        raise AssertionError
-    with only_writer(run, "log_dir"):
-        pass
-
-
-def test_a_forked_process_does_not_hold_the_lock(tmp_path):
-    """A data loader's lives on for seconds after its parent was killed; the rerun must not be refused."""
-    lines = """
-with files.only_writer(folder / "run", "log_dir"):
-    if os.fork() == 0:
-        print("forked", flush=True)
-        time.sleep(20)
-        os._exit(0)
-    print(os.getpid(), flush=True)
-    wait()
-"""
-    process = subprocess.Popen([sys.executable, "-c", CHILD + lines, tmp_path], stdout=subprocess.PIPE, text=True)
-    assert "forked\n" in [process.stdout.readline() for _ in range(3)]
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait(30)
-    with only_writer(tmp_path / "run", "log_dir"):
-        pass
-    process.stdout.close()
-
-
-@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP])
-def test_without_locks_there_is_a_warning(tmp_path, monkeypatch, number):
-    def refuse(*args):
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(files.fcntl, "flock", refuse)
-    told = pytest.warns(UserWarning, match=naming("log_dir", tmp_path / "run", "locks"))
-    with told, only_writer(tmp_path / "run", "log_dir"):
-        write_text(tmp_path / "run" / "a", "")
-    assert names(tmp_path / "run") == ["a"]
-
-
 def test_a_folder_is_replaced_whole(tmp_path):
     for content in ({"a": "1", "b": "1"}, {"b": "2", "c": "2"}):
         with replacing(tmp_path / "folder") as unfinished:
@@ -363,56 +282,6 @@ def test_a_symbolic_link_gives_way_to_the_file_and_its_target_stays(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "target")
     write_text(tmp_path / "link", "new")
     assert [(tmp_path / name).read_text() for name in ("link", "target")] == ["new", "old"]
-
-
-def test_text_is_utf8_with_or_without_a_byte_order_mark(tmp_path):
-    for data in ("é\u2028b\n".encode(), "\ufeffé\u2028b\n".encode()):
-        (tmp_path / "a.txt").write_bytes(data)
-        assert read_text(tmp_path / "a.txt") == "é\u2028b\n"
-    with pytest.raises(FileError, match=naming("shard.tar: a.txt", "UTF-8", "line 2", "byte 3")):
-        decode_text(b"ok\n\xe9", "shard.tar: a.txt")
-
-
-def test_lines_end_at_newlines_only():
-    assert lines_of("a\u2028b\x0bc\x85d\r\n\ne\n") == ["a\u2028b\x0bc\x85d", "", "e"]
-    assert lines_of("") == [] and lines_of("\n") == [""] and lines_of("a") == ["a"]
-
-
-@pytest.mark.parametrize("text", ["{", "[" * 100_000, '{"a": ' + "9" * 5000 + "}"])
-def test_damaged_json_is_one_line(text):
-    with pytest.raises(FileError, match=naming("captions.json", "not valid JSON")) as caught:
-        parse_json(text, "captions.json")
-    assert "\n" not in str(caught.value)
-
-
-def test_a_json_key_given_twice_is_refused():
-    assert parse_json('[{"a": 1, "b": {"a": 2}}, {"a": 3}]', "x.json") == [{"a": 1, "b": {"a": 2}}, {"a": 3}]
-    for text in ('{"caption": "a", "caption": "b"}', '[{"b": {"caption": 1, "a": 2, "caption": 1}}]'):
-        with pytest.raises(FileError, match=naming("captions.json", "'caption'", "twice")):
-            parse_json(text, "captions.json")
-
-
-def test_what_is_no_file_is_refused_without_waiting(tmp_path):
-    os.mkfifo(tmp_path / "pipe")
-    for name, word in (("absent", "No such file"), (".", "a folder"), ("pipe", "a pipe"), ("a\0b", "null")):
-        with pytest.raises(FileError, match=word):
-            read_bytes(tmp_path / name)
-    write_json(tmp_path / "list.json", [1])
-    with pytest.raises(FileError, match=naming("list.json", "a list", "object")):
-        read_json_object(tmp_path / "list.json")
-
-
-def test_lines_are_read_one_at_a_time_by_the_same_rules(tmp_path):
-    for text in ("a\u2028b\x0bc\x85d\r\n\ne\n", "", "\n", "a", "a\r", "a\rb\n\n", "\ufeffa\n\ufeffb"):
-        (tmp_path / "a.txt").write_bytes(text.encode())
-        assert list(text_lines(tmp_path / "a.txt")) == lines_of(read_text(tmp_path / "a.txt"))
-    (tmp_path / "a.txt").write_bytes(b"ok\nno: \xe9\n")
-    lines = text_lines(tmp_path / "a.txt")
-    assert next(lines) == "ok"
-    with pytest.raises(FileError, match=naming(tmp_path / "a.txt", "UTF-8", "line 2", "byte 7")):
-        next(lines)
-    with pytest.raises(FileError, match=naming(tmp_path, "a folder")):
-        next(text_lines(tmp_path))
 
 
 def test_names_that_are_not_utf8_are_written_so_that_json_gives_them_back(tmp_path):
