@@ -131,8 +131,7 @@ def test_a_frozen_loader_process_does_not_outlive_a_run_that_fails(monkeypatch):
     assert naming("timed out", 3).search(str(found))
 
 
-def test_what_watches_a_pass_ends_with_it(monkeypatch):
-    monkeypatch.setattr(loader_processes, "PATIENCE", 1)
+def test_what_watches_a_pass_ends_with_it():
     data = ImageDataModule({"train": Failing(lambda: None)}, ImageDataConfig(batch_size=1))
     data.data = dataclasses.replace(data.data, num_workers=1)
     loader = data.train_dataloader()
