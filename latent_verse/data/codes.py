@@ -81,11 +81,16 @@ def read_meta(folder: str | os.PathLike, key: str) -> dict[str, Any]:
     raise DataError(f"{key}: {folder} is not a folder of codes: it holds no {META}.{hint}")
 
 
-def check_codes(meta: dict[str, Any], vae_fingerprint: str, tokenizer_fingerprint: str, key: str) -> None:
-    """Check that codes and ids are those of the AugVAE and the tokenizer with these fingerprints.
+def check_codes(
+    meta: dict[str, Any], vae_fingerprint: str, tokenizer_fingerprint: str, sizes: dict[str, int], key: str
+) -> None:
+    """Check that codes and ids are those of the AugVAE and the tokenizer with these fingerprints and `sizes`.
+
+    Args:
+        sizes: image_len, codebook_size and text_vocab.
 
     Raises:
-        DataError: they are not; naming the setting `key` and both fingerprints.
+        DataError: they are not; naming the setting `key` and what differs.
     """
     if meta["vae"] != vae_fingerprint:
         raise DataError(
@@ -98,6 +103,10 @@ def check_codes(meta: dict[str, Any], vae_fingerprint: str, tokenizer_fingerprin
             f"{tokenizer_fingerprint}. Extract train_dir and val_dir by one command, with the tokenizer of the run "
             "(and its --pretrained_path, if it has one)."
         )
+    for name, size in sizes.items():
+        if meta[name] != size:
+            remedy = "Copy it again, or extract the codes again."
+            raise DataError(f"{key}: {META} is damaged: {name} is {meta[name]}, but the model has {size}. {remedy}")
 
 
 def _check_captions(about: object, vocabulary: int) -> dict[str, list]:

@@ -240,12 +240,17 @@ def test_nothing_is_overwritten(made, tmp_path, tiny_augvae):
 def test_codes_of_another_augvae_or_tokenizer_are_refused(made, tiny_augvae):
     out, vae, bpe = made()
     meta = CodesDataset(out).meta
-    check_codes(meta, fingerprint(vae), bpe.fingerprint, "train_dir")
+    sizes = {name: meta[name] for name in ("image_len", "codebook_size", "text_vocab")}
+    assert sizes == {"image_len": vae.num_codes, "codebook_size": vae.config.num_tokens, "text_vocab": bpe.vocab_size}
+    check_codes(meta, fingerprint(vae), bpe.fingerprint, sizes, "train_dir")
+    for name, size in sizes.items():  # the weights' fingerprint says nothing of what codes.json declares
+        with pytest.raises(DataError, match=naming("train_dir", name, size, size + 1)):
+            check_codes(meta, fingerprint(vae), bpe.fingerprint, {**sizes, name: size + 1}, "train_dir")
     other = fingerprint(tiny_augvae(seed=1))
     with pytest.raises(DataError, match=naming("train_dir", fingerprint(vae), "vae_path", other)):
-        check_codes(meta, other, bpe.fingerprint, "train_dir")
+        check_codes(meta, other, bpe.fingerprint, sizes, "train_dir")
     with pytest.raises(DataError, match=naming("val_dir", bpe.fingerprint, "0123456789abcdef")):
-        check_codes(meta, fingerprint(vae), "0123456789abcdef", "val_dir")
+        check_codes(meta, fingerprint(vae), "0123456789abcdef", sizes, "val_dir")
 
 
 def test_damaged_folders_are_named(made, tmp_path):
