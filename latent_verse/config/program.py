@@ -310,6 +310,8 @@ def _fault(error: BaseException) -> str | None:
         return f"{text.rstrip('.')}. Install it: pip install {package}, or all of requirements.txt."
     if isinstance(error, OSError):
         names = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+        if isinstance(error, FileNotFoundError) and "temporary directory" in text:  # tempfile's
+            return "no folder for temporary files can be written, which PyTorch needs to start. Name one as TMPDIR."
         what = error.strerror or f"{type(error).__name__}: {text}"
         return f"{names + ': ' if names else ''}{what}.{REMEDIES.get(error.errno or 0, '')}"
     wandb = sys.modules.get("wandb")

@@ -22,7 +22,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from latent_verse.augvae.quantizer import world_size
 from latent_verse.config import ConfigError
-from latent_verse.config.messages import reason
+from latent_verse.config.messages import reason, shown
 from latent_verse.config.program import is_first_process
 from latent_verse.config.train import TrainBiARTConfig, TrainerConfig, TrainVAEConfig
 from latent_verse.nn.compilation import why_not_compiled
@@ -115,8 +115,8 @@ def log_in(t: TrainerConfig) -> None:
         remedy = "Run `wandb login`, set WANDB_API_KEY, or set WANDB_MODE=offline to log on this machine only"
         raise ConfigError(f"logger wandb: {reason(error).split('. ')[0].rstrip('.')}. {remedy}.") from error
     except ValueError as error:  # pydantic's, whose first line says little
-        said = reason(ValueError(" ".join(str(error).split())))
-        raise ConfigError(f"logger wandb: a WANDB_ variable or wandb's settings are wrong: {said}") from error
+        said = shown(" ".join(str(error).split()), 200)
+        raise ConfigError(f"logger wandb: a WANDB_ variable or wandb's settings are wrong: {said}.") from error
 
 
 @as_config_error()
@@ -291,7 +291,7 @@ def choose_strategy(t: TrainerConfig, accelerator: str, devices: int) -> str | S
 
 
 def make_logger(t: TrainerConfig, run: Run, first_step: int = 0) -> Logger:
-    """TensorBoard, Weights & Biases (offline with WANDB_MODE=offline) or CSV, into the run folder.
+    """TensorBoard, Weights & Biases (which reads WANDB_MODE) or CSV, into the run folder.
 
     CSV and TensorBoard have each step once: what an interrupted run had logged of `first_step` (which counts from 0)
     and later is removed from the file, or hidden. Weights & Biases shows both.
@@ -300,8 +300,7 @@ def make_logger(t: TrainerConfig, run: Run, first_step: int = 0) -> Logger:
         return TensorBoardLogger(run.folder, name="", version="logs", purge_step=first_step)
     if t.logger == "csv":
         return CSVLogger(run.folder / "logs", first_step)
-    name, offline = run.folder.name, os.environ.get("WANDB_MODE") == "offline"
-    return WandbLogger(name, run.folder, project="l-verse", id=run.id, resume="allow", offline=offline)
+    return WandbLogger(run.folder.name, run.folder, project="l-verse", id=run.id, resume="allow")
 
 
 def run_name(config: Training, given: Mapping[str, str], kind: str) -> str:

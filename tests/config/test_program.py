@@ -45,6 +45,7 @@ SHM = "Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback: 
         (OSError(errno.EMFILE, "Too many open files", "/x"), 1, ("/x", "ulimit -n", "--num_workers")),
         (OSError(errno.EAGAIN, "Resource temporarily unavailable"), 1, ("ulimit -u",)),
         (OSError("no name and no number"), 1, ("OSError", "no name and no number")),
+        (FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']"), 1, ("TMPDIR",)),
         (MemoryError(), 1, ("memory", "--batch_size")),
         (ImportError("libtorch_cuda.so: failed to map segment from shared object"), 1, ("memory",)),
         (ImportError("libtorch.so: cannot allocate memory in static TLS block"), 1, ("memory",)),

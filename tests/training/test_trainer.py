@@ -90,8 +90,9 @@ def test_weights_and_biases_without_a_key_is_refused_before_anything_is_made(err
         assert said.count("\n") == 1 and not (tmp_path / "runs").exists()
     asked.clear()
     trainer.log_in(TrainerConfig(logger="csv"))
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    trainer.log_in(TrainerConfig(logger="wandb"))
+    for mode in ("offline", "dryrun", "disabled"):
+        monkeypatch.setenv("WANDB_MODE", mode)
+        trainer.log_in(TrainerConfig(logger="wandb"))
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.setenv("LOCAL_RANK", "1")
     trainer.log_in(TrainerConfig(logger="wandb"))
