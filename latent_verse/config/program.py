@@ -156,6 +156,7 @@ class _Signals:
         self._is_main = _is_watched() or _runs_the_process()
         self._unraisable = sys.unraisablehook
         self._arrived: tuple[int, int] | None = None  # the ends of a pipe that each signal's number is written to
+        self._woken = -1  # what signals were written to before
         self._watch = threading.Thread(target=self._insist, daemon=True)
         self._over = threading.Event()
 
@@ -173,7 +174,7 @@ class _Signals:
                     self._arrived = os.pipe()
                     os.set_blocking(self._arrived[1], False)
                     self._watch.start()
-                    signal.set_wakeup_fd(self._arrived[1], warn_on_full_buffer=False)
+                    self._woken = signal.set_wakeup_fd(self._arrived[1], warn_on_full_buffer=False)
         return self
 
     def _insist(self) -> None:
@@ -192,7 +193,7 @@ class _Signals:
     def __exit__(self, *_: object) -> None:
         if self._arrived is not None:
             if self._watch.ident:
-                signal.set_wakeup_fd(-1)
+                signal.set_wakeup_fd(self._woken)
                 self._over.set()
                 os.write(self._arrived[1], b"\0")
                 self._watch.join()

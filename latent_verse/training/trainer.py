@@ -5,9 +5,10 @@ from __future__ import annotations
 import inspect
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -201,6 +202,8 @@ def fit(
     """
     for line in changes(start_from, module.config) if start_from else []:
         say(f"Changed since the checkpoint: {line}")
+    with suppress(OSError):  # in a file or pipe it would come with the program's end; what fails now is said then
+        sys.stdout.flush()
     failed = True
     try:
         trainer.fit(module, datamodule=data, ckpt_path=start_from, weights_only=True)
@@ -320,6 +323,7 @@ def quiet_lightning() -> None:
         ".*Total length of `list` across ranks is zero.*",
         ".*ModelParallelStrategy.*experimental.*",
         ".*callbacks used to create the checkpoint need to be provided.*",  # earlier versions had others
+        ".*all_gather_into_tensor. is deprecated.*",  # Lightning and PyTorch themselves call it
         ".*It is recommended to use .*sync_dist=True.*",  # the modules log values that are summed already
     ):
         warnings.filterwarnings("ignore", message)

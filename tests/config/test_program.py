@@ -244,6 +244,25 @@ def test_who_calls_a_program_in_its_own_process_gets_its_handlers_back():
     assert before == ({number: signal.getsignal(number) for number in SIGNALS}, sys.unraisablehook)
 
 
+def test_what_signals_were_written_to_before_gets_them_again():
+    """asyncio's loop, for example, or another program's pipe around this one."""
+    done = script("""
+    import socket
+    before = socket.socketpair()[0]
+    before.setblocking(False)
+    signal.set_wakeup_fd(before.fileno())
+    inner = []
+    @one_line_errors
+    def main():
+        inner.append(signal.set_wakeup_fd(-1))
+        signal.set_wakeup_fd(inner[0])
+        return 0
+    main()
+    print(signal.set_wakeup_fd(-1) == before.fileno(), inner[0] != before.fileno())
+    """)
+    assert done.stdout == "True True\n", done.stderr
+
+
 def test_an_ignored_signal_stays_ignored():
     assert script(MAIN.format("os.kill(os.getpid(), signal.SIGHUP)"), shell="trap '' HUP; exec {}").returncode == 0
 
