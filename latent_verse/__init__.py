@@ -7,10 +7,10 @@ Importing the package is quick: torch is loaded when the first of these names is
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False  # typing's, whose import takes time in which Ctrl-C would print a traceback
 if TYPE_CHECKING:
+    from typing import Any
+
     from latent_verse.augvae.model import AugVAE
     from latent_verse.biart.model import BiART
     from latent_verse.checkpoints.augvae import load_augvae
@@ -30,6 +30,8 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
     return getattr(importlib.import_module(_HOMES[name]), name)
 
 

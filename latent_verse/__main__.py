@@ -6,6 +6,10 @@ import difflib
 import importlib
 import sys
 
+import latent_verse.commands  # noqa: F401  before all others: Ctrl-C ends it without a traceback from here on
+from latent_verse.config.messages import ConfigError, shown
+from latent_verse.config.program import one_line_errors
+
 COMMANDS = {
     "train-vae": "train AugVAE-ML, or fine-tune AugVAE-SL from it",
     "eval-vae": "evaluate an AugVAE checkpoint",
@@ -22,16 +26,25 @@ commands (`latent-verse COMMAND --help` lists a command's settings):
 def main(argv: list[str] | None = None) -> int:
     """Run a command; its exit code, or 2 where there is no such command."""
     name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name not in COMMANDS:
+        return answer(name)
+    command = importlib.import_module(f"latent_verse.commands.{name.replace('-', '_')}")
+    return command.main(rest, f"latent-verse {name}")
+
+
+@one_line_errors
+def answer(name: str) -> int:
+    """Say which commands there are.
+
+    Raises:
+        ConfigError: `name` is none of them.
+    """
     if name in ("-h", "--help"):
         print(USAGE + "\n".join(f"  {command:<12} {what}" for command, what in COMMANDS.items()))
         return 0
-    if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.4)
-        hint = f"Did you mean {near[0]}?" if near else f"The commands are {', '.join(COMMANDS)}."
-        print(f"error: latent-verse has no command {name!r}. {hint}", file=sys.stderr)
-        return 2
-    command = importlib.import_module(f"latent_verse.commands.{name.replace('-', '_')}")
-    return command.main(rest, f"latent-verse {name}")
+    near = difflib.get_close_matches(name[:100], COMMANDS, n=1, cutoff=0.4)
+    hint = f"Did you mean {near[0]}?" if near else f"The commands are {', '.join(COMMANDS)}."
+    raise ConfigError(f"latent-verse has no command {shown(name)}. {hint}")
 
 
 if __name__ == "__main__":

@@ -49,6 +49,9 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, **kwargs)
         self._negative_number_matcher = re.compile(r"-\.?\d|-inf|-nan", re.IGNORECASE)
 
+    def print_help(self, file: Any = None) -> None:
+        (file or sys.stdout).write(self.format_help())  # argparse's own hides that it could not be written
+
     def error(self, message: str):
         dash = " A value that begins with - is written --flag=value." if "expected" in message else ""
         raise ConfigError(f"{message}.{dash} See --help.")

@@ -27,8 +27,10 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
+from typing import TextIO
 
 from latent_verse.config.messages import ConfigError, UserError, printable, reason, shown
+from latent_verse.config.settings import URL
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 GRACE = 10.0  # seconds that a process of several leaves to others, which may say why they failed, or end it
@@ -43,6 +45,7 @@ LOST_CONTACT = (
 
 LONGEST = 2000  # characters of a line
 NOT_PRINTED = "what was printed could not be written"
+OUTPUT_FAILS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)  # of a full disk, or a lost terminal
 
 WORKERS = "Give fewer --num_workers or a smaller --batch_size; with --num_workers 0 no such process is needed."
 SHARED = (
@@ -153,6 +156,7 @@ class _Signals:
         self._is_main = _is_watched() or _runs_the_process()
         self._unraisable = sys.unraisablehook
         self._arrived: tuple[int, int] | None = None  # the ends of a pipe that each signal's number is written to
+        self._woken = -1  # what signals were written to before
         self._watch = threading.Thread(target=self._insist, daemon=True)
         self._over = threading.Event()
 
@@ -170,7 +174,7 @@ class _Signals:
                     self._arrived = os.pipe()
                     os.set_blocking(self._arrived[1], False)
                     self._watch.start()
-                    signal.set_wakeup_fd(self._arrived[1], warn_on_full_buffer=False)
+                    self._woken = signal.set_wakeup_fd(self._arrived[1], warn_on_full_buffer=False)
         return self
 
     def _insist(self) -> None:
@@ -189,7 +193,7 @@ class _Signals:
     def __exit__(self, *_: object) -> None:
         if self._arrived is not None:
             if self._watch.ident:
-                signal.set_wakeup_fd(-1)
+                signal.set_wakeup_fd(self._woken)
                 self._over.set()
                 os.write(self._arrived[1], b"\0")
                 self._watch.join()
@@ -265,7 +269,8 @@ def _short_warnings() -> Iterator[None]:
 def _report(error: BaseException) -> int | None:
     """Print why the program ends; its exit code, or None for a fault of ours."""
     said, code = _one_line(error)
-    if code == 1 and isinstance(error, OSError) and error.filename is None and (failed := _printing_fails("\n")):
+    may_be_output = isinstance(error, OSError) and error.filename is None and error.errno in OUTPUT_FAILS
+    if may_be_output and (failed := _writing_fails(sys.stdout, "\n")):
         said = f"{NOT_PRINTED}: {reason(failed)}."  # of a print, or as a process was started, which flushes
     if said == LOST_CONTACT and _is_watched():
         return LOST
@@ -294,7 +299,8 @@ def _one_line(error: BaseException) -> tuple[str | None, int]:
 def _fault(error: BaseException) -> str | None:
     """What to say of an error of the machine's, or None."""
     text = str(error)
-    if isinstance(error, MemoryError):
+    unmapped = isinstance(error, ImportError) and re.search(r"failed to map segment|annot allocate memory", text)
+    if isinstance(error, MemoryError) or unmapped:  # of a library
         return FAULTS[r"can't allocate memory|out of memory"]
     if isinstance(error, ModuleNotFoundError):
         package = (error.name or "").partition(".")[0]
@@ -305,6 +311,8 @@ def _fault(error: BaseException) -> str | None:
         return f"{text.rstrip('.')}. Install it: pip install {package}, or all of requirements.txt."
     if isinstance(error, OSError):
         names = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+        if isinstance(error, FileNotFoundError) and "temporary directory" in text:  # tempfile's
+            return "no folder for temporary files can be written, which PyTorch needs to start. Name one as TMPDIR."
         what = error.strerror or f"{type(error).__name__}: {text}"
         return f"{names + ': ' if names else ''}{what}.{REMEDIES.get(error.errno or 0, '')}"
     wandb = sys.modules.get("wandb")
@@ -342,15 +350,21 @@ def is_first_process() -> bool:
 
 
 def _check_environment() -> None:
-    """Refuse what PyTorch and Lightning would read as numbers and cannot, such as `NODE_RANK=$UNSET`.
+    """Refuse what PyTorch and Lightning would read as numbers and cannot. Empty variables are unset, `RANK=$ABSENT`.
+
+    Where no launcher is at work, so is a MASTER_PORT that is not meant for them: Kubernetes sets it to a URL beside any
+    service called master.
 
     Raises:
         ConfigError: naming the variable.
     """
-    for name in (*RANKS, "WORLD_SIZE", "MASTER_PORT"):
+    for name in (*RANKS, "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
         value = os.environ.get(name, "0")
-        if not value.isdecimal():
-            raise ConfigError(f"the environment variable {name} is {shown(value)}, which is not a number. Unset it.")
+        if not value or (name == "MASTER_PORT" and URL.match(value) and not os.environ.keys() & RANKS):
+            del os.environ[name]
+        elif not value.isdecimal():
+            remedy = "It has to be a whole number from 0: unset it"
+            raise ConfigError(f"the environment variable {name} is {shown(value)}. {remedy}.")
 
 
 def print_error(said: str) -> None:
@@ -377,22 +391,26 @@ def _open_streams() -> None:
 
 
 def _flushed(code: int) -> int:
-    """The exit code, once what was printed has arrived; if it cannot, no later attempt is made, nor reported."""
-    if error := _printing_fails():
-        with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), sys.stdout.fileno())
-        if code:
-            return code
-        print_error(f"{NOT_PRINTED}: {reason(error)}.")
-        return 141 if isinstance(error, BrokenPipeError) else 1
+    """The exit code, once what was printed has arrived; if it cannot, no later attempt is made, nor reported.
+
+    Else Python would try at the very end, and leave with a code of its own, 120: for lost warnings on stderr too.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if error := _writing_fails(stream):
+            with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), stream.fileno())
+            if stream is sys.stdout and not code:
+                print_error(f"{NOT_PRINTED}: {reason(error)}.")
+                code = 141 if isinstance(error, BrokenPipeError) else 1
     return code
 
 
-def _printing_fails(more: str = "") -> Exception | None:
-    """Write what was printed, and `more`; why that cannot be done."""
+def _writing_fails(stream: TextIO, more: str = "") -> Exception | None:
+    """Write what was printed to a stream, and `more`; why that cannot be done."""
     try:
-        sys.stdout.write(more)
-        sys.stdout.flush()
+        if more:
+            stream.write(more)
+        stream.flush()
     except (OSError, ValueError) as error:
         return error
     return None

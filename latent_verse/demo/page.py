@@ -61,9 +61,8 @@ def read_curves(run: Path, names: dict[str, str]) -> dict[str, list[tuple[int, f
         with open(log, newline="") as file:
             for row in csv.DictReader(file):
                 for column, label in names.items():
-                    with contextlib.suppress(
-                        ValueError, TypeError
-                    ):  # a row without it, or one that somebody has edited
+                    # a row may lack it, or somebody has edited it
+                    with contextlib.suppress(ValueError, TypeError):
                         points[label][int(row.get("step"))] = float(row.get(column))
     return {label: sorted(of_label.items()) for label, of_label in points.items() if of_label}
 

@@ -129,7 +129,7 @@ def _claim(folder: Path, about: dict[str, object]) -> None:
     """Write the settings into a new folder; one that holds images must have the same settings."""
     file = folder / ABOUT
     if not file.is_file():
-        if any(walk(str(folder), (".png",), Counter())):
+        if folder.is_dir() and any(walk(str(folder), (".png",), Counter())):
             raise ConfigError(f"{folder} holds images of unknown origin. Give another --name, or remove them.")
         write_json(file, about)
         return

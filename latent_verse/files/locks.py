@@ -24,7 +24,12 @@ class InUse(FileError):
 
 
 def lock_of(file: Path, setting: str) -> Lock:
-    """The lock of a file, which is made if it does not exist."""
+    """The lock of a file, which is made if it does not exist.
+
+    Raises:
+        InUse: another process holds it.
+        OSError: there can be no such file.
+    """
     while True:
         file.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import BinaryIO
 
 from latent_verse.config import UserError
-from latent_verse.config.messages import no_file, reason
+from latent_verse.config.messages import no_file, reason, shown
 
 LINE_BYTES = 1 << 26  # of one line of a text file that is read line by line: 64 MiB
 JSON_BYTES = 1 << 32  # of a JSON file, which is read whole: 4 GiB
@@ -107,7 +107,7 @@ def parse_json(text: str, name: object) -> object:
         found = dict(pairs)
         if len(found) < len(pairs):
             ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
-            raise FileError(f"{name} gives the key {twice[:80]!r} twice in one object. Keep one.")
+            raise FileError(f"{name} gives the key {shown(twice)} twice in one object. Keep one.")
         return found
 
     try:

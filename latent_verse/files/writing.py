@@ -229,7 +229,8 @@ def _refusing(path: Path, of: str = "") -> Iterator[None]:
             for there in (p for p in (path, *path.parents) if os.path.lexists(p) and not p.is_dir()):
                 why = f"{there} is not a folder" if there.exists() else f"{there} is a link to what does not exist"
         kind = FileError if cause.errno in MISTAKES else NotWritten
-        raise kind(f"{of}{path} cannot be written: {why}{_room(path)}.") from error
+        room = _room(path) if kind is NotWritten else ""
+        raise kind(f"{of}{path} cannot be written: {why}{room}.") from error
 
 
 def _concerns(path: Path, named: str | bytes | int | None) -> bool:

@@ -208,7 +208,8 @@ def _write_images(
     write_text(folder / "pictures.jsonl", _jsonl(lines))
     save_png(grid(rows[:GRID_ROWS]), folder / "grid.png", {"settings": json.dumps(settings)})
     shown = f"the first {GRID_ROWS} rows" if len(rows) > GRID_ROWS else "all of them"
-    print(f"{len(lines)} images written to {folder}, {shown} in {folder / 'grid.png'} (seed {settings['seed']})")
+    number = "1 image" if len(lines) == 1 else f"{len(lines)} images"
+    print(f"{number} written to {folder}, {shown} in {folder / 'grid.png'} (seed {settings['seed']})")
 
 
 def _about(model: LVerse) -> dict[str, object]:

@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -25,7 +25,7 @@ from latent_verse.config import as_plain
 from latent_verse.config.program import SIGNALS, Stopped
 from latent_verse.config.train import TrainBiARTConfig, TrainVAEConfig
 from latent_verse.config.yaml_files import to_yaml
-from latent_verse.files import FileError, NotWritten, replacing
+from latent_verse.files import FileError, InUse, NotWritten, only_writer, replacing
 from latent_verse.training import runs
 from latent_verse.training.runs import Run
 
@@ -61,16 +61,56 @@ def only_warned() -> Iterator[None]:
 
 
 class RunFolder(pl.Callback):
-    """Make the run folder, once all processes have met; from `setup` on, `self.run` is the first process's in all."""
+    """Make the run folder, once all processes have met; from `setup` on, `self.run` is the first process's in all.
+
+    Where it vanishes while the run goes on (moved, removed, its disk unmounted), it is made anew, with a warning.
+
+    Raises:
+        InUse: another process has made it meanwhile, and runs there.
+    """
 
     def __init__(self, run: Run, config: TrainVAEConfig | TrainBiARTConfig):
         self.run = run
         self.config = config
+        self._held = ExitStack()  # locks of those made anew
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.run = trainer.strategy.broadcast(self.run)
         if trainer.is_global_zero:
-            runs.start(self.run, as_plain(self.config), to_yaml(self.config))
+            self._start()
+
+    def _start(self) -> None:
+        runs.start(self.run, as_plain(self.config), to_yaml(self.config))
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs, batch, batch_idx) -> None:
+        if trainer.is_global_zero:
+            self._keep()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero:
+            self._keep()
+
+    def _keep(self) -> None:
+        """Make the folder anew if its run.json is gone. To look takes microseconds."""
+        try:
+            os.stat(self.run.folder / "run.json")
+            return
+        except (FileNotFoundError, NotADirectoryError):
+            anew = "It is made anew; what was in it is not copied."
+            rank_zero_warn(f"{self.run.folder} was moved, removed or unmounted while the run writes there. {anew}")
+        except OSError:  # of a network disk, which may come back
+            return
+        try:
+            if not os.path.lexists(self.run.folder / ".lock"):
+                self._held.enter_context(only_writer(self.run.folder, "log_dir"))
+            self._start()
+        except InUse:
+            raise
+        except FileError as error:
+            rank_zero_warn(f"{error} Training continues.")
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._held.close()
 
 
 class WholeFiles(TorchCheckpointIO):

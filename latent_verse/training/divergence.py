@@ -97,10 +97,12 @@ class Divergence(pl.Callback):
         if not self._at_once:
             if trainer.is_last_batch or step == trainer.max_steps or step % trainer.log_every_n_steps == 0:
                 self._stop_if_noted(trainer, pl_module)
-        elif self._nothing_saved:
+        elif self._nothing_saved and self._last_saved(trainer) is None:  # a look at the disk: saving may fail
             state = copy.deepcopy(getattr(pl_module, "process_state", dict)())
             buffers = [buffer.clone() for buffer in pl_module.buffers()]
             self._start = StepStart(trainer.fit_loop.state_dict(), random_state(), state, buffers)
+        else:
+            self._nothing_saved, self._start = False, None
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
         self._note(WEIGHTS, trainer.global_step, all(map(is_finite, tensors_in(checkpoint["state_dict"]))))
@@ -108,7 +110,6 @@ class Divergence(pl.Callback):
         self._stop_if_noted(trainer, pl_module)
         if self._saving_start and self._start is not None:
             checkpoint["loops"]["fit_loop"] = self._start.loops
-        self._nothing_saved, self._start = False, None
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         value = trainer.callback_metrics.get("val/total_loss")

@@ -80,7 +80,7 @@ class CSVLogger(loggers.Logger):
         if not self._waiting:
             return
         rows, columns = self._waiting, self._columns
-        if columns is not None and set().union(*rows) <= set(columns):
+        if columns is not None and set().union(*rows) <= set(columns) and self.file.exists():  # else somebody moved it
             append(self.file, as_text(rows, columns).encode())
         else:
             before = [row for row in self._rows() if columns is not None or int(row["step"]) < self.first_step]

@@ -25,7 +25,7 @@ from latent_verse.augvae.model import AugVAE
 from latent_verse.biart.model import BiART
 from latent_verse.checkpoints.augvae import augvae_skeleton
 from latent_verse.checkpoints.bundle import biart_skeleton
-from latent_verse.checkpoints.checks import LONGEST, check_fits, check_tensor, number_in, settings_from
+from latent_verse.checkpoints.checks import check_fits, check_tensor, number_in, settings_from
 from latent_verse.checkpoints.ckpt_files import (
     CheckpointError,
     Kind,
@@ -36,6 +36,7 @@ from latent_verse.checkpoints.ckpt_files import (
     read_named,
 )
 from latent_verse.config import AugVAEConfig, BiARTConfig
+from latent_verse.config.messages import shown
 from latent_verse.config.settings import is_count, is_number
 from latent_verse.config.train import BiARTOptimConfig, VAEOptimConfig
 from latent_verse.training.optimizer import make_optimizer
@@ -47,13 +48,15 @@ AVERAGES = {True: {"momentum"}, False: {"exp_avg", "exp_avg_sq"}}  # of a parame
 UNUSED = ("amsgrad", "maximize", "capturable", "differentiable")
 OTHER_SETTINGS = {"fused": True, "foreach": True, "initial_lr": 0.0}  # of a group; which of them depends on the device
 EARLIER = {"verbose": False}  # schedules of earlier versions of PyTorch have it
-# names that Lightning's loops need; of the others it has new ones at times
-COUNTED = (
+# names that Lightning's loops need, at any depth; of the others its versions have some more or less
+COUNTED = {
     "epoch_progress",
     "epoch_loop.batch_progress",
     "epoch_loop.val_loop.batch_progress",
     "epoch_loop.automatic_optimization.optim_progress",
-)
+    *("optimizer", "step", "total", "current", "ready", "completed", "is_last_batch"),
+    *("epoch", "samples", "slots"),  # of TrainLoader
+}
 PLACE_IN_DATA = {"epoch": 0, "samples": 0, "slots": 0}  # of TrainLoader
 CHECKPOINTS: dict[str, Any] = dict.fromkeys(("best_model_score", "current_score"), 0.0)
 CHECKPOINTS |= dict.fromkeys(("dirpath", "best_model_path", "kth_best_model_path", "last_model_path"), "")
@@ -61,6 +64,9 @@ CHECKPOINTS |= {"kth_value": math.inf}  # of ModelCheckpoint
 # of fp16's GradScaler, whose own state is empty on a machine without a GPU
 SCALER = {"scale": 1.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000, "_growth_tracker": 0}
 ANY = object()  # a form that everything has
+# what a form asks for, in words
+EXPECTED = {dict: "a dict", list: "a list", tuple: "a list", Tensor: "a tensor", str: "a text", bool: "a bool"}
+EXPECTED |= {int: "a count", float: "a number", type(None): "None"}
 
 
 def starting_point(
@@ -239,10 +245,17 @@ def _check_progress(content: Mapping[str, Any], file: Path) -> None:
     form = _FitLoop(None).state_dict()
     if isinstance(data := found.get("state_dict"), dict) and "combined_loader" in data:
         form["state_dict"] = {"combined_loader": [PLACE_IN_DATA] * _length(data["combined_loader"])}
-    check_form({name: found[name] for name in form if name in found}, form, file, "loops", COUNTED)
+    check_form(_known(found, form), form, file, "loops", COUNTED)
     steps = found["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["total"]["completed"]
     if steps != content.get("global_step"):
         raise _damaged(file, f"its global_step is {content.get('global_step')}, but its optimiser made {steps} steps")
+
+
+def _known(found: object, form: object) -> object:
+    """`found` without the names that `form` lacks, at any depth of dicts."""
+    if isinstance(found, dict) and isinstance(form, dict):
+        return {name: _known(found[name], each) for name, each in form.items() if name in found}
+    return found
 
 
 def _check_callbacks(content: Mapping[str, Any], file: Path) -> None:
@@ -285,7 +298,7 @@ def check_form(found: object, form: object, file: Path, where: str, needed: Coll
     Args:
         form: a dict of names, a list, a tensor (its shape, and whether it is of whole numbers), text, a bool, a count,
             or a number that is not negative; an infinite one may be any but NaN. ANY is not looked at.
-        needed: those names of a dict that have to be there; by default all.
+        needed: of a dict's names, at any depth, those that have to be there; by default all.
 
     Raises:
         CheckpointError: a part is missing, not known, or of another kind.
@@ -294,12 +307,11 @@ def check_form(found: object, form: object, file: Path, where: str, needed: Coll
         return
     if isinstance(form, dict) and isinstance(found, dict):
         if unknown := found.keys() - form.keys():
-            named = next((name[:LONGEST] for name in unknown if isinstance(name, str)), "which is not text")
-            raise _damaged(file, f"{where} has an unknown part, {named}")
-        if missing := (form.keys() if needed is None else set(needed)) - found.keys():
+            raise _damaged(file, f"{where} has an unknown part, {shown(min(unknown, key=str))}")
+        if missing := (form.keys() if needed is None else form.keys() & set(needed)) - found.keys():
             raise _damaged(file, f"{where} lacks {min(missing)}")
         for name, value in found.items():
-            check_form(value, form[name], file, f"{where}: {name}")
+            check_form(value, form[name], file, f"{where}: {name}", needed)
     elif isinstance(form, (list, tuple)) and isinstance(found, (list, tuple)):
         if len(found) != len(form):
             raise _damaged(file, f"{where} has {len(found)} items, not {len(form)}")
@@ -310,7 +322,9 @@ def check_form(found: object, form: object, file: Path, where: str, needed: Coll
         if found.shape != form.shape or found.is_floating_point() != form.is_floating_point():
             raise _damaged(file, f"{where} has shape {tuple(found.shape)}, not {tuple(form.shape)}")
     elif not _is_like(found, form):
-        raise _damaged(file, f"{where} is a {type(found).__name__} that no run has saved")
+        is_plain = found is None or isinstance(found, (bool, int, float, str))
+        what = shown(found) if is_plain else f"a {type(found).__name__}"
+        raise _damaged(file, f"{where} is {what}, where {EXPECTED[type(form)]} is expected")
 
 
 def _is_like(found: object, form: object) -> bool:

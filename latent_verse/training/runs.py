@@ -19,7 +19,7 @@ from typing import Any
 
 from latent_verse.checkpoints.ckpt_files import step_of
 from latent_verse.config import ConfigError
-from latent_verse.config.messages import differences
+from latent_verse.config.messages import differences, reason, shown
 from latent_verse.config.program import is_first_process
 from latent_verse.config.settings import expand_paths
 from latent_verse.files import (
@@ -83,11 +83,13 @@ def open_run(log_dir: str, name: str, backup: bool, backup_dir: str | None, conf
         about = read_json_object(folder / "run.json")
         run_id, old = about["id"], about["config"]
         if not isinstance(run_id, str) or not SAFE_ID.fullmatch(run_id):
-            raise TypeError("id: another kind of text")
-        if not all(isinstance(old.get(name, {}), dict) for name in (*COMPUTES, "trainer")):
-            raise TypeError("config: a section is none")
-    except (FileError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{folder} exists but is not a run of this program ({error!r}). Choose --name.") from error
+            raise TypeError(f"The id in its run.json is {shown(run_id)}.")
+        if not isinstance(old, dict) or not all(isinstance(old.get(name, {}), dict) for name in (*COMPUTES, "trainer")):
+            raise TypeError("The config in its run.json does not have an object for each section.")
+    except (FileError, KeyError, TypeError) as error:
+        why = f"Its run.json lacks {error}." if isinstance(error, KeyError) else reason(error)
+        remedy = "choose another --name"
+        raise ConfigError(f"{folder} exists but is not a run of this program: {remedy}. {why}") from error
     run = Run(folder, run_id, place)
     if place is not None and (other := _owner_of_backups(run)):
         run = Run(folder, uuid.uuid4().hex[:12], place)
@@ -184,11 +186,11 @@ def run_folder(log_dir: str, name: str) -> Path:
         ConfigError: log_dir is a file, or the name cannot be a folder's.
     """
     if os.path.exists(log_dir) and not os.path.isdir(log_dir):
-        raise ConfigError(f"log_dir: {log_dir} is a file; name a folder.")
+        raise ConfigError(f"log_dir: {log_dir} is not a folder. Name one.")
     if not name or name in (".", "..") or "/" in name or os.sep in name or not name.isprintable():
-        raise ConfigError(f"name: {name!a} cannot be a folder name. Choose letters, digits, - and _.")
+        raise ConfigError(f"name: {shown(name)} cannot be a folder name. Choose letters, digits, - and _.")
     if len(os.fsencode(name)) > LONGEST_NAME:
-        raise ConfigError(f"name: {name[:20]}... has more than {LONGEST_NAME} bytes. Choose a shorter one.")
+        raise ConfigError(f"name: {shown(name)} has more than {LONGEST_NAME} bytes. Choose a shorter one.")
     return Path(log_dir) / name
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import inspect
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -22,7 +23,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from latent_verse.augvae.quantizer import world_size
 from latent_verse.config import ConfigError
-from latent_verse.config.messages import reason
+from latent_verse.config.messages import reason, shown
 from latent_verse.config.program import is_first_process
 from latent_verse.config.train import TrainBiARTConfig, TrainerConfig, TrainVAEConfig
 from latent_verse.nn.compilation import why_not_compiled
@@ -115,8 +116,8 @@ def log_in(t: TrainerConfig) -> None:
         remedy = "Run `wandb login`, set WANDB_API_KEY, or set WANDB_MODE=offline to log on this machine only"
         raise ConfigError(f"logger wandb: {reason(error).split('. ')[0].rstrip('.')}. {remedy}.") from error
     except ValueError as error:  # pydantic's, whose first line says little
-        said = reason(ValueError(" ".join(str(error).split())))
-        raise ConfigError(f"logger wandb: a WANDB_ variable or wandb's settings are wrong: {said}") from error
+        said = shown(" ".join(str(error).split()), 200)
+        raise ConfigError(f"logger wandb: a WANDB_ variable or wandb's settings are wrong: {said}.") from error
 
 
 @as_config_error()
@@ -201,6 +202,8 @@ def fit(
     """
     for line in changes(start_from, module.config) if start_from else []:
         say(f"Changed since the checkpoint: {line}")
+    with suppress(OSError):  # in a file or pipe it would come with the program's end; what fails now is said then
+        sys.stdout.flush()
     failed = True
     try:
         trainer.fit(module, datamodule=data, ckpt_path=start_from, weights_only=True)
@@ -291,7 +294,7 @@ def choose_strategy(t: TrainerConfig, accelerator: str, devices: int) -> str | S
 
 
 def make_logger(t: TrainerConfig, run: Run, first_step: int = 0) -> Logger:
-    """TensorBoard, Weights & Biases (offline with WANDB_MODE=offline) or CSV, into the run folder.
+    """TensorBoard, Weights & Biases (which reads WANDB_MODE) or CSV, into the run folder.
 
     CSV and TensorBoard have each step once: what an interrupted run had logged of `first_step` (which counts from 0)
     and later is removed from the file, or hidden. Weights & Biases shows both.
@@ -300,8 +303,7 @@ def make_logger(t: TrainerConfig, run: Run, first_step: int = 0) -> Logger:
         return TensorBoardLogger(run.folder, name="", version="logs", purge_step=first_step)
     if t.logger == "csv":
         return CSVLogger(run.folder / "logs", first_step)
-    name, offline = run.folder.name, os.environ.get("WANDB_MODE") == "offline"
-    return WandbLogger(name, run.folder, project="l-verse", id=run.id, resume="allow", offline=offline)
+    return WandbLogger(run.folder.name, run.folder, project="l-verse", id=run.id, resume="allow")
 
 
 def run_name(config: Training, given: Mapping[str, str], kind: str) -> str:
@@ -321,6 +323,7 @@ def quiet_lightning() -> None:
         ".*Total length of `list` across ranks is zero.*",
         ".*ModelParallelStrategy.*experimental.*",
         ".*callbacks used to create the checkpoint need to be provided.*",  # earlier versions had others
+        ".*all_gather_into_tensor. is deprecated.*",  # Lightning and PyTorch themselves call it
         ".*It is recommended to use .*sync_dist=True.*",  # the modules log values that are summed already
     ):
         warnings.filterwarnings("ignore", message)

@@ -191,6 +191,8 @@ def test_names_that_are_not_utf8_survive_and_nothing_printed_moves_the_cursor(bu
     assert all(os.path.exists(entry["image"]) for entry in lines(out / "captions.jsonl"))
     out = tmp_path / "out2"
     assert run(bundle, "--complete", files[0], "--rows", 2, "--out", out) == 0
+    sys.stdout.flush()
+    assert "\n1 image written" in sys.stdout.buffer.getvalue().decode(encoding)
     assert lines(out / "pictures.jsonl")[0]["completed"] == files[0]
     assert Image.open(out / "0000_00.png").text["completed"].endswith("lat\\udce9.png")
 

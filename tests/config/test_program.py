@@ -23,6 +23,7 @@ from latent_verse.training.divergence import Diverged
 from tests.messages import naming
 
 ROOT = Path(__file__).parents[2]
+SCRIPTS = ["train_vae.py", "eval_vae.py", "train_biart.py", "eval_biart.py", "generate.py", "latent_verse/__main__.py"]
 
 
 def failing(error: BaseException) -> int:
@@ -44,7 +45,10 @@ SHM = "Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback: 
         (OSError(errno.EMFILE, "Too many open files", "/x"), 1, ("/x", "ulimit -n", "--num_workers")),
         (OSError(errno.EAGAIN, "Resource temporarily unavailable"), 1, ("ulimit -u",)),
         (OSError("no name and no number"), 1, ("OSError", "no name and no number")),
+        (FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']"), 1, ("TMPDIR",)),
         (MemoryError(), 1, ("memory", "--batch_size")),
+        (ImportError("libtorch_cuda.so: failed to map segment from shared object"), 1, ("memory",)),
+        (ImportError("libtorch.so: cannot allocate memory in static TLS block"), 1, ("memory",)),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), 1, ("memory", "--batch_size")),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 1, ("memory", "--batch_size")),
         (RuntimeError(WORKER + "Killed. "), 1, ("memory", "--num_workers")),
@@ -240,6 +244,25 @@ def test_who_calls_a_program_in_its_own_process_gets_its_handlers_back():
     assert before == ({number: signal.getsignal(number) for number in SIGNALS}, sys.unraisablehook)
 
 
+def test_what_signals_were_written_to_before_gets_them_again():
+    """asyncio's loop, for example, or another program's pipe around this one."""
+    done = script("""
+    import socket
+    before = socket.socketpair()[0]
+    before.setblocking(False)
+    signal.set_wakeup_fd(before.fileno())
+    inner = []
+    @one_line_errors
+    def main():
+        inner.append(signal.set_wakeup_fd(-1))
+        signal.set_wakeup_fd(inner[0])
+        return 0
+    main()
+    print(signal.set_wakeup_fd(-1) == before.fileno(), inner[0] != before.fileno())
+    """)
+    assert done.stdout == "True True\n", done.stderr
+
+
 def test_an_ignored_signal_stays_ignored():
     assert script(MAIN.format("os.kill(os.getpid(), signal.SIGHUP)"), shell="trap '' HUP; exec {}").returncode == 0
 
@@ -269,6 +292,30 @@ def test_output_that_cannot_be_written(much):
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_warnings_that_cannot_be_written(unbuffered):
+    """Python would leave with 120, as it tries once more at the very end."""
+    shell = f"export PYTHONUNBUFFERED={unbuffered}; {{}} 2> /dev/full"
+    lost = "try: sys.stderr.write('x\\n')\n    except OSError: pass"  # as warnings and logs do
+    assert script(MAIN.format(lost), shell=shell).returncode == 0
+    closed = "read, write = os.pipe(); os.close(read); os.dup2(write, 1); os.dup2(write, 2)\n    "
+    assert script(MAIN.format(closed + lost), shell=shell).returncode == 0
+    assert script(MAIN.format(f"{closed}{lost}\n    print('x')"), shell=shell).returncode == 141
+    failed = MAIN.format("from latent_verse.config.messages import UserError; raise UserError('x')")
+    assert script(failed, shell=shell).returncode == 2
+
+
+@pytest.mark.parametrize(
+    "command", [*(f"{name} --help" for name in SCRIPTS[:5]), "-m latent_verse --help", "-m latent_verse demo"]
+)
+def test_what_a_program_says_of_itself_cannot_be_written(command):
+    for where, code in ((">", 1), ("2>", 0)):
+        shell = f"cd {ROOT} && exec {sys.executable} {command} {where} /dev/full"
+        done = subprocess.run(["bash", "-c", shell], text=True, timeout=60, capture_output=True)
+        assert done.returncode == (2 if "demo" in command else code), done.stderr
+        assert done.stderr.count("\n") == (where == ">"), done.stderr
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_a_full_disk_under_the_output_is_told_from_others(unbuffered):
     """Starting a process flushes stdout, or the print itself fails: long before the program's end."""
     printing = MAIN.format("print('x'); sys.stdout.flush()")
@@ -276,9 +323,8 @@ def test_a_full_disk_under_the_output_is_told_from_others(unbuffered):
     assert full.returncode == 1 and naming("printed").search(full.stderr) and full.stderr.count("\n") == 1
     other = script(MAIN.format("os.write(os.open('/dev/full', os.O_WRONLY), b'x')"))
     assert other.returncode == 1 and "printed" not in other.stderr
-
-
-SCRIPTS = ["train_vae.py", "eval_vae.py", "train_biart.py", "eval_biart.py", "generate.py", "latent_verse/__main__.py"]
+    none = script(MAIN.format("raise OSError('no name and no number')"))
+    assert (none.returncode, none.stdout) == (1, "")
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -299,18 +345,42 @@ def test_ctrl_c_while_a_program_is_imported_prints_no_traceback(name):
     assert (done.returncode, done.stderr.count("Traceback")) == (130, 0), done.stderr
 
 
+def test_the_package_itself_imports_nothing_in_which_ctrl_c_would_print_a_traceback():
+    code = "import sys; before = {*sys.modules}; import latent_verse; print(sorted({*sys.modules} - before))"
+    done = subprocess.run([sys.executable, "-S", "-c", code], cwd=ROOT, text=True, timeout=60, capture_output=True)
+    assert done.stdout == "['__future__', 'latent_verse']\n", done.stderr
+
+
 def test_ctrl_c_is_left_to_other_programs_that_import_one():
     left = script("import latent_verse.commands; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)")
     assert left.stdout == "True\n"
 
 
-@pytest.mark.parametrize("name", ["RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_PORT"])
-@pytest.mark.parametrize("value", ["", "abc", "1.5", "-1"])
+NUMBERS = ["RANK", "NODE_RANK", "SLURM_PROCID", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT"]
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("value", ["abc", "1.5", "-1"])
 def test_a_number_of_a_launcher_that_is_none_is_named(name, value, monkeypatch, capsys):
     monkeypatch.setenv(name, value)
     monkeypatch.setattr(program, "GRACE", 0)
     assert one_line_errors(lambda: 0)() == 2
-    assert naming(name, repr(value)).search(capsys.readouterr().err)
+    assert naming(name, repr(value), "whole number from 0").search(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_an_empty_number_of_a_launcher_is_as_if_unset(name, monkeypatch):
+    monkeypatch.setenv(name, "")
+    assert one_line_errors(lambda: int(name in os.environ))() == 0
+
+
+def test_a_port_that_kubernetes_sets_is_no_launcher_s(monkeypatch):
+    monkeypatch.setattr(program, "GRACE", 0)
+    for name, code in ((None, 0), ("NODE_RANK", 2)):
+        monkeypatch.setenv("MASTER_PORT", "tcp://10.0.0.1:80")
+        if name:
+            monkeypatch.setenv(name, "0")
+        assert one_line_errors(lambda: int("MASTER_PORT" in os.environ))() == code
 
 
 def test_a_failure_of_weights_and_biases_is_one_line(monkeypatch, capsys):
@@ -346,7 +416,7 @@ def test_a_process_ends_with_its_parent(tmp_path):
 
 EXIT_CODES = {  # what the guide's table says of each code, shown by a program
     0: ("pass", "exec {}"),
-    2: ("from latent_verse.config.settings import UserError; raise UserError('a mistake')", "exec {}"),
+    2: ("from latent_verse.config.messages import UserError; raise UserError('a mistake')", "exec {}"),
     1: ("raise MemoryError", "exec {}"),
     130: ("os.kill(os.getpid(), signal.SIGINT); time.sleep(50)", "exec {}"),
     143: ("os.kill(os.getpid(), signal.SIGTERM); time.sleep(50)", "exec {}"),

@@ -70,6 +70,11 @@ def test_images_carry_their_text_and_score_and_an_index_lists_them(model, tmp_pa
     assert low < high < 0
 
 
+def test_a_new_folder_is_made_without_a_word(model, tmp_path, caplog):
+    generated(model, tmp_path / "new")
+    assert caplog.messages == []
+
+
 def test_scores_are_those_of_the_codes_that_were_sampled(model):
     images, log_p = model.sample_scored(TEXTS[:2], 3, seed=5)
     assert log_p.shape == (2, 3) and [len(row) for row in images] == [3, 3]

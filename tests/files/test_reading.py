@@ -47,6 +47,12 @@ def test_a_json_key_given_twice_is_refused():
             parse_json(text, "captions.json")
 
 
+def test_a_long_key_given_twice_is_cut():
+    with pytest.raises(FileError) as caught:
+        parse_json(f'{{"{"x" * 999}": 1, "{"x" * 999}": 2}}', "captions.json")
+    assert len(str(caught.value)) < 200 and "xxx... twice" in str(caught.value)
+
+
 def test_what_is_no_file_is_refused_without_waiting(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for name, word in (("absent", "No such file"), (".", "a folder"), ("pipe", "a pipe"), ("a\0b", "null")):

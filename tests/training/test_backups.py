@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import errno
 import math
 import os
@@ -19,7 +20,7 @@ from torch.distributed.fsdp import fully_shard
 
 from latent_verse.checkpoints.ckpt_files import MONITOR, read_ckpt, score_of
 from latent_verse.config.train import TrainerConfig, TrainVAEConfig
-from latent_verse.files import FileError, NotWritten
+from latent_verse.files import FileError, InUse, NotWritten, only_writer
 from latent_verse.training import backups, runs
 from latent_verse.training.backups import Interrupted, RunFolder
 from latent_verse.training.divergence import Diverged
@@ -72,6 +73,36 @@ def fit(folder: Path, losses: list[float], epochs: int | None = None, backup_ste
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("goes", [os.rename, lambda folder, there: shutil.rmtree(folder)], ids=["moved", "removed"])
+def test_a_run_folder_that_vanishes_is_made_anew(tmp_path, goes, monkeypatch):
+    """So that a rerun resumes from it, nobody else writes there, and what is logged from then on has its header."""
+    folder, original = tmp_path / "a", Tiny.training_step
+    locked = []
+
+    def training_step(self, batch, batch_idx):
+        self.log("train/loss", 1.0)
+        if self.global_step == 3:
+            goes(folder, tmp_path / "b")
+        if self.global_step == 5:
+            with pytest.raises(InUse), only_writer(folder, "log_dir"):
+                raise AssertionError
+            locked.append(True)
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(Tiny, "training_step", training_step)
+    with pytest.warns(UserWarning, match=naming(folder, "moved", "removed")) as warned:
+        fit(folder, [3.0, 2.0], log_every_n_steps=1)
+    assert locked and len([w for w in warned if "unmounted" in str(w.message)]) == 1
+    assert {"run.json", "config.yaml", "checkpoints"} <= set(names(folder)) and ".lock" not in names(folder)
+    assert [step for step in steps_logged(folder) if step >= 4] == [4, 5, 6, 7]
+    assert runs.states(Run(folder, "0"))[0].name.startswith("last-epoch=1-step=8")
+
+
+def steps_logged(folder: Path) -> list[int]:
+    rows = csv.DictReader((folder / "logs" / "metrics.csv").open())
+    return sorted({int(row["step"]) for row in rows if row["train/loss"]})
 
 
 def stored(file: Path) -> dict:

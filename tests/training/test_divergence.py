@@ -20,7 +20,7 @@ from latent_verse.commands import train_biart, train_vae
 from latent_verse.config.train import TrainBiARTConfig, TrainerConfig, TrainVAEConfig
 from latent_verse.data.images import MapImages
 from latent_verse.training.augvae import LitAugVAE
-from latent_verse.training.backups import RunFolder
+from latent_verse.training.backups import RunFolder, WholeFiles
 from latent_verse.training.biart import LitBiART
 from latent_verse.training.divergence import Diverged, Divergence, tensors_in
 from latent_verse.training.runs import Run
@@ -145,6 +145,23 @@ def test_the_state_before_the_step_is_kept_and_a_rerun_resumes_from_it(augvae, a
     weights = [read_ckpt(next((f / "checkpoints").glob("last*")))["state_dict"] for f in (
         augvae.folder, augvae.folder.with_name("straight"))]  # fmt: skip
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+def test_a_save_that_failed_does_not_count_as_saved(augvae, monkeypatch, capsys):
+    original, failures = WholeFiles.save_checkpoint, ["full", "full"]
+
+    def save(self, *args, **more):
+        if failures:
+            self.error = failures.pop()
+        else:
+            original(self, *args, **more)
+
+    monkeypatch.setattr(WholeFiles, "save_checkpoint", save)
+    breaks(monkeypatch, augvae, 2, with_a_bad_image)
+    with pytest.warns(UserWarning, match="full"):
+        assert augvae.run("--backup", "--backup_steps", "1") == 1
+    assert naming("step 3", augvae.folder / "backups/step=2.ckpt").search(capsys.readouterr().err)
+    assert [file.name for file in augvae.saved()] == ["step=2.ckpt"] and not failures
 
 
 @pytest.mark.parametrize(("how", "what"), [(with_a_bad_loss, "loss"), (with_bad_gradients, "gradients")])

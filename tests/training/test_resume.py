@@ -222,9 +222,14 @@ WRONG = {
     "loops a list": put("loops", value=[1]),
     "fit_loop text": put("loops", "fit_loop", value="3"),
     "epoch_progress missing": lambda content: content["loops"]["fit_loop"].pop("epoch_progress"),
+    "a name that is no text": put("MixedPrecision", value={7: 1.0}),
+    "a name with control characters": put("MixedPrecision", value={"\n\x1b[2J": 1.0}),
     "epoch text": put(*LOOPS, "epoch_progress", "current", "completed", value="1"),
     "epoch negative": put(*LOOPS, "epoch_progress", "current", "completed", value=-1),
     "epoch huge": put(*LOOPS, "epoch_progress", "total", "ready", value=10**30),
+    "batches completed missing": lambda content: content["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"].pop(
+        "completed"
+    ),
     "batches missing": lambda content: content["loops"]["fit_loop"]["epoch_loop.batch_progress"].pop("current"),
     "steps that are not the step": put("global_step", value=7),
     "steps missing": lambda content: content["loops"]["fit_loop"].pop(
@@ -283,10 +288,17 @@ def test_what_does_not_fit_is_not_restored(run, last, tmp_path, case):
     changed(last, WRONG[case])
     with pytest.raises(CheckpointError, match=naming(last)) as error:
         starting_point(Run(tmp_path / "new", "other"), str(last), "biart")
-    assert len(str(error.value)) < 2000
+    assert len(str(error.value)) < 2000 and str(error.value).replace("\n  ", "").isprintable()
     with pytest.warns(UserWarning, match=naming(last)):  # among the run's own it is skipped
         file, step = starting_point(run, None, "biart")
         assert (file.name, step) == ("step=1.ckpt", 1)
+
+
+@pytest.mark.parametrize(("value", "said"), [("1", "'1'"), (None, "None"), (-1, "-1"), ([1], "a list")])
+def test_what_was_expected_is_said(last, tmp_path, value, said):
+    changed(last, put(*LOOPS, "epoch_progress", "current", "completed", value=value))
+    with pytest.raises(CheckpointError, match=f"completed is {said}, where a count is expected"):
+        starting_point(Run(tmp_path / "new", "other"), str(last), "biart")
 
 
 @pytest.mark.parametrize("case", WRONG_VAE)
@@ -305,6 +317,11 @@ OF_OTHER_VERSIONS = {
     "a count that Lightning has added since": lambda content: content["loops"]["fit_loop"].pop(
         "epoch_loop.scheduler_progress"
     ),
+    "a count within one that Lightning added": put(*LOOPS, "epoch_progress", "current", "newer", value=3),
+    "a count within one that Lightning has added since": lambda content: content["loops"]["fit_loop"][
+        "epoch_loop.automatic_optimization.optim_progress"
+    ]["optimizer"]["zero_grad"]["current"].pop("started"),
+    "a part of a state that Lightning added": put(*LOOPS, "epoch_loop.state_dict", "newer", value="x"),
     "fp16": put("MixedPrecision", value=torch.amp.GradScaler("cpu").state_dict()),
     "no settings": lambda content: content["latent_verse"].pop("run"),
     "no states of processes": lambda content: content.pop("process_states"),

@@ -84,7 +84,7 @@ def test_unusual_names(tmp_path, name):
 
 @pytest.mark.parametrize("letter", ["a", "é"])
 def test_a_name_that_is_too_long_is_one_short_line(tmp_path, letter):
-    with pytest.raises(ConfigError, match=naming("name", letter * 20 + "...", 200)) as caught:
+    with pytest.raises(ConfigError, match=naming("name", letter * 79 + "...", 200)) as caught:
         open_run(str(tmp_path), letter * 300, True, None, CONFIG)
     assert len(str(caught.value)) < 200
 
@@ -320,13 +320,13 @@ def test_a_folder_of_something_else_is_refused(tmp_path, content):
         (tmp_path / "a" / "run.json").write_text(content, encoding="latin-1")
     with pytest.raises(ConfigError, match=naming(tmp_path / "a", "--name")) as caught:
         open_run(str(tmp_path), "a", True, None, CONFIG)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and "run.json" in str(caught.value) and "Error" not in str(caught.value)
 
 
 def test_run_json_of_another_program_is_refused(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "run.json").write_text('{"version": 1}')
-    with pytest.raises(ConfigError, match=naming(tmp_path / "a", "--name")):
+    with pytest.raises(ConfigError, match=naming(tmp_path / "a", "--name", "lacks 'id'")):
         open_run(str(tmp_path), "a", True, None, CONFIG)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import io
 import sys
+import warnings
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -32,7 +34,7 @@ from latent_verse.training.backups import Backup, Interrupted, RunFolder
 from latent_verse.training.biart import LitBiART
 from latent_verse.training.progress_bar import ProgressBar
 from latent_verse.training.runs import Run
-from latent_verse.training.trainer import compiles, make_trainer
+from latent_verse.training.trainer import compiles, make_trainer, quiet_lightning
 from tests.biart.tiny_biart import CONFIG
 from tests.messages import naming
 
@@ -90,8 +92,9 @@ def test_weights_and_biases_without_a_key_is_refused_before_anything_is_made(err
         assert said.count("\n") == 1 and not (tmp_path / "runs").exists()
     asked.clear()
     trainer.log_in(TrainerConfig(logger="csv"))
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    trainer.log_in(TrainerConfig(logger="wandb"))
+    for mode in ("offline", "dryrun", "disabled"):
+        monkeypatch.setenv("WANDB_MODE", mode)
+        trainer.log_in(TrainerConfig(logger="wandb"))
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.setenv("LOCAL_RANK", "1")
     trainer.log_in(TrainerConfig(logger="wandb"))
@@ -324,3 +327,24 @@ def test_a_signal_before_the_first_step_ends_a_run_that_has_saved_nothing(tmp_pa
     trainer_ = SimpleNamespace(world_size=1, global_step=0)
     with pytest.raises(Interrupted, match=naming("step 0", "no state")):
         backup.on_train_epoch_start(trainer_, None)
+
+
+def test_what_was_said_is_in_a_file_or_pipe_before_training_begins(tmp_path, monkeypatch):
+    """A run that is killed has said where its folder is."""
+    there = []
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO()))
+    loops = SimpleNamespace(
+        fit=lambda *_, **__: there.append(sys.stdout.buffer.getvalue()), global_step=1, current_epoch=1
+    )
+    print("Run folder: a")
+    trainer.fit(loops, TrainerConfig(), Run(tmp_path, "0"), SimpleNamespace(config=None), None)
+    assert there == [b"Run folder: a\n"]
+
+
+def test_warnings_that_users_can_do_nothing_about_are_hidden():
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        quiet_lightning()
+        warnings.warn("`torch.distributed.all_gather_into_tensor` is deprecated. Please use another.", FutureWarning)  # noqa: B028
+        warnings.warn("a file cannot be read", UserWarning)  # noqa: B028
+    assert [str(w.message) for w in shown] == ["a file cannot be read"]
