@@ -460,7 +460,7 @@ def test_precisions(tmp_path, images, precision):
 
 
 FOLDERS = {
-    "name too long": (["--name", "a" * 300], ["name", "a" * 20 + "..."]),
+    "name too long": (["--name", "a" * 300], ["name", "a" * 79 + "..."]),
     "name of control characters": (["--name", "a\nb"], ["name", r"'a\nb'"]),
     "name that is not UTF-8": (["--name", "lat\udce9"], ["name", r"'lat\udce9'"]),
     "log_dir below a file": (["--log_dir", "{there}/file/runs"], ["log_dir", "{there}/file"]),
