@@ -355,7 +355,13 @@ def test_what_is_no_path_is_one_line(tiny_augvae, path):
 
 def test_devices_and_precisions_that_cannot_be_used(tiny_augvae, tmp_path):
     make_lverse(tiny_augvae(single_level=4)).save_pretrained(tmp_path)
-    for given in ({"device": "bogus"}, {"device": 1.5}, {"device": "cuda:99"}, {"dtype": "float8_e4m3fn"}):
+    for given in (
+        {"device": "bogus"},
+        {"device": "privateuseone"},
+        {"device": 1.5},
+        {"device": "cuda:99"},
+        {"dtype": "float8_e4m3fn"},
+    ):
         with pytest.raises(ConfigError, match=naming(*given, *given.values())) as error:
             LVerse.from_pretrained(tmp_path, **given)
         assert "\n" not in str(error.value)
