@@ -9,7 +9,7 @@ evaluate.py   eval_biart.py
 generate.py   generate.py
 cli.py        flags and YAML files -> these dataclasses; the only file that knows argparse
 yaml_files.py YAML files, read and written
-program.py    how every program ends: signals, errors in one line, exit codes
+program.py    how every program ends: signals, errors in one line, exit codes; faults.py: the machine's
 """
 
 from latent_verse.config.messages import ConfigError, UserError, printable

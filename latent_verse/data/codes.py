@@ -30,10 +30,8 @@ from latent_verse.files import parse_json, read_json_object
 
 FORMAT = "latent_verse/codes"
 META, UNFINISHED, TOKENIZER = "codes.json", "unfinished.json", "tokenizer"
-STORED_IDS = 4096  # of a caption at most: training tokenizes anew what has more than it takes
-
-
 MOST = 1 << 32  # codes or tokens that are told apart
+STORED_IDS = 4096  # of a caption at most: training tokenizes anew what has more than it takes
 
 
 def smallest_type(count: int) -> type:
