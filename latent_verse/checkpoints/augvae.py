@@ -13,7 +13,15 @@ import torch
 from torch import nn
 
 from latent_verse.augvae.model import AugVAE
-from latent_verse.checkpoints.checks import check_fits, crc32, json_object, read_safetensors, settings_from, skeleton
+from latent_verse.checkpoints.checks import (
+    check_finite,
+    check_fits,
+    crc32,
+    json_object,
+    read_safetensors,
+    settings_from,
+    skeleton,
+)
 from latent_verse.checkpoints.ckpt_files import CheckpointError, fetch_from_hub, find_checkpoint, read_named
 from latent_verse.checkpoints.model_folders import ABOUT, check_about, write_about, writing
 from latent_verse.config import AugVAEConfig, as_plain
@@ -73,10 +81,11 @@ def save_augvae(model: AugVAE, directory: str | os.PathLike) -> None:
     """Write `config.json` and `model.safetensors` to a folder, both or neither; shared tensors only once.
 
     Raises:
-        CheckpointError: it would replace files that are not of a saved AugVAE.
+        CheckpointError: it would replace files that are not of a saved AugVAE, or a weight is not finite.
         FileError: the folder cannot be written.
         ConfigError: as `config.settings.expand`.
     """
+    check_finite(model, directory)
     with writing(directory, FORMAT, [WEIGHTS], alone=False) as unfinished:
         write_augvae(model, unfinished[ABOUT], unfinished[WEIGHTS])
 

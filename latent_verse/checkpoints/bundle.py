@@ -12,6 +12,7 @@ from latent_verse.augvae.model import AugVAE
 from latent_verse.biart.model import BiART
 from latent_verse.checkpoints.augvae import FORMAT, WEIGHTS, load_augvae, write_augvae
 from latent_verse.checkpoints.checks import (
+    check_finite,
     check_fits,
     json_object,
     read_safetensors,
@@ -42,12 +43,14 @@ def save_bundle(
     `info` is that of `inference.pipeline.LVerse`.
 
     Raises:
-        CheckpointError: the folder holds something other than a bundle.
+        CheckpointError: the folder holds something other than a bundle, or a weight is not finite.
         FileError: it cannot be written; a bundle that was there is still whole.
-        ConfigError: as `config.settings.expand`.
+        ConfigError: JSON cannot hold `info`, or as `config.settings.expand`.
     """
     from safetensors.torch import save_file
 
+    for part in (vae, biart):
+        check_finite(part, directory)
     texts = {f"tokenizer/{name}": text for name, text in tokenizer.files().items()}
     names = [VAE_WEIGHTS, VAE_ABOUT, BIART_WEIGHTS, *texts]
     content = {"format": BUNDLE, "vae": as_plain(vae.config), "biart": as_plain(biart.config), "info": info}

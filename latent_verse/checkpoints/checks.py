@@ -127,6 +127,17 @@ def check_tensor(tensor: object, file: str | os.PathLike, name: str) -> int:
     return needed
 
 
+def check_finite(model: nn.Module, file: str | os.PathLike) -> None:
+    """Refuse to write weights that are not finite.
+
+    Raises:
+        CheckpointError: naming the first, and the `file` or folder that is left as it is.
+    """
+    for name, tensor in model.state_dict().items():
+        if not is_finite(tensor):
+            raise CheckpointError(f"{file} is not written: the weights hold values that are not finite ({name}).")
+
+
 def is_finite(tensor: torch.Tensor) -> bool:
     """Whether no number is NaN or infinite; nor, in float64, beyond float32, which networks load. One pass on a CPU.
 

@@ -27,6 +27,7 @@ from latent_verse.checkpoints.checks import (
     number_in,
     settings_from,
 )
+from latent_verse.checkpoints.pickle_scan import check_pickles
 from latent_verse.config import AugVAEConfig, BiARTConfig, as_plain, training_only
 from latent_verse.config.messages import closest, differences, reason
 from latent_verse.config.settings import expand, is_count, is_number
@@ -114,16 +115,10 @@ def _is_whole(file: Path) -> bool:
 
 def _check_archive(file: Path) -> None:
     """Compare the checksums of a zip archive, which torch.save writes and torch.load does not read."""
+    _check_parts(file)
     try:
         with zipfile.ZipFile(file) as archive:
-            entries = archive.infolist()
-            if any(e.compress_type != zipfile.ZIP_STORED for e in entries):
-                raise CheckpointError(f"{file} is refused: it is compressed, which torch.save does not do.")
-            if sum(e.file_size for e in entries) > os.path.getsize(file):
-                raise CheckpointError(f"{file} is damaged: its parts are larger than the file.")
             damaged = archive.testzip()
-    except CheckpointError:
-        raise
     except Exception as error:  # zipfile raises many for a damaged file
         raise _unreadable(file, error) from error
     if damaged is not None:
@@ -131,11 +126,29 @@ def _check_archive(file: Path) -> None:
         raise CheckpointError(f"{file} is not a complete checkpoint: it was damaged after it was written ({part}).")
 
 
+def _check_parts(file: Path) -> None:
+    """Check what a zip archive declares of its parts, before any is read."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+    except Exception as error:  # as above
+        raise _unreadable(file, error) from error
+    if any(e.compress_type != zipfile.ZIP_STORED for e in entries):
+        raise CheckpointError(f"{file} is refused: it is compressed, which torch.save does not do.")
+    if sum(e.file_size for e in entries) > os.path.getsize(file):
+        raise CheckpointError(f"{file} is damaged: its parts are larger than the file.")
+
+
 def _content(file: Path) -> dict[str, Any]:
     """The content of a file, whose kind is checked, but not its checksums and tensors: quick."""
+    if zipfile.is_zipfile(file):
+        _check_parts(file)
     try:
+        check_pickles(file)
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file) or None)
+    except CheckpointError:
+        raise
     except Exception as error:  # pickle, zipfile and torch each raise their own for a damaged file
         raise _unreadable(file, error) from error
     if not isinstance(content, dict) or "state_dict" not in content:

@@ -19,7 +19,7 @@ from latent_verse.checkpoints.checks import CheckpointError, json_object
 from latent_verse.config import ConfigError
 from latent_verse.config.messages import reason
 from latent_verse.config.settings import expand
-from latent_verse.files import is_leftover, replacing_together, valid_json, write_json
+from latent_verse.files import is_leftover, replacing_together, write_json
 
 ABOUT = "config.json"
 SETTINGS_FINGERPRINT = "settings_fingerprint"  # in config.json; earlier versions recorded none
@@ -35,7 +35,7 @@ def writing(directory: str | os.PathLike, kind: str, names: Sequence[str], alone
             would be replaced.
 
     Raises:
-        CheckpointError: the folder holds something other.
+        CheckpointError: the folder holds something else.
         FileError: it cannot be written.
         ConfigError: as `config.settings.expand`.
     """
@@ -43,7 +43,7 @@ def writing(directory: str | os.PathLike, kind: str, names: Sequence[str], alone
     there = None if kind_of(directory) == kind else _in_the_way(directory, None if alone else names)
     if there is not None:
         what = f"holds {there}" if there else "is a file"
-        kinds = f"a {kind.rpartition('/')[2]} of L-Verse"
+        kinds = {"latent_verse/augvae": "an AugVAE", "latent_verse/bundle": "a bundle"}[kind] + " of L-Verse"
         raise CheckpointError(f"{directory} {what} and is not {kinds}. Name a new or empty folder.")
     with replacing_together(directory, names, "directory") as places:
         unfinished = dict(zip(names, places, strict=True))
@@ -77,9 +77,9 @@ def write_about(file: Path, content: dict[str, Any], settings: Sequence[str]) ->
         ConfigError: JSON cannot hold them.
     """
     try:
-        plain = json.loads(json.dumps(valid_json(content)))  # as it will be read
-    except TypeError as error:
-        remedy = "Give texts, numbers, lists or dicts."
+        plain = json.loads(json.dumps(content, allow_nan=False))  # as it will be read
+    except (TypeError, ValueError) as error:
+        remedy = "Give texts, finite numbers, lists or dicts."
         raise ConfigError(f"{ABOUT} cannot be written: {reason(error)}. {remedy}") from error
     write_json(file, plain | {SETTINGS_FINGERPRINT: _fingerprint(plain, settings)})
 

@@ -280,6 +280,9 @@ def _separated_rows(path: str, key: str) -> Iterator[tuple[str, object, object]]
                 left_open = isinstance(error, _OpenQuote) or "end of data" in str(error)
                 why = "a quote is left open" if left_open else str(error).partition(" - ")[0]
                 remedy = 'Quote a field that holds quotes, and double these: "a ""big"" dog"'
+                if isinstance(error, _OpenQuote) and header:  # of a caption of several lines, one may look like that
+                    why += f", or line {number + len(of_row) + 1} is part of a caption and looks like a row of its own"
+                    remedy += ", or write that caption in one line"
                 raise DataError(f"{key}: {where}: {why}. {remedy}; lines end at \\n.") from error
             waiting.extendleft(reversed(of_row[1:]))
             del of_row[1:]

@@ -23,7 +23,7 @@ from latent_verse.config.settings import expand, is_count
 from latent_verse.data import DataError
 from latent_verse.data.captions import CAPTION_SEED, CROP_SEED, CaptionList, EncodedCaption
 from latent_verse.data.images import SkipLog
-from latent_verse.data.shapes import Scene, ShapesDataset, World
+from latent_verse.data.shapes import PRESETS, SPLITS, Scene, ShapesDataset, World
 from latent_verse.data.tars import Crc32, FailAtEnd, Header
 from latent_verse.data.transforms import mix_seed
 from latent_verse.files import parse_json, read_json_object
@@ -31,6 +31,9 @@ from latent_verse.files import parse_json, read_json_object
 FORMAT = "latent_verse/codes"
 META, UNFINISHED, TOKENIZER = "codes.json", "unfinished.json", "tokenizer"
 STORED_IDS = 4096  # of a caption at most: training tokenizes anew what has more than it takes
+
+
+MOST = 1 << 32  # codes or tokens that are told apart
 
 
 def smallest_type(count: int) -> type:
@@ -68,6 +71,11 @@ def read_meta(folder: str | os.PathLike, key: str) -> dict[str, Any]:
         for name in ("pairs", "captions", "crops_per_image", "image_len", "codebook_size", "text_vocab"):
             if not is_count(meta.get(name)) or not meta[name]:
                 raise DataError(f"{key}: {folder / META} is damaged: {name} is {shown(meta.get(name))}, not a count.")
+        for name in ("codebook_size", "text_vocab"):
+            if meta[name] > MOST:
+                raise DataError(
+                    f"{key}: {folder / META} is damaged: {name} is {meta[name]}; at most {MOST} are stored."
+                )
         for name in ("vae", "tokenizer"):
             if not isinstance(meta.get(name), str):
                 raise DataError(
@@ -81,11 +89,16 @@ def read_meta(folder: str | os.PathLike, key: str) -> dict[str, Any]:
     raise DataError(f"{key}: {folder} is not a folder of codes: it holds no {META}.{hint}")
 
 
-def check_codes(meta: dict[str, Any], vae_fingerprint: str, tokenizer_fingerprint: str, key: str) -> None:
-    """Check that codes and ids are those of the AugVAE and the tokenizer with these fingerprints.
+def check_codes(
+    meta: dict[str, Any], vae_fingerprint: str, tokenizer_fingerprint: str, sizes: dict[str, int], key: str
+) -> None:
+    """Check that codes and ids are those of the AugVAE and the tokenizer with these fingerprints and `sizes`.
+
+    Args:
+        sizes: image_len, codebook_size and text_vocab.
 
     Raises:
-        DataError: they are not; naming the setting `key` and both fingerprints.
+        DataError: they are not; naming the setting `key` and what differs.
     """
     if meta["vae"] != vae_fingerprint:
         raise DataError(
@@ -98,6 +111,10 @@ def check_codes(meta: dict[str, Any], vae_fingerprint: str, tokenizer_fingerprin
             f"{tokenizer_fingerprint}. Extract train_dir and val_dir by one command, with the tokenizer of the run "
             "(and its --pretrained_path, if it has one)."
         )
+    for name, size in sizes.items():
+        if meta[name] != size:
+            remedy = "Copy it again, or extract the codes again."
+            raise DataError(f"{key}: {META} is damaged: {name} is {meta[name]}, but the model has {size}. {remedy}")
 
 
 def _check_captions(about: object, vocabulary: int) -> dict[str, list]:
@@ -151,15 +168,21 @@ class CodesDataset(Dataset):
             raise DataError(f"{key}: {self.folder} holds {len(captions)} pairs, its {META} says {len(self)}.")
         self._captions, self._ids, self._ends = CaptionList(captions), np.concatenate(ids), np.array(ends, np.int64)
         self.skipped = SkipLog(1)
-        self._shapes: ShapesDataset | None = None
-        if about := self.meta.get("shapes"):
-            world = World.preset(about["world"])
-            if about.get("fingerprint") != world.fingerprint:
-                raise DataError(
-                    f"{key}: {self.folder} holds codes of another version of the {world.name} shapes world "
-                    f"({about.get('fingerprint')}, now {world.fingerprint}). Extract them again."
-                )
-            self._shapes = ShapesDataset(world, about["split"], len(self), about["seed"])
+        self._shapes = self._shapes_of(self.meta["shapes"], key) if self.meta.get("shapes") else None
+
+    def _shapes_of(self, about: Any, key: str) -> ShapesDataset:
+        """The scenes that codes.json names. Raises DataError where it is damaged, or names another version's."""
+        named = about if isinstance(about, dict) else {}
+        preset, split, seed = named.get("world"), named.get("split"), named.get("seed")
+        if preset not in [*PRESETS] or split not in SPLITS or not isinstance(seed, int):
+            raise DataError(f"{key}: {self.folder / META} is damaged: shapes is {shown(about)}. Extract them again.")
+        world = World.preset(preset)
+        if named.get("fingerprint") != world.fingerprint:
+            raise DataError(
+                f"{key}: {self.folder} holds codes of another version of the {world.name} shapes world "
+                f"({shown(named.get('fingerprint'))}, now {world.fingerprint}). Extract them again."
+            )
+        return ShapesDataset(world, split, len(self), seed)
 
     def _size(self, shard: str, key: str) -> int:
         """The bytes of a shard. Raises DataError where it is not a file."""

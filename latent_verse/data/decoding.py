@@ -159,20 +159,21 @@ def _what_else(data: bytes) -> str:
     return f"it is not an image of a known format ({FORMATS_TEXT}), or damaged from its first bytes on"
 
 
-def check_pixels(width: int, height: int, kind: str | None = None) -> None:
+def check_pixels(width: int, height: int, kind: str | None = None, what: str = "") -> None:
     """Refuse an image of too many pixels, before it is decoded.
 
     Args:
         kind: its format, one of FORMATS.
+        what: has so many pixels, for the message; the image itself without it.
 
     Raises:
         UnreadableImage: there are more than MAX_PIXELS (of a WebP, MAX_WEBP), or none, or a side is beyond MAX_SIDE.
     """
     most = MAX_WEBP if kind == "WEBP" else MAX_PIXELS
     if not 0 < width * height <= most:
-        raise UnreadableImage(f"it has {width} x {height} pixels; between 1 and {most:,} are decoded")
+        raise UnreadableImage(f"it has {what}{width} x {height} pixels; between 1 and {most:,} are decoded")
     if max(width, height) > MAX_SIDE:
-        raise UnreadableImage(f"it is {width} x {height} pixels large; at most {MAX_SIDE:,} a side are decoded")
+        raise UnreadableImage(f"it has {what}{width} x {height} pixels; at most {MAX_SIDE:,} a side are decoded")
 
 
 def _decode(data: bytes) -> Tensor:
@@ -195,25 +196,31 @@ def _whole_jpeg(data: bytes, image: Image.Image) -> Tensor:
     scans = read_scans(data)
     if scans.damage:
         raise UnreadableImage(f"it is damaged: {scans.damage}")
+    first_CHW = None
     if not scans.doubtful:
-        x_CHW, corner = _jpeg_pixels(data, image)
+        first_CHW, corner = _jpeg_pixels(data, image)
         if not all(value in GRAY for value in corner):
-            return x_CHW
+            return first_CHW
     own = data[: scans.end]
-    x_CHW, more_CHW = (_jpeg_pixels(own + end)[0] for end in (END, MORE + END))
+    x_CHW, more_CHW = (_jpeg_pixels(own + end, None, True)[0] for end in (END, MORE + END))
     if not torch.equal(x_CHW, more_CHW):
         raise UnreadableImage("it is cut off or damaged: the data of its pixels end before its last pixel")
-    return x_CHW
+    return x_CHW if first_CHW is None else first_CHW
 
 
-def _jpeg_pixels(data: bytes, image: Image.Image | None = None) -> tuple[Tensor, Sequence[int]]:
-    """A JPEG's pixels, and the channels of the last one as the file has them; `image` if Pillow has opened it."""
+def _jpeg_pixels(data: bytes, image: Image.Image | None = None, quiet: bool = False) -> tuple[Tensor, Sequence[int]]:
+    """A JPEG's pixels, and the channels of the last one as the file has them.
+
+    Args:
+        image: it, if Pillow has opened it.
+        quiet: use Pillow, which prints nothing; torchvision's decoder prints whatever it finds odd.
+    """
     image = image or Image.open(io.BytesIO(data), formats=FORMATS)
     halved = MAX_PIXELS < image.width * image.height <= 2 * MAX_PIXELS
     if halved:
         image.draft("RGB", (image.width // 2, image.height // 2))
     check_pixels(*image.size)
-    if decode_jpeg and image.mode in ("RGB", "L") and not halved:
+    if decode_jpeg and not quiet and image.mode in ("RGB", "L") and not halved:
         try:
             x_CHW = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
             return x_CHW, x_CHW[:, -1, -1].tolist()
@@ -231,6 +238,9 @@ def pil_to_tensor(image: Image.Image) -> Tensor:
         UnreadableImage: as check_pixels. Pillow, which may still have to decode it, raises nearly anything.
     """
     check_pixels(*image.size, image.format)
+    tile = [getattr(image, "tag_v2", {}).get(tag) for tag in (322, 323)]  # a TIFF's, whose decoder takes a whole one
+    if all(isinstance(side, int) for side in tile):
+        check_pixels(*tile, what="tiles of ")
     image.load()
     check_pixels(*image.size, image.format)  # a WebP's or TIFF's header may have said something else
     return _UPRIGHT.get(_orientation(image), lambda x: x)(pixels(image))

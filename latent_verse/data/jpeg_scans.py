@@ -16,11 +16,16 @@ SOS, DRI, EOI, RST0 = 0xDA, 0xDD, 0xD9, 0xD0
 RESTARTS = range(RST0, RST0 + 8)
 WITHOUT_LENGTH = (0x01, 0xD8, *RESTARTS)
 PROGRESSIVE = (0xC2, 0xCA)
+ARITHMETIC = (0xC9, 0xCA)
+FRAMES = (0xC0, 0xC1, *PROGRESSIVE, 0xC9)
 # what may come after a scan: tables, the number of lines, the next scan, the end, metadata
 AFTER_SCAN = (0xC4, 0xCC, 0xDB, 0xDC, DRI, SOS, EOI, *range(0xE0, 0xF0), 0xFE)
 GRAY = (127, 128)  # every channel of a pixel of which there are no data; CMYK is inverted
 END = bytes((0xFF, EOI))
 MAX_SCANS = 100  # photos have about ten; each costs a pass over all pixels, and a few kilobytes can ask for thousands
+PER_BYTE = 512  # values at most: each block of 8 x 8 takes at least a bit, unless the codes are arithmetic
+MAX_COEFFICIENTS = 400_000_000  # of a progressive JPEG: all of them are in memory, two bytes each
+MAX_ZEROS = 8  # with which the pixels of a whole file may end
 MORE = bytes(value * 89 % 255 for value in range(1, 256))  # as data of pixels, they mean more than gray
 
 
@@ -48,6 +53,8 @@ def read_scans(data: bytes) -> Scans:
             continue
         body = data[at + 2 : at + int.from_bytes(data[at : at + 2], "big")]
         at += 2 + len(body)
+        if kind in FRAMES and (damage := _too_much(kind, body, len(data))):
+            return Scans(end, False, damage)
         if kind in PROGRESSIVE:
             progressive = True
         elif kind == DRI:
@@ -69,7 +76,8 @@ def read_scans(data: bytes) -> Scans:
                 if kind != RST0 + restarts % 8:
                     return Scans(found.start(), True, f"its restart marker {restarts} is missing or damaged")
             else:
-                return Scans(len(data.rstrip(b"\0\xff")), True)  # zeros: what was never written, or filled up
+                kept = len(data.rstrip(b"\0\xff"))  # zeros: what was never written, or filled up; a few are pixels
+                return Scans(kept if data.count(b"\0", kept) >= MAX_ZEROS else len(data), True)
             at = found.start()
             end = at
             while data[end - 1] == 0xFF:  # fill bytes before the marker
@@ -77,3 +85,16 @@ def read_scans(data: bytes) -> Scans:
             if kind not in AFTER_SCAN:
                 return Scans(end, True)
     return Scans(end, True)
+
+
+def _too_much(kind: int, frame: bytes, size: int) -> str:
+    """What is wrong with the frame header of a file of `size` bytes that declares more than it holds, or a lot."""
+    height, width = int.from_bytes(frame[1:3], "big"), int.from_bytes(frame[3:5], "big")
+    sides = [(code >> 4, code & 15) for code in frame[7::3]]  # how finely each component is sampled
+    finest = max((h for h, _ in sides), default=0) * max((v for _, v in sides), default=0)
+    values = width * height * sum(h * v for h, v in sides) // max(finest, 1)
+    if kind not in ARITHMETIC and values > PER_BYTE * size:
+        return f"its {size:,} bytes cannot hold {width} x {height} pixels"
+    if kind in PROGRESSIVE and values > MAX_COEFFICIENTS:
+        return f"its {width} x {height} pixels, progressive, take {values:,} numbers; at most {MAX_COEFFICIENTS:,}"
+    return ""

@@ -26,6 +26,7 @@ import itertools
 import math
 import os
 import random
+import re
 import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -44,6 +45,7 @@ from latent_verse.data.tars import IMAGE_KEYS, Contents, count_images, image_key
 from latent_verse.data.transforms import centre_crop, mix_seed, random_crop, sample_generator
 
 BUFFER_BYTES = 2 << 30  # that wait to be shuffled, in each worker
+PIPE_ENDED = re.compile(r": exit (-?[0-9]+) \(\w+\) ")
 SKIP_SLOTS = 1 << 16  # a stream has no index, so a hash of its name distinguishes an unreadable sample
 
 
@@ -63,6 +65,8 @@ def read_shards(shards: Iterable[str], skipped: SkipLog) -> Iterator[dict]:
         def note(error: Exception, errors: list = errors) -> bool:
             if "duplicate file name" in str(error):  # webdataset's, with all that it knows
                 error = ValueError(str(error.args[0]).partition(" in tar file")[0])
+            if ended := PIPE_ENDED.search(str(error)):  # webdataset's, with the whole call
+                error = OSError(f"the program that fetches it ended with exit code {ended[1]}")
             errors[1:] = [error if str(error) else ValueError(type(error).__name__)]  # the first and the last
             return True  # so webdataset continues
 
@@ -86,7 +90,10 @@ def read_shards(shards: Iterable[str], skipped: SkipLog) -> Iterator[dict]:
                 if getattr(stream, "status", None) not in (-13, 141, 23):
                     note(error)
         if not images and errors:
-            raise DataError(f"shard {shard} cannot be read: {errors[-1]}. Is it a complete tar file?") from errors[-1]
+            remedy = "Does its address answer, and is it" if is_remote(shard) else "Is it"
+            raise DataError(f"shard {shard} cannot be read: {errors[-1]}. {remedy} a complete tar file?") from errors[
+                -1
+            ]
         if not images:
             raise DataError(
                 f"shard {shard} holds no image: {describe_files(contents.kinds)}. A sample is the run of members that "

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache, partial
+from types import SimpleNamespace
 from typing import Any, BinaryIO
 
 from latent_verse.data.decoding import MAX_BYTES
@@ -25,6 +26,9 @@ from latent_verse.data.folders import EXTENSIONS, is_hidden
 IMAGE_KEYS = tuple(kind[1:] for kind in EXTENSIONS)  # of several images in a sample, the first of these is taken
 TEXT_KEYS = ("cls", "txt", "json")
 MAX_TEXT = 16 << 20  # bytes of one of these; MAX_BYTES is the limit of an image
+MAX_HEADER = 1 << 16  # bytes of a member's long name or its properties
+MAX_PROPERTIES = 1000  # that hold for all members: tarfile copies them for each
+UNPACKED = 1 << 28, 1000  # a compressed shard may unpack to so many bytes, and this many times its own: gzip's most
 # tarfile's own streams would read only the first of several gzip members
 _COMPRESSED = {b"\x1f\x8b": partial(gzip.GzipFile, None, "rb", 9), b"BZh": bz2.BZ2File, b"\xfd7zXZ\0": lzma.LZMAFile}
 
@@ -35,10 +39,23 @@ class Header(tarfile.TarInfo):
     @classmethod
     def frombuf(cls, buf: bytes, encoding: str, errors: str) -> Header:
         header = super().frombuf(buf, encoding, errors)
-        text = header.type in (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, *b"LK".split())
-        if header.size < 0 or (text and header.size > MAX_TEXT):
+        text = header.type in (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, b"L", b"K")
+        if header.size < 0 or (text and header.size > MAX_HEADER):
             raise tarfile.ReadError(f"a header declares {header.size:,} bytes")
         return header
+
+    def _proc_pax(self, tar: tarfile.TarFile) -> Header:
+        """Python before 3.11.10 looks for a number in the properties in a time that is the square of its digits."""
+        stream, data = tar.fileobj, tar.fileobj.read(self._block(self.size))
+        if len(tar.pax_headers) > MAX_PROPERTIES or re.search(rb"\d{256}", data):  # no name of a file has as many
+            raise tarfile.ReadError("a header holds properties that no program writes")
+
+        def once(size: int) -> bytes:
+            tar.fileobj = stream
+            return data
+
+        tar.fileobj = SimpleNamespace(read=once)
+        return super()._proc_pax(tar)
 
     def _proc_sparse(self, tar: tarfile.TarFile) -> Header:
         """Pass over the map of a sparse member, which no sample is made of: a few bytes of it can declare gigabytes."""
@@ -66,11 +83,28 @@ class _Peeked:
     """A stream of which the first bytes have been read."""
 
     def __init__(self, start: bytes, stream: BinaryIO):
-        self.start, self.stream = start, stream
+        self.start, self.stream, self.given = start, stream, 0
 
     def read(self, size: int) -> bytes:
         data, self.start = self.start[:size], self.start[size:]
-        return data or self.stream.read(size)
+        data = data or self.stream.read(size)
+        self.given += len(data)
+        return data
+
+
+class _Unpacked:
+    """What a compressed stream holds; an error once that is out of all proportion to what was read for it."""
+
+    def __init__(self, plain: BinaryIO, packed: _Peeked):
+        self.plain, self.packed, self.given = plain, packed, 0
+
+    def read(self, size: int) -> bytes:
+        data = self.plain.read(size)
+        self.given += len(data)
+        free, times = UNPACKED
+        if self.given > free + times * self.packed.given:
+            raise ValueError(f"it unpacks to more than {times:,} times its size")
+        return data
 
 
 class Crc32:
@@ -112,12 +146,14 @@ class FailAtEnd:
 def open_tar(stream: BinaryIO, seek: bool) -> tarfile.TarFile:
     """A tar on an open file, whatever it is compressed with. Without `seek` it is read in one go, as a pipe must be."""
     start = stream.read(6)
-    source: Any = stream if seek else _Peeked(start, stream)
-    if seek:
+    unpack = next((unpack for mark, unpack in _COMPRESSED.items() if start.startswith(mark)), None)
+    if seek and unpack is None:
         stream.seek(0)
-    unpack = next((unpack for mark, unpack in _COMPRESSED.items() if start.startswith(mark)), lambda packed: packed)
-    plain = unpack(source)
-    return tarfile.open(fileobj=plain if seek else FailAtEnd(plain), mode="r:" if seek else "r|", tarinfo=Header)
+        return tarfile.open(fileobj=stream, mode="r:", tarinfo=Header)
+    plain: Any = _Peeked(start, stream)
+    if unpack is not None:
+        plain = _Unpacked(unpack(plain), plain)
+    return tarfile.open(fileobj=FailAtEnd(plain), mode="r|", tarinfo=Header)
 
 
 @dataclass

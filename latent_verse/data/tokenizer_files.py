@@ -108,6 +108,8 @@ def _bpe(files: dict[str, str], where: object) -> BPETokenizer:
         raise TokenizerError(f"{file} was changed: it is not a plain BPE model.")
     if sorted(found["model"]["vocab"].values()) != list(range(len(found["model"]["vocab"]))):
         raise TokenizerError(f"{file} is damaged: its ids are not 0, 1, 2 and so on.")
+    if not {*tokenizers.pre_tokenizers.ByteLevel.alphabet()} <= found["model"]["vocab"].keys():
+        raise TokenizerError(f"{file} is damaged: its vocabulary lacks some of the 256 bytes that texts are made of.")
     return BPETokenizer(bpe)
 
 

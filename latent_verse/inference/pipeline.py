@@ -111,7 +111,12 @@ class LVerse:
             raise ConfigError(f"dtype is {shown(dtype)}; give float32, bfloat16, float16 or auto.")
         try:
             device = torch.empty(0, device=device or best_device()).device
-        except (RuntimeError, AssertionError, TypeError) as error:  # of another kind, or not on this machine
+        except (
+            RuntimeError,
+            AssertionError,
+            TypeError,
+            ImportError,
+        ) as error:  # of another kind, or not on this machine
             raise ConfigError(f"device is {shown(device)}: {reason(error)} Give cpu, cuda or None.") from error
         vae, biart, tokenizer, info, recorded = load_bundle(directory_or_id)
         if kind == "auto":
@@ -127,7 +132,8 @@ class LVerse:
         """Write a bundle.
 
         Raises:
-            CheckpointError: the folder holds something other than a bundle.
+            CheckpointError: the folder holds something other than a bundle, or a weight is not finite.
+            ConfigError, FileError: as `checkpoints.bundle.save_bundle`.
         """
         save_bundle(directory, self.vae, self.biart, self.tokenizer, self.info)
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from latent_verse.config.messages import reason, shown
 from latent_verse.data import DataError
-from latent_verse.data.caption_files import coco_number, identifier
+from latent_verse.data.caption_files import clean, coco_number, identifier
 from latent_verse.data.text import LONG, beginning
 from latent_verse.files import parse_json, read_json, setting_named, text_lines
 
@@ -262,7 +262,7 @@ def _image_and_caption(entry: object, where: str) -> tuple[list[int | str], str]
     """What an entry calls its image, once or twice, and its caption.
 
     Raises:
-        DataError: it has another form, or two different captions.
+        DataError: it has another form, two different captions, or one that is not text.
     """
     own = entry if isinstance(entry, dict) else {}
     keys = [(field, own[field]) for field in ("image_id", "image") if own.get(field) is not None]
@@ -275,6 +275,10 @@ def _image_and_caption(entry: object, where: str) -> tuple[list[int | str], str]
     for text in texts:
         if not isinstance(text, str):
             raise DataError(f"{where}: the caption is {shown(text)}, not a text.")
+        try:
+            clean(text)
+        except DataError as error:
+            raise DataError(f"{where}: its caption {error}.") from error
     if texts[0] != texts[-1]:
         raise DataError(f"{where}: its caption and the first of its captions differ. Keep one.")
     for field, key in keys:

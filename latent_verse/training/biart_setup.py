@@ -78,9 +78,10 @@ def open_data(
         "vae": {"path": config.vae.vae_path or (pretrained and pretrained.vae_path), "fingerprint": fingerprint(vae)},
         "tokenizer": pack_tokenizer(tokenizer),
     }
+    sizes = {"image_len": vae.num_codes, "codebook_size": vae.config.num_tokens, "text_vocab": tokenizer.vocab_size}
     for split, dataset in datasets.items():
         if config.data.dataset == "codes":
-            check_codes(dataset.meta, about["vae"]["fingerprint"], tokenizer.fingerprint, f"{split}_dir")
+            check_codes(dataset.meta, about["vae"]["fingerprint"], tokenizer.fingerprint, sizes, f"{split}_dir")
     text = config.text
     pad = Vocabulary(tokenizer.vocab_size, vae.config.num_tokens, text.text_len, vae.num_codes).pad
     encode = CaptionEncoder(tokenizer, text.text_len, text.text_too_long, pad)

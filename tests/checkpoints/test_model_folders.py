@@ -343,3 +343,29 @@ def test_others_may_read_what_was_saved(model, tmp_path):
         os.umask(before)
     for file in (tmp_path / "bundle").rglob("*"):
         assert stat.S_IMODE(file.stat().st_mode) == (0o755 if file.is_dir() else 0o644), file
+
+
+@pytest.mark.parametrize("part", ["biart", "vae", "vae alone", "info", "in info"])
+def test_what_is_not_finite_is_not_written_over_a_whole_folder(tiny_augvae, tmp_path, part):
+    model = make_lverse(tiny_augvae(single_level=4))
+    save = model.vae.save_pretrained if part == "vae alone" else model.save_pretrained
+    save(tmp_path / "a")
+    before = {file: file.read_bytes() for file in (tmp_path / "a").rglob("*") if file.is_file()}
+    if "info" in part:
+        model.info["x"] = float("nan") if part == "info" else [{"y": float("-inf")}]
+    else:
+        next((model.biart if part == "biart" else model.vae).parameters()).data.flatten()[-1] = float("nan")
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        with pytest.raises(UserError, match=naming("config.json" if "info" in part else folder)) as error:
+            save(folder)
+        assert "\n" not in str(error.value)
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+
+
+def test_what_a_folder_should_have_been_is_called_by_its_name(tiny_augvae, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "x").touch()
+    model = make_lverse(tiny_augvae(single_level=4))
+    for save, name in ((model.save_pretrained, "a bundle"), (model.vae.save_pretrained, "an AugVAE")):
+        with pytest.raises(CheckpointError, match=naming(tmp_path, name)):
+            save(tmp_path)

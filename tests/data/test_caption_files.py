@@ -225,6 +225,7 @@ def test_a_line_after_an_open_quote_in_a_tsv_is_a_row_of_its_own(tmp_path):
         ('a.png,"big dog\nb.png,cat\nc.png,a ""\n', ["line 2", "quote"]),
         ('a.png,"big dog\nb.png,cat\nc.png,a "\n', ["line 2", "quote"]),  # this one closes: csv would swallow two rows
         ('a.png,cat\nb.png,"big dog\n', ["line 3", "quote"]),
+        ('a.png,"one\nsee b.png,two\nthree"\n', ["line 2", "line 3", "in one line"]),  # a caption that looks like rows
         ('a.png,"big" dog\n', ["line 2", "expected after"]),
         ("a.png,b\rb.png,c\n", ["line 2"]),
         ("a.png,b\n\na.png\n", ["line 4", 1, 2]),

@@ -240,12 +240,17 @@ def test_nothing_is_overwritten(made, tmp_path, tiny_augvae):
 def test_codes_of_another_augvae_or_tokenizer_are_refused(made, tiny_augvae):
     out, vae, bpe = made()
     meta = CodesDataset(out).meta
-    check_codes(meta, fingerprint(vae), bpe.fingerprint, "train_dir")
+    sizes = {name: meta[name] for name in ("image_len", "codebook_size", "text_vocab")}
+    assert sizes == {"image_len": vae.num_codes, "codebook_size": vae.config.num_tokens, "text_vocab": bpe.vocab_size}
+    check_codes(meta, fingerprint(vae), bpe.fingerprint, sizes, "train_dir")
+    for name, size in sizes.items():  # the weights' fingerprint says nothing of what codes.json declares
+        with pytest.raises(DataError, match=naming("train_dir", name, size, size + 1)):
+            check_codes(meta, fingerprint(vae), bpe.fingerprint, {**sizes, name: size + 1}, "train_dir")
     other = fingerprint(tiny_augvae(seed=1))
     with pytest.raises(DataError, match=naming("train_dir", fingerprint(vae), "vae_path", other)):
-        check_codes(meta, other, bpe.fingerprint, "train_dir")
+        check_codes(meta, other, bpe.fingerprint, sizes, "train_dir")
     with pytest.raises(DataError, match=naming("val_dir", bpe.fingerprint, "0123456789abcdef")):
-        check_codes(meta, fingerprint(vae), "0123456789abcdef", "val_dir")
+        check_codes(meta, fingerprint(vae), "0123456789abcdef", sizes, "val_dir")
 
 
 def test_damaged_folders_are_named(made, tmp_path):
@@ -280,6 +285,13 @@ def test_damaged_folders_are_named(made, tmp_path):
         ({"codebook_size": None}, ["codebook_size", "None"]),
         ({"text_vocab": 1.5}, ["text_vocab", 1.5]),
         ({"text_vocab": 2}, ["codes-00000.tar", "ids"]),
+        ({"text_vocab": 2**40}, ["text_vocab", 2**40]),
+        ({"codebook_size": 2**40}, ["codebook_size", 2**40]),
+        *[({"shapes": about}, ["codes.json", "shapes"]) for about in (5, ["small"], {"world": "nope"}, {"world": []})],
+        ({"shapes": {"fingerprint": 1}}, ["codes.json", "shapes"]),
+        ({"shapes": {"world": "small", "split": "all", "seed": 0}}, ["codes.json", "shapes"]),
+        ({"shapes": {"world": "small", "split": "val", "seed": "0"}}, ["codes.json", "shapes"]),
+        ({"shapes": {"world": "small", "split": "val", "seed": 0}}, ["small", "None"]),
         ({"image_len": 4}, ["codes-00000.tar", "codes.json"]),
         ({"vae": ["x"]}, ["vae"]),
         ({"tokenizer": None}, ["tokenizer"]),

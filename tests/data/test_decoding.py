@@ -198,6 +198,17 @@ def test_what_takes_more_memory_than_its_pixels_is_bounded_by_it(size, kind, mon
         decode_rgb(file)
 
 
+@pytest.mark.parametrize("tile", [(40_000, 44_800), (300_000, 16)])
+def test_a_tile_is_bounded_as_the_image_is(tile, monkeypatch):
+    """A TIFF of one pixel may declare tiles of any size, and its decoder takes the memory of a whole one."""
+    tags = {256: 1, 257: 1, 258: 8, 259: 5, 262: 1, 277: 1, 322: tile[0], 323: tile[1], 324: 134, 325: 3}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    data = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + b"\x80\0\0"
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("it was decoded"))
+    with pytest.raises(UnreadableImage, match=naming("tiles", f"{tile[0]} x {tile[1]}")):
+        decode_rgb(data)
+
+
 # lossless, of 16383 x 5461 pixels in one colour
 WEBP_HEADER = bytes.fromhex("524946461a000000574542505650384c0e0000002ffe3f5505071011fd0f4444ff03")
 

@@ -170,3 +170,47 @@ def test_thousands_of_scans_are_refused_before_anything_is_decoded(monkeypatch):
     monkeypatch.setattr(decoding, "_jpeg_pixels", None)
     with pytest.raises(UnreadableImage, match=naming("scans")):
         decode_rgb(many)
+
+
+@pytest.mark.parametrize("kind", ["baseline", "progressive", "gray", "CMYK"])
+def test_more_pixels_than_the_file_has_bytes_for_are_refused_before_they_are_decoded(kind, monkeypatch):
+    """Decoders would fill an image of 89 megapixels, or two gigabytes of a progressive one, with gray."""
+    data = bytearray(jpeg(kind, Image.new("RGB", (16, 16), (10, 20, 30))))
+    at = next(data.index(bytes((0xFF, frame))) for frame in (0xC0, 0xC2) if bytes((0xFF, frame)) in data)
+    data[at + 5 : at + 9] = (9459).to_bytes(2, "big") * 2
+    monkeypatch.setattr(decoding, "_jpeg_pixels", None)
+    with pytest.raises(UnreadableImage, match=naming("9459 x 9459", f"{len(data):,}")):
+        decode_rgb(bytes(data))
+    with pytest.raises(UnreadableImage, match=naming("9459 x 9459", "progressive")):
+        monkeypatch.setattr(jpeg_scans, "MAX_COEFFICIENTS", 9459**2 - 1)
+        decode_rgb(bytes(data) + bytes(1 << 20)) if kind == "progressive" else decode_rgb(progressive(data, at))
+
+
+def progressive(data, at):
+    """The file with its frame declared as progressive, and bytes behind its end."""
+    return bytes(data[:at]) + b"\xff\xc2" + bytes(data[at + 2 :]) + bytes(1 << 20)
+
+
+def test_the_largest_images_of_few_bytes_are_read():
+    """One colour takes a bit or two for each block of 8 x 8."""
+    for kind in KINDS:
+        for size in ((2000, 2000), (3000, 9)):
+            assert decode_rgb(jpeg(kind, Image.new("RGB", size, "white"))).min() == 255
+
+
+def test_whole_gray_photos_are_read_without_a_word(capfd):
+    for kind in KINDS:
+        decode_rgb(jpeg(kind, Image.new("RGB", (64, 64), (128, 128, 128))))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_pixels_may_end_with_zeros():
+    """A file without an end mark, of which the last block is flat."""
+    read = 0
+    for level in range(0, 256, 3):
+        image = photo(64, 64, seed=level)
+        image.paste((level,) * 3, (32, 32, 64, 64))
+        data = jpeg("baseline", image)
+        read += data[:-2].endswith(b"\0")
+        assert gap(decode_rgb(data[:-2]), decode_rgb(data)) == 0
+    assert read

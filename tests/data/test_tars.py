@@ -10,7 +10,7 @@ import tracemalloc
 
 import pytest
 
-from latent_verse.data import DataError, EvalShards, Shards
+from latent_verse.data import DataError, EvalShards, Shards, tars
 from latent_verse.data.images import SkipLog
 from latent_verse.data.shards import read_shards
 from latent_verse.data.tars import count_images
@@ -232,3 +232,63 @@ def test_repeated_members_are_counted(tmp_path, caplog):
     write_tar(tmp_path / "a.tar", [(name, image_bytes(0) if name.endswith("jpg") else b"7") for name in names])
     assert seen(tmp_path / "a.tar") == ([-1, -1, -1], 1, 3)
     assert naming("b.jpg", "duplicate").search(caplog.text) and "dict_keys" not in caplog.text
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("kind", [b"x", b"g", b"L", b"K"])
+def test_headers_of_headers_are_bounded(tmp_path, kind, caplog):
+    """tarfile reads what one declares, and searches its digits in a time that is their square."""
+    data = tar_of(range(4))
+    third = start_of(data, 4)
+    for body in (b"1" * 60_000, b"1" * (1 << 20)):
+        if kind in b"LK" and len(body) < 1 << 16:
+            continue
+        header = tarfile.TarInfo("header")
+        header.type, header.size = kind, len(body)
+        more = header.tobuf(tarfile.GNU_FORMAT) + body + bytes(-len(body) % 512)
+        (tmp_path / "a.tar").write_bytes(data[:third] + more + data[third:])
+        assert seen(tmp_path / "a.tar") == ([0, 1], 1, 2)
+        assert naming("header", tmp_path / "a.tar").search(caplog.text)
+
+
+def test_properties_of_all_members_are_bounded(tmp_path):
+    """tarfile copies them for each member."""
+    data = tar_of(range(4))
+    third = start_of(data, 4)
+    some = [tarfile.TarInfo.create_pax_global_header({f"{i}.{k}": "" for k in range(900)}) for i in range(3)]
+    (tmp_path / "a.tar").write_bytes(data[:third] + some[0] + data[third:])
+    assert seen(tmp_path / "a.tar") == ([0, 1, 2, 3], 0, 4)
+    (tmp_path / "a.tar").write_bytes(data[:third] + b"".join(some) + data[third:])
+    assert seen(tmp_path / "a.tar") == ([0, 1], 1, 2)
+
+
+def test_names_and_properties_of_ordinary_length_are_read(tmp_path):
+    for form in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
+        with tarfile.open(tmp_path / "a.tar", "w", format=form) as tar:
+            for i in range(2):
+                info = tarfile.TarInfo("d" * 200 + "/" + "7" * 200 + f"{i}.jpg")
+                info.size = len(image_bytes(i))
+                info.pax_headers = {"SCHILY.xattr.user.comment": "long " * 5000}
+                tar.addfile(info, io.BytesIO(image_bytes(i)))
+        assert seen(tmp_path / "a.tar") == ([-1, -1], 0, 2)
+
+
+@pytest.mark.parametrize("pack", [bz2, lzma])
+def test_a_compressed_shard_that_unpacks_to_far_more_than_it_holds_is_damaged(tmp_path, monkeypatch, pack, caplog):
+    """A few kilobytes can hold terabytes of zeros in a member that is only passed over."""
+    monkeypatch.setattr(tars, "UNPACKED", (1 << 20, 1000))
+    unpacked = []
+    monkeypatch.setattr(tars._Unpacked, "read", lambda *a, f=tars._Unpacked.read: unpacked.append(a[1]) or f(*a))
+    file = pack.open(tmp_path / "a.tar", "wb")
+    with file, tarfile.open(fileobj=file, mode="w|") as tar:
+        for name, size in (("a.jpg", None), ("a.bin", 64 << 20), ("b.jpg", None)):
+            info = tarfile.TarInfo(name)
+            info.size = len(image_bytes(0)) if size is None else size
+            tar.addfile(info, io.BytesIO(image_bytes(0) if size is None else bytes(size)))
+    assert os.path.getsize(tmp_path / "a.tar") < 20_000
+    assert seen(tmp_path / "a.tar") == ([-1], 1, 1)
+    assert naming("unpacks", tmp_path / "a.tar").search(caplog.text)
+    assert sum(unpacked) < 5 * (24 << 20)
+    monkeypatch.undo()
+    os.rename(tmp_path / "a.tar", tmp_path / "b.tar")  # counts are kept by name
+    assert seen(tmp_path / "b.tar") == ([-1, -1], 0, 2)

@@ -93,6 +93,8 @@ def test_an_odd_name_of_a_tokenizer_is_one_short_line(name):
         (["model", "dropout"], 0.5),
         (["model", "merges"], [["zz", "q"]]),
         (["model"], None),
+        (["model", "vocab"], {}),
+        (["model"], {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]]}),
     ],
 )
 def test_a_vocabulary_of_another_kind_is_refused_before_the_library_panics(bpe, place, value, capfd):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from latent_verse.config import UserError
 from latent_verse.data import DataError
 from latent_verse.data.shapes import World
 from latent_verse.evaluation.round_trips import Trip, check_trip
@@ -39,7 +40,7 @@ def test_class_names_of_a_file_and_of_folders(tmp_path):
     assert class_names(["n01", "n02"], str(file)) == ["red fox", "dog, domestic dog"]
     with pytest.raises(DataError, match=naming("class_names", file, "n03", 1)):
         class_names(["n01", "n03"], str(file))
-    with pytest.raises(DataError, match=naming("class_names", tmp_path / "none")):
+    with pytest.raises(UserError, match=naming("class_names", tmp_path / "none")):
         class_names(["n01"], str(tmp_path / "none"))
 
 
@@ -62,7 +63,7 @@ def test_lines_of_class_names_end_at_newlines_only(tmp_path):
     with pytest.raises(DataError, match=naming("class_names", file, "line 2", "n01")):
         class_names(["n01"], str(file))
     file.write_bytes(b"n01\tfox\nn02\tB\xe4r\n")
-    with pytest.raises(DataError, match=naming("class_names", file, "UTF-8", "line 2", "byte 13")):
+    with pytest.raises(UserError, match=naming("class_names", file, "UTF-8", "line 2", "byte 13")):
         class_names(["n01"], str(file))
 
 

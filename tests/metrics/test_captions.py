@@ -319,3 +319,15 @@ def test_an_entry_must_not_contradict_itself(tmp_path):
     (tmp_path / "none.json").write_bytes(b"")
     with pytest.raises(DataError, match=naming(tmp_path / "none.json", "empty")):
         read_captions_file(tmp_path / "none.json", [1], ["a.jpg"])
+
+
+@pytest.mark.parametrize("character", ["\ud800", "\0"])
+@pytest.mark.parametrize("field", ["caption", "captions"])
+def test_a_caption_that_is_not_text_is_refused(tmp_path, character, field):
+    """Java's tokenizer fails at it, and all captions would be scored on other words."""
+    caption = f"a {character} man"
+    rows = [{"image_id": 139, "caption": "x"}, {"image_id": 7, field: [caption] if field == "captions" else caption}]
+    file = tmp_path / "captions.json"
+    file.write_text(json.dumps(rows))
+    with pytest.raises(DataError, match=naming("captions_file", "entry 1", file, ascii(character)[1:-1])):
+        read_captions_file(file, [139, 7], ["a.jpg", "b.jpg"])
