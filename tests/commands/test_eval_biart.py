@@ -462,7 +462,7 @@ def test_the_folder_is_tried_and_held_before_the_model_is_loaded(tmp_path, capsy
         for flags, facts in (
             (["--log_dir", runs, "--name", "held"], ["log_dir", runs / "held", os.getpid()]),
             (["--log_dir", tmp_path / "file" / "runs"], ["log_dir", "file is not a folder"]),
-            (["--log_dir", runs, "--name", "a" * 300], ["name", "a" * 20 + "..."]),
+            (["--log_dir", runs, "--name", "a" * 300], ["name", "a" * 79 + "..."]),
             (
                 ["--log_dir", runs, "--reference_stats", tmp_path / "file" / "a.npz"],
                 ["reference_stats", "not a folder"],
