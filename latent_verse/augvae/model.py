@@ -123,8 +123,8 @@ class AugVAE(nn.Module):
         """Images (B, C, R, R) in [-1, 1] -> unquantised maps of all `levels`, (B, D, h, h), largest first.
 
         Raises:
-            ValueError: they are no tensor, or their channels or size differ from the model's. Their type and range are
-                checked by `codes` alone, which reads their values.
+            ValueError: they are not a tensor, or their channels or size differ from the model's. Their type and range
+                are checked by `codes` alone, which reads their values.
         """
         expected = (self.config.in_channels, self.config.resolution, self.config.resolution)
         shape = _shape_of(x_BCHW, "images")
@@ -199,7 +199,7 @@ class AugVAE(nn.Module):
         """Codes (B, N) int64 in [0, K), as `codes` returns them -> images (B, C, R, R) clamped to [-1, 1].
 
         Raises:
-            ValueError: they are no int64 (or int32) on the model's device, their number is not N, or a code is not in
+            ValueError: they are not int64 (or int32) on the model's device, their number is not N, or a code is not in
                 the codebook.
         """
         shape = _shape_of(codes_BN, "codes")

@@ -21,12 +21,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import nn
 
-from latent_verse.checkpoints.checks import (
-    CheckpointError,
-    check_tensors,
-    number_in,
-    settings_from,
-)
+from latent_verse.checkpoints.checks import CheckpointError, check_tensors, number_in, settings_from
 from latent_verse.checkpoints.pickle_scan import check_pickles
 from latent_verse.config import AugVAEConfig, BiARTConfig, as_plain, training_only
 from latent_verse.config.messages import closest, differences, reason
@@ -36,6 +31,7 @@ Kind = Literal["augvae", "biart"]  # what a checkpoint says of itself
 Result = TypeVar("Result")
 STEP = re.compile(r"step=(\d+)[^=/]*\.ckpt$")  # also of `step=4-v1.ckpt` and `step=4 (copy).ckpt`
 MONITOR = "val/total_loss"  # the best checkpoint has the smallest
+KNOWN = 64  # whole files that are remembered
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
@@ -71,6 +67,8 @@ def read_ckpt(file: str | os.PathLike) -> dict[str, Any]:
     if not known:
         check_tensors(content["state_dict"], file)
         _whole[identity] = content.get("latent_verse") or {}
+        if len(_whole) > KNOWN:
+            del _whole[next(iter(_whole))]
     return content
 
 

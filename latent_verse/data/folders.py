@@ -20,7 +20,7 @@ MAX_VISITS = 100  # of one folder, by links: more of them can lead through a few
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder is none of the user's data: hidden, or what macOS adds to an archive."""
+    """Whether a file or folder is not the user's data: hidden, or what macOS adds to an archive."""
     return (name.startswith(".") and name not in (".", "..")) or name == "__MACOSX"
 
 

@@ -157,10 +157,11 @@ class Loader:
         Raises:
             OSError: a process ended with the number of this error, and torch knows only that it has ended.
         """
-        over, batches = threading.Event(), iter(self._loader)
+        over = threading.Event()
         if self._loader.num_workers:
             threading.Thread(target=self._watch, args=(over,), daemon=True).start()
         try:
+            batches = iter(self._loader)
             while True:
                 self._asked = time.monotonic()
                 batch = next(batches, None)

@@ -88,7 +88,7 @@ def read_captions(raw: dict) -> list[str]:
     """The captions of a raw sample: its .txt unless blank, else `caption` (or `captions`, a list) in its .json.
 
     Raises:
-        NoCaption: it has none, or its text cannot be read by the rules of files.py; with the reason.
+        NoCaption: it has none, or its text cannot be read by the rules of files/reading.py; with the reason.
     """
     try:
         text = clean(decode_text(raw.get("txt", b""), "its .txt"))
@@ -143,7 +143,7 @@ class PairShards(Shards):
         return super().decode(raw)
 
     def target(self, raw: dict, epoch: int | None = None) -> str:
-        captions = raw[CAPTIONS]
+        captions = raw.get(CAPTIONS) or read_captions(raw)
         chosen = 0 if epoch is None else mix_seed(self.seed, epoch, _number(raw), CAPTION_SEED)
         return captions[chosen % len(captions)]
 

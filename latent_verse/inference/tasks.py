@@ -146,7 +146,7 @@ def read_texts(config: GenerateConfig) -> list[str]:
 
 
 def _no_text(text: str) -> str:
-    """Why this is no text to generate for; "" if it is one."""
+    """Why this is not a text to generate for; "" if it is one."""
     try:
         return "" if clean(text) else "has no visible character"
     except DataError as error:

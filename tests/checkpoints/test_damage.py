@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from latent_verse.augvae.model import AugVAE
 from latent_verse.biart.model import BiART
+from latent_verse.checkpoints import ckpt_files
 from latent_verse.checkpoints.augvae import load_augvae
 from latent_verse.checkpoints.biart import export_bundle, load_pretrained
 from latent_verse.checkpoints.bundle import load_bundle
@@ -698,3 +699,15 @@ def test_whatever_a_whole_checkpoint_may_hold_is_read(tiny_augvae, file, legacy)
     del content["hyper_parameters"]
     torch.save(content | {"bytes": b"\xff\x00a"}, file, _use_new_zipfile_serialization=not legacy)
     assert read_ckpt(file)["bytes"] == b"\xff\x00a"
+
+
+def test_files_that_are_known_to_be_whole_are_remembered_up_to_a_number(tiny_augvae, tmp_path, monkeypatch):
+    """What they say of themselves holds a tokenizer."""
+    monkeypatch.setattr(ckpt_files, "_whole", {})
+    monkeypatch.setattr(ckpt_files, "KNOWN", 2)
+    files = [own_ckpt(tiny_augvae(), tmp_path / f"{i}.ckpt") for i in range(4)]
+    for file in files:
+        read_ckpt(file)
+    assert len(ckpt_files._whole) == 2
+    monkeypatch.setattr(ckpt_files, "_content", lambda file: pytest.fail("it was read again"))
+    assert all(ckpt_files.described(file)["kind"] == "augvae" for file in files[2:])

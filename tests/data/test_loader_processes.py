@@ -146,6 +146,31 @@ def test_what_watches_a_pass_ends_with_it():
         time.sleep(0.02)
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("dies", ["with an error", "without a word"])
+def test_what_watches_a_pass_kills_processes_that_hand_over_nothing(monkeypatch, dies):
+    """torch waits for their memory without end. Its own timeout has no part in this."""
+    monkeypatch.setattr(loader_processes, "PATIENCE", 1)
+    monkeypatch.setattr(torch.utils.data._utils.signal_handling, "_remove_worker_pids", lambda iterator: None)
+    killed = threading.Event()
+    worker = SimpleNamespace(kill=killed.set, join=lambda seconds: None, exitcode=None)
+
+    class Frozen:
+        num_workers = 1
+        _iterator = None
+
+        def __iter__(self):
+            self._iterator = SimpleNamespace(_workers=[worker], _shutdown=False)
+            return self
+
+        def __next__(self):
+            assert killed.wait(30)
+            raise EOFError if dies == "with an error" else ConnectionResetError("gone")
+
+    with pytest.raises(RuntimeError, match=naming("timed out", 1)):
+        next(loader_processes.Loader(Frozen()).batches())
+
+
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
 def test_a_signal_to_a_loader_process_alone_changes_nothing(number):
@@ -186,6 +211,7 @@ def test_the_exit_code_of_a_loader_process_says_more_than_torch_does(error, monk
     other = SimpleNamespace(exitcode=None, join=lambda seconds: None)
 
     class Broken(list):
+        num_workers = 0
         _iterator = SimpleNamespace(_workers=[other, ended], _shutdown=True)
 
         def __iter__(self):

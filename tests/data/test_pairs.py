@@ -19,9 +19,10 @@ from latent_verse.data import DataError, pairs
 from latent_verse.data.captions import EncodedCaption
 from latent_verse.data.codes import STORED_IDS
 from latent_verse.data.datasets import open_pairs
+from latent_verse.data.images import SkipLog
 from latent_verse.data.modules import PairDataModule
 from latent_verse.data.pairs import CaptionEncoder, PairShards, all_captions, captions_of, work_of_shards
-from latent_verse.data.shards import TrainShards
+from latent_verse.data.shards import TrainShards, read_shards
 from latent_verse.data.text import BPETokenizer, TokenizerError
 from tests.messages import naming
 
@@ -301,6 +302,12 @@ def test_a_bad_caption_in_shards_is_left_out_logged_and_counted(tmp_path, tokeni
     loaded = [load() for part in work_of_shards(shards, 1) for _, load, _ in part]
     assert [image is not None for image in loaded] == [True] * 4 + [False]
     assert shards.skipped.count == len(caplog.records) == 1
+
+
+def test_the_caption_of_a_sample_is_found_without_its_image(tmp_path):
+    write_tar(tmp_path / "a.tar", range(2))
+    shards = PairShards(str(tmp_path), R)
+    assert [shards.target(raw) for raw in read_shards(shards.shards, SkipLog(1))] == [CAPTIONS[i][0] for i in range(2)]
 
 
 def test_names_in_shards_need_not_be_utf8(tmp_path, tokenizer):
