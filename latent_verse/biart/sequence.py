@@ -144,7 +144,7 @@ class Vocabulary:
         """Lists of text ids -> text_BL; `truncate` cuts those of more than text_len.
 
         Raises:
-            ValueError: an id is no text id, or a text is too long and not cut.
+            ValueError: an id is not a text id, or a text is too long and not cut.
         """
         text_BL = torch.full((len(ids), self.text_len), self.pad, dtype=torch.long)
         for row, tokens in enumerate(ids):

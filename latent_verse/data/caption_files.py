@@ -19,11 +19,11 @@ from latent_verse.config.messages import no_file, shown
 from latent_verse.config.settings import expand
 from latent_verse.data import DataError
 from latent_verse.data.folders import EXTENSIONS
-from latent_verse.files import lines_of, parse_json, read_text, reading, setting_named, text_lines
+from latent_verse.files import lines_of, parse_json, read_json, read_text, reading, setting_named, text_lines
 
 IMAGE_COLUMNS = ("image", "image_path", "filepath", "file_name", "filename", "path")
 CAPTION_COLUMNS = ("caption", "captions", "text", "title")
-ROW_LINES = 10_000  # of one row of a table: more are no caption, but a quote that was left open
+ROW_LINES = 10_000  # of one row of a table; more are not a caption, but a quote that was left open
 TEXT_BYTES = 1 << 24  # of one image's .txt: 16 MiB
 INVISIBLE = ("Cc", "Cf", "Zs", "Zl", "Zp")  # Unicode's categories of spaces, controls and characters of no width
 NO_TEXT = re.compile("[\0\ud800-\udfff]")  # NUL, as in UTF-16 read as UTF-8, and lone surrogates, as JSON can hold
@@ -129,7 +129,7 @@ def check_file(path: str | os.PathLike, key: str) -> str:
     return path
 
 
-def read_json(path: str | os.PathLike, key: str) -> tuple[object, str]:
+def read_captions_json(path: str | os.PathLike, key: str) -> tuple[object, str]:
     """The content of a JSON file, and its path as a str.
 
     Raises:
@@ -138,7 +138,7 @@ def read_json(path: str | os.PathLike, key: str) -> tuple[object, str]:
     """
     path = check_file(path, key)
     with setting_named(key):
-        return reading.read_json(path), path
+        return read_json(path), path
 
 
 def identifier(value: object) -> int | str | None:

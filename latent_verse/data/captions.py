@@ -29,7 +29,7 @@ from latent_verse.data.caption_files import (
     identifier,
     ids_of,
     image_file,
-    read_json,
+    read_captions_json,
     table_rows,
     usable_pairs,
 )
@@ -193,7 +193,7 @@ class CocoCaptions(PairFiles):
     def __init__(self, path: str | os.PathLike, image_dir: str | os.PathLike, resolution: int, **options):
         super().__init__(resolution, **options)
         key = self.captions_key
-        content, path = read_json(path, key)
+        content, path = read_captions_json(path, key)
         image_dir = check_folder(image_dir, self.key)
         images = entries(content, "images", {"id": object, "file_name": str}, path, key)
         annotations = entries(content, "annotations", {"image_id": object, "caption": object}, path, key)
@@ -246,7 +246,7 @@ class KarpathyCaptions(PairFiles):
     ):
         super().__init__(resolution, **options)
         key = self.captions_key
-        content, path = read_json(path, key)
+        content, path = read_captions_json(path, key)
         image_dir = check_folder(image_dir, self.key)
         images = entries(content, "images", {"filename": str, "split": str, "sentences": list}, path, key)
         for i, image in enumerate(images):

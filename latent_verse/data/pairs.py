@@ -81,7 +81,7 @@ class CaptionEncoder:
 class NoCaption(UnreadableImage):
     """A sample of tar shards without a caption, or with one that cannot be read."""
 
-    remedy = "They have no caption: put one beside each image, as name.txt or under `caption` in name.json."
+    remedy = "Put a caption beside each image, as name.txt or under `caption` in name.json."
 
 
 def read_captions(raw: dict) -> list[str]:
@@ -133,7 +133,7 @@ class PairShards(Shards):
                 read_captions(raw)
                 return
             except NoCaption as error:
-                samples, reason = samples + 1, reason or f"The first, {raw['__key__']}: {error}."
+                samples, reason = samples + 1, reason or f"The first, {raw['__key__']}: {str(error).rstrip('.')}."
         if samples:
             none = f"none of the {samples} samples in {self.describe()['source']} can be used"
             raise DataError(f"{key}: {none}. {reason} {NoCaption.remedy}")

@@ -98,7 +98,7 @@ def read_shards(shards: Iterable[str], skipped: SkipLog) -> Iterator[dict]:
             raise DataError(
                 f"shard {shard} holds no image: {describe_files(contents.kinds)}. A sample is the run of members that "
                 f"share a name up to the first dot, and its image what is called {', '.join(IMAGE_KEYS)} after it "
-                "(a.b.jpg is no image, but a member `b.jpg` of `a`). Pack it with such names."
+                "(a.b.jpg is not an image, but a member `b.jpg` of `a`). Pack it with such names."
             )
         if errors:
             skipped.add(_slot(shard), f"part of shard {shard}", errors[0])

@@ -99,7 +99,7 @@ class Tokenizer:
             too_long: "truncate" cuts longer captions at `length`, never inside a character; "error" refuses them.
 
         Raises:
-            TokenizerError: a caption is too long, is no string, or holds a lone surrogate, which UTF-8 cannot encode.
+            TokenizerError: a caption is too long, not a string, or holds a lone surrogate, which UTF-8 cannot encode.
         """
         return [ids for ids, _ in self.encode_counted(texts, length, too_long)]
 

@@ -63,7 +63,7 @@ def only_warned() -> Iterator[None]:
 class RunFolder(pl.Callback):
     """Make the run folder, once all processes have met; from `setup` on, `self.run` is the first process's in all.
 
-    Where it vanishes while the run goes on (moved, removed, its disk unmounted), it is made anew, with a warning.
+    If it vanishes during the run (moved, removed, its disk unmounted), it is made anew, with a warning.
 
     Raises:
         InUse: another process has made it meanwhile, and runs there.

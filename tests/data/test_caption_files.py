@@ -10,7 +10,14 @@ from PIL import Image
 
 from latent_verse.config import UserError
 from latent_verse.data import DataError, caption_files
-from latent_verse.data.caption_files import caption_lines, clean, coco_number, identifier, read_json, table_rows
+from latent_verse.data.caption_files import (
+    caption_lines,
+    clean,
+    coco_number,
+    identifier,
+    read_captions_json,
+    table_rows,
+)
 from latent_verse.data.captions import CocoCaptions, KarpathyCaptions, PairFolder, TableCaptions
 from latent_verse.data.pairs import captions_of
 from latent_verse.files import reading
@@ -104,7 +111,7 @@ def test_every_source_reads_text_by_one_rule(images):
         assert rows(write(images / name, text)) == [("a.png", ["one\u2028two\x85three"]), ("a.png", ["four\vfive"])]
     line = json.dumps({"image": "a.png", "caption": "one\u2028two"}, ensure_ascii=False)
     assert rows(write(images / "t.jsonl", f"\ufeff{line}\r\n\n")) == [("a.png", ["one\u2028two"])]
-    assert read_json(write(images / "x.json", "\ufeff[1]"), "train_captions")[0] == [1]
+    assert read_captions_json(write(images / "x.json", "\ufeff[1]"), "train_captions")[0] == [1]
 
 
 @pytest.mark.parametrize(
@@ -139,7 +146,7 @@ def test_sizes_are_bounded_before_memory_is_taken(images, monkeypatch):
     with open(images / "a.json", "wb") as file:
         file.truncate(1 << 40)
     with pytest.raises(UserError, match=naming("train_captions", images / "a.json", reading.JSON_BYTES)):
-        read_json(images / "a.json", "train_captions")
+        read_captions_json(images / "a.json", "train_captions")
     monkeypatch.setattr(reading, "LINE_BYTES", 100)
     for name in ("t.csv", "t.tsv", "t.jsonl"):
         table = write(images / name, "image,caption\n".replace(",", "\t" if name == "t.tsv" else ",") + "x" * 101)
