@@ -20,12 +20,13 @@ from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any, BinaryIO
 
+from latent_verse.data.caption_files import TEXT_BYTES
 from latent_verse.data.decoding import MAX_BYTES
 from latent_verse.data.folders import EXTENSIONS, is_hidden
 
 IMAGE_KEYS = tuple(kind[1:] for kind in EXTENSIONS)  # of several images in a sample, the first of these is taken
 TEXT_KEYS = ("cls", "txt", "json")
-MAX_TEXT = 16 << 20  # bytes of one of these; MAX_BYTES is the limit of an image
+MAX_TEXT = TEXT_BYTES  # of one of these, as of a .txt beside an image; MAX_BYTES is the limit of an image
 MAX_HEADER = 1 << 16  # bytes of a member's long name or its properties
 MAX_PROPERTIES = 1000  # that hold for all members: tarfile copies them for each
 UNPACKED = 1 << 28, 1000  # a compressed shard may unpack to so many bytes, and this many times its own: gzip's most

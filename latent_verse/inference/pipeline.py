@@ -111,12 +111,7 @@ class LVerse:
             raise ConfigError(f"dtype is {shown(dtype)}; give float32, bfloat16, float16 or auto.")
         try:
             device = torch.empty(0, device=device or best_device()).device
-        except (
-            RuntimeError,
-            AssertionError,
-            TypeError,
-            ImportError,
-        ) as error:  # of another kind, or not on this machine
+        except (RuntimeError, AssertionError, TypeError, ImportError) as error:  # another kind, or not on this machine
             raise ConfigError(f"device is {shown(device)}: {reason(error)} Give cpu, cuda or None.") from error
         vae, biart, tokenizer, info, recorded = load_bundle(directory_or_id)
         if kind == "auto":

@@ -1,4 +1,4 @@
-"""The random number generators of a process go on where they were saved."""
+"""The random number generators of a process continue where they were saved."""
 
 from __future__ import annotations
 
