@@ -50,7 +50,7 @@ def read_ckpt(file: str | os.PathLike) -> dict[str, Any]:
         raise CheckpointError(f"{file} contains only weights; expected a Lightning .ckpt. {remedy}")
     try:
         with file.open("rb") as opened:
-            about = os.fstat(opened.fileno())
+            identity = _identity(os.fstat(opened.fileno()))
     except (FileNotFoundError, NotADirectoryError) as error:
         near = ", ".join(sorted(p.name for p in file.parent.glob("*.ckpt"))) or "none"
         raise CheckpointError(f"checkpoint {file} does not exist; checkpoints beside it: {near}") from error
@@ -59,7 +59,6 @@ def read_ckpt(file: str | os.PathLike) -> dict[str, Any]:
         raise CheckpointError(f"{file} is a folder without a checkpoint; it holds {there}.") from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from error
-    identity = (about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns)
     known = identity in _whole
     if not known and zipfile.is_zipfile(file):
         _check_archive(file)
@@ -72,9 +71,14 @@ def read_ckpt(file: str | os.PathLike) -> dict[str, Any]:
     return content
 
 
-# what whole files say of themselves, by what tells a file from another that the path held before: a command asks
-# several times, and to read a file takes seconds per gigabyte, to unpickle its thousand tensors half a second
+# what whole files say of themselves, by their `_identity`: a command asks several times, and to read a file takes
+# seconds per gigabyte, to unpickle its thousand tensors half a second
 _whole: dict[tuple[int, ...], dict[str, Any]] = {}
+
+
+def _identity(about: os.stat_result) -> tuple[int, ...]:
+    """What tells a file from another that the same path held before."""
+    return about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns
 
 
 def described(file: str | os.PathLike) -> dict[str, Any]:
@@ -84,8 +88,7 @@ def described(file: str | os.PathLike) -> dict[str, Any]:
         CheckpointError: as `read_ckpt`, where the file is not known to be whole.
     """
     with contextlib.suppress(OSError, ValueError):
-        about = os.stat(file)
-        if found := _whole.get((about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns)):
+        if found := _whole.get(_identity(os.stat(file))):
             return found
     return read_ckpt(file).get("latent_verse") or {}
 

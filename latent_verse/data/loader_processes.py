@@ -105,7 +105,7 @@ class WorkerInit:
 
     They ignore signals: Slurm and a terminal signal them as well, and if one died the run would end before it has
     saved. So that they cannot outlive the training process, even if that is killed, the kernel kills them with it.
-    tests/data/test_modules.py pins the private names of Python and torch.
+    tests/data/test_loader_processes.py pins the private names of Python and torch.
     """
 
     def __init__(self) -> None:
@@ -134,7 +134,7 @@ class Loader:
     """Holds a DataLoader, whose workers Lightning ends through its `_iterator` when it is done with them.
 
     Otherwise the garbage collector would end them. It may close their queues first and then wait 5 seconds for each.
-    `_iterator` is private to torch and Lightning; tests/data/test_modules.py checks that both still use it this way.
+    `_iterator` is private to torch and Lightning; the tests check that both still use it this way.
     """
 
     def __init__(self, loader: DataLoader):
