@@ -9,7 +9,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -422,13 +421,11 @@ def test_what_is_to_be_evaluated_is_not_there(tmp_path, capsys, flags):
 
 
 def test_help_answers_without_torch():
-    start = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-X", "importtime", str(REPO / "eval_biart.py"), "--help"], capture_output=True, text=True
     )
     assert done.returncode == 0 and "--generated_dir" in done.stdout
     assert not re.search(r"\| +(torch|open_clip|torchmetrics|numpy)$", done.stderr, re.M)
-    assert time.perf_counter() - start < 20
 
 
 @pytest.mark.slow
