@@ -36,17 +36,17 @@ except ImportError:
     decode_jpeg = None
 
 
-FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM")  # Pillow's names, of the only formats that are decoded
-FORMATS_TEXT = "jpg, png, bmp, webp, tif, ppm or pgm"  # the same for messages
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")  # Pillow's names, of the only formats that are decoded
+FORMATS_TEXT = "jpg, png, gif, bmp, webp, tif, ppm or pgm"  # the same for messages
 MAX_PIXELS = 89_478_485  # of an image: Pillow's own limit, at which it only warns; at most 1 GB while it is decoded
 MAX_BYTES = 1 << 29  # of an image file: 512 MiB, which MAX_PIXELS of 16-bit RGB just fill
 MAX_WEBP = 1 << 26  # pixels of a WebP: its decoder holds four copies of four bytes, so at most 1 GB as well
 MAX_SIDE = 1 << 18  # pixels: Pillow takes more memory for each row than a row of a few pixels needs
+MAX_GIF_START = 1 << 20  # bytes of a GIF before its first image, which Pillow reads piece by piece
 STRIP = 1 << 22  # pixels that are converted at once
 
 # What the others begin with, to name them: (offset, bytes, name)
 _OTHER_FORMATS = (
-    (0, b"GIF8", "GIF"),
     *((8, brand, "HEIC") for brand in (b"heic", b"heix", b"hevc", b"mif1", b"msf1")),
     *((8, brand, "AVIF") for brand in (b"avif", b"avis")),
     (0, b"\xff\x0a", "JPEG XL"),
@@ -128,8 +128,9 @@ def check_bytes(size: int) -> None:
 def decode_rgb(data: bytes) -> Tensor:
     """The image in `data` as uint8 (3, H, W), upright by its EXIF orientation.
 
-    Transparency is composited over white. Images of 12 and 16 bits are scaled to 8, not clipped. An animation gives its
-    first frame. Colour profiles are not applied. H and W are half those of a JPEG of more than MAX_PIXELS.
+    Transparency is composited over white. Images of 12 and 16 bits are scaled to 8, not clipped. Of several images in a
+    file (an animation, the pages of a TIFF) the first is taken. Colour profiles are not applied. H and W are half those
+    of a JPEG of more than MAX_PIXELS.
 
     Raises:
         UnreadableImage: it is not a whole, readable image of one of FORMATS, or has more than MAX_PIXELS (a JPEG twice
@@ -177,11 +178,48 @@ def check_pixels(width: int, height: int, kind: str | None = None, what: str = "
 
 
 def _decode(data: bytes) -> Tensor:
+    if data.startswith(b"GIF8"):
+        _check_gif(data)
     image = Image.open(io.BytesIO(data), formats=FORMATS)  # reads the header only
+    if image.format == "GIF":
+        return _gif_pixels(image)
     if image.format in ("JPEG", "MPO"):  # a phone's MPO is a JPEG with more behind it
         orientation = _orientation(image) if "exif" in image.info or "xmp" in image.info else 1
         return _UPRIGHT.get(orientation, lambda x: x)(_whole_jpeg(data, image))
     return pil_to_tensor(image)
+
+
+def _check_gif(data: bytes) -> None:
+    """Refuse a GIF whose first image comes late: Pillow reads what is before it piece by piece, which takes long.
+
+    Raises:
+        UnreadableImage: it comes late, or not at all.
+    """
+    known = data[: 1024 + MAX_GIF_START]  # header, palette, and what else may come before the image
+    try:
+        at = 13 + (6 << (known[10] & 7) if known[10] & 128 else 0)
+        while known[at] != ord(","):
+            if known[at] == ord("!"):  # an extension: its kind, and blocks that begin with their length
+                at += 2
+                while known[at]:
+                    at += 1 + known[at]
+            elif known[at]:  # some programs leave zeros between extensions
+                raise UnreadableImage("it is a GIF without an image, or damaged before its first one")
+            at += 1
+    except IndexError as error:
+        found = "is cut off" if len(known) == len(data) else f"has {MAX_GIF_START:,} bytes and more"
+        raise UnreadableImage(f"it is a GIF that {found} before its first image") from error
+
+
+def _gif_pixels(image: Image.Image) -> Tensor:
+    """The first image of a GIF that Pillow has opened. It may cover a part of the canvas; the rest is transparent."""
+    left, top, right, bottom = image.tile[0][1]
+    x_CHW = pil_to_tensor(image)
+    if (left, top, right, bottom) == (0, 0, *image.size):
+        return x_CHW
+    canvas_CHW = torch.full_like(x_CHW, 255)
+    canvas_CHW[:, top:bottom, left:right] = x_CHW[:, top:bottom, left:right]
+    return canvas_CHW
 
 
 def _whole_jpeg(data: bytes, image: Image.Image) -> Tensor:

@@ -14,7 +14,8 @@ from latent_verse.data import DataError
 
 log = logging.getLogger(__name__)
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")  # of decoding.FORMATS
+# of decoding.FORMATS, in the order in which a sample of tar shards is searched for its image
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif", ".jfif")
 SAID_KINDS = 4  # of files that are not read; more are only counted
 MAX_VISITS = 100  # of one folder, by links: more of them can lead through a few folders in millions of ways
 

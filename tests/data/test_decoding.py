@@ -28,6 +28,7 @@ from tests.messages import naming
     [
         *[("JPEG", "RGB"), ("JPEG", "L"), ("JPEG", "CMYK"), ("PNG", "RGB"), ("PNG", "L"), ("PNG", "1"), ("PNG", "P")],
         *[("BMP", "RGB"), ("WEBP", "RGB"), ("TIFF", "RGB"), ("TIFF", "CMYK"), ("PPM", "RGB"), ("PPM", "L")],
+        *[("GIF", "P"), ("GIF", "L"), ("GIF", "1")],
     ],
 )
 def test_formats_and_modes_decode_as_pil_does(kind, mode):
@@ -66,8 +67,54 @@ def test_transparency_goes_over_white():
     assert decode_rgb(encoded(clear, "WEBP", lossless=True)).unique().tolist() == [255]
     palette = Image.new("P", (20, 10), 3)
     palette.putpalette([10, 20, 30] * 256)
-    assert decode_rgb(encoded(palette, "PNG", transparency=3)).unique().tolist() == [255]
-    assert decode_rgb(encoded(palette, "PNG"))[:, 0, 0].tolist() == [10, 20, 30]
+    for kind in ("PNG", "GIF"):
+        assert decode_rgb(encoded(palette, kind, transparency=3)).unique().tolist() == [255]
+        assert decode_rgb(encoded(palette, kind))[:, 0, 0].tolist() == [10, 20, 30]
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])
+def test_of_several_images_in_a_file_the_first_is_taken(kind):
+    frames = [Image.new("RGB", (40, 30), colour) for colour in ("red", "lime", "blue")]
+    options = {"lossless": True} if kind == "WEBP" else {}
+    data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)
+    assert getattr(Image.open(io.BytesIO(data)), "n_frames", 1) == 3
+    assert torch.equal(decode_rgb(data), as_tensor(frames[0]))
+
+
+def gif(canvas, frame, before=b"", pixels=b"\x02\x02\x44\x01\0"):
+    """A GIF whose canvas and first image claim these sizes (left, top, width, height); its one pixel is black."""
+    palette = b"\0\0\0\xff\0\0"
+    return (
+        b"GIF89a"
+        + struct.pack("<HH", *canvas)
+        + b"\x80\0\0"
+        + palette
+        + before
+        + b","
+        + (struct.pack("<HHHH", *frame) + b"\0" + pixels + b";")
+    )
+
+
+def test_what_a_gif_s_first_image_does_not_cover_is_white():
+    image = decode_rgb(gif((3, 2), (1, 1, 1, 1), before=b"\0!\xfe\x02hi\0\0"))
+    assert image.shape == (3, 2, 3) and image[:, 1, 1].tolist() == [0, 0, 0]
+    assert image.float().mean() == 255 * 5 / 6
+    assert decode_rgb(gif((1, 1), (0, 0, 1, 1))).flatten().tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("before", "fact"),
+    [
+        (b"!\xfe" + b"\x01a" * 600_000 + b"\0", "before its first image"),
+        (b"\0" * 2_000_000, "before its first image"),
+        *[(b"!\xf9\x80", "cut off before its first image"), (b";", "without an image"), (b"x", "damaged")],
+    ],
+)
+def test_what_comes_before_the_first_image_of_a_gif_is_bounded(before, fact, monkeypatch):
+    """Pillow reads it byte by byte, and older ones join the parts of a comment in a time that is their square."""
+    monkeypatch.setattr(Image, "open", lambda *args, **options: pytest.fail("Pillow was asked"))
+    with pytest.raises(UnreadableImage, match=naming(fact)):
+        decode_rgb(gif((1, 1), (0, 0, 1, 1), before))
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
@@ -83,7 +130,7 @@ def test_exif_rotation_is_applied_once(kind, orientation):
     assert gap(decoded, as_tensor(upright)) <= 2
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM"])
 def test_truncated_images_are_refused(kind):
     data = encoded(photo(200, 150), kind)
     for cut in (len(data) // 2, len(data) * 9 // 10):
@@ -126,7 +173,7 @@ def test_the_formats_that_the_readme_names_are_the_only_ones_decoded(monkeypatch
 @pytest.mark.parametrize(
     ("data", "name"),
     [
-        (encoded(photo(), "GIF"), "GIF"),
+        (encoded(photo(), "ICO"), "ICO"),
         (b"\0\0\0\x18ftypheic" + bytes(40), "HEIC"),
         (b"\0\0\0\x1cftypavif" + bytes(40), "AVIF"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "EPS"),
@@ -152,6 +199,9 @@ def claims(width, height, kind):
     if kind == "PNG":
         data[16:24] = struct.pack(">II", width, height)
         data[29:33] = struct.pack(">I", zlib.crc32(bytes(data[12:29])))
+    elif kind == "GIF":
+        image = data.index(b",")
+        data[6:10] = data[image + 5 : image + 9] = struct.pack("<HH", width, height)
     elif kind == "BMP":
         data[18:26] = struct.pack("<ii", width, height)
     elif kind == "PPM":
@@ -162,10 +212,10 @@ def claims(width, height, kind):
     return bytes(data)
 
 
-@pytest.mark.parametrize("kind", ["PNG", "BMP", "PPM", "JPEG"])
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "PPM", "JPEG", "GIF"])
 @pytest.mark.parametrize("size", [(13_000, 13_800), (60_000, 60_000), (89_478_486, 1), (0, 8)])
 def test_an_image_s_size_is_bounded_before_it_is_decoded(kind, size):
-    if kind == "JPEG" and size[0] > 65_535:
+    if kind in ("JPEG", "GIF") and size[0] > 65_535:
         size = (60_000, 50_000)
     tracemalloc.start()
     with pytest.raises(UnreadableImage):

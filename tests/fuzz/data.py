@@ -61,7 +61,6 @@ ODD_NAMES = (
     *("größe.png".encode(), "赤.png".encode(), "a\u2028b.png".encode(), "a\u202eb.png".encode(), b"pipe:echo x.png"),
 )
 FOREIGN = (
-    "GIF",
     "ICO",
     "PDF",
     "EPS",
@@ -178,12 +177,12 @@ def damaged_scan(m: Mutator, data: bytes) -> bytes:
 
 def odd_image(m: Mutator) -> bytes:
     """A file that no change to a valid image makes: of another format, huge, or empty."""
-    kind = m.pick(("foreign", "foreign", "huge png", "huge header", "text", "frames", "thin", "metadata"))
+    kind = m.pick(("foreign", "foreign", "huge png", "huge header", "text", "frames", "gif", "thin", "metadata"))
     m.note("an odd image:", kind)
     if kind == "foreign":
         name = m.pick(FOREIGN)
         m.note(name)
-        mode = {"XBM": "1", "MSP": "1", "SPIDER": "F", "GIF": "P"}.get(name, "RGB")
+        mode = {"XBM": "1", "MSP": "1", "SPIDER": "F"}.get(name, "RGB")
         Image.new(mode, (20, 24)).save(data := io.BytesIO(), name)
         return data.getvalue()
     if kind == "huge png":
@@ -207,12 +206,35 @@ def odd_image(m: Mutator) -> bytes:
         form = m.pick(("GIF", "TIFF", "WEBP", "PNG"))
         frames[0].save(data := io.BytesIO(), form, save_all=True, append_images=frames[1:])
         return m.bytes(data.getvalue()) if m.chance(0.5) else data.getvalue()
+    if kind == "gif":
+        return odd_gif(m)
     if kind == "thin":
         Image.new("RGB", m.pick(((1, 1), (1, 5000), (5000, 1), (2, 1)))).save(data := io.BytesIO(), "PNG")
         return data.getvalue()
     chunk = m.pick((b"tEXt", b"zTXt", b"iTXt", b"iCCP", b"eXIf", b"acTL", b"gAMA", b"tRNS", b"PLTE"))
     body = m.pick((m.rng.randbytes(50), b"a\0" + b"x" * 2_000_000, b"a\0\0" + zlib.compress(bytes(200_000_000))))
     return png(20, 24, [(chunk, body)])
+
+
+def odd_gif(m: Mutator) -> bytes:
+    """A GIF with another size of canvas, place of its image, palette, or what lies before and within its image."""
+    data = image_bytes(".gif", m.pick(("P", "L", "RGBA")), m.rng.randrange(100))
+    image = data.index(b",", 13 + 768)
+    side = (0, 1, 20, 1000, 65535)
+    canvas = struct.pack("<HH", m.pick(side), m.pick(side)) if m.chance(0.5) else data[6:10]
+    frame = struct.pack("<HHHH", *(m.pick(side) for _ in range(4))) if m.chance(0.5) else data[image + 1 : image + 9]
+    block = m.rng.randbytes(m.pick((0, 1, 4, 255)))
+    kind = bytes([m.pick((0xF9, 0xFE, 0xFF, 0x01, m.rng.randrange(256)))])
+    extension = b"!" + kind + (bytes([len(block)]) + block) * m.pick((0, 1, 100, 20_000)) + m.pick((b"\0", b"\0", b""))
+    before = m.pick(
+        (b"", b"", extension, b"\0" * m.pick((3, 5_000_000)), b"!\xfe" + b"\x01a" * 3_000_000 + b"\0", b";")
+    )
+    flags = bytes([m.rng.randrange(256)]) if m.chance(0.3) else data[image + 9 : image + 10]
+    start = data[:6] + canvas + (m.rng.randbytes(1) if m.chance(0.2) else data[10:11]) + data[11:image]
+    pixels = data[image + 10 :]
+    at = m.rng.randrange(len(pixels))
+    pixels = m.pick((pixels, pixels, pixels[:at], pixels[:at] + b"\0" + pixels[at:], pixels + data[image:] * 500))
+    return start + before + b"," + frame + flags + pixels
 
 
 def png(width: int, height: int, more: Iterable[tuple[bytes, bytes]] = ()) -> bytes:

@@ -13,8 +13,13 @@ import numpy as np
 from PIL import Image
 
 FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".bmp": "BMP", ".webp": "WEBP", ".tif": "TIFF"}
-FORMATS |= {".tiff": "TIFF", ".ppm": "PPM", ".pgm": "PPM"}
-MODES = {".png": ("RGB", "L", "P", "RGBA", "LA", "1", "I;16"), ".jpg": ("RGB", "L", "CMYK"), ".pgm": ("L",)}
+FORMATS |= {".tiff": "TIFF", ".ppm": "PPM", ".pgm": "PPM", ".gif": "GIF", ".jfif": "JPEG"}
+MODES = {
+    ".png": ("RGB", "L", "P", "RGBA", "LA", "1", "I;16"),
+    ".jpg": ("RGB", "L", "CMYK"),
+    ".pgm": ("L",),
+    ".gif": ("P", "L", "RGBA"),
+}
 MODES |= {".tif": ("RGB", "L", "CMYK", "F", "I;16"), ".tiff": ("RGB", "LAB"), ".webp": ("RGB", "RGBA")}
 
 MACHINE = "--gpus 0 --num_workers 0 --refresh_rate 0 --logger csv --log_every_n_steps 1"

@@ -43,11 +43,11 @@ def test_files_that_are_no_images_are_named(tmp_path):
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "eps.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
     (tmp_path / "half.png").write_bytes(b"")
-    PHOTO.save(tmp_path / "a.gif")
+    PHOTO.save(tmp_path / "a.ico")
     with open(tmp_path / "large.jpg", "wb") as file:
         file.truncate(1 << 40)
     for name, fact in [
-        *[("pipe.png", "pipe"), ("folder.png", "folder"), ("eps.png", "EPS"), ("half.png", "empty"), ("a.gif", "GIF")],
+        *[("pipe.png", "pipe"), ("folder.png", "folder"), ("eps.png", "EPS"), ("half.png", "empty"), ("a.ico", "ICO")],
         *[("gone.png", "No such file"), ("large.jpg", f"{1 << 40:,}")],
     ]:
         with pytest.raises(DataError, match=naming(f"image {tmp_path / name}", fact, FORMATS_TEXT)) as said:
