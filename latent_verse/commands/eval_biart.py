@@ -7,7 +7,7 @@ metrics.json and index.html. --compare A B prints the metrics of two finished ru
 
 from __future__ import annotations
 
-from latent_verse.config.cli import parse, quick_imports
+from latent_verse.config.cli import naming_sources, parse, quick_imports
 from latent_verse.config.evaluate import EvalBiARTConfig, resolve_eval_biart
 from latent_verse.config.program import one_line_errors
 from latent_verse.config.yaml_files import to_yaml
@@ -17,7 +17,8 @@ from latent_verse.config.yaml_files import to_yaml
 def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     """Evaluate; 0 when done, 2 for a mistake in the settings, the model, images or captions."""
     config, given = parse(EvalBiARTConfig, argv, __doc__, prog)
-    return run(*resolve_eval_biart(config, given))
+    with naming_sources(config, given):
+        return run(*resolve_eval_biart(config, given))
 
 
 def run(config: EvalBiARTConfig, tasks: tuple[str, ...]) -> int:

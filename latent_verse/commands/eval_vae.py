@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from latent_verse.config.cli import parse, quick_imports
+from latent_verse.config.cli import naming_sources, parse, quick_imports
 from latent_verse.config.program import one_line_errors
 from latent_verse.config.train import EvalVAEConfig
 from latent_verse.config.train_rules import resolve_eval_vae, with_evaluated_shape
@@ -17,7 +17,8 @@ from latent_verse.files import write_json, write_text
 def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     """Evaluate; 0 when done, 2 for a mistake in the settings, data or checkpoint."""
     config, given = parse(EvalVAEConfig, argv, __doc__, prog)
-    return run(resolve_eval_vae(config, given), given)
+    with naming_sources(config, given):
+        return run(resolve_eval_vae(config, given), given)
 
 
 def run(config: EvalVAEConfig, given: Mapping[str, str]) -> int:

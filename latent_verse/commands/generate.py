@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from latent_verse.config.cli import parse, quick_imports
+from latent_verse.config.cli import naming_sources, parse, quick_imports
 from latent_verse.config.generate import GenerateConfig, resolve_generate
 from latent_verse.config.program import one_line_errors
 
@@ -11,7 +11,8 @@ from latent_verse.config.program import one_line_errors
 def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     """Generate; 0 when done, 2 for a mistake in the settings, the model, images or texts."""
     config, given = parse(GenerateConfig, argv, __doc__, prog)
-    return run(*resolve_generate(config, given))
+    with naming_sources(config, given):
+        return run(*resolve_generate(config, given))
 
 
 def run(config: GenerateConfig, task: str) -> int:

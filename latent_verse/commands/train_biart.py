@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from latent_verse.config.cli import parse, quick_imports
+from latent_verse.config.cli import naming_sources, parse, quick_imports
 from latent_verse.config.program import one_line_errors
 from latent_verse.config.train import TrainBiARTConfig
 from latent_verse.config.train_rules import idle_flags_biart, resolve_train_biart
@@ -20,7 +20,8 @@ from latent_verse.files import made_folder
 def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     """Train; 0 when done, 128 + N when stopped by signal N and saved, 2 for a mistake of the user."""
     config, given = parse(TrainBiARTConfig, argv, __doc__, prog)
-    return run(resolve_train_biart(config, given), given)
+    with naming_sources(config, given):
+        return run(resolve_train_biart(config, given), given)
 
 
 def run(config: TrainBiARTConfig, given: Mapping[str, str]) -> int:

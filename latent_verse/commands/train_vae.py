@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from latent_verse.config.cli import parse, quick_imports
+from latent_verse.config.cli import naming_sources, parse, quick_imports
 from latent_verse.config.program import one_line_errors
 from latent_verse.config.train import TrainVAEConfig
 from latent_verse.config.train_rules import idle_flags_vae, resolve_train_vae
@@ -14,7 +14,8 @@ from latent_verse.config.train_rules import idle_flags_vae, resolve_train_vae
 def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     """Train; 0 when done, 128 + N when stopped by signal N and saved, 2 for a mistake of the user."""
     config, given = parse(TrainVAEConfig, argv, __doc__, prog)
-    return run(resolve_train_vae(config, given), given)
+    with naming_sources(config, given):
+        return run(resolve_train_vae(config, given), given)
 
 
 def run(config: TrainVAEConfig, given: Mapping[str, str]) -> int:

@@ -19,12 +19,12 @@ import gc
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from latent_verse.config import program
-from latent_verse.config.messages import ConfigError, closest, shown
+from latent_verse.config.messages import ConfigError, UserError, closest, shown
 from latent_verse.config.settings import (
     checked,
     expand,
@@ -36,7 +36,7 @@ from latent_verse.config.settings import (
     type_name,
     types_of,
 )
-from latent_verse.config.yaml_files import is_null, read_yaml
+from latent_verse.config.yaml_files import NoSetting, is_null, read_yaml
 
 Config = TypeVar("Config")
 RECIPES = (Path(__file__).parents[1] / "configs", Path(__file__).parents[2] / "configs")  # installed; in the repository
@@ -105,10 +105,81 @@ def parse(
     given: dict[str, tuple[Any, str]] = {}
     if path:
         path = find_config(path)
-        sections = {f.name: section for section, f, _ in leaves(cls)}
-        given.update({leaf: (value, path) for leaf, value in read_yaml(path, sections).items()})
+        given.update({leaf: (value, path) for leaf, value in _read_config(path, cls).items()})
     given.update({leaf: (value, f"--{leaf}") for leaf, value in values.items()})
     return build(cls, given), {leaf: source for leaf, (_, source) in given.items()}
+
+
+def _read_config(path: str, cls: type) -> dict[str, Any]:
+    """As `read_yaml`, of the settings of `cls`. If it does not hold these but another program's, that is said."""
+
+    def read(settings: type) -> dict[str, Any]:
+        return read_yaml(path, {f.name: section for section, f, _ in leaves(settings)})
+
+    def holds(settings: type) -> bool:
+        with contextlib.suppress(ConfigError):
+            return bool(read(settings))
+        return False
+
+    try:
+        return read(cls)
+    except NoSetting as error:
+        owner = next((name for name, settings in _programs().items() if holds(settings)), None)
+        if owner is None:
+            raise
+        lacks = f"config: {path} is for {owner}.py; this program does not have all of its settings"
+        raise ConfigError(f"{lacks}. Run that one, or give another file.") from error
+
+
+def _programs() -> dict[str, type]:
+    """Every program that --config serves, and its settings."""
+    from latent_verse.config import evaluate, generate, train
+
+    return {
+        "train_vae": train.TrainVAEConfig,
+        "train_biart": train.TrainBiARTConfig,
+        "eval_vae": train.EvalVAEConfig,
+        "eval_biart": evaluate.EvalBiARTConfig,
+        "generate": generate.GenerateConfig,
+    }
+
+
+@contextlib.contextmanager
+def naming_sources(config: Any, given: Mapping[str, str]) -> Iterator[None]:
+    """Inside, an error whose message names a path that came from a YAML file says so, and which flag gives another.
+
+    Args:
+        config, given: what `parse` returned.
+    """
+    try:
+        yield
+    except UserError as error:
+        paths = {
+            f.name: getattr(getattr(config, section), f.name)
+            for section, f, _ in leaves(type(config))
+            if f.metadata["path"]
+        }
+        text = str(error)
+        for leaf, value in paths.items():
+            if not given.get(leaf, "--").startswith("--"):
+                for path in value if isinstance(value, tuple) else [value]:
+                    text = _with_source(text, leaf, path, given[leaf]) if path else text
+        if text != str(error):
+            error.args = (text, *error.args[1:])
+        raise
+
+
+def _with_source(text: str, leaf: str, path: str, source: str) -> str:
+    """A message with the file that named the path `leaf` behind its first mention, and the flag that gives another."""
+    mention = re.search(rf"(?<![\w./~-])(['\"]?){re.escape(path)}\1(?![\w/-]|\.\w)", text)
+    if mention is None:
+        return text
+    if not os.path.relpath(source).startswith(os.pardir):
+        source = os.path.relpath(source)
+    name = "" if re.search(rf"\b{leaf}\b", text) else f"{leaf} "
+    before, after = text[: mention.start()], text[mention.end() :].removesuffix(".")
+    remedy = "" if f"--{leaf}" in text or os.path.exists(path) else f" Give --{leaf}."
+    return f"{before}{name}{mention[0]} (from {source}){after}.{remedy}"
 
 
 def make_parser(cls: type, description: str, prog: str | None = None) -> Parser:

@@ -21,6 +21,10 @@ TAGS = {f"{YAML_TAG}{name}" for name in ("str", "int", "float", "bool", "null", 
 LARGEST_FILE = 2_000_000  # bytes of a YAML file of some hundred settings; lists of shards have files of their own
 
 
+class NoSetting(ConfigError):
+    """A key of a YAML file is no setting of the program, or one that holds no others."""
+
+
 class Quoted(str):
     """A text in quotes, in YAML: `null` in it does not mean nothing."""
 
@@ -41,7 +45,7 @@ def read_yaml(path: str, sections: Mapping[str, str]) -> dict[str, Any]:
         leaf = key.value
         if leaf not in sections:
             known = [*sections, *sections.values()] if section is None else sections
-            raise ConfigError(f"{_at(path, key)}: unknown key {shown(leaf)}{closest(leaf, known)}")
+            raise NoSetting(f"{_at(path, key)}: unknown key {shown(leaf)}{closest(leaf, known)}")
         if section not in (None, sections[leaf]):
             raise ConfigError(f"{_at(path, key)}: {leaf} belongs to section {sections[leaf]}, not {section}.")
         if leaf in out:
@@ -121,7 +125,7 @@ def _value(path: str, leaf: str, node: Node) -> str | list[str] | None:
     if node.id == "sequence" and all(item.id == "scalar" for item in node.value):
         return [_scalar(item) or "" for item in node.value]
     nested = "a mapping" if node.id == "mapping" else "a list of lists or mappings"
-    raise ConfigError(f"{_at(path, node)}: {leaf} is {nested}; a setting is one value or a list of values.")
+    raise NoSetting(f"{_at(path, node)}: {leaf} is {nested}; a setting is one value or a list of values.")
 
 
 def _check_tag(path: str, node: Node) -> None:

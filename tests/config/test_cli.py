@@ -15,8 +15,9 @@ from latent_verse.__main__ import COMMANDS, main
 from latent_verse.checkpoints.ckpt_files import CheckpointError
 from latent_verse.config import ConfigError, setting
 from latent_verse.config.cli import leaves, parse
+from latent_verse.config.generate import GenerateConfig
 from latent_verse.config.program import one_line_errors
-from latent_verse.config.train import EvalVAEConfig, TrainVAEConfig
+from latent_verse.config.train import EvalVAEConfig, TrainBiARTConfig, TrainVAEConfig
 from latent_verse.config.yaml_files import to_yaml
 from latent_verse.data import DataError
 from latent_verse.data.text import TokenizerError
@@ -338,6 +339,18 @@ def test_a_folder_does_not(tmp_path, monkeypatch):
 def test_a_misspelt_recipe_names_the_nearest():
     mistake("-c", "tiny_augvae_mll", names=["tiny_augvae_mll", "tiny_augvae_ml"])
     mistake("-c", "qqqq", names=["qqqq", *RECIPES])
+
+
+@pytest.mark.parametrize(
+    ("cls", "name", "owner"),
+    [
+        (TrainVAEConfig, "tiny_biart", "train_biart.py"),
+        (TrainBiARTConfig, "tiny_augvae_ml", "train_vae.py"),
+        (GenerateConfig, "tiny_augvae_ml", "train_vae.py"),
+    ],
+)
+def test_a_recipe_of_another_program_is_named_as_such(cls, name, owner):
+    mistake("-c", name, names=[f"{name}.yaml", owner], cls=cls)
 
 
 def test_a_missing_file_names_the_others_in_its_folder(yaml_file, tmp_path):

@@ -10,14 +10,16 @@ from pathlib import Path
 import pytest
 
 from latent_verse import LVerse, load_augvae
+from latent_verse.commands import eval_biart, eval_vae, generate, train_biart, train_vae
 from latent_verse.config import ConfigError, UserError
-from latent_verse.config.cli import leaves, parse
+from latent_verse.config.cli import leaves, naming_sources, parse
 from latent_verse.config.evaluate import EvalBiARTConfig, resolve_eval_biart
 from latent_verse.config.generate import GenerateConfig, WhatConfig, WriteConfig, resolve_generate
 from latent_verse.config.settings import expand, expand_paths, split_shards
 from latent_verse.config.train import TrainBiARTConfig, TrainerConfig, TrainVAEConfig
 from latent_verse.config.train_rules import resolve_train_biart, resolve_train_vae
 from latent_verse.config.yaml_files import to_yaml
+from latent_verse.data import DataError
 from latent_verse.data.caption_files import check_file
 from latent_verse.data.codes import read_meta
 from latent_verse.data.images import FlatImages
@@ -74,6 +76,56 @@ def test_flags_yaml_and_python_expand_the_home_folder_once(cls, home, tmp_path):
             assert value_of(config, name) in (f"{home}/a", (f"{home}/a",)), name
             (tmp_path / "saved.yaml").write_text(to_yaml(config))
             assert parse(cls, ["-c", str(tmp_path / "saved.yaml")], "")[0] == config
+
+
+@each_program
+def test_an_error_names_the_file_that_a_path_came_from(cls, home, tmp_path):
+    """And the flag that gives another, for every path; nothing is added to those that flags gave."""
+    for name in paths_of(cls):
+        (tmp_path / "a.yaml").write_text(f"{name}: some/where\n")
+
+        def said(argv: list[str], message: str) -> str:
+            with pytest.raises(DataError) as error, naming_sources(*parse(cls, argv, "")):
+                raise DataError(message)
+            return str(error.value)
+
+        of_yaml = ["-c", str(tmp_path / "a.yaml")]
+        assert said(of_yaml, "some/where does not exist.") == (
+            f"{name} some/where (from a.yaml) does not exist. Give --{name}."
+        )
+        assert (
+            said(of_yaml, f"{name}: 'some/where' is odd")
+            == f"{name}: 'some/where' (from a.yaml) is odd. Give --{name}."
+        )
+        (tmp_path / "some/where").mkdir(parents=True, exist_ok=True)
+        assert said(of_yaml, "it is in some/where") == f"it is in {name} some/where (from a.yaml)."
+        (tmp_path / "some/where").rmdir()
+        for other in ("no path", "some/where/else is odd", "/some/where is odd", "some/where.png is odd"):
+            assert said(of_yaml, other) == other
+        assert said([*of_yaml, f"--{name}", "some/where"], "some/where is odd") == "some/where is odd"
+
+
+@pytest.mark.parametrize(
+    ("program", "setting", "more"),
+    [
+        (train_vae, "train_dir", ""),
+        (train_vae, "pretrained_path", "--fake_data"),
+        (eval_vae, "ckpt_path", "--fake_data"),
+        (eval_vae, "test_dir", "--ckpt_path x/y/z.ckpt"),
+        (train_biart, "vae_path", "--train_dir ."),
+        (train_biart, "train_captions", "--dataset table --vae_path {vae}"),
+        (eval_biart, "test_dir", "--captions_file x.json"),
+        (generate, "model", "--text a"),
+        (generate, "text_file", "--model x"),
+    ],
+)
+def test_programs_name_the_file_that_a_path_came_from(program, setting, more, home, tmp_path, tiny_augvae, capsys):
+    tiny_augvae().save_pretrained(tmp_path / "vae")
+    (tmp_path / "mine.yaml").write_text(f"{setting}: no/such/place\n")
+    more = more.replace("{vae}", str(tmp_path / "vae")).replace("x/y/z.ckpt", str(tmp_path / "vae"))
+    assert program.main(["-c", "mine.yaml", *more.split(), "--gpus", "0"]) == 2
+    said = capsys.readouterr().err
+    assert naming(setting, "no/such/place (from mine.yaml)", f"--{setting}").search(said) and said.count("\n") == 1
 
 
 def test_sections_made_in_python_are_expanded_too(home):
