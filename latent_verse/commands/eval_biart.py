@@ -10,13 +10,14 @@ from __future__ import annotations
 from latent_verse.config.cli import naming_sources, parse, quick_imports
 from latent_verse.config.evaluate import EvalBiARTConfig, resolve_eval_biart
 from latent_verse.config.program import one_line_errors
+from latent_verse.config.remembered import with_data_of_biart_run
 from latent_verse.config.yaml_files import to_yaml
 
 
 @one_line_errors
 def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     """Evaluate; 0 when done, 2 for a mistake in the settings, the model, images or captions."""
-    config, given = parse(EvalBiARTConfig, argv, __doc__, prog)
+    config, given = with_data_of_biart_run(*parse(EvalBiARTConfig, argv, __doc__, prog))
     with naming_sources(config, given):
         return run(*resolve_eval_biart(config, given))
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from latent_verse.config.cli import naming_sources, parse, quick_imports
 from latent_verse.config.program import one_line_errors
+from latent_verse.config.remembered import with_layout_of_vae_run
 from latent_verse.config.train import EvalVAEConfig
 from latent_verse.config.train_rules import resolve_eval_vae, with_evaluated_shape
 from latent_verse.config.yaml_files import to_yaml
@@ -16,7 +17,7 @@ from latent_verse.files import write_json, write_text
 @one_line_errors
 def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     """Evaluate; 0 when done, 2 for a mistake in the settings, data or checkpoint."""
-    config, given = parse(EvalVAEConfig, argv, __doc__, prog)
+    config, given = with_layout_of_vae_run(*parse(EvalVAEConfig, argv, __doc__, prog))
     with naming_sources(config, given):
         return run(resolve_eval_vae(config, given), given)
 
@@ -27,14 +28,14 @@ def run(config: EvalVAEConfig, given: Mapping[str, str]) -> int:
         import pytorch_lightning as pl
 
         from latent_verse.checkpoints.augvae import load_augvae
-        from latent_verse.data.datasets import open_images
+        from latent_verse.data.datasets import how_many, open_images
         from latent_verse.data.modules import ImageDataModule
         from latent_verse.metrics.reconstruction import table
         from latent_verse.training import runs
         from latent_verse.training.augvae import LitAugVAEEvaluation
         from latent_verse.training.image_logging import SavedImages
         from latent_verse.training.progress_bar import ProgressBar
-        from latent_verse.training.trainer import as_config_error, choose_devices, choose_strategy, quiet_lightning
+        from latent_verse.training.trainer import as_config_error, choose_devices, choose_strategy, quiet_lightning, say
 
     t = config.trainer
     model = load_augvae(t.ckpt_path)
@@ -42,6 +43,7 @@ def run(config: EvalVAEConfig, given: Mapping[str, str]) -> int:
     accelerator, devices = choose_devices(t)
     with runs.hold_new_folder(t.log_dir, t.name or f"eval-{runs.stem(t.ckpt_path)}") as folder:
         data = ImageDataModule(open_images(config.data, model.config.resolution, t.seed, ["test"]), config.data, t.seed)
+        say(f"Evaluating on {how_many(data.datasets['test'])} of {config.data.test_dir or config.data.val_dir}")
         lit, n = LitAugVAEEvaluation(model, config), config.eval.eval_images
         quiet_lightning()
         bar = [ProgressBar(t.refresh_rate)] if t.refresh_rate else []

@@ -8,6 +8,7 @@ train.py      train_vae.py, eval_vae.py and train_biart.py; train_rules.py: the 
 evaluate.py   eval_biart.py
 generate.py   generate.py
 cli.py        flags and YAML files -> these dataclasses; the only file that knows argparse
+remembered.py what an evaluation takes from the run that made its model
 yaml_files.py YAML files, read and written
 program.py    how every program ends: signals, errors in one line, exit codes; faults.py: the machine's
 """

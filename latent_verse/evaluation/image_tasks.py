@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
 
+from latent_verse.data.folders import counted
 from latent_verse.data.shapes import World
 from latent_verse.data.transforms import centre_crop
 from latent_verse.evaluation import round_trips, samples
@@ -32,7 +34,10 @@ def generate(c: Context) -> dict[str, object]:
     chosen = c.pairs.sample(g.eval_captions, c.seed)
     about: dict[str, object] = {}
     if j.generated_dir:
-        groups = samples.read_groups(Path(j.generated_dir))
+        others: Counter[str] = Counter()
+        groups = samples.read_groups(Path(j.generated_dir), others)
+        if c.ranks.is_first:
+            print(f"generated_dir {j.generated_dir}: {counted(sum(len(g.files) for g in groups), 'image', others)}")
         digest = c.ranks.share(lambda: samples.fingerprint_files([f for group in groups for f in group.files]))
         checkpoint = {"generated_dir": digest}
         texts = {sample.caption for sample in chosen}

@@ -160,8 +160,10 @@ def write_index(folder: Path, texts: Sequence[str], candidates: int) -> None:
     write_text(folder / INDEX, "\n".join(lines) + "\n")
 
 
-def read_groups(folder: Path) -> list[Group]:
+def read_groups(folder: Path, others: Counter[str] | None = None) -> list[Group]:
     """The images of a folder, in order, by caption: those of its pictures.jsonl, or any image files.
+
+    Without an index, files that are not read are counted in `others`.
 
     Without an index every file is a group of its own; its caption is `<name>.txt` beside it, or the PNG's `text`.
     Hidden and special files are passed over.
@@ -174,7 +176,7 @@ def read_groups(folder: Path) -> list[Group]:
         raise DataError(f"generated_dir: {folder} is not a folder. Give one that holds images.")
     if (folder / INDEX).is_file():
         return _read_index(folder)
-    others: Counter = Counter()
+    others = Counter() if others is None else others
     files = sorted(folder / name for name in walk(str(folder), EXTENSIONS, others))
     files = [file for file in files if file.name != "grid.png"]
     if not files:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from latent_verse.data import DataError
 from latent_verse.data.caption_files import clean, setting_named
+from latent_verse.data.datasets import how_many
 from latent_verse.data.images import ImageDataset
 from latent_verse.evaluation import samples
 from latent_verse.evaluation.context import Context
@@ -114,6 +115,8 @@ def classify(c: Context) -> dict[str, object]:
     """Zero-shot classification of class folders by scoring the classes' names."""
     k = c.config.likelihood
     dataset = ImageDataset(k.classes_dir, c.resolution, train=False, as_uint8=True, key="classes_dir")
+    if c.ranks.is_first:
+        print(f"classes_dir {k.classes_dir}: {how_many(dataset)}")
     names = class_names(dataset.classes, k.class_names)
     files = [os.path.relpath(dataset.paths[i], dataset.paths.root) for i in range(len(dataset))]
     codes_IN, label_I = _codes_and_labels(c, dataset, ordered(files, c.seed)[: k.class_pictures])

@@ -9,9 +9,10 @@ import warnings
 from contextlib import ExitStack
 from pathlib import Path
 
-from latent_verse.config import ConfigError, as_plain
+from latent_verse.config import ConfigError, as_plain, printable
 from latent_verse.config.evaluate import EvalBiARTConfig
 from latent_verse.data import DataError
+from latent_verse.data.datasets import how_many
 from latent_verse.data.shapes import ShapesDataset, World
 from latent_verse.evaluation import image_tasks, page, text_tasks
 from latent_verse.evaluation.context import Context
@@ -58,6 +59,8 @@ def _run(ranks: Ranks, config: EvalBiARTConfig, folder: Path, tasks: tuple[str, 
         warnings.filterwarnings("ignore", r"text \d+ has \d+ tokens")
         context = _open_context(config, ranks, folder)
         _check_model(context, tasks)
+        if ranks.is_first:
+            print(f"Evaluating on {how_many(context.pairs.dataset)} of {printable(context.pairs.source)}", flush=True)
         about: dict[str, dict | None] = {}
         try:
             for task in tasks:

@@ -18,7 +18,7 @@ from latent_verse.config.generate import GenerateConfig
 from latent_verse.config.messages import shown
 from latent_verse.data import DataError
 from latent_verse.data.caption_files import clean
-from latent_verse.data.folders import EXTENSIONS, describe_files, walk
+from latent_verse.data.folders import EXTENSIONS, counted, describe_files, walk
 from latent_verse.files import made_folder, setting_named, text_lines, write_text
 from latent_verse.inference.image_io import grid, load_image, save_png, to_images
 from latent_verse.inference.pipeline import LVerse, best_device
@@ -163,6 +163,8 @@ def _find_images(names: Sequence[str]) -> list[tuple[str, bool]]:
         inside = [str(path / file) for file in walk(str(path), EXTENSIONS, others)] if path.is_dir() else []
         if path.is_dir() and not inside:
             raise DataError(f"no image below {name}: looked for {' '.join(EXTENSIONS)}, {describe_files(others)}.")
+        if inside:
+            print(f"{printable(name)}: {counted(len(inside), 'image', others)}", file=sys.stderr)
         found += [(file, False) for file in inside] or [(str(path), True)]
     return found
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from latent_verse.commands import eval_vae
-from tests.image_runs import write_pictures
+from latent_verse.commands import eval_vae, train_vae
+from tests.image_runs import SMALL, write_pictures
 from tests.messages import naming
 
 REPO = Path(__file__).parents[2]
@@ -104,6 +105,23 @@ def test_fake_data_and_yaml_of_training(tmp_path, model):
         str(write_pictures(tmp_path / "v", 2)),
     ]
     assert evaluate(tmp_path, model, *flags)["images"] == 2
+
+
+def test_the_layout_and_the_images_of_a_run_are_remembered(tmp_path, capsys):
+    images = write_pictures(tmp_path / "images", 8, classes=1) / "class0"
+    (images / "a.heic").touch()
+    flags = ["--dataset", "flat", "--train_dir", str(images), "--val_dir", str(images), "--name", "mine"]
+    assert train_vae.main([*SMALL, *flags, "--log_dir", str(tmp_path / "train"), "--max_steps", "1"]) == 0
+    capsys.readouterr()
+    run = tmp_path / "train" / "mine"
+    assert evaluate(tmp_path, run)["images"] == 8
+    said = capsys.readouterr().out
+    assert naming(run / "config.yaml", "dataset flat", images, "8 images (1 .heic not read)").search(said)
+    other = write_pictures(tmp_path / "other", 3, classes=1) / "class0"
+    assert evaluate(tmp_path, run, "--test_dir", str(other))["images"] == 3
+    shutil.rmtree(images)
+    assert eval_vae.main(["--ckpt_path", str(run), *FLAGS, "--log_dir", str(tmp_path / "runs")]) == 2
+    assert naming(f"{images} (from {run / 'config.yaml'})", "--val_dir").search(capsys.readouterr().err)
 
 
 def test_corrupt_images_are_counted_not_scored(tmp_path, model):
