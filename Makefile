@@ -6,12 +6,16 @@ BIN := $(VENV)/bin
 # a file's tests run in order in one process; several files at a time, on at most four cores
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
+# Ctrl-C reaches the demo and make: the demo stops and says so, and make ends by the signal, without an error of its own
+DEMO := @trap : INT; $(BIN)/python -m latent_verse.demo
+UNLESS_STOPPED := || { code=$$?; test $$code -eq 130 || exit $$code; }
+
 .PHONY: test test-all lint demo demo-long clean-venv
 
 $(VENV)/.installed: requirements.txt requirements-dev.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-dev.txt
-	touch $@
+	@touch $@
 
 test: $(VENV)/.installed
 	$(PYTEST) -m "not slow"
@@ -25,10 +29,10 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 
 demo: $(VENV)/.installed  # 10.5 minutes on two cores; if interrupted, rerun it to resume; writes demo/index.html
-	$(BIN)/python -m latent_verse.demo --world small --out demo
+	$(DEMO) --world small --out demo $(UNLESS_STOPPED)
 
 demo-long: $(VENV)/.installed  # the full world: 1 h 45 on two cores; uses a GPU if there is one; writes demo/long/index.html
-	$(BIN)/python -m latent_verse.demo --world full --out demo/long
+	$(DEMO) --world full --out demo/long $(UNLESS_STOPPED)
 
 clean-venv:
 	rm -rf $(VENV)

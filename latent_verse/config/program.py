@@ -48,8 +48,13 @@ class Stopped(BaseException):
     """A signal asks the program to end. Not an Exception, so that nothing takes it for a failure and continues."""
 
     def __init__(self, number: int, message: str = ""):
-        super().__init__(message or f"stopped by {signal.Signals(number).name} before all was done")
+        super().__init__(message or f"stopped by {signal_name(number)} before all was done")
         self.number, self.exit_code = number, 128 + number
+
+
+def signal_name(number: int) -> str:
+    """What messages call a signal: SIGINT by the keys that send it, too."""
+    return "Ctrl-C (SIGINT)" if number == signal.SIGINT else signal.Signals(number).name
 
 
 def one_line_errors(program: Callable[..., int]) -> Callable[..., int]:

@@ -18,7 +18,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, Optional, TypeVar
@@ -26,10 +26,11 @@ from typing import Any, Optional, TypeVar
 from latent_verse.config.cli import parse
 from latent_verse.config.generate import GenerateSamplingConfig, WriteConfig
 from latent_verse.config.messages import ConfigError, UserError
-from latent_verse.config.program import SIGNALS, killed_by, one_line_errors
+from latent_verse.config.program import SIGNALS, killed_by, one_line_errors, signal_name
 from latent_verse.config.settings import Settings, as_plain, same, setting
 from latent_verse.config.train import PairDataConfig, TrainBiARTConfig, TrainVAEConfig
 from latent_verse.data.shapes import World
+from latent_verse.demo.time_left import USUAL, in_words, seconds_left
 from latent_verse.files import FileError, only_writer, read_json_object, write_json
 
 ROOT = Path(__file__).parents[2]
@@ -196,10 +197,21 @@ class StagesFile:
         write_json(self.file, self.stages)
 
 
+def about_time(s: DemoSettings, stages: list[Stage], record: StagesFile) -> str:
+    """`, about 9 min left`; "" where nothing is known of it: with other recipes or sizes than the shipped ones."""
+    as_shipped = s == replace(DemoSettings(), world=s.world, out=s.out, gpus=s.gpus)
+    names, finished = [stage.name for stage in stages], [stage.name for stage in stages if record.finished(stage)]
+    if not as_shipped or names != [*USUAL[s.world]] or len(finished) == len(stages):
+        return ""
+    took = {name: record.stages[name]["seconds"] for name in names if name in record.stages}
+    seconds, measured = seconds_left(USUAL[s.world], took, finished)
+    return f", about {in_words(seconds)} left" + ("" if measured else " on two idle cores")
+
+
 def run_stage(stage: Stage, record: StagesFile, lock: int) -> None:
     """Run one stage to its end and show its output as it comes.
 
-    The first SIGINT, SIGTERM or SIGHUP is passed on as SIGTERM, at which training saves a checkpoint; the second kills.
+    The first SIGINT, SIGTERM or SIGHUP is passed on, at which training saves a checkpoint; the second kills.
     A stage that outlives a demo that was killed keeps its `lock`, so that no other demo runs there meanwhile.
 
     Raises:
@@ -211,7 +223,11 @@ def run_stage(stage: Stage, record: StagesFile, lock: int) -> None:
     def stop(number: int, frame: FrameType | None) -> None:
         received.append(number)
         if process is not None:
-            process.terminate() if len(received) == 1 else process.kill()
+            process.send_signal(passed_on(number)) if len(received) == 1 else process.kill()
+
+    def passed_on(number: int) -> int:
+        # Python prints a traceback of a Ctrl-C while it imports; the scripts see to it that it does not
+        return number if stage.command[0].endswith(".py") else signal.SIGTERM
 
     before = {number: signal.signal(number, stop) for number in SIGNALS}
     done, code, since = False, None, time.perf_counter()
@@ -220,7 +236,7 @@ def run_stage(stage: Stage, record: StagesFile, lock: int) -> None:
         kept = {"pass_fds": [lock]} if lock >= 0 else {}
         process = subprocess.Popen([sys.executable, *stage.command], cwd=ROOT, start_new_session=True, **kept)
         if received:  # while it was started
-            process.terminate()
+            process.send_signal(passed_on(received[0]))
         while code is None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 code = process.wait(timeout=5)
@@ -235,12 +251,12 @@ def run_stage(stage: Stage, record: StagesFile, lock: int) -> None:
         for number, handler in before.items():
             signal.signal(number, handler)
     if received:
-        name = signal.Signals(received[0]).name
+        name = signal_name(received[0])
         raise StageFailed(f"stopped by {name} in stage {stage.title}. Rerun the command to resume.", 128 + received[0])
     if not done:
-        passed_on = code == UserError.exit_code or code - 128 in SIGNALS
+        known = code == UserError.exit_code or code - 128 in SIGNALS
         remedy = f"Rerun the command to resume. The stage was:\n  {stage.shown()}"
-        raise StageFailed(f"stage {stage.title} {_ending(code)}. {remedy}", code if passed_on else 1)
+        raise StageFailed(f"stage {stage.title} {_ending(code)}. {remedy}", code if known else 1)
 
 
 def _ending(code: int) -> str:
@@ -248,7 +264,7 @@ def _ending(code: int) -> str:
     if code < 0:
         return killed_by(-code)
     if code - 128 in SIGNALS:
-        return f"was stopped by {signal.Signals(code - 128).name}"
+        return f"was stopped by {signal_name(code - 128)}"
     return f"failed with exit code {code}; see above" if code else "ended without its output"
 
 
@@ -278,13 +294,16 @@ def run(s: DemoSettings) -> Path:
                 f"{out} lacks the output of its stage {stages[first].title}, but has that of {stale[0].title}, which "
                 "depends on it. Delete that folder, or give another --out."
             )
+        print(f"{len(stages)} stages{about_time(s, stages, record)}", flush=True)
         for number, stage in enumerate(stages, start=1):
             title = f"[{number}/{len(stages)}] {stage.title}"
             if number <= first:
-                print(f"{title}: done before, in {record.stages[stage.name]['seconds']:.0f} s", flush=True)
+                print(f"{title}: done before, in {in_words(record.stages[stage.name]['seconds'])}", flush=True)
                 continue
             print(f"\n{title}\n  {stage.shown()}", flush=True)
             run_stage(stage, record, lock)
+            took = in_words(record.stages[stage.name]["seconds"])
+            print(f"{title}: done in {took}{about_time(s, stages, record)}", flush=True)
         seconds = {stage.name: record.stages[stage.name]["seconds"] for stage in stages}
         return results.write(out, s.world, [(g.name, g.title, g.shown()) for g in stages], seconds)
 

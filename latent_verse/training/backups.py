@@ -22,7 +22,7 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 
 from latent_verse.checkpoints.ckpt_files import MONITOR, CheckpointError, read_ckpt, score_of, step_of
 from latent_verse.config import as_plain
-from latent_verse.config.program import SIGNALS, Stopped
+from latent_verse.config.program import SIGNALS, Stopped, signal_name
 from latent_verse.config.train import TrainBiARTConfig, TrainVAEConfig
 from latent_verse.config.yaml_files import to_yaml
 from latent_verse.files import FileError, InUse, NotWritten, only_writer, replacing
@@ -254,10 +254,10 @@ class Backup(pl.Callback):
         if os.getpid() != self._pid:  # a data loader's process, which inherits this handler
             return
         if self.told_to_stop and number == signal.SIGINT:
-            raise Stopped(number, f"stopped at once by a second {signal.Signals(number).name}: nothing more was saved")
+            raise Stopped(number, f"stopped at once by a second {signal_name(number)}: nothing more was saved")
         self.told_to_stop, self.signal = True, number
         when = "after the validation" if self._validating else "after this step"
-        rank_zero_info(f"{signal.Signals(number).name}: saving {when} (Ctrl-C again stops at once)")
+        rank_zero_info(f"{signal_name(number)}: saving {when} (Ctrl-C again stops at once)")
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs, batch, batch_idx) -> None:
         if trainer.is_last_batch or trainer.global_step == trainer.max_steps or not made_step(trainer, batch_idx):
@@ -302,7 +302,7 @@ class Backup(pl.Callback):
 
     @property
     def _by(self) -> str:
-        return f"stopped by {signal.Signals(self.signal).name}"
+        return f"stopped by {signal_name(self.signal)}"
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._validating = True

@@ -99,7 +99,7 @@ def test_a_run_ends_when_a_loader_process_does(tmp_path, number):
     before = ""
     if number is None:
         process.send_signal(signal.SIGINT)
-        while "SIGINT: saving" not in before:  # that it has arrived; two that wait would be one
+        while "(SIGINT): saving" not in before:  # that it has arrived; two that wait would be one
             before += (line := process.stderr.readline())
             assert line, before
         process.send_signal(signal.SIGINT)

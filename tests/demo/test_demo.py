@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +25,7 @@ from latent_verse.demo import results
 from latent_verse.demo import run as demo
 from latent_verse.demo import training_data as images
 from latent_verse.demo.run import DemoConfig, DemoSettings, Stage, StagesFile
+from latent_verse.demo.time_left import USUAL, in_words, seconds_left
 from latent_verse.evaluation import shapes_truth as shapes
 from latent_verse.files import FileError, InUse, NotWritten, only_writer
 from tests.messages import naming
@@ -142,6 +145,40 @@ def test_finished_stages_are_skipped(tmp_path, stages, capfd):
     assert "first: done before" in capfd.readouterr().out
 
 
+@pytest.mark.parametrize("world", ["small", "full"])
+def test_the_usual_times_are_of_the_stages_that_there_are(world, tmp_path):
+    assert [*USUAL[world]] == [stage.name for stage in demo.plan(DemoSettings(world=world), tmp_path)]
+
+
+def test_time_left_follows_the_machine():
+    usual = {"first": 10.0, "second": 90.0, "third": 200.0}
+    assert seconds_left(usual, {}, []) == (300, False)
+    assert seconds_left(usual, {"first": 100.0}, ["first"]) == (290, False)  # too little to say anything
+    assert seconds_left(usual, {"first": 20.0, "second": 180.0}, ["first", "second"]) == (400, True)
+    assert seconds_left(usual, {"first": 5.0, "second": 45.0, "third": 60.0}, ["first", "second"]) == (40, True)
+    assert seconds_left(usual, {"first": 5.0, "second": 45.0, "third": 900.0}, ["first", "second"]) == (0, True)
+    assert [in_words(s) for s in (0.4, 34, 632, 3570, 6198)] == ["0 s", "34 s", "11 min", "1 h 00 min", "1 h 43 min"]
+
+
+def test_the_demo_says_how_long_it_takes(tmp_path, stages, capfd, monkeypatch):
+    stages += [python(name, touch(tmp_path, name)) for name in ("first", "second")]
+    monkeypatch.setitem(USUAL, "small", {"first": 100, "second": 500})
+    s = DemoSettings(out=str(tmp_path / "out"))
+    demo.run(s)
+    said = capfd.readouterr().out
+    assert "2 stages, about 10 min left on two idle cores" in said
+    assert naming("[1/2] first: done in", "left", "[2/2] second: done in").search(said)
+    assert said.count("left") == 2 and said.count("idle cores") == 1
+    stages.append(python("third", touch(tmp_path, "third")))  # whose time nobody knows
+    demo.run(s)
+    assert "left" not in capfd.readouterr().out
+    (tmp_path / "out" / "third.done").unlink()
+    del stages[2]
+    (tmp_path / "out" / "second.done").unlink()
+    demo.run(dataclasses.replace(s, count=7))  # another size
+    assert "left" not in capfd.readouterr().out
+
+
 def test_what_depends_on_a_lost_output_is_made_again_or_refused(tmp_path, stages):
     """Otherwise the page would show old results beside a new model."""
     names = ("first", "second", "third")
@@ -207,15 +244,15 @@ def test_a_stage_that_fails_is_named_and_tried_again(tmp_path, stages, capfd, en
 STAND_IN = """
 import os, pathlib, signal, sys, time
 name, out = sys.argv[1], pathlib.Path(sys.argv[2])
-def save(*_):
-    (out / (name + ".saved")).touch()
+def save(number, *_):
+    (out / (name + ".saved")).write_text(str(number))
     if name == "stubborn":
         return
     if name == "last":  # it was just done
         (out / (name + ".done")).touch()
     sys.exit(0 if name == "last" else 143)
-signal.signal(signal.SIGTERM, save)
-signal.signal(signal.SIGINT, lambda *_: os._exit(9))
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    signal.signal(number, save)
 (out / (name + ".ready")).touch()
 while name == "stubborn" or not (out / (name + ".saved")).exists():
     time.sleep(0.01)
@@ -225,13 +262,14 @@ while name == "stubborn" or not (out / (name + ".saved")).exists():
 
 def running(tmp_path: Path, names: list[str]) -> multiprocessing.Process:
     """A demo of stand-in stages, in a process of its own. It is forked, to start at once."""
-    out = tmp_path / "out"
+    out, script = tmp_path / "out", tmp_path / "stand_in.py"
+    script.write_text(STAND_IN)
 
     def work() -> None:
         for number, stream in ((1, "said"), (2, "errors")):
             os.dup2(os.open(tmp_path / stream, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-        demo.plan = lambda s, o: [Stage(n, n, ["-c", STAND_IN, n, str(out)], f"{n}.done") for n in names]
+        demo.plan = lambda s, o: [Stage(n, n, [str(script), n, str(out)], f"{n}.done") for n in names]
         results.write = lambda *_: out / "index.html"
         os._exit(demo.main(["--out", str(out)]))
 
@@ -264,9 +302,39 @@ def test_a_signal_in_any_stage_ends_the_demo_and_a_rerun_resumes(tmp_path, numbe
         finished = [name for name in names if record.stages.get(name, {}).get("finished")]
         assert finished == (names if at == "last" else names[: names.index(at)])  # the last one had just ended
         assert not (tmp_path / "out" / ".lock").exists()
+        assert (tmp_path / "out" / f"{at}.saved").read_text() == str(int(number))  # so that it names the right one
+        assert ("Ctrl-C" in said) == (number == signal.SIGINT)
     process = running(tmp_path, names)
     process.join(60)
     assert process.exitcode == 0 and (tmp_path / "said").read_text().count("done before") == 3
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize(("ends", "code", "text"), [("130", -signal.SIGINT, ""), ("3", 2, "Error 3")])
+def test_make_ends_without_an_error_of_its_own_at_ctrl_c(tmp_path, ends, code, text):
+    """And with one at any other failure. Ctrl-C of a terminal reaches make, its shell and the demo."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").write_text(
+        f"#!{sys.executable}\nimport os, signal, sys, time\n"
+        f"signal.signal(signal.SIGINT, lambda *_: (time.sleep(0.3), print('saved', flush=True), os._exit({ends})))\n"
+        "print('ready', sys.argv[1:], flush=True)\ntime.sleep(60)\n"
+    )
+    (tmp_path / "bin" / "python").chmod(0o755)
+    (tmp_path / ".installed").touch()
+    command = ["make", "-f", str(demo.ROOT / "Makefile"), "-o", f"{tmp_path}/.installed", "demo", f"VENV={tmp_path}"]
+    process = subprocess.Popen(
+        command, cwd=demo.ROOT, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        said = process.stdout.readline()
+        assert said == "ready ['-m', 'latent_verse.demo', '--world', 'small', '--out', 'demo']\n"
+        os.killpg(process.pid, signal.SIGINT)
+        said = process.communicate(timeout=60)[0]
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert said.startswith("saved\n") and process.returncode in (code, -signal.SIGINT)
+    assert text in said and (said == "saved\n" or text)
 
 
 def test_a_second_signal_kills_a_stage_that_does_not_end(tmp_path):
