@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from latent_verse.config.messages import shown
 from latent_verse.config.settings import expand, is_number
 from latent_verse.data.text import TOO_LONG, Tokenizer
 from latent_verse.data.tokenizer_files import load_tokenizer
+
+log = logging.getLogger(__name__)
 
 BUNDLE = "latent_verse/bundle"
 BIART_WEIGHTS = "biart.safetensors"
@@ -64,7 +67,7 @@ def save_bundle(
 
 
 def find_bundle(path: str | os.PathLike) -> Path:
-    """The folder of a bundle: the path itself, or the copy of a hub id in Hugging Face's cache.
+    """The folder of a bundle: the path itself, `bundle` in that of a run, or a hub id's copy in Hugging Face's cache.
 
     Raises:
         CheckpointError: the path is a file, or does not exist and cannot be fetched.
@@ -76,6 +79,9 @@ def find_bundle(path: str | os.PathLike) -> Path:
         raise CheckpointError(f"{path} is a file; a bundle is the folder that LVerse.save_pretrained writes.")
     if not os.path.exists(folder):
         folder = fetch_from_hub(str(path), (ABOUT, "vae/*", BIART_WEIGHTS, "tokenizer/*"))
+    if not os.path.isfile(folder / ABOUT) and kind_of(folder / "bundle") == BUNDLE:
+        log.warning("%s is the folder of a run: its bundle, %s, is used.", folder, folder / "bundle")
+        folder /= "bundle"
     return folder
 
 

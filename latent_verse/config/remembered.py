@@ -42,8 +42,9 @@ def with_data_of_biart_run(config: EvalBiARTConfig, given: Mapping[str, str]) ->
     file, run = _data_of(config.judged.model, TrainBiARTConfig)
     if run is None or run.dataset == "fake" or run.dataset not in EVAL_DATASETS or given.keys() & {*LAYOUT, *PLACES}:
         return config, dict(given)
-    whole = PAIR_DATASETS[run.dataset].all_splits
-    folder, captions = run.val_dir or (whole and run.train_dir), run.val_captions or (whole and run.train_captions)
+    folder, captions = run.val_dir, run.val_captions
+    if PAIR_DATASETS[run.dataset].all_splits:
+        folder, captions = folder or run.train_dir, captions or run.train_captions
     world = {"world": run.world} if run.dataset == "shapes" and "world" not in given else {}
     return _taken(config, given, file, {"dataset": run.dataset, "test_dir": folder, "test_captions": captions, **world})
 

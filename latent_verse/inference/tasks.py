@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -67,10 +68,18 @@ def run(config: GenerateConfig, task: str) -> None:
 
 
 def generate_images(model: LVerse, config: GenerateConfig, texts: list[str], folder: Path) -> None:
-    """Images for texts: one PNG each, grid.png and pictures.jsonl."""
+    """Images for texts: one PNG each, grid.png and pictures.jsonl. They are written in groups, as they are made."""
     settings = config.draw.arguments() | {"rerank": config.draw.rerank}
-    images = model.text_to_image(texts, config.draw.num, **settings)
-    _write_images(folder, model, settings, [{"text": text} for text in texts], images)
+    written, size = _Images(folder, model, settings), max(1, GROUP // (config.draw.num * max(1, config.draw.rerank)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of texts that are too long, which come again below
+        distinct = len(model.encode_texts(texts).unique(dim=0))
+    if distinct < len(texts):
+        size = len(texts)  # a text that comes again has new samples, but only within a call
+    for start in range(0, len(texts), size):
+        group = texts[start : start + size]
+        written.add([{"text": text} for text in group], model.text_to_image(group, config.draw.num, **settings))
+    written.finish()
 
 
 def complete_images(model: LVerse, config: GenerateConfig, texts: list[str], folder: Path) -> None:
@@ -88,7 +97,9 @@ def complete_images(model: LVerse, config: GenerateConfig, texts: list[str], fol
     texts = texts * len(given) if len(texts) == 1 else texts or [""] * len(given)
     about = [{"text": text, "completed": name, "rows": rows} for text, name in zip(texts, given, strict=True)]
     originals = [to_images(x_CHW[None]) for x_CHW in given.values()]
-    _write_images(folder, model, settings, about, images, originals)
+    written = _Images(folder, model, settings)
+    written.add(about, images, originals)
+    written.finish()
 
 
 def caption_images(model: LVerse, config: GenerateConfig, folder: Path) -> None:
@@ -190,28 +201,42 @@ def read_images(names: Sequence[str], resolution: int) -> Iterator[tuple[str, Te
         raise DataError(f"none of {len(files)} images can be read, the first being {files[0][0]}. Are the files whole?")
 
 
-def _write_images(
-    folder: Path,
-    model: LVerse,
-    settings: dict[str, object],
-    about: Sequence[Mapping[str, object]],
-    images: Sequence[Sequence[Image.Image]],
-    originals: Sequence[Sequence[Image.Image]] | None = None,
-) -> None:
-    """PNG files with metadata, pictures.jsonl and grid.png, whose rows begin with `originals`."""
-    lines, rows = [], []
-    for i, (source, row) in enumerate(zip(about, images, strict=True)):
-        for j, image in enumerate(row):
-            file = f"{i:04d}_{j:02d}.png"
-            lines.append({"file": file, **source, "number": j, "settings": settings, **_about(model)})
-            metadata = {key: value if isinstance(value, str) else json.dumps(value) for key, value in lines[-1].items()}
-            save_png(image, folder / file, metadata | {"seed": str(settings["seed"]), "Software": "L-Verse"})
-        rows.append((str(source["text"]), [*(originals[i] if originals else ()), *row]))
-    write_text(folder / "pictures.jsonl", _jsonl(lines))
-    save_png(grid(rows[:GRID_ROWS]), folder / "grid.png", {"settings": json.dumps(settings)})
-    shown = f"the first {GRID_ROWS} rows" if len(rows) > GRID_ROWS else "all of them"
-    number = "1 image" if len(lines) == 1 else f"{len(lines)} images"
-    print(f"{number} written to {folder}, {shown} in {folder / 'grid.png'} (seed {settings['seed']})")
+class _Images:
+    """PNG files with metadata, and pictures.jsonl, which are written as images are added; in the end grid.png."""
+
+    def __init__(self, folder: Path, model: LVerse, settings: dict[str, object]):
+        self.folder, self.model, self.settings = folder, model, settings
+        self.texts = 0  # so far; each has a row of images
+        self.lines: list[dict] = []
+        self.rows: list[tuple[str, list[Image.Image]]] = []  # of the grid
+
+    def add(
+        self,
+        about: Sequence[Mapping[str, object]],
+        images: Sequence[Sequence[Image.Image]],
+        originals: Sequence[Sequence[Image.Image]] | None = None,
+    ) -> None:
+        """Write a row of images for each of `about`; in the grid, it begins with `originals`."""
+        for i, (source, row) in enumerate(zip(about, images, strict=True)):
+            for j, image in enumerate(row):
+                file = f"{self.texts:04d}_{j:02d}.png"
+                line = {"file": file, **source, "number": j, "settings": self.settings, **_about(self.model)}
+                self.lines.append(line)
+                metadata = {key: value if isinstance(value, str) else json.dumps(value) for key, value in line.items()}
+                metadata |= {"seed": str(self.settings["seed"]), "Software": "L-Verse"}
+                save_png(image, self.folder / file, metadata)
+            if self.texts < GRID_ROWS:
+                self.rows.append((str(source["text"]), [*(originals[i] if originals else ()), *row]))
+            self.texts += 1
+        write_text(self.folder / "pictures.jsonl", _jsonl(self.lines))
+
+    def finish(self) -> None:
+        """Write the grid, and print where all is."""
+        file = self.folder / "grid.png"
+        save_png(grid(self.rows), file, {"settings": json.dumps(self.settings)})
+        shown = f"the first {GRID_ROWS} rows" if self.texts > GRID_ROWS else "all of them"
+        number = "1 image" if len(self.lines) == 1 else f"{len(self.lines)} images"
+        print(f"{number} written to {self.folder}, {shown} in {file} (seed {self.settings['seed']})")
 
 
 def _about(model: LVerse) -> dict[str, object]:

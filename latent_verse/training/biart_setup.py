@@ -32,6 +32,9 @@ FAKE_VAE = AugVAEConfig(
 )  # fmt: skip
 
 
+SINGLE = 32  # the paper's level of AugVAE-SL
+
+
 def frozen_vae(config: TrainBiARTConfig, pretrained: Pretrained | None = None) -> tuple[TrainBiARTConfig, AugVAE]:
     """The AugVAE of vae_path, in evaluation mode; if not given, that of `pretrained`, or for fake data a random one.
 
@@ -53,10 +56,24 @@ def frozen_vae(config: TrainBiARTConfig, pretrained: Pretrained | None = None) -
             vae = AugVAE(FAKE_VAE).eval()
     else:
         vae = load_augvae(path)
+        say_levels(vae, path)
     check_resolution("img_size", config.data.img_size, vae.config.resolution, f"the AugVAE {path}")
     if pretrained is not None:
         check_vae(fingerprint(vae), pretrained.vae_fingerprint, pretrained.vae_path, pretrained.where)
     return config, vae
+
+
+def say_levels(vae: AugVAE, path: str | Path) -> None:
+    """Say so if an AugVAE is not the AugVAE-SL that BiART is meant for, and how to make one of it."""
+    levels = list(vae.code_levels)
+    if len(levels) > 1:
+        level = next((level for level in levels if level <= SINGLE), levels[-1])
+        codes = f"{vae.num_codes:,} codes an image (levels {', '.join(map(str, levels))})"
+        make = f"train_vae.py --finetune --attn_resolutions {level} --pretrained_path {path}"
+        say(
+            f"vae_path {path} is an AugVAE-ML: BiART learns {codes}, and generate.py --complete is not possible. An "
+            f"AugVAE-SL has {level**2:,} and trains faster: {make}"
+        )
 
 
 def open_data(

@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ from PIL import Image
 from latent_verse.commands import generate
 from latent_verse.config import ConfigError, cli, printable, setting, yaml_files
 from latent_verse.config.generate import TASKS, USED, GenerateConfig, GenerateSamplingConfig, WhatConfig, WriteConfig
+from latent_verse.data import DataError
 from latent_verse.inference import tasks
 from latent_verse.inference.pipeline import LVerse
 from tests.messages import naming
@@ -78,6 +80,47 @@ def test_text_gives_images_with_metadata_an_index_and_a_grid(bundle, tmp_path, c
     index = lines(out / "pictures.jsonl")
     assert [(entry["file"], entry["text"]) for entry in index] == [(n, TEXTS[i // 2]) for i, n in enumerate(names)]
     assert Image.open(out / "grid.png").width > 2 * 128
+
+
+def test_images_are_written_in_groups_as_they_are_made(bundle, tmp_path, monkeypatch, capsys):
+    """They are the same as in one call, and those that are made are kept if a later group fails."""
+    texts = ["a red ring", "a blue square", "a cross"]
+    argv = ["--text", *texts, "--num", 2, "--seed", 7]
+    assert run(bundle, *argv, "--out", tmp_path / "whole") == 0
+    monkeypatch.setattr(tasks, "GROUP", 2)
+    assert run(bundle, *argv, "--out", tmp_path / "parts") == 0
+    whole, parts = (sorted((tmp_path / name).iterdir()) for name in ("whole", "parts"))
+    assert len(whole) == 8 and [p.name for p in whole] == [p.name for p in parts]
+    for a, b in zip(whole, parts, strict=True):
+        assert a.read_bytes() == b.read_bytes()
+    made = LVerse.text_to_image
+
+    def fails_at_last(self, group, *args, **options):
+        if group == texts[2:]:
+            raise DataError("the last group")
+        return made(self, group, *args, **options)
+
+    monkeypatch.setattr(LVerse, "text_to_image", fails_at_last)
+    assert run(bundle, *argv, "--out", tmp_path / "stopped") == 2
+    assert len(list((tmp_path / "stopped").glob("*.png"))) == 4
+    assert [entry["text"] for entry in lines(tmp_path / "stopped" / "pictures.jsonl")] == [
+        t for t in texts[:2] for _ in "ab"
+    ]
+
+
+def test_a_text_that_comes_twice_has_new_images(bundle, tmp_path, monkeypatch):
+    monkeypatch.setattr(tasks, "GROUP", 1)
+    assert run(bundle, "--text", "a", "b", "a", "--seed", 7, "--out", tmp_path / "out") == 0
+    assert (tmp_path / "out" / "0000_00.png").read_bytes() != (tmp_path / "out" / "0002_00.png").read_bytes()
+    first, second = (Image.open(tmp_path / "out" / name) for name in ("0000_00.png", "0002_00.png"))
+    assert first.tobytes() != second.tobytes()
+
+
+def test_a_run_folder_stands_for_its_bundle(bundle, tmp_path, capsys, caplog):
+    shutil.copytree(bundle, tmp_path / "run" / "bundle")
+    argv = ["--model", str(tmp_path / "run"), "--text", "a", "--gpus", "0", "--out", str(tmp_path / "out")]
+    assert generate.main(argv) == 0
+    assert naming(tmp_path / "run", tmp_path / "run" / "bundle").search(caplog.text)
 
 
 def test_text_file_holds_one_text_a_line(bundle, tmp_path):
