@@ -189,11 +189,12 @@ def make_parser(cls: type, description: str, prog: str | None = None) -> Parser:
     text = "YAML file of settings, or the name of a shipped recipe; flags override it"
     parser.add_argument("-c", "--config", "--configs", metavar="FILE", action=Once, help=text)
     groups: dict[str, Any] = {}
+    unused = {f.name for f in dataclasses.fields(cls) if f.metadata.get("hidden")}  # type: ignore[arg-type]
     for section, f, hint in leaves(cls):
         group = groups.setdefault(section, parser.add_argument_group(section))
         shown = list(f.default) if isinstance(f.default, tuple) else f.default
         text = f.metadata["help"].replace("%", "%%") + ("" if shown in (None, []) else f" (default: {shown})")
-        text = argparse.SUPPRESS if f.metadata["hidden"] else text
+        text = argparse.SUPPRESS if f.metadata["hidden"] or section in unused else text
         if inner(hint) is bool:
             group.add_argument(f"--{f.name}", nargs="?", const="true", metavar="true|false", help=text)
             off = {"dest": f.name, "action": "store_const", "const": "false", "help": argparse.SUPPRESS}

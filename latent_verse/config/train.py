@@ -133,8 +133,14 @@ class ReconstructionEvalConfig(Settings):
 
 @dataclass(frozen=True)
 class EvalVAEConfig(TrainVAEConfig):
-    """Every setting of eval_vae.py: those of train_vae.py, so that its YAML files serve, and `eval`."""
+    """Every setting of eval_vae.py: those of train_vae.py, so that its YAML files serve, and `eval`.
 
+    Three sections have no effect, and are left out of --help: the checkpoint decides the model, and nothing is trained.
+    """
+
+    model: AugVAEConfig = field(default_factory=AugVAEConfig, metadata={"hidden": True})
+    optim: VAEOptimConfig = field(default_factory=VAEOptimConfig, metadata={"hidden": True})
+    loss: VAELossConfig = field(default_factory=VAELossConfig, metadata={"hidden": True})
     eval: ReconstructionEvalConfig = field(default_factory=ReconstructionEvalConfig)
 
 
