@@ -12,7 +12,7 @@ from latent_verse.checkpoints.ckpt_files import fingerprint
 from latent_verse.config.train import TrainBiARTConfig
 from latent_verse.data.codes import FORMAT
 from latent_verse.data.codes_writer import contents_of, extract, work_of
-from latent_verse.data.datasets import open_pairs, source_of
+from latent_verse.data.datasets import how_many, open_pairs, source_of
 from latent_verse.data.loader_processes import worker_count
 from latent_verse.data.pairs import PairShards, work_of_shards
 from latent_verse.files import only_writer
@@ -40,6 +40,7 @@ def _extract(config: TrainBiARTConfig, vae: AugVAE, pretrained: Pretrained | Non
     tokenizer = choose_tokenizer(config, datasets["train"], pretrained=pretrained)
     flags = f"--tokenizer {config.text.tokenizer}"
     for split, dataset in datasets.items():
+        print(f"{split}: {how_many(dataset)} of {source_of(d, split)}", flush=True)
         crops = c.crops_per_image if split == "train" else 1
         shards = isinstance(dataset, PairShards)
         plan = {
