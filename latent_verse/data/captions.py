@@ -79,6 +79,7 @@ class PairDataset(MapImages):
     """
 
     crop_seed = (CROP_SEED,)
+    unit = "pair"
     source = ""
     ids: dict[str, int | str | None]
 
@@ -146,10 +147,9 @@ class PairFolder(PairFiles):
     def __init__(self, root: str | os.PathLike, resolution: int, **options):
         super().__init__(resolution, **options)
         root = check_folder(root, self.key)
-        others: Counter = Counter()
         images, second = [], list[str]()
         texts: dict[str, str] = {}
-        for name in walk(root, (*EXTENSIONS, ".txt"), others):
+        for name in walk(root, (*EXTENSIONS, ".txt"), self.others):
             stem, extension = os.path.splitext(name)
             if extension.lower() != ".txt":
                 images.append((stem, os.path.join(root, name)))
@@ -158,8 +158,8 @@ class PairFolder(PairFiles):
             else:
                 texts[stem] = os.path.join(root, name)
         if not images:
-            others[".txt"] += len(texts)
-            raise DataError(f"{self.key}: no image below {root}: {nothing_found(others)} Put name.txt beside name.jpg.")
+            found = nothing_found(self.others + Counter({".txt": len(texts)}))
+            raise DataError(f"{self.key}: no image below {root}: {found} Put name.txt beside name.jpg.")
         captions: dict[str, list[str]] = {}
         unreadable = {}
         for stem in dict.fromkeys(stem for stem, _ in images if stem in texts):

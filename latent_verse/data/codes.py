@@ -142,6 +142,8 @@ class CodesDataset(Dataset):
         DataError: the folder holds no complete codes; naming the setting `key`.
     """
 
+    unit = "pair"
+
     def __init__(self, folder: str | os.PathLike, train: bool = True, seed: int = 0, key: str = "train_dir"):
         self.meta = read_meta(folder, key)
         self.folder, self.train, self.seed = Path(expand(folder, True, key)), train, seed

@@ -17,6 +17,7 @@ from latent_verse.config.train import ImageDataConfig, PairDataConfig
 from latent_verse.data import DataError
 from latent_verse.data.captions import CocoCaptions, FakePairs, KarpathyCaptions, PairFolder, TableCaptions
 from latent_verse.data.codes import CodesDataset
+from latent_verse.data.folders import counted
 from latent_verse.data.images import FakeDataset, FlatImages, ImageDataset, MapImages
 from latent_verse.data.pairs import PairData, PairShards
 from latent_verse.data.shapes import ShapesDataset, World
@@ -149,6 +150,22 @@ def open_pairs(
         augment: random crops, and new scenes of shapes in each epoch; by default for train only.
     """
     return _open(PAIRS, PAIR_DATASETS, data, resolution, seed, splits, augment)
+
+
+def how_many(dataset: MapDataset | PairData | Shards) -> str:
+    """What a split holds, in words, and what lies beside it that is not read: `43 images (6 .heic, 1 .svg not read)`.
+
+    Pairs are called so. Shards whose samples nobody has counted are: `3 shards`.
+
+    Raises:
+        DataError: a local shard holds no image, or cannot be read.
+    """
+    if not isinstance(dataset, Shards):
+        return counted(len(dataset), dataset.unit, getattr(dataset, "others", {}))
+    shards = counted(len(dataset.shards), "shard")
+    return (
+        shards if dataset.samples is None else f"{counted(dataset.samples, dataset.unit, dataset.others)} in {shards}"
+    )
 
 
 def source_of(data: PairDataConfig, split: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from latent_verse.config import printable
 from latent_verse.config.messages import reason
@@ -15,7 +15,7 @@ from latent_verse.data import DataError
 log = logging.getLogger(__name__)
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")  # of decoding.FORMATS
-NOT_READ = (".gif", ".heic", ".heif", ".avif", ".jxl", ".jp2", ".jfif", ".psd", ".svg", ".tga", ".ico", ".eps", ".raw")
+SAID_KINDS = 4  # of files that are not read; more are only counted
 MAX_VISITS = 100  # of one folder, by links: more of them can lead through a few folders in millions of ways
 
 
@@ -27,8 +27,8 @@ def is_hidden(name: str) -> bool:
 def walk(root: str, extensions: tuple[str, ...], others: Counter) -> Iterator[str]:
     """Names of the files below `root` with one of `extensions`, relative to it, in sorted order, links followed.
 
-    Hidden names are skipped. Files of another kind are counted by extension in `others`. What might be missed is logged
-    in one line: folders that cannot be read, links to nothing, pipes and devices, images of formats that are not read.
+    Hidden names are skipped. Files of another kind are counted by extension in `others`, for `counted`. What else might
+    be missed is logged in one line: folders that cannot be read, links to nothing, pipes and devices.
 
     Raises:
         DataError: links lead to one folder more than MAX_VISITS times.
@@ -59,7 +59,7 @@ def walk(root: str, extensions: tuple[str, ...], others: Counter) -> Iterator[st
                     if is_kind(entry.is_dir):
                         inside.append((entry.path, f"{prefix}{entry.name}/", (*above, itself)))
                     elif not entry.name.lower().endswith(extensions):
-                        others[os.path.splitext(entry.name)[1].lower() or "extensionless"] += 1
+                        others[extension_of(entry.name)] += 1
                     elif is_kind(entry.is_file):
                         yield prefix + entry.name
                     else:
@@ -68,7 +68,6 @@ def walk(root: str, extensions: tuple[str, ...], others: Counter) -> Iterator[st
             closed = closed or f"{folder}: {reason(error)}"
             special["folders that cannot be read"] += 1
         folders += reversed(inside)
-    special.update({f"{kind} files": others[kind] for kind in NOT_READ if others[kind]})
     if special:
         about = ", ".join(f"{n} {what}" for what, n in special.items())
         log.warning("%s", printable(f"{root}: left out: {about}" + (closed and f" (the first folder, {closed})")))
@@ -80,6 +79,21 @@ def is_kind(kind: Callable[[], bool]) -> bool:
         return kind()
     except OSError:  # links in a circle
         return False
+
+
+def extension_of(name: str) -> str:
+    """What files of another kind are counted by: `.heic`."""
+    return os.path.splitext(name)[1].lower() or "extensionless"
+
+
+def counted(number: int, what: str, others: Mapping[str, int] = {}) -> str:
+    """'43 images (6 .heic, 1 .svg not read)': how many of `what` there are, and which files beside them count not."""
+    text = f"{number:,} {what}{'' if number == 1 else 's'}"
+    kinds = sorted(others.items(), key=lambda item: (-item[1], item[0]))
+    first, rest = kinds[:SAID_KINDS], kinds[SAID_KINDS:]
+    left = [f"{n:,} {kind}" for kind, n in first]
+    left += [f"{sum(n for _, n in rest):,} of {len(rest)} other kinds"] if rest else []
+    return f"{text} ({printable(', '.join(left))} not read)" if left else text
 
 
 def describe_files(others: Counter) -> str:

@@ -25,11 +25,12 @@ from torch.utils.data import Dataset
 from latent_verse.config import printable
 from latent_verse.data import DataError
 from latent_verse.data.decoding import UnreadableImage, read_rgb
-from latent_verse.data.folders import EXTENSIONS, check_folder, is_hidden, is_kind, nothing_found, walk
+from latent_verse.data.folders import EXTENSIONS, check_folder, extension_of, is_hidden, is_kind, nothing_found, walk
 from latent_verse.data.transforms import centre_crop, random_crop, sample_generator, to_unit_range
 
 log = logging.getLogger(__name__)
 
+OUTSIDE = "outside of class folders"  # images that a folder of class folders holds itself
 MAX_SKIPS = 1000  # unreadable samples in a row; more means that the storage is broken, not a file
 
 
@@ -94,6 +95,7 @@ class MapImages(Dataset):
     """
 
     crop_seed: tuple[int, ...] = ()  # keeps the randomness of a sample's crop apart from that of its other choices
+    unit = "image"  # what an item is called
     skipped: SkipLog
 
     def __init__(
@@ -109,6 +111,7 @@ class MapImages(Dataset):
         self.train, self.resize_ratio = train, resize_ratio
         self.seed, self.as_uint8, self.key = seed, as_uint8, key
         self.epoch = 0
+        self.others: Counter[str] = Counter()  # files that are not read, by extension
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, int | str] | None:
         epoch, index = key if isinstance(key, tuple) else (self.epoch, key)
@@ -197,10 +200,9 @@ class FlatImages(ImageFiles):
     def __init__(self, root: str | os.PathLike, resolution: int, *args, **options):
         super().__init__(resolution, *args, **options)
         root = check_folder(root, self.key)
-        others: Counter = Counter()
-        paths = PathList(root, walk(root, EXTENSIONS, others))
+        paths = PathList(root, walk(root, EXTENSIONS, self.others))
         if not len(paths):
-            raise DataError(f"{self.key}: no image below {root}: {nothing_found(others)}")
+            raise DataError(f"{self.key}: no image below {root}: {nothing_found(self.others)}")
         self._hold_paths(paths, root)
 
     def target(self, used: int, epoch: int, index: int) -> int:
@@ -223,14 +225,16 @@ class ImageDataset(ImageFiles):
         super().__init__(resolution, *args, **options)
         root = check_folder(root, self.key)
         with os.scandir(root) as entries:
-            self.classes = sorted(e.name for e in entries if not is_hidden(e.name) and is_kind(e.is_dir))
+            inside = [(e.name, is_kind(e.is_dir)) for e in entries if not is_hidden(e.name)]
+        self.classes = sorted(name for name, is_folder in inside if is_folder)
         self.class_to_idx = {name: i for i, name in enumerate(self.classes)}
-        others: Counter = Counter()
+        for name in (name for name, is_folder in inside if not is_folder):
+            self.others[OUTSIDE if name.lower().endswith(EXTENSIONS) else extension_of(name)] += 1
         labels = array("i")
 
         def names() -> Iterator[str]:
             for label, name in enumerate(self.classes):
-                for path in walk(os.path.join(root, name), EXTENSIONS, others):
+                for path in walk(os.path.join(root, name), EXTENSIONS, self.others):
                     labels.append(label)
                     yield f"{name}/{path}"
 

@@ -123,6 +123,8 @@ class PairShards(Shards):
         DataError: a shard is missing, or no sample of local shards has a caption.
     """
 
+    unit = "pair"
+
     def __init__(self, source: str, resolution: int, *args, key: str = "train_dir", **options):
         super().__init__(source, resolution, *args, key=key, **options)
         if self.remote:

@@ -28,7 +28,7 @@ import os
 import random
 import re
 import zlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -41,7 +41,7 @@ from latent_verse.data.decoding import UnreadableImage, decode_rgb
 from latent_verse.data.folders import EXTENSIONS, describe_files
 from latent_verse.data.images import MAX_SKIPS, SkipLog
 from latent_verse.data.shard_names import find_shards, is_remote
-from latent_verse.data.tars import IMAGE_KEYS, Contents, count_images, image_key, members
+from latent_verse.data.tars import IMAGE_KEYS, Contents, count_images, image_key, members, other_kinds
 from latent_verse.data.transforms import centre_crop, mix_seed, random_crop, sample_generator
 
 BUFFER_BYTES = 2 << 30  # that wait to be shuffled, in each worker
@@ -136,6 +136,8 @@ class Shards:
         DataError: a shard is missing.
     """
 
+    unit = "image"  # what a sample is called
+
     def __init__(
         self,
         source: str | os.PathLike | Sequence[str],
@@ -167,6 +169,12 @@ class Shards:
             DataError: a local shard holds no image, or cannot be read.
         """
         return self.size or (None if self.remote else self.count(self.shards))
+
+    @property
+    def others(self) -> Counter:
+        """Members of local shards that no sample uses, by extension, where the samples are counted too."""
+        counted = not (self.size or self.remote)
+        return sum(map(other_kinds, self.shards), Counter()) if counted else Counter()
 
     def count(self, shards: Sequence[str]) -> int:
         """Samples of local shards. Raises as `read_shards`, naming the setting."""

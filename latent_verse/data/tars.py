@@ -217,18 +217,30 @@ def members(
 
 def count_images(shard: str) -> int:
     """Samples with an image in a local shard, from its headers alone; cached while the file stays the same."""
+    return _headers(shard)[0]
+
+
+def other_kinds(shard: str) -> Counter:
+    """Members of a local shard that no sample uses, by extension; read and cached as by `count_images`."""
+    return _headers(shard)[1]
+
+
+def _headers(shard: str) -> tuple[int, Counter]:
     info = os.stat(shard)
-    return _count_images(shard, info.st_size, info.st_mtime_ns)
+    return _read_headers(shard, info.st_size, info.st_mtime_ns)
 
 
 @cache
-def _count_images(shard: str, size: int, changed: int) -> int:
+def _read_headers(shard: str, size: int, changed: int) -> tuple[int, Counter]:
     from webdataset.tariterators import group_by_keys
 
     ignore = lambda error: True  # noqa: E731 - what is wrong is said when the samples are read
+    contents = Contents()
     with open(shard, "rb") as stream:
-        found = members(stream, shard, ignore, Contents(), headers_only=True)
-        return sum(image_key(sample) is not None for sample in group_by_keys(found, handler=ignore))
+        found = members(stream, shard, ignore, contents, headers_only=True)
+        images = sum(image_key(sample) is not None for sample in group_by_keys(found, handler=ignore))
+    used = {f".{kind}" for kind in (*IMAGE_KEYS, *TEXT_KEYS)}
+    return images, Counter({kind: n for kind, n in contents.kinds.items() if kind not in used})
 
 
 def image_key(raw: dict) -> str | None:

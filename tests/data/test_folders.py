@@ -9,7 +9,10 @@ from collections import Counter
 import pytest
 
 from latent_verse.data import DataError, FlatImages, ImageDataset
+from latent_verse.data.captions import PairFolder
+from latent_verse.data.datasets import how_many
 from latent_verse.data.folders import walk
+from latent_verse.data.images import OUTSIDE
 from tests.image_files import make_folder
 from tests.messages import naming
 
@@ -48,14 +51,14 @@ def special(root):
         os.chdir(root)  # a socket's path is short
         there.bind("socket.jpg")
         os.chdir(here)
-    for name in ("._c.jpg", ".DS_Store", ".hidden/d.jpg", "__MACOSX/e.jpg", "photo.gif", "photo.HEIC"):
+    for name in ("._c.jpg", ".DS_Store", ".hidden/d.jpg", "__MACOSX/e.jpg", "photo.svg", "photo.HEIC"):
         (root / name).parent.mkdir(exist_ok=True)
         (root / name).write_bytes(b"no image")
 
 
 @pytest.mark.parametrize("kind", [ImageDataset, FlatImages])
 def test_hidden_and_special_files_are_passed_over(tmp_path, kind, caplog):
-    """None of them is opened: a pipe would hang the program. What a user might miss is said, in one line."""
+    """None of them is opened: a pipe would hang the program. What a user might miss is said."""
     special(tmp_path / "class")
     make_folder(tmp_path, ["class/b.png/1.png", "class/2.jpg"])
     make_folder(tmp_path, [os.fsdecode(b"class/\xff.png")])
@@ -64,11 +67,33 @@ def test_hidden_and_special_files_are_passed_over(tmp_path, kind, caplog):
     assert names == ["class/2.jpg", os.fsdecode(b"class/\xff.png"), "class/b.png/1.png"]
     assert all(item is not None for item in dataset) and dataset.skipped.count == 0
     said = [record.getMessage() for record in caplog.records]
-    assert len(said) == 1 and naming("5 links to nothing", "1 .gif", "1 .heic").search(said[0])
+    assert len(said) == 1 and naming("5 links to nothing").search(said[0])
+    assert how_many(dataset) == "3 images (1 .heic, 1 .svg not read)"
     if kind is ImageDataset:
         (tmp_path / "__MACOSX").mkdir()
         (tmp_path / "round").symlink_to("round")
         assert kind(tmp_path, 16).classes == ["class"]
+
+
+def test_what_lies_beside_the_images_is_counted_by_kind(tmp_path):
+    """In every layout of folders the same way; what is outside of class folders is no class's image."""
+    make_folder(tmp_path, ["class/1.png"])
+    for name in ("a.heic", "b.HEIC", "c.svg", "d.txt", "e.md", "f", "g.zip", "h.csv", "two\nlines.x\ny", ".hidden"):
+        (tmp_path / "class" / name).write_bytes(b"")
+    assert how_many(FlatImages(tmp_path, 16)).startswith("1 image (2 .heic, ")
+    assert how_many(FlatImages(tmp_path, 16)).endswith(" of 4 other kinds not read)")
+    make_folder(tmp_path, ["loose.png"])
+    (tmp_path / "labels.csv").write_text("")
+    found = ImageDataset(tmp_path, 16)
+    assert len(found) == 1 and found.others[OUTSIDE] == 1 and found.others[".csv"] == 2
+    assert how_many(found).isprintable()
+
+
+def test_pairs_are_counted_with_what_lies_beside_them(tmp_path):
+    make_folder(tmp_path, ["a.png", "b.png"])
+    for name in ("a.txt", "b.txt", "c.heic", "c.txt"):
+        (tmp_path / name).write_text("a text")
+    assert how_many(PairFolder(tmp_path, 16)) == "2 pairs (1 .heic not read)"
 
 
 def test_names_are_logged_in_one_line_of_plain_characters(tmp_path, caplog):

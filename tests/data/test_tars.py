@@ -11,6 +11,7 @@ import tracemalloc
 import pytest
 
 from latent_verse.data import DataError, EvalShards, Shards, tars
+from latent_verse.data.datasets import how_many
 from latent_verse.data.images import SkipLog
 from latent_verse.data.shards import read_shards
 from latent_verse.data.tars import count_images
@@ -27,6 +28,16 @@ def test_counting_reads_headers_and_counts_images(tmp_path):
     assert count_images(str(tmp_path / "mixed.tar")) == 2
     write_shards(tmp_path, [7])  # rewritten: the cached count must not be used
     assert count_images(shards[0]) == 7
+
+
+def test_shards_say_what_is_in_them_that_no_sample_uses(tmp_path):
+    names = ("a.jpg", "a.txt", "a.json", "b.heic", "b.txt", "c.HEIC", "d.npy", "e.png")
+    image = image_bytes(0)
+    write_tar(tmp_path / "1.tar", [(name, image) for name in names])
+    write_tar(tmp_path / "2.tar", [("f.jpg", image)])
+    assert how_many(Shards(tmp_path, 16)) == "3 images (2 .heic, 1 .npy not read) in 2 shards"
+    assert how_many(Shards(tmp_path, 16, size=7)) == "7 images in 2 shards"
+    assert how_many(Shards("https://localhost:1/{0..2}.tar", 16)) == "3 shards"
 
 
 def tar_of(samples, pad=0):

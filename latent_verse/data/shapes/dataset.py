@@ -29,6 +29,8 @@ class ShapesDataset(Dataset):
         DataError: the split has fewer scenes than `size`.
     """
 
+    unit = "pair"
+
     def __init__(
         self,
         world: World,
