@@ -76,7 +76,8 @@ def progress_bar(
         done: how many of `total` were done before.
     """
     settings: dict[str, Any] = {"desc": what, "total": total, "unit": unit, "initial": done, "disable": not shown}
-    return tqdm(items, unit_scale=True, **settings) if sys.stderr.isatty() else Lines(items, **settings)
+    many = (total or 0) >= 10_000
+    return tqdm(items, unit_scale=many, **settings) if sys.stderr.isatty() else Lines(items, **settings)
 
 
 def on_terminal() -> bool:

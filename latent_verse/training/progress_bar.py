@@ -55,6 +55,11 @@ class ProgressBar(LightningsBar):
         """Lightning does so in all processes but the first."""
         self._enabled = False
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if self._enabled and self.has_bar:  # before loader processes are forked, whose messages appear above it too
+            self._bar = LastLine()
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._shown = float("-inf") if self.has_bar else time.monotonic()
 
@@ -88,10 +93,7 @@ class ProgressBar(LightningsBar):
     def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs, batch, batch_idx, dataloader_idx=0
     ) -> None:
-        now = time.monotonic()
-        if now - self._shown >= self.EVERY:
-            self._shown = now
-            self._draw_validation(trainer, batch_idx + 1)
+        self._draw_validation(trainer, batch_idx + 1)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._draw(trainer, pl_module)
@@ -108,12 +110,13 @@ class ProgressBar(LightningsBar):
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         batches = sum(trainer.num_test_batches)
         total = None if math.isinf(batches) else batches
-        self._test = progress_bar(what="evaluating", total=total, unit="batch", shown=self._enabled)
+        self._test = progress_bar(what="evaluating", total=total, unit="batch", shown=self._enabled and not self._bar)
 
     def on_test_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs, batch, batch_idx, dataloader_idx=0
     ) -> None:
         self._test.update()
+        self._draw_batches("evaluating", batch_idx + 1, sum(trainer.num_test_batches))
 
     def _close(self) -> None:
         self._test.close()
@@ -121,24 +124,24 @@ class ProgressBar(LightningsBar):
             self._bar.close()
             self._bar = None
 
-    def _show(self, title: str, done: int, total: int, facts: list[str]) -> None:
-        if self._enabled and self.has_bar:
-            self._bar = self._bar or LastLine()
-            self._bar.show(title, done, total, facts)
-
     def _draw(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         at = self._place
-        if at is None or not self._enabled or not self.has_bar:  # reading a loss for nothing would wait for the device
+        if at is None or self._bar is None:  # reading a loss for nothing would wait for the device
             return
         loss = [fact.removeprefix("train ") for fact in self._losses(trainer, "train")]
         facts = self._ends(at) + loss + self._speed(pl_module)
-        self._show(f"Epoch {at.epoch}/{at.epochs}", at.epoch_step, at.epoch_steps, facts)
+        self._bar.show(f"Epoch {at.epoch}/{at.epochs}", at.epoch_step, at.epoch_steps, facts)
 
     def _draw_validation(self, trainer: pl.Trainer, done: int) -> None:
         batches = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
         epoch = f"Epoch {self._place.epoch}/{self._place.epochs}, " if self._place else ""
-        total = sum(batches)
-        self._show(f"{epoch}validation", done, max(done, 1) if math.isinf(total) else int(total), [])
+        self._draw_batches(f"{epoch}validation", done, sum(batches))
+
+    def _draw_batches(self, title: str, done: int, total: float) -> None:
+        now = time.monotonic()
+        if self._bar is not None and (done == 0 or now - self._shown >= self.EVERY):
+            self._shown = now
+            self._bar.show(title, done, done if math.isinf(total) else int(total))  # of streams, how many is not known
 
     def _say(self, trainer: pl.Trainer, pl_module: pl.LightningModule, at: Place, ended: bool = False) -> None:
         losses = self._losses(trainer, *(("train", "val") if ended else ("train",)))

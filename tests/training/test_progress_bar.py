@@ -14,7 +14,7 @@ from latent_verse.training import pace, progress_bar
 from latent_verse.training.backups import Interrupted
 from latent_verse.training.progress_bar import ProgressBar
 from tests.terminals import on_a_terminal, screens
-from tests.training.tiny_runs import TOKENS, run
+from tests.training.tiny_runs import TOKENS, Batches, run
 
 
 class Speaks(pl.Callback):
@@ -57,6 +57,17 @@ def test_a_terminal_shows_one_bar_and_a_line_for_each_epoch(columns, tmp_path, m
         assert re.match(rf"Epoch {number}/3, step {4 * number}/12: train loss [\d.]+, val loss [\d.]+, ", line)
     assert len(epochs) == 3 and "run ends in 5 s" in epochs[1] and "ends" not in epochs[2]
     assert said.index("said at step 3") < said.index("warned at step 3") < said.index(epochs[0])
+
+
+def test_loader_processes_are_forked_when_messages_already_appear_above(tmp_path, monkeypatch):
+    """They say which images they skip."""
+    seen, forking = [], Batches.__iter__
+    monkeypatch.setattr(Batches, "__iter__", lambda loader: (seen.append(sys.stdout), forking(loader))[1])
+    with on_a_terminal(monkeypatch, 80):
+        own = sys.stdout
+        run(tmp_path / "run", 2, epochs=2)
+        assert sys.stdout is own
+    assert len(seen) == 2 and own not in seen
 
 
 def test_elsewhere_there_are_plain_lines_at_times_and_at_the_end_of_epochs(tmp_path, capsys, always, second_a_step):
