@@ -32,12 +32,17 @@ class Terminal:
             while part := os.read(self.main, 65536):
                 self._parts.append(part)
 
+    @property
+    def written(self) -> str:
+        """What was written so far."""
+        return b"".join(self._parts).decode(errors="replace")
+
     def close(self) -> str:
         """All that was written, once its writers are gone."""
         os.close(self.end)
         self._reader.join(timeout=30)
         os.close(self.main)
-        return b"".join(self._parts).decode()
+        return self.written
 
 
 @contextlib.contextmanager
@@ -57,11 +62,11 @@ def on_a_terminal(monkeypatch: pytest.MonkeyPatch, columns: int) -> Iterator[lis
             written.append(terminal.close())
 
 
-def screens(written: str, columns: int) -> Iterator[list[str]]:
+def screens(written: str, columns: int, wraps: bool = False) -> Iterator[list[str]]:
     """The lines on the terminal each time that something has been written at its last line; spaces at ends are cut.
 
     Raises:
-        AssertionError: a line was longer than the terminal.
+        AssertionError: a line was longer than the terminal, unless such ones may go on in the next line (`wraps`).
     """
     lines, at = [""], 0
     for piece in re.findall(r"\x1b\[K|\r|\n|\x1b|[^\r\n\x1b]+", written):
@@ -76,5 +81,8 @@ def screens(written: str, columns: int) -> Iterator[list[str]]:
             assert piece != "\x1b", "a sequence that is not known here"
             lines[-1] = lines[-1][:at].ljust(at) + piece + lines[-1][at + len(piece) :]
             at += len(piece)
-            assert len(lines[-1]) <= columns, lines[-1]
+            assert wraps or len(lines[-1]) <= columns, lines[-1]
+            while len(lines[-1]) > columns:
+                lines[-1:] = lines[-1][:columns], lines[-1][columns:]
+                at -= columns
     yield [line.rstrip() for line in lines]

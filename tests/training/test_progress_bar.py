@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import io
 import re
+import signal
+import subprocess
 import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,8 +17,12 @@ import pytorch_lightning as pl
 from latent_verse.training import pace, progress_bar
 from latent_verse.training.backups import Interrupted
 from latent_verse.training.progress_bar import ProgressBar
-from tests.terminals import on_a_terminal, screens
+from tests.image_runs import SMALL, write_pictures
+from tests.messages import naming
+from tests.terminals import Terminal, on_a_terminal, screens
 from tests.training.tiny_runs import TOKENS, Batches, run
+
+REPO = Path(__file__).parents[2]
 
 
 class Speaks(pl.Callback):
@@ -68,6 +76,29 @@ def test_loader_processes_are_forked_when_messages_already_appear_above(tmp_path
         run(tmp_path / "run", 2, epochs=2)
         assert sys.stdout is own
     assert len(seen) == 2 and own not in seen
+
+
+@pytest.mark.slow
+def test_ctrl_c_on_a_terminal_is_answered_above_the_bar(tmp_path):
+    """By a program of its own, with what Lightning logs to the stream that was there when it was imported."""
+    terminal = Terminal(80)
+    flags = [*SMALL, "--train_dir", write_pictures(tmp_path / "train", 12), "--log_dir", tmp_path, "--name", "run"]
+    flags += ["--epochs", 10_000, "--backup", "--refresh_rate", 1]
+    at = {"stdin": terminal.end, "stdout": terminal.end, "stderr": terminal.end, "cwd": REPO}
+    process = subprocess.Popen([sys.executable, "train_vae.py", *map(str, flags)], **at)
+    try:
+        deadline = time.monotonic() + 300
+        while "Epoch 2/" not in terminal.written and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=120) == 130
+    finally:
+        process.kill()
+        process.wait()
+    *_, said = screens(terminal.close(), 80, wraps=True)
+    assert "SIGINT: saving after this step (Ctrl-C again stops at once)" in said
+    assert not any("█" in line or "░" in line for line in said) and said[-1] == ""
+    assert naming("error", "SIGINT", "resume").search(" ".join(said[-5:]))
 
 
 def test_elsewhere_there_are_plain_lines_at_times_and_at_the_end_of_epochs(tmp_path, capsys, always, second_a_step):
