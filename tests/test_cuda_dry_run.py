@@ -36,6 +36,7 @@ from latent_verse.training.augvae import LitAugVAE
 from latent_verse.training.biart import LitBiART
 from latent_verse.training.divergence import Divergence
 from latent_verse.training.optimizer import MuonAdamW, adamw, warm_up_then_cosine
+from latent_verse.training.pace import gradient_norm
 from tests.fake_cuda import DEVICE, Kept, fake_cuda
 from tests.sm90 import generate
 
@@ -143,6 +144,7 @@ def test_optimisers_step_without_waiting(tiny_config, make):
         schedule = warm_up_then_cosine(optimizer, 1, lambda: 10)
         with waits.during_a_run():
             for _ in range(2):
+                assert on_gpu(gradient_norm(optimizer))
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
                 schedule.step()

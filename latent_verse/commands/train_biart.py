@@ -21,21 +21,22 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     """Train; 0 when done, 128 + N when stopped by signal N and saved, 2 for a mistake of the user."""
     config, given = parse(TrainBiARTConfig, argv, __doc__, prog)
     with naming_sources(config, given):
-        return run(resolve_train_biart(config, given), given)
+        return run(resolve_train_biart(config, given), given, prog)
 
 
-def run(config: TrainBiARTConfig, given: Mapping[str, str]) -> int:
+def run(config: TrainBiARTConfig, given: Mapping[str, str], prog: str | None = None) -> int:
     """Export, extract codes, or build everything, train and export."""
     with quick_imports():
         import pytorch_lightning as pl
 
         from latent_verse.checkpoints.biart import export_bundle, take_over
         from latent_verse.config import as_plain
-        from latent_verse.training import biart_setup
+        from latent_verse.training import biart_setup, summaries
         from latent_verse.training.backups import RunFolder
         from latent_verse.training.biart import LitBiART
         from latent_verse.training.code_extraction import extract_codes
         from latent_verse.training.image_logging import TextImageSamples
+        from latent_verse.training.next_commands import after_biart
         from latent_verse.training.resume import starting_point
         from latent_verse.training.runs import hold_run
         from latent_verse.training.trainer import (
@@ -73,10 +74,13 @@ def run(config: TrainBiARTConfig, given: Mapping[str, str]) -> int:
         samples = TextImageSamples(folder, config.sampling, tokenizer)
         trainer = make_trainer(t, folder, [samples], step)
         announce(t, run, start_from, idle_flags_biart(config, given))
-        say(biart_setup.summary(config, model, tokenizer))
+        say(summaries.row("Data", summaries.of_data(data)))
+        say(summaries.row("Model", summaries.of_biart(model, tokenizer)))
+        say(summaries.row("Learning rate", f"{config.optim.learning_rate:g}"))
         module = LitBiART(model, vae, config, about, compiles(config))
         fit(trainer, t, run, module, data, start_from, step)
         if trainer.is_global_zero:
             file = export_bundle(run.folder, run.folder / "bundle", vae=vae)
             print(f"Bundle of {file}: {run.folder / 'bundle'}")
+            print(summaries.closing(run, after_biart(config, given, data.datasets, run.folder, prog)))
     return 0

@@ -15,10 +15,10 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     """Train; 0 when done, 128 + N when stopped by signal N and saved, 2 for a mistake of the user."""
     config, given = parse(TrainVAEConfig, argv, __doc__, prog)
     with naming_sources(config, given):
-        return run(resolve_train_vae(config, given), given)
+        return run(resolve_train_vae(config, given), given, prog)
 
 
-def run(config: TrainVAEConfig, given: Mapping[str, str]) -> int:
+def run(config: TrainVAEConfig, given: Mapping[str, str], prog: str | None = None) -> int:
     """Build everything and train."""
     with quick_imports():
         import pytorch_lightning as pl
@@ -28,10 +28,11 @@ def run(config: TrainVAEConfig, given: Mapping[str, str]) -> int:
         from latent_verse.config import as_plain
         from latent_verse.data.datasets import open_images
         from latent_verse.data.modules import ImageDataModule
-        from latent_verse.training import runs
+        from latent_verse.training import runs, summaries
         from latent_verse.training.augvae import LitAugVAE
         from latent_verse.training.backups import RunFolder
         from latent_verse.training.image_logging import ImageGrids
+        from latent_verse.training.next_commands import after_augvae
         from latent_verse.training.resume import starting_point
         from latent_verse.training.trainer import (
             announce,
@@ -56,8 +57,13 @@ def run(config: TrainVAEConfig, given: Mapping[str, str]) -> int:
         grids = [ImageGrids(folder, t.image_log_steps)] if t.log_images else []
         trainer = make_trainer(t, folder, grids, step)
         announce(t, run, start_from, idle_flags_vae(config, given, LOSSES[config.loss.loss_type].uses_lpips))
+        say(summaries.row("Data", summaries.of_data(data)))
+        say(summaries.row("Model", summaries.of_augvae(model)))
         if not start_from:
             base, size, processes = config.optim.learning_rate, config.data.batch_size, trainer.world_size
-            say(f"Learning rate: {base:g} x {processes} processes x batch {size} = {base * processes * size:g}")
+            of_all = f"{processes} process{'' if processes == 1 else 'es'} x batch {size}"
+            say(summaries.row("Learning rate", f"{base:g} x {of_all} = {base * processes * size:g}"))
         fit(trainer, t, run, LitAugVAE(model, config, compiles(config)), data, start_from, step)
+        if trainer.is_global_zero:
+            print(summaries.closing(run, after_augvae(config, given, model, run.folder, prog)))
     return 0

@@ -78,7 +78,7 @@ class TrainerConfig(Settings):
     log_every_n_steps: int = setting(10, "steps between logged training metrics", at_least=1)
     log_images: bool = setting(False, "log grids of images, also as PNG files in the run folder")
     image_log_steps: int = setting(1000, "steps between logged image grids", at_least=1)
-    refresh_rate: int = setting(1, "steps between updates of the progress bar; 0 hides it", at_least=0)
+    refresh_rate: int = setting(1, "steps between updates of the progress bar; 0: neither a bar nor lines", at_least=0)
     backup: bool = setting(False, "save the whole state regularly; if interrupted, rerun the command to resume")
     backup_steps: int = setting(1000, "steps between backups", at_least=1)
     backup_dir: Optional[str] = setting(None, "folder for backups of runs; default in the run folder", path=True)

@@ -112,8 +112,8 @@ def extract(
     write_json(folder / UNFINISHED, state)
     with replacing(folder / TOKENIZER) as unfinished:
         tokenizer.save(unfinished)
-    bar = progress_bar(what=f"codes to {folder}", total=total, unit="image", shown=progress)
-    bar.update(sum(shard["pairs"] + shard["skipped"] for shard in state["shards"].values()))
+    done = sum(shard["pairs"] + shard["skipped"] for shard in state["shards"].values())
+    bar = progress_bar(what=f"codes to {folder}", total=total, unit="image", done=done, shown=progress)
     with bar, ThreadPoolExecutor(max(1, threads)) as pool:
         for number, part in enumerate(work):
             name = f"codes-{number:05d}.tar"

@@ -31,6 +31,7 @@ class LitAugVAE(pl.LightningModule):
     """
 
     trains = True
+    unit = "images"  # what its speed is counted in
 
     def __init__(self, model: AugVAE, config: TrainVAEConfig, compiled: bool | None = None):
         super().__init__()
@@ -115,6 +116,10 @@ class LitAugVAE(pl.LightningModule):
         if len(x_BCHW) == 0 and self.device_mesh is not None:
             self.reconstruct(x_BCHW.new_zeros(1, *x_BCHW.shape[1:]))
         return len(x_BCHW) == 0
+
+    def amount(self, batch: list[torch.Tensor]) -> int:
+        """The images of a batch."""
+        return len(batch[0])
 
     def _losses(
         self, x_BCHW: torch.Tensor, stage: str

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import math
-import time
 import warnings
 from typing import Any
 
@@ -46,6 +45,8 @@ class LitBiART(pl.LightningModule):
         about: what checkpoints record beside the settings: AugVAE's path and fingerprint, the tokenizer; plain types.
     """
 
+    unit = "tokens"  # what its speed is counted in
+
     def __init__(
         self, model: BiART, vae: nn.Module, config: TrainBiARTConfig, about: dict, compiled: bool | None = None
     ):
@@ -60,7 +61,6 @@ class LitBiART(pl.LightningModule):
         self.weights = loss_weights(c.reference_weight, text=c.text_loss_weight, image=c.image_loss_weight)
         self.val_means = nn.ModuleDict({name: Mean() for name, weight in self.weights.items() if weight})
         self._configured = False
-        self._tokens, self._since = 0, 0.0
 
     @property
     def vae(self) -> nn.Module:
@@ -109,10 +109,6 @@ class LitBiART(pl.LightningModule):
         """Move AugVAE to the device."""
         self.vae.to(self.device)
 
-    def on_train_start(self) -> None:
-        """Start the clock of tokens_per_second."""
-        self._tokens, self._since = 0, time.perf_counter()
-
     def codes(self, x: Tensor) -> Tensor:
         """Images (B, C, H, W) in [-1, 1], or codes -> codes (B, N) int64. AugVAE always encodes in float32."""
         if not x.is_floating_point():
@@ -144,6 +140,10 @@ class LitBiART(pl.LightningModule):
         share = own / average.div_(self.trainer.world_size).clamp(min=1e-9)  # 0 if no process counts any
         return {f"{d}/{m}": share[i, j] for i, d in enumerate(DIRECTIONS) for j, m in enumerate(MODALITIES)}
 
+    def amount(self, batch: list[Tensor]) -> int:
+        """The tokens that the network reads of a batch."""
+        return len(batch[0]) * self.model.vocab.input_len
+
     def rows_text_to_image(self, batch_size: int, batch_idx: int) -> int:
         """The number of rows that are text to image: on average over batches exactly text_to_image_share."""
         share = self.config.loss.text_to_image_share * batch_size
@@ -168,11 +168,6 @@ class LitBiART(pl.LightningModule):
         for name, value in means.items():
             direction, modality = name.split("/")
             self.log(f"train/{name}_loss", value, prog_bar=modality == target_modality(direction))
-        self._tokens += sequences.idx_BT.numel() * self.trainer.world_size
-        if (self.global_step + 1) % self.config.trainer.log_every_n_steps == 0:
-            now = time.perf_counter()
-            self.log("train/tokens_per_second", self._tokens / (now - self._since))
-            self._tokens, self._since = 0, now
         return total
 
     def on_train_batch_end(self, outputs, batch, batch_idx: int) -> None:

@@ -161,12 +161,3 @@ def new_biart(
     if pretrained is not None and not start_from:
         model.load_state_dict(pretrained.biart.state_dict())
     return model
-
-
-def summary(config: TrainBiARTConfig, model: BiART, tokenizer: Tokenizer) -> str:
-    """One line that describes the model."""
-    return (
-        f"BiART: {model.num_parameters() / 1e6:.1f} M parameters; {model.vocab.text_len} tokens of {tokenizer.name} "
-        f"({tokenizer.vocab_size} ids), {model.vocab.image_len} codes of {model.vocab.image_vocab}; "
-        f"learning rate {config.optim.learning_rate:g}"
-    )

@@ -133,9 +133,9 @@ def as_text(rows: list[dict[str, Any]], columns: list[str]) -> str:
     return out.getvalue()
 
 
-def is_logged(trainer: pl.Trainer) -> bool:
-    """Whether the training step that is being computed is one that Lightning logs."""
-    step = trainer.global_step + 1
+def is_logged(trainer: pl.Trainer, made: bool = False) -> bool:
+    """Whether Lightning logs the training step that is being computed, or the last one that was `made`."""
+    step = trainer.global_step + (not made)
     return step % trainer.log_every_n_steps == 0 or step == trainer.max_steps
 
 

@@ -6,6 +6,7 @@ import inspect
 import logging
 import os
 import sys
+import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -26,16 +27,20 @@ from latent_verse.config import ConfigError
 from latent_verse.config.messages import reason, shown
 from latent_verse.config.program import is_first_process
 from latent_verse.config.train import TrainBiARTConfig, TrainerConfig, TrainVAEConfig
+from latent_verse.data.folders import counted
 from latent_verse.nn.compilation import why_not_compiled
+from latent_verse.progress import duration
 from latent_verse.training import runs
 from latent_verse.training.backups import Backup, BestAndLast, Interrupted, RunFolder, WholeFiles
 from latent_verse.training.changes import AppliedSettings, changes
 from latent_verse.training.divergence import Divergence
 from latent_verse.training.launcher import PATIENCE, WatchedDDP, WatchedFSDP
 from latent_verse.training.logs import CSVLogger, TensorBoardLogger
+from latent_verse.training.pace import Pace
 from latent_verse.training.process_state import ProcessState
 from latent_verse.training.progress_bar import ProgressBar
 from latent_verse.training.runs import Run
+from latent_verse.training.summaries import row
 
 Training = TypeVar("Training", TrainVAEConfig, TrainBiARTConfig)
 say = rank_zero_only(print)  # one process speaks for all
@@ -138,7 +143,8 @@ def make_trainer(
         AppliedSettings(),
         LearningRateMonitor("step"),
         Backup(folder, t.backup_steps if t.backup else None),
-        *([ProgressBar(refresh_rate=t.refresh_rate)] if t.refresh_rate else []),
+        pace := Pace(),
+        *([ProgressBar(t.refresh_rate, pace)] if t.refresh_rate else []),
         BestAndLast(folder),
     ]
     quiet_lightning()
@@ -175,11 +181,11 @@ def make_trainer(
 
 def announce(t: TrainerConfig, run: Run, start_from: Path | None, idle: list[str]) -> None:
     """Print where a run writes, which flags have no effect (`idle`), and which checkpoint it resumes from."""
-    say(f"Run folder: {run.folder}")
+    say(row("Run folder", run.folder))
     for line in idle:
         say(f"No effect: {line}.")
     if start_from:
-        say(f"Resuming from {start_from}")
+        say(row("Resuming from", start_from))
     elif t.ckpt_path:
         say(f"ckpt_path {t.ckpt_path} is not read without --resume: this run starts anew.")
 
@@ -194,7 +200,7 @@ def fit(
     start_from: Path | None = None,
     first_step: int = 0,
 ) -> None:
-    """Train to the end, from the step that `start_from` stores. Prints which limit ended it, or that it was finished.
+    """Train to the end, from the step that `start_from` stores. Prints how long it took, or that it was finished.
 
     Raises:
         Interrupted: a signal stopped the run, and it has saved; the message says how to resume.
@@ -204,7 +210,7 @@ def fit(
         say(f"Changed since the checkpoint: {line}")
     with suppress(OSError):  # in a file or pipe it would come with the program's end; what fails now is said then
         sys.stdout.flush()
-    failed = True
+    failed, since = True, time.perf_counter()
     try:
         trainer.fit(module, datamodule=data, ckpt_path=start_from, weights_only=True)
         failed = False
@@ -218,6 +224,8 @@ def fit(
 
             wandb.finish(exit_code=int(failed))
     step, epoch = trainer.global_step, trainer.current_epoch
+    if step > first_step:
+        say(row("Trained", f"{counted(step - first_step, 'step')} in {duration(time.perf_counter() - since)}"))
     if start_from and step == first_step:
         limit = "max_steps" if 0 <= t.max_steps <= step else "epochs"
         if start_from not in runs.states(run):
@@ -327,7 +335,7 @@ def quiet_lightning() -> None:
         ".*It is recommended to use .*sync_dist=True.*",  # the modules log values that are summed already
     ):
         warnings.filterwarnings("ignore", message)
-    said = ("💡 Tip", "GPU available:", "TPU available:")
+    said = ("💡 Tip", "GPU available:", "TPU available:", "`Trainer.fit` stopped:", "Restoring states", "Restored all")
     for name in ("pytorch_lightning.utilities.rank_zero", "lightning_fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(lambda record: not record.getMessage().startswith(said))
     # `recompute` hands the compiler a context_fn, and what it computes again does nothing in place

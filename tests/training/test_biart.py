@@ -15,7 +15,6 @@ from latent_verse.biart.model import BiART, loss_weights
 from latent_verse.biart.sequence import IMAGE_TO_TEXT, TEXT_TO_IMAGE
 from latent_verse.config import BiARTConfig
 from latent_verse.config.train import TrainBiARTConfig
-from latent_verse.training import biart as training
 from latent_verse.training.biart import LitBiART
 from latent_verse.training.optimizer import MuonAdamW, adamw, orthogonalise, warm_up_then_cosine
 
@@ -334,19 +333,6 @@ def test_loss_chunk_bounds_the_logits_and_changes_no_value(monkeypatch, text_los
         found.append((total.detach(), means, [p.grad for p in module.model.parameters()]))
     assert largest == [4 * 5, 4]  # image to text, 4 rows of 5 codes, or a chunk
     torch.testing.assert_close(found[1], found[0])
-
-
-def test_tokens_per_second_are_tokens_over_time(monkeypatch):
-    """Of the steps since it was last logged; 9 positions a row, 6 or 4 rows a batch."""
-    clock = iter((100.0, 102.0, 107.0))
-    monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-    module, (codes, text) = lit(log_every_n_steps=2)
-    batches = [[codes, text], [codes[:4], text[:4]], [codes, text], [codes, text], [codes, text]]
-    watch = AfterEachBatch(lambda trainer, module: trainer.callback_metrics.get("train/tokens_per_second"))
-    run(module, batches, callback=watch)
-    assert [watch.seen[i].item() for i in (1, 3)] == pytest.approx([(6 + 4) * 9 / 2, (6 + 6) * 9 / 5])
-    assert watch.seen[0] is None
-    assert next(clock, None) is None  # read at the start and where it is logged
 
 
 # ------------------------------------------------------------------------------- from the settings to the optimiser

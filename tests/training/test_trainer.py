@@ -12,7 +12,6 @@ from types import SimpleNamespace
 import pytest
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import TQDMProgressBar
 
 from latent_verse.augvae import layers
 from latent_verse.augvae.model import AugVAE
@@ -28,11 +27,10 @@ from latent_verse.config.train import (
     TrainVAEConfig,
     VAEOptimConfig,
 )
-from latent_verse.training import progress_bar, trainer
+from latent_verse.training import trainer
 from latent_verse.training.augvae import LitAugVAE, LitAugVAEEvaluation
 from latent_verse.training.backups import Backup, Interrupted, RunFolder
 from latent_verse.training.biart import LitBiART
-from latent_verse.training.progress_bar import ProgressBar
 from latent_verse.training.runs import Run
 from latent_verse.training.trainer import compiles, make_trainer, quiet_lightning
 from tests.biart.tiny_biart import CONFIG
@@ -284,28 +282,6 @@ def test_memory_format_of_weights_and_activations(tiny_config, tiny_images, devi
         _, reconstruction = module.reconstruct(tiny_images())
     assert formats == {True}
     torch.testing.assert_close(reconstruction, expected, rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("refresh_rate", "max_steps", "updated"), [(1, -1, [0, 4, 8, 9]), (1, 8, [0, 4, 7]), (3, -1, [2, 8, 9])]
-)
-def test_the_bar_reads_metrics_five_times_a_second_and_at_either_end(monkeypatch, refresh_rate, max_steps, updated):
-    seen, clock = [], [0.0]
-    monkeypatch.setattr(progress_bar.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(TQDMProgressBar, "on_train_batch_end", lambda self, *args: seen.append(args[-1]))
-    bar = ProgressBar(refresh_rate)
-    for batch_idx in range(10 if max_steps < 0 else max_steps):
-        now = SimpleNamespace(is_last_batch=batch_idx == 9, global_step=batch_idx + 1, max_steps=max_steps)
-        bar.on_train_batch_end(now, None, None, None, batch_idx)
-        clock[0] += 0.0501
-    assert seen == updated
-
-
-@pytest.mark.parametrize(("out", "err"), [(True, True), (False, True), (True, False), (False, False)])
-def test_the_bar_is_for_terminals(monkeypatch, out, err):
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: out)
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: err)
-    assert ProgressBar(1).is_enabled == (out and err)
 
 
 def test_a_signal_is_not_broadcast_before_every_step_and_one_before_training_counts():
