@@ -62,7 +62,8 @@ class EpochBatches:
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         first, current, order = self.epoch * self.size, -1, torch.empty(0, dtype=torch.int64)
         for step in range(self.first, len(self)):
-            start, batch = first + (step * self.world + self.rank) * self.batch_size, []
+            batch: list[tuple[int, int]] = []
+            start = first + (step * self.world + self.rank) * self.batch_size
             while len(batch) < self.batch_size:  # it may reach into the next pass
                 this_pass, place = divmod(start + len(batch), self.samples)
                 if this_pass != current:
