@@ -1,8 +1,8 @@
 """Every dataset by name, and the settings it reads. `data/datasets.py` holds, under the same names, what opens them.
 
 `needs` and `reads` name settings of a dataset's section. "dir", "captions" and "size" stand for one setting of each
-split, such as `val_dir`; that of train's size is `dataset_size`. A dataset that needs none is generated: it is there
-without any file. `setting_of` gives the full name.
+split, such as `val_dir`; that of train's size is `dataset_size`, which all datasets read. A dataset that needs none is
+generated: it is there without any file. `setting_of` gives the full name.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Layout(NamedTuple):
 IMAGE_DATASETS = {
     "imagefolder": Layout(needs=("dir",), reads=("resize_ratio",)),
     "flat": Layout(needs=("dir",), reads=("resize_ratio",)),
-    "webdataset": Layout(needs=("dir",), reads=("resize_ratio", "dataset_size", "shuffle_buffer")),
-    "fake": Layout(reads=("dataset_size",)),
+    "webdataset": Layout(needs=("dir",), reads=("resize_ratio", "shuffle_buffer")),
+    "fake": Layout(),
 }
 
 PAIR_DATASETS = {
@@ -46,10 +46,10 @@ PAIR_DATASETS = {
     "coco": Layout(needs=("dir",), reads=("captions", "resize_ratio")),
     "karpathy": Layout(("dir", "captions"), ("resize_ratio",), "Karpathy's dataset_coco.json", all_splits=True),
     "table": Layout(("captions",), ("resize_ratio",), "the .csv, .tsv or .jsonl with image paths and captions"),
-    "webdataset": Layout(needs=("dir",), reads=("resize_ratio", "dataset_size", "shuffle_buffer")),
+    "webdataset": Layout(needs=("dir",), reads=("resize_ratio", "shuffle_buffer")),
     "codes": Layout(needs=("dir",)),
-    "shapes": Layout(reads=("world", "split", "dataset_size", "size")),
-    "fake": Layout(reads=("dataset_size", "size")),
+    "shapes": Layout(reads=("world", "split", "size")),
+    "fake": Layout(reads=("size",)),
 }
 
 # what eval_biart.py can read: images with captions, each with an index

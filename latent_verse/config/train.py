@@ -35,7 +35,10 @@ class ImageDataConfig(Settings):
     fake_data: bool = setting(False, "same as --dataset fake: a short smoke test without any images")
     web_dataset: bool = setting(False, "same as --dataset webdataset", hidden=True)
     dataset_size: Optional[int] = setting(
-        None, "images per epoch: webdataset (default all), fake (512)", at_least=1, at_most=10**12
+        None,
+        "images per epoch, default all; of fewer images each comes several times; fake: 512",
+        at_least=1,
+        at_most=10**12,
     )
     img_size: Optional[int] = setting(None, "the original's second name for resolution; must equal it", hidden=True)
     resize_ratio: float = setting(0.75, "least share of the largest square in a training crop", above=0, at_most=1)
@@ -178,7 +181,7 @@ class PairDataConfig(ImageDataConfig):
     val_captions: Optional[str] = setting(None, "validation captions; karpathy: default train_captions", path=True)
     world: str = setting("small", "shapes: small (32 px, 1 or 2 objects) or full (64 px, 1 to 3)", ("small", "full"))
     dataset_size: Optional[int] = same(
-        ImageDataConfig, "dataset_size", None, "pairs per epoch: shapes (default 10000), fake (512), webdataset (all)"
+        ImageDataConfig, "dataset_size", None, "pairs per epoch, default all, as for images; shapes: 10000, fake: 512"
     )
     val_size: Optional[int] = setting(
         None, "validation pairs for shapes (default 256) or fake (64)", at_least=1, at_most=10**7

@@ -186,8 +186,6 @@ def _open(
     if data.dataset not in openers:
         raise DataError(f"dataset is {data.dataset!r}; choose {', '.join(openers)}.")
     layout = layouts[data.dataset]
-    if data.dataset_size and "dataset_size" not in layout.reads:
-        log.warning("dataset_size has no effect with dataset %s: all of it is used.", data.dataset)
     opened: dict[str, Opened] = {}
     for name in splits:
         if missing := [need for need in layout.needs if not _given(data, layout, name, need).value]:

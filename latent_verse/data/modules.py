@@ -41,27 +41,37 @@ log = logging.getLogger(__name__)
 
 
 class EpochBatches:
-    """Batches of (epoch, index) for one rank: a permutation that follows from (seed, epoch), without a partial batch.
+    """Batches of (pass, index) for one rank: permutations of all samples, one after another, cut into epochs of `size`.
 
-    The ranks' batches of a step lie side by side in it, so `k` steps use the same samples for any number of ranks.
+    The permutation of a pass follows from (seed, pass). By default an epoch is a pass. In an epoch of more samples than
+    there are, each comes again in a later pass, and so with another crop. No batch is partial.
+    The ranks' batches of a step lie side by side, so `k` steps use the same samples for any number of ranks.
     """
 
-    def __init__(self, samples: int, batch_size: int, rank: int, world: int, seed: int):
+    def __init__(self, samples: int, batch_size: int, rank: int, world: int, seed: int, size: int | None = None):
         self.samples, self.batch_size, self.rank, self.world, self.seed = samples, batch_size, rank, world, seed
+        self.size = size or samples
         self.epoch = self.first = 0
 
     def start_at(self, epoch: int, batch: int) -> None:
         self.epoch, self.first = epoch, batch
 
     def __len__(self) -> int:
-        return self.samples // (self.batch_size * self.world)
+        return self.size // (self.batch_size * self.world)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch = self.epoch
-        order = torch.randperm(self.samples, generator=sample_generator(self.seed, epoch))
+        first, current, order = self.epoch * self.size, -1, torch.empty(0, dtype=torch.int64)
         for step in range(self.first, len(self)):
-            start = (step * self.world + self.rank) * self.batch_size
-            yield [(epoch, index) for index in order[start : start + self.batch_size].tolist()]
+            batch: list[tuple[int, int]] = []
+            start = first + (step * self.world + self.rank) * self.batch_size
+            while len(batch) < self.batch_size:  # it may reach into the next pass
+                this_pass, place = divmod(start + len(batch), self.samples)
+                if this_pass != current:
+                    generator = sample_generator(self.seed, this_pass)
+                    current, order = this_pass, torch.randperm(self.samples, generator=generator)
+                indices = order[place : place + self.batch_size - len(batch)].tolist()
+                batch += [(this_pass, index) for index in indices]
+            yield batch
 
 
 class EvalBatches:
@@ -204,7 +214,7 @@ class ImageDataModule(pl.LightningDataModule):
         return len(dataset)
 
     def train_dataloader(self) -> TrainLoader:
-        """This rank's batches of an epoch.
+        """This rank's batches of an epoch: of `dataset_size` samples, or of all.
 
         Raises:
             DataError: fewer samples than one batch on each process, or their number is not known.
@@ -215,18 +225,20 @@ class ImageDataModule(pl.LightningDataModule):
             raise DataError(
                 "remote shards have no known size: give --dataset_size N, the training samples of an epoch."
             )
-        steps = samples // (batch_size * world)
+        size = self.data.dataset_size or samples
+        steps = size // (batch_size * world)
         if not steps:
+            more = "raise dataset_size" if self.data.dataset_size else "give more data"
             raise DataError(
-                f"{samples} training samples are fewer than one batch on each process: batch_size {batch_size} x "
+                f"{size} training samples are fewer than one batch on each process: batch_size {batch_size} x "
                 f"{world} processes = {batch_size * world}. Lower batch_size"
-                f"{f' to {samples // world} or less' if samples >= world else ''}, or give more data."
+                f"{f' to {size // world} or less' if size >= world else ''}, or {more}."
             )
         if isinstance(dataset, Shards):
             source = TrainShards(dataset, steps, batch_size, rank, world)
             loader, slots = self._loader(source, batch_size=batch_size, drop_last=True), world * max(1, self.workers)
         else:
-            source = EpochBatches(samples, batch_size, rank, world, self.seed)
+            source = EpochBatches(samples, batch_size, rank, world, self.seed, size)
             loader, slots = self._loader(dataset, batch_sampler=source), 0  # the order does not depend on workers
         return self._kept(TrainLoader(loader, source, steps, batch_size * world, slots))
 

@@ -12,7 +12,7 @@ from latent_verse.config.datasets import EVAL_DATASETS, IMAGE_DATASETS, PAIR_DAT
 from latent_verse.config.evaluate import EvalDataConfig
 from latent_verse.config.train import ImageDataConfig, PairDataConfig
 from latent_verse.data import DataError
-from latent_verse.data.datasets import IMAGES, PAIRS, open_images, open_pairs, source_of
+from latent_verse.data.datasets import IMAGES, PAIRS, open_pairs, source_of
 from latent_verse.evaluation.pairs import Pairs
 from tests.messages import naming
 
@@ -77,9 +77,3 @@ def test_evaluation_names_its_own_settings(tmp_path, name):
     with pytest.raises(DataError, match=r"test_(dir|captions)") as error:
         Pairs(data, R, 0)
     assert not re.search("train_|val_", str(error.value))
-
-
-def test_a_setting_without_effect_is_said(tmp_path, caplog):
-    Image.new("RGB", (R, R)).save(tmp_path / "0.png")
-    open_images(ImageDataConfig(dataset="flat", train_dir=str(tmp_path), dataset_size=3), R)
-    assert naming("dataset_size", "flat").search(caplog.text)

@@ -1,6 +1,7 @@
 """ImageDataModule: ranks, resume in the middle of an epoch through Lightning's own checkpoints, errors, counts."""
 
 import io
+import itertools
 import logging
 import tarfile
 import warnings
@@ -79,6 +80,26 @@ def test_epoch_batches_split_each_permutation_over_ranks():
     assert [i for batch in second for _, i in batch] != [i for batch in first[0] for _, i in batch]
 
 
+@pytest.mark.parametrize("samples, size", [(5, 12), (3, 16), (23, 8), (24, 24)])
+def test_epochs_of_any_size_are_passes_over_all_samples_one_after_another(samples, size):
+    def epochs(batch_size, rank=0, world=1, first=0):
+        batches = EpochBatches(samples, batch_size, rank, world, seed=7, size=size)
+        assert len(batches) == size // (batch_size * world)
+        for epoch in range(samples):
+            batches.start_at(epoch, first if epoch == 0 else 0)
+            yield from batches
+
+    found = [key for batch in epochs(4) for key in batch]
+    assert len(found) == samples * size and max(map(len, epochs(4))) == 4
+    for number in range(size):  # so many whole passes, each in an order of its own
+        one_pass = found[number * samples : (number + 1) * samples]
+        assert sorted(one_pass) == [(number, index) for index in range(samples)]
+    assert len({tuple(index for _, index in found[n * samples : (n + 1) * samples]) for n in range(size)}) > 1
+    joined = [a + b for a, b in zip(epochs(2, 0, 2), epochs(2, 1, 2), strict=True)]
+    assert joined == list(epochs(4))  # the same global batches, however split
+    assert list(epochs(4, first=1)) == joined[1:]  # as a resumed run continues
+
+
 @pytest.mark.parametrize(
     "samples,world,batch_size", [(10, 1, 4), (10, 2, 4), (9, 2, 4), (3, 4, 2), (1, 2, 8), (17, 3, 2)]
 )
@@ -151,6 +172,21 @@ def test_a_restored_loader_gives_the_same_next_batches(folders, kind, workers):
         restored.load_state_dict(states[k])
         assert restored.state_dict() == states[k]  # saved again before any batch
         same(list(restored) + (list(restored) if k < 4 else []), batches[k + 1 : 10])
+
+
+def test_a_small_folder_gives_an_epoch_of_the_size_that_is_asked_for(folders):
+    settings = {"dataset": "flat", "train_dir": folders["flat"], "dataset_size": 84, "batch_size": 21}
+    loader = module(**settings).train_dataloader()
+    states, batches = [], []
+    for batch in loader:
+        batches.append(batch)
+        states.append(loader.state_dict())
+    assert len(batches) == len(loader) == 4
+    sums = [sorted(batch[0].float().mean((1, 2, 3)).tolist()) for batch in batches]
+    assert all(a != b for a, b in itertools.pairwise(sums))  # the same images, in other crops
+    restored = module(**settings).train_dataloader()
+    restored.load_state_dict(states[1])
+    same(list(restored), batches[2:])
 
 
 def test_a_resume_does_not_depend_on_the_number_of_workers_or_ranks(folders, monkeypatch, caplog):
@@ -353,7 +389,7 @@ def test_fewer_samples_than_a_batch(folders, kind, monkeypatch):
     data = module(dataset=kind, train_dir=folders.get(kind), dataset_size=21, batch_size=16)
     assert len(data.train_dataloader()) == 1
     as_rank(monkeypatch, 0, 2)
-    with pytest.raises(DataError, match=naming(21, "batch_size 16", "2 processes", 32, 10)):
+    with pytest.raises(DataError, match=naming(21, "batch_size 16", "2 processes", 32, 10, "raise dataset_size")):
         data.train_dataloader()
 
 
