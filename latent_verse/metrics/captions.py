@@ -28,6 +28,7 @@ PLAIN = "a regular expression in place of PTBTokenizer: lower case, words and cl
 _WORDS = re.compile(r"n't|'(?:s|m|d|re|ve|ll)\b|\w+?(?=n't\b)|[^\W_]+(?:[-.,/][^\W_]+)*")
 BLEU_NAMES = ("bleu_1", "bleu_2", "bleu_3", "bleu_4")
 JAVA_NAMES = ("meteor", "spice")
+UNITS = {"cider": "0 to 10", "vocabulary": "words", "words_per_caption": "words"}  # the others are between 0 and 1
 Texts = dict[int, list[str]]  # by number of the image: captions, or references
 Scored = dict[str, tuple[float, Sequence[float]]]  # by metric: its value, and that of each image
 
