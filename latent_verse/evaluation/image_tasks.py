@@ -285,9 +285,17 @@ def shapes_truth(c: Context) -> dict[str, object]:
     reranked = {"rerank": g.candidates, "rerank_temperature": g.temperature} if g.candidates > 1 else {}
     settings = shapes.ShapesSamplingConfig(**g.arguments(), **reranked)
     world, counts = World.preset(d.world), {}
-    for split in ("val", "heldout"):
-        found = c.ranks.share(lambda s=split: shapes.evaluate(c.model, world, s, len(c.pairs), c.seed, settings)[0])
+    for split, title in (("val", "Shapes: unseen scenes"), ("heldout", "Shapes: held-out combinations")):
+        cases: list[shapes.Case] = []
+
+        def evaluate(split: str = split, cases: list[shapes.Case] = cases) -> dict[str, dict]:
+            results, of_scenes = shapes.evaluate(c.model, world, split, len(c.pairs), c.seed, settings)
+            cases += of_scenes
+            return results
+
+        found = c.ranks.share(evaluate)
         counts[split] = found
+        c.add_gallery(title, "", [None] * len(cases), lambda i, cases=cases: _in_words(world, cases[i]))
         protocol = f"share that is true of different scenes of {d.world}/{split}, by the exact readers of shapes"
         for direction, result in found.items():
             name, more = f"shapes/{split}/{direction}", {}
@@ -297,6 +305,15 @@ def shapes_truth(c: Context) -> dict[str, object]:
             for attribute, part in {"all": result, **result.get("attributes", {})}.items():
                 _report_share(c, f"{name}/{attribute}", part["right"], part["total"], protocol, **more)
     return json.loads(json.dumps(counts))
+
+
+def _in_words(world: World, case: shapes.Case) -> tuple[Images, Texts]:
+    """A scene for the page: what was generated for its text and for its image, and what was read where it is wrong."""
+    said = {name: "right" if right else "wrong" for name, right in case.right.items()}
+    texts = {"text": [case.text], f"caption of the true image: {said['image_to_text']}": [case.caption]}
+    if not case.right["text_to_image"]:
+        texts["generated, read as"] = [world.describe(world.parse_image(case.generated))]
+    return {"true image": case.image, f"generated: {said['text_to_image']}": case.generated}, texts
 
 
 def _report_share(c: Context, name: str, right: int, total: int, protocol: str, **more: object) -> None:

@@ -94,7 +94,7 @@ def write(
 def _card(gallery: Gallery, case: Case) -> tuple[list[tuple], list[tuple]]:
     """The images and the texts of a card, as `parts.html` takes them: none of them is marked right or wrong."""
     about = next((lines[0] for lines in case.texts.values() if lines), "")
-    images = [(what, f"{what}: {about}", embedded(image), None) for what, image in case.images.items()]
+    images = [(what, f"{what}: {about}" if about else what, embedded(x), None) for what, x in case.images.items()]
     score = [] if case.score is None else [(gallery.scored, [four_digits(case.score)])]
     return images, [(what, lines, None) for what, lines in [*case.texts.items(), *score]]
 

@@ -148,7 +148,7 @@ def _tokenize(
     generated: Sequence[str], references: Sequence[Sequence[str]], java: bool
 ) -> tuple[Texts, Texts, str, str]:
     """(captions, references, both tokenized; which tokenizer; why not the field's, or "")."""
-    no_java = "" if java else "needs Java, which java: false turns off"
+    no_java = "" if java else "needs Java, which java: false (--no-java) turns off"
     if java and not shutil.which("java"):
         no_java = "needs Java, and there is no `java` on this machine's PATH"
     line = lambda text: " ".join(beginning(text, LONG).split())  # noqa: E731

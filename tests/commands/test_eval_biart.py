@@ -401,6 +401,9 @@ def test_the_truth_of_shapes_is_exact_for_an_oracle(bundle, tmp_path, monkeypatc
     monkeypatch.setattr(LVerse, "from_pretrained", lambda *a, **k: perfect)
     flags = "--dataset shapes --test_size 12 --tasks shapes round_trip captions --round_trip_pairs 8".split()
     f = run(tmp_path, "--model", bundle, *flags)["figures"]
+    page = (tmp_path / "runs" / "run" / "index.html").read_text()
+    assert "Shapes: unseen scenes" in page and "Shapes: held-out combinations" in page and "read as" not in page
+    assert page.count("generated: right") == 2 * 8 * 2 and "wrong" not in page.partition("<main")[2]
     for split in ("val", "heldout"):
         for direction in ("text_to_image", "image_to_text"):
             for attribute in ("all", "count", "colour", "shape", "size", "layout"):
