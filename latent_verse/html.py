@@ -47,12 +47,14 @@ def render(template: str, **content: object) -> str:
 
 
 def embedded(image: Image.Image | Path | bytes) -> str:
-    """A `src` that holds the image itself: a PIL image or a PNG file as PNG, bytes as SVG."""
+    """A `src` that holds the image itself: a PNG file as it is, bytes as SVG, a PIL image as PNG or, if large, JPEG."""
     kind = "svg+xml" if isinstance(image, bytes) else "png"
     if isinstance(image, Path):
         image = image.read_bytes()
     elif isinstance(image, Image.Image):
+        # a page of a hundred photos would have tens of megabytes as PNG
+        kind, options = ("jpeg", {"quality": 90}) if max(image.size) > 64 else ("png", {})
         buffer = io.BytesIO()
-        image.save(buffer, format="PNG")
+        image.convert("RGB").save(buffer, format=kind, **options)
         image = buffer.getvalue()
     return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"

@@ -30,6 +30,7 @@ def run(config: EvalVAEConfig, given: Mapping[str, str]) -> int:
         from latent_verse.checkpoints.augvae import load_augvae
         from latent_verse.data.datasets import how_many, open_images
         from latent_verse.data.modules import ImageDataModule
+        from latent_verse.evaluation.reconstructions import write_page
         from latent_verse.metrics.reconstruction import table
         from latent_verse.training import runs
         from latent_verse.training.augvae import LitAugVAEEvaluation
@@ -68,6 +69,7 @@ def run(config: EvalVAEConfig, given: Mapping[str, str]) -> int:
         if trainer.is_global_zero:
             write_json(folder / "metrics.json", results)
             write_text(folder / "config.yaml", to_yaml(config))
+            write_page(folder, f"{t.ckpt_path}: {results['images']} images", results, to_yaml(config))
             print(table(results, f"{t.ckpt_path}: {results['images']} images"))
-            print(f"Written to {folder}")
+            print(f"Written to {folder}: metrics.json and index.html")
     return 0

@@ -8,11 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from PIL import Image
 from torch import Tensor
 
 from latent_verse.config.evaluate import EvalBiARTConfig
-from latent_verse.evaluation.page import Case, Gallery, choose
+from latent_verse.evaluation.page import Case, Gallery, Images, Texts, choose
 from latent_verse.evaluation.pairs import Pairs, Sample
 from latent_verse.evaluation.records import Records
 from latent_verse.inference.pipeline import LVerse
@@ -59,6 +58,8 @@ class Context:
             if self.config.networks.download:
                 self.ranks.share(lambda: weights().find(download=True))
             return open_it()
+        except networks.NotDownloaded as error:
+            return f"{error}; --download fetches it"
         except networks.NetworkMissing as error:
             return str(error)
 
@@ -73,12 +74,12 @@ class Context:
         return sum(count > longest for _, count in self.model.tokenizer.encode_counted(list(texts), longest))
 
     def add_gallery(
-        self, title: str, scored: str, scores: list[float], case_of: Callable[[int], tuple[Image.Image, str, str]]
+        self, title: str, scored: str, scores: Sequence[float | None], case_of: Callable[[int], tuple[Images, Texts]]
     ) -> None:
-        """Show the best, median and worst by score; case_of(i) gives (image, text, note). In the first process."""
+        """Show the best, median and worst by score, or the first where scores are None. In the first process."""
         count = self.config.write.page_cases
         if not (self.ranks.is_first and scores and count):
             return
         chosen = choose(scores, count).items()
         parts = {heading: [Case(scores[i], *case_of(i)) for i in numbers] for heading, numbers in chosen}
-        self.galleries.append(Gallery(title, f"{scored}, of {len(scores)}", parts))
+        self.galleries.append(Gallery(title, scored, len(scores), parts))

@@ -15,8 +15,8 @@ from latent_verse.data.shapes import World
 from latent_verse.data.transforms import centre_crop
 from latent_verse.evaluation import round_trips, samples
 from latent_verse.evaluation import shapes_truth as shapes
-from latent_verse.evaluation.context import Context
-from latent_verse.evaluation.pairs import ordered
+from latent_verse.evaluation.context import Context, Images, Texts
+from latent_verse.evaluation.pairs import Sample, ordered
 from latent_verse.evaluation.records import OWN
 from latent_verse.evaluation.samples import Group, read_image
 from latent_verse.machine import versions
@@ -61,12 +61,14 @@ def generate(c: Context) -> dict[str, object]:
         if clip is not None:
             values = [scores[n] for scores, n in zip(clip, numbers, strict=True)]
             library = versions("open_clip_torch")
-            c.records.add_mean(f"{prefix}clip_score", values, library=library, protocol=clip_protocol(c), **more)
+            about_it = {"library": library, "protocol": clip_protocol(c), "unit": "of 100"}
+            c.records.add_mean(f"{prefix}clip_score", values, **about_it, **more)
         if all(group.log_p[0] is not None for group in groups):
             values = [group.log_p[n] for group, n in zip(groups, numbers, strict=True)]
             protocol = "mean of the model's log p(text | the codes it sampled), in nats"
-            c.records.add_mean(f"{prefix}log_p_text", values, library=OWN, protocol=protocol, **more)
-    show(c, groups, clip)
+            about_it = {"library": OWN, "protocol": protocol, "unit": "nats"}
+            c.records.add_mean(f"{prefix}log_p_text", values, **about_it, **more)
+    show(c, groups, clip, chosen)
     return about
 
 
@@ -114,7 +116,8 @@ def report_images(
         scores = c.ranks.share(lambda: image_quality.precision_recall(generated, real, g.prc_neighbours))
         protocol = f"manifolds of {g.prc_neighbours} nearest neighbours in the features of {network}"
         for name, value in scores.items():
-            about = {"samples": len(generated.features), "references": len(real.features), "better": "higher"}
+            about = {"samples": len(generated.features), "references": len(real.features)}
+            about |= {"unit": "share", "better": "higher"}
             c.records.add(prefix + name, value, library=library, protocol=protocol, **about, **more)
     except ValueError as error:
         for name in ("precision", "recall"):
@@ -199,15 +202,26 @@ def score_by_clip(c: Context, groups: Sequence[Group]) -> Scores | None:
     return list(c.ranks.gather(scores).values())
 
 
-def show(c: Context, groups: Sequence[Group], clip: Scores | None) -> None:
-    """Put the first image of each caption on the page, by CLIP score or by the model's own."""
+def show(c: Context, groups: Sequence[Group], clip: Scores | None, chosen: Sequence[Sample]) -> None:
+    """Put the first image of each caption on the page, beside the caption's own image.
+
+    They are ordered by CLIP score or by the model's own, and if there is neither, as they come.
+    """
+    scores, scored = [None] * len(groups), ""
     if clip is not None:
-        scores, scored = [values[0] for values in clip], "ordered by CLIP score"
+        scores, scored = [values[0] for values in clip], "CLIP score"
     elif all(group.log_p[0] is not None for group in groups):
-        scores, scored = [group.log_p[0] for group in groups], "ordered by the model's log p(text | image), in nats"
-    else:
-        return
-    case = lambda i: (as_pil(read_image(groups[i].files[0], c.resolution)), groups[i].text, "")  # noqa: E731
+        scores, scored = [group.log_p[0] for group in groups], "log p(text | image) by the model, in nats"
+    own = {sample.caption: sample.index for sample in reversed(chosen)}
+
+    def case(i: int) -> tuple[Images, Texts]:
+        text, images = groups[i].text, {}
+        true = c.pairs.image(own[text]) if text in own else None
+        if true is not None:
+            images["true image"] = as_pil(true)
+        images["generated"] = as_pil(read_image(groups[i].files[0], c.resolution))
+        return images, {} if text is None else {"text": [text]}
+
     c.add_gallery("Images generated for texts", scored, scores, case)
 
 
@@ -229,13 +243,18 @@ def round_trip(c: Context) -> None:
     for name, value in scores.metrics.items():
         protocol = f"caption of the image sampled for a text, against that text alone; {scores.tokenizer}"
         about = {"library": versions("pycocoevalcap"), "protocol": protocol, "better": "higher"}
+        about["unit"] = captions.UNITS.get(name, "0 to 1")
         c.records.add(f"round_trip/text_image_text/{name}", value, samples=count, **about)
     for name, reason in scores.missing.items():
         c.records.miss(f"round_trip/text_image_text/{name}", reason)
     _report_regenerated(c, images, texts, trips)
     if "rouge_l" in scores.each:
-        case = lambda i: (trips[i].generated, texts[i], f"its caption: {own[i]}")  # noqa: E731
-        c.add_gallery("Text to image to text", "ordered by ROUGE-L of the last text", scores.each["rouge_l"], case)
+
+        def case(i: int) -> tuple[Images, Texts]:
+            shown = {"true image": as_pil(images[i]), "generated": trips[i].generated}
+            return shown, {"text": [texts[i]], "caption of the generated image": [own[i]]}
+
+        c.add_gallery("Text to image to text", "ROUGE-L of the last text", scores.each["rouge_l"], case)
 
 
 def _report_regenerated(
@@ -259,7 +278,7 @@ def _report_regenerated(
         one_D, other_D = c.clip.images([as_pil(images[i]), trips[i].regenerated])
         values[i] = (to_text, 100 * float(one_D @ other_D))
     to_text, to_image = zip(*c.ranks.gather(values).values(), strict=True)
-    about = {"library": versions("open_clip_torch"), "better": "higher"}
+    about = {"library": versions("open_clip_torch"), "unit": "of 100", "better": "higher"}
     c.records.add_mean(f"{prefix}clip_score", to_text, protocol=clip_protocol(c), **about)
     protocol = f"100 x cosine of the image given and the one that came back; {c.clip.described}"
     c.records.add_mean(f"{prefix}clip_similarity", to_image, protocol=protocol, **about)
@@ -271,9 +290,17 @@ def shapes_truth(c: Context) -> dict[str, object]:
     reranked = {"rerank": g.candidates, "rerank_temperature": g.temperature} if g.candidates > 1 else {}
     settings = shapes.ShapesSamplingConfig(**g.arguments(), **reranked)
     world, counts = World.preset(d.world), {}
-    for split in ("val", "heldout"):
-        found = c.ranks.share(lambda s=split: shapes.evaluate(c.model, world, s, len(c.pairs), c.seed, settings)[0])
+    for split, title in (("val", "Shapes: unseen scenes"), ("heldout", "Shapes: held-out combinations")):
+        cases: list[shapes.Case] = []
+
+        def evaluate(split: str = split, cases: list[shapes.Case] = cases) -> dict[str, dict]:
+            results, of_scenes = shapes.evaluate(c.model, world, split, len(c.pairs), c.seed, settings)
+            cases += of_scenes
+            return results
+
+        found = c.ranks.share(evaluate)
         counts[split] = found
+        c.add_gallery(title, "", [None] * len(cases), lambda i, cases=cases: _in_words(world, cases[i]))
         protocol = f"share that is true of different scenes of {d.world}/{split}, by the exact readers of shapes"
         for direction, result in found.items():
             name, more = f"shapes/{split}/{direction}", {}
@@ -285,6 +312,16 @@ def shapes_truth(c: Context) -> dict[str, object]:
     return json.loads(json.dumps(counts))
 
 
+def _in_words(world: World, case: shapes.Case) -> tuple[Images, Texts]:
+    """A scene for the page: what was generated for its text and for its image, and what was read where it is wrong."""
+    said = {name: "right" if right else "wrong" for name, right in case.right.items()}
+    texts = {"text": [case.text], f"caption of the true image: {said['image_to_text']}": [case.caption]}
+    if not case.right["text_to_image"]:
+        texts["generated, read as"] = [world.describe(world.parse_image(case.generated))]
+    return {"true image": case.image, f"generated: {said['text_to_image']}": case.generated}, texts
+
+
 def _report_share(c: Context, name: str, right: int, total: int, protocol: str, **more: object) -> None:
-    about = {"library": OWN, "protocol": protocol, "interval": wilson(right, total), "better": "higher"}
+    about = {"library": OWN, "protocol": protocol, "unit": "share", "better": "higher"}
+    about |= {"interval": wilson(right, total)}
     c.records.add(name, right / total, samples=total, **about, **more)

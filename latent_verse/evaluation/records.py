@@ -39,6 +39,7 @@ class Record(TypedDict, total=False):
     protocol: str
     seed: int
     checkpoint: dict[str, str]  # fingerprints of what was evaluated
+    unit: str  # of the value, or its range
     better: Literal["higher", "lower"]
     interval: tuple[float, float]  # 95 %
     standard_error: float
@@ -94,14 +95,14 @@ class Records:
 
 def four_digits(value: float) -> str:
     """A value as people read it: four digits, or more before the point."""
-    if abs(value) >= 10000:
+    if 10_000 <= abs(value) < 10_000_000:
         return f"{value:.0f}"
-    return f"{value:.4g}" if abs(value) >= 0.001 or not value else f"{value:.2e}"
+    return f"{value:.4g}" if 0.001 <= abs(value) < 10_000 or not value else f"{value:.2e}"
 
 
 def interval(record: Record) -> str:
     """The record's 95 % interval, "" if it has none."""
-    return " to ".join(f"{bound:.3f}" for bound in record["interval"]) if "interval" in record else ""
+    return " to ".join(map(four_digits, record["interval"])) if "interval" in record else ""
 
 
 def selection(record: Record) -> str:

@@ -9,7 +9,6 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from latent_verse.data import DataError
@@ -17,7 +16,7 @@ from latent_verse.data.caption_files import clean, setting_named
 from latent_verse.data.datasets import how_many
 from latent_verse.data.images import ImageDataset
 from latent_verse.evaluation import samples
-from latent_verse.evaluation.context import Context
+from latent_verse.evaluation.context import Context, Images, Texts
 from latent_verse.evaluation.pairs import ordered
 from latent_verse.evaluation.records import OWN
 from latent_verse.files import text_lines, write_text
@@ -28,6 +27,7 @@ from latent_verse.metrics.intervals import wilson
 
 log = logging.getLogger(__name__)
 
+SHOWN = {"cider": "CIDEr", "rouge_l": "ROUGE-L"}  # the scores that order captions on the page, by preference
 LOG_P = {"image": "text_given_image", "text": "image_given_text"}  # by what is given
 
 
@@ -54,20 +54,25 @@ def caption(c: Context) -> dict[str, object]:
     protocol = f"{sum(map(len, references)) / len(references):.3g} references per image; {scores.tokenizer}"
     for name, value in scores.metrics.items():
         library = versions("pycocoevalcap")
-        c.records.add(f"captions/{name}", value, library=library, protocol=protocol, better="higher", **about)
+        more = {"unit": captions.UNITS.get(name, "0 to 1"), "better": "higher"}
+        c.records.add(f"captions/{name}", value, library=library, protocol=protocol, **more, **about)
     for name, reason in scores.missing.items():
         c.records.miss(f"captions/{name}", reason)
     for name, value in captions.diversity(scores.words).items():
-        c.records.add(f"captions/{name}", value, library=OWN, protocol=scores.tokenizer, **about)
+        more = {"library": OWN, "protocol": scores.tokenizer, "unit": captions.UNITS.get(name, "0 to 1")}
+        c.records.add(f"captions/{name}", value, **more, **about)
     if c.ranks.is_first:
         write_text(c.folder / "captions.json", captions.coco_results(ids, generated))
-    key = next((name for name in ("cider", "rouge_l") if name in scores.each), None)
+    key, title = next((pair for pair in SHOWN.items() if pair[0] in scores.each), (None, ""))
     if key:
 
-        def case(i: int) -> tuple[Image.Image, str, str]:
-            return as_pil(c.pairs.image(numbers[i])), generated[i], "references: " + " | ".join(references[i])
+        def case(i: int) -> tuple[Images, Texts]:
+            return {"image": as_pil(c.pairs.image(numbers[i]))}, {
+                "caption": [generated[i]],
+                "references": references[i],
+            }
 
-        c.add_gallery("Captions generated for images", f"ordered by {key}", scores.each[key], case)
+        c.add_gallery("Captions generated for images", title, scores.each[key], case)
     return {"pictures": len(generated), "references": sum(map(len, references)), "file": "captions.json"}
 
 
@@ -104,9 +109,11 @@ def retrieve(c: Context) -> dict[str, object]:
                 queries, pool = pool, queries
             for key, value in found.items():
                 protocol = f"{_scored(c, given)}; {queries} queries, pool of {pool}; ties count against"
-                about: dict[str, object] = {"library": OWN, "protocol": protocol, "pool": pool, "better": "lower"}
+                about: dict[str, object] = {"library": OWN, "protocol": protocol, "pool": pool}
+                about |= {"unit": "rank", "better": "lower"}
                 if key.startswith("r@"):
-                    about |= {"interval": wilson(round(value * queries), queries), "better": "higher"}
+                    share = {"interval": wilson(round(value * queries), queries), "unit": "share", "better": "higher"}
+                    about |= share
                 c.records.add(f"retrieval/{name}/{direction}/{key}", value, samples=queries, **about)
     return {"pictures": len(chosen), "captions": len(texts), "cut_to_text_len": c.cut(texts)}
 
@@ -130,8 +137,8 @@ def classify(c: Context) -> dict[str, object]:
                 continue
             right = int((rank_I <= top).sum())
             protocol = f"{_scored(c, given)}; {len(names)} classes as {k.class_prompt!r}; ties count against"
-            about = {"library": OWN, "protocol": protocol, "better": "higher", "classes": len(names)}
-            about |= {"interval": wilson(right, len(label_I))}
+            about = {"library": OWN, "protocol": protocol, "classes": len(names)}
+            about |= {"unit": "share", "better": "higher", "interval": wilson(right, len(label_I))}
             c.records.add(f"zero_shot/{name}/top_{top}", right / len(label_I), samples=len(label_I), **about)
     return {"classes": len(names), "pictures": len(label_I), "cut_to_text_len": c.cut(prompts)}
 
@@ -195,7 +202,7 @@ def likelihoods(c: Context) -> dict[str, object]:
     }
     for name, (value, error) in found.bits().items():
         protocol = f"{units[name.rsplit('/', 1)[1]]}; teacher forcing, one sampled caption per image"
-        about = {"library": OWN, "protocol": protocol, "better": "lower"}
+        about = {"library": OWN, "protocol": protocol, "unit": "bits", "better": "lower"}
         if not math.isnan(error):
             about |= {"standard_error": error, "interval": (value - 1.96 * error, value + 1.96 * error)}
         c.records.add(f"likelihood/{name}", value, samples=len(chosen), **about)

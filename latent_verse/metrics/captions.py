@@ -28,6 +28,7 @@ PLAIN = "a regular expression in place of PTBTokenizer: lower case, words and cl
 _WORDS = re.compile(r"n't|'(?:s|m|d|re|ve|ll)\b|\w+?(?=n't\b)|[^\W_]+(?:[-.,/][^\W_]+)*")
 BLEU_NAMES = ("bleu_1", "bleu_2", "bleu_3", "bleu_4")
 JAVA_NAMES = ("meteor", "spice")
+UNITS = {"cider": "0 to 10", "vocabulary": "words", "words_per_caption": "words"}  # the others are between 0 and 1
 Texts = dict[int, list[str]]  # by number of the image: captions, or references
 Scored = dict[str, tuple[float, Sequence[float]]]  # by metric: its value, and that of each image
 
@@ -147,7 +148,7 @@ def _tokenize(
     generated: Sequence[str], references: Sequence[Sequence[str]], java: bool
 ) -> tuple[Texts, Texts, str, str]:
     """(captions, references, both tokenized; which tokenizer; why not the field's, or "")."""
-    no_java = "" if java else "needs Java, which java: false turns off"
+    no_java = "" if java else "needs Java, which java: false (--no-java) turns off"
     if java and not shutil.which("java"):
         no_java = "needs Java, and there is no `java` on this machine's PATH"
     line = lambda text: " ".join(beginning(text, LONG).split())  # noqa: E731

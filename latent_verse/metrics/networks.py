@@ -34,6 +34,10 @@ class NetworkMissing(ValueError):
     """A network's weights are missing or are other weights. The message names the file and its source."""
 
 
+class NotDownloaded(NetworkMissing):
+    """Nobody asked for its weights to be downloaded; they have an address."""
+
+
 @dataclass(frozen=True)
 class Weights:
     """A file of published weights: where it belongs, its source, and the first digits of its SHA-256, if published."""
@@ -50,7 +54,8 @@ class Weights:
         """
         if not self.file.is_file():
             if not download:
-                raise NetworkMissing(f"needs {self.file}, from {self.url}")
+                kind = NotDownloaded if "://" in self.url else NetworkMissing
+                raise kind(f"needs {self.file}, from {self.url}")
             self.file.parent.mkdir(parents=True, exist_ok=True)
             try:
                 torch.hub.download_url_to_file(self.url, str(self.file), hash_prefix=self.sha256 or None)

@@ -100,7 +100,9 @@ class ReconstructionMetrics(nn.Module):
         return out
 
 
-UNITS = {"psnr": "dB, higher is better", "ssim": "to 1, higher is better", "rfid": "lower is better"}
+UNITS = {"psnr": ("dB", "higher"), "ssim": ("to 1", "higher")} | dict.fromkeys(
+    ("l1", "mse", "lpips", "rfid"), ("", "lower")
+)
 
 
 def table(results: dict[str, Any], title: str) -> str:
@@ -111,6 +113,8 @@ def table(results: dict[str, Any], title: str) -> str:
             lines.append(f"  {name:<16} {'n/a':>12}  is {value}")
         elif isinstance(value, (int, float)):
             shown = f"{value:.0f}" if isinstance(value, int) or name.startswith("codes_used") else f"{value:.4f}"
-            lines.append(f"  {name:<16} {shown:>12}  {UNITS.get(name, '')}".rstrip())
+            unit, better = UNITS.get(name, ("", ""))
+            note = ", ".join(filter(None, (unit, better and f"{better} is better")))
+            lines.append(f"  {name:<16} {shown:>12}  {note}".rstrip())
     lines += [f"  {k:<16} {'missing':>12}  {why}" for k, why in results.get("missing", {}).items()]
     return "\n".join(lines)

@@ -113,6 +113,13 @@ def test_one_command_reports_every_metric_with_all_that_identifies_it(bundle, pa
     galleries = ("Images generated for texts", "Captions generated for images")
     for heading in (*galleries, "Best", "Median", "Worst", "Missing"):
         assert f">{heading}<" in page
+    groups = ("Image quality", "Text quality", "Likelihood", "Retrieval", "Classification", "Round trips")
+    assert re.findall("<h3>(.*?)</h3>", page)[-len(groups) :] == list(groups)
+    assert all("unit" in r for n, r in f.items() if not re.search("/(fid_|inception)", n))
+    # every generated image stands beside the true one, and every caption beside its references
+    shown = page.count("<figcaption>generated</figcaption>")
+    assert shown == page.count("<figcaption>true image</figcaption>") >= 12
+    assert page.count(">references</dt>") == page.count("<figcaption>image</figcaption>") >= 9
     assert page.count("data:image/png;base64,") >= 9 and not re.search(r"(src|href)=.http", page)
     written = json.loads((run_folder / "captions.json").read_text())
     assert [row["caption"] for row in written] == [
@@ -164,6 +171,7 @@ def test_a_single_pair_has_no_interval(bundle, pairs, tmp_path):
 def test_without_networks_the_rest_still_runs_and_the_missing_files_are_named(bundle, pairs, tmp_path, capsys):
     flags = ["--tasks", "generation", "captions", "--candidates", 2]
     out = run(tmp_path, "--model", bundle, "--test_dir", pairs, *flags)
+    assert all("--download" in out["missing"][f"generation/{name}"] for name in ("fid_0", "recall", "clip_score"))
     assert out["missing"]["generation/best_of_2_by_clip/clip_score"] == out["missing"]["generation/clip_score"]
     assert "generation/log_p_text" in out["figures"] and "captions/cider" in out["figures"]
     place = tmp_path / "torch" / "hub" / "checkpoints" / networks.INCEPTION
@@ -327,6 +335,8 @@ def test_images_without_captions_have_no_clip_score(pairs, tmp_path, stand_ins):
     (made / "p002.txt").unlink()
     out = run(tmp_path, "--generated_dir", made, "--test_dir", pairs, "--fid_resolution", 16, "--is_splits", 1)
     assert naming(1, 5, "caption").search(out["missing"]["generation/clip_score"])
+    page = (tmp_path / "runs" / "run" / "index.html").read_text()  # they are shown all the same
+    assert ">First<" in page and page.count("<figcaption>generated</figcaption>") == 5
     assert out["figures"]["generation/fid_0"]["samples"] == 5
 
 
@@ -391,6 +401,9 @@ def test_the_truth_of_shapes_is_exact_for_an_oracle(bundle, tmp_path, monkeypatc
     monkeypatch.setattr(LVerse, "from_pretrained", lambda *a, **k: perfect)
     flags = "--dataset shapes --test_size 12 --tasks shapes round_trip captions --round_trip_pairs 8".split()
     f = run(tmp_path, "--model", bundle, *flags)["figures"]
+    page = (tmp_path / "runs" / "run" / "index.html").read_text()
+    assert "Shapes: unseen scenes" in page and "Shapes: held-out combinations" in page and "read as" not in page
+    assert page.count("generated: right") == 2 * 8 * 2 and "wrong" not in page.partition("<main")[2]
     for split in ("val", "heldout"):
         for direction in ("text_to_image", "image_to_text"):
             for attribute in ("all", "count", "colour", "shape", "size", "layout"):

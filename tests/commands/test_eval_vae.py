@@ -58,6 +58,15 @@ def test_metrics_files_and_table(tmp_path, model, capsys):
             assert image.size == (16, 16)
     assert (run / "grid.png").is_file() and (run / "config.yaml").is_file()
     said = capsys.readouterr().out
+    page = (run / "index.html").read_text()  # images beside their reconstructions, and every metric
+    assert page.count("<figcaption>image</figcaption>") == page.count("<figcaption>reconstruction</figcaption>") == 6
+    assert (
+        "<h3>Reconstruction</h3>" in page and "Other metrics" not in page and page.index("<img") < page.index("<table")
+    )
+    for name, unit, better in (("psnr", "dB", "↑ higher"), ("l1", "", "↓ lower"), ("codes_used_8", "codes", "")):
+        cells = re.search(rf">reconstruction/<wbr>{name}</td>(.*?)</tr>", page)[1]
+        assert f">{unit}</td>" in cells and f">{better}</td>" in cells
+    assert "vgg16-397923af.pth" in page and not re.search("(src|href)=.http", page)
     assert "psnr" in said and "missing" in said and str(run) in said
     assert re.search(r"skipped +0$", said, re.MULTILINE) and re.search(r"images +11$", said, re.MULTILINE)  # counts
 

@@ -241,6 +241,34 @@ def test_more_than_the_scene_is_not_right(world):
             assert not read_right(world, scene, extra)
 
 
+@pytest.mark.parametrize("dark", [(90, 20, 20), (75, 25, 30), (20, 60, 90), (60, 20, 80)])
+def test_a_dark_colour_is_not_black(dark):
+    """Maroon is nearer to black than to red, but nobody would call it black."""
+    scene = Scene((Obj("ladder", "black", "large", 24, 8),))
+    black, statement = np.asarray(SMALL.render(scene)), SMALL.parse_caption("a black ladder at the top right")
+    for shade, right in ((PALETTE["black"], True), ((40, 28, 36), True), (dark, False)):
+        pixels = np.where((black == PALETTE["black"]).all(-1, keepdims=True), np.array(shade, np.uint8), black)
+        assert SMALL.satisfies(SMALL.parse_image(pixels), statement) is right
+
+
+@both
+def test_what_is_read_in_an_image_in_words(world):
+    for scene in scenes(world, 60):
+        text = world.describe(world.parse_image(world.render(scene)))
+        assert world.satisfies(scene, world.parse_caption(text)), text
+    assert world.describe(Scene(())) == "nothing"
+    pixels = np.asarray(world.render(world.scene(0))).copy()
+    pixels[:] = BACKGROUND
+    pixels[-9:, :9] = (120, 120, 120)
+    pixels[:8, -8:] = PALETTE["red"]
+    pixels[3:5, -8:] = BACKGROUND
+    assert world.describe(world.parse_image(pixels)).count("something") == 3
+    assert "something red at the top right" in world.describe(world.parse_image(pixels))
+    pixels[:] = BACKGROUND
+    pixels[::8, ::8] = 0
+    assert world.describe(world.parse_image(pixels)) == "scattered pixels"
+
+
 def test_two_objects_run_together_are_unknown():
     pixels = np.asarray(SMALL.render(Scene((Obj("ring", "red", "large", 8, 8), Obj("square", "red", "large", 24, 8)))))
     pixels = pixels.copy()

@@ -8,8 +8,8 @@ import re
 import pytest
 
 from latent_verse.commands import eval_biart
-from latent_verse.evaluation.page import choose
-from latent_verse.evaluation.records import Records, compare
+from latent_verse.evaluation.page import choose, write
+from latent_verse.evaluation.records import Records, compare, four_digits
 from tests.messages import naming
 
 
@@ -123,6 +123,7 @@ def test_what_earlier_versions_left_out_is_no_mistake(tmp_path):
         ([7], 3, ([0], [], [])),
         ([1, 2], 1, ([1], [], [0])),
         ([], 3, ([], [], [])),
+        ([None, None, None], 2, (range(2),)),
         ([1, 1, 1, 1, 1, 1], 2, ([0, 1], [2, 3], [5, 4])),
     ],
 )
@@ -148,3 +149,53 @@ def test_a_byte_order_mark_is_no_text_and_what_is_printed_cannot_move_the_cursor
     assert eval_biart.main(["--compare", str(tmp_path / "a.json"), str(tmp_path / "a.json")]) == 0
     printed = capsys.readouterr().out
     assert "\x1b" not in printed and r"\x1b[2Jx" in printed
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (0, "0"),
+        (-31.4159, "-31.42"),
+        (0.00081, "8.10e-04"),
+        (40504.4, "40504"),
+        (1.7e31, "1.70e+31"),
+        (-1e7, "-1.00e+07"),
+    ],
+)
+def test_a_value_has_four_digits_whatever_its_size(value, shown):
+    assert four_digits(value) == shown
+
+
+def test_the_page_groups_metrics_by_what_they_tell_and_missing_ones_by_the_reason(tmp_path):
+    records = Records({}, 0)
+    about = {"samples": 30000, "library": "l 1.0", "protocol": "in one way"}
+    records.add("retrieval/text_given_image/r@1", 0.25, unit="share", better="higher", interval=(0.2, 0.30004), **about)
+    records.add("generation/fid_0", 37.25, better="lower", **about)
+    records.add("shapes/val/reconstruction/all", 1, unit="share", better="higher", **about)
+    records.add("generation/clip_score", 27.31, unit="of 100", better="higher", **about | {"protocol": "in another"})
+    records.add("mine", 3, **about)
+    for name in ("generation/precision", "generation/recall"):
+        records.miss(name, "needs a file; --download fetches it")
+    records.miss("captions/spice", "needs Java")
+    write(tmp_path / "index.html", "a title", records, [], {}, "")
+    page = re.sub("<wbr>", "", (tmp_path / "index.html").read_text())
+    headings = ["Image quality", "Retrieval", "Reconstruction", "Other metrics"]
+    assert re.findall("<h3>(.*?)</h3>", page) == headings
+    sections = re.split("<h3>|<h2", page)[2:]
+    cells = [re.findall("<td[^>]*>(.*?)</td>", section) for section in sections]
+    assert cells[0][:5] == ["generation/fid_0", "37.25", "", "↓ lower", "30,000"]
+    assert cells[0][5:] == ["generation/clip_score", "27.31", "of 100", "↑ higher", "30,000"]
+    assert cells[1] == ["retrieval/text_given_image/r@1", "0.25", "share", "↑ higher", "0.2 to 0.3", "30,000"]
+    assert cells[3] == ["mine", "3", "30,000"]
+    assert "<li>fid_0: in one way (l 1.0)</li>" in sections[0] and "<li>clip_score: in another" in sections[0]
+    missing = re.findall("<li><b>(.*?)</b>: (.*?)</li>", page)
+    assert missing == [
+        ("generation/precision, generation/recall", "needs a file; --download fetches it"),
+        ("captions/spice", "needs Java"),
+    ]
+
+
+def test_a_page_without_a_metric_says_so(tmp_path):
+    write(tmp_path / "index.html", "a title", Records({}, 0), [], {}, "")
+    page = (tmp_path / "index.html").read_text()
+    assert "No metric could be computed" in page and ">Missing<" not in page and "<h3>" not in page

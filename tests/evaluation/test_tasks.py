@@ -7,6 +7,7 @@ import pytest
 from latent_verse.config import UserError
 from latent_verse.data import DataError
 from latent_verse.data.shapes import World
+from latent_verse.evaluation import image_tasks, shapes_truth
 from latent_verse.evaluation.round_trips import Trip, check_trip
 from latent_verse.evaluation.text_tasks import class_names
 from latent_verse.evaluation.worker import _keep_earlier
@@ -72,3 +73,18 @@ def test_results_of_another_kind_are_kept_beside(tmp_path, content):
     (tmp_path / "metrics.json").write_text(content, encoding="latin-1")
     assert naming("metrics-1.json").search(_keep_earlier(tmp_path, {"a": {}}))
     assert (tmp_path / "metrics-1.json").is_file() and not (tmp_path / "metrics.json").exists()
+
+
+def test_a_wrong_scene_is_shown_with_what_was_read_in_it():
+    world = World.preset("small")
+    asked, other = (world.scene(i) for i in range(2))
+    images = {"image": world.render(asked), "reconstruction": world.render(asked), "generated": world.render(other)}
+    right = {"text_to_image": False, "image_to_text": True, "reconstruction": True}
+    case = shapes_truth.Case(asked, "a text", caption="a caption", reranked=None, right=right, **images)
+    shown, texts = image_tasks._in_words(world, case)
+    assert list(shown) == ["true image", "generated: wrong"] and shown["generated: wrong"] is case.generated
+    assert texts == {
+        "text": ["a text"],
+        "caption of the true image: right": ["a caption"],
+        "generated, read as": [world.describe(other)],
+    }

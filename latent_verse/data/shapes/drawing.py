@@ -33,6 +33,9 @@ class Obj:
     y: int
 
 
+SPECKS = Obj(UNKNOWN, UNKNOWN, UNKNOWN, 0, 0)  # many small spots, anywhere in an image
+
+
 @dataclass(frozen=True)
 class Scene:
     """The objects of an image, and the seed of its background's texture (which is not part of what it shows)."""

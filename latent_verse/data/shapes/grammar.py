@@ -20,7 +20,7 @@ import random
 import re
 from dataclasses import dataclass
 
-from latent_verse.data.shapes.drawing import Obj, Scene, WorldSettings, place_names
+from latent_verse.data.shapes.drawing import SPECKS, UNKNOWN, Obj, Scene, WorldSettings, place_names
 
 # the direction from the second object to the first
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
@@ -88,8 +88,26 @@ def write_caption(world: WorldSettings, scene: Scene, rng: random.Random) -> str
 def _name(world: WorldSettings, o: Obj, rng: random.Random) -> str:
     # Where there are two sizes most captions give it, and some do not, as people do.
     with_size = len(world.sizes) > 1 and rng.random() < 0.85
-    words = f"{o.size} {o.colour} {o.shape}" if with_size else f"{o.colour} {o.shape}"
-    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+    words = [*([o.size] if with_size else []), o.colour, o.shape]
+    return " ".join([_article(words), *words])
+
+
+def _article(words: list[str]) -> str:
+    return "an" if words[0][0] in "aeiou" else "a"
+
+
+def describe(world: WorldSettings, scene: Scene) -> str:
+    """What an image shows: every object in its place, also one whose colour or shape the reader does not know."""
+
+    def name(o: Obj) -> str:
+        if o == SPECKS:
+            return "scattered pixels"
+        known = [word for word in (o.size if len(world.sizes) > 1 else "", o.colour) if word not in ("", UNKNOWN)]
+        words = " ".join(["something", *known] if o.shape == UNKNOWN else [_article(known), *known, o.shape])
+        return f"{words} at the {world.place(o)}"
+
+    things = [name(o) for o in scene.objects]
+    return " and ".join([", ".join(things[:-1]), things[-1]] if len(things) > 1 else things) or "nothing"
 
 
 def read_caption(world: WorldSettings, text: str) -> Statement | None:

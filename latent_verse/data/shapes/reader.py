@@ -11,10 +11,21 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from latent_verse.data.shapes.drawing import BACKGROUND, PALETTE, UNKNOWN, Obj, Scene, WorldSettings, coverage, softened
+from latent_verse.data.shapes.drawing import (
+    BACKGROUND,
+    PALETTE,
+    SPECKS,
+    UNKNOWN,
+    Obj,
+    Scene,
+    WorldSettings,
+    coverage,
+    softened,
+)
 
 STANDS_OUT = 70.0  # RGB distance from the background; texture and mild noise stay below, a third of any colour above
 COLOUR_ERROR = 75.0  # the farthest a blob's colour may lie from the palette's; the closest two colours are 97 apart
+HUE = 30.0  # the farthest apart the channels of a black blob may lie; with more it is dark red, say: not black
 OVERLAP = 0.76  # the least intersection over union with a rendered shape
 LEAD = 0.015  # the least lead of the best shape over the second; with less, the blob is neither
 FLAW = 0.6  # the largest mean error of any 3 x 3 pixels, as a share of the step from background to object,
@@ -41,7 +52,7 @@ def read_image(world: WorldSettings, image: Image.Image | np.ndarray) -> Scene:
         else:
             objects.append(_read_blob(world, from_background_HWC, blob))
     if specks > SPECK:
-        objects.append(Obj(UNKNOWN, UNKNOWN, UNKNOWN, 0, 0))
+        objects.append(SPECKS)
     return Scene(tuple(sorted(objects, key=lambda o: (o.y, o.x))))
 
 
@@ -80,7 +91,8 @@ def _read_blob(world: WorldSettings, from_background_HWC: np.ndarray, blob: np.n
     inner = values[strength >= np.median(strength)].mean(axis=0)
     vectors = {name: np.array(PALETTE[name], np.float32) - np.array(BACKGROUND) for name in world.colours}
     colour = min(vectors, key=lambda name: np.square(inner - vectors[name]).sum())
-    if np.square(inner - vectors[colour]).sum() > COLOUR_ERROR**2:
+    tinted = not np.ptp(vectors[colour]) and np.ptp(inner) > HUE  # the background is grey, as black is
+    if tinted or np.square(inner - vectors[colour]).sum() > COLOUR_ERROR**2:
         return unknown
 
     # The window around the blob, with all else blanked: its faint rim belongs to it, its neighbours do not.

@@ -28,7 +28,7 @@ import numpy as np
 from PIL import Image
 
 from latent_verse.data.shapes.drawing import BACKGROUND, PALETTE, Obj, Scene, WorldSettings, coverage
-from latent_verse.data.shapes.grammar import Statement, compare, read_caption, write_caption
+from latent_verse.data.shapes.grammar import Statement, compare, describe, read_caption, write_caption
 from latent_verse.data.shapes.reader import read_image
 
 SPLITS = ("train", "val", "heldout")
@@ -136,6 +136,10 @@ class World(WorldSettings):
     def parse_caption(self, text: str) -> Statement | None:
         """What a caption states; None if it does not follow the grammar."""
         return read_caption(self, text)
+
+    def describe(self, scene: Scene) -> str:
+        """What a scene shows, in words, whatever the reader has found in an image; see grammar.describe."""
+        return describe(self, scene)
 
     def satisfies(self, scene: Scene, statement: Statement | None) -> bool:
         """Whether all that is stated is true of the scene, and the scene has no other object. False for None."""
