@@ -16,6 +16,8 @@ from latent_verse.config.train import TrainVAEConfig
 from latent_verse.training.augvae import LitAugVAE
 from tests.messages import naming
 
+WEIGHT = "model.encoders.0.conv_in.bias"  # (32,)
+
 
 def own_ckpt(model: AugVAE, file: Path, **changes) -> Path:
     """A file as LitAugVAE under Lightning writes it: the module's state dict, and what describes it."""
@@ -54,9 +56,6 @@ def flip(file: Path, position: int) -> None:
     data = bytearray(file.read_bytes())
     data[position] ^= 0x5A
     file.write_bytes(data)
-
-
-WEIGHT = "model.encoders.0.conv_in.bias"  # (32,)
 
 
 def one_line(load, file, *facts) -> str:
