@@ -1,4 +1,4 @@
-"""A tiny LVerse with random weights, and images for it."""
+"""A tiny LVerse with random weights, and texts and images for it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from latent_verse.biart.model import BiART
 from latent_verse.config import BiARTConfig
 from latent_verse.data.text import BPETokenizer
 from latent_verse.inference.pipeline import LVerse
+
+TEXTS = ["a red circle", "two small blue squares", "красный круг", "赤い丸 🔴", ""]
 
 
 def make_lverse(vae: AugVAE, reference_dropout: float = 0.1, **changes) -> LVerse:

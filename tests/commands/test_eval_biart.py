@@ -434,9 +434,8 @@ def test_what_is_to_be_evaluated_is_not_there(tmp_path, capsys, flags):
 
 
 def test_help_answers_without_torch():
-    done = subprocess.run(
-        [sys.executable, "-X", "importtime", str(REPO / "eval_biart.py"), "--help"], capture_output=True, text=True
-    )
+    command = [sys.executable, "-X", "importtime", str(REPO / "eval_biart.py"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20)
     assert done.returncode == 0 and "--generated_dir" in done.stdout
     assert not re.search(r"\| +(torch|open_clip|torchmetrics|numpy)$", done.stderr, re.M)
 

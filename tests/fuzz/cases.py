@@ -70,6 +70,6 @@ class Area:
 
 def areas() -> dict[str, Area]:
     """All areas by name; imports PyTorch."""
-    from tests.fuzz import commands, data, models, settings
+    from tests.fuzz import commands, data, models, settings, tars
 
-    return {**settings.AREAS, **data.AREAS, **models.AREAS, **commands.AREAS}
+    return {**settings.AREAS, **data.AREAS, **tars.AREAS, **models.AREAS, **commands.AREAS}

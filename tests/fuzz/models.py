@@ -21,8 +21,8 @@ from latent_verse.commands import generate, train_biart, train_vae
 from latent_verse.data.codes import CodesDataset
 from latent_verse.inference.pipeline import LVerse
 from tests.fuzz.cases import Area, Bench, Case
-from tests.fuzz.data import loader_case
 from tests.fuzz.mutations import Mutator
+from tests.fuzz.reading import loader_case
 from tests.fuzz.valid import BIART, MACHINE, VAE, tar_bytes
 
 

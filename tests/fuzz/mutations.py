@@ -226,3 +226,33 @@ def _places(tree: Tree, path: tuple):
 def _shortened(word: object) -> str:
     text = str(word)
     return text if len(text) <= 100 else f"{text[:60]}... ({len(text)} characters)"
+
+
+# names that file systems allow, as bytes
+ODD_NAMES = (
+    *(
+        b"._a.png",
+        b".hidden.png",
+        b"Thumbs.db",
+        b".DS_Store",
+        b"lat\xe9.jpg",
+        b"\xff.txt",
+        b"two\nlines.png",
+        b"\x1b[2J.png",
+    ),
+    *(
+        b" .png",
+        b"a b.png",
+        b"a,b.png",
+        b"{a,b}.png",
+        b"*.png",
+        b"[a].png",
+        b"~.png",
+        b"~",
+        b"$HOME.png",
+        b"%s.png",
+        b"-.png",
+    ),
+    *(b"a.b.c.png", b"A.PNG", b"a.JPEG", b".png", b"png", b"a.png.txt", b"a.txt.png", b"a.tar", b"x" * 251 + b".png"),
+    *("größe.png".encode(), "赤.png".encode(), "a\u2028b.png".encode(), "a\u202eb.png".encode(), b"pipe:echo x.png"),
+)
