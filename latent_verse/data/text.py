@@ -15,6 +15,7 @@ import hashlib
 import html
 import importlib.util
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -23,11 +24,12 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from latent_verse.config import UserError
-from latent_verse.config.messages import shown
+from latent_verse.config.messages import printable, shown
 
 VOCABULARY_FILE = "tokenizer.json"
 META_FILE = "tokenizer_config.json"
 TOO_LONG = ("truncate", "error")
+NAMED_WORDS = 40  # that are known, where a text has unknown ones
 LONG = 10_000  # characters: a longer caption is tokenized only as far as it is needed, and learnt from no further
 BYTES = 256  # a byte-level vocabulary holds every byte, so that no text is unknown
 
@@ -151,6 +153,29 @@ class Tokenizer:
                 return cut[:stop]
         return cut
 
+    def unknown_words(self, text: str) -> list[str]:
+        """The words of a text that the captions which the vocabulary was made from hardly or never had.
+
+        None for CLIP's vocabulary, which says nothing of the captions that a model has seen.
+        """
+        return []
+
+    def known_words(self) -> list[str]:
+        """Words of those captions, the most frequent ones first; none for CLIP's vocabulary."""
+        return []
+
+    def about_unknown_words(self, texts: Iterable[str]) -> str:
+        """What to tell of the unknown words of texts; "" if there are none."""
+        unknown = list(dict.fromkeys(printable(word) for text in texts for word in self.unknown_words(text)))
+        if not unknown:
+            return ""
+        known = [printable(word) for word in self.known_words()]
+        words = ", ".join(known[:NAMED_WORDS]) + (" ..." if len(known) > NAMED_WORDS else "")
+        seen = "the captions of its training hardly or never had them" + (
+            f"; the model knows: {words}" if words else ""
+        )
+        return f"unknown words: {', '.join(unknown[:5])}{' and others' if len(unknown) > 5 else ''} ({seen})"
+
     def decode_batch(self, batch: Iterable[Sequence[int]]) -> list[str]:
         """The text of each list of ids."""
         return [self.decode(ids) for ids in batch]
@@ -254,6 +279,20 @@ class BPETokenizer(Tokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         """The normalised text; bytes that form no character become U+FFFD."""
         return self._bpe.decode(self._check_ids(ids)).removeprefix(" ")
+
+    def unknown_words(self, text: str) -> list[str]:
+        """Words, with a letter in them, that are not one token: as a rule, training merges those that occur twice."""
+        words = [word for word, _ in self._bpe.pre_tokenizer.pre_tokenize_str(self.normalise(text))]
+        plain = {word: self._bpe.decoder.decode([word]).strip() for word in words}
+        return [plain[w] for w in words if self._bpe.token_to_id(w) is None and any(map(str.isalpha, plain[w]))]
+
+    def known_words(self) -> list[str]:
+        """The tokens that begin a word and that no merge continues, in the order in which they were learnt."""
+        model = json.loads(self._bpe.to_str())["model"]
+        parts = {left for left, _ in model["merges"]}
+        whole = (token for token in sorted(model["vocab"], key=model["vocab"].get) if token not in parts)
+        words = [self._bpe.decoder.decode([token]) for token in whole]
+        return [word.strip() for word in words if re.fullmatch(r" \w+", word)]
 
     def files(self) -> dict[str, str]:
         return super().files() | {VOCABULARY_FILE: self._bpe.to_str(pretty=True)}

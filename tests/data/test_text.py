@@ -49,6 +49,27 @@ def test_bpe_learns_words(bpe):
     assert bpe.encode("circle") == bpe.encode("red circle")[-1:]  # the same token at the start of a caption
 
 
+def test_words_that_captions_never_had_are_known_from_the_vocabulary(bpe, clip):
+    assert bpe.unknown_words("A red CIRCLE, left of a blue square.") == []  # marks are no words
+    assert bpe.unknown_words("a cat on a blue sofa, naïve 3") == ["cat", "on", "sofa", "naïve"]
+    assert bpe.unknown_words("circles") == ["circles"] and bpe.unknown_words("") == bpe.unknown_words(" \n") == []
+    assert {"red", "blue", "green", "circle", "square", "triangle", "left", "above"} <= {*bpe.known_words()}
+    assert not {"a", "le", "cir"} & {*bpe.known_words()}  # merges continue them: most such are no words
+    assert clip.unknown_words("zyzzyva") == clip.known_words() == []
+
+
+def test_what_is_told_of_unknown_words(bpe, clip):
+    said = bpe.about_unknown_words(["a cat", "a red \x1bdog", "a red circle"])
+    assert naming("cat", "dog", "red", "square").search(said) and "\x1b" not in said and "\n" not in said
+    assert said.count("cat") == 1 and said.index("cat") < said.index("dog")
+    assert bpe.about_unknown_words(CAPTIONS) == bpe.about_unknown_words([]) == ""
+    assert clip.about_unknown_words(["zyzzyva"]) == ""
+    many = bpe.about_unknown_words([" ".join(f"{letter}{letter}x" for letter in "abcdefghijklm")])
+    assert naming("aax", "eex", "others").search(many) and "ffx" not in many
+    letters = BPETokenizer.train(["ab"], vocab_size=256)
+    assert naming("ab").search(letters.about_unknown_words(["ab"])) and letters.known_words() == []
+
+
 def test_bpe_training_is_repeatable_and_bounded(bpe):
     again = BPETokenizer.train(CAPTIONS, vocab_size=320)
     assert again.fingerprint == bpe.fingerprint
