@@ -52,7 +52,6 @@ def read_demo(demo: Path) -> dict[str, Any]:
         UserError: a file of it cannot be read, or lacks something.
     """
     metrics = read_json_object(demo / "metrics.json")
-    config, _ = parse(TrainBiARTConfig, ["--config", str(demo / RUN / "config.yaml")], "")
     try:
         facts = {name: metrics["facts"][name] for name in ("commit", "machine", "torch")}
         results = {
@@ -62,9 +61,13 @@ def read_demo(demo: Path) -> dict[str, Any]:
             }
             for direction, title in DIRECTIONS.items()
         }
-        return {"seed": config.trainer.seed, **facts, "seconds": metrics["seconds"]["total"], "results": results}
+        return {"seed": _recipe(demo).trainer.seed, **facts, "seconds": metrics["seconds"]["total"], "results": results}
     except (KeyError, TypeError) as error:
         raise UserError(f"{demo / 'metrics.json'} is not of a finished demo: {error!r} is missing in it.") from error
+
+
+def _recipe(demo: Path) -> TrainBiARTConfig:
+    return parse(TrainBiARTConfig, ["--config", str(demo / RUN / "config.yaml")], "")[0]
 
 
 def tables(card: dict[str, Any]) -> str:
@@ -123,7 +126,9 @@ def write(demos: list[Path], out: Path) -> None:
         raise UserError(f"demos: two of them have the same seed, of {[run['seed'] for run in runs]}.")
     card = read_json_object(out / CARD) | {"seed": runs[0]["seed"], "runs": runs}
     readme = with_tables(read_text(out / "README.md"), card, out / "README.md")
-    LVerse.from_pretrained(demos[0] / RUN / "bundle", device="cpu").save_pretrained(out)
+    model = LVerse.from_pretrained(demos[0] / RUN / "bundle", device="cpu")
+    model.tokenizer.complete = model.tokenizer.vocab_size < _recipe(demos[0]).text.bpe_vocab_size  # as `train` sets it
+    model.save_pretrained(out)
     write_json(out / CARD, card)
     write_text(out / "README.md", readme)
 

@@ -14,7 +14,8 @@ import yaml
 
 from latent_verse.checkpoints import shipped
 from latent_verse.checkpoints.augvae import load_augvae
-from latent_verse.checkpoints.ckpt_files import CheckpointError, find_checkpoint
+from latent_verse.checkpoints.biart import load_pretrained
+from latent_verse.checkpoints.ckpt_files import CheckpointError, find_checkpoint, fingerprint
 from latent_verse.config import UserError
 from latent_verse.data.shapes import World
 from latent_verse.inference.pipeline import LVerse
@@ -65,6 +66,12 @@ def test_another_model_needs_nothing_but_its_folder(place, tiny_augvae):
     assert shipped.shipped_folders() == {name: place / name for name in ("cats", "emoji")}
     assert shipped.read_card(place / "cats") == shipped.Card()
     assert LVerse.from_pretrained("emoji", "cpu").vae.num_codes == 16
+
+
+def test_training_starts_from_one_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = load_pretrained("shapes")
+    assert found.where == SHAPES and fingerprint(found.augvae()) == fingerprint(load_augvae(SHAPES / "vae"))
 
 
 @pytest.mark.parametrize("load", [LVerse.from_pretrained, load_augvae])

@@ -12,6 +12,7 @@ import pytest
 
 from latent_verse.data import text as text_module
 from latent_verse.data.text import BPETokenizer, ClipTokenizer, TokenizerError
+from latent_verse.data.tokenizer_files import load_tokenizer
 from tests.messages import naming
 
 CAPTIONS = ["a red circle left of a blue square", "a green triangle above a red circle", "a blue circle", ""] * 5
@@ -58,6 +59,18 @@ def test_words_that_captions_never_had_are_known_from_the_vocabulary(bpe, clip):
     assert clip.unknown_words("zyzzyva") == clip.known_words() == []
 
 
+def test_a_vocabulary_that_had_no_room_for_all_words_does_not_tell(bpe, tmp_path):
+    full = BPETokenizer.train(CAPTIONS, vocab_size=280)
+    assert bpe.complete and not full.complete and len(full.encode("triangle")) > 1
+    assert full.unknown_words("a cat and a triangle") == full.known_words() == []
+    for tokenizer in (full, bpe):
+        tokenizer.save(tmp_path / "tokenizer")
+        assert load_tokenizer(tmp_path / "tokenizer").complete == tokenizer.complete
+    meta = tmp_path / "tokenizer" / "tokenizer_config.json"
+    meta.write_text(meta.read_text().replace(',\n  "complete": true', ""))  # of an earlier version
+    assert not load_tokenizer(tmp_path / "tokenizer").complete
+
+
 def test_what_is_told_of_unknown_words(bpe, clip):
     said = bpe.about_unknown_words(["a cat", "a red \x1bdog", "a red circle"])
     assert naming("cat", "dog", "red", "square").search(said) and "\x1b" not in said and "\n" not in said
@@ -66,8 +79,6 @@ def test_what_is_told_of_unknown_words(bpe, clip):
     assert clip.about_unknown_words(["zyzzyva"]) == ""
     many = bpe.about_unknown_words([" ".join(f"{letter}{letter}x" for letter in "abcdefghijklm")])
     assert naming("aax", "eex", "others").search(many) and "ffx" not in many
-    letters = BPETokenizer.train(["ab"], vocab_size=256)
-    assert naming("ab").search(letters.about_unknown_words(["ab"])) and letters.known_words() == []
 
 
 def test_bpe_training_is_repeatable_and_bounded(bpe):
