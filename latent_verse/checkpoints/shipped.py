@@ -52,8 +52,10 @@ def read_card(folder: Path) -> Card:
     card: dict[str, Any] = read_json_object(folder / CARD) if (folder / CARD).exists() else {}
     try:
         results: Any = next((run["results"] for run in card.get("runs", ()) if run["seed"] == card["seed"]), {})
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{folder / CARD} is damaged: not every run in it has a seed and results.") from error
+        [count["right"] / count["total"] for found in results.values() for count in found.values()]
+    except (ArithmeticError, AttributeError, KeyError, TypeError) as error:
+        what = "each of its runs has to have a seed and results, as counts of right and total"
+        raise UserError(f"{folder / CARD} is damaged: {what}.") from error
     return Card(str(card.get("does", "")), str(card.get("example", "")), results)
 
 

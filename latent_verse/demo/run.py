@@ -294,8 +294,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the demo; 0 when done, 2 for a mistake in the settings, 128 + N when stopped by signal N, 1 for a failure."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait busily slow each other down on few cores
     config, _ = parse(DemoConfig, argv, __doc__, "python -m latent_verse.demo")
-    page = run(config.demo)
-    bundle = shown_path(page.parent / "runs" / f"{PREFIX[config.demo.world]}_biart" / "bundle")
-    print(f"\nThe page: {page}")
-    print(f'Try the model: python generate.py --model {bundle} --text "a red ring left of a blue cross" --num 4')
+    print(f"\nThe page: {run(config.demo)}")
+    bundle = shown_path(Path(config.demo.out).resolve() / "runs" / f"{PREFIX[config.demo.world]}_biart" / "bundle")
+    print(f'Try the model: python generate.py --model {bundle} --text "a red cross left of a blue square" --num 4')
     return 0

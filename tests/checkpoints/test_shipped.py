@@ -119,8 +119,16 @@ def test_without_any_shipped_model_one_has_to_be_named(place):
 
 def test_a_damaged_card_is_told_by_its_file(place):
     (place / "a").mkdir()
-    card = place / "a" / "card.json"
-    for text in ("[]", "{", '{"seed": 1, "runs": [{}]}', '{"runs": 5}'):
+    card, run = place / "a" / "card.json", '{"seed": 1, "runs": [{"seed": 1, "results": %s}]}'
+    for text in (
+        "[]",
+        "{",
+        '{"seed": 1, "runs": [{}]}',
+        '{"runs": 5}',
+        run % "5",
+        run % '{"a": {"b": {}}}',
+        run % '{"a": []}',
+    ):
         card.write_text(text)
         with pytest.raises(UserError, match=naming(card)):
             shipped.read_card(place / "a")
