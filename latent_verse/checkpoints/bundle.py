@@ -65,13 +65,13 @@ def save_bundle(
 
 
 def find_bundle(path: str | os.PathLike) -> Path:
-    """The folder of a bundle: the path itself, a shipped model's, or the copy of a hub id in Hugging Face's cache.
+    """The folder of a bundle: the path itself, or the copy of a hub id in Hugging Face's cache.
 
     Raises:
         CheckpointError: the path is a file, or does not exist and cannot be fetched.
         ConfigError: as `config.settings.expand`.
     """
-    path = located(path)
+    path = located(path)  # a shipped model's, for its name
     folder = Path(path)
     if os.path.exists(folder) and not os.path.isdir(folder):
         raise CheckpointError(f"{path} is a file; a bundle is the folder that LVerse.save_pretrained writes.")
