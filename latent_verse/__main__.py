@@ -16,6 +16,7 @@ COMMANDS = {
     "train-biart": "train BiART in both directions",
     "eval-biart": "evaluate a bundle, or another system's images and captions",
     "generate": "generate images and captions, score and complete images with a bundle",
+    "models": "list the trained models that come with this repository",
 }
 USAGE = """usage: latent-verse COMMAND [--SETTING VALUE ...]
 

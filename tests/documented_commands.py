@@ -1,4 +1,4 @@
-"""The commands that README.md and docs/ show."""
+"""The commands that README.md, docs/ and the cards of models/ show."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 
 REPO = Path(__file__).parent.parent
-PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
+PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md")), *sorted(REPO.glob("models/*/README.md"))]
 
 
 def commands(script: str, pages: list[Path] = PAGES) -> list[str]:

@@ -36,7 +36,7 @@ def test_requirements_are_the_dependencies_and_the_extras():
 
 def test_every_room_is_in_the_wheel():
     rooms = {p.parent.relative_to(ROOT).as_posix().replace("/", ".") for p in ROOT.glob("latent_verse/**/__init__.py")}
-    assert set(PROJECT["tool"]["setuptools"]["packages"]) == rooms | {"latent_verse.configs"}
+    assert set(PROJECT["tool"]["setuptools"]["packages"]) == rooms | {"latent_verse.configs", "latent_verse.models"}
 
 
 def test_names_of_earlier_versions():
@@ -110,7 +110,7 @@ def test_commands(capsys):
     said = capsys.readouterr().out
     files = {p.stem.replace("_", "-") for p in (ROOT / "latent_verse" / "commands").glob("[!_]*.py")}
     assert set(command_line.COMMANDS) == files and all(name in said for name in files)
-    assert {p.stem.replace("_", "-") for p in ROOT.glob("*.py")} == files
+    assert {p.stem.replace("_", "-") for p in ROOT.glob("*.py")} == files - {"models"}  # which is a command only
     assert command_line.main(["train-vea"]) == 2 and "train-vae" in capsys.readouterr().err
     assert command_line.main(["train-vae", "--epoch", "3"]) == 2 and "--epochs" in capsys.readouterr().err
 
@@ -123,10 +123,10 @@ def test_scripts_are_only_their_commands():
 
 
 @pytest.mark.slow
-def test_a_wheel_runs_a_shipped_recipe_from_any_folder(tmp_path):
+def test_a_wheel_runs_a_shipped_recipe_and_a_shipped_model_from_any_folder(tmp_path):
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     source = tmp_path / "source"
-    names = ["latent_verse", "configs", "pyproject.toml", "README.md", "LICENSE"]
+    names = ["latent_verse", "configs", "models", "pyproject.toml", "README.md", "LICENSE"]
     source.mkdir()
     subprocess.run(["cp", "-r", *(str(ROOT / name) for name in names), str(source)], check=True)  # build/ stays there
     subprocess.run([*build, "--wheel-dir", str(tmp_path), str(source)], check=True)
@@ -136,6 +136,8 @@ def test_a_wheel_runs_a_shipped_recipe_from_any_folder(tmp_path):
         names = set(content.namelist())
     assert {f"latent_verse/configs/{p.name}" for p in (ROOT / "configs").glob("*.yaml")} <= names
     assert {f"latent_verse/templates/{p.name}" for p in (ROOT / "latent_verse" / "templates").iterdir()} <= names
+    models = [file for file in (ROOT / "models").rglob("*") if file.is_file()]
+    assert models and {f"latent_verse/models/{file.relative_to(ROOT / 'models')}" for file in models} <= names
     assert "latent_verse/py.typed" in names
     (tmp_path / "elsewhere").mkdir()
     command = [
@@ -156,3 +158,9 @@ def test_a_wheel_runs_a_shipped_recipe_from_any_folder(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "elsewhere" / "results" / "fake-tiny_augvae_ml" / "config.yaml").is_file()
+    command = [sys.executable, "-m", "latent_verse", "generate", "--text", "a red ring", "--gpus", "0"]
+    done = subprocess.run(
+        command, **place, env={"PATH": "", "PYTHONPATH": str(tmp_path / "site"), "HOME": str(tmp_path)}, timeout=120
+    )
+    assert done.returncode == 0 and str(tmp_path / "site" / "latent_verse" / "models" / "shapes") in done.stderr
+    assert (tmp_path / "elsewhere" / "generated" / "0000_00.png").is_file()

@@ -1,8 +1,15 @@
-"""Every command of README.md and docs/ is parsed by the real parser; test_readme_walk.py runs README.md's."""
+"""Every command of README.md, docs/ and the models' cards is parsed by the real parser; README.md's Python runs.
+
+test_readme_walk.py runs README.md's commands.
+"""
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -76,3 +83,16 @@ def test_seed_command_of_the_released_recipe():
     config, given = parse(TrainVAEConfig, port.split(), "")
     config = resolve_train_vae(config, given)
     assert (config.trainer.gpus, config.data.batch_size, config.trainer.epochs) == (8, 4, 2)
+
+
+@pytest.mark.parametrize("page", [REPO / "README.md", *sorted(REPO.glob("models/*/README.md"))], ids=str)
+def test_python_examples_run_as_they_stand_from_any_directory(page, tmp_path):
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
+    assert blocks
+    for block in blocks:
+        env = os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+        place = {"cwd": tmp_path, "env": env, "capture_output": True, "text": True, "timeout": 120}
+        done = subprocess.run([sys.executable, "-W", "error", "-c", block], **place)
+        assert done.returncode == 0, done.stderr
+        images = [Path(found[1]) for found in re.finditer(r'\.save\("([^"]+)"\)', block)]
+        assert all((tmp_path / image).is_file() for image in images)

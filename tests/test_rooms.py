@@ -195,7 +195,7 @@ def test_no_grab_bags_no_development_packages_and_nothing_imports_a_script(path)
 
 
 # one idea that two rooms have each their part of
-SHARED_NAMES = set("augvae biart captions checkpoint datasets generate model page pairs pipeline".split())
+SHARED_NAMES = set("augvae biart captions checkpoint datasets generate model models page pairs pipeline".split())
 
 
 def test_two_files_share_a_name_only_for_one_idea_in_two_rooms():

@@ -24,9 +24,9 @@ from latent_verse.checkpoints.checks import (
 )
 from latent_verse.checkpoints.ckpt_files import CheckpointError, fetch_from_hub, find_checkpoint, read_named
 from latent_verse.checkpoints.model_folders import ABOUT, check_about, write_about, writing
+from latent_verse.checkpoints.shipped import located
 from latent_verse.config import AugVAEConfig, as_plain
 from latent_verse.config.messages import shown
-from latent_verse.config.settings import expand
 from latent_verse.config.train import TrainVAEConfig
 from latent_verse.config.train_rules import with_pretrained_shape
 
@@ -46,7 +46,7 @@ def load_augvae(path: str | os.PathLike) -> AugVAE:
         CheckpointError: the file is missing, damaged, of another kind, or does not fit.
         ConfigError: as `config.settings.expand`.
     """
-    path = expand(path, "hub", "path")
+    path = located(path)
     local = find_checkpoint(path)
     if os.path.isfile(local) and local.name == WEIGHTS:
         local = local.parent

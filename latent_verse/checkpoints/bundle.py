@@ -22,9 +22,10 @@ from latent_verse.checkpoints.checks import (
 )
 from latent_verse.checkpoints.ckpt_files import CheckpointError, fetch_from_hub, fingerprint
 from latent_verse.checkpoints.model_folders import ABOUT, check_about, kind_of, write_about, writing
+from latent_verse.checkpoints.shipped import located
 from latent_verse.config import AugVAEConfig, BiARTConfig, UserError, as_plain
 from latent_verse.config.messages import shown
-from latent_verse.config.settings import expand, is_number
+from latent_verse.config.settings import is_number
 from latent_verse.data.text import TOO_LONG, Tokenizer
 from latent_verse.data.tokenizer_files import load_tokenizer
 
@@ -73,7 +74,7 @@ def find_bundle(path: str | os.PathLike) -> Path:
         CheckpointError: the path is a file, or does not exist and cannot be fetched.
         ConfigError: as `config.settings.expand`.
     """
-    path = expand(path, "hub", "path")
+    path = located(path)  # a shipped model's, for its name
     folder = Path(path)
     if os.path.exists(folder) and not os.path.isdir(folder):
         raise CheckpointError(f"{path} is a file; a bundle is the folder that LVerse.save_pretrained writes.")

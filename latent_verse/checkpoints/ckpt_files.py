@@ -23,9 +23,10 @@ from torch import nn
 
 from latent_verse.checkpoints.checks import CheckpointError, check_tensors, number_in, settings_from
 from latent_verse.checkpoints.pickle_scan import check_pickles
+from latent_verse.checkpoints.shipped import located, shipped_folders
 from latent_verse.config import AugVAEConfig, BiARTConfig, as_plain, training_only
 from latent_verse.config.messages import closest, differences, reason
-from latent_verse.config.settings import expand, is_count, is_number
+from latent_verse.config.settings import is_count, is_number
 
 Kind = Literal["augvae", "biart"]  # what a checkpoint says of itself
 Result = TypeVar("Result")
@@ -179,7 +180,7 @@ def _unreadable(file: Path, error: Exception) -> CheckpointError:
 
 
 def find_checkpoint(path: str | os.PathLike) -> Path:
-    """The best checkpoint of a run folder, or its newest if none is named best; any other path as it is, ~ expanded.
+    """The best checkpoint of a run folder, or its newest if none is named best; any other path as `located` gives it.
 
     The best has the smallest score, the newest the highest step that is stored. A damaged one is skipped with a
     warning.
@@ -188,7 +189,7 @@ def find_checkpoint(path: str | os.PathLike) -> Path:
         CheckpointError: the folder cannot be read, all are damaged, or nothing says which is the newest.
         ConfigError: as `config.settings.expand`.
     """
-    path = Path(expand(path, "hub", "path"))
+    path = Path(located(path))
     skipped: dict[Path, CheckpointError] = {}
     for folder in (path / "checkpoints", path):
         files = checkpoints_in(folder)
@@ -325,12 +326,12 @@ def fetch_from_hub(name: str, files: Iterable[str]) -> Path:
     Raises:
         CheckpointError: `name` is an absent path, or cannot be fetched; the message says what is there instead.
     """
-    place, there = Path(name), []
+    place, there = Path(name), [] if "/" in name else [*shipped_folders()]
     with contextlib.suppress(OSError, ValueError):  # no folder, not readable, or no path at all
-        there = [p.name for p in place.parent.iterdir() if not p.name.startswith(".")]
+        there += [p.name for p in place.parent.iterdir() if not p.name.startswith(".")]
     near = closest(place.name, there, otherwise=".")
     if not HUB_ID.fullmatch(name) or name.endswith((".ckpt", ".safetensors")):
-        remedy = "Give a .ckpt file, a folder of save_pretrained, or a hub id."
+        remedy = f"Give a .ckpt file, a folder of save_pretrained, a hub id, or {' or '.join(shipped_folders())}."
         raise CheckpointError(f"{name if name.isprintable() else repr(name)} does not exist{near} {remedy}")
     from huggingface_hub import snapshot_download
 

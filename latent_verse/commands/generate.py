@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from latent_verse.config.cli import naming_sources, parse, quick_imports
 from latent_verse.config.generate import GenerateConfig, resolve_generate
 from latent_verse.config.program import one_line_errors
@@ -17,6 +19,8 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
 
 def run(config: GenerateConfig, task: str) -> int:
     """Load the model and do the task."""
+    # threads that wait busily slow each other down where others use the cores too: 30 s for an image in place of 1
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with quick_imports():
         from latent_verse.inference import tasks
 

@@ -38,7 +38,9 @@ NEEDS |= dict.fromkeys(("classes_dir", "dtype"), "model")
 class EvaluatedConfig(Settings):
     """What to evaluate: a model, another system's outputs, or two finished evaluations side by side."""
 
-    model: Optional[str] = setting(None, "model to evaluate: bundle of train_biart.py, or hub id", path="hub")
+    model: Optional[str] = setting(
+        None, "model to evaluate: bundle of train_biart.py, hub id, or name of a shipped model", path="hub"
+    )
     generated_dir: Optional[str] = setting(None, "evaluate the images in this folder, generate none", path=True)
     captions_file: Optional[str] = setting(None, "captions: COCO results, or captions.jsonl of generate.py", path=True)
     tasks: Tuple[str, ...] = setting((), f"tasks to run, of {' '.join(TASKS)}; default all that are possible", TASKS)

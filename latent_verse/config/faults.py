@@ -29,6 +29,10 @@ FAULTS = {  # what PyTorch raises as RuntimeError: what to say
         "the loader processes have given nothing for {0} seconds. Does the disk or network that holds the data answer?"
     ),
     r"can't start new thread": "no more processes or threads may be started: raise the limit (ulimit -u).",
+    r"operator torchvision::\w+ does not exist": (
+        "torchvision does not fit PyTorch: one is made for CPUs, the other for GPUs, or their versions differ. "
+        "Install both with one command, as README.md shows."
+    ),
     r"can't allocate memory|out of memory": "not enough memory. Give a smaller --batch_size or fewer --num_workers.",
 }
 REMEDIES = {  # by errno

@@ -19,7 +19,9 @@ TASKS = ("complete", "score", "image", "text")  # `complete` takes texts as well
 class WhatConfig(Settings):
     """The model, and one of four things to do: text, image, score or complete."""
 
-    model: Optional[str] = same(EvaluatedConfig, "model", None, "a bundle that train_biart.py wrote, or a hub id")
+    model: Optional[str] = same(
+        EvaluatedConfig, "model", None, "bundle of train_biart.py, hub id, or name of a shipped model; default shapes"
+    )
     text: Tuple[str, ...] = setting((), "generate images for these texts, one argument each")
     text_file: Optional[str] = setting(None, "generate images for the texts in this file, one per line", path=True)
     image: Tuple[str, ...] = setting((), "generate captions for these images (files or folders)", path=True)
@@ -81,10 +83,9 @@ def resolve_generate(config: GenerateConfig, given: Mapping[str, str]) -> tuple[
     """The configuration, with the task's temperature and a seed, and which task is asked for.
 
     Raises:
-        ConfigError: no model, no task or several, or flags that the task does not use.
+        ConfigError: no task or several, or flags that the task does not use.
     """
     what = config.what
-    require([what], "model")
     require([what], "text", "text_file", "image", "score", "complete")
     asked = [t for t in TASKS if getattr(what, t) or (t == "text" and what.text_file)]
     if len(asked) > 1 and asked != ["complete", "text"]:

@@ -15,6 +15,7 @@ import hashlib
 import html
 import importlib.util
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -23,11 +24,12 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from latent_verse.config import UserError
-from latent_verse.config.messages import shown
+from latent_verse.config.messages import printable, shown
 
 VOCABULARY_FILE = "tokenizer.json"
 META_FILE = "tokenizer_config.json"
 TOO_LONG = ("truncate", "error")
+NAMED_KNOWN, NAMED_UNKNOWN = 40, 5  # words, in what is told of a text with unknown ones
 LONG = 10_000  # characters: a longer caption is tokenized only as far as it is needed, and learnt from no further
 BYTES = 256  # a byte-level vocabulary holds every byte, so that no text is unknown
 
@@ -51,9 +53,11 @@ class Tokenizer:
     Attributes:
         vocab_size: ids are in [0, vocab_size).
         fingerprint: 16 hexadecimal digits, the same for the same vocabulary and merges.
+        complete: whether every word that its captions had twice is known to be one token.
     """
 
     name: str
+    complete = False
 
     def __init__(self, bpe: tokenizers.Tokenizer):
         self._bpe = bpe
@@ -76,6 +80,7 @@ class Tokenizer:
     def files(self) -> dict[str, str]:
         """The text of each file of the folder that `save` writes, by its name."""
         meta = {"name": self.name, "vocab_size": self.vocab_size, "fingerprint": self.fingerprint}
+        meta |= {"complete": True} if self.complete else {}
         return {META_FILE: json.dumps(meta, indent=2) + "\n"}
 
     def save(self, folder: str | Path) -> None:
@@ -150,6 +155,24 @@ class Tokenizer:
             if whole.startswith(self.decode(cut[:stop])):
                 return cut[:stop]
         return cut
+
+    def unknown_words(self, text: str) -> list[str]:
+        """The words of a text that its captions had at most once; none where the vocabulary is not `complete`."""
+        return []
+
+    def known_words(self) -> list[str]:
+        """Words that its captions had, the first to be learnt first; none where the vocabulary is not `complete`."""
+        return []
+
+    def about_unknown_words(self, texts: Iterable[str]) -> str:
+        """What to tell of the unknown words of texts; "" if there are none."""
+        unknown = list(dict.fromkeys(printable(word) for text in texts for word in self.unknown_words(text)))
+        if not unknown:
+            return ""
+        known, more = self.known_words(), ["and others"] if len(unknown) > NAMED_UNKNOWN else []
+        words = ", ".join(map(printable, known[:NAMED_KNOWN])) + (" ..." if len(known) > NAMED_KNOWN else "")
+        seen = f"the captions of the model's training had them at most once; it knows: {words}"
+        return f"unknown words: {', '.join(unknown[:NAMED_UNKNOWN] + more)} ({seen})"
 
     def decode_batch(self, batch: Iterable[Sequence[int]]) -> list[str]:
         """The text of each list of ids."""
@@ -241,7 +264,9 @@ class BPETokenizer(Tokenizer):
             vocab_size=vocab_size, min_frequency=2, show_progress=False, initial_alphabet=alphabet
         )
         bpe.train_from_iterator(captions, trainer)
-        return cls(bpe)
+        tokenizer = cls(bpe)
+        tokenizer.complete = tokenizer.vocab_size < vocab_size  # nothing was left to merge
+        return tokenizer
 
     def normalise(self, text: str) -> str:
         """The text as it is tokenized, and as `decode(encode(text))` returns it."""
@@ -254,6 +279,24 @@ class BPETokenizer(Tokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         """The normalised text; bytes that form no character become U+FFFD."""
         return self._bpe.decode(self._check_ids(ids)).removeprefix(" ")
+
+    def unknown_words(self, text: str) -> list[str]:
+        """Words, with a letter in them, that are not one token: training merges those that occur twice."""
+        if not self.complete:
+            return []
+        words = [word for word, _ in self._bpe.pre_tokenizer.pre_tokenize_str(self.normalise(text))]
+        plain = {word: self._bpe.decoder.decode([word]).strip() for word in words}
+        return [plain[w] for w in words if self._bpe.token_to_id(w) is None and any(map(str.isalpha, plain[w]))]
+
+    def known_words(self) -> list[str]:
+        """The tokens that begin a word and that no merge continues: all are words, if not all words."""
+        if not self.complete:
+            return []
+        model = json.loads(self._bpe.to_str())["model"]
+        parts = {left for left, _ in model["merges"]}
+        whole = (token for token in sorted(model["vocab"], key=model["vocab"].get) if token not in parts)
+        words = [self._bpe.decoder.decode([token]) for token in whole]
+        return [word.strip() for word in words if re.fullmatch(r" \w+", word)]
 
     def files(self) -> dict[str, str]:
         return super().files() | {VOCABULARY_FILE: self._bpe.to_str(pretty=True)}

@@ -81,6 +81,7 @@ def _from_files(files: dict[str, str], where: object) -> Tokenizer:
             f"The tokenizer in {where} is not the one that was saved: fingerprint {tokenizer.fingerprint}, recorded "
             f"{shown(meta.get('fingerprint'))}. Restore {VOCABULARY_FILE} from the run that trained the model."
         )
+    tokenizer.complete = meta.get("complete") is True
     return tokenizer
 
 

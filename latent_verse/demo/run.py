@@ -314,4 +314,6 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait busily slow each other down on few cores
     config, _ = parse(DemoConfig, argv, __doc__, "python -m latent_verse.demo")
     print(f"\nThe page: {run(config.demo)}")
+    bundle = shown_path(Path(config.demo.out).resolve() / "runs" / f"{PREFIX[config.demo.world]}_biart" / "bundle")
+    print(f'Try the model: python generate.py --model {bundle} --text "a red cross left of a blue square" --num 4')
     return 0

@@ -1,6 +1,6 @@
 """LVerse: AugVAE, BiART and a tokenizer as one model that generates images from texts and captions from images.
 
-    model = LVerse.from_pretrained("results/shapes/bundle")
+    model = LVerse.from_pretrained()                       # or a bundle, as training writes: "results/NAME/bundle"
     [[image]] = model.text_to_image(["a red circle"])
     [[caption]] = model.image_to_text([image])
 
@@ -25,6 +25,7 @@ from latent_verse.biart.model import BiART
 from latent_verse.biart.sequence import IMAGE_TO_TEXT, TEXT_TO_IMAGE, Modality
 from latent_verse.checkpoints.bundle import fingerprints, load_bundle, save_bundle
 from latent_verse.checkpoints.ckpt_files import CheckpointError
+from latent_verse.checkpoints.shipped import default_model, say_default
 from latent_verse.config import ConfigError, SamplingSettings
 from latent_verse.config.evaluate import CaptionConfig
 from latent_verse.config.messages import reason, shown
@@ -89,13 +90,14 @@ class LVerse:
     @classmethod
     def from_pretrained(
         cls,
-        directory_or_id: str | os.PathLike,
+        directory_or_id: str | os.PathLike | None = None,
         device: str | torch.device | None = None,
         dtype: torch.dtype | str | None = None,
     ) -> LVerse:
         """Load what `save_pretrained` wrote, from a folder or a Hugging Face hub id, in evaluation mode.
 
         Args:
+            directory_or_id: or the name of a model of `latent-verse models`. None takes shapes, and says so once.
             device: None takes `best_device`.
             dtype: BiART's (torch.bfloat16, "float16", ...). None keeps the stored one; "auto" does so too, except on
                 a GPU, where it samples faster and scores less exactly (`sampling_dtype`). `save_pretrained` writes the
@@ -106,6 +108,9 @@ class LVerse:
             CheckpointError: absent, incomplete, damaged, of another kind, or parts that do not belong together.
             ConfigError: no such dtype, no such device on this machine, or as `config.settings.expand`.
         """
+        if directory_or_id is None:
+            directory_or_id = default_model()
+            say_default()
         kind: Any = getattr(torch, dtype, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
         if kind not in (None, "auto", torch.float64, torch.float32, torch.bfloat16, torch.float16):
             raise ConfigError(f"dtype is {shown(dtype)}; give float32, bfloat16, float16 or auto.")
@@ -325,6 +330,8 @@ class LVerse:
             if count > length:
                 cut = f"text_len is {length}: cut to {self.tokenizer.decode(kept)!r}"
                 warnings.warn(f"text {i} has {count} tokens, {cut}", stacklevel=3)
+        if said := self.tokenizer.about_unknown_words(items):
+            warnings.warn(said, stacklevel=3)
         return self.biart.vocab.pad_text([kept for kept, _ in found])
 
     def _images(self, codes_RSN: Tensor) -> list[list[Image.Image]]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
+from latent_verse.checkpoints.shipped import default_model, default_notice
 from latent_verse.config import ConfigError, printable
 from latent_verse.config.generate import GenerateConfig
 from latent_verse.config.messages import shown
@@ -42,13 +43,16 @@ def _open_folder(out: str | None, overwrite: bool) -> Path:
 
 def load(config: GenerateConfig) -> LVerse:
     """`LVerse.from_pretrained` on the device that the settings ask for, with a progress bar."""
-    assert config.what.model is not None  # resolve_generate
+    name = config.what.model
+    if name is None:
+        name = str(default_model())
+        print(default_notice("No --model given", "--model results/NAME/bundle"), file=sys.stderr)
     device = best_device() if config.write.gpus else "cpu"
     if config.write.gpus and device == "cpu":
         print("No GPU on this machine: using the CPU.", file=sys.stderr)
     # bfloat16 changes scores by more than close texts differ in, which matters where they are printed
     dtype = None if config.what.score and config.write.dtype == "auto" else config.write.dtype
-    model = LVerse.from_pretrained(config.what.model, device=device, dtype=dtype)
+    model = LVerse.from_pretrained(name, device=device, dtype=dtype)
     model.progress, model.too_long = True, config.draw.text_too_long
     return model
 

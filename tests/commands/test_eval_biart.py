@@ -416,6 +416,20 @@ def test_the_truth_of_shapes_is_exact_for_an_oracle(bundle, tmp_path, monkeypatc
     assert f["captions/bleu_1"]["value"] > 0.5
 
 
+def test_a_shipped_model_by_its_name(tmp_path, capsys, monkeypatch, recwarn):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--model", "shapes", "--dataset", "shapes", "--test_size", "4", "--tasks", "shapes", "--gpus", "0"]
+    assert eval_biart.main(flags) == 0
+    figures = json.loads(Path("results/eval-shapes-shapes/metrics.json").read_text())["figures"]
+    assert figures["shapes/val/reconstruction/all"]["value"] == 1
+    shutil.copytree(write_pairs(tmp_path / "pairs", 3), "others")  # texts with other words: no warning for each batch
+    flags = ["--model", "shapes", "--test_dir", "others", "--tasks", "likelihood", "--gpus", "0"]
+    assert eval_biart.main(flags) == 0
+    assert not [one for one in recwarn if "unknown words" in str(one.message)]
+    assert eval_biart.main(["--model", "shpaes", "--test_dir", "others", "--gpus", "0"]) == 2
+    assert naming("shpaes", "shapes").search(capsys.readouterr().err)
+
+
 def test_shapes_of_another_size_than_the_model_are_refused(bundle, tmp_path, capsys):
     argv = ["--model", bundle, "--dataset", "shapes", "--gpus", 0, "--log_dir", tmp_path / "runs"]
     assert eval_biart.main([*map(str, argv)]) == 2

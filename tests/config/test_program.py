@@ -57,6 +57,7 @@ SHM = "Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback: 
         (RuntimeError(SHM), 1, ("/dev/shm", "--num_workers 0")),
         (RuntimeError("received 0 items of ancdata"), 1, ("ulimit -n",)),
         (RuntimeError("can't start new thread"), 1, ("ulimit -u",)),
+        (RuntimeError("operator torchvision::nms does not exist"), 1, ("torchvision", "README.md")),
         (RuntimeError("DataLoader timed out after 1800 seconds"), 1, (1800,)),
         (UnicodeEncodeError("ascii", "é", 0, 1, "ordinal not in range"), 1, ("ascii", "UTF-8")),
         (RecursionError("maximum recursion depth exceeded"), 1, ("nested",)),

@@ -12,6 +12,7 @@ import pytest
 
 from latent_verse.data import text as text_module
 from latent_verse.data.text import BPETokenizer, ClipTokenizer, TokenizerError
+from latent_verse.data.tokenizer_files import load_tokenizer
 from tests.messages import naming
 
 CAPTIONS = ["a red circle left of a blue square", "a green triangle above a red circle", "a blue circle", ""] * 5
@@ -47,6 +48,37 @@ def test_bpe_normalisation_is_what_it_says(bpe):
 def test_bpe_learns_words(bpe):
     assert len(bpe.encode("a red circle left of a blue square")) == 8
     assert bpe.encode("circle") == bpe.encode("red circle")[-1:]  # the same token at the start of a caption
+
+
+def test_words_that_captions_never_had_are_known_from_the_vocabulary(bpe, clip):
+    assert bpe.unknown_words("A red CIRCLE, left of a blue square.") == []  # marks are no words
+    assert bpe.unknown_words("a cat on a blue sofa, naïve 3") == ["cat", "on", "sofa", "naïve"]
+    assert bpe.unknown_words("circles") == ["circles"] and bpe.unknown_words("") == bpe.unknown_words(" \n") == []
+    assert {"red", "blue", "green", "circle", "square", "triangle", "left", "above"} <= {*bpe.known_words()}
+    assert not {"a", "le", "cir"} & {*bpe.known_words()}  # merges continue them: most such are no words
+    assert clip.unknown_words("zyzzyva") == clip.known_words() == []
+
+
+def test_a_vocabulary_that_had_no_room_for_all_words_does_not_tell(bpe, tmp_path):
+    full = BPETokenizer.train(CAPTIONS, vocab_size=280)
+    assert bpe.complete and not full.complete and len(full.encode("triangle")) > 1
+    assert full.unknown_words("a cat and a triangle") == full.known_words() == []
+    for tokenizer in (full, bpe):
+        tokenizer.save(tmp_path / "tokenizer")
+        assert load_tokenizer(tmp_path / "tokenizer").complete == tokenizer.complete
+    meta = tmp_path / "tokenizer" / "tokenizer_config.json"
+    meta.write_text(meta.read_text().replace(',\n  "complete": true', ""))  # of an earlier version
+    assert not load_tokenizer(tmp_path / "tokenizer").complete
+
+
+def test_what_is_told_of_unknown_words(bpe, clip):
+    said = bpe.about_unknown_words(["a cat", "a red \x1bdog", "a red circle"])
+    assert naming("cat", "dog", "red", "square").search(said) and "\x1b" not in said and "\n" not in said
+    assert said.count("cat") == 1 and said.index("cat") < said.index("dog")
+    assert bpe.about_unknown_words(CAPTIONS) == bpe.about_unknown_words([]) == ""
+    assert clip.about_unknown_words(["zyzzyva"]) == ""
+    many = bpe.about_unknown_words([" ".join(f"{letter}{letter}x" for letter in "abcdefghijklm")])
+    assert naming("aax", "eex", "others").search(many) and "ffx" not in many
 
 
 def test_bpe_training_is_repeatable_and_bounded(bpe):

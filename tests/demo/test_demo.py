@@ -7,6 +7,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,7 @@ import pytest
 
 from latent_verse.config import ConfigError
 from latent_verse.config.cli import parse
+from latent_verse.config.generate import GenerateConfig, resolve_generate
 from latent_verse.config.train import TrainBiARTConfig, TrainVAEConfig
 from latent_verse.config.train_rules import resolve_train_biart, resolve_train_vae
 from latent_verse.data.shapes import PRESETS
@@ -30,6 +32,7 @@ from latent_verse.evaluation import shapes_truth as shapes
 from latent_verse.files import FileError, InUse, NotWritten, only_writer
 from tests.messages import naming
 
+PLAN = demo.plan
 MINIATURE = {
     "demo_augvae_ml.yaml": """
 model: {hidden_dim: 32, ch_mult: [1, 1, 1], num_res_blocks: 1, resolution: 32, attn_resolutions: [8, 4],
@@ -239,6 +242,19 @@ def test_a_stage_that_fails_is_named_and_tried_again(tmp_path, stages, capfd, en
     flag.touch()
     assert demo.main(argv) == 0
     assert (tmp_path / "out" / "log").read_text() == "before first "
+
+
+@pytest.mark.parametrize("world", sorted(PRESETS))
+def test_the_end_says_how_to_use_the_model_that_was_trained(tmp_path, stages, world, capfd):
+    assert demo.main(["--out", str(tmp_path / "out"), "--world", world]) == 0
+    (line,) = (line for line in capfd.readouterr().out.splitlines() if "generate.py" in line)
+    config, given = parse(GenerateConfig, shlex.split(line.partition("generate.py")[2]), "")
+    assert resolve_generate(config, given)[1] == "text"
+    assert config.what.model == str(tmp_path / "out" / "runs" / f"{demo.PREFIX[world]}_biart" / "bundle")
+    outputs = [stage.output for stage in PLAN(DemoSettings(world=world), tmp_path / "out")]
+    assert str((Path(config.what.model) / "config.json").relative_to(tmp_path / "out")) in outputs
+    (text,) = config.what.text
+    assert PRESETS[world].parse_caption(text) is not None
 
 
 STAND_IN = """
