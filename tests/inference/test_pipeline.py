@@ -30,7 +30,9 @@ from latent_verse.data.text import TokenizerError
 from latent_verse.data.transforms import centre_crop, to_unit_range
 from latent_verse.inference.batching import sample_seeds
 from latent_verse.inference.image_io import grid, load_image, to_images
-from latent_verse.inference.pipeline import LVerse, best_device, sampling_dtype
+from latent_verse.inference.pipeline import LVerse
+from latent_verse.inference.placement import best_device
+from latent_verse.nn.precision import sampling_dtype
 from tests.messages import naming
 from tests.tiny_lverse import make_lverse, photo, same
 
@@ -190,7 +192,7 @@ def test_auto_is_bfloat16_on_a_gpu_that_has_it(monkeypatch, stored, device, capa
 
 def test_auto_is_asked_for_and_what_is_stored_is_kept_otherwise(model, bundle, tmp_path, monkeypatch):
     """A model that is loaded and saved again must not lose precision, whatever the machine."""
-    monkeypatch.setattr("latent_verse.inference.pipeline.sampling_dtype", lambda stored, device: torch.bfloat16)
+    monkeypatch.setattr("latent_verse.inference.placement.sampling_dtype", lambda stored, device: torch.bfloat16)
     assert LVerse.from_pretrained(bundle, device="cpu", dtype="auto").biart.head.weight.dtype == torch.bfloat16
     LVerse.from_pretrained(bundle, device="cpu").save_pretrained(tmp_path / "again")
     again = LVerse.from_pretrained(tmp_path / "again", device="cpu")
