@@ -99,9 +99,7 @@ class VAEOptimConfig(Settings):
     weight_decay: float = setting(1e-5, "weight decay of either optimizer", at_least=0)
     betas: Tuple[float, float] = setting((0.9, 0.999), "beta1 and beta2 of AdamW", at_least=0, below=1)
     codebook_init: str = setting("normal", "normal: noise, as released; data: encoder outputs", ("normal", "data"))
-    pretrained_path: Optional[str] = setting(
-        None, "AugVAE to start from: checkpoint, folder, bundle or id", path="hub"
-    )
+    pretrained_path: Optional[str] = setting(None, "AugVAE to start from: checkpoint, folder, bundle or id", path="hub")
     finetune: bool = setting(False, "train AugVAE-SL at the one level in attn_resolutions, from pretrained_path")
 
 

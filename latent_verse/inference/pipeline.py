@@ -32,7 +32,7 @@ from latent_verse.checkpoints.bundle import (
 )
 from latent_verse.checkpoints.ckpt_files import CheckpointError
 from latent_verse.checkpoints.hub import PushToHub
-from latent_verse.config import ConfigError, SamplingSettings
+from latent_verse.config import ConfigError
 from latent_verse.config.evaluate import CaptionConfig
 from latent_verse.config.settings import check
 from latent_verse.data.text import Tokenizer
@@ -183,8 +183,7 @@ class LVerse(PushToHub):
             ConfigError: a setting cannot be used.
             TokenizerError: a text cannot be used.
         """
-        sampling = SamplingSettings(temperature, top_k, top_p, guidance)
-        self.sampler.check(TEXT_TO_IMAGE, num_images, sampling, rerank)
+        sampling = self.sampler.checked(TEXT_TO_IMAGE, num_images, rerank, temperature, top_k, top_p, guidance)
         codes_RSN = self.sampler.sample(self.encode_texts(texts), TEXT_TO_IMAGE, num_images, sampling, seed, rerank)
         return self._images(codes_RSN)
 
@@ -200,8 +199,7 @@ class LVerse(PushToHub):
         seed: int | None = None,
     ) -> tuple[list[list[Image.Image]], Tensor]:
         """As `text_to_image`, with log p(text | sampled codes) of each image, (texts, num_images) float32, on CPU."""
-        sampling = SamplingSettings(temperature, top_k, top_p, guidance)
-        self.sampler.check(TEXT_TO_IMAGE, num_images, sampling)
+        sampling = self.sampler.checked(TEXT_TO_IMAGE, num_images, 0, temperature, top_k, top_p, guidance)
         text_RL = self.encode_texts(texts)
         codes_RSN = self.sampler.sample(text_RL, TEXT_TO_IMAGE, num_images, sampling, seed)
         log_p_B = self.log_p(repeat(text_RL, "R L -> (R S) L", S=num_images), codes_RSN.flatten(0, 1), "image")
@@ -232,8 +230,7 @@ class LVerse(PushToHub):
             DataError: an image cannot be read.
             TokenizerError: a text cannot be used.
         """
-        sampling = SamplingSettings(temperature, top_k, top_p, guidance)
-        self.sampler.check(TEXT_TO_IMAGE, num_images, sampling, rerank)
+        sampling = self.sampler.checked(TEXT_TO_IMAGE, num_images, rerank, temperature, top_k, top_p, guidance)
         if len(self.vae.code_levels) != 1:
             raise ConfigError(f"complete needs one level of codes, not {self.vae.code_levels}. Train on an AugVAE-SL.")
         (side,) = self.vae.code_levels
@@ -274,8 +271,7 @@ class LVerse(PushToHub):
             ConfigError: a setting cannot be used.
             DataError: an image cannot be read.
         """
-        sampling = SamplingSettings(temperature, top_k, top_p, guidance)
-        self.sampler.check(IMAGE_TO_TEXT, num_captions, sampling)
+        sampling = self.sampler.checked(IMAGE_TO_TEXT, num_captions, 0, temperature, top_k, top_p, guidance)
         check(CaptionConfig, beams=beams)
         if beams > 1 and (temperature > 0 or num_captions > 1 or guidance != 1):
             raise ConfigError("beams search for one caption: leave out temperature, num_captions and guidance.")
