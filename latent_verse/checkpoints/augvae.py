@@ -55,7 +55,7 @@ def load_augvae(path: str | os.PathLike) -> AugVAE:
     if not os.path.isdir(local) and (os.path.exists(local) or local.suffix == ".ckpt"):  # if missing: others are named
         return _augvae_from_ckpt(local)
     if not os.path.isdir(local):
-        wanted = "a .ckpt file, a run folder of train_vae.py, or a folder of save_pretrained"
+        wanted = "a .ckpt file, a run folder, a folder of save_pretrained, a bundle"
         local = fetch_from_hub(str(path), (ABOUT, WEIGHTS, f"{PART}/*"), wanted)
     return _augvae_from_folder(local)
 

@@ -77,7 +77,7 @@ def find_bundle(path: str | os.PathLike) -> Path:
     if os.path.exists(folder) and not os.path.isdir(folder):
         raise CheckpointError(f"{path} is a file; a bundle is the folder that LVerse.save_pretrained writes.")
     if not os.path.exists(folder):
-        wanted = "a bundle, the folder that train_biart.py and LVerse.save_pretrained write"
+        wanted = "a bundle (the folder that train_biart.py and LVerse.save_pretrained write)"
         folder = fetch_from_hub(str(path), (ABOUT, f"{PART}/*", BIART_WEIGHTS, "tokenizer/*"), wanted)
     return folder
 
