@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ClassVar, NamedTuple, cast
 
 import torch
@@ -48,6 +48,8 @@ class AugVAE(nn.Module):
     # set by checkpoints/augvae.py: a network may not import the readers of its files
     from_pretrained: ClassVar[Callable[[str | os.PathLike], AugVAE]]
     save_pretrained: ClassVar[Callable[[AugVAE, str | os.PathLike], None]]
+    push_to_hub: ClassVar[Callable[..., str]]
+    model_card: ClassVar[Callable[[AugVAE, str], str]]
 
     def __init__(self, config: AugVAEConfig):
         super().__init__()
@@ -123,8 +125,8 @@ class AugVAE(nn.Module):
         """Images (B, C, R, R) in [-1, 1] -> unquantised maps of all `levels`, (B, D, h, h), largest first.
 
         Raises:
-            ValueError: they are not a tensor, or their channels or size differ from the model's. Their type and range
-                are checked by `codes` alone, which reads their values.
+            ValueError: they are no tensor of floats, or their channels or size differ from the model's. That they are
+                in [-1, 1] is checked by `codes` alone, which reads their values.
         """
         expected = (self.config.in_channels, self.config.resolution, self.config.resolution)
         shape = _shape_of(x_BCHW, "images")
@@ -133,6 +135,8 @@ class AugVAE(nn.Module):
                 f"images have shape {shape}; this AugVAE takes (B, {', '.join(map(str, expected))}). "
                 "Resize and crop them first (latent_verse.data.transforms.centre_crop)."
             )
+        if not x_BCHW.is_floating_point():
+            raise ValueError(f"images are {x_BCHW.dtype}; give floats in [-1, 1], of bytes x / 127.5 - 1.")
         out, h_BCHW = [], x_BCHW
         for encoder, pre_quant in zip(self.encoders, self.pre_quants, strict=False):
             h_BCHW = encoder(h_BCHW)
@@ -182,7 +186,7 @@ class AugVAE(nn.Module):
 
         Args:
             validate: check the images' values. That waits for a GPU, so training, whose loader gives floats in [-1, 1],
-                leaves it out.
+                leaves it out. What torch.export records leaves it out too.
 
         Raises:
             ValueError: as `features`, or they are not of the model's type, on its device and in [-1, 1].
@@ -198,6 +202,8 @@ class AugVAE(nn.Module):
     def decode_codes(self, codes_BN: torch.Tensor) -> torch.Tensor:
         """Codes (B, N) int64 in [0, K), as `codes` returns them -> images (B, C, R, R) clamped to [-1, 1].
 
+        What torch.export records of it does not check that codes are in [0, K).
+
         Raises:
             ValueError: they are not int64 (or int32) on the model's device, their number is not N, or a code is not in
                 the codebook.
@@ -208,7 +214,8 @@ class AugVAE(nn.Module):
         if codes_BN.dtype not in (torch.int64, torch.int32) or codes_BN.device != self.device:
             found = f"codes are {codes_BN.dtype} on {codes_BN.device}"
             raise ValueError(f"{found}; this AugVAE takes torch.int64 on {self.device}. Convert them with .to().")
-        (low, high), K = _extremes(codes_BN, 0), self.quantizer.codebook_size
+        K = self.quantizer.codebook_size
+        low, high = _extremes(codes_BN, (0, K - 1))
         if not 0 <= low <= high < K:
             raise ValueError(
                 f"codes run from {low} to {high}; this codebook has 0 to {K - 1}. Were they made by another AugVAE?"
@@ -233,7 +240,7 @@ class AugVAE(nn.Module):
                 f"{found}; this AugVAE takes {self.dtype} on {self.device}, floats in [-1, 1]. Convert them with "
                 ".to(), bytes with x / 127.5 - 1."
             )
-        low, high = _extremes(x_BCHW, 0.0)
+        low, high = _extremes(x_BCHW, (-1.0, 1.0))
         if not -BEYOND <= low <= high <= BEYOND:  # nor NaN
             raise ValueError(f"images have values from {low:g} to {high:g}; give floats in [-1, 1] (x / 127.5 - 1).")
 
@@ -267,6 +274,11 @@ def _shape_of(x: torch.Tensor, what: str) -> tuple[int, ...]:
     return tuple(x.shape)
 
 
-def _extremes(x: torch.Tensor, none: float) -> list[float]:
-    """The smallest and the largest number, or both `none` without any. NaN if there is one. Waits for a GPU once."""
-    return torch.stack(torch.aminmax(x.detach())).tolist() if x.numel() else [none, none]
+def _extremes(x: torch.Tensor, allowed: tuple[float, float]) -> Sequence[float]:
+    """The smallest and the largest number; NaN if there is one. Waits for a GPU once.
+
+    `allowed` without any number, and while torch.export records, as no graph can depend on numbers.
+    """
+    if not x.numel() or torch.compiler.is_exporting():
+        return allowed
+    return torch.stack(torch.aminmax(x.detach())).tolist()

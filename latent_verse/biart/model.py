@@ -156,13 +156,13 @@ class BiART(nn.Module):
         self.tok_emb = nn.Embedding(self.vocab.size, config.n_embd)
         self.seg_emb = nn.Embedding(2, config.n_embd)
         # by modality one more: which modality loses its last token depends on the direction
-        places = self.vocab.input_len + int(config.pos_by_modality)
-        self.pos_emb = nn.Parameter(torch.empty(1, places, config.n_embd))
+        self.pos_emb = nn.Parameter(torch.empty(1, self.vocab.input_len + int(config.pos_by_modality), config.n_embd))
         self.drop = nn.Dropout(config.embd_pdrop)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.resid_drop = nn.Dropout(config.resid_pdrop)  # of the last block's branch
         self.ln_f = LayerNorm(config.n_embd)
-        self.head = nn.Linear(config.n_embd, self.vocab.size, bias=False)
+        # a linear layer that quantisation leaves alone: its rows are read, and int8 would cost the logits most
+        self.head = nn.modules.linear.NonDynamicallyQuantizableLinear(config.n_embd, self.vocab.size, bias=False)
         self._init_weights()
 
     def _init_weights(self) -> None:

@@ -22,7 +22,8 @@ from latent_verse.checkpoints.checks import (
     settings_from,
     skeleton,
 )
-from latent_verse.checkpoints.ckpt_files import CheckpointError, fetch_from_hub, find_checkpoint, read_named
+from latent_verse.checkpoints.ckpt_files import CheckpointError, find_checkpoint, read_named
+from latent_verse.checkpoints.hub import PushToHub, fetch_from_hub, model_card
 from latent_verse.checkpoints.model_folders import ABOUT, check_about, write_about, writing
 from latent_verse.checkpoints.shipped import located
 from latent_verse.config import AugVAEConfig, as_plain
@@ -33,6 +34,7 @@ from latent_verse.config.train_rules import with_pretrained_shape
 FORMAT = "latent_verse/augvae"
 WEIGHTS = "model.safetensors"
 SETTINGS = ("config",)  # of what its config.json holds
+PART = "vae"  # the folder of a bundle that is a saved AugVAE
 
 
 def load_augvae(path: str | os.PathLike) -> AugVAE:
@@ -40,7 +42,7 @@ def load_augvae(path: str | os.PathLike) -> AugVAE:
 
     Args:
         path: this project's or a released .ckpt, a run folder (its best checkpoint), a folder with config.json and
-            model.safetensors, or a hub id.
+            model.safetensors, a bundle (its AugVAE), or a hub id of such a folder.
 
     Raises:
         CheckpointError: the file is missing, damaged, of another kind, or does not fit.
@@ -53,7 +55,8 @@ def load_augvae(path: str | os.PathLike) -> AugVAE:
     if not os.path.isdir(local) and (os.path.exists(local) or local.suffix == ".ckpt"):  # if missing: others are named
         return _augvae_from_ckpt(local)
     if not os.path.isdir(local):
-        local = fetch_from_hub(str(path), (ABOUT, WEIGHTS))
+        wanted = "a .ckpt file, a run folder, a folder of save_pretrained, a bundle"
+        local = fetch_from_hub(str(path), (ABOUT, WEIGHTS, f"{PART}/*"), wanted)
     return _augvae_from_folder(local)
 
 
@@ -99,15 +102,30 @@ def write_augvae(model: AugVAE, about: Path, weights: Path) -> None:
     write_about(about, content, SETTINGS)
 
 
+def augvae_card(model: AugVAE, name: str) -> str:
+    """The model card of a saved AugVAE that is `name` on the hub."""
+    use = f'from latent_verse import AugVAE\n\nvae = AugVAE.from_pretrained("{name}")\ncodes = vae.codes(images)'
+    return model_card(name, [describe_augvae(model)], use, ["augvae", "vq-vae"])
+
+
+def describe_augvae(model: AugVAE) -> str:
+    """One line: its parameters, images and codes."""
+    c, side = model.config, model.config.resolution
+    weights = sum(p.numel() for p in model.parameters())
+    levels = ", ".join(f"{level} x {level}" for level in model.code_levels)
+    return f"AugVAE: {weights:,} parameters, images of {side} x {side} px, {levels} codes of {c.num_tokens:,}"
+
+
 AugVAE.from_pretrained = staticmethod(load_augvae)
+AugVAE.push_to_hub, AugVAE.model_card = PushToHub.push_to_hub, augvae_card
 AugVAE.save_pretrained = save_augvae
 
 
 def _augvae_from_folder(directory: Path) -> AugVAE:
     about, weights = directory / ABOUT, directory / WEIGHTS
     content = json_object(about) if os.path.isfile(about) else {}
-    if isinstance(content.get("vae"), dict) and os.path.isdir(directory / "vae"):
-        raise CheckpointError(f"{directory} is a bundle, not an AugVAE; its AugVAE is {directory / 'vae'}.")
+    if isinstance(content.get(PART), dict) and os.path.isdir(directory / PART):
+        return _augvae_from_folder(directory / PART)
     for file in (about, weights):
         if not os.path.isfile(file):
             raise CheckpointError(f"{directory} holds no {file.name}; AugVAE.save_pretrained writes both files.")

@@ -11,7 +11,7 @@ import torch
 
 from latent_verse.augvae.model import AugVAE
 from latent_verse.biart.model import BiART
-from latent_verse.checkpoints.augvae import FORMAT, WEIGHTS, load_augvae, write_augvae
+from latent_verse.checkpoints.augvae import FORMAT, PART, WEIGHTS, describe_augvae, load_augvae, write_augvae
 from latent_verse.checkpoints.checks import (
     check_finite,
     check_fits,
@@ -20,12 +20,14 @@ from latent_verse.checkpoints.checks import (
     settings_from,
     skeleton,
 )
-from latent_verse.checkpoints.ckpt_files import CheckpointError, fetch_from_hub, fingerprint
+from latent_verse.checkpoints.ckpt_files import CheckpointError, fingerprint
+from latent_verse.checkpoints.hub import fetch_from_hub, model_card
 from latent_verse.checkpoints.model_folders import ABOUT, check_about, kind_of, write_about, writing
 from latent_verse.checkpoints.shipped import located
-from latent_verse.config import AugVAEConfig, BiARTConfig, UserError, as_plain
+from latent_verse.config import AugVAEConfig, BiARTConfig, ConfigError, UserError, as_plain
 from latent_verse.config.messages import shown
-from latent_verse.config.settings import is_number
+from latent_verse.config.settings import check, is_number
+from latent_verse.config.train import BiARTLossConfig
 from latent_verse.data.text import TOO_LONG, Tokenizer
 from latent_verse.data.tokenizer_files import load_tokenizer
 
@@ -33,7 +35,7 @@ log = logging.getLogger(__name__)
 
 BUNDLE = "latent_verse/bundle"
 BIART_WEIGHTS = "biart.safetensors"
-VAE_WEIGHTS, VAE_ABOUT = f"vae/{WEIGHTS}", f"vae/{ABOUT}"
+VAE_WEIGHTS, VAE_ABOUT = f"{PART}/{WEIGHTS}", f"{PART}/{ABOUT}"
 TOKENIZER = "tokenizer/tokenizer_config.json"
 BUNDLE_FILES = (ABOUT, VAE_WEIGHTS, VAE_ABOUT, BIART_WEIGHTS, TOKENIZER)
 SETTINGS = ("vae", "biart", "info")  # of what config.json holds
@@ -79,7 +81,8 @@ def find_bundle(path: str | os.PathLike) -> Path:
     if os.path.exists(folder) and not os.path.isdir(folder):
         raise CheckpointError(f"{path} is a file; a bundle is the folder that LVerse.save_pretrained writes.")
     if not os.path.exists(folder):
-        folder = fetch_from_hub(str(path), (ABOUT, "vae/*", BIART_WEIGHTS, "tokenizer/*"))
+        wanted = "a bundle (the folder that train_biart.py and LVerse.save_pretrained write)"
+        folder = fetch_from_hub(str(path), (ABOUT, f"{PART}/*", BIART_WEIGHTS, "tokenizer/*"), wanted)
     if not os.path.isfile(folder / ABOUT) and kind_of(folder / "bundle") == BUNDLE:
         log.warning("%s is the folder of a run: its bundle, %s, is used.", folder, folder / "bundle")
         folder /= "bundle"
@@ -105,7 +108,7 @@ def load_bundle(path: str | os.PathLike) -> tuple[AugVAE, BiART, Tokenizer, dict
     info, recorded = content["info"], content["fingerprints"]
     check_info(info, file)
     with torch.random.fork_rng(devices=[]):  # initial weights are random, and replaced at once
-        vae = load_augvae(folder / "vae")
+        vae = load_augvae(folder / PART)
     try:
         tokenizer = load_tokenizer(folder / "tokenizer")
     except UserError as error:
@@ -165,6 +168,50 @@ def check_info(info: dict[str, Any], file: Path) -> None:
 def fingerprints(vae: AugVAE, biart: BiART, tokenizer: Tokenizer) -> dict[str, str]:
     """16 hexadecimal digits for each part of a bundle."""
     return {"vae": fingerprint(vae), "biart": fingerprint(biart), "tokenizer": tokenizer.fingerprint}
+
+
+def check_parts(vae: AugVAE, biart: BiART, tokenizer: Tokenizer, info: object) -> None:
+    """Check that the parts of a bundle fit each other, and what is said of how they were trained.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    if not isinstance(info, dict):
+        raise ConfigError(f"info is {shown(info)}; give a dict.")
+    check(BiARTLossConfig, "info", reference_dropout=info.get("reference_dropout", 0))
+    v, b = vae.config, biart.config
+    for what, mine, theirs, value in (
+        ("image_vocab", b.image_vocab, "AugVAE's codebook (num_tokens)", v.num_tokens),
+        ("image_len", b.image_len, f"AugVAE's number of codes per image (levels {vae.code_levels})", vae.num_codes),
+        ("text_vocab", b.text_vocab, "tokenizer's vocabulary", tokenizer.vocab_size),
+    ):
+        if mine != value:
+            raise ConfigError(
+                f"{what} of BiART is {mine}, but the {theirs} is {value}: they were not trained together. "
+                "Use the AugVAE and the tokenizer that BiART was trained with."
+            )
+    if (v.in_channels, v.out_channels) != (3, 3):
+        raise ConfigError(f"AugVAE has {v.in_channels} channels in and {v.out_channels} out; images have 3.")
+
+
+def describe_bundle(vae: AugVAE, biart: BiART, tokenizer: Tokenizer) -> list[str]:
+    """A line for each part: its parameters, and what it takes and gives."""
+    c, dtype = biart.config, str(biart.head.weight.dtype).removeprefix("torch.")
+    size = f"BiART: {biart.num_parameters():,} parameters ({c.n_layer} layers, width {c.n_embd}, {dtype})"
+    words = f"tokenizer: {tokenizer.name}, vocabulary of {tokenizer.vocab_size:,}"
+    return [describe_augvae(vae), f"{size}, texts of up to {c.text_len} tokens", words]
+
+
+def bundle_card(vae: AugVAE, biart: BiART, tokenizer: Tokenizer, name: str) -> str:
+    """The model card of a bundle that is `name` on the hub."""
+    use = f"""from latent_verse import LVerse
+
+model = LVerse.from_pretrained("{name}")
+[[image]] = model.text_to_image(["a text in the style of its captions"])
+[[caption]] = model.image_to_text([image])"""
+    return model_card(
+        name, describe_bundle(vae, biart, tokenizer), use, ["text-to-image", "image-to-text"], "text-to-image"
+    )
 
 
 def _bundle_config(folder: Path) -> dict[str, Any]:

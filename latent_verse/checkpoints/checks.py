@@ -128,12 +128,15 @@ def check_tensor(tensor: object, file: str | os.PathLike, name: str) -> int:
 
 
 def check_finite(model: nn.Module, file: str | os.PathLike) -> None:
-    """Refuse to write weights that are not finite.
+    """Refuse to write weights that are not finite, or that are quantised, which no file of ours holds.
 
     Raises:
         CheckpointError: naming the first, and the `file` or folder that is left as it is.
     """
     for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, torch.Tensor):
+            remedy = "Save the model before it is quantised, and quantise what is loaded."
+            raise CheckpointError(f"{file} is not written: the weights are quantised ({name}). {remedy}")
         if not is_finite(tensor):
             raise CheckpointError(f"{file} is not written: the weights hold values that are not finite ({name}).")
 

@@ -23,9 +23,9 @@ from torch import nn
 
 from latent_verse.checkpoints.checks import CheckpointError, check_tensors, number_in, settings_from
 from latent_verse.checkpoints.pickle_scan import check_pickles
-from latent_verse.checkpoints.shipped import located, shipped_folders
+from latent_verse.checkpoints.shipped import located
 from latent_verse.config import AugVAEConfig, BiARTConfig, as_plain, training_only
-from latent_verse.config.messages import closest, differences, reason
+from latent_verse.config.messages import differences, reason
 from latent_verse.config.settings import is_count, is_number
 
 Kind = Literal["augvae", "biart"]  # what a checkpoint says of itself
@@ -33,7 +33,6 @@ Result = TypeVar("Result")
 STEP = re.compile(r"step=(\d+)[^=/]*\.ckpt$")  # also of `step=4-v1.ckpt` and `step=4 (copy).ckpt`
 MONITOR = "val/total_loss"  # the best checkpoint has the smallest
 KNOWN = 64  # whole files that are remembered
-HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 def read_ckpt(file: str | os.PathLike) -> dict[str, Any]:
@@ -318,28 +317,6 @@ def check_shape(own: dict[str, Any], model: AugVAEConfig | BiARTConfig, file: st
     shape = {name: value for name, value in as_plain(model).items() if name not in training_only(type(model))}
     if changed := differences(there, shape):
         raise CheckpointError(f"{file} is of a model with different settings:\n  " + "\n  ".join(changed))
-
-
-def fetch_from_hub(name: str, files: Iterable[str]) -> Path:
-    """Fetch files (names or patterns) of a hub id into Hugging Face's cache. Returns their folder.
-
-    Raises:
-        CheckpointError: `name` is an absent path, or cannot be fetched; the message says what is there instead.
-    """
-    place, there = Path(name), [] if "/" in name else [*shipped_folders()]
-    with contextlib.suppress(OSError, ValueError):  # no folder, not readable, or no path at all
-        there += [p.name for p in place.parent.iterdir() if not p.name.startswith(".")]
-    near = closest(place.name, there, otherwise=".")
-    if not HUB_ID.fullmatch(name) or name.endswith((".ckpt", ".safetensors")):
-        remedy = f"Give a .ckpt file, a folder of save_pretrained, a hub id, or {' or '.join(shipped_folders())}."
-        raise CheckpointError(f"{name if name.isprintable() else repr(name)} does not exist{near} {remedy}")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(files)))
-    except Exception as error:  # huggingface_hub and its HTTP client each raise their own
-        absent = f"{name} is not a file or folder{near}"
-        raise CheckpointError(f"{absent} Nor can it be fetched from the hub: {reason(error)}") from error
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -102,7 +102,7 @@ class VAEOptimConfig(Settings):
     weight_decay: float = setting(1e-5, "weight decay of either optimizer", at_least=0)
     betas: Tuple[float, float] = setting((0.9, 0.999), "beta1 and beta2 of AdamW", at_least=0, below=1)
     codebook_init: str = setting("normal", "normal: noise, as released; data: encoder outputs", ("normal", "data"))
-    pretrained_path: Optional[str] = setting(None, "AugVAE to start from: checkpoint, folder or hub id", path="hub")
+    pretrained_path: Optional[str] = setting(None, "AugVAE to start from: checkpoint, folder, bundle or id", path="hub")
     finetune: bool = setting(False, "train AugVAE-SL at the one level in attn_resolutions, from pretrained_path")
 
 
@@ -151,7 +151,7 @@ class EvalVAEConfig(TrainVAEConfig):
 class FrozenVAEConfig(Settings):
     """The AugVAE whose codes BiART reads and writes. It is not trained."""
 
-    vae_path: Optional[str] = setting(None, "AugVAE: run folder, checkpoint, saved folder or hub id", path="hub")
+    vae_path: Optional[str] = setting(None, "AugVAE: run folder, checkpoint, saved folder, bundle, hub id", path="hub")
 
 
 @dataclass(frozen=True)

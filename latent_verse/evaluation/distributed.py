@@ -41,7 +41,7 @@ def device(gpus: int, accelerator: str = "auto", rank: int = 0) -> str:
     """Where process `rank` of this machine computes: its own CUDA GPU, Apple's (mps) or the CPU."""
     import torch
 
-    from latent_verse.inference.pipeline import best_device
+    from latent_verse.inference.placement import best_device
 
     kind = "cpu" if accelerator == "cpu" or not gpus else best_device()
     return f"cuda:{int(os.environ.get('LOCAL_RANK', rank)) % torch.cuda.device_count()}" if kind == "cuda" else kind

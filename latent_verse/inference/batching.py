@@ -47,12 +47,22 @@ class Sampler:
     batch_size: int | None = None  # samples at a time; None chooses by memory
     progress: bool = False  # show a progress bar on stderr, if that is a terminal
 
-    def check(self, direction: Direction, num: int, sampling: SamplingSettings, rerank: int = 0) -> None:
-        """Check the settings of `num` samples for each reference.
+    def checked(
+        self,
+        direction: Direction,
+        num: int,
+        rerank: int,
+        temperature: float,
+        top_k: int | None,
+        top_p: float | None,
+        guidance: float,
+    ) -> SamplingSettings:
+        """The settings of `num` samples for each reference.
 
         Raises:
             ConfigError: one is out of range, has no effect, or needs a model that was trained differently.
         """
+        sampling = SamplingSettings(temperature, top_k, top_p, guidance)
         modality = target_modality(direction)
         classes = self.biart.vocab.num_classes(modality)
         try:
@@ -65,6 +75,7 @@ class Sampler:
         for setting, value in ((f"{name} (generate.py: num)", num), ("rerank", rerank)):
             if sampling.is_greedy and value > 1:
                 raise ConfigError(f"{setting} has no effect at temperature 0, which is greedy: raise temperature.")
+        return sampling
 
     def sample(
         self,

@@ -1,20 +1,24 @@
 """Files, PIL images and tensors -> AugVAE's input; its output -> PIL images, PNG files with metadata, a grid.
 
-Shape suffixes: B batch, C = 3 colours, H height, W width; R is the model's resolution.
+Shape suffixes: B batch, C = 3 colours, H height, W width, I images, N image codes; R is the model's resolution.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from latent_verse.augvae.model import AugVAE
 from latent_verse.biart.sampling import NotFinite
 from latent_verse.config.settings import expand
 from latent_verse.data import DataError
@@ -22,7 +26,9 @@ from latent_verse.data.decoding import FORMATS_TEXT, UnreadableImage, pil_to_ten
 from latent_verse.data.transforms import centre_crop, to_unit_range
 from latent_verse.files import replacing
 
-ImageLike = Image.Image | str | os.PathLike | Tensor  # what `load_image` takes
+ImageLike = Image.Image | str | os.PathLike | np.ndarray | Tensor  # what `load_image` takes
+SINGLE = (Image.Image, str, os.PathLike)  # of these, what is never several images
+TAKEN = "a path, a PIL image, a uint8 array (H, W, 3) or a tensor (3, H, W)"
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
@@ -30,12 +36,14 @@ def load_image(image: ImageLike, resolution: int) -> Tensor:
     """An image as AugVAE takes it: float32 (3, R, R) in [-1, 1], resized and centre-cropped as in evaluation.
 
     Args:
-        image: a path, a PIL image of any mode, size and format, or a tensor (3 or 1, H, W): float in [-1, 1], or
-            uint8. One that has the resolution already keeps its pixels.
+        image: a path; a PIL image of any mode, size and format; a uint8 array (H, W, 3), (H, W, 4) or (H, W); or a
+            tensor (3 or 1, H, W), uint8 or float in [-1, 1]. One that has the resolution already keeps its pixels.
 
     Raises:
         DataError: it is none of these, or cannot be read; the message names it.
     """
+    if isinstance(image, np.ndarray):
+        image = _from_array(image)
     if isinstance(image, (str, os.PathLike)):
         try:
             return to_unit_range(centre_crop(read_rgb(expand(image, True, "image")), resolution))
@@ -47,13 +55,14 @@ def load_image(image: ImageLike, resolution: int) -> Tensor:
         except Exception as error:  # it may still have to be decoded, and Pillow raises nearly anything then
             raise DataError(f"the image {image!r} cannot be read: {error}") from error
     if not isinstance(image, Tensor):
-        raise DataError(f"{type(image).__name__} is not an image: give a path, a PIL image or a tensor (3, H, W).")
+        raise DataError(f"{type(image).__name__} is not an image: give {TAKEN}.")
     ordinary = image.layout is torch.strided and not (image.is_nested or image.is_quantized or image.is_meta)
     if not ordinary or (image.is_floating_point() and image.dtype.itemsize == 1):
         found = f"nested {image.dtype}" if image.is_nested else f"{image.layout} {image.dtype} on {image.device}"
         raise DataError(f"an image is a tensor of {found}; give a dense one (3, H, W), float32 in [-1, 1] or uint8.")
     if image.dim() != 3 or image.shape[0] not in (1, 3) or not image.numel():
-        raise DataError(f"an image has shape {tuple(image.shape)}; tensors are (3, H, W) or (1, H, W).")
+        last = " Put channels first: .permute(2, 0, 1)." if image.dim() == 3 and image.shape[2] in (1, 3, 4) else ""
+        raise DataError(f"an image has shape {tuple(image.shape)}; tensors are (3, H, W) or (1, H, W).{last}")
     image = image.detach().cpu().expand(3, -1, -1)
     if image.dtype == torch.uint8:
         return to_unit_range(centre_crop(image, resolution))
@@ -62,9 +71,59 @@ def load_image(image: ImageLike, resolution: int) -> Tensor:
         found = f"{image.dtype} has values from {real.min():g} to {real.max():g}"
         raise DataError(f"an image of {found}; give floats in [-1, 1] (x / 127.5 - 1), or uint8 in [0, 255].")
     image = image.float().clamp(-1, 1)
+    if _is_in_unit_interval(image):
+        warnings.warn("a float image has 8-bit values in [0, 1], but [-1, 1] is read: give 2 * x - 1", stacklevel=5)
     if image.shape[1:] == (resolution, resolution):
         return image
     return to_unit_range(centre_crop(_to_uint8(image), resolution))
+
+
+def _from_array(array: np.ndarray) -> Image.Image:
+    """A uint8 array as Pillow reads it: grey (H, W) or (H, W, 1), RGB (H, W, 3) or RGBA (H, W, 4)."""
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if array.dtype != np.uint8 or not array.size or array.ndim not in (2, 3) or array.shape[2:] not in ((), (3,), (4,)):
+        taken = "arrays are uint8 (H, W, 3), (H, W, 4) or (H, W); for others give torch.from_numpy of (3, H, W)"
+        raise DataError(f"an image is an array of {array.dtype} with shape {array.shape}; {taken}.")
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+def _is_in_unit_interval(image_CHW: Tensor) -> bool:
+    """Whether this is certainly an 8-bit image divided by 255, as torchvision's ToTensor does, and not one in [-1, 1].
+
+    From 8 bits to [-1, 1], x / 127.5 - 1, all values are odd multiples of 1/255.
+    """
+    if image_CHW.min() < 0:
+        return False
+    level = image_CHW * 255
+    even = (level.round() % 2 == 0) & (level.round() > 0)
+    return bool(((level - level.round()).abs() < 1e-3).all() & even.any())
+
+
+def encode_images(vae: AugVAE, images: Sequence[ImageLike], at_a_time: int) -> Tensor:
+    """AugVAE's codes of images, `at_a_time` on its device: (I, N) int64, on the CPU.
+
+    Raises:
+        DataError: as `load_image`.
+    """
+    codes = []
+    for start in range(0, len(images), at_a_time):
+        x_BCHW = torch.stack([load_image(image, vae.config.resolution) for image in images[start : start + at_a_time]])
+        codes.append(vae.codes(x_BCHW.to(vae.device)).cpu())
+    return torch.cat(codes)
+
+
+def decode_images(vae: AugVAE, codes_IN: Tensor, at_a_time: int) -> list[Image.Image]:
+    """The images of codes (I, N) int64 on any device, decoded `at_a_time`.
+
+    Raises:
+        ValueError: as `AugVAE.decode_codes`.
+        NotFinite: as `to_images`.
+    """
+    if not isinstance(codes_IN, Tensor) or codes_IN.dim() != 2:
+        vae.decode_codes(codes_IN)  # says what is wrong
+    parts = codes_IN.split(at_a_time)
+    return [image for part in parts for image in to_images(vae.decode_codes(part.to(vae.device)))]
 
 
 def to_images(x_BCHW: Tensor) -> list[Image.Image]:

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import functools
 import os
-import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from einops import rearrange, repeat
@@ -23,31 +22,31 @@ from torch import Tensor
 from latent_verse.augvae.model import AugVAE
 from latent_verse.biart.model import BiART
 from latent_verse.biart.sequence import IMAGE_TO_TEXT, TEXT_TO_IMAGE, Modality
-from latent_verse.checkpoints.bundle import fingerprints, load_bundle, save_bundle
+from latent_verse.checkpoints.bundle import (
+    bundle_card,
+    check_parts,
+    describe_bundle,
+    fingerprints,
+    load_bundle,
+    save_bundle,
+)
 from latent_verse.checkpoints.ckpt_files import CheckpointError
+from latent_verse.checkpoints.hub import PushToHub
 from latent_verse.checkpoints.shipped import default_model, say_default
-from latent_verse.config import ConfigError, SamplingSettings
+from latent_verse.config import ConfigError
 from latent_verse.config.evaluate import CaptionConfig
-from latent_verse.config.messages import reason, shown
 from latent_verse.config.settings import check
-from latent_verse.config.train import BiARTLossConfig
 from latent_verse.data.text import Tokenizer
+from latent_verse.inference.arguments import encode_texts, listed, names_checked
 from latent_verse.inference.batching import Sampler, whole
-from latent_verse.inference.image_io import ImageLike, load_image, to_images
-from latent_verse.nn.precision import sampling_dtype
+from latent_verse.inference.image_io import SINGLE, ImageLike, decode_images, encode_images
+from latent_verse.inference.placement import best_device, chosen_device, chosen_dtype, dtype_for
 
 VAE_BYTES_PER_PIXEL = 4096  # roughly what the activations of AugVAE take
 
 
-def best_device() -> str:
-    """The fastest device of this machine: cuda, mps or cpu."""
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-class LVerse:
-    """Both directions of one model. No method changes the modules' training mode or their gradients.
+class LVerse(PushToHub):
+    """Both directions of one model. No method but `eval` changes the modules' training mode; none their gradients.
 
     Samples depend on the seed, on their own text or image, and on their number among the samples of it, but not on
     what else is in the call: one image can be generated again alone. `seed=None` takes one from torch's global
@@ -65,22 +64,7 @@ class LVerse:
     """
 
     def __init__(self, vae: AugVAE, biart: BiART, tokenizer: Tokenizer, info: dict[str, Any]):
-        v, b = vae.config, biart.config
-        for what, mine, theirs, value in (
-            ("image_vocab", b.image_vocab, "AugVAE's codebook (num_tokens)", v.num_tokens),
-            ("image_len", b.image_len, f"AugVAE's number of codes per image (levels {vae.code_levels})", vae.num_codes),
-            ("text_vocab", b.text_vocab, "tokenizer's vocabulary", tokenizer.vocab_size),
-        ):
-            if mine != value:
-                raise ConfigError(
-                    f"{what} of BiART is {mine}, but the {theirs} is {value}: they were not trained together. "
-                    "Use the AugVAE and the tokenizer that BiART was trained with."
-                )
-        if (v.in_channels, v.out_channels) != (3, 3):
-            raise ConfigError(f"AugVAE has {v.in_channels} channels in and {v.out_channels} out; images have 3.")
-        if not isinstance(info, dict):
-            raise ConfigError(f"info is {shown(info)}; give a dict.")
-        check(BiARTLossConfig, "info", reference_dropout=info.get("reference_dropout", 0))
+        check_parts(vae, biart, tokenizer, info)
         self.vae, self.biart, self.tokenizer, self.info = vae.eval(), biart, tokenizer, dict(info)
         self.null_trained: bool = info.get("reference_dropout", 0) > 0
         self.batch_size: int | None = None
@@ -111,22 +95,14 @@ class LVerse:
         if directory_or_id is None:
             directory_or_id = default_model()
             say_default()
-        kind: Any = getattr(torch, dtype, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
-        if kind not in (None, "auto", torch.float64, torch.float32, torch.bfloat16, torch.float16):
-            raise ConfigError(f"dtype is {shown(dtype)}; give float32, bfloat16, float16 or auto.")
-        try:
-            device = torch.empty(0, device=device or best_device()).device
-        except (RuntimeError, AssertionError, TypeError, ImportError) as error:  # another kind, or not on this machine
-            raise ConfigError(f"device is {shown(device)}: {reason(error)} Give cpu, cuda or None.") from error
+        device, dtype = chosen_device(best_device() if device is None else device), chosen_dtype(dtype)
         vae, biart, tokenizer, info, recorded = load_bundle(directory_or_id)
-        if kind == "auto":
-            kind = sampling_dtype(biart.head.weight.dtype, device)
         try:
-            model = cls(vae.to(device), biart.to(device=device, dtype=kind), tokenizer, info)
+            model = cls(vae, biart, tokenizer, info)
         except ConfigError as error:
             raise CheckpointError(f"{directory_or_id}: {error}") from error
         model.fingerprints = recorded
-        return model
+        return model.to(device, dtype)
 
     def save_pretrained(self, directory: str | os.PathLike) -> None:
         """Write a bundle.
@@ -137,21 +113,58 @@ class LVerse:
         """
         save_bundle(directory, self.vae, self.biart, self.tokenizer, self.info)
 
+    def model_card(self, name: str) -> str:
+        """The text of a model card, which `push_to_hub` adds, for the repository `name`."""
+        return bundle_card(self.vae, self.biart, self.tokenizer, name)
+
     @functools.cached_property
     def fingerprints(self) -> dict[str, str]:
         """16 hexadecimal digits for each of vae, biart and tokenizer, as the bundle records them."""
         return fingerprints(self.vae, self.biart, self.tokenizer)
+
+    def __repr__(self) -> str:
+        parts = describe_bundle(self.vae, self.biart, self.tokenizer)
+        return "\n  ".join(["LVerse(", *parts, f"device: {self.device}"]) + "\n)"
 
     @property
     def device(self) -> torch.device:
         """Where the model computes. Results are returned on the CPU."""
         return self.vae.device
 
+    def to(
+        self, device: str | torch.device | torch.dtype | None = None, dtype: torch.dtype | str | None = None
+    ) -> LVerse:
+        """Move the model, in place, and return it.
+
+        Args:
+            device: None leaves it where it is. A torch.dtype is taken for `dtype`, as torch's `.to` does.
+            dtype: BiART's, as in `from_pretrained`; AugVAE stays float32.
+
+        Raises:
+            ConfigError: no such dtype, no such device on this machine, or BiART is quantised and cannot be moved.
+        """
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
+        place = self.device if device is None else chosen_device(device)
+        self.biart.to(device=place, dtype=dtype_for(self.biart, place, dtype))
+        self.vae.to(place)
+        return self
+
+    def eval(self) -> LVerse:
+        """Set both networks to evaluation mode, as a loaded model is."""
+        self.vae, self.biart = self.vae.eval(), self.biart.eval()
+        return self
+
+    def train(self, mode: bool = True) -> NoReturn:
+        """An LVerse is for use: train_biart.py trains one, and `biart` and `vae` are ordinary modules."""
+        raise ConfigError("LVerse has no training mode: train with train_biart.py, or call .train() of model.biart.")
+
     @property
     def sampler(self) -> Sampler:
         """What generates and scores tokens in batches."""
         return Sampler(self.biart, self.null_trained, self.batch_size, self.progress)
 
+    @names_checked
     def text_to_image(
         self,
         texts: Sequence[str],
@@ -175,11 +188,11 @@ class LVerse:
             ConfigError: a setting cannot be used.
             TokenizerError: a text cannot be used.
         """
-        sampling = SamplingSettings(temperature, top_k, top_p, guidance)
-        self.sampler.check(TEXT_TO_IMAGE, num_images, sampling, rerank)
+        sampling = self.sampler.checked(TEXT_TO_IMAGE, num_images, rerank, temperature, top_k, top_p, guidance)
         codes_RSN = self.sampler.sample(self.encode_texts(texts), TEXT_TO_IMAGE, num_images, sampling, seed, rerank)
         return self._images(codes_RSN)
 
+    @names_checked
     def sample_scored(
         self,
         texts: Sequence[str],
@@ -191,13 +204,13 @@ class LVerse:
         seed: int | None = None,
     ) -> tuple[list[list[Image.Image]], Tensor]:
         """As `text_to_image`, with log p(text | sampled codes) of each image, (texts, num_images) float32, on CPU."""
-        sampling = SamplingSettings(temperature, top_k, top_p, guidance)
-        self.sampler.check(TEXT_TO_IMAGE, num_images, sampling)
+        sampling = self.sampler.checked(TEXT_TO_IMAGE, num_images, 0, temperature, top_k, top_p, guidance)
         text_RL = self.encode_texts(texts)
         codes_RSN = self.sampler.sample(text_RL, TEXT_TO_IMAGE, num_images, sampling, seed)
         log_p_B = self.log_p(repeat(text_RL, "R L -> (R S) L", S=num_images), codes_RSN.flatten(0, 1), "image")
         return self._images(codes_RSN), rearrange(log_p_B, "(R S) -> R S", S=num_images)
 
+    @names_checked
     def complete(
         self,
         images: Sequence[ImageLike],
@@ -222,8 +235,7 @@ class LVerse:
             DataError: an image cannot be read.
             TokenizerError: a text cannot be used.
         """
-        sampling = SamplingSettings(temperature, top_k, top_p, guidance)
-        self.sampler.check(TEXT_TO_IMAGE, num_images, sampling, rerank)
+        sampling = self.sampler.checked(TEXT_TO_IMAGE, num_images, rerank, temperature, top_k, top_p, guidance)
         if len(self.vae.code_levels) != 1:
             raise ConfigError(f"complete needs one level of codes, not {self.vae.code_levels}. Train on an AugVAE-SL.")
         (side,) = self.vae.code_levels
@@ -241,6 +253,7 @@ class LVerse:
         kept_IK = codes_IN[:, : keep_rows * side]
         return self._images(self.sampler.sample(text_IL, TEXT_TO_IMAGE, num_images, sampling, seed, rerank, kept_IK))
 
+    @names_checked
     def image_to_text(
         self,
         images: Sequence[ImageLike],
@@ -263,8 +276,7 @@ class LVerse:
             ConfigError: a setting cannot be used.
             DataError: an image cannot be read.
         """
-        sampling = SamplingSettings(temperature, top_k, top_p, guidance)
-        self.sampler.check(IMAGE_TO_TEXT, num_captions, sampling)
+        sampling = self.sampler.checked(IMAGE_TO_TEXT, num_captions, 0, temperature, top_k, top_p, guidance)
         check(CaptionConfig, beams=beams)
         if beams > 1 and (temperature > 0 or num_captions > 1 or guidance != 1):
             raise ConfigError("beams search for one caption: leave out temperature, num_captions and guidance.")
@@ -275,6 +287,7 @@ class LVerse:
             text_RSL = self.sampler.sample(codes_RN, IMAGE_TO_TEXT, num_captions, sampling, seed)
         return [self.tokenizer.decode_batch(self.biart.vocab.unpad_text(text_SL)) for text_SL in text_RSL]
 
+    @names_checked
     def score(self, images: Sequence[ImageLike], texts: Sequence[str], given: Modality = "image") -> Tensor:
         """log p of every image with every text, in nats: (I, T) float32 on the CPU.
 
@@ -295,7 +308,7 @@ class LVerse:
 
     def reconstruct(self, images: Sequence[ImageLike]) -> list[Image.Image]:
         """The images as AugVAE decodes their codes, centre-cropped to its resolution; see `codes`."""
-        return [image for [image] in self._images(self.codes(images)[:, None])]
+        return self.decode_codes(self.codes(images))
 
     def log_p(self, text_BL: Tensor, codes_BN: Tensor, given: Modality, alone: bool = False) -> Tensor:
         """`Sampler.log_p`."""
@@ -308,13 +321,7 @@ class LVerse:
             ConfigError: there is no image.
             DataError: an image cannot be read.
         """
-        items: list[ImageLike] = _listed(images, (Image.Image, str, os.PathLike), "images")
-        resolution, size = self.vae.config.resolution, self._images_at_a_time()
-        out = []
-        for start in range(0, len(items), size):
-            x_BCHW = torch.stack([load_image(image, resolution) for image in items[start : start + size]])
-            out.append(self.vae.codes(x_BCHW.to(self.device)).cpu())
-        return torch.cat(out)
+        return encode_images(self.vae, listed(images, SINGLE, "images"), self._images_at_a_time())
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
         """Padded text ids (T, L) int64, on the CPU.
@@ -323,34 +330,19 @@ class LVerse:
             ConfigError: there is no text.
             TokenizerError: a text cannot be used, or there is no such `too_long`.
         """
-        items: list[str] = _listed(texts, str, "texts")
-        length = self.biart.config.text_len
-        found = self.tokenizer.encode_counted(items, length, self.too_long)
-        for i, (kept, count) in enumerate(found):
-            if count > length:
-                cut = f"text_len is {length}: cut to {self.tokenizer.decode(kept)!r}"
-                warnings.warn(f"text {i} has {count} tokens, {cut}", stacklevel=3)
-        if said := self.tokenizer.about_unknown_words(items):
-            warnings.warn(said, stacklevel=3)
-        return self.biart.vocab.pad_text([kept for kept, _ in found])
+        return encode_texts(self.tokenizer, listed(texts, str, "texts"), self.biart.vocab, self.too_long)
+
+    def decode_codes(self, codes_IN: Tensor) -> list[Image.Image]:
+        """The images that AugVAE decodes from codes (I, N) int64, on any device, as `codes` returns them.
+
+        Raises:
+            ValueError: they are no such codes (`AugVAE.decode_codes`).
+        """
+        return decode_images(self.vae, codes_IN, self._images_at_a_time())
 
     def _images(self, codes_RSN: Tensor) -> list[list[Image.Image]]:
-        parts = codes_RSN.flatten(0, 1).split(self._images_at_a_time())
-        images = [image for part in parts for image in to_images(self.vae.decode_codes(part.to(self.device)))]
-        return [images[i : i + codes_RSN.shape[1]] for i in range(0, len(images), codes_RSN.shape[1])]
+        images, num = self.decode_codes(codes_RSN.flatten(0, 1)), codes_RSN.shape[1]
+        return [images[i : i + num] for i in range(0, len(images), num)]
 
     def _images_at_a_time(self) -> int:
         return self.sampler.rows_at_a_time(VAE_BYTES_PER_PIXEL * self.vae.config.resolution**2)
-
-
-def _listed(items: Any, single: type | tuple[type, ...], what: str) -> list:
-    """A list of one or more; a single text or image counts as one."""
-    if isinstance(items, single) or (isinstance(items, Tensor) and not items.is_nested and items.dim() == 3):
-        items = [items]
-    try:
-        items = list(items)
-    except TypeError:
-        raise ConfigError(f"{what} is a {type(items).__name__}; give a list.") from None
-    if not items:
-        raise ConfigError(f"{what} is an empty list: give at least one.")
-    return items

@@ -23,7 +23,8 @@ from latent_verse.data.caption_files import clean
 from latent_verse.data.folders import EXTENSIONS, counted, describe_files, walk
 from latent_verse.files import made_folder, setting_named, text_lines, write_text
 from latent_verse.inference.image_io import grid, load_image, save_png, to_images
-from latent_verse.inference.pipeline import LVerse, best_device
+from latent_verse.inference.pipeline import LVerse
+from latent_verse.inference.placement import best_device
 from latent_verse.training import runs
 
 GROUP = 1024  # images in memory at a time

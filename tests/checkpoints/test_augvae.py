@@ -20,13 +20,29 @@ from safetensors.torch import load_file, save_file
 from latent_verse.augvae.model import AugVAE
 from latent_verse.checkpoints.augvae import load_augvae, load_for_training
 from latent_verse.checkpoints.biart import export_bundle
-from latent_verse.checkpoints.ckpt_files import CheckpointError, check_resumable, find_checkpoint, in_order, read_ckpt
+from latent_verse.checkpoints.ckpt_files import (
+    CheckpointError,
+    check_resumable,
+    find_checkpoint,
+    fingerprint,
+    in_order,
+    read_ckpt,
+)
 from latent_verse.config import ConfigError, as_plain
-from latent_verse.config.train import EvalVAEConfig, TrainerConfig, TrainVAEConfig, VAEOptimConfig
+from latent_verse.config.train import (
+    EvalVAEConfig,
+    FrozenVAEConfig,
+    TrainBiARTConfig,
+    TrainerConfig,
+    TrainVAEConfig,
+    VAEOptimConfig,
+)
 from latent_verse.config.train_rules import with_evaluated_shape
 from latent_verse.training.augvae import LitAugVAE
+from latent_verse.training.biart_setup import frozen_vae
 from tests.messages import naming
 from tests.small_checkpoints import own_ckpt
+from tests.tiny_lverse import make_lverse
 
 SINGLE = pytest.mark.parametrize("single_level", [None, 8, 4, 2])
 
@@ -175,6 +191,19 @@ def test_the_weights_file_of_a_folder_stands_for_the_folder(tiny_augvae, tiny_im
     assert_same(AugVAE.from_pretrained(tmp_path), model, tiny_images())
 
 
+def test_a_bundle_gives_its_augvae_everywhere(tiny_augvae, tiny_images, tmp_path):
+    """Also to --pretrained_path of train_vae and to --vae_path of train_biart."""
+    model = make_lverse(tiny_augvae(single_level=4))
+    model.save_pretrained(tmp_path / "bundle")
+    for load in (load_augvae, AugVAE.from_pretrained):
+        assert_same(load(tmp_path / "bundle"), model.vae, tiny_images())
+    optim = VAEOptimConfig(pretrained_path=str(tmp_path / "bundle"))
+    _, trained_on = load_for_training(TrainVAEConfig(optim=optim), set())
+    assert fingerprint(trained_on) == model.fingerprints["vae"]
+    config = TrainBiARTConfig(vae=FrozenVAEConfig(vae_path=str(tmp_path / "bundle")))
+    assert fingerprint(frozen_vae(config)[1]) == model.fingerprints["vae"]
+
+
 def test_a_hub_id(tiny_augvae, tiny_images, tmp_path, monkeypatch):
     model = tiny_augvae()
     model.save_pretrained(tmp_path / "cache")
@@ -185,8 +214,9 @@ def test_a_hub_id(tiny_augvae, tiny_images, tmp_path, monkeypatch):
         return str(tmp_path / "cache")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda self, name, timeout: None)
     assert_same(load_augvae("someone/augvae"), model, tiny_images())
-    assert asked == [("someone/augvae", ["config.json", "model.safetensors"])]
+    assert asked == [("someone/augvae", ["config.json", "model.safetensors", "vae/*"])]  # vae/: of a bundle
 
 
 def test_training_what_was_loaded_leaves_the_file_alone(tiny_augvae, tmp_path):
@@ -447,6 +477,7 @@ def test_the_hub_out_of_reach(monkeypatch):
     def offline(*args, **kwargs):
         raise ConnectionError("no route to host\nwith a second line")
 
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda self, name, timeout: None)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     assert "second line" not in refusal("someone/augvae", "someone/augvae", "no route to host")
 

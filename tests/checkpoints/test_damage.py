@@ -267,9 +267,11 @@ def test_a_mistyped_path_names_what_is_there(tmp_path, monkeypatch):
         one_line(load, "result", "results")
 
 
-def test_a_bundle_in_place_of_an_augvae_names_its_augvae(tiny_augvae, tmp_path):
+def test_a_bundle_in_place_of_an_augvae_whose_augvae_is_damaged(tiny_augvae, tmp_path):
     make_lverse(tiny_augvae(single_level=4)).save_pretrained(tmp_path)
-    one_line(load_augvae, tmp_path, tmp_path / "vae")
+    load_augvae(tmp_path)
+    (tmp_path / "vae" / "model.safetensors").unlink()
+    one_line(load_augvae, tmp_path, tmp_path / "vae", "model.safetensors")
 
 
 # ----------------------------------------------------------------------------------------------------------- moved runs

@@ -17,6 +17,7 @@ from PIL import Image
 from latent_verse.commands import eval_vae, train_vae
 from tests.image_runs import SMALL, write_pictures
 from tests.messages import naming
+from tests.tiny_lverse import make_lverse
 
 REPO = Path(__file__).parents[2]
 FLAGS = ["--gpus", "0", "--num_workers", "0", "--refresh_rate", "0"]
@@ -40,6 +41,16 @@ def evaluate(tmp_path: Path, model: Path, *more: str) -> dict:
     assert eval_vae.main(flags) == 0
     (run,) = set((tmp_path / "runs").glob("*")) - before
     return json.loads((run / "metrics.json").read_text()) | {"run": run}
+
+
+def test_a_bundle_stands_for_its_augvae(tmp_path, tiny_augvae):
+    make_lverse(tiny_augvae(single_level=4)).save_pretrained(tmp_path / "bundle")
+    images = str(write_pictures(tmp_path / "images", 4))
+    of_bundle, of_its_augvae = (
+        evaluate(tmp_path, tmp_path / model, "--test_dir", images, "--name", name)
+        for model, name in (("bundle", "a"), ("bundle/vae", "b"))
+    )
+    assert of_bundle["psnr"] == of_its_augvae["psnr"] and of_bundle["codes_used_4"] == of_its_augvae["codes_used_4"]
 
 
 def test_metrics_files_and_table(tmp_path, model, capsys):

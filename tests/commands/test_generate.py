@@ -352,7 +352,7 @@ def test_a_gpu_samples_in_bfloat16_and_scores_as_stored_unless_a_flag_says_other
     bundle, images, tmp_path, monkeypatch, capsys
 ):
     loaded, load = [], LVerse.from_pretrained
-    monkeypatch.setattr("latent_verse.inference.pipeline.sampling_dtype", lambda stored, device: torch.bfloat16)
+    monkeypatch.setattr("latent_verse.inference.placement.sampling_dtype", lambda stored, device: torch.bfloat16)
     monkeypatch.setattr(LVerse, "from_pretrained", lambda *a, **k: loaded.append(load(*a, **k)) or loaded[-1])
     score = ["--score", images / "a.png", "a red circle", "b"]
     for i, (argv, dtype) in enumerate((

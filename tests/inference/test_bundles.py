@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from latent_verse.checkpoints.bundle import BUNDLE_FILES
 from latent_verse.checkpoints.ckpt_files import CheckpointError, fingerprint
 from latent_verse.config import ConfigError, as_plain
-from latent_verse.inference.pipeline import LVerse, sampling_dtype
+from latent_verse.inference.pipeline import LVerse
+from latent_verse.nn.precision import sampling_dtype
 from tests.messages import naming
 from tests.tiny_lverse import TEXTS, make_lverse, same
 
@@ -89,8 +90,11 @@ def test_weights_of_another_shape_are_refused(bundle):
 def test_folders_of_another_kind_are_refused(model, bundle, tmp_path):
     with pytest.raises(CheckpointError, match=naming(bundle / "vae", "AugVAE")):
         LVerse.from_pretrained(bundle / "vae")
-    with pytest.raises(CheckpointError, match=naming(tmp_path, bundle)):
+    bundle.rename(tmp_path / "other")
+    with pytest.raises(CheckpointError, match=naming(tmp_path, tmp_path / "other")):
         LVerse.from_pretrained(tmp_path)
+    (tmp_path / "other").rename(bundle)
+    assert LVerse.from_pretrained(tmp_path).fingerprints == model.fingerprints  # the folder of a run
     with pytest.raises(CheckpointError, match=naming(bundle / "config.json", "file")):
         LVerse.from_pretrained(bundle / "config.json")
     with pytest.raises(CheckpointError, match=naming(tmp_path / "nowhere")):
@@ -149,7 +153,7 @@ def test_auto_is_bfloat16_on_a_gpu_that_has_it(monkeypatch, stored, device, capa
 
 def test_auto_is_asked_for_and_what_is_stored_is_kept_otherwise(model, bundle, tmp_path, monkeypatch):
     """A model that is loaded and saved again must not lose precision, whatever the machine."""
-    monkeypatch.setattr("latent_verse.inference.pipeline.sampling_dtype", lambda stored, device: torch.bfloat16)
+    monkeypatch.setattr("latent_verse.inference.placement.sampling_dtype", lambda stored, device: torch.bfloat16)
     assert LVerse.from_pretrained(bundle, device="cpu", dtype="auto").biart.head.weight.dtype == torch.bfloat16
     LVerse.from_pretrained(bundle, device="cpu").save_pretrained(tmp_path / "again")
     again = LVerse.from_pretrained(tmp_path / "again", device="cpu")

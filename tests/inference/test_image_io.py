@@ -108,7 +108,7 @@ def test_pillow_s_own_images_are_read_as_their_files_are(tmp_path, orientation):
         (torch.full((3, 8, 8), 2.0), [2]),
         (torch.zeros(3, 0, 8), [0]),
         (torch.zeros(2, 8, 8), [2]),
-        (np.zeros((3, 8, 8)), ["ndarray"]),
+        (np.zeros((3, 8, 8)), ["array", "float64", (3, 8, 8), "uint8", "(H, W, 3)", "torch.from_numpy"]),
         (b"png", ["bytes"]),
         (None, ["NoneType"]),
     ],
@@ -123,3 +123,39 @@ def test_a_png_carries_its_text_and_is_whole_or_not_there(tmp_path):
     with Image.open(tmp_path / "a.png") as image:
         assert image.text == {"text": "a caption ✓"}
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_floats_in_the_unit_interval_are_warned_of_where_that_is_certain(recwarn):
+    """An image of ToTensor, with any level that no 8-bit image in [-1, 1] can have."""
+    pixels = torch.from_numpy(np.array(PHOTO)).permute(2, 0, 1)
+    with pytest.warns(UserWarning, match=naming([0, 1], [-1, 1], "2 * x - 1")):
+        load_image(pixels / 255, 8)
+    recwarn.clear()
+    bright = pixels // 2 + 128  # in [-1, 1] all of it is above 0
+    for certain in (
+        pixels / 127.5 - 1,
+        bright / 127.5 - 1,
+        torch.zeros(3, 8, 8),
+        torch.ones(3, 8, 8),
+        torch.rand(3, 8, 8),
+    ):
+        load_image(certain, 8)
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        *(np.zeros((8, 8, 3)), np.zeros((3, 8, 8), np.uint8), np.zeros((0, 8, 3), np.uint8), np.zeros(8, np.uint8)),
+        *(np.zeros((8, 8, 2), np.uint8), np.zeros((8, 8, 3), np.int64), np.zeros((8, 8), bool)),
+        np.zeros((1, 8, 8, 3), np.uint8),
+    ],
+    ids=lambda array: f"{array.dtype}{array.shape}",
+)
+def test_arrays_that_are_no_images_are_named(array):
+    with pytest.raises(DataError, match=naming(array.dtype, array.shape, "uint8", "(H, W, 3)", "(H, W)")) as error:
+        load_image(array, 8)
+    assert "\n" not in str(error.value)
+    channels_first = torch.zeros(8, 8, 3)
+    with pytest.raises(DataError, match=naming((8, 8, 3), "(3, H, W)", ".permute(2, 0, 1)".strip("."))):
+        load_image(channels_first, 8)

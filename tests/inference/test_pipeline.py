@@ -22,7 +22,8 @@ from latent_verse.config import ConfigError
 from latent_verse.data.transforms import centre_crop, to_unit_range
 from latent_verse.inference.batching import sample_seeds
 from latent_verse.inference.image_io import grid, load_image, to_images
-from latent_verse.inference.pipeline import LVerse, best_device
+from latent_verse.inference.pipeline import LVerse
+from latent_verse.inference.placement import best_device
 from tests.messages import naming
 from tests.tiny_lverse import TEXTS, make_lverse, photo, same
 
