@@ -179,7 +179,7 @@ def test_a_limit_of_ones_own_lifts_them(argv, changed):
 def test_the_seed_command_stays_a_smoke_test(monkeypatch):
     """Its YAML gives epochs: 30, which is meant for real images."""
     file = str(ROOT / "configs" / "imagenet_augvae_ml.yaml")
-    monkeypatch.setattr(train_vae, "run", lambda config, given: limits(config))
+    monkeypatch.setattr(train_vae, "run", lambda config, given, prog: limits(config))
     assert train_vae.main(["--fake_data", "--configs", file]) == FAKE_LIMITS
     assert train_vae.main(["--fake_data", "--configs", file, "--epochs", "3"])["epochs"] == 3
 
