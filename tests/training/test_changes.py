@@ -164,8 +164,8 @@ def test_a_run_that_either_limit_ended_goes_on_when_that_is_raised(tmp_path, the
     capsys.readouterr()
     assert train_vae.main([*flags, *then.split(), "--name", "parts"]) == 0
     raised, other = ("--epochs", "--max_steps")[:: 1 if "60" in now else -1]
-    said = capsys.readouterr().out.splitlines()[-1]
-    assert naming(raised, "Stopped").search(said) and other not in said.split("Raise")[1]
+    (said,) = (line for line in capsys.readouterr().out.splitlines() if "Stopped" in line)
+    assert naming(raised).search(said) and other not in said.split("Raise")[1]
     assert train_vae.main([*flags, *now.split(), "--name", "parts"]) == 0
     losses = []
     for name in ("straight", "parts"):
