@@ -9,16 +9,18 @@ the two marks is written anew. CONTRIBUTING.md says how demos with other seeds a
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Tuple
 
-from latent_verse.checkpoints.shipped import CARD
+from latent_verse.checkpoints.shipped import CARD, shipped_folders
 from latent_verse.config.cli import parse
 from latent_verse.config.messages import UserError
 from latent_verse.config.program import one_line_errors
 from latent_verse.config.settings import Settings, require, setting
 from latent_verse.config.train import TrainBiARTConfig
+from latent_verse.demo.page import Spread
 from latent_verse.files import read_json_object, read_text, write_json, write_text
 from latent_verse.metrics.intervals import wilson
 
@@ -46,7 +48,7 @@ class CardConfig:
 
 
 def read_demo(demo: Path) -> dict[str, Any]:
-    """What a finished demo reached: {seed, commit, machine, torch, seconds, results}.
+    """What a finished demo reached: {seed, commit, machine, torch, results}.
 
     Raises:
         UserError: a file of it cannot be read, or lacks something.
@@ -61,7 +63,7 @@ def read_demo(demo: Path) -> dict[str, Any]:
             }
             for direction, title in DIRECTIONS.items()
         }
-        return {"seed": _recipe(demo).trainer.seed, **facts, "seconds": metrics["seconds"]["total"], "results": results}
+        return {"seed": _recipe(demo).trainer.seed, **facts, "results": results}
     except (KeyError, TypeError) as error:
         raise UserError(f"{demo / 'metrics.json'} is not of a finished demo: {error!r} is missing in it.") from error
 
@@ -83,12 +85,29 @@ def tables(card: dict[str, Any]) -> str:
     shares = {run["seed"]: [run["results"][what][name] for what, name in ways] for run in card["runs"]}
     for seed, found in shares.items():
         lines.append(f"| {seed} | " + " | ".join(f"{_share(result):.1f} %" for result in found) + " |")
-    spread = [sorted(map(_share, column)) for column in zip(*shares.values(), strict=True)]
-    lines.append("| lowest to highest | " + " | ".join(f"{s[0]:.1f} to {s[-1]:.1f} %" for s in spread) + " |")
-    minutes, torch = shipped["seconds"] / 60, shipped["torch"]
-    lines += ["", f"Trained in {minutes:.0f} minutes on {shipped['machine']}, with PyTorch {torch}."]
+    ranges = [_range(column) for column in zip(*shares.values(), strict=True)]
+    lines.append("| lowest to highest | " + " | ".join(f"{low:.1f} to {high:.1f} %" for low, high in ranges) + " |")
+    lines += ["", f"Trained on {shipped['machine']}, with PyTorch {shipped['torch']}."]
     lines.append(f"Seed {card['seed']}; commit {shipped['commit']}.")
     return "\n".join(lines)
+
+
+def spread() -> Spread | None:
+    """What the shipped model's recipe reached with several seeds, from its card; None if that is not there."""
+    folder = shipped_folders().get("shapes")
+    if not folder or not (folder / CARD).is_file():
+        return None
+    runs = [run["results"] for run in read_json_object(folder / CARD)["runs"]]
+    ways = (
+        {s: _range([r[DIRECTIONS[d]][name] for r in runs]) for s, name in SPLITS.items()}
+        for d in ("text_to_image", "image_to_text")
+    )
+    return Spread(len(runs), *ways)
+
+
+def _range(results: Iterable[dict[str, int]]) -> tuple[float, float]:
+    shares = [*map(_share, results)]
+    return min(shares), max(shares)
 
 
 def _share(result: dict[str, int]) -> float:

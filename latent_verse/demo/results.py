@@ -8,7 +8,8 @@ from typing import Any
 from PIL import Image
 
 from latent_verse.data.shapes import World
-from latent_verse.demo.page import Curves, Report, Spread, read_curves, write_page
+from latent_verse.demo.card import spread
+from latent_verse.demo.page import Curves, Report, read_curves, write_page
 from latent_verse.files import read_json_object, write_json
 from latent_verse.machine import commit, machine
 
@@ -18,13 +19,6 @@ NATS_COLUMNS = {
     "val/text_to_image/image_loss": "image given text, per code",
     "val/image_to_text/text_loss": "text given image, per token",
 }
-# The small world's results in several runs of `make demo` that differ in seed or CPU: lowest and highest, in %.
-# README and docs/results.md state the same.
-SPREAD = Spread(
-    runs=3,
-    text_to_image={"unseen": (98.8, 99.8), "heldout": (83.6, 96.0)},
-    image_to_text={"unseen": (97.4, 99.6), "heldout": (93.2, 95.8)},
-)
 RIGHT_COLUMNS = {"val/text_to_image/right": "text to image", "val/image_to_text/right": "image to text"}
 
 
@@ -55,7 +49,7 @@ def write(out: Path, world: str, stages: list[tuple[str, str, str]], seconds: di
         stages=[(title, seconds[name], command) for name, title, command in stages],
         curves=curves(out),
         facts=[*about.items(), *facts.items()],
-        spread=SPREAD if world == "small" else None,
+        spread=spread() if world == "small" else None,
     )
     for split in splits.values():
         add_readings(out, World.preset(world), split["cases"])
