@@ -36,7 +36,7 @@ def write_demo(folder: Path, seed: int, right: int, vae) -> Path:
         "heldout": {"right": right - 100, "total": 200, "attributes": {}},
     }
     facts = {"machine": "a machine, 2 cores", "torch": "2.9.0", "Python": "3.11", "commit": f"c0ffee{seed}"}
-    metrics = {**dict.fromkeys(card.DIRECTIONS, counts), "seconds": {"total": 630.5}, "facts": facts}
+    metrics = {**dict.fromkeys(card.DIRECTIONS, counts), "facts": facts}
     (folder / "metrics.json").write_text(json.dumps(metrics))
     return folder
 
@@ -62,9 +62,9 @@ def test_the_first_demo_becomes_the_model_and_all_its_results(demos, model, caps
     assert shipped.fingerprints == first.fingerprints
     about = read_json_object(model / "card.json")
     assert (about["does"], about["example"], about["seed"]) == ("things", "a thing", 7)
-    assert [(run["seed"], run["commit"], run["seconds"]) for run in about["runs"]] == [
-        (7, "c0ffee7", 630.5),
-        (3, "c0ffee3", 630.5),
+    assert [(run["seed"], run["commit"], run["torch"]) for run in about["runs"]] == [
+        (7, "c0ffee7", "2.9.0"),
+        (3, "c0ffee3", "2.9.0"),
     ]
     assert about["runs"][0]["results"]["image to text"]["held-out combinations"] == {"right": 97, "total": 200}
     page = (model / "README.md").read_text()
@@ -73,7 +73,7 @@ def test_the_first_demo_becomes_the_model_and_all_its_results(demos, model, caps
     assert f"197 of 200, 98.5 % ({100 * low:.1f} to {100 * high:.1f})" in page
     assert "| 7 | 98.5 % | 48.5 % | 98.5 % | 48.5 % |" in page and "| 3 | 96.5 % | 46.5 % |" in page
     assert "| lowest to highest | 96.5 to 98.5 % | 46.5 to 48.5 % |" in page
-    assert naming("a machine, 2 cores", "2.9.0", "c0ffee7", 7).search(page) and "11 minutes" in page
+    assert naming("a machine, 2 cores", "2.9.0", "c0ffee7", 7).search(page)
     assert card.main(["--demos", *map(str, demos), "--out", str(model)]) == 0  # again: the same
     assert (model / "README.md").read_text() == page
 
