@@ -1,4 +1,4 @@
-"""generate.py as a user runs it, through main(argv), on a tiny random bundle; and flags that hold whole texts."""
+"""generate.py as a user runs it, through main(argv), on a tiny random bundle."""
 
 from __future__ import annotations
 
@@ -11,17 +11,15 @@ import shutil
 import subprocess
 import sys
 import time
-import warnings
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Optional, Tuple
 
 import pytest
 import torch
 from PIL import Image
 
 from latent_verse.commands import generate
-from latent_verse.config import ConfigError, cli, printable, setting, yaml_files
+from latent_verse.config import cli, printable, yaml_files
 from latent_verse.config.generate import TASKS, USED, GenerateConfig, GenerateSamplingConfig, WhatConfig, WriteConfig
 from latent_verse.data import DataError
 from latent_verse.inference import tasks
@@ -389,43 +387,6 @@ def test_logits_that_are_not_finite_are_one_line_with_the_flag(bundle, tmp_path,
     assert naming("dtype", "float32").search(error) and len(error.splitlines()) == 1
 
 
-def test_without_a_model_the_default_is_taken_and_said(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert generate.main(["--text", "a red ring", "--gpus", "0", "--out", "a", "--temperature", "0"]) == 0
-    (said,) = (line for line in capsys.readouterr().err.splitlines() if "--model" in line)
-    assert naming("No --model given", "shapes", REPO / "models" / "shapes", "a red ring left of a blue cross").search(
-        said
-    )
-    assert run("shapes", "--text", "a red ring", "--out", "b", "--temperature", "0") == 0
-    assert "--model" not in capsys.readouterr().err
-    assert same([[Image.open("a/0000_00.png")]], [[Image.open("b/0000_00.png")]])
-    for argv in (["--image", "a/0000_00.png"], ["--score", "a/0000_00.png", "a red ring", "a blue cup"]):
-        assert generate.main([*argv, "--gpus", "0"]) == 0
-        assert "a red ring" in capsys.readouterr().out
-    argv = ["--complete", "a/0000_00.png", "--rows", "4", "--text", "a red ring", "--gpus", "0"]
-    assert generate.main(argv) == 0
-    capsys.readouterr()
-    assert generate.main(["--gpus", "0"]) == 2 and naming("text", "image", "score").search(capsys.readouterr().err)
-
-
-def test_a_mistyped_model_is_told_the_closest(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert run("shpaes", "--text", "a") == 2
-    assert naming("shpaes", "shapes").search(capsys.readouterr().err)
-
-
-def test_words_that_the_model_has_never_seen_are_told_in_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        assert run("shapes", "--text", "a cat on a sofa", "a red cup") == 0
-        assert run("shapes", "--score", "generated/0000_00.png", "a dog") == 0
-        assert run("shapes", "--text", "a red cup left of a blue ring") == 0
-    said = list(dict.fromkeys(str(one.message) for one in caught if "unknown words" in str(one.message)))
-    assert len(said) == 2 and all(len(line.splitlines()) == 1 for line in said)
-    assert naming("cat", "sofa", "red", "zigzag").search(said[0]) and naming("dog").search(said[1])
-
-
 def test_help_is_fast_and_names_every_flag():
     begin = time.perf_counter()
     done = subprocess.run(
@@ -449,50 +410,6 @@ def test_every_flag_is_used_by_a_task():
 
 
 # ---------------------------------------------------------------------------------------------- flags that hold texts
-
-
-@dataclasses.dataclass
-class Words:
-    words: Tuple[str, ...] = setting((), "whole texts")
-    maybe: Optional[Tuple[str, ...]] = setting(None, "whole texts or none")
-    numbers: Tuple[int, ...] = setting((1,), "numbers, as before")
-
-
-@dataclasses.dataclass
-class Run:
-    section: Words = dataclasses.field(default_factory=Words)
-
-
-@pytest.mark.parametrize(
-    "texts", [["a, b", "c d"], ["[1, 2]"], ["${oc.env:HOME}", "${x"], ["???"], ["null"], [""], ["1e6"], ["赤, 🔴"]]
-)
-def test_texts_stay_whole_on_the_command_line_and_in_yaml(tmp_path, texts):
-    config, given = cli.parse(Run, ["--words", *texts], "")
-    assert config.section.words == tuple(texts) and given == {"words": "--words"}
-    plain = json.dumps(texts, ensure_ascii=False)
-    (tmp_path / "c.yaml").write_text(f"words: {plain}\nnumbers: [3, 4]\n", encoding="utf-8")
-    config, _ = cli.parse(Run, ["-c", str(tmp_path / "c.yaml")], "")
-    assert config.section.words == tuple(texts) and config.section.numbers == (3, 4)
-
-
-def test_other_forms_of_texts(tmp_path):
-    (tmp_path / "c.yaml").write_text("words: one text, whole\nmaybe: null\n")
-    config, _ = cli.parse(Run, ["-c", str(tmp_path / "c.yaml")], "")
-    assert config.section.words == ("one text, whole",) and config.section.maybe is None
-    for written, texts in (("[3, 0.50]", ("3", "0.50")), ("true", ("true",)), ("null", ("null",)), ("[on]", ("on",))):
-        (tmp_path / "c.yaml").write_text(f"words: {written}\n")
-        assert cli.parse(Run, ["-c", str(tmp_path / "c.yaml")], "")[0].section.words == texts
-    for wrong in ("", "{a: 1}", "[[a]]"):
-        (tmp_path / "c.yaml").write_text(f"words: {wrong}\n")
-        with pytest.raises(ConfigError, match=naming("words", tmp_path / "c.yaml")):
-            cli.parse(Run, ["-c", str(tmp_path / "c.yaml")], "")
-
-
-def test_numbers_are_still_read_in_every_form():
-    for argv in (["--numbers", "1", "2"], ["--numbers", "1,2"], ["--numbers", "[1, 2]"]):
-        assert cli.parse(Run, argv, "")[0].section.numbers == (1, 2)
-    with pytest.raises(ConfigError, match=naming("numbers", "a", "--numbers")):
-        cli.parse(Run, ["--numbers", "a"], "")
 
 
 def test_a_yaml_file_gives_settings_and_a_saved_configuration_can_be_read(bundle, tmp_path):
