@@ -146,7 +146,6 @@ def write(demos: list[Path], out: Path) -> None:
     card = read_json_object(out / CARD) | {"seed": runs[0]["seed"], "runs": runs}
     readme = with_tables(read_text(out / "README.md"), card, out / "README.md")
     model = LVerse.from_pretrained(demos[0] / RUN / "bundle", device="cpu")
-    model.tokenizer.complete = model.tokenizer.vocab_size < _recipe(demos[0]).text.bpe_vocab_size  # as `train` sets it
     model.save_pretrained(out)
     write_json(out / CARD, card)
     write_text(out / "README.md", readme)

@@ -12,4 +12,4 @@ def wilson(right: int, total: int) -> tuple[float, float]:
     z, p = 1.96, right / total
     middle = (p + z * z / (2 * total)) / (1 + z * z / total)
     half = z / (1 + z * z / total) * math.sqrt(p * (1 - p) / total + z * z / (4 * total * total))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    return middle - half if right else 0.0, middle + half if right < total else 1.0  # exactly 0 and 1

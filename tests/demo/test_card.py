@@ -133,15 +133,14 @@ def test_the_card_names_the_commands_of_its_results():
 @pytest.mark.slow
 @pytest.mark.parametrize("split", ["val", "heldout"])
 def test_the_results_of_the_card_are_those_of_the_model(split):
-    """On 150 scenes, nearly all of them others than the card's: both 95 % intervals overlap."""
+    """By its own commands, within its 95 % intervals: another processor rounds differently, and changes some answers."""
     config, world = evaluations()[split], World.preset("small")
     model = LVerse.from_pretrained(config.what.model, "cpu")
-    found, _ = shapes_truth.evaluate(model, world, split, 150, 19, config.draw)
+    found, _ = shapes_truth.evaluate(model, world, split, config.what.count, config.what.seed, config.draw)
     about = read_json_object(SHAPES / "card.json")
     (stated,) = (run["results"] for run in about["runs"] if run["seed"] == about["seed"])
     where = card.SPLITS["unseen" if split == "val" else split]
     for direction, title in card.DIRECTIONS.items():
         here, there = found[direction], stated[title][where]
         low, high = wilson(there["right"], there["total"])
-        least, most = wilson(here["right"], here["total"])
-        assert least <= high and low <= most, (title, here, there)
+        assert low <= here["right"] / here["total"] <= high, (title, here, there)
