@@ -12,17 +12,19 @@ from pathlib import Path
 from latent_verse.checkpoints.checks import CheckpointError
 from latent_verse.checkpoints.shipped import shipped_folders
 from latent_verse.config.messages import closest, printable, reason, shown
+from latent_verse.config.train import TrainerConfig
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 ANSWERS_WITHIN = 10.0  # seconds: snapshot_download alone would wait for ever for a hub that takes calls and is silent
 CARD = "README.md"
+RUNS = TrainerConfig.log_dir  # where runs are by default: what is absent there, or before a first run, is no hub id
 
 
 def fetch_from_hub(name: str, files: Iterable[str], wanted: str) -> Path:
     """Fetch files (names or patterns) of a hub id into Hugging Face's cache. Returns their folder.
 
-    Only what can be an id is asked for: `owner/name`, of which `owner` is no folder here. A hub that is out of reach is
-    waited for at most ANSWERS_WITHIN seconds; an earlier copy in the cache is then taken.
+    Only what can be an id is asked for: `owner/name`, of which `owner` is no folder here. A hub that is out of reach, or
+    answers with an error, is waited for at most ANSWERS_WITHIN seconds; an earlier copy in the cache is then taken.
 
     Args:
         wanted: what to give instead, for messages: "a folder of save_pretrained".
@@ -31,17 +33,17 @@ def fetch_from_hub(name: str, files: Iterable[str], wanted: str) -> Path:
         CheckpointError: `name` is an absent path, or cannot be fetched; the message says what is there instead.
     """
     owner, like_id = name.partition("/")[0], HUB_ID.fullmatch(name) and not name.endswith((".ckpt", ".safetensors"))
-    if not like_id or os.path.isdir(owner):
-        why = f" ({owner} is a folder here, so it is not looked for on the hub)" if like_id else ""
+    if not like_id or os.path.isdir(owner) or owner == RUNS:
+        why = f" ({owner} is a folder here, so it is not looked for on the hub)" if like_id and owner != RUNS else ""
         remedy = " or ".join([f"Give {wanted}, a hub id (owner/name)", *shipped_folders()]) + "."
         raise CheckpointError(f"{printable(name)} does not exist{why}{_nearest(name)} {remedy}")
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
         try:
             HfApi().model_info(name, timeout=ANSWERS_WITHIN)
-        except HfHubHTTPError:  # it answers
+        except RepositoryNotFoundError:
             raise
         except Exception as out_of_reach:  # its HTTP client, another one in newer versions, raises its own
             try:
@@ -57,9 +59,7 @@ def fetch_from_hub(name: str, files: Iterable[str], wanted: str) -> Path:
 
 
 def _nowhere(name: str, why: str) -> str:
-    return (
-        f"{name} is neither a file or folder here nor a hub id that can be fetched: {why.rstrip('.')}{_nearest(name)}"
-    )
+    return f"{name} is neither a file nor a folder here, nor a hub id that can be fetched: {why.rstrip('.')}{_nearest(name)}"
 
 
 def _nearest(path: str) -> str:

@@ -59,7 +59,10 @@ def test_a_mistyped_path_is_never_asked_for(load, tmp_path, monkeypatch, no_hub)
         said(load, path, path, "exist", f"Did you mean {near}?")
     for path in ("./x", "../x", "/x/y", "a/b/c", "nothing-like-it"):
         said(load, path, path, "exist")
-    assert "results is a folder" in said(load, "results/qqqqqq", "results/qqqqqq", "exist", "owner/name")
+    Path("mine").mkdir()
+    assert "mine is a folder" in said(load, "mine/qqqqqq", "mine/qqqqqq", "exist", "owner/name")
+    shutil.rmtree("results")
+    said(load, "results/tiny_augvae_sl", "results/tiny_augvae_sl", "exist")  # before the first run
 
 
 @each_loader
@@ -91,12 +94,15 @@ def nothing_cached(name, allow_patterns, local_files_only=False):
     raise huggingface_hub.errors.LocalEntryNotFoundError("not there")
 
 
-def test_without_the_hub_an_earlier_copy_is_taken(tiny_augvae, tmp_path, monkeypatch):
+@pytest.mark.parametrize("fails", [ConnectionError, huggingface_hub.errors.HfHubHTTPError])
+def test_without_the_hub_an_earlier_copy_is_taken(fails, tiny_augvae, tmp_path, monkeypatch):
+    """It is out of reach, or answers with an error."""
     model = make_lverse(tiny_augvae(single_level=4))
     model.save_pretrained(tmp_path / "copy")
 
     def unreachable(self, name, timeout):
-        raise ConnectionError("no route to host")
+        response = SimpleNamespace(headers={}, status_code=503, request=SimpleNamespace(method="GET", url=name))
+        raise fails("503", **({"response": response} if fails is not ConnectionError else {}))
 
     def cached(name, allow_patterns, local_files_only=False):
         assert local_files_only
