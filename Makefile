@@ -7,8 +7,8 @@ BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 # Ctrl-C reaches the demo and make: the demo stops and says so, and make ends by the signal, without an error of its own
-DEMO := @trap : INT; $(BIN)/python -m latent_verse.demo
-UNLESS_STOPPED := || { code=$$?; test $$code -eq 130 || exit $$code; }
+DEMO := @trap by=ctrl-c INT; $(BIN)/python -m latent_verse.demo
+UNLESS_STOPPED := || { code=$$?; test "$$code$$by" = 130ctrl-c || exit $$code; }
 
 .PHONY: test test-all lint demo demo-long clean-venv
 

@@ -12,6 +12,8 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from latent_verse.config.messages import plural
+
 LINE_EVERY = 30.0  # seconds between two lines where there is no terminal
 BAR = 10, 30  # columns that a bar takes, at least and at most
 TO_THE_END = "\x1b[K"  # deletes the rest of a terminal's line
@@ -47,8 +49,8 @@ class Lines(tqdm):
             return
         now = self.format_dict
         done, total, elapsed = now["n"], now["total"], now["elapsed"]
-        text = f"{self.desc.removesuffix(': ')}: {done:,.0f}{f' of {total:,.0f}' if total else ''} {now['unit']}s"
-        text += f" in {duration(elapsed)}"
+        text = f"{self.desc.removesuffix(': ')}: {done:,.0f}{f' of {total:,.0f}' if total else ''}"
+        text += f" {plural(now['unit'])} in {duration(elapsed)}"
         if total and now["initial"] < done < total:
             text += f", {duration(elapsed * (total - done) / (done - now['initial']))} left"
         self.fp.write(f"{text}\n")

@@ -76,15 +76,16 @@ for i in range(2):
     Image.new("RGB", (40, 40), (i, 90, 200)).save(f"images/{i}.png")
 assert main(["eval-biart", "--model", "bundle", "--fake_data"]) == 2  # without jinja2
 assert demo(["--recipes", "nowhere"]) == 2
-absent.remove("jinja2")
-assert demo(["--recipes", "nowhere"]) == 2  # without matplotlib
-import latent_verse.evaluation.worker
 quick = ["--gpus", "0", "--num_workers", "0"]
 steps = ["--max_steps", "1", "--limit_val_batches", "1", "--name", "run"]
 assert main(["train-vae", "--config", "tiny_augvae_ml", "--fake_data", *quick, *steps]) == 0
 for name, data in (("fake", ["--fake_data"]), ("real", ["--test_dir", "images", "--dataset", "flat"])):
     assert main(["eval-vae", "--ckpt_path", "results/run", "--name", name, *data, *quick]) == 0
 assert "pip install '.[eval]'" in json.loads(Path("results/real/metrics.json").read_text())["missing"]["rfid"]
+assert not Path("results/real/index.html").exists()
+absent.remove("jinja2")
+assert demo(["--recipes", "nowhere"]) == 2  # without matplotlib
+import latent_verse.evaluation.worker
 assert not absent & {module.split(".")[0] for module in sys.modules}
 main(["generate", "--help"])
 """
@@ -102,6 +103,7 @@ def test_without_the_extras(tmp_path):
     assert "Traceback" not in done.stderr
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     remedies = [("jinja2", "'.[eval]'"), ("jinja2", "'.[eval]'"), ("matplotlib", "'.[demo]'")]
+    assert done.stdout.count("Without a page: pages need the package jinja2") == 2
     assert len(errors) == 3 and all(a in e and b in e for e, (a, b) in zip(errors, remedies, strict=True)), errors
 
 

@@ -139,9 +139,9 @@ def test_what_was_done_before_counts_for_no_speed(clock, capsys):
 
 
 def test_work_of_unknown_length_says_how_much_is_done(clock, capsys):
-    for _ in progress_bar(iter(range(40)), what="reading"):
+    for _ in progress_bar(iter(range(40)), what="reading", unit="batch"):
         clock[0] += 1
-    assert capsys.readouterr().err.splitlines()[0] == "reading: 30 items in 30 s"
+    assert capsys.readouterr().err.splitlines()[0] == "reading: 30 batches in 30 s"
 
 
 @pytest.mark.parametrize("shown", [True, False])

@@ -23,8 +23,8 @@ RUNS = TrainerConfig.log_dir  # where runs are by default: what is absent there,
 def fetch_from_hub(name: str, files: Iterable[str], wanted: str) -> Path:
     """Fetch files (names or patterns) of a hub id into Hugging Face's cache. Returns their folder.
 
-    Only what can be an id is asked for: `owner/name`, of which `owner` is no folder here. A hub that is out of reach, or
-    answers with an error, is waited for at most ANSWERS_WITHIN seconds; an earlier copy in the cache is then taken.
+    Only what can be an id is asked for: `owner/name`, of which `owner` is no folder here. If the hub has not answered
+    within ANSWERS_WITHIN seconds, or answers with an error, an earlier copy in the cache is taken.
 
     Args:
         wanted: what to give instead, for messages: "a folder of save_pretrained".
@@ -59,7 +59,8 @@ def fetch_from_hub(name: str, files: Iterable[str], wanted: str) -> Path:
 
 
 def _nowhere(name: str, why: str) -> str:
-    return f"{name} is neither a file nor a folder here, nor a hub id that can be fetched: {why.rstrip('.')}{_nearest(name)}"
+    absent = f"{name} is neither a file nor a folder here, nor a hub id that can be fetched"
+    return f"{absent}: {why.rstrip('.')}{_nearest(name)}"
 
 
 def _nearest(path: str) -> str:

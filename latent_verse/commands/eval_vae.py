@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 
 from latent_verse.config.cli import naming_sources, parse, quick_imports
+from latent_verse.config.messages import UserError, counted, printable
 from latent_verse.config.program import one_line_errors
 from latent_verse.config.remembered import with_layout_of_vae_run
 from latent_verse.config.train import EvalVAEConfig
@@ -30,7 +31,6 @@ def run(config: EvalVAEConfig, given: Mapping[str, str]) -> int:
         from latent_verse.checkpoints.augvae import load_augvae
         from latent_verse.data.datasets import how_many, open_images
         from latent_verse.data.modules import ImageDataModule
-        from latent_verse.evaluation.reconstructions import write_page
         from latent_verse.metrics.reconstruction import table
         from latent_verse.training import runs
         from latent_verse.training.augvae import LitAugVAEEvaluation
@@ -38,13 +38,20 @@ def run(config: EvalVAEConfig, given: Mapping[str, str]) -> int:
         from latent_verse.training.progress_bar import ProgressBar
         from latent_verse.training.trainer import as_config_error, choose_devices, choose_strategy, quiet_lightning, say
 
+    try:
+        from latent_verse.evaluation.reconstructions import write_page
+    except UserError as error:  # jinja2 is an extra
+        say(f"Without a page: {error}")
+        write_page = None
     t = config.trainer
     model = load_augvae(t.ckpt_path)
     config = with_evaluated_shape(config, model.config, given)
     accelerator, devices = choose_devices(t)
     with runs.hold_new_folder(t.log_dir, t.name or f"eval-{runs.stem(t.ckpt_path)}") as folder:
         data = ImageDataModule(open_images(config.data, model.config.resolution, t.seed, ["test"]), config.data, t.seed)
-        say(f"Evaluating on {how_many(data.datasets['test'])} of {config.data.test_dir or config.data.val_dir}")
+        d = config.data
+        source = d.dataset if d.dataset == "fake" else d.test_dir or d.val_dir
+        say(f"Evaluating on {how_many(data.datasets['test'])} of {printable(str(source))}")
         lit, n = LitAugVAEEvaluation(model, config), config.eval.eval_images
         quiet_lightning()
         bar = [ProgressBar(t.refresh_rate)] if t.refresh_rate else []
@@ -69,7 +76,9 @@ def run(config: EvalVAEConfig, given: Mapping[str, str]) -> int:
         if trainer.is_global_zero:
             write_json(folder / "metrics.json", results)
             write_text(folder / "config.yaml", to_yaml(config))
-            write_page(folder, f"{t.ckpt_path}: {results['images']} images", results, to_yaml(config))
-            print(table(results, f"{t.ckpt_path}: {results['images']} images"))
-            print(f"Written to {folder}: metrics.json and index.html")
+            title = f"{t.ckpt_path}: {counted(results['images'], 'image')}"
+            if write_page:
+                write_page(folder, title, results, to_yaml(config))
+            print(table(results, title))
+            print(f"Written to {folder}: metrics.json{' and index.html' if write_page else ''}")
     return 0

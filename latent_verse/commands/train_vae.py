@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from latent_verse.config.cli import naming_sources, parse, quick_imports
+from latent_verse.config.messages import counted
 from latent_verse.config.program import one_line_errors
 from latent_verse.config.train import TrainVAEConfig
 from latent_verse.config.train_rules import idle_flags_vae, resolve_train_vae
@@ -61,7 +62,7 @@ def run(config: TrainVAEConfig, given: Mapping[str, str], prog: str | None = Non
         say(summaries.row("Model", summaries.of_augvae(model)))
         if not start_from:
             base, size, processes = config.optim.learning_rate, config.data.batch_size, trainer.world_size
-            of_all = f"{processes} process{'' if processes == 1 else 'es'} x batch {size}"
+            of_all = f"{counted(processes, 'process')} x batch {size}"
             say(summaries.row("Learning rate", f"{base:g} x {of_all} = {base * processes * size:g}"))
         fit(trainer, t, run, LitAugVAE(model, config, compiles(config)), data, start_from, step)
         if trainer.is_global_zero:

@@ -160,12 +160,13 @@ def naming_sources(config: Any, given: Mapping[str, str]) -> Iterator[None]:
             if f.metadata["path"]
         }
         text = str(error)
-        for leaf, value in paths.items():
-            if not given.get(leaf, "--").startswith("--"):
-                for path in value if isinstance(value, tuple) else [value]:
-                    text = _with_source(text, leaf, path, given[leaf]) if path else text
-        if text != str(error):
-            error.args = (text, *error.args[1:])
+        of_yaml = [leaf for leaf in paths if not given.get(leaf, "--").startswith("--")]
+        named_first = sorted(of_yaml, key=lambda leaf: not re.search(rf"\b{leaf}\b", text))  # two may be one path
+        for leaf in named_first:
+            for path in paths[leaf] if isinstance(paths[leaf], tuple) else [paths[leaf]]:
+                if path and (named := _with_source(text, leaf, path, given[leaf])) != text:
+                    error.args = (named, *error.args[1:])
+                    raise
         raise
 
 

@@ -80,6 +80,16 @@ def differences(old: Mapping[str, object], new: Mapping[str, object]) -> list[st
     return [f"{name}: {shown(before, 300)} then, {shown(now, 300)} now" for name, (before, now) in changed.items()]
 
 
+def counted(number: int, noun: str) -> str:
+    """'1 image', '1,200 images', '2 batches'."""
+    return f"{number:,} {noun if number == 1 else plural(noun)}"
+
+
+def plural(noun: str) -> str:
+    """'images', 'batches', 'processes'."""
+    return f"{noun}es" if noun.endswith(("ch", "s")) else f"{noun}s"
+
+
 def closest(name: str, valid: Iterable[str], prefix: str = "", otherwise: str = ". See --help.") -> str:
     """'. Did you mean X?' for the nearest valid names, or `otherwise`."""
     near = difflib.get_close_matches(name[:100], list(valid), n=2, cutoff=0.6)

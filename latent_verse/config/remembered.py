@@ -16,7 +16,7 @@ from latent_verse.config.program import is_first_process
 from latent_verse.config.train import EvalVAEConfig, TrainBiARTConfig, TrainVAEConfig
 
 LAYOUT = ("dataset", "fake_data", "web_dataset")  # the settings that say how data lies
-PLACES = ("val_dir", "test_dir", "test_captions", "test_size")  # and where
+PLACES = ("val_dir", "test_dir", "test_captions")  # and where
 
 
 def with_layout_of_vae_run(config: EvalVAEConfig, given: Mapping[str, str]) -> tuple[EvalVAEConfig, dict[str, str]]:

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from latent_verse.config.datasets import IMAGE_DATASETS, PAIR_DATASETS, Layout, setting_of
+from latent_verse.config.messages import counted
 from latent_verse.config.train import ImageDataConfig, PairDataConfig
 from latent_verse.data import DataError
 from latent_verse.data.captions import CocoCaptions, FakePairs, KarpathyCaptions, PairFolder, TableCaptions
 from latent_verse.data.codes import CodesDataset
-from latent_verse.data.folders import counted
+from latent_verse.data.folders import describe_found
 from latent_verse.data.images import FakeDataset, FlatImages, ImageDataset, MapImages
 from latent_verse.data.pairs import PairData, PairShards
 from latent_verse.data.shapes import ShapesDataset, World
@@ -155,17 +156,17 @@ def open_pairs(
 def how_many(dataset: MapDataset | PairData | Shards) -> str:
     """What a split holds, in words, and what lies beside it that is not read: `43 images (6 .heic, 1 .svg not read)`.
 
-    Pairs are called so. Shards whose samples nobody has counted are: `3 shards`.
+    Pairs are counted as pairs, and shards whose samples nobody has counted as shards: `3 shards`.
 
     Raises:
         DataError: a local shard holds no image, or cannot be read.
     """
     if not isinstance(dataset, Shards):
-        return counted(len(dataset), dataset.unit, getattr(dataset, "others", {}))
+        return describe_found(len(dataset), dataset.unit, getattr(dataset, "others", {}))
     shards = counted(len(dataset.shards), "shard")
-    return (
-        shards if dataset.samples is None else f"{counted(dataset.samples, dataset.unit, dataset.others)} in {shards}"
-    )
+    if dataset.samples is None:
+        return shards
+    return f"{describe_found(dataset.samples, dataset.unit, dataset.others)} in {shards}"
 
 
 def source_of(data: PairDataConfig, split: str) -> str:

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 
 from latent_verse.config import printable
-from latent_verse.config.messages import reason
+from latent_verse.config.messages import counted, reason
 from latent_verse.config.settings import expand
 from latent_verse.data import DataError
 
@@ -87,9 +87,9 @@ def extension_of(name: str) -> str:
     return os.path.splitext(name)[1].lower() or "extensionless"
 
 
-def counted(number: int, what: str, others: Mapping[str, int] = {}) -> str:
-    """'43 images (6 .heic, 1 .svg not read)': how many of `what` there are, and which files beside them count not."""
-    text = f"{number:,} {what}{'' if number == 1 else 's'}"
+def describe_found(number: int, what: str, others: Mapping[str, int]) -> str:
+    """'43 images (6 .heic, 1 .svg not read)': how many of `what` there are, and which files are not read."""
+    text = counted(number, what)
     kinds = sorted(others.items(), key=lambda item: (-item[1], item[0]))
     first, rest = kinds[:SAID_KINDS], kinds[SAID_KINDS:]
     left = [f"{n:,} {kind}" for kind, n in first]

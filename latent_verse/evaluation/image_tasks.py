@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from latent_verse.data.folders import counted
+from latent_verse.data.folders import describe_found
 from latent_verse.data.shapes import World
 from latent_verse.data.transforms import centre_crop
 from latent_verse.evaluation import round_trips, samples
@@ -37,7 +37,8 @@ def generate(c: Context) -> dict[str, object]:
         others: Counter[str] = Counter()
         groups = samples.read_groups(Path(j.generated_dir), others)
         if c.ranks.is_first:
-            print(f"generated_dir {j.generated_dir}: {counted(sum(len(g.files) for g in groups), 'image', others)}")
+            found = describe_found(sum(len(g.files) for g in groups), "image", others)
+            print(f"generated_dir {j.generated_dir}: {found}")
         digest = c.ranks.share(lambda: samples.fingerprint_files([f for group in groups for f in group.files]))
         checkpoint = {"generated_dir": digest}
         texts = {sample.caption for sample in chosen}

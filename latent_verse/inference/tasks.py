@@ -17,10 +17,10 @@ from torch import Tensor
 from latent_verse.checkpoints.shipped import default_model, default_notice
 from latent_verse.config import ConfigError, printable
 from latent_verse.config.generate import GenerateConfig
-from latent_verse.config.messages import shown
+from latent_verse.config.messages import counted, shown
 from latent_verse.data import DataError
 from latent_verse.data.caption_files import clean
-from latent_verse.data.folders import EXTENSIONS, counted, describe_files, walk
+from latent_verse.data.folders import EXTENSIONS, describe_files, describe_found, walk
 from latent_verse.files import made_folder, setting_named, text_lines, write_text
 from latent_verse.inference.image_io import grid, load_image, save_png, to_images
 from latent_verse.inference.pipeline import LVerse
@@ -180,7 +180,7 @@ def _find_images(names: Sequence[str]) -> list[tuple[str, bool]]:
         if path.is_dir() and not inside:
             raise DataError(f"no image below {name}: looked for {' '.join(EXTENSIONS)}, {describe_files(others)}.")
         if inside:
-            print(f"{printable(name)}: {counted(len(inside), 'image', others)}", file=sys.stderr)
+            print(f"{printable(name)}: {describe_found(len(inside), 'image', others)}", file=sys.stderr)
         found += [(file, False) for file in inside] or [(str(path), True)]
     return found
 
@@ -240,8 +240,8 @@ class _Images:
         file = self.folder / "grid.png"
         save_png(grid(self.rows), file, {"settings": json.dumps(self.settings)})
         shown = f"the first {GRID_ROWS} rows" if self.texts > GRID_ROWS else "all of them"
-        number = "1 image" if len(self.lines) == 1 else f"{len(self.lines)} images"
-        print(f"{number} written to {self.folder}, {shown} in {file} (seed {self.settings['seed']})")
+        number, seed = counted(len(self.lines), "image"), self.settings["seed"]
+        print(f"{number} written to {self.folder}, {shown} in {file} (seed {seed})")
 
 
 def _about(model: LVerse) -> dict[str, object]:

@@ -13,7 +13,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from latent_verse.data.folders import counted
+from latent_verse.config.messages import counted
 from latent_verse.training.backups import made_step
 from latent_verse.training.logs import is_logged
 from latent_verse.training.summaries import row

@@ -24,10 +24,9 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from latent_verse.augvae.quantizer import world_size
 from latent_verse.config import ConfigError
-from latent_verse.config.messages import reason, shown
+from latent_verse.config.messages import counted, reason, shown
 from latent_verse.config.program import is_first_process
 from latent_verse.config.train import TrainBiARTConfig, TrainerConfig, TrainVAEConfig
-from latent_verse.data.folders import counted
 from latent_verse.nn.compilation import why_not_compiled
 from latent_verse.progress import duration
 from latent_verse.training import runs

@@ -111,8 +111,9 @@ def test_limit_and_batch_size_do_not_change_the_metrics(tmp_path, model):
     assert not (a["run"] / "original_images").exists()
 
 
-def test_fake_data_and_yaml_of_training(tmp_path, model):
+def test_fake_data_and_yaml_of_training(tmp_path, model, capsys):
     results = evaluate(tmp_path, model, "--fake_data", "--eval_images", "5")
+    assert "images of fake" in capsys.readouterr().out
     assert results["images"] == 5 and naming("fake data").search(results["missing"]["lpips"])
     yaml = REPO / "configs" / "tiny_augvae_sl.yaml"  # finetune, another shape: those of the checkpoint count
     flags = [
@@ -139,6 +140,7 @@ def test_the_layout_and_the_images_of_a_run_are_remembered(tmp_path, capsys):
     assert naming(run / "config.yaml", "dataset flat", images, "8 images (1 .heic not read)").search(said)
     other = write_pictures(tmp_path / "other", 3, classes=1) / "class0"
     assert evaluate(tmp_path, run, "--test_dir", str(other))["images"] == 3
+    assert evaluate(tmp_path, run, "--eval_images", "2")["images"] == 2
     shutil.rmtree(images)
     assert eval_vae.main(["--ckpt_path", str(run), *FLAGS, "--log_dir", str(tmp_path / "runs")]) == 2
     assert naming(f"{images} (from {run / 'config.yaml'})", "--val_dir").search(capsys.readouterr().err)

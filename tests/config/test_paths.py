@@ -128,6 +128,13 @@ def test_programs_name_the_file_that_a_path_came_from(program, setting, more, ho
     assert naming(setting, "no/such/place (from mine.yaml)", f"--{setting}").search(said) and said.count("\n") == 1
 
 
+def test_of_two_settings_with_one_path_the_one_that_the_message_names_is_told(home, tmp_path, capsys):
+    (tmp_path / "mine.yaml").write_text("train_dir: no/such/place\nvae_path: no/such/place\n")
+    assert train_biart.main(["-c", "mine.yaml", "--gpus", "0"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("(from mine.yaml)") == 1 and said.count("Give --") == 1
+
+
 def test_sections_made_in_python_are_expanded_too(home):
     assert TrainerConfig(log_dir="~/runs").log_dir == f"{home}/runs"
     assert WriteConfig(out=Path("~/out")).out == f"{home}/out"

@@ -133,7 +133,7 @@ def test_the_card_names_the_commands_of_its_results():
 @pytest.mark.slow
 @pytest.mark.parametrize("split", ["val", "heldout"])
 def test_the_results_of_the_card_are_those_of_the_model(split):
-    """By its own commands, within its 95 % intervals: another processor rounds differently, and changes some answers."""
+    """By its own commands, within its 95 % intervals: another processor rounds differently."""
     config, world = evaluations()[split], World.preset("small")
     model = LVerse.from_pretrained(config.what.model, "cpu")
     found, _ = shapes_truth.evaluate(model, world, split, config.what.count, config.what.seed, config.draw)

@@ -90,14 +90,17 @@ def test_a_signal_in_any_stage_ends_the_demo_and_a_rerun_resumes(tmp_path, numbe
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
-@pytest.mark.parametrize(("ends", "code", "text"), [("130", -signal.SIGINT, ""), ("3", 2, "Error 3")])
-def test_make_ends_without_an_error_of_its_own_at_ctrl_c(tmp_path, ends, code, text):
-    """And with one at any other failure. Ctrl-C of a terminal reaches make, its shell and the demo."""
+@pytest.mark.parametrize(
+    ("group", "ends", "code", "text"),
+    [(True, "130", -signal.SIGINT, ""), (True, "3", 2, "Error 3"), (False, "130", 2, "Error 130")],
+)
+def test_make_ends_without_an_error_of_its_own_at_ctrl_c(tmp_path, group, ends, code, text):
+    """And with one at any other failure. Ctrl-C of a terminal reaches the group: make, its shell and the demo."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python").write_text(
         f"#!{sys.executable}\nimport os, signal, sys, time\n"
         f"signal.signal(signal.SIGINT, lambda *_: (time.sleep(0.3), print('saved', flush=True), os._exit({ends})))\n"
-        "print('ready', sys.argv[1:], flush=True)\ntime.sleep(60)\n"
+        "print(os.getpid(), sys.argv[1:], flush=True)\ntime.sleep(60)\n"
     )
     (tmp_path / "bin" / "python").chmod(0o755)
     (tmp_path / ".installed").touch()
@@ -106,9 +109,12 @@ def test_make_ends_without_an_error_of_its_own_at_ctrl_c(tmp_path, ends, code, t
         command, cwd=demo.ROOT, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     try:
-        said = process.stdout.readline()
-        assert said == "ready ['-m', 'latent_verse.demo', '--world', 'small', '--out', 'demo']\n"
-        os.killpg(process.pid, signal.SIGINT)
+        pid, said = process.stdout.readline().split(" ", 1)
+        assert said == "['-m', 'latent_verse.demo', '--world', 'small', '--out', 'demo']\n"
+        if group:
+            os.killpg(process.pid, signal.SIGINT)
+        else:
+            os.kill(int(pid), signal.SIGINT)
         said = process.communicate(timeout=60)[0]
     finally:
         with contextlib.suppress(ProcessLookupError):

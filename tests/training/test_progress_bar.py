@@ -96,7 +96,7 @@ def test_ctrl_c_on_a_terminal_is_answered_above_the_bar(tmp_path):
         process.kill()
         process.wait()
     *_, said = screens(terminal.close(), 80, wraps=True)
-    assert "SIGINT: saving after this step (Ctrl-C again stops at once)" in said
+    assert "Ctrl-C (SIGINT): saving after this step (Ctrl-C again stops at once)" in said
     assert not any("█" in line or "░" in line for line in said) and said[-1] == ""
     assert naming("error", "SIGINT", "resume").search(" ".join(said[-5:]))
 
