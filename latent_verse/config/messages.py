@@ -87,7 +87,7 @@ def counted(number: int, noun: str) -> str:
 
 def plural(noun: str) -> str:
     """'images', 'batches', 'processes'."""
-    return f"{noun}es" if noun.endswith(("ch", "s")) else f"{noun}s"
+    return f"{noun}es" if noun.endswith(("tch", "s")) else f"{noun}s"
 
 
 def closest(name: str, valid: Iterable[str], prefix: str = "", otherwise: str = ". See --help.") -> str:

@@ -20,6 +20,7 @@ from latent_verse.evaluation.distributed import device
 from latent_verse.evaluation.pairs import Pairs
 from latent_verse.evaluation.records import Records
 from latent_verse.files import FileError, made_folder, only_writer, read_json_object, valid_json, write_text
+from latent_verse.inference.arguments import ABOUT_TEXTS
 from latent_verse.inference.pipeline import LVerse
 from latent_verse.machine import commit, machine
 from latent_verse.metrics import likelihood
@@ -56,7 +57,7 @@ def run(ranks: Ranks, config: EvalBiARTConfig, tasks: tuple[str, ...], yaml_text
 def _run(ranks: Ranks, config: EvalBiARTConfig, folder: Path, tasks: tuple[str, ...], yaml_text: str) -> int:
     with warnings.catch_warnings():
         # captions of other datasets are often too long, which is counted, and have other words
-        warnings.filterwarnings("ignore", r"text \d+ has \d+ tokens|unknown words")
+        warnings.filterwarnings("ignore", ABOUT_TEXTS)
         context = _open_context(config, ranks, folder)
         _check_model(context, tasks)
         if ranks.is_first:

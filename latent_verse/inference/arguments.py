@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
@@ -28,6 +29,7 @@ OTHER_NAMES = {
     **dict.fromkeys(("guidance_scale", "cfg_scale", "cond_scale"), ("guidance",)),
     "num_beams": ("beams",),
 }
+ABOUT_TEXTS = r"text \d+ has \d+ tokens|unknown words"  # how warnings of `encode_texts` begin
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -71,6 +73,14 @@ def listed(items: Any, single: type | tuple[type, ...], what: str) -> list:
     return items
 
 
+def warn(text: str) -> None:
+    """Warn of what the user's code gives: the line that is shown is the first one outside of this package."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith("latent_verse."):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, stacklevel=level)
+
+
 def encode_texts(tokenizer: Tokenizer, texts: list[str], vocab: Vocabulary, too_long: str) -> Tensor:
     """Padded text ids (T, L) int64. Warns of a text that is cut (`LVerse.too_long`) and of unknown words.
 
@@ -81,7 +91,7 @@ def encode_texts(tokenizer: Tokenizer, texts: list[str], vocab: Vocabulary, too_
     for i, (kept, count) in enumerate(found):
         if count > vocab.text_len:
             cut = f"text_len is {vocab.text_len}: cut to {tokenizer.decode(kept)!r}"
-            warnings.warn(f"text {i} has {count} tokens, {cut}", stacklevel=5)  # whoever calls LVerse's method
+            warn(f"text {i} has {count} tokens, {cut}")
     if said := tokenizer.about_unknown_words(texts):
-        warnings.warn(said, stacklevel=5)
+        warn(said)
     return vocab.pad_text([kept for kept, _ in found])

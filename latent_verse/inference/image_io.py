@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import os
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from latent_verse.data import DataError
 from latent_verse.data.decoding import FORMATS_TEXT, UnreadableImage, pil_to_tensor, read_rgb
 from latent_verse.data.transforms import centre_crop, to_unit_range
 from latent_verse.files import replacing
+from latent_verse.inference.arguments import warn
 
 ImageLike = Image.Image | str | os.PathLike | np.ndarray | Tensor  # what `load_image` takes
 SINGLE = (Image.Image, str, os.PathLike)  # of these, what is never several images
@@ -72,7 +72,7 @@ def load_image(image: ImageLike, resolution: int) -> Tensor:
         raise DataError(f"an image of {found}; give floats in [-1, 1] (x / 127.5 - 1), or uint8 in [0, 255].")
     image = image.float().clamp(-1, 1)
     if _is_in_unit_interval(image):
-        warnings.warn("a float image has 8-bit values in [0, 1], but [-1, 1] is read: give 2 * x - 1", stacklevel=5)
+        warn("a float image has 8-bit values in [0, 1], but [-1, 1] is read: give 2 * x - 1")
     if image.shape[1:] == (resolution, resolution):
         return image
     return to_unit_range(centre_crop(_to_uint8(image), resolution))

@@ -22,6 +22,7 @@ from latent_verse.data import DataError
 from latent_verse.data.caption_files import clean
 from latent_verse.data.folders import EXTENSIONS, describe_files, describe_found, walk
 from latent_verse.files import made_folder, setting_named, text_lines, write_text
+from latent_verse.inference.arguments import ABOUT_TEXTS
 from latent_verse.inference.image_io import grid, load_image, save_png, to_images
 from latent_verse.inference.pipeline import LVerse
 from latent_verse.inference.placement import best_device
@@ -76,14 +77,13 @@ def generate_images(model: LVerse, config: GenerateConfig, texts: list[str], fol
     """Images for texts: one PNG each, grid.png and pictures.jsonl. They are written in groups, as they are made."""
     settings = config.draw.arguments() | {"rerank": config.draw.rerank}
     written, size = _Images(folder, model, settings), max(1, GROUP // (config.draw.num * max(1, config.draw.rerank)))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of texts that are too long, which come again below
-        distinct = len(model.encode_texts(texts).unique(dim=0))
-    if distinct < len(texts):
+    if len(model.encode_texts(texts).unique(dim=0)) < len(texts):
         size = len(texts)  # a text that comes again has new samples, but only within a call
-    for start in range(0, len(texts), size):
-        group = texts[start : start + size]
-        written.add([{"text": text} for text in group], model.text_to_image(group, config.draw.num, **settings))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ABOUT_TEXTS)  # which the line above gave for all texts
+        for start in range(0, len(texts), size):
+            group = texts[start : start + size]
+            written.add([{"text": text} for text in group], model.text_to_image(group, config.draw.num, **settings))
     written.finish()
 
 

@@ -83,7 +83,9 @@ class Pace(pl.Callback):
 
     def _say_length(self, trainer: pl.Trainer, at: Place) -> None:
         done = f", {at.step:,} of them done" if at.step else ""
-        length = f"{steps_per_epoch(trainer):,} an epoch, {counted(at.epochs, 'epoch')}, {at.steps:,} in all{done}"
+        each = steps_per_epoch(trainer)
+        length = f"{each:,} an epoch, {counted(at.epochs, 'epoch')}, {at.steps:,} in all"
+        length = f"{length if at.steps >= each else f'{at.steps:,} of the {each:,} of an epoch'}{done}"
         with suppress(OSError, ValueError):  # what cannot be printed is reported at the end
             print(row("Steps", length), flush=True)
 

@@ -133,9 +133,10 @@ def test_texts_that_cannot_be_used_are_refused(model):
 
 def test_too_long_texts_are_cut_with_a_warning_or_refused(model):
     long = "круг " * 30
-    with pytest.warns(UserWarning, match=naming("text 1", "text_len", 24, "круг")):
-        sampled = model.text_to_image(["a", long], seed=0)
-    assert len(sampled) == 2
+    for use in (model.text_to_image, model.encode_texts, lambda texts: model.score([photo()] * 2, texts)):
+        with pytest.warns(UserWarning, match=naming("text 1", "text_len", 24, "круг")) as warned:
+            result = use(["a", long])
+        assert len(result) == 2 and warned[0].filename == __file__  # the line that called
     model.too_long = "error"
     with pytest.raises(TokenizerError, match=naming("Caption 1", "круг", "text_len", 24)):
         model.text_to_image(["a", long])

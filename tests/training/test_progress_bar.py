@@ -143,6 +143,7 @@ def test_a_resumed_run_shows_where_it_is(tmp_path, monkeypatch, capsys, always, 
     ({"max_steps": 5, "epochs": 9}, ["1/2, step 3/5", "2/2, step 5/5"], "3 an epoch, 2 epochs, 5 in all"),
     ({"accumulate_grad_batches": 2, "epochs": 2}, ["1/2, step 2/4", "2/2, step 4/4"], "2 an epoch, 2 epochs, 4 in all"),
     ({"limit_train_batches": 2, "epochs": 1}, ["1/1, step 2/2"], "2 an epoch, 1 epoch, 2 in all"),
+    ({"max_steps": 2}, ["1/1, step 2/2"], "2 of the 3 of an epoch"),
 ])  # fmt: skip
 def test_what_limits_a_run_is_counted(settings, places, length, tmp_path, capsys):
     run(tmp_path / "run", 3, **settings)
