@@ -164,12 +164,9 @@ class ProgressBar(LightningsBar):
     def _estimate(self, trainer: pl.Trainer, at: Place) -> None:
         """Say once what an epoch and the rest of the run will take, as soon as enough steps have been timed."""
         each, timed = self.pace.step_seconds, len(self.pace.timed)
-        if (
-            self._estimated
-            or at.step >= at.steps
-            or not each
-            or (timed < self.ENOUGH and timed * each < self.ENOUGH_SECONDS)
-        ):
+        if self._estimated or at.step >= at.steps or not each:
+            return
+        if timed < self.ENOUGH and timed * each < self.ENOUGH_SECONDS:
             return
         self._estimated = True
         epoch = f"{duration(each * steps_per_epoch(trainer))} an epoch, " if at.epochs > 1 else ""
