@@ -31,7 +31,7 @@ def duration(seconds: float) -> str:
 
 
 def rate(per_second: float) -> str:
-    """'0.450', '4.46', '12.3', '1,234' or '56.7k': three digits or a few more, always as many."""
+    """'0.450', '4.46', '12.3', '1,234' or '56.7k': three digits, or more from 1,000 on."""
     number, unit = (per_second, "") if per_second < 9999.5 else (per_second / 1000, "k")
     return f"{number:#.3g}{unit}" if number < 99.95 else f"{number:,.0f}{unit}"
 

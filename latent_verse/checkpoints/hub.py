@@ -82,7 +82,7 @@ def _nearest(path: str) -> str:
 
 
 class PushToHub:
-    """What a model is given that has `save_pretrained` and `model_card`."""
+    """`push_to_hub`, for models that have `save_pretrained` and `model_card`."""
 
     def save_pretrained(self, directory: str | os.PathLike) -> None:
         """Write the model to a folder."""

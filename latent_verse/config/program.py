@@ -162,7 +162,7 @@ class _Signals:
             asked += number == signal.SIGINT
         if not self._over.wait(GRACE):
             if is_first_process():
-                print_error("stopped at once by a second SIGINT: something that it waits for does not answer.")
+                print_error("stopped at once by a second Ctrl-C (SIGINT): something that it waits for does not answer.")
             os._exit(128 + signal.SIGINT)
 
     def __exit__(self, *_: object) -> None:

@@ -103,7 +103,7 @@ def _groups(records: Records) -> list[dict[str, object]]:
     """The groups that have metrics: heading, note, head and rows of a table, and protocols with their metrics."""
     named: dict[str, dict[str, Record]] = {start: {} for start in GROUPS}
     for name, record in records.values.items():
-        start = "reconstruction" if "reconstruction" in name.split("/") else name.partition("/")[0]
+        start = name.partition("/")[0]
         named[start if start in GROUPS else ""][name] = record
     found = []
     for start, of_group in named.items():

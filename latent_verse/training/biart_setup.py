@@ -23,6 +23,7 @@ from latent_verse.data.modules import PairDataModule
 from latent_verse.data.pairs import CaptionEncoder, PairData, all_captions
 from latent_verse.data.text import BPETokenizer, Tokenizer, TokenizerError
 from latent_verse.data.tokenizer_files import load_tokenizer, pack_tokenizer, unpack_tokenizer
+from latent_verse.training.next_commands import level_for_biart
 from latent_verse.training.trainer import say
 
 # a random AugVAE for --fake_data, which needs no file: 32 px, 8 x 8 codes
@@ -30,9 +31,6 @@ FAKE_VAE = AugVAEConfig(
     resolution=32, attn_resolutions=(8,), hidden_dim=32, ch_mult=(1, 1, 1), num_res_blocks=1, z_channels=32,
     codebook_dim=16, num_tokens=64,
 )  # fmt: skip
-
-
-SINGLE = 32  # the paper's level of AugVAE-SL
 
 
 def frozen_vae(config: TrainBiARTConfig, pretrained: Pretrained | None = None) -> tuple[TrainBiARTConfig, AugVAE]:
@@ -67,12 +65,12 @@ def say_levels(vae: AugVAE, path: str | Path) -> None:
     """Say so if an AugVAE is not the AugVAE-SL that BiART is meant for, and how to make one of it."""
     levels = list(vae.code_levels)
     if len(levels) > 1:
-        level = next((level for level in levels if level <= SINGLE), levels[-1])
+        level = level_for_biart(vae)
         codes = f"{vae.num_codes:,} codes an image (levels {', '.join(map(str, levels))})"
-        make = f"train_vae.py --finetune --attn_resolutions {level} --pretrained_path {path}"
+        add = f"--finetune --attn_resolutions {level} --pretrained_path {path} --name NAME"
         say(
             f"vae_path {path} is an AugVAE-ML: BiART learns {codes}, and generate.py --complete is not possible. An "
-            f"AugVAE-SL has {level**2:,} and trains faster: {make}"
+            f"AugVAE-SL has {level**2:,} and trains faster: train_vae.py makes one with the flags of that run and {add}"
         )
 
 

@@ -21,7 +21,7 @@ Given = Mapping[str, str]  # where each setting was given: {leaf: "--flag" or "f
 # flags that are a run's own: the next one has others
 OWN = ("name", "pretrained_path", "finetune", "attn_resolutions", "codebook_init", "resume", "ckpt_path")
 PLACE = ("log_dir", "gpus", "nodes", "accelerator", "precision")  # flags that the commands after training share with it
-CODES_PER_SIDE = 32  # at most, of the one level that BiART reads: 1,024 tokens, as in the paper
+CODES_PER_SIDE = 32
 ANY_CAPTION = "a red circle"
 
 
@@ -62,6 +62,11 @@ def after_biart(
     return commands
 
 
+def level_for_biart(model: AugVAE) -> int:
+    """The one level of an AugVAE-ML that BiART should read: the largest of at most 32 x 32 codes, as in the paper."""
+    return max((level for level in model.code_levels if level <= CODES_PER_SIDE), default=min(model.code_levels))
+
+
 def a_caption(dataset: PairData) -> str:
     """One caption of the data, to generate for; any other if the data would have to be fetched for it."""
     if isinstance(dataset, PairShards) and dataset.remote:
@@ -78,7 +83,7 @@ def _fine_tune(config: TrainVAEConfig, given: Given, model: AugVAE, run: Path) -
     recipe = None if shape & typed.keys() else _sibling(given, "_augvae_ml", "_augvae_sl")
     if recipe:
         return _flags({"config": recipe, "pretrained_path": str(run), **typed})
-    level = max((level for level in model.code_levels if level <= CODES_PER_SIDE), default=min(model.code_levels))
+    level = level_for_biart(model)
     one = {"finetune": True, "attn_resolutions": level, "pretrained_path": str(run), "name": f"{run.name}-sl"}
     return _flags({"config": _file(given), **one, **typed})
 

@@ -172,6 +172,7 @@ def test_the_page_groups_metrics_by_what_they_tell_and_missing_ones_by_the_reaso
     records.add("retrieval/text_given_image/r@1", 0.25, unit="share", better="higher", interval=(0.2, 0.30004), **about)
     records.add("generation/fid_0", 37.25, better="lower", **about)
     records.add("shapes/val/reconstruction/all", 1, unit="share", better="higher", **about)
+    records.add("reconstruction/psnr", 24.5, unit="dB", better="higher", **about)
     records.add("generation/clip_score", 27.31, unit="of 100", better="higher", **about | {"protocol": "in another"})
     records.add("mine", 3, **about)
     for name in ("generation/precision", "generation/recall"):
@@ -179,14 +180,15 @@ def test_the_page_groups_metrics_by_what_they_tell_and_missing_ones_by_the_reaso
     records.miss("captions/spice", "needs Java")
     write(tmp_path / "index.html", "a title", records, [], {}, "")
     page = re.sub("<wbr>", "", (tmp_path / "index.html").read_text())
-    headings = ["Image quality", "Retrieval", "Reconstruction", "Other metrics"]
+    headings = ["Image quality", "Retrieval", "Truth", "Reconstruction", "Other metrics"]
     assert re.findall("<h3>(.*?)</h3>", page) == headings
     sections = re.split("<h3>|<h2", page)[2:]
     cells = [re.findall("<td[^>]*>(.*?)</td>", section) for section in sections]
     assert cells[0][:5] == ["generation/fid_0", "37.25", "", "↓ lower", "30,000"]
     assert cells[0][5:] == ["generation/clip_score", "27.31", "of 100", "↑ higher", "30,000"]
     assert cells[1] == ["retrieval/text_given_image/r@1", "0.25", "share", "↑ higher", "0.2 to 0.3", "30,000"]
-    assert cells[3] == ["mine", "3", "30,000"]
+    assert cells[2][0] == "shapes/val/reconstruction/all" and cells[3][0] == "reconstruction/psnr"
+    assert cells[4] == ["mine", "3", "30,000"]
     assert "<li>fid_0: in one way (l 1.0)</li>" in sections[0] and "<li>clip_score: in another" in sections[0]
     missing = re.findall("<li><b>(.*?)</b>: (.*?)</li>", page)
     assert missing == [

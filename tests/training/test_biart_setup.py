@@ -21,5 +21,5 @@ def test_an_augvae_of_several_levels_is_told_and_how_to_make_one_of_it(tmp_path,
     config, _ = parse(TrainBiARTConfig, ["--vae_path", str(tmp_path / "multi")], "")
     frozen_vae(config)
     said = capsys.readouterr().out
-    flags = f"train_vae.py --finetune --attn_resolutions 8 --pretrained_path {tmp_path / 'multi'}"
+    flags = f"--finetune --attn_resolutions 8 --pretrained_path {tmp_path / 'multi'}"
     assert naming("AugVAE-ML", "84 codes", "8, 4, 2", "64", flags).search(said) and said.count("\n") == 1

@@ -145,7 +145,7 @@ def test_a_second_ctrl_c_ends_all_although_one_does_not_answer(tmp_path):
         time.sleep(1)  # else the two would be one
         process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=60)[0]
-    assert process.returncode == 130 and naming("second SIGINT").search(said), said
+    assert process.returncode == 130 and naming("second Ctrl-C (SIGINT)").search(said), said
     assert said.count("error: ") == 1 and "Traceback" not in said, said
     all_end(started)
 
