@@ -30,8 +30,9 @@ from latent_verse.config.program import SIGNALS, killed_by, one_line_errors, sig
 from latent_verse.config.settings import Settings, as_plain, same, setting
 from latent_verse.config.train import PairDataConfig, TrainBiARTConfig, TrainVAEConfig
 from latent_verse.data.shapes import World
-from latent_verse.demo.time_left import USUAL, in_words, seconds_left
+from latent_verse.demo.time_left import USUAL, seconds_left
 from latent_verse.files import FileError, only_writer, read_json_object, write_json
+from latent_verse.progress import duration
 
 ROOT = Path(__file__).parents[2]
 Recipe = TypeVar("Recipe", TrainVAEConfig, TrainBiARTConfig)
@@ -205,7 +206,7 @@ def about_time(s: DemoSettings, stages: list[Stage], record: StagesFile) -> str:
         return ""
     took = {name: record.stages[name]["seconds"] for name in names if name in record.stages}
     seconds, measured = seconds_left(USUAL[s.world], took, finished)
-    return f", about {in_words(seconds)} left" + ("" if measured else " on two idle cores")
+    return f", about {duration(seconds)} left" + ("" if measured else " on two idle cores")
 
 
 def run_stage(stage: Stage, record: StagesFile, lock: int) -> None:
@@ -298,11 +299,11 @@ def run(s: DemoSettings) -> Path:
         for number, stage in enumerate(stages, start=1):
             title = f"[{number}/{len(stages)}] {stage.title}"
             if number <= first:
-                print(f"{title}: done before, in {in_words(record.stages[stage.name]['seconds'])}", flush=True)
+                print(f"{title}: done before, in {duration(record.stages[stage.name]['seconds'])}", flush=True)
                 continue
             print(f"\n{title}\n  {stage.shown()}", flush=True)
             run_stage(stage, record, lock)
-            took = in_words(record.stages[stage.name]["seconds"])
+            took = duration(record.stages[stage.name]["seconds"])
             print(f"{title}: done in {took}{about_time(s, stages, record)}", flush=True)
         seconds = {stage.name: record.stages[stage.name]["seconds"] for stage in stages}
         return results.write(out, s.world, [(g.name, g.title, g.shown()) for g in stages], seconds)

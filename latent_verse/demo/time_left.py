@@ -42,11 +42,3 @@ def seconds_left(
     pace = measured / expected if is_measured else 1.0
     left = {name: seconds * pace - took.get(name, 0) for name, seconds in usual.items() if name not in finished}
     return sum(max(seconds, 0) for seconds in left.values()), is_measured
-
-
-def in_words(seconds: float) -> str:
-    """`34 s`, `9 min` or `1 h 43 min`."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min"
