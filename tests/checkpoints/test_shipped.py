@@ -70,8 +70,8 @@ def test_another_model_needs_nothing_but_its_folder(place, tiny_augvae):
 
 def test_training_starts_from_one_by_its_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    found = load_pretrained("shapes")
-    assert found.where == SHAPES and fingerprint(found.augvae()) == fingerprint(load_augvae(SHAPES / "vae"))
+    found, vae = load_pretrained("shapes"), fingerprint(load_augvae(SHAPES / "vae"))
+    assert found.where == SHAPES and fingerprint(found.augvae()) == vae == fingerprint(load_augvae("shapes"))
 
 
 @pytest.mark.parametrize("load", [LVerse.from_pretrained, load_augvae])
