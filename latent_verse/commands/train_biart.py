@@ -36,7 +36,7 @@ def run(config: TrainBiARTConfig, given: Mapping[str, str], prog: str | None = N
         from latent_verse.training.biart import LitBiART
         from latent_verse.training.code_extraction import extract_codes
         from latent_verse.training.image_logging import TextImageSamples
-        from latent_verse.training.next_commands import after_biart
+        from latent_verse.training.next_commands import after_biart, after_codes
         from latent_verse.training.resume import starting_point
         from latent_verse.training.runs import hold_run
         from latent_verse.training.trainer import (
@@ -61,7 +61,9 @@ def run(config: TrainBiARTConfig, given: Mapping[str, str], prog: str | None = N
     config, pretrained = take_over(config, given)
     config, vae = biart_setup.frozen_vae(config, pretrained)
     if config.codes.extract_codes:
-        return extract_codes(config, vae, pretrained)
+        folders = extract_codes(config, vae, pretrained)
+        print(*summaries.following([after_codes(config, given, folders, prog)]), sep="\n")
+        return 0
     config = ease_smoke_test(config, given)
     name = run_name(config, given, "biart")
     with hold_run(t.log_dir, name, t.backup, t.backup_dir, as_plain(config)) as run:

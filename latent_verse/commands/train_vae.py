@@ -33,7 +33,7 @@ def run(config: TrainVAEConfig, given: Mapping[str, str], prog: str | None = Non
         from latent_verse.training.augvae import LitAugVAE
         from latent_verse.training.backups import RunFolder
         from latent_verse.training.image_logging import ImageGrids
-        from latent_verse.training.next_commands import after_augvae
+        from latent_verse.training.next_commands import after_augvae, captions_needed
         from latent_verse.training.resume import starting_point
         from latent_verse.training.trainer import (
             announce,
@@ -66,5 +66,6 @@ def run(config: TrainVAEConfig, given: Mapping[str, str], prog: str | None = Non
             say(summaries.row("Learning rate", f"{base:g} x {of_all} = {base * processes * size:g}"))
         fit(trainer, t, run, LitAugVAE(model, config, compiles(config)), data, start_from, step)
         if trainer.is_global_zero:
-            print(summaries.closing(run, after_augvae(config, given, model, run.folder, prog)))
+            following = after_augvae(config, given, model, run.folder, prog)
+            print(summaries.closing(run, following, captions_needed(config, model)))
     return 0

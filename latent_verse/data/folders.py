@@ -28,7 +28,7 @@ def is_hidden(name: str) -> bool:
 def walk(root: str, extensions: tuple[str, ...], others: Counter) -> Iterator[str]:
     """Names of the files below `root` with one of `extensions`, relative to it, in sorted order, links followed.
 
-    Hidden names are skipped. Files of another kind are counted by extension in `others`, for `counted`. What else might
+    Hidden names are skipped. Files of another kind are counted by extension in `others`. What else might
     be missed is logged in one line: folders that cannot be read, links to nothing, pipes and devices.
 
     Raises:

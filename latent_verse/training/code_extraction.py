@@ -20,8 +20,10 @@ from latent_verse.training.biart_setup import choose_tokenizer
 from latent_verse.training.trainer import choose_devices
 
 
-def extract_codes(config: TrainBiARTConfig, vae: AugVAE, pretrained: Pretrained | None = None) -> int:
+def extract_codes(config: TrainBiARTConfig, vae: AugVAE, pretrained: Pretrained | None = None) -> dict[str, Path]:
     """Write the codes of train_dir and val_dir, with the tokenizer of `pretrained`, to <extract_codes>/train and /val.
+
+    Returns {split: folder}.
 
     Raises:
         DataError: see `data.codes_writer.extract`.
@@ -31,14 +33,14 @@ def extract_codes(config: TrainBiARTConfig, vae: AugVAE, pretrained: Pretrained 
         return _extract(config, vae, pretrained)
 
 
-def _extract(config: TrainBiARTConfig, vae: AugVAE, pretrained: Pretrained | None) -> int:
+def _extract(config: TrainBiARTConfig, vae: AugVAE, pretrained: Pretrained | None) -> dict[str, Path]:
     d, c, t = config.data, config.codes, config.trainer
     accelerator, _ = choose_devices(t)
     device = torch.device({"gpu": "cuda", "mps": "mps"}.get(accelerator, "cpu"))
     resolution = vae.to(device).config.resolution
     datasets = open_pairs(d, resolution, t.seed, augment=False)
     tokenizer = choose_tokenizer(config, datasets["train"], pretrained=pretrained)
-    flags = f"--tokenizer {config.text.tokenizer}"
+    folders = {split: Path(c.extract_codes) / split for split in datasets}
     for split, dataset in datasets.items():
         print(f"{split}: {how_many(dataset)} of {source_of(d, split)}", flush=True)
         crops = c.crops_per_image if split == "train" else 1
@@ -66,7 +68,7 @@ def _extract(config: TrainBiARTConfig, vae: AugVAE, pretrained: Pretrained | Non
             if d.dataset == "shapes":
                 w = dataset.world
                 plan["shapes"] = {"world": w.name, "fingerprint": w.fingerprint, "split": dataset.split, "seed": t.seed}
-        folder = Path(c.extract_codes) / split
+        folder = folders[split]
         meta = extract(
             work,
             folder,
@@ -78,10 +80,8 @@ def _extract(config: TrainBiARTConfig, vae: AugVAE, pretrained: Pretrained | Non
             total=total,
             progress=bool(t.refresh_rate),
         )
-        flags += f" --{split}_dir {folder}"
         print(
             f"{folder}: {meta['pairs']} pairs, {meta['captions']} captions, {meta['skipped']} unreadable images; "
             f"AugVAE {meta['vae']}, tokenizer {tokenizer.name} {meta['tokenizer']}"
         )
-    print(f"Train on them with --dataset codes {flags}")
-    return 0
+    return folders

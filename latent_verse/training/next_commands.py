@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shlex
 import sys
 import textwrap
@@ -44,6 +45,28 @@ def after_augvae(config: TrainVAEConfig, given: Given, model: AugVAE, run: Path,
         follow += _flags({"fake_data": True} if d.fake_data else {**data, **pipes})
         follow += _flags(shared)
     return [*([shlex.join(evaluate)] if d.fake_data or d.val_dir else []), shlex.join(follow)]
+
+
+def captions_needed(config: TrainVAEConfig, model: AugVAE) -> str:
+    """What has to be done before BiART can read the folder of an AugVAE-SL's images: "" if it holds captions."""
+    d = config.data
+    if d.fake_data or d.web_dataset or len(model.code_levels) > 1:
+        return ""
+    beside = next((names for _, _, names in os.walk(d.train_dir or "") if names), [])
+    if any(name.endswith(".txt") for name in beside):
+        return ""
+    return f"captions for BiART, 1.txt beside 1.jpg, in {printable(d.train_dir or '')}"
+
+
+def after_codes(config: TrainBiARTConfig, given: Given, folders: Mapping[str, Path], prog: str | None) -> str:
+    """The same command on the codes that it has written: {split: folder}."""
+    of_images = {f.name for section in (config.data, config.codes) for f in dataclasses.fields(section)}
+    of_images -= {"batch_size", "num_workers"}
+    values = _values(config)
+    kept = {leaf: values[leaf] for leaf in given if _typed(given, leaf) and leaf not in of_images}
+    codes = {"tokenizer": config.text.tokenizer, "dataset": "codes"}
+    codes |= {f"{split}_dir": str(folder) for split, folder in folders.items()}
+    return shlex.join([*_script("train-biart", prog), *_flags({"config": _file(given), **kept, **codes})])
 
 
 def after_biart(

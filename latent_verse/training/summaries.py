@@ -59,13 +59,18 @@ def of_biart(model: BiART, tokenizer: Tokenizer) -> str:
     )
 
 
-def closing(run: Run, commands: list[str]) -> str:
-    """Where the best checkpoint of a finished run is, what it reached, and the commands that follow."""
+def closing(run: Run, commands: list[str], needed: str = "") -> str:
+    """Where the best checkpoint of a finished run is, what it reached, what is `needed` next, and the next commands."""
     try:
         best = [row("Best", of_best(run))]
     except CheckpointError as error:  # somebody has moved them: training has ended well all the same
         best = [row("Best", f"none; {error}")]
-    return "\n".join([*best, "Next:", *(f"  {command}" for command in commands)])
+    return "\n".join([*best, *([row("Needed", needed)] if needed else []), *following(commands)])
+
+
+def following(commands: list[str]) -> list[str]:
+    """The lines that name the next commands."""
+    return ["Next:", *(f"  {command}" for command in commands)]
 
 
 def of_best(run: Run) -> str:

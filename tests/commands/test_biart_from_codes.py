@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 import tarfile
+from pathlib import Path
 
 import numpy as np
 
@@ -27,11 +29,19 @@ def test_codes_of_data_that_has_changed_are_refused(world, tmp_path, capsys):
     assert naming(tmp_path / "codes" / "train", "contents").search(capsys.readouterr().err)
 
 
+def test_the_command_that_follows_an_extraction_trains_as_it_is_printed(world, tmp_path, capsys):
+    assert train_biart.main([*world, "--resize_ratio", "1", "--extract_codes", str(tmp_path / "the codes'")]) == 0
+    python, script, *flags = shlex.split(capsys.readouterr().out.partition("\nNext:\n")[2])
+    assert (python, Path(script).name) == ("python", "train_biart.py")
+    assert train_biart.main([*flags, "--max_steps", "1"]) == 0
+    said = capsys.readouterr().out
+    assert naming("12 pairs", tmp_path / "runs").search(said)
+
+
 def test_codes_train_as_images_do(world, tmp_path, monkeypatch, capsys):
     flags = [*world, "--epochs", "2", "--resize_ratio", "1"]
     assert train_biart.main([*flags, "--extract_codes", str(tmp_path / "codes"), "--shard_size", "5"]) == 0
-    command = f"--dataset codes --tokenizer bpe --train_dir {tmp_path / 'codes' / 'train'}"
-    assert command in capsys.readouterr().out
+    assert capsys.readouterr().out.count("\nNext:\n") == 1
     with monkeypatch.context() as patch:
         images = record_losses(patch)
         assert train_biart.main([*flags, "--name", "images"]) == 0

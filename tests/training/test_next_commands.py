@@ -65,6 +65,7 @@ def test_from_images_to_a_generated_one_by_the_commands_that_each_run_names(tmp_
     assert run(fine_tune) == 0
     said = capsys.readouterr().out
     assert "Model:         AugVAE-SL" in said
+    assert "Needed:        captions for BiART, 1.txt beside 1.jpg, in my train" in said.splitlines()
     evaluate, biart = named(said)
     assert evaluate[:3] == ["eval_vae.py", "--ckpt_path", "results/ml-sl"] and biart[0] == "train_biart.py"
 
