@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
 import tempfile
 import warnings
@@ -77,7 +78,7 @@ def replacing(path: Path, durable: bool = True) -> Iterator[Path]:
                     os.rename(old, path)
                 raise
         finally:
-            shutil.rmtree(place, ignore_errors=True)
+            _remove(place)
             lock.release()
         if durable:
             _sync(path.parent)
@@ -120,12 +121,28 @@ _LEFTOVER = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")  # what `_place_beside` makes
 def _place_beside(path: Path) -> tuple[Path, Lock]:
     """A new hidden folder beside `path`, and its lock."""
     while True:
-        place = Path(tempfile.mkdtemp(".tmp", f".{path.name[:50]}.", path.parent))
-        with suppress(FileNotFoundError, BlockingIOError):
-            lock = Lock(place)
-            if place.exists():  # else another process took it for a leftover, before it was locked
-                return place, lock
-            lock.release()
+        place, lock = path.parent / f".{path.name[:50]}.{secrets.token_hex(4)}.tmp", None
+        try:
+            place.mkdir(mode=0o700)
+            with suppress(FileNotFoundError, BlockingIOError):
+                lock = Lock(place)
+                if place.exists():  # else another process took it for a leftover, before it was locked
+                    return place, lock
+                lock.release()
+        except FileExistsError:
+            continue
+        except BaseException:  # a signal, or the folder has vanished
+            _remove(place)
+            if lock is not None:
+                lock.release()
+            raise
+
+
+def _remove(place: Path) -> None:
+    try:
+        shutil.rmtree(place, ignore_errors=True)
+    finally:  # again, if a signal has come meanwhile
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def is_leftover(path: Path) -> bool:

@@ -29,7 +29,7 @@ ANY_CAPTION = "a red circle"
 def after_augvae(config: TrainVAEConfig, given: Given, model: AugVAE, run: Path, prog: str | None) -> list[str]:
     """Evaluation of an AugVAE; the fine-tune of an AugVAE-ML to one level, or BiART on an AugVAE-SL."""
     d, flags = config.data, _values(config)
-    evaluate = [*_script("eval-vae", prog), "--ckpt_path", str(run)]
+    evaluate = [*_script("eval-vae", prog), *_flags({"ckpt_path": str(run)})]
     layout = {"dataset": d.dataset} if d.dataset != "imagefolder" else {}
     pipes = {"allow_pipe": True} if d.allow_pipe else {}
     evaluate += _flags({"fake_data": True} if d.fake_data else {**layout, "test_dir": d.val_dir, **pipes})

@@ -105,9 +105,9 @@ def test_make_ends_without_an_error_of_its_own_at_ctrl_c(tmp_path, group, ends, 
     (tmp_path / "bin" / "python").chmod(0o755)
     (tmp_path / ".installed").touch()
     command = ["make", "-f", str(demo.ROOT / "Makefile"), "-o", f"{tmp_path}/.installed", "demo", f"VENV={tmp_path}"]
-    process = subprocess.Popen(
-        command, cwd=demo.ROOT, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    env = {name: value for name, value in os.environ.items() if "MAKE" not in name and name != "MFLAGS"}  # of make test
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(command, cwd=demo.ROOT, env=env, start_new_session=True, **pipes)
     try:
         pid, said = process.stdout.readline().split(" ", 1)
         assert said == "['-m', 'latent_verse.demo', '--world', 'small', '--out', 'demo']\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import tempfile
 
 import numpy as np
@@ -299,3 +300,26 @@ def test_json_has_no_number_that_is_not_finite(tmp_path):
     write_json(tmp_path / "a.json", {"psnr": float("nan"), "more": [1.5, float("-inf"), {"n": (2, float("inf"))}]})
     found = json.loads((tmp_path / "a.json").read_text(), parse_constant=pytest.fail)
     assert found == {"psnr": None, "more": [1.5, None, {"n": [2, None]}]}
+
+
+def test_a_signal_while_the_hidden_folder_is_made_or_removed_leaves_none(tmp_path, monkeypatch):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(writing, "Lock", stopped)
+        with writing.replacing(tmp_path / "a"):
+            pytest.fail("begun without a lock")
+    assert not list(tmp_path.iterdir())
+    rmtree, calls = shutil.rmtree, []
+
+    def interrupted(*args, **options):
+        calls.append(args)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        rmtree(*args, **options)
+
+    monkeypatch.setattr(writing.shutil, "rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt), writing.replacing(tmp_path / "a") as new:
+        new.write_text("whole")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
