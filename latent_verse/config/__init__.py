@@ -11,6 +11,7 @@ cli.py        flags and YAML files -> these dataclasses; the only file that know
 remembered.py what an evaluation takes from the run that made its model
 yaml_files.py YAML files, read and written
 program.py    how every program ends: signals, errors in one line, exit codes; faults.py: the machine's
+streams.py    what programs print: any text, and it arrives, or they say that it could not
 """
 
 from latent_verse.config.messages import ConfigError, UserError, printable

@@ -18,7 +18,6 @@ import ctypes
 import errno
 import functools
 import os
-import re
 import signal
 import sys
 import threading
@@ -26,11 +25,11 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
-from typing import TextIO
 
 from latent_verse.config.faults import LOST_CONTACT, fault, lost_contact
 from latent_verse.config.messages import ConfigError, UserError, printable, reason, shown
 from latent_verse.config.settings import URL
+from latent_verse.config.streams import NOT_PRINTED, flushed, open_streams, print_error, writing_fails
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 GRACE = 10.0  # seconds that a process of several leaves to others, which may say why they failed, or end it
@@ -38,9 +37,7 @@ GRACE = 10.0  # seconds that a process of several leaves to others, which may sa
 RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
 PARENT = "LATENT_VERSE_PARENT"  # environment: the process that has started this one, and watches it
 LOST = 75  # exit code of such a process that knows only that it has lost the others
-
-LONGEST = 2000  # characters of a line
-NOT_PRINTED = "what was printed could not be written"
+SAID = "LATENT_VERSE_SAID"  # environment: the file that the first of such processes to say why they end creates
 OUTPUT_FAILS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)  # of a full disk, or a lost terminal
 
 
@@ -66,13 +63,13 @@ def one_line_errors(program: Callable[..., int]) -> Callable[..., int]:
 
     @functools.wraps(program)
     def wrapped(*args, **kwargs) -> int:
-        _open_streams()
+        open_streams()
         with _Signals() as signals, _short_warnings():
             try:
                 _check_environment()
-                return _flushed(program(*args, **kwargs))
+                return flushed(program(*args, **kwargs))
             except SystemExit as leaving:  # --help
-                code = _flushed(0)
+                code = flushed(0)
                 if code:
                     return code
                 raise leaving from None
@@ -81,7 +78,7 @@ def one_line_errors(program: Callable[..., int]) -> Callable[..., int]:
                 reported = _report(error)
                 if reported is None:
                     raise
-                return _flushed(reported)
+                return flushed(reported)
 
     return wrapped
 
@@ -192,7 +189,7 @@ class _Signals:
             if _begun:
                 raise stopped
             self.reporting = True
-            os._exit(_flushed(_report(stopped) or stopped.exit_code))
+            os._exit(flushed(_report(stopped) or stopped.exit_code))
 
     def _raise_again(self, what: sys.UnraisableHookArgs) -> None:
         if isinstance(what.exc_value, Stopped) and os.getpid() == self._pid:
@@ -245,18 +242,19 @@ def _report(error: BaseException) -> int | None:
     """Print why the program ends; its exit code, or None for a fault of ours."""
     said, code = _one_line(error)
     may_be_output = isinstance(error, OSError) and error.filename is None and error.errno in OUTPUT_FAILS
-    if may_be_output and (failed := _writing_fails(sys.stdout, "\n")):
+    if may_be_output and (failed := writing_fails(sys.stdout, "\n")):
         said = f"{NOT_PRINTED}: {reason(failed)}."  # of a print, or as a process was started, which flushes
     if said == LOST_CONTACT and _is_watched():
         return LOST
     if said == LOST_CONTACT or not is_first_process():
         time.sleep(GRACE)
+    if (isinstance(error, Stopped) and not is_first_process()) or _another_has_spoken():
+        return code
     if said is None:
         if isinstance(error, Exception):
             print_error("this is a bug in L-Verse. Please report it with the traceback that follows.")
         return None
-    if is_first_process() or not isinstance(error, Stopped):
-        print_error(said)
+    print_error(said)
     return code
 
 
@@ -273,6 +271,20 @@ def _one_line(error: BaseException) -> tuple[str | None, int]:
 
 def _is_watched() -> bool:
     return os.environ.get(PARENT) == str(os.getppid())
+
+
+def _another_has_spoken() -> bool:
+    """Whether another process has said why all end; if not, this one now does.
+
+    `GRACE` alone is not enough: on a busy machine it passes before one that has spoken has ended.
+    """
+    try:
+        os.close(os.open(os.environ[SAID], os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return True
+    except (KeyError, OSError):  # not such a process, or a full disk
+        pass
+    return False
 
 
 def is_first_process() -> bool:
@@ -296,52 +308,3 @@ def _check_environment() -> None:
         elif not value.isdecimal():
             remedy = "It has to be a whole number from 0: unset it"
             raise ConfigError(f"the environment variable {name} is {shown(value)}. {remedy}.")
-
-
-def print_error(said: str) -> None:
-    """One line on stderr, if there is one to take it; items of a list follow, indented by two spaces.
-
-    What a name or value in it could do to a terminal is escaped, and a very long line is shortened.
-    """
-    lines = [printable(line) for line in re.split(r"\n(?=  )", said)]
-    lines = [line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}" for line in lines]
-    with contextlib.suppress(OSError, ValueError):  # stderr may be closed or full
-        print("error: " + "\n".join(lines), file=sys.stderr, flush=True)
-
-
-def _open_streams() -> None:
-    """Let standard streams take any text. One that is closed leads nowhere: else the next file would take its place."""
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        stream = getattr(sys, name)
-        if stream is None:
-            with contextlib.suppress(OSError):
-                setattr(sys, name, open(os.devnull, "r" if number == 0 else "w"))  # noqa: SIM115
-        elif number and hasattr(stream, "reconfigure"):
-            with contextlib.suppress(OSError, ValueError):
-                stream.reconfigure(errors="backslashreplace")
-
-
-def _flushed(code: int) -> int:
-    """The exit code, once what was printed has arrived; if it cannot, no later attempt is made, nor reported.
-
-    Else Python would try at the very end, and leave with a code of its own, 120: for lost warnings on stderr too.
-    """
-    for stream in (sys.stdout, sys.stderr):
-        if error := _writing_fails(stream):
-            with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
-                os.dup2(nowhere.fileno(), stream.fileno())
-            if stream is sys.stdout and not code:
-                print_error(f"{NOT_PRINTED}: {reason(error)}.")
-                code = 141 if isinstance(error, BrokenPipeError) else 1
-    return code
-
-
-def _writing_fails(stream: TextIO, more: str = "") -> Exception | None:
-    """Write what was printed to a stream, and `more`; why that cannot be done."""
-    try:
-        if more:
-            stream.write(more)
-        stream.flush()
-    except (OSError, ValueError) as error:
-        return error
-    return None

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from latent_verse.config import ConfigError
 from latent_verse.config.evaluate import EvalWriteConfig
-from latent_verse.config.program import PARENT, SIGNALS, Stopped, one_line_errors, verdict
+from latent_verse.config.program import PARENT, SAID, SIGNALS, Stopped, one_line_errors, verdict
 from latent_verse.metrics.processes import Ranks
 
 PATIENCE = datetime.timedelta(hours=24)  # one process may score captions while the others wait
@@ -55,9 +55,8 @@ def launch(work: Callable[..., int], count: int, *arguments: object) -> int:
         return work(Ranks(), *arguments)
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
-        meet = f"file://{folder}/meet"
         processes = [
-            context.Process(target=_process, args=(rank, work, count, meet, arguments)) for rank in range(count)
+            context.Process(target=_process, args=(rank, work, count, folder, arguments)) for rank in range(count)
         ]
         try:
             for process in processes:
@@ -90,9 +89,9 @@ def _watch(processes: list) -> int:
     return 0
 
 
-def _process(rank: int, work: Callable[..., int], world: int, meet: str, arguments: tuple) -> None:
-    os.environ |= {PARENT: str(os.getppid()), "RANK": str(rank)}  # for one_line_errors
-    sys.exit(one_line_errors(_joined)(work, meet, rank, world, arguments))
+def _process(rank: int, work: Callable[..., int], world: int, folder: str, arguments: tuple) -> None:
+    os.environ |= {PARENT: str(os.getppid()), SAID: f"{folder}/said", "RANK": str(rank)}  # for one_line_errors
+    sys.exit(one_line_errors(_joined)(work, f"file://{folder}/meet", rank, world, arguments))
 
 
 def _joined(work: Callable[..., int], meet: str, rank: int, world: int, arguments: tuple) -> int:

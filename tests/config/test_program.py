@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import signal
@@ -16,8 +17,8 @@ import pytest
 import torch
 
 from latent_verse.config import program
-from latent_verse.config.messages import UserError
-from latent_verse.config.program import LOST, SIGNALS, Stopped, one_line_errors, verdict
+from latent_verse.config.messages import ConfigError, UserError
+from latent_verse.config.program import LOST, SAID, SIGNALS, Stopped, one_line_errors, verdict
 from latent_verse.files import NotWritten
 from latent_verse.training.divergence import Diverged
 from tests.messages import naming
@@ -121,6 +122,22 @@ def test_of_several_processes_one_speaks(monkeypatch, capsys):
     monkeypatch.setattr(program, "_is_watched", lambda: True)  # by a process that knows more
     monkeypatch.setattr(program, "die_with", lambda parent: None)
     assert failing(lost) == LOST and not waited and not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [ConfigError("look at the settings"), TypeError("ours")], ids=["mistake", "ours"])
+def test_of_watched_processes_that_fail_at_the_same_moment_one_speaks(error, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(program, "GRACE", 0)
+    monkeypatch.setenv(SAID, str(tmp_path / "said"))
+    monkeypatch.setenv("RANK", "1")
+    with contextlib.suppress(TypeError):  # Python prints the traceback
+        failing(error)
+    assert naming("report" if isinstance(error, TypeError) else "settings").search(capsys.readouterr().err)
+    monkeypatch.setenv("RANK", "0")
+    assert failing(error) == (1 if isinstance(error, TypeError) else 2) and not capsys.readouterr().err
+    monkeypatch.setenv(SAID, str(tmp_path / "absent/said"))
+    with contextlib.suppress(TypeError):
+        failing(error)
+    assert capsys.readouterr().err  # rather twice than not at all
 
 
 @pytest.mark.parametrize(
