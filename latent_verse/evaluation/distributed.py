@@ -5,8 +5,8 @@ from __future__ import annotations
 import datetime
 import multiprocessing.connection
 import os
-import sys
 import tempfile
+import traceback
 from collections.abc import Callable
 
 from latent_verse.config import ConfigError
@@ -61,7 +61,7 @@ def launch(work: Callable[..., int], count: int, *arguments: object) -> int:
         try:
             for process in processes:
                 process.start()
-            return _watch(processes)
+            return watch(processes)
         except Stopped as stopped:  # the first one writes what is done and says so; a terminal has told it already
             if not processes[0].pid:
                 raise
@@ -77,21 +77,28 @@ def launch(work: Callable[..., int], count: int, *arguments: object) -> int:
                     process.join()
 
 
-def _watch(processes: list) -> int:
+def watch(processes: list) -> int:
     """Wait for all; if one fails, for the first one, which writes what is done. Returns the exit code of the run."""
     running = list(processes)
     while running:
         multiprocessing.connection.wait([process.sentinel for process in running])
-        if any(process.exitcode for process in running):
+        codes = [process.exitcode for process in running]  # asked once: a moment after its sentinel, a process has one
+        if any(codes):
             processes[0].join(LEFT_TO_WRITE)
             return verdict([process.exitcode for process in processes])
-        running = [process for process in running if process.exitcode is None]
+        running = [process for process, code in zip(running, codes, strict=True) if code is None]
     return 0
 
 
 def _process(rank: int, work: Callable[..., int], world: int, folder: str, arguments: tuple) -> None:
     os.environ |= {PARENT: str(os.getppid()), SAID: f"{folder}/said", "RANK": str(rank)}  # for one_line_errors
-    sys.exit(one_line_errors(_joined)(work, f"file://{folder}/meet", rank, world, arguments))
+    try:
+        code = one_line_errors(_joined)(work, f"file://{folder}/meet", rank, world, arguments)
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    # without Python's own end, in which gloo's threads may still want what is gone already, and abort the process
+    os._exit(code)
 
 
 def _joined(work: Callable[..., int], meet: str, rank: int, world: int, arguments: tuple) -> int:

@@ -189,7 +189,7 @@ def test_lpips_compiles_to_one_graph(images, lpips, monkeypatch):
     lpips(a, b).sum().backward()
     assert a.grad.isfinite().all()
     with torch.compiler.set_stance("force_eager"):  # as in validation
-        assert torch.equal(lpips(a[:1], b[:1]), exact[:1])
+        torch.testing.assert_close(lpips(a[:1], b[:1]), exact[:1])  # convolutions of one image may round differently
     assert len(graphs) == 2  # without gradients and with them
     torch._dynamo.reset()
 

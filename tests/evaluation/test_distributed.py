@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import socket
@@ -15,7 +16,8 @@ import torch
 
 from latent_verse.config import ConfigError, program
 from latent_verse.config.evaluate import EvalWriteConfig
-from latent_verse.evaluation.distributed import device, launch, processes
+from latent_verse.config.program import LOST
+from latent_verse.evaluation.distributed import device, launch, processes, watch
 from latent_verse.metrics.processes import Ranks
 from tests.messages import naming
 
@@ -75,6 +77,7 @@ def test_processes_that_torchrun_has_started_are_joined(monkeypatch):
 
 def work(ranks: Ranks, how: str, place: str) -> int:
     """Joins the others; then the last process does what `how` says, while the first one waits for it."""
+    atexit.register(os.abort)  # as gloo's threads do while Python ends, now and then
     ranks.gather({ranks.rank: None})
     try:
         if ranks.rank == ranks.world - 1:
@@ -95,6 +98,27 @@ def work(ranks: Ranks, how: str, place: str) -> int:
         Path(place, f"wrote{ranks.rank}").touch()  # as worker.run writes what is done
         raise
     return 0
+
+
+class Ending:
+    """A process that ends a moment after its sentinel says so: only the second question finds an exit code."""
+
+    def __init__(self, code: int):
+        self.sentinel, ours = os.pipe()
+        os.close(ours)
+        self.answers = [None, code]
+
+    @property
+    def exitcode(self) -> int | None:
+        return self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+
+    def join(self, timeout: float) -> None:
+        os.close(self.sentinel)
+
+
+@pytest.mark.parametrize(("codes", "code"), [((LOST, -9), 1), ((0, 2), 2), ((0, 0), 0)])
+def test_no_process_ends_unnoticed(codes, code):
+    assert watch([Ending(c) for c in codes]) == code
 
 
 LAUNCH = """
