@@ -93,7 +93,7 @@ def describe_found(number: int, what: str, others: Mapping[str, int]) -> str:
     kinds = sorted(others.items(), key=lambda item: (-item[1], item[0]))
     first, rest = kinds[:SAID_KINDS], kinds[SAID_KINDS:]
     left = [f"{n:,} {kind}" for kind, n in first]
-    left += [f"{sum(n for _, n in rest):,} of {len(rest)} other kinds"] if rest else []
+    left += [f"{sum(n for _, n in rest):,} of other kinds"] if rest else []
     return f"{text} ({printable(', '.join(left))} not read)" if left else text
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from latent_verse.config import printable
+from latent_verse.config.messages import counted
 from latent_verse.data import DataError
 from latent_verse.data.decoding import UnreadableImage, read_rgb
 from latent_verse.data.folders import EXTENSIONS, check_folder, extension_of, is_hidden, is_kind, nothing_found, walk
@@ -185,7 +186,7 @@ class ImageFiles(MapImages):
             except UnreadableImage as error:
                 reason = reason or error
         raise DataError(
-            f"{self.key}: not one of the {len(self)} images of {source} can be read. "
+            f"{self.key}: {counted(len(self), 'image')} in {source}, of which none can be read. "
             f"The first, {self.paths[0]}: {reason}. Check how the files were copied or unpacked."
         )
 
@@ -243,7 +244,9 @@ class ImageDataset(ImageFiles):
         if not len(paths):
             others = Counter()
             loose = sum(1 for _ in walk(root, EXTENSIONS, others))
-            hint = f"{loose} images lie in the folder itself. For a folder without classes use --dataset flat."
+            hint = f"{counted(loose, 'image')} in the folder itself."
+            if self.key != "classes_dir":  # of a classification
+                hint += " For a folder without classes use --dataset flat."
             raise DataError(
                 f"{self.key}: no image in the {len(self.classes)} class folders (<class>/<image>) of {root}: "
                 f"{hint if loose else nothing_found(others)}"

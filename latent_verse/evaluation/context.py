@@ -11,6 +11,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from latent_verse.config.evaluate import EvalBiARTConfig
+from latent_verse.data.images import ImageDataset
 from latent_verse.evaluation.page import Case, Gallery, Images, Texts, choose
 from latent_verse.evaluation.pairs import Pairs, Sample
 from latent_verse.evaluation.records import Records
@@ -33,6 +34,7 @@ class Context:
     pairs: Pairs
     resolution: int  # of every image that is compared
     records: Records
+    classes: tuple[ImageDataset, list[str]] | None = None  # for zero-shot classification: images, names of the classes
     galleries: list[Gallery] = field(default_factory=list)  # best, median and worst cases for the page
 
     @property

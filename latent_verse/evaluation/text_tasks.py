@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from latent_verse.config.evaluate import LikelihoodConfig
 from latent_verse.data import DataError
 from latent_verse.data.caption_files import clean, setting_named
 from latent_verse.data.datasets import how_many
@@ -118,13 +119,21 @@ def retrieve(c: Context) -> dict[str, object]:
     return {"pictures": len(chosen), "captions": len(texts), "cut_to_text_len": c.cut(texts)}
 
 
+def open_classes(k: LikelihoodConfig, resolution: int) -> tuple[ImageDataset, list[str]]:
+    """The images of `classes_dir`, and the names of its classes.
+
+    Raises:
+        DataError: the folder holds no class with an image, or `class_names` cannot be read or lacks one.
+    """
+    dataset = ImageDataset(k.classes_dir, resolution, train=False, as_uint8=True, key="classes_dir")
+    return dataset, class_names(dataset.classes, k.class_names)
+
+
 def classify(c: Context) -> dict[str, object]:
     """Zero-shot classification of class folders by scoring the classes' names."""
-    k = c.config.likelihood
-    dataset = ImageDataset(k.classes_dir, c.resolution, train=False, as_uint8=True, key="classes_dir")
+    k, (dataset, names) = c.config.likelihood, c.classes
     if c.ranks.is_first:
         print(f"classes_dir {k.classes_dir}: {how_many(dataset)}")
-    names = class_names(dataset.classes, k.class_names)
     files = [os.path.relpath(dataset.paths[i], dataset.paths.root) for i in range(len(dataset))]
     codes_IN, label_I = _codes_and_labels(c, dataset, ordered(files, c.seed)[: k.class_pictures])
     prompts = [k.class_prompt.replace("{}", name) for name in names]

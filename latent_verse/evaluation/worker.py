@@ -95,7 +95,8 @@ def _open_context(config: EvalBiARTConfig, ranks: Ranks, folder: Path) -> Contex
     records = Records(model.fingerprints if model else {}, w.seed)
     if model and w.dtype != "float32":
         records.always["dtype"] = w.dtype
-    return Context(config, ranks, place, folder, model, pairs, resolution, records)
+    classes = text_tasks.open_classes(config.likelihood, resolution) if config.likelihood.classes_dir else None
+    return Context(config, ranks, place, folder, model, pairs, resolution, records, classes)
 
 
 def _check_model(c: Context, tasks: tuple[str, ...]) -> None:

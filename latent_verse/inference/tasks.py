@@ -155,7 +155,10 @@ def read_texts(config: GenerateConfig) -> list[str]:
     reasons = {number: _no_text(line) for number, line in enumerate(lines, start=1) if line}
     left_out = [f"line {number} {reason}" for number, reason in reasons.items() if reason]
     if left_out:
-        print(f"left out: {len(left_out)} lines of {printable(name)}, the first: {left_out[0]}", file=sys.stderr)
+        print(
+            f"left out: {counted(len(left_out), 'line')} of {printable(name)}, the first: {left_out[0]}",
+            file=sys.stderr,
+        )
     if len(left_out) == len(reasons):
         raise ConfigError(f"text_file: {name} holds no text; write one text per line.")
     return [lines[number - 1] for number, reason in reasons.items() if not reason]

@@ -9,6 +9,7 @@ import torch
 from latent_verse.augvae.model import AugVAE
 from latent_verse.checkpoints.biart import Pretrained
 from latent_verse.checkpoints.ckpt_files import fingerprint
+from latent_verse.config.messages import counted
 from latent_verse.config.train import TrainBiARTConfig
 from latent_verse.data.codes import FORMAT
 from latent_verse.data.codes_writer import contents_of, extract, work_of
@@ -81,7 +82,8 @@ def _extract(config: TrainBiARTConfig, vae: AugVAE, pretrained: Pretrained | Non
             progress=bool(t.refresh_rate),
         )
         print(
-            f"{folder}: {meta['pairs']} pairs, {meta['captions']} captions, {meta['skipped']} unreadable images; "
+            f"{folder}: {counted(meta['pairs'], 'pair')}, {counted(meta['captions'], 'caption')}, "
+            f"{counted(meta['skipped'], 'unreadable image')}; "
             f"AugVAE {meta['vae']}, tokenizer {tokenizer.name} {meta['tokenizer']}"
         )
     return folders

@@ -6,6 +6,7 @@ from latent_verse.augvae.model import AugVAE
 from latent_verse.biart.model import BiART
 from latent_verse.checkpoints.ckpt_files import MONITOR, CheckpointError, find_checkpoint, read_ckpt, score_of
 from latent_verse.config.datasets import PAIR_DATASETS
+from latent_verse.config.messages import counted
 from latent_verse.data.datasets import how_many
 from latent_verse.data.modules import ImageDataModule
 from latent_verse.data.text import Tokenizer
@@ -24,7 +25,7 @@ def of_data(data: ImageDataModule) -> str:
     train = data.datasets["train"]
     parts = [how_many(train)]
     captions = getattr(train, "describe", dict)().get("captions")
-    parts += [f"{captions:,} captions"] if captions else []
+    parts += [counted(captions, "caption")] if captions else []
     crops = getattr(train, "meta", {}).get("crops_per_image", 1)
     parts += [f"{crops} crops of each"] if crops > 1 else []
     kind = data.data.dataset

@@ -221,12 +221,17 @@ def test_a_cached_reference_of_other_images_or_fewer_features_is_refused(bundle,
 
 
 def test_a_late_mistake_loses_no_results(bundle, pairs, tmp_path, capsys):
-    bare = tmp_path / "classes"
-    bare.mkdir()
-    flags = ["--model", bundle, "--test_dir", pairs, "--tasks", "likelihood", "zero_shot", "--classes_dir", bare]
+    classes = tmp_path / "classes"
+    files = [classes / "red" / "p000.png", classes / "red" / "p001.png"]
+    files[0].parent.mkdir(parents=True)
+    for file in files:
+        shutil.copy(pairs / file.name, file)
+    files[ordered(["red/p000.png", "red/p001.png"], 0)[0]].write_bytes(b"no image")  # the one that is taken
+    flags = ["--model", bundle, "--test_dir", pairs, "--tasks", "likelihood", "zero_shot", "--classes_dir", classes]
+    flags += ["--class_pictures", 1]
     argv = [*map(str, flags), "--gpus", "0", "--log_dir", str(tmp_path / "runs"), "--name", "run"]
     assert eval_biart.main(argv) == 2
-    assert naming("classes_dir", bare).search(capsys.readouterr().err)
+    assert naming("classes_dir", "can be read").search(capsys.readouterr().err)
     out = json.loads((tmp_path / "runs" / "run" / "metrics.json").read_text())
     assert out["tasks"] == ["likelihood"] and "likelihood/text_given_image/bits_per_token" in out["figures"]
 
@@ -259,6 +264,19 @@ def test_what_a_late_task_needs_is_checked_first(tiny_augvae, pairs, tmp_path, c
     assert eval_biart.main([*map(str, flags), "--log_dir", str(tmp_path / "runs")]) == 2
     captured = capsys.readouterr()
     assert naming("prior_weight", 1, "reference_dropout").search(captured.err) and "likelihood ..." not in captured.out
+
+
+@pytest.mark.parametrize("classes", ["absent", "bare", "named"])
+def test_class_folders_and_their_names_are_checked_first(classes, bundle, pairs, tmp_path, capsys):
+    (tmp_path / "bare").mkdir()
+    shutil.copytree(pairs, tmp_path / "named" / "red")
+    (tmp_path / "names.txt").write_text("blue\tsky\n")
+    flags = ["--model", bundle, "--test_dir", pairs, "--classes_dir", tmp_path / classes, "--gpus", 0]
+    names = ["--class_names", tmp_path / "names.txt"] if classes == "named" else []
+    assert eval_biart.main([*map(str, [*flags, *names]), "--log_dir", str(tmp_path / "runs")]) == 2
+    captured = capsys.readouterr()
+    facts = ("class_names", tmp_path / "names.txt", "red") if names else ("classes_dir", tmp_path / classes)
+    assert naming(*facts).search(captured.err) and "..." not in captured.out
 
 
 def test_results_of_different_settings_are_kept(bundle, pairs, tmp_path, capsys):
