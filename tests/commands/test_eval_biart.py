@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import shutil
 import subprocess
@@ -22,49 +21,17 @@ from latent_verse.config.cli import parse
 from latent_verse.config.evaluate import EvalBiARTConfig, EvalDataConfig
 from latent_verse.data.shapes import World
 from latent_verse.evaluation.pairs import Pairs, ordered
-from latent_verse.files import only_writer
 from latent_verse.inference.image_io import load_image
 from latent_verse.inference.pipeline import LVerse
 from latent_verse.metrics import networks
 from latent_verse.metrics.image_quality import as_pil
+from tests.eval_biart_runs import run
 from tests.messages import naming
 from tests.stand_ins import Colours, Oracle, Words, write_pairs
-from tests.tiny_lverse import make_lverse
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "no_caches")
 
 REPO = Path(__file__).parents[2]
-
-
-@pytest.fixture(autouse=True)
-def no_caches(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(torch.hub, "_hub_dir", None)
-
-
-@pytest.fixture
-def bundle(tiny_augvae, tmp_path):
-    make_lverse(tiny_augvae(single_level=4), text_len=48).save_pretrained(tmp_path / "bundle")
-    return tmp_path / "bundle"
-
-
-@pytest.fixture
-def stand_ins(monkeypatch):
-    monkeypatch.setattr(networks, "open_inception", Colours)
-    monkeypatch.setattr(networks, "open_clip_network", lambda *arguments: Words())
-
-
-@pytest.fixture
-def pairs(tmp_path):
-    return write_pairs(tmp_path / "pairs", 12)
-
-
-def run(tmp_path, *flags, name="run"):
-    """Metrics of a run, which has to succeed."""
-    argv = ["--gpus", "0", "--no-java", "--log_dir", str(tmp_path / "runs"), "--name", name, *map(str, flags)]
-    assert eval_biart.main(argv) == 0
-    return json.loads((tmp_path / "runs" / name / "metrics.json").read_text())
 
 
 # --------------------------------------------------------------------------------------------------------- everything
@@ -186,56 +153,6 @@ def test_without_networks_the_rest_still_runs_and_the_missing_files_are_named(bu
 # -------------------------------------------------------------------------------------------------- resuming, caching
 
 
-def test_a_rerun_resumes_and_keeps_its_reference(bundle, pairs, tmp_path, stand_ins, monkeypatch):
-    flags = ["--model", bundle, "--test_dir", pairs, "--tasks", "generation", "--reference_stats", tmp_path / "ref.npz"]
-    first = run(tmp_path, *flags)
-    folder = tmp_path / "runs" / "run"
-    (folder / "samples" / "000002_00.png").unlink()
-    generated = []
-    original = LVerse.sample_scored
-    monkeypatch.setattr(
-        LVerse, "sample_scored", lambda self, texts, *a, **k: generated.append(texts) or original(self, texts, *a, **k)
-    )
-    monkeypatch.setattr(
-        "latent_verse.metrics.image_quality.save_reference", lambda *a: pytest.fail("the reference is there already")
-    )
-    again = run(tmp_path, *flags)
-    assert [len(texts) for texts in generated] == [1]
-    for name, record in first["figures"].items():
-        assert again["figures"][name]["value"] == pytest.approx(record["value"], rel=1e-4, abs=1e-4), name
-    other = run(tmp_path, *flags, name="other-run")  # the cached statistics serve another run
-    assert other["figures"]["generation/fid_4"]["value"] == pytest.approx(first["figures"]["generation/fid_4"]["value"])
-
-
-def test_a_cached_reference_of_other_images_or_fewer_features_is_refused(bundle, pairs, tmp_path, stand_ins, capsys):
-    flags = ["--generated_dir", pairs, "--test_dir", pairs, "--fid_resolution", 16, "--is_splits", 1]
-    flags += ["--reference_stats", tmp_path / "ref.npz", "--prc_pictures", 6]
-    f = run(tmp_path, *flags)["figures"]
-    assert f["generation/precision"]["samples"] == f["generation/precision"]["references"] == 6
-    argv = [*map(str, flags), "--gpus", "0", "--log_dir", str(tmp_path / "runs")]
-    assert eval_biart.main([*argv, "--prc_pictures", "9"]) == 2
-    assert naming(tmp_path / "ref.npz", "prc_pictures", 6, 9).search(capsys.readouterr().err)
-    Image.new("RGB", (20, 20)).save(pairs / "p004.png")  # another image under the same name
-    assert eval_biart.main(argv) == 2
-    assert naming(tmp_path / "ref.npz", "files").search(capsys.readouterr().err)
-
-
-def test_a_late_mistake_loses_no_results(bundle, pairs, tmp_path, capsys):
-    classes = tmp_path / "classes"
-    files = [classes / "red" / "p000.png", classes / "red" / "p001.png"]
-    files[0].parent.mkdir(parents=True)
-    for file in files:
-        shutil.copy(pairs / file.name, file)
-    files[ordered(["red/p000.png", "red/p001.png"], 0)[0]].write_bytes(b"no image")  # the one that is taken
-    flags = ["--model", bundle, "--test_dir", pairs, "--tasks", "likelihood", "zero_shot", "--classes_dir", classes]
-    flags += ["--class_pictures", 1]
-    argv = [*map(str, flags), "--gpus", "0", "--log_dir", str(tmp_path / "runs"), "--name", "run"]
-    assert eval_biart.main(argv) == 2
-    assert naming("classes_dir", "can be read").search(capsys.readouterr().err)
-    out = json.loads((tmp_path / "runs" / "run" / "metrics.json").read_text())
-    assert out["tasks"] == ["likelihood"] and "likelihood/text_given_image/bits_per_token" in out["figures"]
-
-
 def test_classification_reads_images_batch_by_batch_and_skips_broken_ones(bundle, pairs, tmp_path, capsys, monkeypatch):
     classes = tmp_path / "classes"
     for name, first in (("red", 0), ("blue", 6)):
@@ -256,52 +173,6 @@ def test_classification_reads_images_batch_by_batch_and_skips_broken_ones(bundle
     argv = [*map(str, flags), "--class_pictures", "1", "--gpus", "0", "--log_dir", str(tmp_path / "runs")]
     assert eval_biart.main(argv) == 2
     assert naming("classes_dir", 1).search(capsys.readouterr().err)
-
-
-def test_what_a_late_task_needs_is_checked_first(tiny_augvae, pairs, tmp_path, capsys):
-    make_lverse(tiny_augvae(single_level=4), reference_dropout=0.0).save_pretrained(tmp_path / "bundle")
-    flags = ["--model", tmp_path / "bundle", "--test_dir", pairs, "--prior_weight", 1, "--gpus", 0]
-    assert eval_biart.main([*map(str, flags), "--log_dir", str(tmp_path / "runs")]) == 2
-    captured = capsys.readouterr()
-    assert naming("prior_weight", 1, "reference_dropout").search(captured.err) and "likelihood ..." not in captured.out
-
-
-@pytest.mark.parametrize("classes", ["absent", "bare", "named"])
-def test_class_folders_and_their_names_are_checked_first(classes, bundle, pairs, tmp_path, capsys):
-    (tmp_path / "bare").mkdir()
-    shutil.copytree(pairs, tmp_path / "named" / "red")
-    (tmp_path / "names.txt").write_text("blue\tsky\n")
-    flags = ["--model", bundle, "--test_dir", pairs, "--classes_dir", tmp_path / classes, "--gpus", 0]
-    names = ["--class_names", tmp_path / "names.txt"] if classes == "named" else []
-    assert eval_biart.main([*map(str, [*flags, *names]), "--log_dir", str(tmp_path / "runs")]) == 2
-    captured = capsys.readouterr()
-    facts = ("class_names", tmp_path / "names.txt", "red") if names else ("classes_dir", tmp_path / classes)
-    assert naming(*facts).search(captured.err) and "..." not in captured.out
-
-
-def test_results_of_different_settings_are_kept(bundle, pairs, tmp_path, capsys):
-    flags = ["--model", bundle, "--test_dir", pairs, "--tasks", "likelihood"]
-    first = run(tmp_path, *flags)
-    assert run(tmp_path, *flags)["figures"] == first["figures"]
-    folder = tmp_path / "runs" / "run"
-    assert not (folder / "metrics-1.json").exists()
-    for number in (1, 2):
-        run(tmp_path, *flags, "--likelihood_pairs", number + 1)
-        assert f"metrics-{number}.json" in capsys.readouterr().out
-    assert json.loads((folder / "metrics-1.json").read_text())["figures"] == first["figures"]
-    names = ("metrics{}.json", "index{}.html", "config{}.yaml")
-    assert {p.name for p in folder.iterdir()} == {name.format(end) for name in names for end in ("", "-1", "-2")}
-
-
-def test_runs_of_other_tasks_and_of_fake_data_have_their_own_folders(bundle, pairs, tmp_path):
-    argv = ["--model", bundle, "--test_dir", pairs, "--gpus", 0, "--log_dir", tmp_path / "runs", "--tasks"]
-    assert eval_biart.main([*map(str, argv), "likelihood"]) == 0
-    assert eval_biart.main([*map(str, argv), "retrieval", "--retrieval_pictures", "2"]) == 0
-    fake = ["--model", bundle, "--fake_data", "--gpus", 0, "--log_dir", tmp_path / "runs", "--tasks", "likelihood"]
-    assert eval_biart.main([*map(str, fake)]) == 0
-    stem = tmp_path.name  # of the folder that the bundle lies in
-    expected = {f"eval-{stem}-likelihood", f"eval-{stem}-retrieval", f"eval-fake-{stem}-likelihood"}
-    assert {folder.name for folder in (tmp_path / "runs").iterdir()} == expected
 
 
 def test_captions_that_are_too_long_are_cut_and_counted(bundle, pairs, tmp_path, recwarn):
@@ -448,23 +319,6 @@ def test_a_shipped_model_by_its_name(tmp_path, capsys, monkeypatch, recwarn):
     assert naming("shpaes", "shapes").search(capsys.readouterr().err)
 
 
-def test_shapes_of_another_size_than_the_model_are_refused(bundle, tmp_path, capsys):
-    argv = ["--model", bundle, "--dataset", "shapes", "--gpus", 0, "--log_dir", tmp_path / "runs"]
-    assert eval_biart.main([*map(str, argv)]) == 2
-    assert naming("world", "small", 32, 16).search(capsys.readouterr().err)
-
-
-# ------------------------------------------------------------------------------------------------------------ mistakes
-
-
-@pytest.mark.parametrize(
-    "flags", ["--model nowhere/bundle", "--generated_dir nowhere/images", "--captions_file nowhere/captions.json"]
-)
-def test_what_is_to_be_evaluated_is_not_there(tmp_path, capsys, flags):
-    assert eval_biart.main([*flags.split(), "--fake_data", "--gpus", "0", "--log_dir", str(tmp_path / "runs")]) == 2
-    assert naming(flags.split()[1]).search(capsys.readouterr().err)
-
-
 def test_help_answers_without_torch():
     command = [sys.executable, "-X", "importtime", str(REPO / "eval_biart.py"), "--help"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=20)
@@ -494,22 +348,3 @@ def test_two_processes_give_the_metrics_of_one(bundle, pairs, tmp_path):
     )  # fmt: skip
     assert broken.returncode == 2 and naming("guidance", 1.0, 2.0).search(broken.stderr)
     assert "Traceback" not in broken.stderr
-
-
-def test_the_folder_is_tried_and_held_before_the_model_is_loaded(tmp_path, capsys):
-    (tmp_path / "file").touch()
-    runs, absent = tmp_path / "runs", ["--model", "absent", "--test_dir", "absent", "--gpus", "0"]
-    with only_writer(runs / "held", "log_dir"):
-        for flags, facts in (
-            (["--log_dir", runs, "--name", "held"], ["log_dir", runs / "held", os.getpid()]),
-            (["--log_dir", tmp_path / "file" / "runs"], ["log_dir", "file is not a folder"]),
-            (["--log_dir", runs, "--name", "a" * 300], ["name", "a" * 79 + "..."]),
-            (
-                ["--log_dir", runs, "--reference_stats", tmp_path / "file" / "a.npz"],
-                ["reference_stats", "not a folder"],
-            ),
-        ):
-            assert eval_biart.main([*absent, *map(str, flags)]) == 2
-            said = capsys.readouterr().err
-            assert naming(*facts).search(said) and said.count("\n") == 1, said
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
