@@ -120,6 +120,18 @@ class WorkerInit:
         sys.excepthook = _end_with
 
 
+def _notice_deaths() -> None:
+    """Let torch's handler of SIGCHLD, which notices that a loader process has died, be there.
+
+    torch sets it once in a process. A Trainer, at its end, puts back what was there before it began.
+    """
+    handling = torch.utils.data._utils.signal_handling
+    if hasattr(signal, "SIGCHLD"):
+        present = signal.getsignal(signal.SIGCHLD)
+        handling._SIGCHLD_handler_set = getattr(present, "__module__", None) == handling.__name__
+        handling._set_SIGCHLD_handler()
+
+
 LOADERS: weakref.WeakSet[Loader] = weakref.WeakSet()  # of this process
 
 
@@ -159,6 +171,7 @@ class Loader:
         """
         over = threading.Event()
         if self._loader.num_workers:
+            _notice_deaths()
             threading.Thread(target=self._watch, args=(over,), daemon=True).start()
         try:
             batches = iter(self._loader)

@@ -11,6 +11,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities import CombinedLoader
 
@@ -106,6 +107,27 @@ def test_a_loader_process_that_is_killed_ends_the_pass(number, capsys):
     assert isinstance(found, RuntimeError) and one_line_errors(raises(found))() == 1
     facts = ("/dev/shm",) if number == signal.SIGBUS else ("--num_workers 0",)
     assert naming("--num_workers", *facts).search(capsys.readouterr().err)
+
+
+class Nothing(pl.LightningModule):
+    """Trains nothing."""
+
+    def training_step(self, batch, number):
+        return None
+
+    def configure_optimizers(self):
+        return None
+
+
+@pytest.mark.timeout(120)
+def test_a_killed_loader_process_is_noticed_after_a_training(monkeypatch):
+    """torch sets its handler once in a process. A Trainer within which it did puts back what was there before."""
+    monkeypatch.setattr(torch.utils.data._utils.signal_handling, "_SIGCHLD_handler_set", False)  # a new process
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    pl.Trainer(max_epochs=1, accelerator="cpu", **quiet).fit(Nothing(), datamodule=module(num_workers=1))
+    assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL
+    assert isinstance(ends_with(lambda: os.kill(os.getpid(), signal.SIGKILL)), RuntimeError)
 
 
 @pytest.mark.timeout(120)
